@@ -1,0 +1,54 @@
+"""Errors: one family, each message saying what is wrong, where, what is allowed and the nearest fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MinipeftError(Exception):
+    """Base of every error that minipeft raises on purpose; when it is raised, nothing has been changed."""
+
+
+class ConfigError(MinipeftError, ValueError):
+    """A configuration value is not allowed."""
+
+
+class RegistryError(MinipeftError, LookupError):
+    """A method, layer or model type is unknown, or a registration breaks its contract."""
+
+
+class TargetError(MinipeftError, ValueError):
+    """A pattern names modules that do not exist or cannot be adapted."""
+
+
+class StateError(MinipeftError, RuntimeError):
+    """The model is not in a state in which the call makes sense."""
+
+
+class CheckpointError(MinipeftError, ValueError):
+    """An adapter directory cannot be read, written, or does not belong to this model."""
+
+
+class MergeError(MinipeftError, RuntimeError):
+    """Folding adapters into the base weights would lose or corrupt something."""
+
+
+def shown(values: Iterable[object], limit: int = 5) -> str:
+    """List values for a message, the first `limit` of them: ``'a', 'b' and 3 more``."""
+    items = [repr(value) if isinstance(value, str) else str(value) for value in values]
+    if len(items) > limit:
+        return f"{', '.join(items[:limit])} and {len(items) - limit} more"
+    return ", ".join(items) if items else "none"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, if any is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def hint(name: str, known: Iterable[str], note: str = "") -> str:
+    """`` (closest: 'c_attn')`` for a message, or nothing where no known name is close."""
+    match = nearest(name, known)
+    return f" (closest: {match!r}{note})" if match else ""

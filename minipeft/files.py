@@ -1,0 +1,99 @@
+"""Files that are there whole or not at all: temporary name, fsync, rename, and a message when the disk says no."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from minipeft.errors import CheckpointError
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write several files into a directory, made if need be: all to temporary names first, then renamed in order.
+
+    A crash leaves each file old or new, never cut short. Links are followed, so a linked file stays a link. Temporary
+    files that a killed process of this machine left behind are removed.
+
+    Raises:
+        CheckpointError: the directory cannot be written or the disk is full; the old files are as they were.
+    """
+    temporary: dict[Path, Path] = {}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(directory, files)
+        needed, free = sum(map(len, files.values())), shutil.disk_usage(directory).free
+        if needed > free:
+            raise CheckpointError(f"{directory}: {needed:,} bytes are needed and {free:,} are free; nothing was written.")
+        for name, payload in files.items():
+            target = Path(os.path.realpath(directory / name))
+            temporary[target] = target.with_name(f".{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+            _write_and_sync(temporary[target], payload)
+        for target, source in temporary.items():
+            os.replace(source, target)
+        for folder in {target.parent for target in temporary}:
+            _sync_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written ({error.strerror or error}); what was there before is as it was.") from None
+    finally:
+        for source in temporary.values():
+            source.unlink(missing_ok=True)
+
+
+def _write_and_sync(path: Path, payload: bytes) -> None:
+    # os.open applies the umask to 0666, as for any file a user writes; safetensors' own files are 0600.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # other systems cannot open a directory
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_orphans(directory: Path, names: Mapping[str, bytes]) -> None:
+    host = socket.gethostname()
+    for name in names:
+        target = Path(os.path.realpath(directory / name))
+        for orphan in target.parent.glob(f".{target.name}.tmp-{host}-*"):
+            pid = orphan.name.rsplit("-", 2)[-2]
+            if pid.isdigit() and not _alive(int(pid)):
+                orphan.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # there, signal 0 would end the process; leave the file
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Read a file of at most `limit` bytes.
+
+    Raises:
+        CheckpointError: it is missing, unreadable or larger.
+    """
+    try:
+        with path.open("rb") as file:
+            payload = file.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
+    if len(payload) > limit:
+        raise CheckpointError(f"{path} is larger than {limit:,} bytes, which is no adapter's; nothing was loaded.")
+    return payload

@@ -1,0 +1,223 @@
+"""Injection: plan (validate everything, change nothing), apply (a few assignments), eject (the way back)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from minipeft import registry
+from minipeft.adapted import AdaptedLayer, Switch, Wrapper, wrappers
+from minipeft.config import AdapterConfig
+from minipeft.errors import TargetError, shown
+from minipeft.layers.base import LayerOps
+from minipeft.methods.base import Adapter
+from minipeft.saved_module import SavedModule, copy_tensors, trained_copy
+from minipeft.targets import Candidate, candidates, layer_ops, select_saved, select_targets
+
+HALF = frozenset({torch.bfloat16, torch.float16})
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    """A module to adapt, with the class and the configuration that will adapt it."""
+
+    name: str
+    candidate: Candidate
+    ops: type[LayerOps]
+    adapter_class: type[Adapter]
+    config: AdapterConfig
+
+
+@dataclass(frozen=True)
+class SavedSite:
+    """A module to train in full, or only the parameters named in `only`."""
+
+    name: str
+    candidate: Candidate
+    only: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that an injection will do; made by `plan`, which has checked it."""
+
+    config: AdapterConfig
+    adapters: tuple[AdapterSite, ...]
+    saved: tuple[SavedSite, ...]
+
+
+def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True) -> Plan:
+    """Find what a configuration selects in a model and which classes adapt it; the model is only read.
+
+    Raises:
+        TargetError: a pattern or per-module option fits nothing, or a selected module cannot be adapted.
+        RegistryError: the method is unknown.
+    """
+    found = candidates(model)
+    saved = [SavedSite(name, found[name], None) for name in select_saved(model, config, found, every_pattern=every_pattern)]
+    by_name = {name: candidate for candidate in found.values() for name in candidate.names}
+    sites = []
+    for name in select_targets(model, config, found, every_pattern=every_pattern):
+        base, ops = by_name[name].base, _ops_for(name, by_name[name])
+        adapter_class = registry.adapter_class(config.method, name, type(base))
+        sites.append(AdapterSite(name, by_name[name], ops, adapter_class, config.for_module(name)))
+    unused = config.unused_options(site.name for site in sites) if every_pattern else []
+    if unused:
+        raise TargetError(f"{shown(unused)} fits none of the {len(sites)} targeted modules (such as {sites[0].name!r}); nothing was changed.")
+    if config.trains_all_biases:
+        taken = {id(site.candidate.module) for site in sites} | {id(m) for site in saved for m in site.candidate.base.modules()}
+        biased = {name: c for name, c in found.items() if c.base._parameters.get("bias") is not None and id(c.module) not in taken}
+        for name, candidate in biased.items():
+            if candidate.base._modules:
+                raise TargetError(f"{name} has a bias beside modules of its own, which bias='all' cannot train; nothing was changed.")
+        saved += [SavedSite(name, candidate, ("bias",)) for name, candidate in biased.items()]
+    for saved_site in saved:
+        _check_saveable(saved_site)
+    return Plan(config, tuple(sites), tuple(saved))
+
+
+def _ops_for(name: str, candidate: Candidate) -> type[LayerOps]:
+    module, base = candidate.module, candidate.base
+    if isinstance(module, SavedModule):
+        raise TargetError(f"{name}: already trained in full by another adapter's modules_to_save or bias='all'; nothing was changed.")
+    ops = layer_ops(base)
+    if ops is not None:
+        return ops
+    kind, known = registry.qualified(type(base)), ", ".join(registry.layer_type_names())
+    if any(True for _ in registry.layer_candidates(type(base))):
+        weight = getattr(base, "weight", None)
+        holds = f", weight {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
+        raise TargetError(
+            f"{name}: {kind} is registered, but this instance is refused (packed or unusual weight, or a layer that is read and not "
+            f"called{holds}); nothing was changed. See register_layer."
+        )
+    raise TargetError(f"{name}: no LayerOps for {kind}; registered: {known}. Nothing was changed; see register_layer.")
+
+
+def _check_saveable(site: SavedSite) -> None:
+    if isinstance(site.candidate.module, AdaptedLayer) or any(isinstance(m, AdaptedLayer) for m in site.candidate.module.modules()):
+        raise TargetError(f"{site.name}: adapted already, so it cannot also be trained in full; nothing was changed.")
+    if isinstance(site.candidate.module, SavedModule) and site.candidate.module.only != site.only:
+        raise TargetError(f"{site.name}: another adapter trains {site.candidate.module.only or 'all of it'} here; nothing was changed.")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a plan puts into a model: one adapter an adapter site, one trained copy a saved site."""
+
+    adapters: tuple[Adapter, ...]
+    copies: tuple[nn.Module, ...]
+
+    def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
+        """Module name and key in a file, joined -> the live tensor."""
+        pairs = [(site.name, adapter.file_tensors()) for site, adapter in zip(plan.adapters, self.adapters, strict=True)]
+        pairs += [(site.name, copy_tensors(module, site.only)) for site, module in zip(plan.saved, self.copies, strict=True)]
+        return {f"{name}.{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
+
+
+def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = False) -> Parts:
+    """Create the adapters and copies of a plan, on their layers' devices; nothing in the model changes.
+
+    Args:
+        plan: what to create.
+        autocast_adapter_dtype: hold adapter parameters in float32 where the base is half precision.
+        on_meta: create shapes without memory, to hold a file against before anything is allocated for it.
+    """
+    bases = [_on_meta(site.candidate.base) if on_meta else site.candidate.base for site in plan.adapters]
+    shared: dict[type[Adapter], object | None] = {}
+    for cls in dict.fromkeys(site.adapter_class for site in plan.adapters):
+        shared[cls] = cls.share([(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls], plan.config)
+    adapters = []
+    for base, site in zip(bases, plan.adapters, strict=True):
+        adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
+        for parameter in adapter.parameters():
+            if autocast_adapter_dtype and parameter.dtype in HALF:
+                parameter.data = parameter.data.float()
+        adapters.append(adapter.train(base.training))
+    copies = [trained_copy(s.candidate.base, s.only, on_meta=on_meta) for s in plan.saved]
+    return Parts(tuple(adapters), tuple(copies))
+
+
+def build_from(plan: Plan, tensors: Mapping[str, Tensor]) -> Parts:
+    """Create the parts of a plan with these values, by module name and key; torch's generator stays where it is."""
+    with torch.random.fork_rng(devices=_cuda_devices(site.candidate.base for site in plan.adapters)):
+        parts = build(plan)
+    with torch.no_grad():
+        for name, live in parts.file_tensors(plan).items():
+            if name in tensors:
+                live.copy_(tensors[name])
+    return parts
+
+
+def _cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
+    indices = {p.device.index for module in modules for p in module.parameters() if p.device.type == "cuda"}
+    return sorted(index for index in indices if index is not None)
+
+
+def _on_meta(base: nn.Module) -> nn.Module:
+    stand_in = copy.copy(base)
+    stand_in._parameters = {k: None if p is None else nn.Parameter(p.detach().to("meta"), False) for k, p in base._parameters.items()}
+    return stand_in
+
+
+def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
+    """Put the built parts of a plan in place; an error on the way takes back what was done."""
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    added: list[Wrapper] = []
+    sites: list[tuple[Candidate, nn.Module, Callable[[nn.Module], Wrapper]]] = []
+    for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
+        sites.append((site.candidate, adapter, partial(AdaptedLayer, switch=switch, ops=site.ops)))
+    for saved, module in zip(plan.saved, parts.copies, strict=True):
+        sites.append((saved.candidate, module, partial(SavedModule, switch=switch, only=saved.only)))
+    try:
+        for candidate, part, wrap in sites:
+            wrapper = candidate.module
+            if not isinstance(wrapper, Wrapper):
+                wrapper = wrap(wrapper)
+                _replace(candidate, wrapper, done)
+            wrapper.adapters[adapter_name] = part
+            added.append(wrapper)
+    except BaseException:
+        for wrapper in added:
+            del wrapper.adapters[adapter_name]
+        for parent, attribute, original in reversed(done):
+            setattr(parent, attribute, original)
+        raise
+
+
+def _replace(candidate: Candidate, wrapper: Wrapper, done: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    for parent, attribute in candidate.places:
+        setattr(parent, attribute, wrapper)
+        done.append((parent, attribute, candidate.module))
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its inference fast path reads the weights and calls no layer, unless a hook is attached somewhere below.
+            wrapper.register_forward_pre_hook(_keeps_the_fast_path_away)
+
+
+def _keeps_the_fast_path_away(module: nn.Module, args: tuple[object, ...]) -> None:
+    return None
+
+
+def discard(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter out; a wrapper that holds none any more gives its place back to its base layer."""
+    for _, wrapper in list(wrappers(model)):
+        if adapter_name in wrapper.adapters:
+            del wrapper.adapters[adapter_name]
+    _unwrap(model, lambda wrapper: wrapper.base_layer if not wrapper.adapters else wrapper)
+
+
+def eject(model: nn.Module, *, keep_trained: bool) -> None:
+    """Put every base layer back in its place; with `keep_trained`, a module trained in full stays as it was trained."""
+    _unwrap(model, lambda wrapper: wrapper.current() if keep_trained and isinstance(wrapper, SavedModule) else wrapper.base_layer)
+
+
+def _unwrap(model: nn.Module, replacement: Callable[[Wrapper], nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if isinstance(child, Wrapper):
+                setattr(parent, attribute, replacement(child))

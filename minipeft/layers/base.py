@@ -1,0 +1,78 @@
+"""The layer contract: what every method may ask of a layer type, in one canonical orientation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+class LayerOps(ABC):
+    """How to read, write and follow one layer type. Static and never instantiated; a method sees a layer only so.
+
+    The canonical weight is ``(out, in)``, whatever the layer stores: ``y = W x + b`` for the last dimension of x, or
+    ``y = W[:, x]`` for a layer that looks indices up. Register a subclass with ``register_layer``.
+    """
+
+    contract: ClassVar[str] = "LayerOps"
+    is_lookup: ClassVar[bool] = False  # the input is indices, as if one-hot
+    in_all_linear: ClassVar[bool] = False  # target_modules="all-linear" takes it
+    fan_in_fan_out: ClassVar[bool] = False  # stores (in, out); only PEFT's file format asks
+    can_merge: ClassVar[bool] = True
+
+    @staticmethod
+    @abstractmethod
+    def accepts(base: Any) -> bool:
+        """Whether these ops hold for this instance; a subclass with a packed weight, say, is refused here."""
+
+    @staticmethod
+    @abstractmethod
+    def shape(base: Any) -> tuple[int, int]:
+        """(out_features, in_features) of the canonical weight."""
+
+    @staticmethod
+    @abstractmethod
+    def read_weight(base: Any) -> Tensor:
+        """The canonical weight, shape (out, in); a view of the layer's own where that is possible."""
+
+    @staticmethod
+    @abstractmethod
+    def read_bias(base: Any) -> Tensor | None:
+        """The bias, shape (out,), or None."""
+
+    @staticmethod
+    @abstractmethod
+    def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Store a canonical weight (out, in) and bias (out,) in place, and return the layer that now holds them.
+
+        A layer that cannot hold them, such as a quantised one, returns a replacement.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
+        """``A x`` for A of shape (r, in) and the layer's own input x: shape (..., r)."""
+
+    @staticmethod
+    @abstractmethod
+    def project_out(base: Any, h: Tensor, B: Tensor) -> Tensor:
+        """``B h`` for B of shape (out, r) and h of shape (..., r), scaled as the layer scales its own output: (..., out)."""
+
+    @staticmethod
+    @abstractmethod
+    def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
+        """``y * v`` along the output features, for v of shape (out,)."""
+
+    @staticmethod
+    @abstractmethod
+    def example_input(base: Any) -> Tensor:
+        """A small input the layer takes, drawn from torch's generator: what a merge is checked on."""
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether a weight is an ordinary floating-point tensor, not a packed, sharded or otherwise wrapped one."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.dtype in FLOAT_DTYPES  # type: ignore[attr-defined]

@@ -1,0 +1,74 @@
+"""``torch.nn.Embedding``: a linear map of a one-hot input, looked up instead of multiplied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.layers.base import LayerOps, is_plain
+from minipeft.registry import register_layer
+
+
+@register_layer(nn.Embedding)
+class EmbeddingOps(LayerOps):
+    """W is the table transposed, (embedding_dim, num_embeddings). Gemma's ``embed_scale`` scales the update as well.
+
+    A subclass with a ``forward`` of its own is taken only if that scale explains it: OPT's positions, for example,
+    shift their indices inside, so an update looked up by the outer input would hit the wrong rows.
+    """
+
+    is_lookup = True
+
+    @staticmethod
+    def accepts(base: Any) -> bool:
+        own_forward = type(base).forward is not nn.Embedding.forward
+        known = not own_forward or _scale(base) is not None
+        return known and is_plain(base.weight) and base.max_norm is None
+
+    @staticmethod
+    def shape(base: Any) -> tuple[int, int]:
+        return base.embedding_dim, base.num_embeddings
+
+    @staticmethod
+    def read_weight(base: Any) -> Tensor:
+        transposed: Tensor = base.weight.t()
+        return transposed
+
+    @staticmethod
+    def read_bias(base: Any) -> Tensor | None:
+        return None
+
+    @staticmethod
+    @torch.no_grad()
+    def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        base.weight.copy_(weight.t())
+        module: nn.Module = base
+        return module
+
+    @staticmethod
+    def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
+        return F.embedding(x, A.t(), padding_idx=base.padding_idx)
+
+    @staticmethod
+    def project_out(base: Any, h: Tensor, B: Tensor) -> Tensor:
+        y, scale = F.linear(h, B), _scale(base)
+        return y if scale is None else y * scale
+
+    @staticmethod
+    def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
+        return y * v
+
+    @staticmethod
+    def example_input(base: Any) -> Tensor:
+        return torch.randint(base.num_embeddings, (8,), device=base.weight.device)
+
+
+def _scale(base: Any) -> Any:
+    """The factor by which a scaled embedding multiplies its rows, a number or a tensor with one element."""
+    scale = getattr(base, "embed_scale", None)
+    if isinstance(scale, Tensor):
+        return scale.to(base.weight.dtype) if scale.numel() == 1 else None
+    return scale if isinstance(scale, int | float) else None

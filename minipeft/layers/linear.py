@@ -1,0 +1,101 @@
+"""Linear maps: ``torch.nn.Linear`` and GPT-2's ``Conv1D``, which stores its weight the other way round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.layers.base import LayerOps, is_plain
+from minipeft.registry import register_layer
+
+
+class DenseOps(LayerOps):
+    """Abstract: what the linear maps have in common, which is all but the orientation of the stored weight."""
+
+    in_all_linear = True
+
+    @staticmethod
+    def read_bias(base: Any) -> Tensor | None:
+        bias: Tensor | None = base.bias
+        return bias
+
+    @staticmethod
+    def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    @staticmethod
+    def project_out(base: Any, h: Tensor, B: Tensor) -> Tensor:
+        return F.linear(h, B)
+
+    @staticmethod
+    def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
+        return y * v
+
+
+@register_layer(nn.Linear)
+class LinearOps(DenseOps):
+    """``nn.Linear`` and its subclasses, as long as their weight is an ordinary (out, in) tensor."""
+
+    @staticmethod
+    def accepts(base: Any) -> bool:
+        # nn.MultiheadAttention reads the weight of its out_proj and never calls it, so an adapter there would do nothing.
+        read_not_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        return not read_not_called and is_plain(base.weight) and base.weight.shape == (base.out_features, base.in_features)
+
+    @staticmethod
+    def shape(base: Any) -> tuple[int, int]:
+        return base.out_features, base.in_features
+
+    @staticmethod
+    def read_weight(base: Any) -> Tensor:
+        weight: Tensor = base.weight
+        return weight
+
+    @staticmethod
+    @torch.no_grad()
+    def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        base.weight.copy_(weight)
+        if bias is not None:
+            base.bias.copy_(bias)
+        module: nn.Module = base
+        return module
+
+    @staticmethod
+    def example_input(base: Any) -> Tensor:
+        return torch.randn(4, base.in_features, dtype=base.weight.dtype, device=base.weight.device)
+
+
+@register_layer("transformers.pytorch_utils.Conv1D")
+class Conv1DOps(DenseOps):
+    """The ``Conv1D`` of GPT-2's family: y = x W + b with W stored as (in, out)."""
+
+    fan_in_fan_out = True
+
+    @staticmethod
+    def accepts(base: Any) -> bool:
+        return is_plain(base.weight) and base.weight.shape == (base.nx, base.nf)
+
+    @staticmethod
+    def shape(base: Any) -> tuple[int, int]:
+        return base.nf, base.nx
+
+    @staticmethod
+    def read_weight(base: Any) -> Tensor:
+        transposed: Tensor = base.weight.t()
+        return transposed
+
+    @staticmethod
+    @torch.no_grad()
+    def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        base.weight.copy_(weight.t())
+        if bias is not None:
+            base.bias.copy_(bias)
+        module: nn.Module = base
+        return module
+
+    @staticmethod
+    def example_input(base: Any) -> Tensor:
+        return torch.randn(4, base.nx, dtype=base.weight.dtype, device=base.weight.device)

@@ -1,0 +1,13 @@
+"""Methods, one file each; every module in this package registers itself when the package is imported."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from minipeft.methods.base import Adapter
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Adapter"]

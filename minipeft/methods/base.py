@@ -1,0 +1,59 @@
+"""The method contract: what a way of adapting a layer must tell the rest of the library."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from minipeft.config import AdapterConfig
+from minipeft.layers.base import LayerOps
+
+
+class Adapter(nn.Module, ABC):
+    """One adapter on one layer. Its parameters live in it and nowhere else; it sees the layer only through `LayerOps`.
+
+    Register a subclass with ``register_method``. It is called as a module, so that hooks (FSDP's, for one) fire.
+
+    Args:
+        base: the frozen layer. Read it, never keep it: the adapter must not own a second reference.
+        ops: how to read and follow that layer.
+        config: the configuration that holds for this module.
+        shared: what `share` returned for this injection.
+    """
+
+    contract: ClassVar[str] = "Adapter"
+    config_class: ClassVar[type[AdapterConfig]]
+
+    @classmethod
+    def share(cls, sites: Sequence[tuple[nn.Module, type[LayerOps]]], config: AdapterConfig) -> object | None:
+        """Make what all adapters of one injection have in common, from the (layer, ops) of each; by default nothing."""
+        return None
+
+    @abstractmethod
+    def __init__(self, base: nn.Module, ops: type[LayerOps], config: Any, shared: object | None) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor) -> Tensor:
+        """The adapted output, from the layer's input x and output y (..., out); never in place on y."""
+
+    @abstractmethod
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The canonical weight (out, in) and bias (out,) with the adapter folded in, as new tensors.
+
+        Both come in the dtype to compute in, float32 or float64; the caller rounds once to the layer's own.
+        """
+
+    def delta(self) -> Tensor | None:
+        """The dense update (out, in) in float32 or float64 where ``merge(W, b)[0] == W + delta()``, else None.
+
+        A merge that is a plain sum can be undone bit for bit without keeping a copy of W.
+        """
+        return None
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What is saved: the key after the module's name in a file -> the live tensor."""
+        return dict(self.named_parameters())

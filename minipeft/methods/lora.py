@@ -1,0 +1,171 @@
+"""LoRA: low-rank updates of frozen linear maps (Hu et al., 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from minipeft.config import AdapterConfig, flag, integer, number, one_of, pattern_table
+from minipeft.functional import lora_delta, lora_scaling
+from minipeft.layers.base import LayerOps
+from minipeft.methods.base import Adapter
+from minipeft.patterns import first_key
+from minipeft.registry import register_method
+
+MAX_RANK = 2**16
+INITIALISATIONS = (True, False, "gaussian")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """LoRA's options, on top of `AdapterConfig`'s; names, meanings and defaults are PEFT's.
+
+    Args:
+        r: rank of the update.
+        lora_alpha: the update is scaled by ``lora_alpha / r`` (`use_rslora`: ``/ sqrt(r)``, arXiv:2312.03732).
+        lora_dropout: probability of dropping an input feature on its way into A, in training; for an embedding, whose
+            input is one-hot, of dropping a token's update.
+        bias: "none"; "lora_only" trains the biases of adapted layers; "all" those of every other module too. They are
+            trained copies, so switching the adapter off restores the base exactly.
+        rank_pattern, alpha_pattern: regular expression -> value, for the whole module name or a dotted suffix of it.
+        init_lora_weights: True: A Kaiming-uniform, B zero (an embedding: A zero, B normal). "gaussian": A normal with
+            standard deviation 1/r, B zero. False: B random too, so the model differs from the base at once (for tests).
+        fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
+    """
+
+    method: ClassVar[str] = "lora"
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | str = True
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _rank("r", self.r)
+        _alpha("lora_alpha", self.lora_alpha)
+        number("lora_dropout", self.lora_dropout, at_least=0, below=1)
+        one_of("bias", self.bias, ("none", "all", "lora_only"))
+        flag("use_rslora", self.use_rslora)
+        self._set("rank_pattern", pattern_table("rank_pattern", self.rank_pattern, _rank))
+        self._set("alpha_pattern", pattern_table("alpha_pattern", self.alpha_pattern, _alpha))
+        one_of("init_lora_weights", self.init_lora_weights, INITIALISATIONS)
+        flag("fan_in_fan_out", self.fan_in_fan_out)
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update, dimensionless."""
+        return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
+
+    @property
+    def trains_all_biases(self) -> bool:
+        return self.bias == "all"
+
+    def for_module(self, name: str) -> Self:
+        rank_key = first_key(self.rank_pattern, name, "rank_pattern")
+        alpha_key = first_key(self.alpha_pattern, name, "alpha_pattern")
+        if rank_key is None and alpha_key is None:
+            return self
+        r = self.r if rank_key is None else self.rank_pattern[rank_key]
+        lora_alpha = self.lora_alpha if alpha_key is None else self.alpha_pattern[alpha_key]
+        return replace(self, r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={})
+
+    def unused_options(self, targeted: Iterable[str]) -> list[str]:
+        modules = list(targeted)
+        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return [
+            f"{option}: {key}"
+            for option, table in tables.items()
+            for key in table
+            if not any(first_key([key], name, option) for name in modules)
+        ]
+
+
+def _rank(name: str, value: object) -> int:
+    return integer(name, value, at_least=1, at_most=MAX_RANK)
+
+
+def _alpha(name: str, value: object) -> float:
+    return number(name, value, above=0)
+
+
+@register_method("lora")
+class Lora(Adapter):
+    """y = W x + b + scaling * B A dropout(x), eq. (3) of arXiv:2106.09685.
+
+    `lora_A` is (r, in), `lora_B` (out, r), whatever the layer stores; `lora_bias` (out,) replaces b, if trained.
+    They are created in the dtype and on the device of the base weight; the injection raises half precision to float32.
+    """
+
+    config_class = LoraConfig
+
+    def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoraConfig, shared: object | None) -> None:
+        super().__init__(base, ops, config, shared)
+        out_features, in_features = ops.shape(base)
+        weight, bias = ops.read_weight(base), ops.read_bias(base)
+        self.is_lookup = ops.is_lookup
+        self.scaling = config.scaling
+        self.dropout = config.lora_dropout
+        self.lora_A = nn.Parameter(weight.new_empty(config.r, in_features))
+        self.lora_B = nn.Parameter(weight.new_empty(out_features, config.r))
+        trains_bias = config.bias != "none" and bias is not None
+        self.lora_bias = nn.Parameter(bias.detach().clone()) if trains_bias and bias is not None else None
+        self.reset_parameters(config.init_lora_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, init_lora_weights: bool | str) -> None:
+        """Draw the starting values; all but False start with ``B A = 0``."""
+        if self.is_lookup:  # as PEFT: what is looked up starts at zero, and B is what the zeros are multiplied by
+            self.lora_A.normal_() if init_lora_weights is False else self.lora_A.zero_()
+            self.lora_B.normal_()
+            return
+        if init_lora_weights == "gaussian":
+            self.lora_A.normal_(std=1 / len(self.lora_A))
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            self.lora_B.zero_()
+
+    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor) -> Tensor:
+        # The factors follow the activations' dtype, never the other way round: no copy of x is made or kept.
+        dtype = y.dtype if self.is_lookup else x.dtype
+        dropped = self.dropout > 0 and self.training
+        if dropped and not self.is_lookup:
+            x = F.dropout(x, self.dropout)
+        h = ops.project_in(base, x, self.lora_A.to(dtype)) * self.scaling
+        if dropped and self.is_lookup:
+            h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), self.dropout)
+        result = y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype)
+        if self.lora_bias is not None:
+            bias = ops.read_bias(base)
+            result = result + (self.lora_bias - bias).to(y.dtype)
+        return result
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        merged = weight + self.delta().to(weight.dtype)
+        return merged, bias if self.lora_bias is None else self.lora_bias.detach().to(weight.dtype)
+
+    def delta(self) -> Tensor:
+        return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        if self.is_lookup:
+            return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
+        tensors: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        if self.lora_bias is not None:
+            tensors["base_layer.bias"] = self.lora_bias
+        return tensors

@@ -1,0 +1,424 @@
+"""Adapted models: the same object and class family as before, with the adapter verbs mixed in."""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft import checkpoint, inject, merge, registry
+from minipeft.adapted import Switch, TensorIndex, adapted_layers, wrappers
+from minipeft.card import write_card
+from minipeft.config import AdapterConfig
+from minipeft.errors import CheckpointError, ConfigError, MergeError, StateError, hint, shown
+from minipeft.merge import MergeReport
+from minipeft.saved_module import SavedModule
+
+DEFAULT = "default"
+WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
+
+
+@dataclass
+class AdapterState:
+    """What an adapted model knows beyond its modules: plain data, so that copies and pickles of the model carry it."""
+
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
+    trainable: set[str] = field(default_factory=set)
+    trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
+
+
+def get_adapter_model(
+    model: nn.Module, config: AdapterConfig, adapter_name: str = DEFAULT, *, autocast_adapter_dtype: bool = True
+) -> AdaptedModel:
+    """Adapt a model in place with any registered method, freeze its base, and return the same object.
+
+    Args:
+        model: any ``nn.Module``; it keeps its class family and its forward signature.
+        config: the method's configuration, such as `LoraConfig`.
+        adapter_name: letters, digits, '_' and '-'.
+        autocast_adapter_dtype: hold adapter parameters in float32 where the base is half precision.
+
+    Raises:
+        MinipeftError: a value, pattern or layer is not usable; the model is bit for bit what it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(model, AdaptedModel):
+        raise StateError(f"{type(model).__name__} is adapted already ({shown(model.adapter_configs)}); use model.add_adapter(name, config).")
+    _check_name(adapter_name, ())
+    plan = _plan(model, config)
+    parts = inject.build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
+    return attach(model, plan, parts, adapter_name, trainable=not config.inference_mode)
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | PathLike[str],
+    adapter_name: str = DEFAULT,
+    is_trainable: bool = False,
+    strict: bool = True,
+    *,
+    allow_base_mismatch: bool = False,
+) -> AdaptedModel:
+    """Read an adapter directory, ours or PEFT's, into a model, and return the model, adapted.
+
+    On a plain model the adapter becomes active; on an adapted one it waits for ``set_adapter``. Pickles are never read.
+
+    Args:
+        model: the base the adapter was trained on, plain or adapted already.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter_name: a name the model does not have yet.
+        is_trainable: whether its parameters require gradients.
+        strict: insist on exactly the expected tensors. False: report missing and unexpected ones in a warning;
+            what is missing keeps its starting value. A wrong shape is an error in any case.
+        allow_base_mismatch: skip the comparison of the base weights.
+
+    Raises:
+        MinipeftError: anything does not fit; the model is bit for bit what it was.
+    """
+    _check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
+    registry.load_plugins()
+    file = checkpoint.open_adapter(Path(directory))
+    plan = inject.plan(model, file.config, every_pattern=False)
+    fit = checkpoint.compare(file, inject.build(plan, on_meta=True).file_tensors(plan), model)
+    if not allow_base_mismatch:
+        checkpoint.check_base(file, plan)
+    checkpoint.check_strict(file, fit, strict)
+    tensors = checkpoint.read_tensors(file, fit)
+    parts = inject.build_from(plan, tensors)
+    return attach(model, plan, parts, adapter_name, trainable=is_trainable)
+
+
+def _plan(model: nn.Module, config: AdapterConfig) -> inject.Plan:
+    if not isinstance(config, AdapterConfig) or not hasattr(type(config), "method"):
+        raise ConfigError(f"config must be a method's configuration such as LoraConfig, not {config!r:.100}.")
+    if type(model).__name__ in WRAPPING:
+        raise StateError(f"{type(model).__name__} wraps the model; adapt the model itself, then wrap it.")
+    registry.load_plugins()
+    return inject.plan(model, config)
+
+
+def _check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict, name):
+        raise ConfigError(f"adapter name {name!r:.100} is not allowed: 1 to 64 letters, digits, '_' and '-', and no module attribute; such as 'default'.")
+    if name in taken:
+        raise StateError(f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name.")
+
+
+def attach(model: nn.Module, plan: inject.Plan, parts: inject.Parts, adapter_name: str, *, trainable: bool) -> AdaptedModel:
+    """Put built parts into a model; the first time, also freeze its base and change its class."""
+    first = not isinstance(model, AdaptedModel)
+    state = AdapterState() if first else model.__dict__["_minipeft"]
+    if first:
+        state.trained_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        new_class, old_class = adapted_class(type(model)), type(model)
+        try:
+            model.__class__ = new_class
+        except TypeError as error:
+            raise StateError(f"{old_class.__name__} does not allow the class change that adapting makes ({error}).") from None
+    try:
+        inject.apply(plan, parts, adapter_name, state.switch)
+    except BaseException:
+        if first:
+            model.__class__ = old_class
+        raise
+    if first:
+        model.__dict__["_minipeft"] = state
+        model.requires_grad_(False)
+        state.switch.active = (adapter_name,)
+    state.configs[adapter_name] = plan.config
+    if trainable:
+        state.trainable.add(adapter_name)
+    assert isinstance(model, AdaptedModel)
+    model._mark_trainable()
+    return model
+
+
+# ------------------------------------------------------------------------------------------------- the class family
+class AdaptedModel(nn.Module):
+    """What an adapted model can do beside what its own class does. Never built: `attach` gives it to a model."""
+
+    @property
+    def _state(self) -> AdapterState:
+        state = self.__dict__.get("_minipeft")
+        if state is None:
+            raise StateError(f"this {type(self).__name__} has no adapter: it was built from the class of an adapted model.")
+        assert isinstance(state, AdapterState)
+        return state
+
+    @property
+    def adapter_configs(self) -> dict[str, AdapterConfig]:
+        """Configuration of each adapter, by name."""
+        return dict(self._state.configs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that act."""
+        return list(self._state.switch.active)
+
+    # ------------------------------------------------------------------------------------------- counting, switching
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters, adapters included, shared ones counted once."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the two counts and their ratio in percent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}")
+
+    def add_adapter(self, adapter_name: str, config: AdapterConfig, *, autocast_adapter_dtype: bool = True) -> None:
+        """Add another adapter; it waits for `set_adapter`.
+
+        Raises:
+            MinipeftError: as `get_adapter_model`; or the name is taken.
+        """
+        _check_name(adapter_name, self.adapter_configs)
+        plan = _plan(self, config)
+        parts = inject.build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
+        attach(self, plan, parts, adapter_name, trainable=not config.inference_mode)
+
+    def load_adapter(
+        self,
+        directory: str | PathLike[str],
+        adapter_name: str = DEFAULT,
+        is_trainable: bool = False,
+        strict: bool = True,
+        *,
+        allow_base_mismatch: bool = False,
+    ) -> AdaptedModel:
+        """Read another adapter into this model; see `minipeft.load_adapter`."""
+        return load_adapter(self, directory, adapter_name, is_trainable, strict, allow_base_mismatch=allow_base_mismatch)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Let these adapters act and no other; several add up. What is trainable stays trainable, what is not does not.
+
+        Raises:
+            StateError: a name is unknown or twice there, an adapter is merged, or two train the same module in full.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self._check_known(names)
+        if self._merged():
+            raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
+        for path, wrapper in wrappers(self) if len(names) > 1 else ():
+            owners = [name for name in names if name in wrapper.adapters]
+            if isinstance(wrapper, SavedModule) and len(owners) > 1:
+                raise StateError(f"{path}: {shown(owners)} each train this module in full, so they cannot act together.")
+        state = self._state
+        touched = {*state.switch.active, *names} & state.trainable
+        state.switch.active = names
+        if touched:
+            self._mark_trainable()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out.
+
+        Raises:
+            StateError: the name is unknown, the adapter acts or is merged, or it is the only one (then: `unload`).
+        """
+        self._check_known((adapter_name,))
+        if adapter_name in self._state.switch.active or adapter_name in self._merged():
+            raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one first, or unload() the model.")
+        inject.discard(self, adapter_name)
+        del self._state.configs[adapter_name]
+        self._state.trainable.discard(adapter_name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the model computes exactly what its base does; merged weights are taken back meanwhile."""
+        switch, merged = self._state.switch, self._merged()
+        before = switch.enabled
+        if merged:
+            merge.unmerge(self)
+        switch.enabled = False
+        try:
+            yield
+        finally:
+            switch.enabled = before
+            if merged:
+                merge.merge(self, merged, untie=True)  # what was allowed once is allowed again
+
+    # ------------------------------------------------------------------------------------------------------- merging
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> MergeReport:
+        """Fold adapters into the base weights, reversibly; those merged already stay merged.
+
+        Args:
+            adapter_names: None: the active ones.
+            untie: give a weight that is tied elsewhere (GPT-2's embedding and head) an own copy, instead of refusing.
+
+        Returns:
+            What rounding cost, layer by layer.
+
+        Raises:
+            MergeError: a check failed; nothing was merged.
+        """
+        names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
+        self._check_known(names)
+        before = self._merged()
+        union = tuple(dict.fromkeys((*before, *names)))
+        if before and union != before:  # one rounding for all, not one each
+            merge.unmerge(self)
+            try:
+                return merge.merge(self, union, untie=untie)
+            except BaseException:
+                merge.merge(self, before, untie=True)
+                raise
+        return merge.merge(self, union, untie=untie)
+
+    def unmerge_adapter(self) -> None:
+        """Take every merged adapter out of the base weights again, bit for bit.
+
+        Raises:
+            MergeError: a merged weight was written or converted in the meantime; nothing was changed.
+        """
+        merge.unmerge(self)
+
+    def merge_and_unload(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> nn.Module:
+        """Fold adapters into the base weights for good and hand back the model in its original class.
+
+        Modules trained in full stay as they were trained. What rounding cost is logged to the logger "minipeft";
+        for the numbers, call `merge_adapter` first. Arguments and errors are those of `merge_adapter`.
+        """
+        names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
+        self._check_known(names)
+        index, untied = TensorIndex(self), False
+        for path, wrapper in wrappers(self):
+            for key, tensor in {k: t for n in names for k, t in wrapper.file_tensors(n).items()}.items():
+                if isinstance(wrapper, SavedModule):
+                    if not tensor.isfinite().all():
+                        raise MergeError(f"{path}.{key}: the trained values are not finite; nothing was merged.")
+                    original = wrapper.base_layer.state_dict(keep_vars=True)[key]
+                    untied |= bool(index.also_used_by(_owner(wrapper.base_layer, key), original))
+        if self._merged() and self._merged() != names:
+            merge.unmerge(self)
+        merge.merge(self, names, untie=untie, undoable=False)
+        if untied:
+            merge.mark_untied(self)
+        self._state.switch.active, self._state.switch.enabled = names, True
+        return self._eject(keep_trained=True)
+
+    def unload(self) -> nn.Module:
+        """Take all adapters out and hand back the base, bit for bit, in its original class."""
+        merge.unmerge(self)
+        return self._eject(keep_trained=False)
+
+    # -------------------------------------------------------------------------------------------------------- files
+    def adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """The live tensors of one adapter (None: of the only one) under the keys they have in a file."""
+        return checkpoint.adapter_tensors(self, self._only_or(adapter_name))
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        adapter_name: str | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        """Save adapters in PEFT's format, each whole or not at all, with a model card.
+
+        The adapter "default" goes into the directory itself, any other into a sub-directory of its name, as in PEFT.
+
+        Args:
+            save_directory: made if need be.
+            adapter_name: None: all of them.
+            state_dict: take the values from this (gathered) state of the model instead of the live tensors.
+            is_main_process: False: write nothing.
+
+        Raises:
+            StateError: no such adapter.
+            CheckpointError: the directory cannot be written, or holds a whole model.
+        """
+        names = list(self._state.configs) if adapter_name is None else [adapter_name]
+        self._check_known(names)
+        for name in names if is_main_process else ():
+            directory = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
+            tensors = self.adapter_state_dict(name)
+            if state_dict is not None:
+                tensors = _from_state(self, tensors, state_dict)
+            config = checkpoint.file_config(self, self._state.configs[name], name)
+            checkpoint.save_adapter(directory, tensors, config, checkpoint.base_samples(self))
+            write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
+
+    # ----------------------------------------------------------------------------------------------------- internals
+    def _check_known(self, names: Sequence[str]) -> None:
+        known = self._state.configs
+        for name in names:
+            if name not in known:
+                raise StateError(f"no adapter {name!r}{hint(str(name), known)}; there are: {shown(known)}.")
+        if not names or len(set(names)) != len(names):
+            raise StateError(f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter().")
+
+    def _only_or(self, adapter_name: str | None) -> str:
+        known = list(self._state.configs)
+        if adapter_name is None and len(known) > 1:
+            raise StateError(f"there are several adapters ({shown(known)}); name one.")
+        self._check_known([adapter_name or known[0]])
+        return adapter_name or known[0]
+
+    def _merged(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for _, layer in adapted_layers(self) for name in layer.merged))
+
+    def _mark_trainable(self) -> None:
+        """Gradients for what is both trainable and active: an idle parameter that wants one would stall DDP."""
+        state = self._state
+        for _, wrapper in wrappers(self):
+            for name in wrapper.adapters:
+                for parameter in wrapper.trainable_parameters(name):
+                    parameter.requires_grad_(name in state.trainable and name in state.switch.active)
+
+    def _eject(self, *, keep_trained: bool) -> nn.Module:
+        inject.eject(self, keep_trained=keep_trained)
+        trained_before = self.__dict__.pop("_minipeft").trained_before
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in trained_before)
+        self.__class__ = original_class(type(self))  # type: ignore[assignment]
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so a pickle or a copy names the original one and makes ours again from it.
+        reduced = super().__reduce_ex__(protocol)
+        if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_new, (original_class(type(self)), *reduced[1][1:]), *reduced[2:])
+        return reduced
+
+
+@functools.cache
+def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a model class that has the adapter verbs; the same name, since transformers goes by names."""
+    return type(cls.__name__, (AdaptedModel, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__})
+
+
+def original_class(cls: type) -> type[nn.Module]:
+    """The model class under an adapted one, also where something (FSDP2) has subclassed the adapted one again."""
+    bases = cls.__mro__
+    original: type[nn.Module] = bases[bases.index(AdaptedModel) + 1]
+    return original
+
+
+def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
+    new = adapted_class(cls)
+    module: nn.Module = new.__new__(new, *args)
+    return module
+
+
+def _owner(module: nn.Module, key: str) -> nn.Module:
+    return module.get_submodule(key.rpartition(".")[0])
+
+
+def _from_state(model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values that `state`, a state of `model`, holds for these live tensors."""
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    missing = [names[id(tensor)] for tensor in tensors.values() if names[id(tensor)] not in state]
+    if missing:
+        raise CheckpointError(f"state_dict lacks {shown(missing, 3)} of this model; nothing was written.")
+    return {key: state[names[id(tensor)]] for key, tensor in tensors.items()}
