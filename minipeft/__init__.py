@@ -26,7 +26,11 @@ __version__ = "0.1.0"
 
 
 def get_lora_model(
-    model: nn.Module, config: LoraConfig | None = None, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
+    model: nn.Module,
+    config: LoraConfig | None = None,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
 ) -> AdaptedModel:
     """Adapt a model in place with LoRA and freeze its base; see `get_adapter_model`. No config: ``LoraConfig()``.
 
@@ -35,7 +39,9 @@ def get_lora_model(
     """
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"get_lora_model takes a LoraConfig, not {type(config).__name__}; get_adapter_model takes any method's.")
+        raise ConfigError(
+            f"get_lora_model takes a LoraConfig, not {type(config).__name__}; get_adapter_model takes any method's."
+        )
     return get_adapter_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
@@ -53,9 +59,12 @@ __all__ = [
     "RegistryError",
     "StateError",
     "TargetError",
+    "families",
     "get_adapter_model",
     "get_lora_model",
+    "layers",
     "load_adapter",
+    "methods",
     "register_adapter",
     "register_layer",
     "register_method",

@@ -144,5 +144,6 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """First and one-past-last byte of a tensor within its storage; (0, 0) for an empty one."""
     if tensor.numel() == 0:
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset() * tensor.element_size(), (tensor.storage_offset() + last + 1) * tensor.element_size()
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start * tensor.element_size(), (start + last + 1) * tensor.element_size()

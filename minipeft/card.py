@@ -13,8 +13,12 @@ from minipeft.files import write_files
 CARD_FILE = "README.md"
 MARK = "<!-- written by minipeft; remove this line to keep your own text -->"
 PIPELINES = {
-    "CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification", "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
 }
 
 
@@ -37,13 +41,16 @@ def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> N
         base_model=base if public else None,
         tags=["minipeft", method, *([f"base_model:adapter:{base}"] if public else [])],
         pipeline_tag=PIPELINES.get(str(config.get("task_type"))),
+        **({"base_model_relation": "adapter"} if public else {}),
     )
-    if public:
-        data.base_model_relation = "adapter"
-    options = "\n".join(f"| `{key}` | `{config[key]}` |" for key in ("r", "lora_alpha", "target_modules", "lora_dropout") if key in config)
+    options = "\n".join(
+        f"| `{key}` | `{config[key]}` |"
+        for key in ("r", "lora_alpha", "target_modules", "lora_dropout")
+        if key in config
+    )
     card = ModelCard(
         f"---\n{data.to_yaml()}\n---\n{MARK}\n\n# {method.upper()} adapter\n\n{parameters:,} parameters, in PEFT's format.\n\n"
         f"| option | value |\n|---|---|\n{options}\n\n"
-        "```python\nimport minipeft\n\nmodel = minipeft.load_adapter(base_model, \"path/to/this/directory\")\n```\n"
+        '```python\nimport minipeft\n\nmodel = minipeft.load_adapter(base_model, "path/to/this/directory")\n```\n'
     )
     write_files(directory, {CARD_FILE: str(card).encode("utf-8")})

@@ -1,17 +1,9 @@
-"""Adapter directories in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``, never a pickle.
-
-The two files must belong together. The weights therefore carry, in the safetensors metadata under ``minipeft``, the
-configuration they were saved with, the digest of the configuration file they replaced, and samples of the base
-weights. A reader can so tell an interrupted save (it takes the weights' own configuration) from a pair that was
-mixed by hand (it refuses), and an adapter of another base from one of this base. Files without it, PEFT's own, load too.
-"""
+"""Adapter tensors to and from a directory in PEFT's format: what is written, and whether what is read fits the model."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,19 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from minipeft.adapted import AdaptedLayer, adapted_layers, wrappers
-from minipeft.config import AdapterConfig, asks_nothing, config_from_dict
+from minipeft.adapter_file import CONFIG_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE, AdapterFile, own_metadata
+from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError, nearest, shown
 from minipeft.files import read_limited, write_files
 from minipeft.inject import Plan
 from minipeft.layers.base import LayerOps
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-VERSION = 1
-MAX_CONFIG_BYTES, MAX_HEADER_BYTES = 2**20, 2**26
-DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-# Keys that say where a file comes from, not what its tensors mean.
-PROVENANCE = {"base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping"}
 SAMPLES = 8
 
 
@@ -48,6 +35,17 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         for name, wrapper in wrappers(model)
         for key, tensor in wrapper.file_tensors(adapter_name).items()
     }
+
+
+def tensors_from_state(
+    model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The values that `state`, a state of `model`, holds for these live tensors."""
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    missing = [names[id(tensor)] for tensor in tensors.values() if names[id(tensor)] not in state]
+    if missing:
+        raise CheckpointError(f"state_dict lacks {shown(missing, 3)} of this model; nothing was written.")
+    return {key: state[names[id(tensor)]] for key, tensor in tensors.items()}
 
 
 def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, Any]:
@@ -64,7 +62,9 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str) -> d
     return values
 
 
-def save_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+def save_adapter(
+    directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Any]
+) -> None:
     """Write an adapter, both files or neither (see `minipeft.files`).
 
     Args:
@@ -78,13 +78,16 @@ def save_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Mapping
     """
     if (directory / "config.json").exists() and any(directory.glob("model*.safetensors")):
         raise CheckpointError(
-            f"{directory} holds a whole model; with an adapter beside it, transformers would load the two as one. Save to a directory of its own."
+            f"{directory} holds a whole model; with an adapter beside it, transformers would load the two as one. "
+            "Save the adapter to a directory of its own."
         )
-    previous = _digest_of_file(directory / CONFIG_FILE)
-    own = {"version": VERSION, "config": dict(config), "previous": previous, "base": dict(base)}
-    metadata = {"format": "pt", "minipeft": json.dumps(own, sort_keys=True)}
-    detached = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    payloads = {WEIGHTS_FILE: safetensors.torch.save(detached, metadata), CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+    detached = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+    }
+    payloads = {
+        WEIGHTS_FILE: safetensors.torch.save(detached, own_metadata(config, base, directory)),
+        CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
     write_files(directory, payloads)
 
 
@@ -104,112 +107,7 @@ def sample(ops: type[LayerOps], base: nn.Module) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-def _digest(config: Mapping[str, Any]) -> str:
-    meaning = {key: value for key, value in config.items() if key not in PROVENANCE and not asks_nothing(value)}
-    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
-
-
-def _digest_of_file(path: Path) -> str | None:
-    try:
-        return _digest(_parse_config(path))
-    except CheckpointError:
-        return None
-
-
 # ------------------------------------------------------------------------------------------------------- reading
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter directory whose configuration and header have been read and checked; its tensors have not."""
-
-    path: Path
-    config: AdapterConfig
-    shapes: Mapping[str, tuple[int, ...]]
-    base: Mapping[str, list[float]]
-
-
-def open_adapter(directory: Path) -> AdapterFile:
-    """Read the configuration and the header of the weights.
-
-    Raises:
-        CheckpointError: a file is missing, hostile, damaged or of another save than its neighbour.
-        ConfigError: the configuration asks for something that is not allowed or not implemented.
-    """
-    weights = directory / WEIGHTS_FILE
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no directory; an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
-    if not weights.exists():
-        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".pkl"})
-        fix = f" {shown(pickles)} is a pickle, which is never read: save it again with safe_serialization=True." if pickles else ""
-        raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}.{fix}")
-    shapes, own = _read_header(weights)
-    saved = own.get("config")
-    if (directory / CONFIG_FILE).exists():
-        values = _parse_config(directory / CONFIG_FILE)
-        if saved is not None and _digest(values) != _digest(saved):
-            if _digest(values) != own.get("previous"):
-                raise CheckpointError(
-                    f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} are of different saves; nothing was loaded. Copy both from one save."
-                )
-            values = saved  # the save was interrupted between the two renames; the weights know what they are
-    elif saved is not None:
-        values = saved
-    else:
-        raise CheckpointError(f"{directory} has no {CONFIG_FILE}.")
-    return AdapterFile(weights, config_from_dict(values, f"{directory / CONFIG_FILE}"), shapes, own.get("base") or {})
-
-
-def _parse_config(path: Path) -> dict[str, Any]:
-    try:
-        values = _strict_json(read_limited(path, MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is no valid JSON ({str(error)[:100]}); nothing was loaded.") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object; nothing was loaded.")
-    return values
-
-
-def _strict_json(payload: bytes) -> Any:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(items)
-        if len(table) != len(items):
-            raise ValueError("a key stands twice")
-        return table
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON number")
-
-    return json.loads(payload.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-
-
-def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
-    """Shapes by key, and our own metadata, from the head of a safetensors file; no tensor is read."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > min(size, MAX_HEADER_BYTES):
-                raise ValueError(f"its header claims {length:,} bytes")
-            header = _strict_json(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        shapes = {}
-        total = 0
-        for key, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{key!r} is {entry['dtype']}, and adapters are floating point ({', '.join(DTYPES)})")
-            shapes[key] = tuple(int(n) for n in entry["shape"])
-            total += math.prod(shapes[key]) * DTYPES[entry["dtype"]]
-        if 8 + length + total != size:
-            raise ValueError(f"it has {size:,} bytes where its header describes {8 + length + total:,}")
-        own = _strict_json(metadata["minipeft"].encode()) if "minipeft" in metadata else {}
-        if not isinstance(own, dict) or own.get("version", VERSION) != VERSION:
-            raise ValueError(f"its minipeft metadata is of another version than {VERSION}")
-        return shapes, own
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise CheckpointError(f"{path} is no readable adapter ({str(error)[:200]}); nothing was loaded.") from None
-
-
 @dataclass(frozen=True)
 class Fit:
     """How a file's tensors compare with what a model expects."""
@@ -219,7 +117,11 @@ class Fit:
     copies_of_base: Mapping[str, Tensor]  # keys that hold a base tensor, as PEFT writes for embedding tables
 
     def __str__(self) -> str:
-        return "; ".join(f"{what} {shown(keys)}" for what, keys in (("missing", self.missing), ("unexpected", self.unexpected)) if keys)
+        return "; ".join(
+            f"{what} {shown(keys)}"
+            for what, keys in (("missing", self.missing), ("unexpected", self.unexpected))
+            if keys
+        )
 
 
 def compare(file: AdapterFile, expected: Mapping[str, Tensor], model: nn.Module) -> Fit:
@@ -229,15 +131,28 @@ def compare(file: AdapterFile, expected: Mapping[str, Tensor], model: nn.Module)
         CheckpointError: a shape differs, or no key fits at all.
     """
     wanted = {f"{PREFIX}{name}": tensor for name, tensor in expected.items()}
-    wrong = [f"{key}: {list(shape)} in the file, {list(wanted[key].shape)} here" for key, shape in file.shapes.items() if key in wanted and wanted[key].shape != shape]
+    wrong = [
+        f"{key}: {list(shape)} in the file, {list(wanted[key].shape)} here"
+        for key, shape in file.shapes.items()
+        if key in wanted and wanted[key].shape != shape
+    ]
     if wrong:
-        raise CheckpointError(f"{file.path} does not fit {type(model).__name__}: {shown(wrong, 3).replace(chr(39), '')}; nothing was loaded. Is it for another base?")
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"{file.path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}; nothing was loaded. "
+            "Is it for another base?"
+        )
     base = _base_tensors(model)
     extra = [key for key in file.shapes if key not in wanted]
     copies = {key: base[key] for key in extra if key in base and base[key].shape == file.shapes[key]}
-    fit = Fit(tuple(key for key in wanted if key not in file.shapes), tuple(key for key in extra if key not in copies), copies)
+    fit = Fit(
+        tuple(key for key in wanted if key not in file.shapes), tuple(key for key in extra if key not in copies), copies
+    )
     if len(fit.missing) == len(wanted):
-        raise CheckpointError(f"{file.path} does not fit {type(model).__name__}: none of its {len(file.shapes)} keys is expected{closest(fit)}; nothing was loaded.")
+        raise CheckpointError(
+            f"{file.path} does not fit {type(model).__name__}: none of its {len(file.shapes)} keys is expected"
+            f"{closest(fit)}; nothing was loaded."
+        )
     return fit
 
 
@@ -265,7 +180,7 @@ def closest(fit: Fit) -> str:
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Base parameters under every key that PEFT may give them: with and without the wrapper's ``.base_layer``."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = name.replace(".base_layer.", ".")
         owner, _, last = plain.rpartition(".")
@@ -319,5 +234,11 @@ def read_tensors(file: AdapterFile, fit: Fit) -> dict[str, Tensor]:
         raise CheckpointError(f"{file.path} holds NaN or infinity in {shown(broken, 3)}; nothing was loaded.")
     for key, parameter in fit.copies_of_base.items():
         if not torch.allclose(tensors[key].float(), parameter.detach().float().cpu(), rtol=1e-2, atol=1e-6):
-            raise CheckpointError(f"{file.path} brings its own {key!r}, which differs from this model's; nothing was loaded. Use the base it was trained on.")
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key not in fit.unexpected and key not in fit.copies_of_base}
+            raise CheckpointError(
+                f"{file.path} brings its own {key!r}, which differs from this model's; nothing was loaded. Use the base it was trained on."
+            )
+    return {
+        key.removeprefix(PREFIX): tensor
+        for key, tensor in tensors.items()
+        if key not in fit.unexpected and key not in fit.copies_of_base
+    }

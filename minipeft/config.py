@@ -17,9 +17,21 @@ from minipeft.patterns import compiled
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # Heads that PEFT trains in full without being asked, where the model has them.
-HEADS_OF_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+HEADS_OF_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # Keys of PEFT's files that describe the file, or parameterise options which have a key of their own.
-_METADATA = {"peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "megatron_core", "qalora_group_size"}
+_METADATA = {
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "revision",
+    "inference_mode",
+    "megatron_core",
+    "qalora_group_size",
+}
 
 
 class _KnownNames(type):
@@ -29,7 +41,9 @@ class _KnownNames(type):
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in options:
             if name not in known:
-                raise ConfigError(f"{cls.__name__} has no option {name!r}{hint(name, known)}; known: {', '.join(known)}.")
+                raise ConfigError(
+                    f"{cls.__name__} has no option {name!r}{hint(name, known)}; known: {', '.join(known)}."
+                )
         return super().__call__(*args, **options)
 
 
@@ -71,15 +85,21 @@ class AdapterConfig(metaclass=_KnownNames):
         self._set("layers_pattern", names("layers_pattern", patterns))
         indices = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         if indices is not None:
-            self._set("layers_to_transform", tuple(integer("layers_to_transform", index, at_least=0) for index in indices))
+            self._set(
+                "layers_to_transform", tuple(integer("layers_to_transform", index, at_least=0) for index in indices)
+            )
             if isinstance(self.target_modules, str):
-                raise ConfigError("layers_to_transform needs target_modules as a list, since one regex can say the layers itself.")
+                raise ConfigError(
+                    "layers_to_transform needs target_modules as a list, since one regex can say the layers itself."
+                )
         if self.layers_pattern is not None and indices is None:
             raise ConfigError("layers_pattern needs layers_to_transform, the indices to keep.")
         task = self.task_type.value if isinstance(self.task_type, enum.Enum) else self.task_type
         self._set("task_type", None if task is None else one_of("task_type", task, TASK_TYPES))
         if self.base_model_name_or_path is not None and not isinstance(self.base_model_name_or_path, str):
-            raise ConfigError(f"base_model_name_or_path must be a string or None, not {self.base_model_name_or_path!r}.")
+            raise ConfigError(
+                f"base_model_name_or_path must be a string or None, not {self.base_model_name_or_path!r}."
+            )
         flag("inference_mode", self.inference_mode)
 
     def _set(self, name: str, value: object) -> None:
@@ -113,15 +133,21 @@ def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.jso
     """
     peft_type = values.get("peft_type")
     if not isinstance(peft_type, str):
-        raise ConfigError(f"{where}: 'peft_type' must name a method ({shown(m.upper() for m in registry.method_names())}), not {peft_type!r}.")
+        raise ConfigError(
+            f"{where}: 'peft_type' must name a method ({shown(m.upper() for m in registry.method_names())}), not {peft_type!r}."
+        )
     if peft_type.lower() not in registry.method_names():
-        raise ConfigError(f"{where}: peft_type {peft_type!r} is not implemented; known: {shown(m.upper() for m in registry.method_names())}.")
+        raise ConfigError(
+            f"{where}: peft_type {peft_type!r} is not implemented; known: {shown(m.upper() for m in registry.method_names())}."
+        )
     cls: type[AdapterConfig] = registry.method_class(peft_type.lower()).config_class
     known = {f.name for f in dataclasses.fields(cls)}
     foreign = {key: value for key, value in values.items() if key not in known | _METADATA and not asks_nothing(value)}
     if foreign:
         asked = ", ".join(f"{key} = {value!r:.60}" for key, value in foreign.items())
-        raise ConfigError(f"{where} asks for {asked}, which minipeft does not implement for {peft_type}; nothing was loaded.")
+        raise ConfigError(
+            f"{where} asks for {asked}, which minipeft does not implement for {peft_type}; nothing was loaded."
+        )
     try:
         return cls(**{key: value for key, value in values.items() if key in known - _METADATA})
     except ConfigError as error:
@@ -137,26 +163,40 @@ def asks_nothing(value: object) -> bool:
 
 # ------------------------------------------------------------------------------------------- checks on one value
 def integer(name: str, value: object, at_least: int, at_most: int = 2**31) -> int:
+    """An integer within bounds, no bool."""
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
         raise ConfigError(f"{name} must be an integer from {at_least} to {at_most}, not {value!r:.50}.")
     return value
 
 
-def number(name: str, value: object, above: float | None = None, at_least: float | None = None, below: float | None = None) -> float:
-    bounds = [f"{sign} {bound:g}" for sign, bound in ((">", above), (">=", at_least), ("<", below)) if bound is not None]
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:  # NaN fails too
-        if (above is None or value > above) and (at_least is None or value >= at_least) and (below is None or value < below):
+def number(
+    name: str, value: object, above: float | None = None, at_least: float | None = None, below: float | None = None
+) -> float:
+    """A finite number within bounds, no bool."""
+    bounds = [
+        f"{sign} {bound:g}" for sign, bound in ((">", above), (">=", at_least), ("<", below)) if bound is not None
+    ]
+    if (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    ):  # NaN fails too
+        if (
+            (above is None or value > above)
+            and (at_least is None or value >= at_least)
+            and (below is None or value < below)
+        ):
             return value
     raise ConfigError(f"{name} must be a finite number {' and '.join(bounds)}, not {value!r}.")
 
 
 def flag(name: str, value: object) -> bool:
+    """True or False and nothing that merely counts as one."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, not {value!r}.")
     return value
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> Any:
+    """One of the allowed values, of the same type."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         close = hint(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
         raise ConfigError(f"{name} must be one of {shown(allowed, 20)}, not {value!r}{close}.")
@@ -168,15 +208,22 @@ def names(name: str, value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
     entries = sorted(value, key=str) if isinstance(value, set | frozenset) else value
-    if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, str) and entry for entry in entries):
+    if (
+        not isinstance(entries, list | tuple)
+        or not entries
+        or not all(isinstance(entry, str) and entry for entry in entries)
+    ):
         raise ConfigError(f"{name} must be a non-empty list of non-empty strings, not {value!r:.200}.")
     return tuple(dict.fromkeys(entries))
 
 
 def names_or_regex(name: str, value: object) -> tuple[str, ...] | str | None:
+    """A list of suffixes, or a regular expression that compiles."""
     if isinstance(value, str):
         if not value:
-            raise ConfigError(f"{name} is an empty string; give a list of suffixes such as ['c_attn'], or a regular expression.")
+            raise ConfigError(
+                f"{name} is an empty string; give a list of suffixes such as ['c_attn'], or a regular expression."
+            )
         compiled(value, name)
         return value
     return names(name, value)

@@ -27,17 +27,23 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         _remove_orphans(directory, files)
         needed, free = sum(map(len, files.values())), shutil.disk_usage(directory).free
         if needed > free:
-            raise CheckpointError(f"{directory}: {needed:,} bytes are needed and {free:,} are free; nothing was written.")
+            raise CheckpointError(
+                f"{directory}: {needed:,} bytes are needed and {free:,} are free; nothing was written."
+            )
         for name, payload in files.items():
             target = Path(os.path.realpath(directory / name))
-            temporary[target] = target.with_name(f".{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+            temporary[target] = target.with_name(
+                f".{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            )
             _write_and_sync(temporary[target], payload)
         for target, source in temporary.items():
             os.replace(source, target)
         for folder in {target.parent for target in temporary}:
             _sync_folder(folder)
     except OSError as error:
-        raise CheckpointError(f"{directory} cannot be written ({error.strerror or error}); what was there before is as it was.") from None
+        raise CheckpointError(
+            f"{directory} cannot be written ({error.strerror or error}); what was there before is as it was."
+        ) from None
     finally:
         for source in temporary.values():
             source.unlink(missing_ok=True)

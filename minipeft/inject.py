@@ -59,7 +59,9 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         RegistryError: the method is unknown.
     """
     found = candidates(model)
-    saved = [SavedSite(name, found[name], None) for name in select_saved(model, config, found, every_pattern=every_pattern)]
+    saved = [
+        SavedSite(name, found[name], None) for name in select_saved(model, config, found, every_pattern=every_pattern)
+    ]
     by_name = {name: candidate for candidate in found.values() for name in candidate.names}
     sites = []
     for name in select_targets(model, config, found, every_pattern=every_pattern):
@@ -68,13 +70,23 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         sites.append(AdapterSite(name, by_name[name], ops, adapter_class, config.for_module(name)))
     unused = config.unused_options(site.name for site in sites) if every_pattern else []
     if unused:
-        raise TargetError(f"{shown(unused)} fits none of the {len(sites)} targeted modules (such as {sites[0].name!r}); nothing was changed.")
+        raise TargetError(
+            f"{shown(unused)} fits none of the {len(sites)} targeted modules (such as {sites[0].name!r}); nothing was changed."
+        )
     if config.trains_all_biases:
-        taken = {id(site.candidate.module) for site in sites} | {id(m) for site in saved for m in site.candidate.base.modules()}
-        biased = {name: c for name, c in found.items() if c.base._parameters.get("bias") is not None and id(c.module) not in taken}
+        taken = {id(site.candidate.module) for site in sites} | {
+            id(m) for site in saved for m in site.candidate.base.modules()
+        }
+        biased = {
+            name: c
+            for name, c in found.items()
+            if c.base._parameters.get("bias") is not None and id(c.module) not in taken
+        }
         for name, candidate in biased.items():
             if candidate.base._modules:
-                raise TargetError(f"{name} has a bias beside modules of its own, which bias='all' cannot train; nothing was changed.")
+                raise TargetError(
+                    f"{name} has a bias beside modules of its own, which bias='all' cannot train; nothing was changed."
+                )
         saved += [SavedSite(name, candidate, ("bias",)) for name, candidate in biased.items()]
     for saved_site in saved:
         _check_saveable(saved_site)
@@ -84,7 +96,9 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
 def _ops_for(name: str, candidate: Candidate) -> type[LayerOps]:
     module, base = candidate.module, candidate.base
     if isinstance(module, SavedModule):
-        raise TargetError(f"{name}: already trained in full by another adapter's modules_to_save or bias='all'; nothing was changed.")
+        raise TargetError(
+            f"{name}: already trained in full by another adapter's modules_to_save or bias='all'; nothing was changed."
+        )
     ops = layer_ops(base)
     if ops is not None:
         return ops
@@ -100,10 +114,14 @@ def _ops_for(name: str, candidate: Candidate) -> type[LayerOps]:
 
 
 def _check_saveable(site: SavedSite) -> None:
-    if isinstance(site.candidate.module, AdaptedLayer) or any(isinstance(m, AdaptedLayer) for m in site.candidate.module.modules()):
+    if isinstance(site.candidate.module, AdaptedLayer) or any(
+        isinstance(m, AdaptedLayer) for m in site.candidate.module.modules()
+    ):
         raise TargetError(f"{site.name}: adapted already, so it cannot also be trained in full; nothing was changed.")
     if isinstance(site.candidate.module, SavedModule) and site.candidate.module.only != site.only:
-        raise TargetError(f"{site.name}: another adapter trains {site.candidate.module.only or 'all of it'} here; nothing was changed.")
+        raise TargetError(
+            f"{site.name}: another adapter trains {site.candidate.module.only or 'all of it'} here; nothing was changed."
+        )
 
 
 @dataclass(frozen=True)
@@ -115,8 +133,12 @@ class Parts:
 
     def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
         """Module name and key in a file, joined -> the live tensor."""
-        pairs = [(site.name, adapter.file_tensors()) for site, adapter in zip(plan.adapters, self.adapters, strict=True)]
-        pairs += [(site.name, copy_tensors(module, site.only)) for site, module in zip(plan.saved, self.copies, strict=True)]
+        pairs = [
+            (site.name, adapter.file_tensors()) for site, adapter in zip(plan.adapters, self.adapters, strict=True)
+        ]
+        pairs += [
+            (site.name, copy_tensors(module, site.only)) for site, module in zip(plan.saved, self.copies, strict=True)
+        ]
         return {f"{name}.{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
 
 
@@ -131,7 +153,9 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
     bases = [_on_meta(site.candidate.base) if on_meta else site.candidate.base for site in plan.adapters]
     shared: dict[type[Adapter], object | None] = {}
     for cls in dict.fromkeys(site.adapter_class for site in plan.adapters):
-        shared[cls] = cls.share([(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls], plan.config)
+        shared[cls] = cls.share(
+            [(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls], plan.config
+        )
     adapters = []
     for base, site in zip(bases, plan.adapters, strict=True):
         adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
@@ -161,7 +185,9 @@ def _cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
 
 def _on_meta(base: nn.Module) -> nn.Module:
     stand_in = copy.copy(base)
-    stand_in._parameters = {k: None if p is None else nn.Parameter(p.detach().to("meta"), False) for k, p in base._parameters.items()}
+    stand_in._parameters = {
+        k: None if p is None else nn.Parameter(p.detach().to("meta"), False) for k, p in base._parameters.items()
+    }
     return stand_in
 
 
@@ -213,7 +239,10 @@ def discard(model: nn.Module, adapter_name: str) -> None:
 
 def eject(model: nn.Module, *, keep_trained: bool) -> None:
     """Put every base layer back in its place; with `keep_trained`, a module trained in full stays as it was trained."""
-    _unwrap(model, lambda wrapper: wrapper.current() if keep_trained and isinstance(wrapper, SavedModule) else wrapper.base_layer)
+    _unwrap(
+        model,
+        lambda wrapper: wrapper.current() if keep_trained and isinstance(wrapper, SavedModule) else wrapper.base_layer,
+    )
 
 
 def _unwrap(model: nn.Module, replacement: Callable[[Wrapper], nn.Module]) -> None:

@@ -1,15 +1,10 @@
-"""Folding adapters into base weights: accumulated in float32, rounded once, checked before anything is written,
-and undone bit for bit.
-
-Undoing needs no second copy of the weights. With W' = round(W + D), the value round(W' - D) is W itself but for a few
-elements, so a merge keeps those few, the factors that make D, and sums of W's bits to prove that what comes back is W.
-A method whose merge is no plain sum, or an update so large that many elements differ, keeps a copy.
-"""
+"""Folding adapters into base weights: accumulated in float32, rounded once, checked before anything is written."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -20,10 +15,10 @@ from minipeft import registry
 from minipeft.adapted import AdaptedLayer, TensorIndex, adapted_layers
 from minipeft.errors import MergeError, shown
 from minipeft.functional import accumulation_dtype
-from minipeft.methods.base import Adapter
+from minipeft.undo import Undo, original_weight, remember, total_delta
 
 logger = logging.getLogger("minipeft")
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_forward = operator.attrgetter("forward")
 PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
@@ -43,22 +38,6 @@ class MergeReport:
         return f"merged {len(self.relative_error)} layers; rounding changed the update by at most {self.worst:.2g}" + (
             f" of its norm ({where})" if where else ""
         )
-
-
-@dataclass
-class Undo:
-    """All it takes to bring one layer's weight and bias back."""
-
-    base_layer: nn.Module
-    bias: Tensor | None
-    weight: Tensor | None = None  # a copy; without it, the four below
-    adapters: tuple[Adapter, ...] = ()
-    positions: Tensor | None = None
-    values: Tensor | None = None
-    bit_sums: Tensor | None = None
-    threads: int = 1
-    untied: dict[str, nn.Parameter] = field(default_factory=dict)  # the shared parameters, to be put back as they are
-    retie: bool = False  # whether the model's config said that they are tied
 
 
 # ------------------------------------------------------------------------------------------------------- merging
@@ -108,7 +87,9 @@ def _check(
     """Compute one layer's merge without writing it: how to undo it, and what rounding costs."""
     base, ops = layer.base_layer, layer.ops
     if not ops.can_merge:
-        raise MergeError(f"{path}: {ops.__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged.")
+        raise MergeError(
+            f"{path}: {ops.__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged."
+        )
     weight, bias = ops.read_weight(base).detach(), ops.read_bias(base)
     merged, merged_bias = merged_weight(layer, names)
     rounded, rounded_bias = merged.to(weight.dtype), merged_bias
@@ -124,14 +105,16 @@ def _check(
     undo = Undo(base, None if bias is None else bias.detach().clone(), untied=_ties(path, base, written, index, untie))
     _check_own_forward(path, layer, names)
     adapters = tuple(layer.adapter(name) for name in names)
-    update = _total_delta(adapters)
+    update = total_delta(adapters)
     if undoable and not undo.untied:
-        _remember(undo, weight, rounded, adapters, update)
+        remember(undo, weight, rounded, adapters, update)
     wanted = merged - weight if update is None else update.to(merged.dtype)
     return undo, _relative_error(rounded.to(merged.dtype) - weight, wanted)
 
 
-def _ties(path: str, base: nn.Module, written: list[Tensor], index: TensorIndex, untie: bool) -> dict[str, nn.Parameter]:
+def _ties(
+    path: str, base: nn.Module, written: list[Tensor], index: TensorIndex, untie: bool
+) -> dict[str, nn.Parameter]:
     """The layer's own parameters that the merge would write and that other modules use too."""
     pointers = {tensor.data_ptr() for tensor in written}
     shared = {}
@@ -151,7 +134,7 @@ def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -
     """A subclass may use its weight in its own way: try the merge on a copy of such a layer, with a random input."""
     base = layer.base_layer
     registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops is layer.ops), type(base))
-    if type(base).forward is registered.forward:
+    if _forward(type(base)) is _forward(registered):
         return
     trial = copy.deepcopy(layer).eval()
     trial.switch.active, trial.switch.enabled, trial.merged = names, True, ()
@@ -188,88 +171,17 @@ def unmerge(model: nn.Module) -> None:
             if layer.undo is None:
                 raise MergeError(f"{path}: this merge was made for good, and cannot be undone.")
             if layer.undo.base_layer is layer.base_layer and not layer.undo.untied:
-                _original(path, layer)  # raises here, before any layer has been touched
+                original_weight(path, layer)  # raises here, before any layer has been touched
             todo.append((path, layer))
     for path, layer in todo:
         undo: Undo = layer.undo
         if undo.base_layer is layer.base_layer and not undo.untied:
-            layer.ops.write_weight(undo.base_layer, _original(path, layer), undo.bias)
+            layer.ops.write_weight(undo.base_layer, original_weight(path, layer), undo.bias)
         for name, parameter in undo.untied.items():
             setattr(undo.base_layer, name, parameter)
         if undo.retie:
             model.config.tie_word_embeddings = True  # type: ignore[union-attr]
         layer.base_layer, layer.merged, layer.undo = undo.base_layer, (), None
-
-
-def _remember(undo: Undo, weight: Tensor, rounded: Tensor, adapters: tuple[Adapter, ...], update: Tensor | None) -> None:
-    undo.bit_sums = _bit_sums(weight)
-    if update is not None:
-        back = _subtracted(rounded, update)
-        differs = _bits(back) != _bits(weight)
-        if int(differs.sum()) * 16 <= weight.numel():
-            undo.positions = differs.nonzero()
-            undo.values = weight[differs]
-            undo.adapters = tuple(copy.deepcopy(adapter).requires_grad_(False) for adapter in adapters)
-            undo.threads = torch.get_num_threads()
-            return
-    undo.weight = weight.clone()
-
-
-def _original(path: str, layer: AdaptedLayer) -> Tensor:
-    """The canonical weight as it was before the merge, proved by the sums of its bits."""
-    undo: Undo = layer.undo
-    now = layer.ops.read_weight(layer.base_layer).detach()
-    if undo.weight is not None:
-        original = undo.weight.to(now.device)
-        same_dtype = original.dtype == now.dtype
-    else:
-        assert undo.positions is not None and undo.values is not None
-        same_dtype = undo.values.dtype == now.dtype
-        update = _with_threads(undo.threads, undo.adapters)
-        original = _subtracted(now, update.to(now.device))
-        rows, columns = undo.positions.to(now.device).unbind(1)
-        if same_dtype:
-            original[rows, columns] = undo.values.to(now.device)
-    if not same_dtype or not torch.equal(_bit_sums(original).cpu(), undo.bit_sums.cpu()):  # type: ignore[union-attr]
-        raise MergeError(f"{path}: the merged weight was written or converted after the merge, so it cannot be undone exactly; nothing was changed.")
-    return original
-
-
-def _with_threads(threads: int, adapters: tuple[Adapter, ...]) -> Tensor:
-    """The update, computed with as many threads as at the merge: another split of the product may round otherwise."""
-    current = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        update = _total_delta(adapters)
-    finally:
-        torch.set_num_threads(current)
-    assert update is not None
-    return update
-
-
-def _total_delta(adapters: tuple[Adapter, ...]) -> Tensor | None:
-    total: Tensor | None = None
-    for adapter in adapters:
-        update = adapter.delta()
-        if update is None:
-            return None
-        total = update if total is None else total + update
-    return total
-
-
-def _subtracted(rounded: Tensor, update: Tensor) -> Tensor:
-    dtype = accumulation_dtype(rounded)
-    return (rounded.to(dtype) - update.to(dtype)).to(rounded.dtype)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(BITS[tensor.element_size()])
-
-
-def _bit_sums(weight: Tensor) -> Tensor:
-    """Sum of the bit patterns along each row and each column, exact integers."""
-    bits = _bits(weight)
-    return torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
 
 
 def mark_untied(model: nn.Module) -> bool:

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import copyreg
-import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from minipeft import checkpoint, inject, merge, registry
-from minipeft.adapted import Switch, TensorIndex, adapted_layers, wrappers
+from minipeft.adapted import TensorIndex, adapted_layers, wrappers
+from minipeft.adapter_file import open_adapter
 from minipeft.card import write_card
 from minipeft.config import AdapterConfig
-from minipeft.errors import CheckpointError, ConfigError, MergeError, StateError, hint, shown
+from minipeft.errors import ConfigError, MergeError, StateError, hint, shown
 from minipeft.merge import MergeReport
 from minipeft.saved_module import SavedModule
+from minipeft.state import STATE, AdapterState, attach, detach, mark_trainable, reduced
 
 DEFAULT = "default"
 WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
-
-
-@dataclass
-class AdapterState:
-    """What an adapted model knows beyond its modules: plain data, so that copies and pickles of the model carry it."""
-
-    configs: dict[str, AdapterConfig] = field(default_factory=dict)
-    switch: Switch = field(default_factory=Switch)
-    trainable: set[str] = field(default_factory=set)
-    trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
 
 
 def get_adapter_model(
@@ -53,11 +42,14 @@ def get_adapter_model(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     if isinstance(model, AdaptedModel):
-        raise StateError(f"{type(model).__name__} is adapted already ({shown(model.adapter_configs)}); use model.add_adapter(name, config).")
+        raise StateError(
+            f"{type(model).__name__} is adapted already ({shown(model.adapter_configs)}); use model.add_adapter(name, config)."
+        )
     _check_name(adapter_name, ())
     plan = _plan(model, config)
     parts = inject.build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
-    return attach(model, plan, parts, adapter_name, trainable=not config.inference_mode)
+    attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
+    return cast(AdaptedModel, model)
 
 
 def load_adapter(
@@ -87,7 +79,7 @@ def load_adapter(
     """
     _check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
     registry.load_plugins()
-    file = checkpoint.open_adapter(Path(directory))
+    file = open_adapter(Path(directory))
     plan = inject.plan(model, file.config, every_pattern=False)
     fit = checkpoint.compare(file, inject.build(plan, on_meta=True).file_tensors(plan), model)
     if not allow_base_mismatch:
@@ -95,7 +87,8 @@ def load_adapter(
     checkpoint.check_strict(file, fit, strict)
     tensors = checkpoint.read_tensors(file, fit)
     parts = inject.build_from(plan, tensors)
-    return attach(model, plan, parts, adapter_name, trainable=is_trainable)
+    attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
+    return cast(AdaptedModel, model)
 
 
 def _plan(model: nn.Module, config: AdapterConfig) -> inject.Plan:
@@ -109,49 +102,26 @@ def _plan(model: nn.Module, config: AdapterConfig) -> inject.Plan:
 
 def _check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict, name):
-        raise ConfigError(f"adapter name {name!r:.100} is not allowed: 1 to 64 letters, digits, '_' and '-', and no module attribute; such as 'default'.")
+        raise ConfigError(
+            f"adapter name {name!r:.100} is not allowed: 1 to 64 letters, digits, '_' and '-', and no module attribute; such as 'default'."
+        )
     if name in taken:
-        raise StateError(f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name.")
-
-
-def attach(model: nn.Module, plan: inject.Plan, parts: inject.Parts, adapter_name: str, *, trainable: bool) -> AdaptedModel:
-    """Put built parts into a model; the first time, also freeze its base and change its class."""
-    first = not isinstance(model, AdaptedModel)
-    state = AdapterState() if first else model.__dict__["_minipeft"]
-    if first:
-        state.trained_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-        new_class, old_class = adapted_class(type(model)), type(model)
-        try:
-            model.__class__ = new_class
-        except TypeError as error:
-            raise StateError(f"{old_class.__name__} does not allow the class change that adapting makes ({error}).") from None
-    try:
-        inject.apply(plan, parts, adapter_name, state.switch)
-    except BaseException:
-        if first:
-            model.__class__ = old_class
-        raise
-    if first:
-        model.__dict__["_minipeft"] = state
-        model.requires_grad_(False)
-        state.switch.active = (adapter_name,)
-    state.configs[adapter_name] = plan.config
-    if trainable:
-        state.trainable.add(adapter_name)
-    assert isinstance(model, AdaptedModel)
-    model._mark_trainable()
-    return model
+        raise StateError(
+            f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name."
+        )
 
 
 # ------------------------------------------------------------------------------------------------- the class family
 class AdaptedModel(nn.Module):
-    """What an adapted model can do beside what its own class does. Never built: `attach` gives it to a model."""
+    """What an adapted model can do beside what its own class does. Never built, but mixed in (see `minipeft.state`)."""
 
     @property
     def _state(self) -> AdapterState:
-        state = self.__dict__.get("_minipeft")
+        state = self.__dict__.get(STATE)
         if state is None:
-            raise StateError(f"this {type(self).__name__} has no adapter: it was built from the class of an adapted model.")
+            raise StateError(
+                f"this {type(self).__name__} has no adapter: it was built from the class of an adapted model."
+            )
         assert isinstance(state, AdapterState)
         return state
 
@@ -174,7 +144,9 @@ class AdaptedModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print the two counts and their ratio in percent."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}")
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}"
+        )
 
     def add_adapter(self, adapter_name: str, config: AdapterConfig, *, autocast_adapter_dtype: bool = True) -> None:
         """Add another adapter; it waits for `set_adapter`.
@@ -185,7 +157,7 @@ class AdaptedModel(nn.Module):
         _check_name(adapter_name, self.adapter_configs)
         plan = _plan(self, config)
         parts = inject.build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
-        attach(self, plan, parts, adapter_name, trainable=not config.inference_mode)
+        attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
 
     def load_adapter(
         self,
@@ -197,7 +169,9 @@ class AdaptedModel(nn.Module):
         allow_base_mismatch: bool = False,
     ) -> AdaptedModel:
         """Read another adapter into this model; see `minipeft.load_adapter`."""
-        return load_adapter(self, directory, adapter_name, is_trainable, strict, allow_base_mismatch=allow_base_mismatch)
+        return load_adapter(
+            self, directory, adapter_name, is_trainable, strict, allow_base_mismatch=allow_base_mismatch
+        )
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Let these adapters act and no other; several add up. What is trainable stays trainable, what is not does not.
@@ -212,12 +186,14 @@ class AdaptedModel(nn.Module):
         for path, wrapper in wrappers(self) if len(names) > 1 else ():
             owners = [name for name in names if name in wrapper.adapters]
             if isinstance(wrapper, SavedModule) and len(owners) > 1:
-                raise StateError(f"{path}: {shown(owners)} each train this module in full, so they cannot act together.")
+                raise StateError(
+                    f"{path}: {shown(owners)} each train this module in full, so they cannot act together."
+                )
         state = self._state
         touched = {*state.switch.active, *names} & state.trainable
         state.switch.active = names
         if touched:
-            self._mark_trainable()
+            mark_trainable(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out.
@@ -227,7 +203,9 @@ class AdaptedModel(nn.Module):
         """
         self._check_known((adapter_name,))
         if adapter_name in self._state.switch.active or adapter_name in self._merged():
-            raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one first, or unload() the model.")
+            raise StateError(
+                f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one first, or unload() the model."
+            )
         inject.discard(self, adapter_name)
         del self._state.configs[adapter_name]
         self._state.trainable.discard(adapter_name)
@@ -304,12 +282,14 @@ class AdaptedModel(nn.Module):
         if untied:
             merge.mark_untied(self)
         self._state.switch.active, self._state.switch.enabled = names, True
-        return self._eject(keep_trained=True)
+        detach(self, AdaptedModel, keep_trained=True)
+        return self
 
     def unload(self) -> nn.Module:
         """Take all adapters out and hand back the base, bit for bit, in its original class."""
         merge.unmerge(self)
-        return self._eject(keep_trained=False)
+        detach(self, AdaptedModel, keep_trained=False)
+        return self
 
     # -------------------------------------------------------------------------------------------------------- files
     def adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
@@ -344,7 +324,7 @@ class AdaptedModel(nn.Module):
             directory = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
             tensors = self.adapter_state_dict(name)
             if state_dict is not None:
-                tensors = _from_state(self, tensors, state_dict)
+                tensors = checkpoint.tensors_from_state(self, tensors, state_dict)
             config = checkpoint.file_config(self, self._state.configs[name], name)
             checkpoint.save_adapter(directory, tensors, config, checkpoint.base_samples(self))
             write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
@@ -356,7 +336,9 @@ class AdaptedModel(nn.Module):
             if name not in known:
                 raise StateError(f"no adapter {name!r}{hint(str(name), known)}; there are: {shown(known)}.")
         if not names or len(set(names)) != len(names):
-            raise StateError(f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter().")
+            raise StateError(
+                f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter()."
+            )
 
     def _only_or(self, adapter_name: str | None) -> str:
         known = list(self._state.configs)
@@ -368,57 +350,9 @@ class AdaptedModel(nn.Module):
     def _merged(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for _, layer in adapted_layers(self) for name in layer.merged))
 
-    def _mark_trainable(self) -> None:
-        """Gradients for what is both trainable and active: an idle parameter that wants one would stall DDP."""
-        state = self._state
-        for _, wrapper in wrappers(self):
-            for name in wrapper.adapters:
-                for parameter in wrapper.trainable_parameters(name):
-                    parameter.requires_grad_(name in state.trainable and name in state.switch.active)
-
-    def _eject(self, *, keep_trained: bool) -> nn.Module:
-        inject.eject(self, keep_trained=keep_trained)
-        trained_before = self.__dict__.pop("_minipeft").trained_before
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in trained_before)
-        self.__class__ = original_class(type(self))  # type: ignore[assignment]
-        return self
-
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so a pickle or a copy names the original one and makes ours again from it.
-        reduced = super().__reduce_ex__(protocol)
-        if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_new, (original_class(type(self)), *reduced[1][1:]), *reduced[2:])
-        return reduced
-
-
-@functools.cache
-def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a model class that has the adapter verbs; the same name, since transformers goes by names."""
-    return type(cls.__name__, (AdaptedModel, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__})
-
-
-def original_class(cls: type) -> type[nn.Module]:
-    """The model class under an adapted one, also where something (FSDP2) has subclassed the adapted one again."""
-    bases = cls.__mro__
-    original: type[nn.Module] = bases[bases.index(AdaptedModel) + 1]
-    return original
-
-
-def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
-    new = adapted_class(cls)
-    module: nn.Module = new.__new__(new, *args)
-    return module
+        return reduced(AdaptedModel, self, super().__reduce_ex__(protocol))
 
 
 def _owner(module: nn.Module, key: str) -> nn.Module:
     return module.get_submodule(key.rpartition(".")[0])
-
-
-def _from_state(model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values that `state`, a state of `model`, holds for these live tensors."""
-    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
-    missing = [names[id(tensor)] for tensor in tensors.values() if names[id(tensor)] not in state]
-    if missing:
-        raise CheckpointError(f"state_dict lacks {shown(missing, 3)} of this model; nothing was written.")
-    return {key: state[names[id(tensor)]] for key, tensor in tensors.items()}

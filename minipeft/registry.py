@@ -71,7 +71,9 @@ def register_method(name: str) -> Callable[[Class], Class]:
     return _registering(_tables.methods, name, "Adapter", f"method {name!r}")
 
 
-def register_adapter(method: str, *, layer: type | str | None = None, pattern: str | None = None) -> Callable[[Class], Class]:
+def register_adapter(
+    method: str, *, layer: type | str | None = None, pattern: str | None = None
+) -> Callable[[Class], Class]:
     """Override the class a method uses: for one layer type, or for the modules whose name fits `pattern`.
 
     The pattern is a regular expression for the whole name or a dotted suffix of it. A pattern goes before a layer
@@ -83,7 +85,9 @@ def register_adapter(method: str, *, layer: type | str | None = None, pattern: s
     if (layer is None) == (pattern is None):
         raise RegistryError("register_adapter: give exactly one of layer=... and pattern=...")
     if pattern is not None:
-        return _registering(_tables.by_pattern, (method, pattern), "Adapter", f"method {method!r} at pattern {pattern!r}")
+        return _registering(
+            _tables.by_pattern, (method, pattern), "Adapter", f"method {method!r} at pattern {pattern!r}"
+        )
     key = _type_key(layer)  # type: ignore[arg-type]
     return _registering(_tables.by_layer, (method, key), "Adapter", f"method {method!r} on layer type {key!r}")
 
@@ -97,7 +101,9 @@ def register_targets(model_type: str, patterns: Sequence[str] | str) -> None:
     value = patterns if isinstance(patterns, str) else tuple(patterns)
     known = _tables.targets.setdefault(model_type, value)
     if known != value:
-        raise RegistryError(f"model type {model_type!r} already has the default targets {known!r}; not changed to {value!r}.")
+        raise RegistryError(
+            f"model type {model_type!r} already has the default targets {known!r}; not changed to {value!r}."
+        )
 
 
 def _registering(table: dict[Any, type[Any]], key: Any, contract: str, what: str) -> Callable[[Class], Class]:
@@ -105,7 +111,9 @@ def _registering(table: dict[Any, type[Any]], key: Any, contract: str, what: str
         _check_contract(cls, contract)
         known = table.get(key)
         if known is not None and qualified(known) != qualified(cls):
-            raise RegistryError(f"{what} is already registered to {qualified(known)}; {qualified(cls)} was not registered.")
+            raise RegistryError(
+                f"{what} is already registered to {qualified(known)}; {qualified(cls)} was not registered."
+            )
         table[key] = cls
         return cls
 
@@ -132,7 +140,9 @@ def _check_contract(cls: type, contract: str) -> None:
     for method in _public_functions(root):
         wanted, given = (list(inspect.signature(getattr(owner, method)).parameters) for owner in (root, cls))
         if given[: len(wanted)] != wanted:
-            raise RegistryError(f"{name}.{method}({', '.join(given)}) does not fit the {contract} contract: {method}({', '.join(wanted)}).")
+            raise RegistryError(
+                f"{name}.{method}({', '.join(given)}) does not fit the {contract} contract: {method}({', '.join(wanted)})."
+            )
 
 
 def _public_functions(root: type) -> Iterator[str]:
@@ -233,4 +243,7 @@ def load_plugins() -> None:
             entry.load()
         except Exception as error:  # a plugin is foreign code: whatever it raises must not take the host down
             _tables = before
-            warnings.warn(f"minipeft plugin {entry.name!r} ({entry.value}) failed to load and is left out: {error!r}", stacklevel=2)
+            warnings.warn(
+                f"minipeft plugin {entry.name!r} ({entry.value}) failed to load and is left out: {error!r}",
+                stacklevel=2,
+            )

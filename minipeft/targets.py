@@ -44,7 +44,10 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
         modules[id(module)] = module
         names.setdefault(id(module), []).append(name)
         places.setdefault(id(module), {})[id(parent), attribute] = (parent, attribute)
-    return {names[key][0]: Candidate(module, tuple(names[key]), tuple(places[key].values())) for key, module in modules.items()}
+    return {
+        names[key][0]: Candidate(module, tuple(names[key]), tuple(places[key].values()))
+        for key, module in modules.items()
+    }
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
@@ -61,7 +64,9 @@ def layer_ops(base: nn.Module) -> type[LayerOps] | None:
     return next((ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base)), None)
 
 
-def select_targets(model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True) -> list[str]:
+def select_targets(
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
+) -> list[str]:
     """Names of the modules to adapt, in the model's order.
 
     Args:
@@ -76,7 +81,11 @@ def select_targets(model: nn.Module, config: AdapterConfig, found: dict[str, Can
     """
     saved = set(select_saved(model, config, found, every_pattern=every_pattern))
     names = {name: first for first, candidate in found.items() for name in candidate.names}
-    excluded = set(_matching(config.exclude_modules, names, "exclude_modules", model, every_pattern)) if config.exclude_modules else set()
+    excluded = (
+        set(_matching(config.exclude_modules, names, "exclude_modules", model, every_pattern))
+        if config.exclude_modules
+        else set()
+    )
     eligible = [name for name in names if name not in excluded and not _within(name, saved)]
     if config.target_modules == ALL_LINEAR:
         chosen = _all_linear(model, found, eligible)
@@ -85,12 +94,18 @@ def select_targets(model: nn.Module, config: AdapterConfig, found: dict[str, Can
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
     chosen = _in_layers(config, chosen, every_pattern)
     if not chosen:
-        raise TargetError(f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt; nothing was changed.")
-    first_names = {names[name]: name for name in reversed(chosen)}  # a shared module goes by the first name that was chosen
+        raise TargetError(
+            f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt; nothing was changed."
+        )
+    first_names = {
+        names[name]: name for name in reversed(chosen)
+    }  # a shared module goes by the first name that was chosen
     return [name for name in chosen if first_names[names[name]] == name]
 
 
-def select_saved(model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True) -> list[str]:
+def select_saved(
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
+) -> list[str]:
     """Names of the modules to train in full: those of ``modules_to_save``, and the head that the task brings along.
 
     Raises:
@@ -108,7 +123,11 @@ def select_saved(model: nn.Module, config: AdapterConfig, found: dict[str, Candi
             f"task_type {config.task_type!r} trains the head ({shown(of_task)}), and {type(model).__name__} has none; "
             "nothing was changed. Name the head in modules_to_save, or leave task_type out."
         )
-    return [name for name in found if name in chosen and not any(name != other and _within(name, {other}) for other in chosen)]
+    return [
+        name
+        for name in found
+        if name in chosen and not any(name != other and _within(name, {other}) for other in chosen)
+    ]
 
 
 def _within(name: str, roots: set[str]) -> bool:
@@ -117,7 +136,12 @@ def _within(name: str, roots: set[str]) -> bool:
 
 
 def _matching(
-    patterns: Sequence[str] | str, eligible: Iterable[str], option: str, model: nn.Module, every_pattern: bool, all_names: Iterable[str] = ()
+    patterns: Sequence[str] | str,
+    eligible: Iterable[str],
+    option: str,
+    model: nn.Module,
+    every_pattern: bool,
+    all_names: Iterable[str] = (),
 ) -> list[str]:
     """The eligible names that fit; each pattern of a list must fit one of `all_names`, or of the eligible ones."""
     names = list(eligible)
@@ -125,8 +149,14 @@ def _matching(
         chosen = full_matches(patterns, names, option)
         if not chosen and every_pattern:
             is_ending = any(is_suffix(patterns, name) for name in names)
-            fix = f" A string is a regular expression for the whole name; for the suffix give the list [{patterns!r}]." if is_ending else ""
-            raise TargetError(f"{option}: the regular expression {patterns!r} matches no module of {type(model).__name__}; nothing was changed.{fix}")
+            fix = (
+                f" A string is a regular expression for the whole name; for the suffix give the list [{patterns!r}]."
+                if is_ending
+                else ""
+            )
+            raise TargetError(
+                f"{option}: the regular expression {patterns!r} matches no module of {type(model).__name__}; nothing was changed.{fix}"
+            )
         return chosen
     entries = set(patterns)
     unused = entries.difference(*(_endings(name) for name in (all_names or names)))
@@ -184,10 +214,14 @@ def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) ->
     missing = sorted(wanted - seen)
     if missing and every_pattern:
         have = f"0 to {max(seen)}" if seen else "none; check layers_pattern"
-        raise TargetError(f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have}); nothing was changed.")
+        raise TargetError(
+            f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have}); nothing was changed."
+        )
     for entry in config.target_modules or () if every_pattern else ():
         if any(is_suffix(entry, name) for name in chosen) and not any(is_suffix(entry, name) for name in kept):
-            raise TargetError(f"target_modules: {entry!r} stands in none of the layers {shown(sorted(wanted))}; nothing was changed.")
+            raise TargetError(
+                f"target_modules: {entry!r} stands in none of the layers {shown(sorted(wanted))}; nothing was changed."
+            )
     return kept
 
 

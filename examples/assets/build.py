@@ -29,7 +29,17 @@ from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent
 END = "<|endoftext|>"
-NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "encodings", "ensurepip", "pydoc_data"}
+NOT_LIBRARY = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "turtledemo",
+    "encodings",
+    "ensurepip",
+    "pydoc_data",
+}
 CODE_TRAIN_BYTES, CODE_EVAL_BYTES, CODE_MODULE_BYTES = 400_000, 50_000, 20_000
 DOCS_EVAL_SHARE = 0.04
 VOCAB, POSITIONS, WIDTH, LAYERS, HEADS = 2048, 256, 128, 4, 4
@@ -86,7 +96,14 @@ def code_corpus() -> tuple[list[str], list[str]]:
     for _, tree in modules:
         text = without_docstrings(tree)
         text = text[: text.rfind("\n", 0, CODE_MODULE_BYTES) + 1] if len(text) > CODE_MODULE_BYTES else text + "\n"
-        part = next((p for p, limit in zip(parts, (CODE_TRAIN_BYTES, CODE_EVAL_BYTES), strict=True) if sum(map(len, p)) < limit), None)
+        part = next(
+            (
+                p
+                for p, limit in zip(parts, (CODE_TRAIN_BYTES, CODE_EVAL_BYTES), strict=True)
+                if sum(map(len, p)) < limit
+            ),
+            None,
+        )
         if part is not None and len(text) >= 500:
             part.append(text)
     return parts
@@ -123,10 +140,17 @@ def build_tokenizer(text: str):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(text.split(END), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END, pad_token=END, model_max_length=POSITIONS
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=POSITIONS,
     )
 
 
@@ -138,14 +162,24 @@ def pretrain(tokenizer, train_text: str, eval_texts: dict[str, str], steps: int,
     random.seed(SEED)
     torch.manual_seed(SEED)
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=POSITIONS, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
-        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0,  # attention dropout would rule out the fused CPU attention
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=VOCAB,
+        n_positions=POSITIONS,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.0,  # attention dropout would rule out the fused CPU attention
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = GPT2LMHeadModel(config)
     ids = torch.tensor(tokenizer(train_text)["input_ids"])
     blocks = {name: torch.tensor(tokenizer(text)["input_ids"]) for name, text in eval_texts.items()}
-    print(f"{model.num_parameters():,} parameters, {ids.numel():,} tokens, {steps * batch_size * POSITIONS / ids.numel():.1f} epochs")
+    print(
+        f"{model.num_parameters():,} parameters, {ids.numel():,} tokens, {steps * batch_size * POSITIONS / ids.numel():.1f} epochs"
+    )
 
     def perplexity(tokens) -> float:
         model.eval()
@@ -158,7 +192,10 @@ def pretrain(tokenizer, train_text: str, eval_texts: dict[str, str], steps: int,
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=learning_rate, betas=(0.9, 0.98), fused=True
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     generator = torch.Generator().manual_seed(SEED)
@@ -175,7 +212,9 @@ def pretrain(tokenizer, train_text: str, eval_texts: dict[str, str], steps: int,
         optimizer.zero_grad()
         if step % 250 == 0 or step in (1, steps):
             scores = {name: round(perplexity(tokens), 2) for name, tokens in blocks.items()}
-            log.append({"step": step, "loss": round(loss.item(), 4), **scores, "seconds": round(time.perf_counter() - started)})
+            log.append(
+                {"step": step, "loss": round(loss.item(), 4), **scores, "seconds": round(time.perf_counter() - started)}
+            )
             print(json.dumps(log[-1]), flush=True)
     return model, log
 
@@ -195,7 +234,9 @@ def save_half(model, tokenizer, folder: Path) -> None:
 
 
 def write_sums(assets: Path) -> None:
-    files = sorted(p for p in assets.rglob("*") if p.is_file() and p.name != "SHA256SUMS" and p.suffix not in {".py", ".pyc"})
+    files = sorted(
+        p for p in assets.rglob("*") if p.is_file() and p.name != "SHA256SUMS" and p.suffix not in {".py", ".pyc"}
+    )
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(assets).as_posix()}\n" for p in files]
     (assets / "SHA256SUMS").write_text("".join(lines), "utf-8")
 
@@ -206,7 +247,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--output_dir", type=Path, default=None, help="where to write the model (default: examples/assets/tiny)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=None, help="where to write the model (default: examples/assets/tiny)"
+    )
     args = parser.parse_args()
     if args.extract:
         extract(ASSETS)
@@ -221,11 +264,19 @@ def main() -> None:
     model, log = pretrain(tokenizer, train_text, evals, args.steps, args.batch_size, args.learning_rate)
     folder = args.output_dir or ASSETS / "tiny"
     save_half(model, tokenizer, folder)
-    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, tokenizers)}}
+    versions = {
+        "python": platform.python_version(),
+        **{m.__name__: m.__version__ for m in (torch, transformers, tokenizers)},
+    }
     result = {
-        "command": f"python examples/assets/build.py --steps {args.steps} --batch_size {args.batch_size} --learning_rate {args.learning_rate}",
-        "seed": SEED, "threads": torch.get_num_threads(), "versions": versions, "parameters": model.num_parameters(),
-        "final": log[-1], "log": log,
+        "command": f"python examples/assets/build.py --steps {args.steps} --batch_size {args.batch_size} "
+        f"--learning_rate {args.learning_rate}",
+        "seed": SEED,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "parameters": model.num_parameters(),
+        "final": log[-1],
+        "log": log,
     }
     target = (args.output_dir or ASSETS) / "RESULTS.json"
     target.write_text(json.dumps(result, indent=2) + "\n", "utf-8")

@@ -43,7 +43,9 @@ class LinearOps(DenseOps):
     def accepts(base: Any) -> bool:
         # nn.MultiheadAttention reads the weight of its out_proj and never calls it, so an adapter there would do nothing.
         read_not_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        return not read_not_called and is_plain(base.weight) and base.weight.shape == (base.out_features, base.in_features)
+        return (
+            not read_not_called and is_plain(base.weight) and base.weight.shape == (base.out_features, base.in_features)
+        )
 
     @staticmethod
     def shape(base: Any) -> tuple[int, int]:

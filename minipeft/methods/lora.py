@@ -150,8 +150,8 @@ class Lora(Adapter):
         if dropped and self.is_lookup:
             h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), self.dropout)
         result = y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype)
-        if self.lora_bias is not None:
-            bias = ops.read_bias(base)
+        bias = ops.read_bias(base)
+        if self.lora_bias is not None and bias is not None:
             result = result + (self.lora_bias - bias).to(y.dtype)
         return result
 

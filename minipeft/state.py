@@ -1,0 +1,114 @@
+"""What makes a model an adapted one: its state, its class, and which of its parameters train."""
+
+from __future__ import annotations
+
+import copyreg
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from minipeft import inject
+from minipeft.adapted import Switch, wrappers
+from minipeft.config import AdapterConfig
+from minipeft.errors import StateError
+
+STATE = "_minipeft"  # where a model keeps its state: in its __dict__, so that it is copied and pickled along
+
+
+@dataclass
+class AdapterState:
+    """What an adapted model knows beyond its modules: plain data, so that copies and pickles of the model carry it."""
+
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
+    trainable: set[str] = field(default_factory=set)
+    trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
+
+
+def attach(
+    model: nn.Module,
+    mixin: type[nn.Module],
+    plan: inject.Plan,
+    parts: inject.Parts,
+    adapter_name: str,
+    *,
+    trainable: bool,
+) -> None:
+    """Put built parts into a model; the first time, also freeze its base and mix the adapter verbs into its class.
+
+    Raises:
+        StateError: the class of the model cannot be changed; nothing was.
+    """
+    first, old_class = STATE not in model.__dict__, type(model)
+    state = model.__dict__.get(STATE) or AdapterState()
+    if first:
+        state.trained_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        try:
+            model.__class__ = mixed_class(mixin, old_class)
+        except TypeError as error:
+            raise StateError(
+                f"{old_class.__name__} does not allow the change of class that adapting makes ({error})."
+            ) from None
+    try:
+        inject.apply(plan, parts, adapter_name, state.switch)
+    except BaseException:
+        model.__class__ = old_class
+        raise
+    if first:
+        model.__dict__[STATE] = state
+        model.requires_grad_(False)
+        state.switch.active = (adapter_name,)
+    state.configs[adapter_name] = plan.config
+    if trainable:
+        state.trainable.add(adapter_name)
+    mark_trainable(model)
+
+
+def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
+    """Give a model its base layers, its class and its trainable parameters back; see `inject.eject`."""
+    inject.eject(model, keep_trained=keep_trained)
+    trained_before = model.__dict__.pop(STATE).trained_before
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained_before)
+    model.__class__ = original_class(mixin, type(model))
+
+
+def mark_trainable(model: nn.Module) -> None:
+    """Gradients for what is both trainable and active: an idle parameter that wants one would stall DDP."""
+    state: AdapterState = model.__dict__[STATE]
+    for _, wrapper in wrappers(model):
+        for name in wrapper.adapters:
+            for parameter in wrapper.trainable_parameters(name):
+                parameter.requires_grad_(name in state.trainable and name in state.switch.active)
+
+
+# ----------------------------------------------------------------------------------------------- the class family
+_mixed: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def mixed_class(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a model class with a mixin; it keeps the name and module, since transformers goes by them."""
+    if (mixin, cls) not in _mixed:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _mixed[mixin, cls] = type(cls.__name__, (mixin, cls), names)
+    return _mixed[mixin, cls]
+
+
+def original_class(mixin: type[nn.Module], cls: type) -> type[nn.Module]:
+    """The model class under a mixed one, also where something (FSDP2) has subclassed the mixed one again."""
+    original: type[nn.Module] = cls.__mro__[cls.__mro__.index(mixin) + 1]
+    return original
+
+
+def reduced(mixin: type[nn.Module], model: nn.Module, plain: Any) -> Any:
+    """`plain`, what ``__reduce_ex__`` gave, with the class named by its parts: it is made at run time, so no pickle finds it."""
+    if plain[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+        return (_new, (mixin, original_class(mixin, type(model)), *plain[1][1:]), *plain[2:])
+    return plain
+
+
+def _new(mixin: type[nn.Module], cls: type[nn.Module], *args: Any) -> nn.Module:
+    mixed = mixed_class(mixin, cls)
+    module: nn.Module = mixed.__new__(mixed, *args)
+    return module

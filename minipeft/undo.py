@@ -1,0 +1,113 @@
+"""Undoing a merge bit for bit, mostly without a second copy of the weights.
+
+With W' = round(W + D), the value round(W' - D) is W itself but for a few elements. So a merge keeps those few, the
+factors that make D, and sums of W's bits, to prove that what comes back is W. A method whose merge is no plain sum,
+or an update so large that many elements differ, keeps a copy of W instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapted import AdaptedLayer
+from minipeft.errors import MergeError
+from minipeft.functional import accumulation_dtype
+from minipeft.methods.base import Adapter
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass
+class Undo:
+    """All it takes to bring one layer's weight and bias back."""
+
+    base_layer: nn.Module
+    bias: Tensor | None
+    weight: Tensor | None = None  # a copy; without it, the four below
+    adapters: tuple[Adapter, ...] = ()
+    positions: Tensor | None = None
+    values: Tensor | None = None
+    bit_sums: Tensor | None = None
+    threads: int = 1
+    untied: dict[str, nn.Parameter] = field(default_factory=dict)  # the shared parameters, to be put back as they are
+    retie: bool = False  # whether the model's config said that they are tied
+
+
+def remember(undo: Undo, weight: Tensor, rounded: Tensor, adapters: tuple[Adapter, ...], update: Tensor | None) -> None:
+    """Note down what brings `weight` back from `rounded`, the merged one; `update` is None for a merge that is no sum."""
+    undo.bit_sums = _bit_sums(weight)
+    if update is not None:
+        back = _subtracted(rounded, update)
+        differs = _bits(back) != _bits(weight)
+        if int(differs.sum()) * 16 <= weight.numel():
+            undo.positions = differs.nonzero()
+            undo.values = weight[differs]
+            undo.adapters = tuple(copy.deepcopy(adapter).requires_grad_(False) for adapter in adapters)
+            undo.threads = torch.get_num_threads()
+            return
+    undo.weight = weight.clone()
+
+
+def original_weight(path: str, layer: AdaptedLayer) -> Tensor:
+    """The canonical weight as it was before the merge, proved by the sums of its bits."""
+    undo: Undo = layer.undo
+    now = layer.ops.read_weight(layer.base_layer).detach()
+    if undo.weight is not None:
+        original = undo.weight.to(now.device)
+        same_dtype = original.dtype == now.dtype
+    else:
+        assert undo.positions is not None
+        assert undo.values is not None
+        same_dtype = undo.values.dtype == now.dtype
+        update = _with_threads(undo.threads, undo.adapters)
+        original = _subtracted(now, update.to(now.device))
+        rows, columns = undo.positions.to(now.device).unbind(1)
+        if same_dtype:
+            original[rows, columns] = undo.values.to(now.device)
+    if not same_dtype or not torch.equal(_bit_sums(original).cpu(), undo.bit_sums.cpu()):  # type: ignore[union-attr]
+        raise MergeError(
+            f"{path}: the merged weight was written or converted after the merge, so it cannot be undone exactly; nothing was changed."
+        )
+    return original
+
+
+def _with_threads(threads: int, adapters: tuple[Adapter, ...]) -> Tensor:
+    """The update, computed with as many threads as at the merge: another split of the product may round otherwise."""
+    current = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        update = total_delta(adapters)
+    finally:
+        torch.set_num_threads(current)
+    assert update is not None
+    return update
+
+
+def total_delta(adapters: tuple[Adapter, ...]) -> Tensor | None:
+    """The dense update of several adapters together, or None where one of them is not additive."""
+    total: Tensor | None = None
+    for adapter in adapters:
+        update = adapter.delta()
+        if update is None:
+            return None
+        total = update if total is None else total + update
+    return total
+
+
+def _subtracted(rounded: Tensor, update: Tensor) -> Tensor:
+    dtype = accumulation_dtype(rounded)
+    return (rounded.to(dtype) - update.to(dtype)).to(rounded.dtype)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(BITS[tensor.element_size()])
+
+
+def _bit_sums(weight: Tensor) -> Tensor:
+    """Sum of the bit patterns along each row and each column, exact integers."""
+    bits = _bits(weight)
+    return torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
