@@ -36,12 +36,13 @@ def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> N
     base = config.get("base_model_name_or_path")
     public = isinstance(base, str) and not Path(base).exists() and not Path(base).is_absolute()
     method = str(config["peft_type"]).lower()
+    relation: dict[str, Any] = {"base_model_relation": "adapter"} if public else {}
     data = ModelCardData(
         library_name="peft",  # the format is PEFT's, and this makes the hub show how to load it
         base_model=base if public else None,
         tags=["minipeft", method, *([f"base_model:adapter:{base}"] if public else [])],
         pipeline_tag=PIPELINES.get(str(config.get("task_type"))),
-        **({"base_model_relation": "adapter"} if public else {}),
+        **relation,
     )
     options = "\n".join(
         f"| `{key}` | `{config[key]}` |"

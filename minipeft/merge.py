@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import registry
-from minipeft.adapted import AdaptedLayer, TensorIndex, adapted_layers
+from minipeft.adapted import AdaptedLayer, TensorIndex, adapted_layers, wrappers
 from minipeft.errors import MergeError, shown
 from minipeft.functional import accumulation_dtype
+from minipeft.saved_module import SavedModule
 from minipeft.undo import Undo, original_weight, remember, total_delta
 
 logger = logging.getLogger("minipeft")
@@ -182,6 +183,24 @@ def unmerge(model: nn.Module) -> None:
         if undo.retie:
             model.config.tie_word_embeddings = True  # type: ignore[union-attr]
         layer.base_layer, layer.merged, layer.undo = undo.base_layer, (), None
+
+
+def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
+    """Look at the modules trained in full; returns whether putting one in place parts it from a tensor it was tied to.
+
+    Raises:
+        MergeError: a trained value is not finite.
+    """
+    index, parts_ties = TensorIndex(model), False
+    for path, wrapper in wrappers(model):
+        for name in names if isinstance(wrapper, SavedModule) else ():
+            for key, tensor in wrapper.file_tensors(name).items():
+                if not tensor.isfinite().all():
+                    raise MergeError(f"{path}.{key}: the trained values are not finite; nothing was merged.")
+                original = wrapper.base_layer.state_dict(keep_vars=True)[key]
+                owner = wrapper.base_layer.get_submodule(key.rpartition(".")[0])
+                parts_ties |= bool(index.also_used_by(owner, original))
+    return parts_ties
 
 
 def mark_untied(model: nn.Module) -> bool:

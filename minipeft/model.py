@@ -12,11 +12,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from minipeft import checkpoint, inject, merge, registry
-from minipeft.adapted import TensorIndex, adapted_layers, wrappers
+from minipeft.adapted import adapted_layers, wrappers
 from minipeft.adapter_file import open_adapter
 from minipeft.card import write_card
 from minipeft.config import AdapterConfig
-from minipeft.errors import ConfigError, MergeError, StateError, hint, shown
+from minipeft.errors import ConfigError, StateError, hint, shown
 from minipeft.merge import MergeReport
 from minipeft.saved_module import SavedModule
 from minipeft.state import STATE, AdapterState, attach, detach, mark_trainable, reduced
@@ -268,14 +268,7 @@ class AdaptedModel(nn.Module):
         """
         names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
         self._check_known(names)
-        index, untied = TensorIndex(self), False
-        for path, wrapper in wrappers(self):
-            for key, tensor in {k: t for n in names for k, t in wrapper.file_tensors(n).items()}.items():
-                if isinstance(wrapper, SavedModule):
-                    if not tensor.isfinite().all():
-                        raise MergeError(f"{path}.{key}: the trained values are not finite; nothing was merged.")
-                    original = wrapper.base_layer.state_dict(keep_vars=True)[key]
-                    untied |= bool(index.also_used_by(_owner(wrapper.base_layer, key), original))
+        untied = merge.check_trained_copies(self, names)
         if self._merged() and self._merged() != names:
             merge.unmerge(self)
         merge.merge(self, names, untie=untie, undoable=False)
@@ -352,7 +345,3 @@ class AdaptedModel(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(AdaptedModel, self, super().__reduce_ex__(protocol))
-
-
-def _owner(module: nn.Module, key: str) -> nn.Module:
-    return module.get_submodule(key.rpartition(".")[0])

@@ -27,11 +27,12 @@ class Undo:
 
     base_layer: nn.Module
     bias: Tensor | None
-    weight: Tensor | None = None  # a copy; without it, the four below
+    merged_sums: Tensor | None = None  # of the bits of W', to notice that it was written since
+    weight: Tensor | None = None  # a copy of W; without it, the next five
+    weight_sums: Tensor | None = None  # of the bits of W
     adapters: tuple[Adapter, ...] = ()
     positions: Tensor | None = None
     values: Tensor | None = None
-    bit_sums: Tensor | None = None
     threads: int = 1
     untied: dict[str, nn.Parameter] = field(default_factory=dict)  # the shared parameters, to be put back as they are
     retie: bool = False  # whether the model's config said that they are tied
@@ -39,13 +40,11 @@ class Undo:
 
 def remember(undo: Undo, weight: Tensor, rounded: Tensor, adapters: tuple[Adapter, ...], update: Tensor | None) -> None:
     """Note down what brings `weight` back from `rounded`, the merged one; `update` is None for a merge that is no sum."""
-    undo.bit_sums = _bit_sums(weight)
+    undo.merged_sums = _bit_sums(rounded)
     if update is not None:
-        back = _subtracted(rounded, update)
-        differs = _bits(back) != _bits(weight)
+        differs = _bits(_subtracted(rounded, update)) != _bits(weight)
         if int(differs.sum()) * 16 <= weight.numel():
-            undo.positions = differs.nonzero()
-            undo.values = weight[differs]
+            undo.positions, undo.values, undo.weight_sums = differs.nonzero(), weight[differs], _bit_sums(weight)
             undo.adapters = tuple(copy.deepcopy(adapter).requires_grad_(False) for adapter in adapters)
             undo.threads = torch.get_num_threads()
             return
@@ -53,26 +52,27 @@ def remember(undo: Undo, weight: Tensor, rounded: Tensor, adapters: tuple[Adapte
 
 
 def original_weight(path: str, layer: AdaptedLayer) -> Tensor:
-    """The canonical weight as it was before the merge, proved by the sums of its bits."""
+    """The canonical weight as it was before the merge.
+
+    Raises:
+        MergeError: the merged weight was written or converted in the meantime.
+    """
     undo: Undo = layer.undo
     now = layer.ops.read_weight(layer.base_layer).detach()
-    if undo.weight is not None:
-        original = undo.weight.to(now.device)
-        same_dtype = original.dtype == now.dtype
-    else:
+    if _same_sums(now, undo.merged_sums):
+        if undo.weight is not None:
+            return undo.weight.to(now.device)
         assert undo.positions is not None
         assert undo.values is not None
-        same_dtype = undo.values.dtype == now.dtype
-        update = _with_threads(undo.threads, undo.adapters)
-        original = _subtracted(now, update.to(now.device))
+        original = _subtracted(now, _with_threads(undo.threads, undo.adapters).to(now.device))
         rows, columns = undo.positions.to(now.device).unbind(1)
-        if same_dtype:
-            original[rows, columns] = undo.values.to(now.device)
-    if not same_dtype or not torch.equal(_bit_sums(original).cpu(), undo.bit_sums.cpu()):  # type: ignore[union-attr]
-        raise MergeError(
-            f"{path}: the merged weight was written or converted after the merge, so it cannot be undone exactly; nothing was changed."
-        )
-    return original
+        original[rows, columns] = undo.values.to(now.device)
+        if _same_sums(original, undo.weight_sums):
+            return original
+    raise MergeError(
+        f"{path}: the merged weight was written or converted after the merge, so it cannot be undone exactly; "
+        "nothing was changed."
+    )
 
 
 def _with_threads(threads: int, adapters: tuple[Adapter, ...]) -> Tensor:
@@ -108,6 +108,11 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _bit_sums(weight: Tensor) -> Tensor:
-    """Sum of the bit patterns along each row and each column, exact integers."""
+    """The element size, and the sums of the bit patterns along each row and column: exact integers."""
     bits = _bits(weight)
-    return torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
+    size = torch.tensor([weight.element_size()], device=weight.device)
+    return torch.cat([size, bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
+
+
+def _same_sums(weight: Tensor, sums: Tensor | None) -> bool:
+    return sums is not None and torch.equal(_bit_sums(weight).cpu(), sums.cpu())

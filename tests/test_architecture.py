@@ -1,0 +1,126 @@
+"""The house in order: lint, format, types, and imports that point down only."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minipeft
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "minipeft"
+# One line a floor, the lowest first: a module imports from floors below it, or from its own without a cycle.
+FLOORS = (
+    ("errors", "registry"),
+    ("patterns", "functional", "files", "config", "families"),
+    ("layers", "methods"),
+    ("adapted", "saved_module", "targets", "undo", "merge"),
+    ("inject", "adapter_file", "checkpoint", "card", "state"),
+    ("model",),
+    ("__init__",),
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imported(path):
+    """The minipeft modules that a file imports, as dotted names."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minipeft":
+            if node.module == "minipeft":
+                yield from (f"minipeft.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "minipeft")
+
+
+def part(module):
+    return [*module.split("."), "__init__"][1]
+
+
+def run(*command):
+    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_ruff_finds_nothing():
+    run("ruff", "check", ".")
+
+
+def test_the_code_is_formatted():
+    run("ruff", "format", "--check", ".")
+
+
+def test_mypy_is_strict_and_content():
+    run("mypy")
+
+
+def test_every_module_stands_on_a_floor():
+    assert {part(name) for _, name in modules()} == set(FLOOR)
+
+
+@pytest.mark.parametrize(("path", "name"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_point_down(path, name):
+    for other in imported(path):
+        assert FLOOR[part(other)] <= FLOOR[part(name)], f"{name} imports {other}, which stands above it"
+
+
+def test_there_is_no_import_cycle():
+    graph = {name.removesuffix(".__init__"): set(imported(path)) for path, name in modules()}
+    graph = {name: {other for other in others if other in graph} for name, others in graph.items()}
+    del graph["minipeft"]  # the front door imports everything, and nothing inside imports it
+    # A package imports its own modules to let them register, and they import siblings by full name.
+    for package in ("minipeft.layers", "minipeft.methods"):
+        graph[package] = set()
+    done: list[str] = []
+    while len(done) < len(graph):
+        free = [name for name in graph if name not in done and graph[name] <= set(done) | {"minipeft"}]
+        assert free, f"these import each other: {sorted(set(graph) - set(done))}"
+        done += free
+
+
+def test_the_core_names_no_concrete_method_or_layer():
+    concrete = {"minipeft.methods.lora", "minipeft.layers.linear", "minipeft.layers.embedding"}
+    for path, name in modules():
+        if name != "minipeft.__init__":  # the front door shows LoRA
+            assert not concrete & set(imported(path)), name
+
+
+def test_nothing_is_unpickled_and_nothing_foreign_is_imported_at_once():
+    code = "import sys, json, minipeft; print(json.dumps(sorted(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(result.stdout))
+    assert not loaded & {"transformers", "peft", "datasets", "accelerate", "bitsandbytes", "torchao", "matplotlib"}
+    for path, name in modules():
+        text = path.read_text("utf-8")
+        assert "import pickle" not in text, name
+        assert "torch.load" not in text.replace("safetensors.torch.load", ""), name
+
+
+def test_all_names_what_there_is():
+    assert len(set(minipeft.__all__)) == len(minipeft.__all__)
+    for name in minipeft.__all__:
+        assert hasattr(minipeft, name)
+
+
+def test_files_stay_small():
+    lengths = {name: len(path.read_text("utf-8").splitlines()) for path, name in modules()}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
+
+
+def test_no_path_of_a_machine_is_in_the_repository():
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".toml", ".json", ".txt", ".yaml", ""} and path.is_file():
+            text = path.read_text("utf-8", errors="ignore")
+            for prefix in ("home", "root", "work", "Users"):
+                assert f"/{prefix}/" not in text, f"{name} names a folder of one machine"

@@ -1,0 +1,241 @@
+"""What target_modules and its companions select, and what they refuse: the model is then bit for bit what it was."""
+
+import pytest
+import torch
+from tiny_models import gpt2, gpt2_classifier, llama, logits, state_digest
+from torch import nn
+
+from minipeft import ConfigError, LoraConfig, StateError, TargetError, get_lora_model
+from minipeft.adapted import AdaptedLayer, adapted_layers, wrappers
+
+
+def chosen(model, **options):
+    return [name for name, _ in adapted_layers(get_lora_model(model, LoraConfig(r=2, **options)))]
+
+
+BLOCKS = ["transformer.h.0", "transformer.h.1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [f"{b}.attn.c_attn" for b in BLOCKS]),
+        ({"target_modules": ["attn.c_proj"]}, [f"{b}.attn.c_proj" for b in BLOCKS]),
+        ({"target_modules": ["c_proj"]}, [f"{b}.{part}.c_proj" for b in BLOCKS for part in ("attn", "mlp")]),
+        ({"target_modules": r".*\.h\.1\..*c_(attn|fc)"}, ["transformer.h.1.attn.c_attn", "transformer.h.1.mlp.c_fc"]),
+        ({"target_modules": ["wte", "lm_head"]}, ["transformer.wte", "lm_head"]),
+        ({"target_modules": ["c_proj"], "exclude_modules": ["mlp.c_proj"]}, [f"{b}.attn.c_proj" for b in BLOCKS]),
+        (
+            {"target_modules": ["c_proj"], "exclude_modules": r".*h\.0.*"},
+            [f"{BLOCKS[1]}.{p}.c_proj" for p in ("attn", "mlp")],
+        ),
+        ({"target_modules": ["c_attn"], "layers_to_transform": 1}, ["transformer.h.1.attn.c_attn"]),
+        (
+            {"target_modules": ["c_attn"], "layers_to_transform": [0], "layers_pattern": "h"},
+            ["transformer.h.0.attn.c_attn"],
+        ),
+        ({"target_modules": ["transformer.h.0.attn.c_attn"]}, ["transformer.h.0.attn.c_attn"]),
+        (
+            {"target_modules": "all-linear"},
+            [f"{b}.{part}" for b in BLOCKS for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
+        ),
+    ],
+)
+def test_the_patterns_select(options, expected):
+    assert chosen(gpt2(), **options) == expected
+
+
+def test_all_linear_leaves_the_head_out_also_a_classifier_without_a_task():
+    assert "lm_head" not in chosen(llama(), target_modules="all-linear")
+    assert "score" not in chosen(gpt2_classifier(), target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"target_modules": ["c_atn", "c_proj"]},
+            r"target_modules: 'c_atn' matches no module .*\(closest: 'c_attn', 2 modules\)",
+        ),
+        ({"target_modules": "c_attn"}, r"give the list \['c_attn'\]"),
+        ({"target_modules": ".*nothing"}, "matches no module of GPT2LMHeadModel"),
+        ({"target_modules": ["ln_1"]}, "transformer.h.0.ln_1: no LayerOps for torch.nn.*LayerNorm; registered: Conv1D"),
+        ({"target_modules": ["attn"]}, "transformer.h.0.attn: no LayerOps for .*GPT2Attention"),
+        ({"target_modules": ["c_attn"], "exclude_modules": ["c_att"]}, "exclude_modules: 'c_att' matches no module"),
+        ({"target_modules": ["c_attn"], "exclude_modules": ["c_attn"]}, "leaves no module"),
+        (
+            {"target_modules": ["c_attn"], "layers_to_transform": [1, 7]},
+            "no targeted module in layer 7 .*found: 0 to 1",
+        ),
+        (
+            {"target_modules": ["c_attn", "lm_head"], "layers_to_transform": [1]},
+            "'lm_head' stands in none of the layers 1",
+        ),
+        ({"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": "layers"}, "check layers_pattern"),
+        ({"modules_to_save": ["head"]}, r"modules_to_save: 'head' matches no module .*\(closest: 'lm_head'"),
+        ({"modules_to_save": ["c_attn"]}, "leaves no module"),
+        ({"rank_pattern": {"c_atn": 4}}, "rank_pattern: c_atn"),
+        ({"rank_pattern": {"c_proj": 4}}, "'rank_pattern: c_proj' fits none of the 2 targeted modules"),
+        ({"alpha_pattern": {"h.9": 4}}, "alpha_pattern"),
+        ({"task_type": "SEQ_CLS"}, "trains the head .*'score'"),
+        ({"target_modules": "(a+)+x|(.*)*y" + "(.*)*" * 12 + "z"}, "takes more than|matches no module"),
+    ],
+)
+def test_what_fits_nothing_is_an_error_that_changes_nothing(options, said):
+    model = gpt2()
+    before = state_digest(model)
+    with pytest.raises((TargetError, ConfigError), match=said):
+        get_lora_model(model, LoraConfig(**options))
+    assert state_digest(model) == before
+
+
+def test_a_hostile_expression_is_stopped():
+    layers = nn.Sequential()
+    layers.add_module("a" * 60 + "!", nn.Linear(2, 2))
+    with pytest.raises(TargetError, match="takes more than 2 s|matches no module"):
+        get_lora_model(layers, LoraConfig(target_modules="(a|a|aa)+(a|a)*(a|aa)*$"))
+
+
+def test_an_unknown_model_gets_proposals_from_its_own_modules():
+    model = nn.ModuleDict(
+        {"blocks": nn.ModuleList([nn.ModuleDict({"mix": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})] * 3)}
+    )
+    with pytest.raises(TargetError, match=r"give target_modules, from this model's own: 'mix \(1\)'"):
+        get_lora_model(model, LoraConfig())
+
+
+class Twice(nn.Module):
+    """One linear layer under two names, one of them in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(4, 4)
+        self.steps = nn.ModuleList([nn.Linear(4, 4), self.encode])
+
+    def forward(self, x):
+        return self.steps[1](self.steps[0](self.encode(x)))
+
+
+@pytest.mark.parametrize(
+    "targets", [["encode"], ["steps.1"], ["encode", "steps.1"], ["encode", "steps.0"], "all-linear"]
+)
+def test_a_module_under_two_names_gets_one_wrapper_at_both(targets):
+    model = get_lora_model(Twice(), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    assert isinstance(model.encode, AdaptedLayer)
+    assert model.encode is model.steps[1]
+    x = torch.randn(3, 4)
+    expected = model(x)
+    base = model.merge_and_unload()
+    torch.testing.assert_close(base(x), expected)
+    assert base.encode is base.steps[1]
+
+
+def test_a_block_that_is_itself_shared_is_adapted_once():
+    block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    model = get_lora_model(nn.Sequential(block, block), LoraConfig(r=2, target_modules=["0.0"]))
+    assert len(list(wrappers(model))) == 1
+    assert model[0][0] is model[1][0]
+
+
+def test_a_packed_weight_is_refused_not_misread():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(
+        TargetError, match="0: torch.nn.modules.linear.Linear is registered, but .*Parameter of torch.uint8"
+    ):
+        get_lora_model(model, LoraConfig(target_modules=["0"]))
+    assert chosen(model, target_modules="all-linear") == ["1"]
+
+
+def test_a_projection_that_is_read_and_never_called_is_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(TargetError, match="attention.out_proj: .*read and not called"):
+        get_lora_model(model, LoraConfig(target_modules=["out_proj"]))
+
+
+def test_the_fast_path_of_a_transformer_encoder_does_not_pass_the_adapters_by():
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
+    )
+    model = get_lora_model(
+        encoder, LoraConfig(r=2, target_modules=["linear1", "linear2"], init_lora_weights=False)
+    ).eval()
+    x = torch.randn(2, 3, 8)
+    expected = model(x)  # with gradients, the layers are called one by one
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        with model.disable_adapter():
+            assert not torch.allclose(model(x), expected)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+class ShiftedEmbedding(nn.Embedding):
+    """As OPT's positions: the index it looks up is not the index it is given."""
+
+    def forward(self, ids):
+        return super().forward(ids + 2)
+
+
+def test_an_embedding_with_a_lookup_of_its_own_is_refused():
+    with pytest.raises(TargetError, match="ShiftedEmbedding is registered, but"):
+        get_lora_model(nn.Sequential(ShiftedEmbedding(9, 4)), LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_model_is_refused_with_the_right_order(wrap):
+    with pytest.raises(StateError, match="adapt the model itself, then wrap it"):
+        get_lora_model(wrap(nn.Sequential(nn.Linear(2, 2))), LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("name", ["", ".", "../x", "/etc/x", "a.b", "a b", "a/b", "keys", "train", "x" * 65, None, 3])
+def test_an_adapter_name_that_could_leave_its_directory_is_refused(name):
+    model = gpt2()
+    before = state_digest(model)
+    with pytest.raises(ConfigError, match="adapter name"):
+        get_lora_model(model, LoraConfig(), adapter_name=name)
+    assert state_digest(model) == before
+
+
+@pytest.mark.parametrize("config", [None, {"r": 8}, "lora"])
+def test_what_is_no_config_is_refused(config):
+    from minipeft import get_adapter_model
+
+    with pytest.raises(ConfigError, match="config must be"):
+        get_adapter_model(gpt2(), config)
+
+
+def test_a_failing_adapter_class_leaves_the_model_as_it_was(monkeypatch):
+    from minipeft.methods.lora import Lora
+
+    model, made = gpt2(), []
+
+    def fail_at_the_second(self, init):
+        made.append(self)
+        if len(made) == 2:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Lora, "reset_parameters", fail_at_the_second)
+    before = state_digest(model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        get_lora_model(model, LoraConfig())
+    assert state_digest(model) == before
+
+
+def test_an_assignment_that_fails_half_way_is_taken_back(monkeypatch):
+    model = gpt2()
+    before, expected = state_digest(model), logits(model)
+    attention = type(model.transformer.h[1].attn)
+    original = attention.__setattr__
+
+    def refuse(self, name, value):
+        if self is model.transformer.h[1].attn and isinstance(value, AdaptedLayer):
+            raise RuntimeError("no")
+        original(self, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "__setattr__", refuse)
+        with pytest.raises(RuntimeError, match="no"):
+            get_lora_model(model, LoraConfig())
+    assert state_digest(model) == before
+    assert torch.equal(logits(model), expected)
