@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,16 @@ def own_metadata(config: Mapping[str, Any], base: Mapping[str, Any], directory: 
         "base": dict(base),
     }
     return {"format": "pt", "minipeft": json.dumps(own, sort_keys=True)}
+
+
+def with_sorted_metadata(payload: bytes) -> bytes:
+    """The same safetensors file with its metadata in a fixed order, so that equal adapters are equal bytes."""
+    length = struct.unpack("<Q", payload[:8])[0]
+    header = json.loads(payload[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
+    return struct.pack("<Q", len(text)) + text + payload[8 + length :]
 
 
 def _digest(config: Mapping[str, Any]) -> str:
@@ -70,7 +81,7 @@ def open_adapter(directory: Path) -> AdapterFile:
         ConfigError: the configuration asks for something that is not allowed or not implemented.
     """
     weights = directory / WEIGHTS_FILE
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path's, it answers False for names that are too long or hold a NUL
         raise CheckpointError(
             f"{directory} is no directory; an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}."
         )

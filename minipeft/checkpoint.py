@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from minipeft.adapted import AdaptedLayer, adapted_layers, wrappers
-from minipeft.adapter_file import CONFIG_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE, AdapterFile, own_metadata
+from minipeft.adapter_file import (
+    CONFIG_FILE,
+    MAX_HEADER_BYTES,
+    WEIGHTS_FILE,
+    AdapterFile,
+    own_metadata,
+    with_sorted_metadata,
+)
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError, nearest, shown
 from minipeft.files import read_limited, write_files
@@ -76,7 +84,7 @@ def save_adapter(
     Raises:
         CheckpointError: the directory cannot be written, or holds a whole model, which an adapter beside it would alter.
     """
-    if (directory / "config.json").exists() and any(directory.glob("model*.safetensors")):
+    if os.path.exists(directory / "config.json") and any(directory.glob("model*.safetensors")):
         raise CheckpointError(
             f"{directory} holds a whole model; with an adapter beside it, transformers would load the two as one. "
             "Save the adapter to a directory of its own."
@@ -84,11 +92,9 @@ def save_adapter(
     detached = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
     }
-    payloads = {
-        WEIGHTS_FILE: safetensors.torch.save(detached, own_metadata(config, base, directory)),
-        CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-    }
-    write_files(directory, payloads)
+    weights = with_sorted_metadata(safetensors.torch.save(detached, own_metadata(config, base, directory)))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})
 
 
 def base_samples(model: nn.Module) -> dict[str, Any]:
