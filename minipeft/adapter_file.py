@@ -38,7 +38,7 @@ def own_metadata(config: Mapping[str, Any], base: Mapping[str, Any], directory: 
         "previous": _digest_of_file(directory / CONFIG_FILE),
         "base": dict(base),
     }
-    return {"format": "pt", "minipeft": json.dumps(own, sort_keys=True)}
+    return {"format": "pt", "minipeft": json.dumps(own)}
 
 
 def with_sorted_metadata(payload: bytes) -> bytes:
@@ -52,8 +52,8 @@ def with_sorted_metadata(payload: bytes) -> bytes:
 
 
 def _digest(config: Mapping[str, Any]) -> str:
-    meaning = {key: value for key, value in config.items() if key not in PROVENANCE and not asks_nothing(value)}
-    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+    meaning = {k: v for k, v in sorted(config.items()) if k not in PROVENANCE and not asks_nothing(v)}
+    return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
 
 def _digest_of_file(path: Path) -> str | None:

@@ -25,11 +25,13 @@ from minipeft.adapter_file import (
     own_metadata,
     with_sorted_metadata,
 )
-from minipeft.config import AdapterConfig
+from minipeft.config import ALL_LINEAR, AdapterConfig
 from minipeft.errors import CheckpointError, nearest, shown
 from minipeft.files import read_limited, write_files
 from minipeft.inject import Plan
 from minipeft.layers.base import LayerOps
+from minipeft.patterns import is_suffix
+from minipeft.targets import candidates
 
 PREFIX = "base_model.model."
 SAMPLES = 8
@@ -60,14 +62,25 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str) -> d
     """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules."""
     values = config.to_dict()
     layers = {name: layer for name, layer in adapted_layers(model) if adapter_name in layer.adapters}
-    if config.target_modules is None or config.target_modules == "all-linear":
-        values["target_modules"] = list(layers)
+    targets = config.target_modules
+    if targets is None or targets == ALL_LINEAR:
+        values["target_modules"] = _shortest(list(layers), model)
+    elif not isinstance(targets, str) and not all(any(is_suffix(t, name) for t in targets) for name in layers):
+        values["target_modules"] = list(layers)  # a shared module was meant by another name than its first
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
     if config.base_model_name_or_path is None:
         name = getattr(model, "name_or_path", None)
         values["base_model_name_or_path"] = name if isinstance(name, str) and name else None
     return values
+
+
+def _shortest(names: list[str], model: nn.Module) -> list[str]:
+    """The last parts of these module names, where they select these modules and no other, else the names themselves."""
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    everything = [name for candidate in candidates(model).values() for name in candidate.names]
+    selected = {name for name in everything if name.rpartition(".")[2] in endings}
+    return endings if selected == set(names) else names
 
 
 def save_adapter(
@@ -93,7 +106,8 @@ def save_adapter(
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
     }
     weights = with_sorted_metadata(safetensors.torch.save(detached, own_metadata(config, base, directory)))
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    # Sorted at the top only: within rank_pattern the first key that fits decides, so its order means something.
+    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})
 
 
@@ -121,6 +135,7 @@ class Fit:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     copies_of_base: Mapping[str, Tensor]  # keys that hold a base tensor, as PEFT writes for embedding tables
+    repeated: Mapping[str, str]  # keys that repeat another, as PEFT writes for the bias of a trained head
 
     def __str__(self) -> str:
         return "; ".join(
@@ -151,9 +166,12 @@ def compare(file: AdapterFile, expected: Mapping[str, Tensor], model: nn.Module)
     base = _base_tensors(model)
     extra = [key for key in file.shapes if key not in wanted]
     copies = {key: base[key] for key in extra if key in base and base[key].shape == file.shapes[key]}
-    fit = Fit(
-        tuple(key for key in wanted if key not in file.shapes), tuple(key for key in extra if key not in copies), copies
-    )
+    plain = {key: key.replace(".modules_to_save.", ".") for key in extra}
+    repeated = {
+        key: other for key, other in plain.items() if other != key and file.shapes.get(other) == file.shapes[key]
+    }
+    missing = tuple(key for key in wanted if key not in file.shapes)
+    fit = Fit(missing, tuple(key for key in extra if key not in copies and key not in repeated), copies, repeated)
     if len(fit.missing) == len(wanted):
         raise CheckpointError(
             f"{file.path} does not fit {type(model).__name__}: none of its {len(file.shapes)} keys is expected"
@@ -185,12 +203,13 @@ def closest(fit: Fit) -> str:
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Base parameters under every key that PEFT may give them: with and without the wrapper's ``.base_layer``."""
+    """Base parameters under every key that PEFT may give them: with and without the wrapper's infix."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = name.replace(".base_layer.", ".")
         owner, _, last = plain.rpartition(".")
-        tensors[PREFIX + plain] = tensors[f"{PREFIX}{owner}.base_layer.{last}"] = parameter
+        for key in (plain, f"{owner}.base_layer.{last}", f"{owner}.original_module.{last}"):
+            tensors[PREFIX + key] = parameter
     return tensors
 
 
@@ -243,8 +262,8 @@ def read_tensors(file: AdapterFile, fit: Fit) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{file.path} brings its own {key!r}, which differs from this model's; nothing was loaded. Use the base it was trained on."
             )
-    return {
-        key.removeprefix(PREFIX): tensor
-        for key, tensor in tensors.items()
-        if key not in fit.unexpected and key not in fit.copies_of_base
-    }
+    for key, other in fit.repeated.items():
+        if not torch.equal(tensors[key], tensors[other]):
+            raise CheckpointError(f"{file.path}: {key!r} and {other!r} say different things; nothing was loaded.")
+    beside = {*fit.unexpected, *fit.copies_of_base, *fit.repeated}
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key not in beside}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from minipeft import registry
 from minipeft.errors import ConfigError, hint, shown
 from minipeft.patterns import compiled
 
+ALL_LINEAR = "all-linear"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # Heads that PEFT trains in full without being asked, where the model has them.
 HEADS_OF_TASK = {
@@ -80,6 +81,8 @@ class AdapterConfig(metaclass=_KnownNames):
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             self._set(name, names_or_regex(name, getattr(self, name)))
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self._set("target_modules", ALL_LINEAR)
         self._set("modules_to_save", names("modules_to_save", self.modules_to_save))
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         self._set("layers_pattern", names("layers_pattern", patterns))
@@ -110,12 +113,12 @@ class AdapterConfig(metaclass=_KnownNames):
         """Whether the biases of modules that are not adapted train too."""
         return False
 
-    def for_module(self, name: str) -> Self:
-        """The configuration that holds for one module; methods with per-module options override it."""
-        return self
+    def for_modules(self, names: Sequence[str]) -> dict[str, Self]:
+        """The configuration that holds for each of the targeted modules; methods with per-module options override it."""
+        return dict.fromkeys(names, self)
 
-    def unused_options(self, targeted: Iterable[str]) -> list[str]:
-        """Per-module options that fit none of the targeted modules, as ``option: key``."""
+    def unused_options(self, names: Sequence[str]) -> list[str]:
+        """Per-module options that decide for none of the targeted modules, as ``option: key``."""
         return []
 
     def to_dict(self) -> dict[str, Any]:

@@ -62,17 +62,19 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     saved = [
         SavedSite(name, found[name], None) for name in select_saved(model, config, found, every_pattern=every_pattern)
     ]
-    by_name = {name: candidate for candidate in found.values() for name in candidate.names}
-    sites = []
-    for name in select_targets(model, config, found, every_pattern=every_pattern):
-        base, ops = by_name[name].base, _ops_for(name, by_name[name])
-        adapter_class = registry.adapter_class(config.method, name, type(base))
-        sites.append(AdapterSite(name, by_name[name], ops, adapter_class, config.for_module(name)))
-    unused = config.unused_options(site.name for site in sites) if every_pattern else []
+    names = select_targets(model, config, found, every_pattern=every_pattern)
+    unused = config.unused_options(names) if every_pattern else []
     if unused:
         raise TargetError(
-            f"{shown(unused)} fits none of the {len(sites)} targeted modules (such as {sites[0].name!r}); nothing was changed."
+            f"{shown(unused)} fits none of the {len(names)} targeted modules (such as {names[0]!r}), or none that an earlier "
+            "key leaves it; nothing was changed."
         )
+    configs = config.for_modules(names)
+    sites = []
+    for name in names:
+        base, ops = found[name].base, _ops_for(name, found[name])
+        adapter_class = registry.adapter_class(config.method, name, type(base))
+        sites.append(AdapterSite(name, found[name], ops, adapter_class, configs[name]))
     if config.trains_all_biases:
         taken = {id(site.candidate.module) for site in sites} | {
             id(m) for site in saved for m in site.candidate.base.modules()

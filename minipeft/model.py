@@ -12,14 +12,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from minipeft import checkpoint, inject, merge, registry
-from minipeft.adapted import adapted_layers, wrappers
+from minipeft.adapted import wrappers
 from minipeft.adapter_file import open_adapter
 from minipeft.card import write_card
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, hint, shown
 from minipeft.merge import MergeReport
 from minipeft.saved_module import SavedModule
-from minipeft.state import STATE, AdapterState, attach, detach, mark_trainable, reduced
+from minipeft.state import STATE, AdapterState, attach, detach, reduced, switch_to
 
 DEFAULT = "default"
 WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
@@ -181,7 +181,7 @@ class AdaptedModel(nn.Module):
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._check_known(names)
-        if self._merged():
+        if self._state.merged:
             raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
         for path, wrapper in wrappers(self) if len(names) > 1 else ():
             owners = [name for name in names if name in wrapper.adapters]
@@ -189,11 +189,7 @@ class AdaptedModel(nn.Module):
                 raise StateError(
                     f"{path}: {shown(owners)} each train this module in full, so they cannot act together."
                 )
-        state = self._state
-        touched = {*state.switch.active, *names} & state.trainable
-        state.switch.active = names
-        if touched:
-            mark_trainable(self)
+        switch_to(self, names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out.
@@ -202,28 +198,28 @@ class AdaptedModel(nn.Module):
             StateError: the name is unknown, the adapter acts or is merged, or it is the only one (then: `unload`).
         """
         self._check_known((adapter_name,))
-        if adapter_name in self._state.switch.active or adapter_name in self._merged():
+        if adapter_name in self._state.switch.active or adapter_name in self._state.merged:
             raise StateError(
                 f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one first, or unload() the model."
             )
         inject.discard(self, adapter_name)
         del self._state.configs[adapter_name]
         self._state.trainable.discard(adapter_name)
+        del self._state.resting[adapter_name]
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the model computes exactly what its base does; merged weights are taken back meanwhile."""
-        switch, merged = self._state.switch, self._merged()
+        switch, merged = self._state.switch, self._state.merged
         before = switch.enabled
-        if merged:
-            merge.unmerge(self)
+        self.unmerge_adapter()
         switch.enabled = False
         try:
             yield
         finally:
             switch.enabled = before
             if merged:
-                merge.merge(self, merged, untie=True)  # what was allowed once is allowed again
+                self.merge_adapter(merged, untie=True)  # what was allowed once is allowed again
 
     # ------------------------------------------------------------------------------------------------------- merging
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> MergeReport:
@@ -239,18 +235,8 @@ class AdaptedModel(nn.Module):
         Raises:
             MergeError: a check failed; nothing was merged.
         """
-        names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
-        self._check_known(names)
-        before = self._merged()
-        union = tuple(dict.fromkeys((*before, *names)))
-        if before and union != before:  # one rounding for all, not one each
-            merge.unmerge(self)
-            try:
-                return merge.merge(self, union, untie=untie)
-            except BaseException:
-                merge.merge(self, before, untie=True)
-                raise
-        return merge.merge(self, union, untie=untie)
+        names = self._active_or(adapter_names)
+        return self._merge(tuple(dict.fromkeys((*self._state.merged, *names))), untie=untie, undoable=True)
 
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out of the base weights again, bit for bit.
@@ -258,7 +244,9 @@ class AdaptedModel(nn.Module):
         Raises:
             MergeError: a merged weight was written or converted in the meantime; nothing was changed.
         """
-        merge.unmerge(self)
+        if self._state.merged:
+            merge.unmerge(self)
+            self._state.merged = ()
 
     def merge_and_unload(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> nn.Module:
         """Fold adapters into the base weights for good and hand back the model in its original class.
@@ -266,12 +254,9 @@ class AdaptedModel(nn.Module):
         Modules trained in full stay as they were trained. What rounding cost is logged to the logger "minipeft";
         for the numbers, call `merge_adapter` first. Arguments and errors are those of `merge_adapter`.
         """
-        names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
-        self._check_known(names)
+        names = self._active_or(adapter_names)
         untied = merge.check_trained_copies(self, names)
-        if self._merged() and self._merged() != names:
-            merge.unmerge(self)
-        merge.merge(self, names, untie=untie, undoable=False)
+        self._merge(names, untie=untie, undoable=False)
         if untied:
             merge.mark_untied(self)
         self._state.switch.active, self._state.switch.enabled = names, True
@@ -280,7 +265,7 @@ class AdaptedModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """Take all adapters out and hand back the base, bit for bit, in its original class."""
-        merge.unmerge(self)
+        self.unmerge_adapter()
         detach(self, AdaptedModel, keep_trained=False)
         return self
 
@@ -333,15 +318,33 @@ class AdaptedModel(nn.Module):
                 f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter()."
             )
 
+    def _merge(self, names: tuple[str, ...], *, untie: bool, undoable: bool) -> MergeReport:
+        """Have exactly these adapters merged: one rounding for all, not one each."""
+        before = self._state.merged
+        if names != before:
+            self.unmerge_adapter()
+        try:
+            report = merge.merge(self, names, untie=untie, undoable=undoable)
+        except BaseException:
+            merge.merge(self, before, untie=True)
+            self._state.merged = before
+            raise
+        self._state.merged = names
+        return report
+
+    def _active_or(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
+        names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
+        self._check_known(names)
+        if not self._state.switch.enabled:
+            raise StateError("the adapters are switched off by disable_adapter(); merge outside of that context.")
+        return names
+
     def _only_or(self, adapter_name: str | None) -> str:
         known = list(self._state.configs)
         if adapter_name is None and len(known) > 1:
             raise StateError(f"there are several adapters ({shown(known)}); name one.")
         self._check_known([adapter_name or known[0]])
         return adapter_name or known[0]
-
-    def _merged(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for _, layer in adapted_layers(self) for name in layer.merged))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(AdaptedModel, self, super().__reduce_ex__(protocol))

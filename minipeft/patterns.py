@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import regex
 
@@ -49,6 +49,29 @@ def is_suffix(entry: str, name: str) -> bool:
     return name == entry or name.endswith("." + entry)
 
 
-def first_key(patterns: Iterable[str], name: str, where: str) -> str | None:
-    """The first pattern that matches the whole name or a dotted suffix of it, as PEFT's ``rank_pattern`` does."""
-    return next((key for key in patterns if full_matches(rf"(?:.*\.)?(?:{key})", [name], where)), None)
+def endings(name: str) -> Iterator[str]:
+    """The name itself and what follows each of its dots: all that `is_suffix` fits."""
+    yield name
+    for position, character in enumerate(name):
+        if character == ".":
+            yield name[position + 1 :]
+
+
+def first_keys(patterns: Iterable[str], names: Sequence[str], where: str) -> dict[str, str]:
+    """For each name the first pattern that matches it whole or from a dot on, as PEFT's ``rank_pattern``; others are left out.
+
+    A pattern of letters, digits, '_', '-' and dots is looked up instead of searched, so a table with one key a module
+    stays linear; a dot in it is a dot.
+    """
+    order = {key: position for position, key in enumerate(patterns)}
+    plain = {key for key in order if regex.fullmatch(r"[\w.-]+", key)}
+    found = {}
+    for name in names:
+        hits = plain.intersection(endings(name))
+        if hits:
+            found[name] = min(hits, key=order.__getitem__)
+    for key in order:
+        for name in full_matches(rf"(?:.*\.)?(?:{key})", names, where) if key not in plain else ():
+            if name not in found or order[key] < order[found[name]]:
+                found[name] = key
+    return found

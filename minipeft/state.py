@@ -23,6 +23,8 @@ class AdapterState:
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     switch: Switch = field(default_factory=Switch)
     trainable: set[str] = field(default_factory=set)
+    resting: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # what an idle adapter would train
+    merged: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
 
 
@@ -58,11 +60,37 @@ def attach(
     if first:
         model.__dict__[STATE] = state
         model.requires_grad_(False)
-        state.switch.active = (adapter_name,)
     state.configs[adapter_name] = plan.config
+    state.resting[adapter_name] = set()
+    for path, wrapper in wrappers(model):
+        for index, parameter in enumerate(wrapper.trainable_parameters(adapter_name)):
+            parameter.requires_grad_(False)
+            if trainable:
+                state.resting[adapter_name].add((path, index))
     if trainable:
         state.trainable.add(adapter_name)
-    mark_trainable(model)
+    if first:
+        switch_to(model, (adapter_name,))
+
+
+def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Let these adapters act. An idle adapter wants no gradient, which would stall DDP; it wants the same ones again later.
+
+    Only adapters that train, and start or stop acting, have their parameters looked at; otherwise it is one assignment.
+    """
+    state: AdapterState = model.__dict__[STATE]
+    starting, stopping = set(names) - set(state.switch.active), set(state.switch.active) - set(names)
+    state.switch.active = names
+    if not (starting | stopping) & state.trainable:
+        return
+    for name in stopping & state.trainable:
+        state.resting[name] = set()
+    for path, wrapper in wrappers(model):
+        for name in (starting | stopping) & state.trainable:
+            for index, parameter in enumerate(wrapper.trainable_parameters(name)):
+                if name in stopping and parameter.requires_grad:
+                    state.resting[name].add((path, index))
+                parameter.requires_grad_(name in starting and (path, index) in state.resting[name])
 
 
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
@@ -72,15 +100,6 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained_before)
     model.__class__ = original_class(mixin, type(model))
-
-
-def mark_trainable(model: nn.Module) -> None:
-    """Gradients for what is both trainable and active: an idle parameter that wants one would stall DDP."""
-    state: AdapterState = model.__dict__[STATE]
-    for _, wrapper in wrappers(model):
-        for name in wrapper.adapters:
-            for parameter in wrapper.trainable_parameters(name):
-                parameter.requires_grad_(name in state.trainable and name in state.switch.active)
 
 
 # ----------------------------------------------------------------------------------------------- the class family

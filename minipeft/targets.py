@@ -10,12 +10,11 @@ from torch import nn
 
 from minipeft import registry
 from minipeft.adapted import Wrapper
-from minipeft.config import HEADS_OF_TASK, AdapterConfig
+from minipeft.config import ALL_LINEAR, HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import TargetError, hint, nearest, shown
 from minipeft.layers.base import LayerOps
-from minipeft.patterns import full_matches, is_suffix
+from minipeft.patterns import endings, full_matches, is_suffix
 
-ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("score", "classifier", "qa_outputs")
 
 
@@ -97,10 +96,7 @@ def select_targets(
         raise TargetError(
             f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt; nothing was changed."
         )
-    first_names = {
-        names[name]: name for name in reversed(chosen)
-    }  # a shared module goes by the first name that was chosen
-    return [name for name in chosen if first_names[names[name]] == name]
+    return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
 
 
 def select_saved(
@@ -113,7 +109,10 @@ def select_saved(
     """
     of_task = HEADS_OF_TASK.get(config.task_type or "", ())
     wanted = tuple(dict.fromkeys((*(config.modules_to_save or ()), *of_task)))
-    hits = {entry: [name for name in found if is_suffix(entry, name)] for entry in wanted}
+    hits = {
+        entry: [first for first, candidate in found.items() if any(is_suffix(entry, name) for name in candidate.names)]
+        for entry in wanted
+    }
     for entry in config.modules_to_save or ():
         if not hits[entry] and entry not in of_task and every_pattern:
             raise TargetError(_no_match("modules_to_save", entry, list(found), model))
@@ -159,18 +158,10 @@ def _matching(
             )
         return chosen
     entries = set(patterns)
-    unused = entries.difference(*(_endings(name) for name in (all_names or names)))
+    unused = entries.difference(*(endings(name) for name in (all_names or names)))
     if unused and every_pattern:
         raise TargetError(_no_match(option, next(entry for entry in patterns if entry in unused), names, model))
-    return [name for name in names if not entries.isdisjoint(_endings(name))]
-
-
-def _endings(name: str) -> Iterator[str]:
-    """The name itself and what follows each of its dots."""
-    yield name
-    for position, character in enumerate(name):
-        if character == ".":
-            yield name[position + 1 :]
+    return [name for name in names if not entries.isdisjoint(endings(name))]
 
 
 def _no_match(option: str, entry: str, names: list[str], model: nn.Module) -> str:

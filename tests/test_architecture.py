@@ -52,7 +52,7 @@ def run(*command):
 
 
 def test_ruff_finds_nothing():
-    run("ruff", "check", ".")
+    run("ruff", "check", "--output-format", "concise", ".")
 
 
 def test_the_code_is_formatted():

@@ -108,11 +108,19 @@ def test_the_first_matching_pattern_decides_as_in_peft():
     config = LoraConfig(
         r=8, rank_pattern={"h.1.attn.c_attn": 2, "c_attn": 4}, alpha_pattern={"^c_fc": 3, ".*mlp.c_proj": 5}
     )
-    assert config.for_module("transformer.h.1.attn.c_attn").r == 2
-    assert config.for_module("transformer.h.0.attn.c_attn").r == 4
-    assert config.for_module("transformer.h.0.mlp.c_fc").r == 8
-    assert config.for_module("transformer.h.0.mlp.c_proj").lora_alpha == 5
-    assert config.for_module("transformer.h.0.attn.xc_attn").r == 8  # no dot before it
+    blocks = [f"transformer.h.{i}" for i in (0, 1)]
+    names = [
+        f"{block}.{part}" for block in blocks for part in ("attn.c_attn", "attn.xc_attn", "mlp.c_fc", "mlp.c_proj")
+    ]
+    resolved = config.for_modules(names)
+    assert [resolved[f"{block}.attn.c_attn"].r for block in blocks] == [4, 2]
+    assert resolved["transformer.h.0.mlp.c_fc"].r == 8
+    assert resolved["transformer.h.0.mlp.c_fc"].lora_alpha == 8  # ^c_fc is not the whole name
+    assert resolved["transformer.h.0.mlp.c_proj"].lora_alpha == 5
+    assert resolved["transformer.h.0.attn.xc_attn"].r == 8  # no dot before it
+    assert config.unused_options(names) == ["alpha_pattern: ^c_fc"]
+    shadowed = LoraConfig(rank_pattern={"c_.*": 2, "c_fc": 4})
+    assert shadowed.unused_options(names) == ["rank_pattern: c_fc"]
 
 
 configs = st.builds(

@@ -294,3 +294,17 @@ def test_an_eval_call_never_writes_weights():
     before = state_digest(model.eval())
     model.train().eval()
     assert state_digest(model) == before
+
+
+def test_a_merge_that_fails_keeps_what_was_merged_before():
+    model = adapted(target_modules=["c_attn"])
+    model.add_adapter("broken", LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False))
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.adapters["broken"].lora_A.fill_(float("nan"))
+    model.merge_adapter()
+    before = state_digest(model)
+    for act in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match="not finite"):
+            act(["broken"])
+        assert state_digest(model) == before
+        assert all(layer.merged == ("default",) for _, layer in adapted_layers(model))

@@ -269,6 +269,8 @@ def test_disabling_is_undone_also_when_the_body_fails():
         with model.disable_adapter():
             pass
         assert torch.equal(logits(model), logits(gpt2()))  # the inner context did not switch it on again
+        with pytest.raises(StateError, match="switched off"):
+            model.merge_adapter()
     with pytest.raises(ZeroDivisionError), model.disable_adapter():
         raise ZeroDivisionError
     assert torch.equal(logits(model), expected)

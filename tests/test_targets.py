@@ -5,7 +5,7 @@ import torch
 from tiny_models import gpt2, gpt2_classifier, llama, logits, state_digest
 from torch import nn
 
-from minipeft import ConfigError, LoraConfig, StateError, TargetError, get_lora_model
+from minipeft import ConfigError, LoraConfig, StateError, TargetError, get_lora_model, load_adapter
 from minipeft.adapted import AdaptedLayer, adapted_layers, wrappers
 
 
@@ -119,12 +119,18 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     "targets", [["encode"], ["steps.1"], ["encode", "steps.1"], ["encode", "steps.0"], "all-linear"]
 )
-def test_a_module_under_two_names_gets_one_wrapper_at_both(targets):
+def test_a_module_under_two_names_gets_one_wrapper_at_both(targets, tmp_path):
     model = get_lora_model(Twice(), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     assert isinstance(model.encode, AdaptedLayer)
     assert model.encode is model.steps[1]
     x = torch.randn(3, 4)
     expected = model(x)
+    model.save_pretrained(tmp_path)
+    fresh = Twice()
+    fresh.load_state_dict(
+        {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if "adapters" not in k}
+    )
+    assert torch.equal(load_adapter(fresh, tmp_path)(x), expected)
     base = model.merge_and_unload()
     torch.testing.assert_close(base(x), expected)
     assert base.encode is base.steps[1]

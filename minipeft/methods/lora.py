@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from minipeft.config import AdapterConfig, flag, integer, number, one_of, patter
 from minipeft.functional import lora_delta, lora_scaling
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
-from minipeft.patterns import first_key
+from minipeft.patterns import first_keys
 from minipeft.registry import register_method
 
 MAX_RANK = 2**16
@@ -73,24 +73,24 @@ class LoraConfig(AdapterConfig):
     def trains_all_biases(self) -> bool:
         return self.bias == "all"
 
-    def for_module(self, name: str) -> Self:
-        rank_key = first_key(self.rank_pattern, name, "rank_pattern")
-        alpha_key = first_key(self.alpha_pattern, name, "alpha_pattern")
-        if rank_key is None and alpha_key is None:
-            return self
-        r = self.r if rank_key is None else self.rank_pattern[rank_key]
-        lora_alpha = self.lora_alpha if alpha_key is None else self.alpha_pattern[alpha_key]
-        return replace(self, r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={})
+    def for_modules(self, names: Sequence[str]) -> dict[str, Self]:
+        ranks, alphas = self._deciding_keys(names)
+        resolved: dict[tuple[str | None, str | None], Self] = {}
+        for keys in {(ranks.get(name), alphas.get(name)) for name in names}:
+            r = self.r if keys[0] is None else self.rank_pattern[keys[0]]
+            lora_alpha = self.lora_alpha if keys[1] is None else self.alpha_pattern[keys[1]]
+            resolved[keys] = replace(self, r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={})
+        return {name: resolved[ranks.get(name), alphas.get(name)] for name in names}
 
-    def unused_options(self, targeted: Iterable[str]) -> list[str]:
-        modules = list(targeted)
-        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return [
-            f"{option}: {key}"
-            for option, table in tables.items()
-            for key in table
-            if not any(first_key([key], name, option) for name in modules)
-        ]
+    def unused_options(self, names: Sequence[str]) -> list[str]:
+        ranks, alphas = (set(keys.values()) for keys in self._deciding_keys(names))
+        unused = [f"rank_pattern: {key}" for key in self.rank_pattern if key not in ranks]
+        return unused + [f"alpha_pattern: {key}" for key in self.alpha_pattern if key not in alphas]
+
+    def _deciding_keys(self, names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+        return first_keys(self.rank_pattern, names, "rank_pattern"), first_keys(
+            self.alpha_pattern, names, "alpha_pattern"
+        )
 
 
 def _rank(name: str, value: object) -> int:

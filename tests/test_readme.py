@@ -1,0 +1,106 @@
+"""The README is true: its code runs, its commands are those that work, and what it says of itself holds."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipeft import families, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+HUB_MODEL = "openai-community/gpt2"
+
+
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory):
+    """All Python blocks of the README, run in order as one program; the hub's GPT-2 is the embedded small one."""
+    tables = registry._tables.copy()
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 4
+    folder = tmp_path_factory.mktemp("readme")
+    values = {"__name__": "readme"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for block in blocks:
+            exec(compile(block.replace(HUB_MODEL, str(ROOT / "examples/assets/tiny")), "README.md", "exec"), values)
+    yield values | {"folder": folder}
+    registry._tables = tables
+
+
+def test_the_first_code_stands_in_the_first_ten_lines():
+    assert "```python" in "\n".join(README.splitlines()[:10])
+
+
+def test_the_code_of_the_readme_runs(namespace):
+    assert (namespace["folder"] / "my-adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_method_of_the_readme_keeps_what_it_promises(namespace, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from minipeft import load_adapter
+
+    model, ids = namespace["model"].eval(), torch.arange(12)[None]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".v"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        expected = model(ids).logits
+        model.save_pretrained(tmp_path)
+        loaded = load_adapter(AutoModelForCausalLM.from_pretrained(ROOT / "examples/assets/tiny"), tmp_path)
+        assert torch.equal(loaded(ids).logits, expected)
+        torch._dynamo.reset()
+        compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids).logits, expected)
+        loaded.merge_adapter()
+        torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        loaded.unmerge_adapter()
+        assert torch.equal(loaded(ids).logits, expected)
+        torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_layer_of_the_readme_keeps_what_it_promises(namespace):
+    net, x = namespace["net"], torch.randn(3, 8)
+    base = net[0].base_layer
+    with torch.no_grad():
+        assert torch.equal(net(x), base(x))
+        net[0].adapters["default"].lora_B.normal_()
+        expected = net(x)
+        net.merge_adapter()
+        torch.testing.assert_close(net(x), expected)
+        net.unmerge_adapter()
+        assert net[0].base_layer is base
+        assert torch.equal(net(x), expected)
+        torch.testing.assert_close(net.merge_and_unload()(x), expected)
+    assert type(net[0]) is torch.nn.Linear
+
+
+def test_the_number_of_families_is_the_number_of_families():
+    claimed = int(re.search(r"the defaults of (\d+) transformers families", README)[1])
+    known = sum(len(types.split()) for _, types in families.DEFAULTS)
+    assert claimed <= known < claimed + 20
+
+
+def test_the_published_counts_are_those_of_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from minipeft import LoraConfig, get_lora_model
+
+    with torch.device("meta"):
+        model = get_lora_model(GPT2LMHeadModel(GPT2Config()), LoraConfig(r=8))
+    trainable, total = model.get_nb_trainable_parameters()
+    assert (
+        f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+        in README
+    )
+    assert f"# {trainable * 4 / 1e6:.1f} MB" in README
+
+
+def test_ci_calls_the_test_command_of_the_readme():
+    commands = [line for line in README.splitlines() if line.endswith("&& pytest")]
+    assert len(commands) == 1
+    assert "grep -m 1 '&& pytest$' README.md" in (ROOT / ".ci" / "run").read_text("utf-8")
+    assert ".ci/constraints.txt" in commands[0]
+    assert "torch==2.13.0" in (ROOT / ".ci" / "constraints.txt").read_text("utf-8").splitlines()
