@@ -153,6 +153,13 @@ def test_a_packed_weight_is_refused_not_misread():
     assert chosen(model, target_modules="all-linear") == ["1"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_a_weight_that_is_computed_from_others_is_refused_since_it_cannot_be_written(norm):
+    with pytest.raises(TargetError, match="0: .*Linear is registered, but this instance is refused"):
+        get_lora_model(nn.Sequential(norm(nn.Linear(4, 4))), LoraConfig(target_modules=["0"]))
+
+
 def test_a_projection_that_is_read_and_never_called_is_refused():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
     with pytest.raises(TargetError, match="attention.out_proj: .*read and not called"):

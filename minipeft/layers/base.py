@@ -73,6 +73,7 @@ class LayerOps(ABC):
         """A small input the layer takes, drawn from torch's generator: what a merge is checked on."""
 
 
-def is_plain(tensor: object) -> bool:
-    """Whether a weight is an ordinary floating-point tensor, not a packed, sharded or otherwise wrapped one."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.dtype in FLOAT_DTYPES  # type: ignore[attr-defined]
+def has_plain_weight(base: nn.Module, shape: tuple[int, int]) -> bool:
+    """Whether ``base.weight`` is an ordinary parameter of this shape: not packed, sharded, lazy or computed from others."""
+    weight = base._parameters.get("weight")
+    return type(weight) is nn.Parameter and weight.dtype in FLOAT_DTYPES and tuple(weight.shape) == shape

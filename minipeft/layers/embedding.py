@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.layers.base import LayerOps, is_plain
+from minipeft.layers.base import LayerOps, has_plain_weight
 from minipeft.registry import register_layer
 
 
@@ -26,7 +26,7 @@ class EmbeddingOps(LayerOps):
     def accepts(base: Any) -> bool:
         own_forward = type(base).forward is not nn.Embedding.forward
         known = not own_forward or _scale(base) is not None
-        return known and is_plain(base.weight) and base.max_norm is None
+        return known and base.max_norm is None and has_plain_weight(base, (base.num_embeddings, base.embedding_dim))
 
     @staticmethod
     def shape(base: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.layers.base import LayerOps, is_plain
+from minipeft.layers.base import LayerOps, has_plain_weight
 from minipeft.registry import register_layer
 
 
@@ -43,9 +43,7 @@ class LinearOps(DenseOps):
     def accepts(base: Any) -> bool:
         # nn.MultiheadAttention reads the weight of its out_proj and never calls it, so an adapter there would do nothing.
         read_not_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        return (
-            not read_not_called and is_plain(base.weight) and base.weight.shape == (base.out_features, base.in_features)
-        )
+        return not read_not_called and has_plain_weight(base, (base.out_features, base.in_features))
 
     @staticmethod
     def shape(base: Any) -> tuple[int, int]:
@@ -78,7 +76,7 @@ class Conv1DOps(DenseOps):
 
     @staticmethod
     def accepts(base: Any) -> bool:
-        return is_plain(base.weight) and base.weight.shape == (base.nx, base.nf)
+        return has_plain_weight(base, (base.nx, base.nf))
 
     @staticmethod
     def shape(base: Any) -> tuple[int, int]:
