@@ -299,7 +299,8 @@ def test_6_what_was_frozen_by_hand_stays_frozen():
     with model.disable_adapter():
         pass
     assert trainable(model) == before
-    model.set_adapter("default")
+    for names in ("default", "second", "default", ["second", "default"], "default"):
+        model.set_adapter(names)
     assert trainable(model) == before
 
 
@@ -334,6 +335,55 @@ def test_7_each_adapter_counts_once_when_both_are_merged_one_by_one():
     both.merge_adapter()
     left, right = first.state_dict(), both.state_dict()
     assert all(torch.equal(left[key], right[key]) for key in right)
+
+
+def two_of_a_kind(**options):
+    """Two adapters with the same options, each moved its own way; the second acts."""
+    model = adapted(**options)
+    model.add_adapter("second", LoraConfig(r=2, **options))
+    model.set_adapter("second")
+    return disturb(model, seed=9)
+
+
+def test_7_adapters_that_train_the_same_bias_add_up_merged_as_unmerged():
+    """PEFT allows one such adapter in a model."""
+    model = two_of_a_kind(bias="lora_only")
+    model.set_adapter(["default", "second"])
+    expected = logits(model)
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+
+
+@every_merge
+@pytest.mark.parametrize("options", [{"modules_to_save": ["ln_f"]}, {"bias": "all"}])
+def test_7_adapters_that_train_the_same_module_in_full_are_not_merged_together(verb, options):
+    """Only one of the copies could be kept."""
+    model = two_of_a_kind(**options)
+    refuses(StateError, model, lambda: model.set_adapter(["default", "second"]), "default", "second")
+    refuses(StateError, model, lambda: getattr(model, verb)(["default", "second"]), "default", "second")
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "lora_only"}, {"bias": "all"}, {"modules_to_save": ["ln_f"]}])
+def test_7_an_adapter_added_beside_a_merged_one_starts_from_the_base(options):
+    model = adapted(bias="lora_only")
+    model.merge_adapter()
+    model.add_adapter("second", LoraConfig(**options))
+    model.unmerge_adapter()
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(gpt2()))
+
+
+@pytest.mark.parametrize("merge_first", [False, True])
+def test_8_unload_works_while_the_adapters_are_switched_off(merge_first):
+    model = two_adapters()
+    if merge_first:
+        model.merge_adapter()
+    with model.disable_adapter():
+        base = model.unload()
+    assert type(base) is GPT2LMHeadModel
+    assert torch.equal(logits(base), logits(gpt2()))
 
 
 @pytest.mark.parametrize("merge_first", [False, True])
@@ -483,6 +533,25 @@ def test_25_adapting_an_adapted_model_again_is_refused():
     refuses(StateError, model, lambda: get_lora_model(model, LoraConfig(), "second"), "add_adapter")
     unloaded = model.unload()
     assert torch.equal(logits(get_lora_model(unloaded, LoraConfig())), logits(gpt2()))
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_25_a_model_that_peft_has_wrapped_is_refused(task_type):
+    with foreign_code():
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(gpt2(), peft.LoraConfig(task_type=task_type))
+    config = LoraConfig(target_modules="all-linear")
+    refuses(StateError, wrapped, lambda: get_lora_model(wrapped, config), "PeftModel")
+
+
+def test_25_the_layers_within_a_layer_that_peft_has_adapted_are_no_targets():
+    """Its lora_A and lora_B are linear layers too."""
+    model = gpt2()
+    with foreign_code():
+        peft = pytest.importorskip("peft")
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["c_attn"]), model)
+    config = LoraConfig(target_modules="all-linear")
+    refuses(TargetError, model, lambda: get_lora_model(model, config), "transformer.h.0.attn.c_attn")
 
 
 # ----------------------------------------------------------------------------------------------- 18: dropout

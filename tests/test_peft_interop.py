@@ -569,6 +569,36 @@ def test_the_modules_that_peft_would_adapt_are_adapted(factory, options):
     assert {name for name, wrapper in wrappers(model) if isinstance(wrapper, SavedModule)} == saved
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"h.1.attn.c_attn": 2, "c_attn": 4},
+        {"h.0.mlp.c_fc": 2, "mlp.c_fc": 3, "c_attn": 4},
+        {r".*\.1\..*c_fc": 2, "c_fc": 4},
+        {"h.1.mlp.c_fc": 4, ".*c_fc": 2},
+        {"h.1.mlp.c_fc": 3, "^transformer.h.*": 2},
+        {r"h\.(0|2)\..*": 2, "c_fc|attn.c_attn": 4},
+    ],
+)
+def test_each_module_gets_the_rank_and_the_scaling_that_peft_gives_it(table):
+    """Where keys overlap the first counts, whether it is a plain name or not."""
+    alphas = {key: 10 * value for key, value in table.items()}
+    options = {
+        "r": 6,
+        "target_modules": ["c_attn", "c_fc"],
+        "use_rslora": True,
+        "rank_pattern": table,
+        "alpha_pattern": alphas,
+    }
+    model = minipeft.get_lora_model(gpt2(), minipeft.LoraConfig(**options))
+    with foreign_code():
+        reference = peft.get_peft_model(gpt2(), peft.LoraConfig(**copy.deepcopy(options))).base_model.model
+    found = {name: layer.adapter("default") for name, layer in adapted_layers(model)}
+    expected = {name: module for name, module in reference.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert {name: len(lora.lora_A) for name, lora in found.items()} == {n: m.r["default"] for n, m in expected.items()}
+    assert {n: lora.scaling for n, lora in found.items()} == {n: m.scaling["default"] for n, m in expected.items()}
+
+
 def test_all_linear_may_be_written_in_capitals():
     """As in PEFT, which compares without case."""
     model = minipeft.get_lora_model(llama(), minipeft.LoraConfig(target_modules="ALL-LINEAR"))
