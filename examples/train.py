@@ -461,6 +461,7 @@ def plot_losses(args: Namespace) -> None:
                       textcoords="offset points", ha="center", color="tab:orange", weight="bold")  # fmt: skip
     title = f"{Path(args.model_name).name} on {args.text}, LoRA of rank {args.rank}"
     axes.set(xlabel="optimizer updates", ylabel="loss (nats a token)", title=title)
+    axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(args.output_dir / "training_loss_curve.png", dpi=150)

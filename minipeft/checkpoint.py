@@ -16,19 +16,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from minipeft.adapted import AdaptedLayer, adapted_layers, wrappers
+from minipeft import inject
+from minipeft.adapted import adapted_layers, wrappers
 from minipeft.adapter_file import (
     CONFIG_FILE,
     MAX_HEADER_BYTES,
     WEIGHTS_FILE,
     AdapterFile,
+    open_adapter,
     own_metadata,
     with_sorted_metadata,
 )
 from minipeft.config import ALL_LINEAR, AdapterConfig
 from minipeft.errors import CheckpointError, nearest, shown
 from minipeft.files import read_limited, write_files
-from minipeft.inject import Plan
+from minipeft.inject import Parts, Plan
 from minipeft.layers.base import LayerOps
 from minipeft.patterns import is_suffix
 from minipeft.targets import candidates
@@ -67,6 +69,12 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str) -> d
         values["target_modules"] = _shortest(list(layers), model)
     elif not isinstance(targets, str) and not all(any(is_suffix(t, name) for t in targets) for name in layers):
         values["target_modules"] = list(layers)  # a shared module was meant by another name than its first
+    if (
+        config.modules_to_save is not None
+    ):  # an entry for a part of another entry's module would name nothing to a reader
+        saved = [name for name, wrapper in wrappers(model) if adapter_name in wrapper.adapters and name not in layers]
+        entries = [entry for entry in config.modules_to_save if any(is_suffix(entry, name) for name in saved)]
+        values["modules_to_save"] = entries or None
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
     if config.base_model_name_or_path is None:
@@ -191,7 +199,7 @@ def check_strict(file: AdapterFile, fit: Fit, strict: bool) -> None:
     message = f"{file.path} does not fit this model: {fit}{closest(fit)}"
     if strict:
         raise CheckpointError(f"{message}; nothing was loaded.")
-    warnings.warn(f"{message}; the rest was loaded.", stacklevel=3)
+    warnings.warn(f"{message}; the rest was loaded.", stacklevel=4)
 
 
 def closest(fit: Fit) -> str:
@@ -221,11 +229,8 @@ def check_base(file: AdapterFile, plan: Plan) -> None:
     """
     for site in plan.adapters:
         saved = file.base.get(site.name)
-        module = site.candidate.module
-        if not isinstance(saved, list) or (isinstance(module, AdaptedLayer) and module.merged):
-            continue
         here = sample(site.ops, site.candidate.base)
-        if len(here) == len(saved) and not _alike(saved, here):
+        if isinstance(saved, list) and len(here) == len(saved) and not _alike(saved, here):
             raise CheckpointError(
                 f"{file.path} was trained on another base: the weights of {site.name} differ (first {saved[0]:g} there, {here[0]:g} here); "
                 "nothing was loaded. Pass allow_base_mismatch=True if that is meant."
@@ -267,3 +272,20 @@ def read_tensors(file: AdapterFile, fit: Fit) -> dict[str, Tensor]:
             raise CheckpointError(f"{file.path}: {key!r} and {other!r} say different things; nothing was loaded.")
     beside = {*fit.unexpected, *fit.copies_of_base, *fit.repeated}
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key not in beside}
+
+
+def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mismatch: bool) -> tuple[Plan, Parts]:
+    """Read an adapter directory and build what it says for this model; the model is only read.
+
+    The shapes are compared before anything is allocated for them, and everything is checked before it is built.
+
+    Raises:
+        MinipeftError: see `minipeft.load_adapter`.
+    """
+    file = open_adapter(directory)
+    plan = inject.plan(model, file.config, every_pattern=False)
+    fit = compare(file, inject.build(plan, on_meta=True).file_tensors(plan), model)
+    if not allow_base_mismatch:
+        check_base(file, plan)
+    check_strict(file, fit, strict)
+    return plan, inject.build_from(plan, read_tensors(file, fit))

@@ -59,6 +59,11 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         RegistryError: the method is unknown.
     """
     found = candidates(model)
+    for name, candidate in found.items():
+        if type(candidate.module).__module__.startswith("peft."):
+            raise TargetError(
+                f"{name}: PEFT has adapted this layer already; unload that adapter first. Nothing was changed."
+            )
     saved = [
         SavedSite(name, found[name], None) for name in select_saved(model, config, found, every_pattern=every_pattern)
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 
 from minipeft import checkpoint, inject, merge, registry
 from minipeft.adapted import wrappers
-from minipeft.adapter_file import open_adapter
 from minipeft.card import write_card
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, hint, shown
 from minipeft.merge import MergeReport
 from minipeft.saved_module import SavedModule
-from minipeft.state import STATE, AdapterState, attach, detach, reduced, switch_to
+from minipeft.state import STATE, AdapterState, attach, check_name, detach, reduced, switch_to
 
 DEFAULT = "default"
 WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
@@ -45,7 +43,7 @@ def get_adapter_model(
         raise StateError(
             f"{type(model).__name__} is adapted already ({shown(model.adapter_configs)}); use model.add_adapter(name, config)."
         )
-    _check_name(adapter_name, ())
+    check_name(adapter_name, ())
     plan = _plan(model, config)
     parts = inject.build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
     attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
@@ -77,38 +75,24 @@ def load_adapter(
     Raises:
         MinipeftError: anything does not fit; the model is bit for bit what it was.
     """
-    _check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
+    check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
     registry.load_plugins()
-    file = open_adapter(Path(directory))
-    plan = inject.plan(model, file.config, every_pattern=False)
-    fit = checkpoint.compare(file, inject.build(plan, on_meta=True).file_tensors(plan), model)
-    if not allow_base_mismatch:
-        checkpoint.check_base(file, plan)
-    checkpoint.check_strict(file, fit, strict)
-    tensors = checkpoint.read_tensors(file, fit)
-    parts = inject.build_from(plan, tensors)
-    attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
+    with model._unmerged() if isinstance(model, AdaptedModel) else contextlib.nullcontext():
+        plan, parts = checkpoint.load_parts(
+            model, Path(directory), strict=strict, allow_base_mismatch=allow_base_mismatch
+        )
+        attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
     return cast(AdaptedModel, model)
 
 
 def _plan(model: nn.Module, config: AdapterConfig) -> inject.Plan:
     if not isinstance(config, AdapterConfig) or not hasattr(type(config), "method"):
         raise ConfigError(f"config must be a method's configuration such as LoraConfig, not {config!r:.100}.")
-    if type(model).__name__ in WRAPPING:
-        raise StateError(f"{type(model).__name__} wraps the model; adapt the model itself, then wrap it.")
+    wrapping = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in WRAPPING), None)
+    if wrapping is not None:
+        raise StateError(f"{wrapping} wraps the model; adapt the model itself, then wrap it.")
     registry.load_plugins()
     return inject.plan(model, config)
-
-
-def _check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict, name):
-        raise ConfigError(
-            f"adapter name {name!r:.100} is not allowed: 1 to 64 letters, digits, '_' and '-', and no module attribute; such as 'default'."
-        )
-    if name in taken:
-        raise StateError(
-            f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name."
-        )
 
 
 # ------------------------------------------------------------------------------------------------- the class family
@@ -154,10 +138,11 @@ class AdaptedModel(nn.Module):
         Raises:
             MinipeftError: as `get_adapter_model`; or the name is taken.
         """
-        _check_name(adapter_name, self.adapter_configs)
-        plan = _plan(self, config)
-        parts = inject.build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
-        attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
+        check_name(adapter_name, self.adapter_configs)
+        with self._unmerged():  # what an adapter starts from is the base, not another adapter
+            plan = _plan(self, config)
+            parts = inject.build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
+            attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
 
     def load_adapter(
         self,
@@ -183,12 +168,7 @@ class AdaptedModel(nn.Module):
         self._check_known(names)
         if self._state.merged:
             raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
-        for path, wrapper in wrappers(self) if len(names) > 1 else ():
-            owners = [name for name in names if name in wrapper.adapters]
-            if isinstance(wrapper, SavedModule) and len(owners) > 1:
-                raise StateError(
-                    f"{path}: {shown(owners)} each train this module in full, so they cannot act together."
-                )
+        self._check_compatible(names)
         switch_to(self, names)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -210,16 +190,25 @@ class AdaptedModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the model computes exactly what its base does; merged weights are taken back meanwhile."""
-        switch, merged = self._state.switch, self._state.merged
+        switch = self._state.switch
         before = switch.enabled
+        with self._unmerged():
+            switch.enabled = False
+            try:
+                yield
+            finally:
+                switch.enabled = before
+
+    @contextlib.contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        """Within the context the base weights are the base's own; after it, what was merged is merged again."""
+        state, merged = self._state, self._state.merged
         self.unmerge_adapter()
-        switch.enabled = False
         try:
             yield
         finally:
-            switch.enabled = before
-            if merged:
-                self.merge_adapter(merged, untie=True)  # what was allowed once is allowed again
+            if merged and self.__dict__.get(STATE) is state:  # and not unloaded in the meantime
+                self._merge(merged, untie=True, undoable=True)  # what was allowed once is allowed again
 
     # ------------------------------------------------------------------------------------------------------- merging
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> MergeReport:
@@ -318,8 +307,17 @@ class AdaptedModel(nn.Module):
                 f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter()."
             )
 
+    def _check_compatible(self, names: tuple[str, ...]) -> None:
+        for path, wrapper in wrappers(self) if len(names) > 1 else ():
+            owners = [name for name in names if name in wrapper.adapters]
+            if isinstance(wrapper, SavedModule) and len(owners) > 1:
+                raise StateError(
+                    f"{path}: {shown(owners)} each train this module in full, so they cannot act together."
+                )
+
     def _merge(self, names: tuple[str, ...], *, untie: bool, undoable: bool) -> MergeReport:
         """Have exactly these adapters merged: one rounding for all, not one each."""
+        self._check_compatible(names)
         before = self._state.merged
         if names != before:
             self.unmerge_adapter()

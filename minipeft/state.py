@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copyreg
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 from minipeft import inject
 from minipeft.adapted import Switch, wrappers
 from minipeft.config import AdapterConfig
-from minipeft.errors import StateError
+from minipeft.errors import ConfigError, StateError
 
 STATE = "_minipeft"  # where a model keeps its state: in its __dict__, so that it is copied and pickled along
 
@@ -26,6 +28,23 @@ class AdapterState:
     resting: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # what an idle adapter would train
     merged: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
+
+
+def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
+    """Refuse an adapter name that is taken, or that could leave its directory.
+
+    Raises:
+        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', or it is the name of a module's attribute.
+        StateError: it is taken.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict, name):
+        raise ConfigError(
+            f"adapter name {name!r:.100} is not allowed: 1 to 64 letters, digits, '_' and '-', and no module attribute; such as 'default'."
+        )
+    if name in taken:
+        raise StateError(
+            f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name."
+        )
 
 
 def attach(

@@ -110,6 +110,7 @@ class Lora(Adapter):
     """
 
     config_class = LoraConfig
+    original_bias: Tensor | None
 
     def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
@@ -120,8 +121,10 @@ class Lora(Adapter):
         self.dropout = config.lora_dropout
         self.lora_A = nn.Parameter(weight.new_empty(config.r, in_features))
         self.lora_B = nn.Parameter(weight.new_empty(out_features, config.r))
-        trains_bias = config.bias != "none" and bias is not None
-        self.lora_bias = nn.Parameter(bias.detach().clone()) if trains_bias and bias is not None else None
+        start = bias.detach() if config.bias != "none" and bias is not None else None
+        self.lora_bias = None if start is None else nn.Parameter(start.clone())
+        # Kept, since another adapter may be merged into the base's own later.
+        self.register_buffer("original_bias", None if start is None else start.clone(), persistent=False)
         self.reset_parameters(config.init_lora_weights)
 
     @torch.no_grad()
@@ -150,14 +153,17 @@ class Lora(Adapter):
         if dropped and self.is_lookup:
             h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), self.dropout)
         result = y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype)
-        bias = ops.read_bias(base)
-        if self.lora_bias is not None and bias is not None:
-            result = result + (self.lora_bias - bias).to(y.dtype)
-        return result
+        bias_update = self._bias_update()
+        return result if bias_update is None else result + bias_update.to(y.dtype)
+
+    def _bias_update(self) -> Tensor | None:
+        return None if self.lora_bias is None or self.original_bias is None else self.lora_bias - self.original_bias
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        merged = weight + self.delta().to(weight.dtype)
-        return merged, bias if self.lora_bias is None else self.lora_bias.detach().to(weight.dtype)
+        bias_update = self._bias_update()
+        if bias is not None and bias_update is not None:
+            bias = bias + bias_update.detach().to(bias.dtype)
+        return weight + self.delta().to(weight.dtype), bias
 
     def delta(self) -> Tensor:
         return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)

@@ -1,0 +1,313 @@
+"""examples/train.py, run as its users run it: by `accelerate launch`, and by `main(argv)` where a process adds nothing."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+pytest.importorskip("matplotlib")
+transformers = pytest.importorskip("transformers")
+
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import minipeft  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "train.py"
+TINY = ROOT / "examples" / "assets" / "tiny"
+CORPUS = ROOT / "examples" / "assets" / "corpus"
+RESULTS = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+RESULTS |= {"metrics.jsonl", "samples.txt", "training_loss_curve.png"}
+TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+
+
+# ------------------------------------------------------------------------------------------------------ how it is run
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=200)
+
+
+def rows_of(directory: Path) -> list[dict[str, float]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def losses_of(directory: Path) -> list[float]:
+    """The losses of all rows, in order; not the speed, which no seed decides."""
+    return [row["loss"] if "loss" in row else row["eval_loss"] for row in rows_of(directory)]
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A process has one accelerator state; each test starts without."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One quick run as the README starts it."""
+    directory = tmp_path_factory.mktemp("quick") / "new" / "directory"
+    result = run("-m", "accelerate.commands.launch", SCRIPT, "--quick", "--output_dir", directory)
+    assert result.returncode == 0, result.stderr
+    return directory, result
+
+
+@pytest.fixture(scope="module")
+def still_base(tmp_path_factory) -> Path:
+    """The embedded model without dropout: its losses depend on the order of the text alone."""
+    directory = tmp_path_factory.mktemp("still")
+    for file in TINY.iterdir():
+        text = file.read_bytes()
+        if file.name == "config.json":
+            text = text.replace(b'pdrop": 0.1', b'pdrop": 0.0')
+        (directory / file.name).write_bytes(text)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def short_text(tmp_path_factory) -> Path:
+    """Seventeen blocks of 128 tokens, of which the last is held out."""
+    path = tmp_path_factory.mktemp("text") / "short [1].txt"  # a name that is also a pattern
+    path.write_text(gzip.decompress((CORPUS / "code-train.txt.gz").read_bytes()).decode()[:7200], "utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------ the quick run
+def test_the_quick_run_leaves_all_its_results(quick):
+    directory, _ = quick
+    assert {path.name for path in directory.iterdir()} == RESULTS
+    assert (directory / "training_loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    samples = (directory / "samples.txt").read_text("utf-8")
+    assert samples.count("before:") == samples.count("after:") == 3
+
+
+def test_the_quick_run_tells_its_story(quick):
+    _, result = quick
+    total, trainable, frozen = (
+        int(next(line for line in result.stdout.splitlines() if line.startswith(word)).split()[1].replace(",", ""))
+        for word in ("total", "trainable", "frozen")
+    )
+    assert trainable == 65_536
+    assert total == trainable + frozen
+    for words in ("perplexity on held-out text", "perplexity on documentation", "reloaded against", "merged against"):
+        assert words in result.stdout
+    assert "30/30" in result.stderr
+    assert "loss=" in result.stderr
+    assert "lr=" in result.stderr
+    assert "[transformers]" not in result.stderr  # accelerate's word on its own defaults is the user's business
+    assert "Warning" not in result.stderr
+
+
+def test_the_log_has_the_promised_columns(quick):
+    rows = rows_of(quick[0])
+    updates, evaluations = rows[1:-1], [rows[0], rows[-1]]
+    assert all(list(row) == ["step", "epoch", "loss", "learning_rate", "tokens_per_second"] for row in updates)
+    assert all(list(row) == ["step", "epoch", "eval_loss", "eval_perplexity"] for row in evaluations)
+    assert [row["step"] for row in rows] == [0, *range(1, 31), 30]
+    assert all(row["eval_perplexity"] == math.exp(row["eval_loss"]) for row in evaluations)
+
+
+def test_the_learning_rate_warms_up_over_a_tenth_and_decays_to_zero(quick):
+    rates = [row["learning_rate"] for row in rows_of(quick[0]) if "loss" in row]
+    assert rates == pytest.approx([1e-3 * min(done / 3, (30 - done) / 27) for done in range(30)])
+
+
+def test_the_quick_run_lowers_the_perplexity_by_a_tenth(quick):
+    rows = rows_of(quick[0])
+    assert rows[-1]["eval_perplexity"] < 0.9 * rows[0]["eval_perplexity"]
+
+
+def test_the_evaluations_are_those_of_the_base_and_of_the_saved_adapter(quick):
+    directory, _ = quick
+    text = gzip.decompress((CORPUS / "code-eval.txt.gz").read_bytes()).decode("utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: 48 * 128]).view(48, 128)
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    for row in (rows_of(directory)[0], rows_of(directory)[-1]):
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        expected = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        assert row["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+        if row["step"] == 0:
+            model = minipeft.load_adapter(model, directory)
+
+
+# ------------------------------------------------------------------------------------------------- same and not same
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(train, short_text, tmp_path, capsys):
+    flags = ["--train_file", str(short_text), "--max_steps", "3", "--dropout", "0.1"]
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        train.main([*flags, "--seed", seed, "--output_dir", str(tmp_path / name)])
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b") != losses_of(tmp_path / "c")
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert (tmp_path / "a/samples.txt").read_bytes() == (tmp_path / "b/samples.txt").read_bytes()
+
+
+def test_accumulated_batches_equal_one_large_batch_up_to_the_end_of_each_epoch(
+    train, still_base, short_text, tmp_path, capsys
+):
+    """Sixteen blocks make batches of 6, 6 and 4, or of 3, 3, 3, 3, 3 and 1, or of 2, ... with two in the last update."""
+    flags = ["--model_name", str(still_base), "--train_file", str(short_text), "--num_epochs", "2"]
+    for size, steps in (("6", "1"), ("3", "2"), ("2", "3")):
+        sizes = ["--batch_size", size, "--gradient_accumulation_steps", steps]
+        train.main([*flags, *sizes, "--output_dir", str(tmp_path / size)])
+    rows = rows_of(tmp_path / "6")
+    assert [row["epoch"] for row in rows] == [0, 0.3333, 0.6667, 1, 1, 1.3333, 1.6667, 2, 2]
+    assert losses_of(tmp_path / "3") == pytest.approx(losses_of(tmp_path / "6"), abs=1e-5)
+    assert losses_of(tmp_path / "2") == pytest.approx(losses_of(tmp_path / "6"), abs=1e-5)
+    assert "no --eval_file: the last 5 percent" in capsys.readouterr().out
+
+
+def test_two_processes_train_as_one_and_write_once(train, still_base, short_text, tmp_path, capsys):
+    """Thirty-four blocks to evaluate on, three a batch and process: the last batch has one, and has to be filled up."""
+    flags = ["--model_name", str(still_base), "--train_file", str(short_text), "--eval_file", str(short_text)]
+    flags += ["--max_length", "64", "--max_steps", "3", "--mixed_precision", "no"]
+    train.main([*flags, "--batch_size", "6", "--output_dir", str(tmp_path / "one")])
+    two = [*flags, "--batch_size", "3", "--output_dir", str(tmp_path / "two")]
+    result = run("-m", "accelerate.commands.launch", *TWO_PROCESSES, SCRIPT, *two)
+    assert result.returncode == 0, result.stderr
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+    assert result.stdout.count("trainable") == 1
+    assert {path.name for path in (tmp_path / "two").iterdir()} == RESULTS
+
+
+def test_bfloat16_runs_on_a_cpu(train, short_text, tmp_path, capsys):
+    train.main(
+        [
+            "--train_file",
+            str(short_text),
+            "--max_steps",
+            "2",
+            "--mixed_precision",
+            "bf16",
+            "--output_dir",
+            f"{tmp_path}",
+        ]
+    )
+    assert "merged against" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+BAD_INPUT = {
+    "an unknown flag": (["--lerning_rate", "1"], "--lerning_rate"),
+    "an abbreviated flag": (["--learn", "1"], "--learn"),
+    "a word for a number": (["--batch_size", "many"], "many"),
+    "no epochs": (["--num_epochs", "0"], "--num_epochs 0"),
+    "a seed that numpy refuses": (["--seed", str(2**40)], "--seed"),
+    "a learning rate that is none": (["--learning_rate", "nan"], "--learning_rate nan"),
+    "rank 0": (["--rank", "0"], "r must be an integer from 1"),
+    "dropout 1.5": (["--dropout", "1.5"], "1.5"),
+    "a misspelt target": (["--target_modules", "c_attn,c_prj"], "closest: 'c_proj'"),
+    "an empty target": (["--target_modules", ""], "target_modules"),
+    "a missing file": (["--train_file", "missing.txt"], "missing.txt: no such file"),
+    "a directory for a file": (["--train_file", "."], "no such file"),
+    "an empty file": (["--train_file", "{empty}"], "empty"),
+    "a file with too little text": (["--train_file", "{short}"], "no block of 128 tokens"),
+    "a file that is no text": (["--train_file", "{binary}"], "UTF-8"),
+    "an evaluation file alone": (["--eval_file", "{short}"], "--train_file"),
+    "two sources of text": (["--train_file", "{short}", "--dataset_name", "a/b"], "exclude each other"),
+    "a configuration of no data set": (["--dataset_config", "x"], "--dataset_name"),
+    "blocks longer than the model": (["--max_length", "257"], "256 positions"),
+    "a model directory that is not there": (["--model_name", "/no/such/model"], "/no/such/model"),
+    "a model directory without weights": (["--model_name", "{weightless}"], "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(train, case, tmp_path, monkeypatch):
+    flags, words = BAD_INPUT[case]
+    paths = {name: tmp_path / f"{name}.txt" for name in ("empty", "short", "binary")}
+    for path, text in zip(paths.values(), (b"", b"too short\n", b"\xff\xfe\x80"), strict=True):
+        path.write_bytes(text)
+    paths["weightless"] = tmp_path / "weightless"
+    paths["weightless"].mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (paths["weightless"] / name).write_bytes((TINY / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--output_dir", "out", *(flag.format(**paths) for flag in flags)])
+    message = str(stopped.value.code)  # Python prints it to stderr and exits with 1
+    assert message.startswith("train.py: error: ")
+    assert "\n" not in message
+    assert words in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_directory_that_cannot_be_written_is_found_before_training(train, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for directory in (file, file / "below", TINY):
+        with pytest.raises(SystemExit, match="--output_dir"):
+            train.main(["--output_dir", str(directory)])
+    assert file.read_text() == "kept"
+    assert not (TINY / "adapter_config.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works there")
+def test_fp16_is_refused_on_a_cpu_whoever_asks_for_it(train, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="fp16 does nothing on a CPU"):
+        train.main(["--mixed_precision", "fp16", "--output_dir", str(tmp_path / "out")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SystemExit, match="fp16 does nothing on a CPU"):
+        train.main(["--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", [["--model_name", "nobody/nothing"], ["--dataset_name", "nobody/nothing"]])
+def test_what_was_named_on_the_hub_is_never_replaced(named, tmp_path):
+    result = run(SCRIPT, "--quick", *named, "--output_dir", tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"train.py: error: {' '.join(named)}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_says_so_and_saves_no_adapter(train, short_text, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="training diverged; lower --learning_rate"):
+        train.main(
+            [
+                "--train_file",
+                str(short_text),
+                "--learning_rate",
+                "1e9",
+                "--num_epochs",
+                "9",
+                "--output_dir",
+                f"{tmp_path}",
+            ]
+        )
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    rows_of(tmp_path)
