@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -45,7 +46,9 @@ Perplexities = dict[str, float]  # by part
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED_MODEL = ASSETS / "tiny"
 EMBEDDED_TARGETS = "c_attn,c_proj,c_fc"  # so small a model needs more than its attention to change its language
-EMBEDDED_TEXT = {"train": "code-train", "eval": "code-eval", "docs": "docs-eval"}  # docs: what the base was trained on
+CORPUS = ASSETS / "corpus"
+EMBEDDED_TEXT = {"train": CORPUS / "code-train.txt.gz", "eval": CORPUS / "code-eval.txt.gz"}
+EMBEDDED_TEXT["docs"] = CORPUS / "docs-eval.txt.gz"  # held out from what the base was trained on
 EMBEDDED_PROMPTS = ("def read(self", "class Reader", "The file")
 WARMUP, CLIP, HELD_OUT = 0.1, 1.0, 0.05  # share of the updates; gradient norm; share of the blocks
 QUICK_UPDATES, QUICK_EVAL_BLOCKS = 30, 48
@@ -116,11 +119,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     flag("--rank", type=int, default=8)
     flag("--alpha", type=float, default=16, help="the update is scaled by alpha / rank (%(default)s)")
     flag("--dropout", type=float, default=0.0, help="of the adapter's input; the base keeps its own")
-    flag(
-        "--target_modules",
-        help="comma separated names, or all-linear (default: minipeft's for the type of model; "
-        f"for the embedded one {EMBEDDED_TARGETS})",
-    )
+    flag("--target_modules", help=f"a,b,c or all-linear (default: minipeft's; the embedded model: {EMBEDDED_TARGETS})")
     flag("--num_epochs", type=int, default=3)
     flag("--max_steps", type=int, default=0, help="number of updates; if > 0 it overrides --num_epochs")
     flag("--batch_size", type=int, default=8, help="blocks a process and forward pass (%(default)s)")
@@ -177,7 +176,9 @@ def check_writable(directory: Path) -> None:
     except OSError as error:
         fail(f"--output_dir {directory}: {place} cannot be written ({error.strerror}); choose another directory.")
     if (directory / "config.json").exists():
-        fail(f"--output_dir {directory} holds a whole model; give the adapter a directory of its own.")
+        fail(
+            f"--output_dir {directory} holds a config.json, as a whole model does; give the adapter a directory of its own."
+        )
 
 
 def lora_config(args: Namespace) -> minipeft.LoraConfig:
@@ -191,11 +192,15 @@ def lora_config(args: Namespace) -> minipeft.LoraConfig:
 
 # ------------------------------------------------------------------------------------------ accelerator, model, text
 def make_accelerator(args: Namespace) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
+    # A plugin, since the plain argument would yield to accelerate's own configuration.
+    accumulation = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps)
+    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation, dataloader_config=order
+        )
+    except ValueError as error:
+        fail(f"--mixed_precision {args.mixed_precision}: {error}")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         fail("--mixed_precision fp16 does nothing on a CPU; give bf16 or no.")
     return accelerator
@@ -221,16 +226,17 @@ def load_base(args: Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel
 
 
 def load_blocks(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Blocks:
-    """Blocks of tokens to train on ("train") and to evaluate on ("eval"; with the embedded text also "docs")."""
-    files = {"train": args.train_file, "eval": args.eval_file}
-    if args.embedded_text:
-        files = {part: ASSETS / "corpus" / f"{name}.txt.gz" for part, name in EMBEDDED_TEXT.items()}
+    """Blocks of tokens to train on and to evaluate on; by default also of the text that the base was trained on."""
     if args.dataset_name:
         rows = read_dataset(args.dataset_name, args.dataset_config)
     else:
+        files = EMBEDDED_TEXT if args.embedded_text else {"train": args.train_file, "eval": args.eval_file}
         rows = {part: read_file(path) for part, path in files.items() if path}
+    if args.model_name != str(EMBEDDED_MODEL):
+        rows.pop("docs", None)
     blocks = {part: cut(text, tokenizer, args.max_length) for part, text in rows.items()}
-    if "eval" not in blocks:
+    args.held_out = "eval" not in blocks
+    if args.held_out:
         start = len(blocks["train"]) - math.ceil(HELD_OUT * len(blocks["train"]))
         blocks["eval"] = blocks["train"].select(range(start, len(blocks["train"])))
         blocks["train"] = blocks["train"].select(range(start))
@@ -255,8 +261,8 @@ def read_dataset(name: str, config: str | None) -> Blocks:
         splits = load_dataset(name, config)
     except Exception as error:  # as above, and the Hub's
         fail(
-            f"--dataset_name {name} --dataset_config {config}: cannot be loaded ({reason(error.__cause__ or error)}); "
-            "check the names and the network, or give a --train_file."
+            f"--dataset_name {name}: cannot be loaded ({reason(error.__cause__ or error)}); "
+            "check the name, --dataset_config and the network, or give a --train_file."
         )
     if "train" not in splits or "text" not in splits["train"].column_names:
         fail(f"--dataset_name {name}: needs a split 'train' with a column 'text', but has {splits.column_names}.")
@@ -292,8 +298,8 @@ def describe(args: Namespace, model: minipeft.AdaptedModel, blocks: Blocks) -> s
     lines += [f"{name:<12}{number:>16,}{100 * number / total:>10.2f}" for name, number in numbers.items()]
     sizes = ", ".join(f"{part} {len(dataset):,}" for part, dataset in blocks.items())
     lines.append(f"text: {args.text} in blocks of {args.max_length} tokens: {sizes}")
-    if args.train_file and not args.eval_file:
-        lines.append(f"no --eval_file: the last {100 * HELD_OUT:.0f} percent of the blocks are held out instead")
+    if args.held_out:
+        lines.append(f"no evaluation text: the last {100 * HELD_OUT:.0f} percent of the blocks are held out for it")
     return "\n".join(lines)
 
 
@@ -303,7 +309,7 @@ def train(
 ) -> tuple[minipeft.AdaptedModel, Perplexities, Perplexities]:
     """Train the adapter; return the model and its perplexities before and after."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
     loaders = {part: DataLoader(dataset, args.batch_size, shuffle=part == "train") for part, dataset in blocks.items()}
     loaders = {part: accelerator.prepare(loader) for part, loader in loaders.items()}
     loader = loaders.pop("train")
@@ -314,11 +320,15 @@ def train(
     set_seed(args.seed, device_specific=True)  # the processes drop out different units
     model, optimizer = accelerator.prepare(model, optimizer)
 
+    def write_row(step: int, row: dict[str, float]) -> None:
+        row = {"step": step, "epoch": round(step / epoch_updates, 4), **row}
+        print(json.dumps(row, allow_nan=False), file=metrics, flush=True)  # to be read while the training runs
+
     def evaluation(step: int) -> Perplexities:
         losses = {part: evaluate(accelerator, model, loader) for part, loader in loaders.items()}
         perplexities = {part: math.exp(loss) for part, loss in losses.items()}
         scores = {"eval_loss": losses["eval"], "eval_perplexity": perplexities["eval"]}
-        write_row(metrics, {"step": step, "epoch": round(step / epoch_updates, 4), **scores})
+        write_row(step, scores)
         if accelerator.is_main_process:
             line = "epoch {:.2f}, update {}: eval loss {:.4f}, perplexity {:.2f}"
             tqdm.write(line.format(step / epoch_updates, step, *scores.values()))
@@ -330,7 +340,7 @@ def train(
             loader.set_epoch(step // epoch_updates)
             for row in train_epoch(args, accelerator, model, optimizer, scheduler, loader):
                 step += 1
-                write_row(metrics, {"step": step, "epoch": round(step / epoch_updates, 4), **row})
+                write_row(step, row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['learning_rate']:.1e}")
                 bar.update()
                 if step == updates:
@@ -343,7 +353,7 @@ def train_epoch(
     args: Namespace,
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     scheduler: LRScheduler,
     loader: DataLoader,
 ) -> Iterator[dict[str, float]]:
@@ -406,11 +416,6 @@ def finite(loss: float) -> float:
     return loss
 
 
-def write_row(metrics: TextIO, row: dict[str, float]) -> None:
-    metrics.write(json.dumps(row, allow_nan=False) + "\n")
-    metrics.flush()  # to be read while the training runs
-
-
 # --------------------------------------------------------------------------------------------------- what came of it
 def choose_prompts(args: Namespace, tokenizer: PreTrainedTokenizerBase, blocks: Dataset) -> list[str]:
     """Openings to continue: of code for the embedded text, else of held-out blocks."""
@@ -423,17 +428,16 @@ def choose_prompts(args: Namespace, tokenizer: PreTrainedTokenizerBase, blocks: 
 def sample(
     args: Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
 ) -> list[str]:
-    """Continue each prompt with random numbers from the seed; those of the training stay what they would be."""
+    """Continue each prompt, with the same random numbers at each call."""
     model.eval()
     texts = []
-    with torch.random.fork_rng():
-        for prompt in prompts:
-            torch.manual_seed(args.seed)
-            inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-            length = max(1, min(SAMPLE_TOKENS, args.max_length - inputs["input_ids"].shape[1]))
-            options = {"min_new_tokens": length, "max_new_tokens": length, "pad_token_id": tokenizer.eos_token_id}
-            ids = model.generate(**inputs, do_sample=True, temperature=0.7, top_k=20, **options)
-            texts.append(tokenizer.decode(ids[0]))
+    for prompt in prompts:
+        set_seed(args.seed)
+        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+        length = max(1, min(SAMPLE_TOKENS, args.max_length - inputs["input_ids"].shape[1]))
+        options = {"min_new_tokens": length, "max_new_tokens": length, "pad_token_id": tokenizer.eos_token_id}
+        ids = model.generate(**inputs, do_sample=True, temperature=0.7, top_k=20, **options)
+        texts.append(tokenizer.decode(ids[0]))
     return texts
 
 
