@@ -289,3 +289,11 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         check_base(file, plan)
     check_strict(file, fit, strict)
     return plan, inject.build_from(plan, read_tensors(file, fit))
+
+
+def warn_if_idle(directory: Path, parts: Parts) -> None:
+    """Warn about an adapter that was loaded to be used and leaves the model as it is."""
+    if not parts.copies and all(adapter.changes_nothing() for adapter in parts.adapters):
+        warnings.warn(
+            f"{directory}: every update is zero, so this adapter changes nothing; was it ever trained?", stacklevel=3
+        )

@@ -37,8 +37,6 @@ def get_adapter_model(
     Raises:
         MinipeftError: a value, pattern or layer is not usable; the model is bit for bit what it was.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     if isinstance(model, AdaptedModel):
         raise StateError(
             f"{type(model).__name__} is adapted already ({shown(model.adapter_configs)}); use model.add_adapter(name, config)."
@@ -76,23 +74,30 @@ def load_adapter(
         MinipeftError: anything does not fit; the model is bit for bit what it was.
     """
     check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
-    registry.load_plugins()
+    _check_adaptable(model)
     with model._unmerged() if isinstance(model, AdaptedModel) else contextlib.nullcontext():
-        plan, parts = checkpoint.load_parts(
-            model, Path(directory), strict=strict, allow_base_mismatch=allow_base_mismatch
-        )
+        path = Path(directory)
+        plan, parts = checkpoint.load_parts(model, path, strict=strict, allow_base_mismatch=allow_base_mismatch)
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
+        if not is_trainable:
+            checkpoint.warn_if_idle(path, parts)
     return cast(AdaptedModel, model)
 
 
 def _plan(model: nn.Module, config: AdapterConfig) -> inject.Plan:
     if not isinstance(config, AdapterConfig) or not hasattr(type(config), "method"):
         raise ConfigError(f"config must be a method's configuration such as LoraConfig, not {config!r:.100}.")
+    _check_adaptable(model)
+    return inject.plan(model, config)
+
+
+def _check_adaptable(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     wrapping = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in WRAPPING), None)
     if wrapping is not None:
         raise StateError(f"{wrapping} wraps the model; adapt the model itself, then wrap it.")
     registry.load_plugins()
-    return inject.plan(model, config)
 
 
 # ------------------------------------------------------------------------------------------------- the class family
@@ -103,11 +108,8 @@ class AdaptedModel(nn.Module):
     def _state(self) -> AdapterState:
         state = self.__dict__.get(STATE)
         if state is None:
-            raise StateError(
-                f"this {type(self).__name__} has no adapter: it was built from the class of an adapted model."
-            )
-        assert isinstance(state, AdapterState)
-        return state
+            raise StateError(f"this {type(self).__name__} has no adapter; it was built from an adapted model's class.")
+        return cast(AdapterState, state)
 
     @property
     def adapter_configs(self) -> dict[str, AdapterConfig]:
@@ -179,9 +181,7 @@ class AdaptedModel(nn.Module):
         """
         self._check_known((adapter_name,))
         if adapter_name in self._state.switch.active or adapter_name in self._state.merged:
-            raise StateError(
-                f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one first, or unload() the model."
-            )
+            raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one, or unload().")
         inject.discard(self, adapter_name)
         del self._state.configs[adapter_name]
         self._state.trainable.discard(adapter_name)

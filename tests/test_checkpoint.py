@@ -108,6 +108,18 @@ def test_adapter_state_dict_is_what_the_file_holds(saved):
     assert all(torch.equal(live[key], tensors[key]) for key in tensors)
 
 
+def test_an_adapter_that_changes_nothing_is_loaded_with_a_word_of_warning(tmp_path):
+    get_lora_model(gpt2(), LoraConfig()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="every update is zero"):
+        load_adapter(gpt2(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_a_wrapped_model_takes_no_file(saved):
+    with pytest.raises(StateError, match="OptimizedModule wraps the model"):
+        load_adapter(torch.compile(gpt2()), saved)
+
+
 def test_loading_leaves_the_random_numbers_alone(saved):
     torch.manual_seed(3)
     expected = torch.rand(1)

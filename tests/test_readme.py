@@ -11,6 +11,8 @@ from minipeft import families, registry
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 HUB_MODEL = "openai-community/gpt2"
+TRAINING = "# ... train it with what you train models with ..."
+TRAINED = "[p.data.add_(0.01) for p in model.parameters() if p.requires_grad]"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,8 @@ def namespace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for block in blocks:
-            exec(compile(block.replace(HUB_MODEL, str(ROOT / "examples/assets/tiny")), "README.md", "exec"), values)
+            code = block.replace(HUB_MODEL, str(ROOT / "examples/assets/tiny")).replace(TRAINING, TRAINED)
+            exec(compile(code, "README.md", "exec"), values)
     yield values | {"folder": folder}
     registry._tables = tables
 
@@ -34,6 +37,7 @@ def test_the_first_code_stands_in_the_first_ten_lines():
 
 
 def test_the_code_of_the_readme_runs(namespace):
+    assert TRAINING in README
     assert (namespace["folder"] / "my-adapter" / "adapter_model.safetensors").exists()
 
 
@@ -95,7 +99,7 @@ def test_the_published_counts_are_those_of_gpt2():
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
         in README
     )
-    assert f"# {trainable * 4 / 1e6:.1f} MB" in README
+    assert f"# {trainable * 4 / 1e6:.1f} MB in PEFT's format" in README
 
 
 def test_ci_calls_the_test_command_of_the_readme():

@@ -54,6 +54,10 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
+    def changes_nothing(self) -> bool:
+        """Whether the adapter, as it stands, leaves its layer's output as it is; False where that is not easily told."""
+        return False
+
     def file_tensors(self) -> dict[str, Tensor]:
         """What is saved: the key after the module's name in a file -> the live tensor."""
         return dict(self.named_parameters())

@@ -168,6 +168,10 @@ class Lora(Adapter):
     def delta(self) -> Tensor:
         return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
 
+    def changes_nothing(self) -> bool:
+        bias_update = self._bias_update()
+        return not (self.lora_A.any() and self.lora_B.any()) and (bias_update is None or not bias_update.any())
+
     def file_tensors(self) -> dict[str, Tensor]:
         if self.is_lookup:
             return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
