@@ -81,23 +81,25 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         adapter_class = registry.adapter_class(config.method, name, type(base))
         sites.append(AdapterSite(name, found[name], ops, adapter_class, configs[name]))
     if config.trains_all_biases:
-        taken = {id(site.candidate.module) for site in sites} | {
-            id(m) for site in saved for m in site.candidate.base.modules()
-        }
-        biased = {
-            name: c
-            for name, c in found.items()
-            if c.base._parameters.get("bias") is not None and id(c.module) not in taken
-        }
-        for name, candidate in biased.items():
+        saved += _bias_sites(found, sites, saved)
+    for saved_site in saved:
+        _check_saveable(saved_site)
+    return Plan(config, tuple(sites), tuple(saved))
+
+
+def _bias_sites(found: dict[str, Candidate], sites: list[AdapterSite], saved: list[SavedSite]) -> list[SavedSite]:
+    """The modules with a bias that are neither adapted nor trained in full."""
+    taken = {id(site.candidate.module) for site in sites}
+    taken |= {id(module) for site in saved for module in site.candidate.base.modules()}
+    biased = []
+    for name, candidate in found.items():
+        if candidate.base._parameters.get("bias") is not None and id(candidate.module) not in taken:
             if candidate.base._modules:
                 raise TargetError(
                     f"{name} has a bias beside modules of its own, which bias='all' cannot train; nothing was changed."
                 )
-        saved += [SavedSite(name, candidate, ("bias",)) for name, candidate in biased.items()]
-    for saved_site in saved:
-        _check_saveable(saved_site)
-    return Plan(config, tuple(sites), tuple(saved))
+            biased.append(SavedSite(name, candidate, ("bias",)))
+    return biased
 
 
 def _ops_for(name: str, candidate: Candidate) -> type[LayerOps]:
