@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -15,7 +16,8 @@ class LayerOps(ABC):
     """How to read, write and follow one layer type. Static and never instantiated; a method sees a layer only so.
 
     The canonical weight is ``(out, in)``, whatever the layer stores: ``y = W x + b`` for the last dimension of x, or
-    ``y = W[:, x]`` for a layer that looks indices up. Register a subclass with ``register_layer``.
+    ``y = W[:, x]`` for a layer that looks indices up. Register a subclass with ``register_layer``; what it must say is
+    `shape`, `read_weight` and `write_weight`, and the rest is by default that of a linear map.
     """
 
     contract: ClassVar[str] = "LayerOps"
@@ -23,11 +25,6 @@ class LayerOps(ABC):
     in_all_linear: ClassVar[bool] = False  # target_modules="all-linear" takes it
     fan_in_fan_out: ClassVar[bool] = False  # stores (in, out); only PEFT's file format asks
     can_merge: ClassVar[bool] = True
-
-    @staticmethod
-    @abstractmethod
-    def accepts(base: Any) -> bool:
-        """Whether these ops hold for this instance; a subclass with a packed weight, say, is refused here."""
 
     @staticmethod
     @abstractmethod
@@ -41,11 +38,6 @@ class LayerOps(ABC):
 
     @staticmethod
     @abstractmethod
-    def read_bias(base: Any) -> Tensor | None:
-        """The bias, shape (out,), or None."""
-
-    @staticmethod
-    @abstractmethod
     def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Store a canonical weight (out, in) and bias (out,) in place, and return the layer that now holds them.
 
@@ -53,24 +45,36 @@ class LayerOps(ABC):
         """
 
     @staticmethod
-    @abstractmethod
+    def accepts(base: Any) -> bool:
+        """Whether these ops hold for this instance; a subclass with a packed weight, say, is refused here."""
+        return True
+
+    @staticmethod
+    def read_bias(base: Any) -> Tensor | None:
+        """The bias, shape (out,), or None."""
+        bias: Tensor | None = getattr(base, "bias", None)
+        return bias
+
+    @staticmethod
     def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
         """``A x`` for A of shape (r, in) and the layer's own input x: shape (..., r)."""
+        return F.linear(x, A)
 
     @staticmethod
-    @abstractmethod
     def project_out(base: Any, h: Tensor, B: Tensor) -> Tensor:
         """``B h`` for B of shape (out, r) and h of shape (..., r), scaled as the layer scales its own output: (..., out)."""
+        return F.linear(h, B)
 
     @staticmethod
-    @abstractmethod
     def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
         """``y * v`` along the output features, for v of shape (out,)."""
+        return y * v
 
-    @staticmethod
-    @abstractmethod
-    def example_input(base: Any) -> Tensor:
+    @classmethod
+    def example_input(cls, base: Any) -> Tensor:
         """A small input the layer takes, drawn from torch's generator: what a merge is checked on."""
+        weight = cls.read_weight(base)
+        return torch.randn(4, weight.shape[1], dtype=weight.dtype, device=weight.device)
 
 
 def has_plain_weight(base: nn.Module, shape: tuple[int, int]) -> bool:

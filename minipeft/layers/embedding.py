@@ -38,10 +38,6 @@ class EmbeddingOps(LayerOps):
         return transposed
 
     @staticmethod
-    def read_bias(base: Any) -> Tensor | None:
-        return None
-
-    @staticmethod
     @torch.no_grad()
     def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         base.weight.copy_(weight.t())
@@ -57,12 +53,8 @@ class EmbeddingOps(LayerOps):
         y, scale = F.linear(h, B), _scale(base)
         return y if scale is None else y * scale
 
-    @staticmethod
-    def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
-        return y * v
-
-    @staticmethod
-    def example_input(base: Any) -> Tensor:
+    @classmethod
+    def example_input(cls, base: Any) -> Tensor:
         return torch.randint(base.num_embeddings, (8,), device=base.weight.device)
 
 

@@ -5,39 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.layers.base import LayerOps, has_plain_weight
 from minipeft.registry import register_layer
 
 
-class DenseOps(LayerOps):
-    """Abstract: what the linear maps have in common, which is all but the orientation of the stored weight."""
+@register_layer(nn.Linear)
+class LinearOps(LayerOps):
+    """``nn.Linear`` and its subclasses, as long as their weight is an ordinary (out, in) tensor."""
 
     in_all_linear = True
-
-    @staticmethod
-    def read_bias(base: Any) -> Tensor | None:
-        bias: Tensor | None = base.bias
-        return bias
-
-    @staticmethod
-    def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
-        return F.linear(x, A)
-
-    @staticmethod
-    def project_out(base: Any, h: Tensor, B: Tensor) -> Tensor:
-        return F.linear(h, B)
-
-    @staticmethod
-    def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
-        return y * v
-
-
-@register_layer(nn.Linear)
-class LinearOps(DenseOps):
-    """``nn.Linear`` and its subclasses, as long as their weight is an ordinary (out, in) tensor."""
 
     @staticmethod
     def accepts(base: Any) -> bool:
@@ -63,15 +41,12 @@ class LinearOps(DenseOps):
         module: nn.Module = base
         return module
 
-    @staticmethod
-    def example_input(base: Any) -> Tensor:
-        return torch.randn(4, base.in_features, dtype=base.weight.dtype, device=base.weight.device)
-
 
 @register_layer("transformers.pytorch_utils.Conv1D")
-class Conv1DOps(DenseOps):
+class Conv1DOps(LayerOps):
     """The ``Conv1D`` of GPT-2's family: y = x W + b with W stored as (in, out)."""
 
+    in_all_linear = True
     fan_in_fan_out = True
 
     @staticmethod
@@ -88,14 +63,5 @@ class Conv1DOps(DenseOps):
         return transposed
 
     @staticmethod
-    @torch.no_grad()
     def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        base.weight.copy_(weight.t())
-        if bias is not None:
-            base.bias.copy_(bias)
-        module: nn.Module = base
-        return module
-
-    @staticmethod
-    def example_input(base: Any) -> Tensor:
-        return torch.randn(4, base.nx, dtype=base.weight.dtype, device=base.weight.device)
+        return LinearOps.write_weight(base, weight.t(), bias)
