@@ -80,12 +80,16 @@ class AdaptedLayer(Wrapper):
         self.undo: Any = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+        y: Any = None
         if self.switch.enabled:
             for name in self.switch.active:
                 if name in self.adapters and name not in self.merged:
-                    y = self.adapters[name](self.base_layer, self.ops, x, y)
-        return y
+                    adapter = self.adapters[name]
+                    if y is None and (args or kwargs or not adapter.runs_base):
+                        y = self.base_layer(x, *args, **kwargs)
+                    y = adapter(self.base_layer, self.ops, x, y)
+        result: Tensor = self.base_layer(x, *args, **kwargs) if y is None else y
+        return result
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name on this layer."""

@@ -70,11 +70,25 @@ class LayerOps(ABC):
         """``y * v`` along the output features, for v of shape (out,)."""
         return y * v
 
+    @staticmethod
+    def is_linear_call(base: Any) -> bool:
+        """Whether calling this instance now does ``F.linear(x, read_weight(base), read_bias(base))`` and nothing beside.
+
+        A method may then compute the layer's output itself, together with its own. Hooks and patched forwards rule it out.
+        """
+        return False
+
     @classmethod
     def example_input(cls, base: Any) -> Tensor:
         """A small input the layer takes, drawn from torch's generator: what a merge is checked on."""
         weight = cls.read_weight(base)
         return torch.randn(4, weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+
+def runs_only(base: nn.Module, forward: object) -> bool:
+    """Whether a call of the module runs this ``forward`` of its class and no hook."""
+    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return not hooks and vars(type(base)).get("forward") is forward and "forward" not in base.__dict__
 
 
 def has_plain_weight(base: nn.Module, shape: tuple[int, int]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.layers.base import LayerOps, has_plain_weight
+from minipeft.layers.base import LayerOps, has_plain_weight, runs_only
 from minipeft.registry import register_layer
 
 
@@ -22,6 +22,10 @@ class LinearOps(LayerOps):
         # nn.MultiheadAttention reads the weight of its out_proj and never calls it, so an adapter there would do nothing.
         read_not_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
         return not read_not_called and has_plain_weight(base, (base.out_features, base.in_features))
+
+    @staticmethod
+    def is_linear_call(base: Any) -> bool:
+        return runs_only(base, nn.Linear.forward)
 
     @staticmethod
     def shape(base: Any) -> tuple[int, int]:
@@ -52,6 +56,11 @@ class Conv1DOps(LayerOps):
     @staticmethod
     def accepts(base: Any) -> bool:
         return has_plain_weight(base, (base.nx, base.nf))
+
+    @staticmethod
+    def is_linear_call(base: Any) -> bool:
+        cls = type(base)
+        return cls.__module__ == "transformers.pytorch_utils" and runs_only(base, cls.forward)
 
     @staticmethod
     def shape(base: Any) -> tuple[int, int]:

@@ -25,7 +25,13 @@ class Adapter(nn.Module, ABC):
     """
 
     contract: ClassVar[str] = "Adapter"
+    runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the base's output itself
     config_class: ClassVar[type[AdapterConfig]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "runs_base" not in vars(cls):
+            cls.runs_base = False  # what a class says of its own forward does not hold for another one
 
     @classmethod
     def share(cls, sites: Sequence[tuple[nn.Module, type[LayerOps]]], config: AdapterConfig) -> object | None:
@@ -37,8 +43,8 @@ class Adapter(nn.Module, ABC):
         super().__init__()
 
     @abstractmethod
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor) -> Tensor:
-        """The adapted output, from the layer's input x and output y (..., out); never in place on y."""
+    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
+        """The adapted output, from the layer's input x and output y (..., out), a tensor; never in place on y."""
 
     @abstractmethod
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

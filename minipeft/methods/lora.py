@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of, pattern_table
 from minipeft.functional import lora_delta, lora_scaling
+from minipeft.fused import can_fuse, lora_linear
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.patterns import first_keys
@@ -110,6 +111,7 @@ class Lora(Adapter):
     """
 
     config_class = LoraConfig
+    runs_base = True
     original_bias: Tensor | None
 
     def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoraConfig, shared: object | None) -> None:
@@ -143,18 +145,33 @@ class Lora(Adapter):
         else:
             self.lora_B.zero_()
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+        dropped = self.dropout > 0 and self.training
+        if y is None:
+            y = None if dropped or not ops.is_linear_call(base) else self._fused(base, ops, x)
+            if y is not None:
+                return self._with_bias(y)
+            y = base(x)
+        assert isinstance(y, Tensor)
         # The factors follow the activations' dtype, never the other way round: no copy of x is made or kept.
         dtype = y.dtype if self.is_lookup else x.dtype
-        dropped = self.dropout > 0 and self.training
         if dropped and not self.is_lookup:
             x = F.dropout(x, self.dropout)
         h = ops.project_in(base, x, self.lora_A.to(dtype)) * self.scaling
         if dropped and self.is_lookup:
             h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), self.dropout)
-        result = y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype)
+        return self._with_bias(y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype))
+
+    def _fused(self, base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor | None:
+        """The layer's and the adapter's output from one autograd node, or None where that cannot be."""
+        weight, bias = ops.read_weight(base), ops.read_bias(base)
+        if weight.requires_grad or (bias is not None and bias.requires_grad) or not can_fuse(x, weight):
+            return None
+        return lora_linear(x, weight, bias, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.scaling)
+
+    def _with_bias(self, y: Tensor) -> Tensor:
         bias_update = self._bias_update()
-        return result if bias_update is None else result + bias_update.to(y.dtype)
+        return y if bias_update is None else y + bias_update.to(y.dtype)
 
     def _bias_update(self) -> Tensor | None:
         return None if self.lora_bias is None or self.original_bias is None else self.lora_bias - self.original_bias
