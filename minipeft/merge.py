@@ -97,7 +97,7 @@ def _check(
     if bias is not None and merged_bias is not None:
         rounded_bias = merged_bias.to(bias.dtype)
     for what, tensor in (("weight", rounded), ("bias", rounded_bias)):
-        if tensor is not None and not tensor.isfinite().all():
+        if tensor is not None and not _all_finite(tensor):
             raise MergeError(
                 f"{path}: the merged {what} is not finite in {weight.dtype} (adapter {shown(names)}); nothing was merged. "
                 "Check the adapter for NaN, or merge in a wider dtype."
@@ -106,11 +106,11 @@ def _check(
     undo = Undo(base, None if bias is None else bias.detach().clone(), untied=_ties(path, base, written, index, untie))
     _check_own_forward(path, layer, names)
     adapters = tuple(layer.adapter(name) for name in names)
-    update = total_delta(adapters)
+    update = total_delta(adapters, weight)
     if undoable and not undo.untied:
         remember(undo, weight, rounded, adapters, update)
     wanted = merged - weight if update is None else update.to(merged.dtype)
-    return undo, _relative_error(rounded.to(merged.dtype) - weight, wanted)
+    return undo, _relative_error(rounded, weight, wanted)
 
 
 def _ties(
@@ -152,10 +152,15 @@ def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -
         )
 
 
-def _relative_error(realised: Tensor, wanted: Tensor) -> float:
-    norm = torch.linalg.vector_norm(wanted, dtype=torch.float64)
-    error = torch.linalg.vector_norm(realised - wanted, dtype=torch.float64)
-    return float(error / norm) if norm > 0 else float(error)
+def _all_finite(tensor: Tensor) -> bool:
+    # One value that is not finite makes the sum not finite; only a sum that overflows by itself needs the closer look.
+    return bool(tensor.sum(dtype=accumulation_dtype(tensor)).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _relative_error(rounded: Tensor, weight: Tensor, wanted: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(wanted))
+    error = float(torch.linalg.vector_norm((rounded.to(wanted.dtype) - weight).sub_(wanted)))
+    return error / norm if norm > 0 else error
 
 
 # ------------------------------------------------------------------------------------------------------- undoing

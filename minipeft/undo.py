@@ -64,7 +64,7 @@ def original_weight(path: str, layer: AdaptedLayer) -> Tensor:
             return undo.weight.to(now.device)
         assert undo.positions is not None
         assert undo.values is not None
-        original = _subtracted(now, _with_threads(undo.threads, undo.adapters).to(now.device))
+        original = _subtracted(now, _with_threads(undo.threads, undo.adapters, now).to(now.device))
         rows, columns = undo.positions.to(now.device).unbind(1)
         original[rows, columns] = undo.values.to(now.device)
         if _same_sums(original, undo.weight_sums):
@@ -75,23 +75,23 @@ def original_weight(path: str, layer: AdaptedLayer) -> Tensor:
     )
 
 
-def _with_threads(threads: int, adapters: tuple[Adapter, ...]) -> Tensor:
+def _with_threads(threads: int, adapters: tuple[Adapter, ...], weight: Tensor) -> Tensor:
     """The update, computed with as many threads as at the merge: another split of the product may round otherwise."""
     current = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        update = total_delta(adapters)
+        update = total_delta(adapters, weight)
     finally:
         torch.set_num_threads(current)
     assert update is not None
     return update
 
 
-def total_delta(adapters: tuple[Adapter, ...]) -> Tensor | None:
+def total_delta(adapters: tuple[Adapter, ...], weight: Tensor) -> Tensor | None:
     """The dense update of several adapters together, or None where one of them is not additive."""
     total: Tensor | None = None
     for adapter in adapters:
-        update = adapter.delta()
+        update = adapter.delta(weight)
         if update is None:
             return None
         total = update if total is None else total + update

@@ -53,8 +53,10 @@ class Adapter(nn.Module, ABC):
         Both come in the dtype to compute in, float32 or float64; the caller rounds once to the layer's own.
         """
 
-    def delta(self) -> Tensor | None:
-        """The dense update (out, in) in float32 or float64 where ``merge(W, b)[0] == W + delta()``, else None.
+    def delta(self, weight: Tensor) -> Tensor | None:
+        """The dense update (out, in) in float32 or float64 where ``merge(W, b)[0] == W + delta(W)``, else None.
+
+        It does not depend on the values of `weight`, which only shows how the result had best lie in memory.
 
         A merge that is a plain sum can be undone bit for bit without keeping a copy of W.
         """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of, pattern_table
-from minipeft.functional import lora_delta, lora_scaling
+from minipeft.functional import is_column_major, lora_delta, lora_scaling
 from minipeft.fused import can_fuse, lora_linear
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
@@ -180,10 +180,11 @@ class Lora(Adapter):
         bias_update = self._bias_update()
         if bias is not None and bias_update is not None:
             bias = bias + bias_update.detach().to(bias.dtype)
-        return weight + self.delta().to(weight.dtype), bias
+        return weight + self.delta(weight).to(weight.dtype), bias
 
-    def delta(self) -> Tensor:
-        return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+    def delta(self, weight: Tensor) -> Tensor:
+        column_major = is_column_major(weight)
+        return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling, column_major=column_major)
 
     def changes_nothing(self) -> bool:
         bias_update = self._bias_update()
