@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -130,9 +131,14 @@ def sample(ops: type[LayerOps], base: nn.Module) -> list[float]:
     weight = ops.read_weight(base)
     if weight.is_meta or weight.numel() == 0:
         return []
-    places = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long().to(weight.device)
-    values = weight[places // weight.shape[1], places % weight.shape[1]].float().cpu().tolist()
-    return [float(f"{value:.6g}") for value in values]
+    rows, columns = _places(*weight.shape)
+    return [float(f"{value:.6g}") for value in weight[rows, columns].tolist()]
+
+
+@functools.cache
+def _places(rows: int, columns: int) -> tuple[list[int], list[int]]:
+    places = [index * (rows * columns - 1) // (SAMPLES - 1) for index in range(SAMPLES)]
+    return [place // columns for place in places], [place % columns for place in places]
 
 
 # ------------------------------------------------------------------------------------------------------- reading
