@@ -129,6 +129,11 @@ class TensorIndex:
                     full_name = f"{name}.{parameter_name}" if name else parameter_name
                     self._by_storage.setdefault(_storage(parameter), []).append((module, full_name, parameter))
 
+    def owners(self, tensor: Tensor) -> list[tuple[str, nn.Module]]:
+        """(parameter name, module) of every parameter that is `tensor` or lies exactly where it lies."""
+        entries = self._by_storage.get(_storage(tensor), [])
+        return [(name, module) for module, name, parameter in entries if _span(parameter) == _span(tensor)]
+
     def also_used_by(self, owner: nn.Module, tensor: Tensor) -> list[str]:
         """Names of the parameters of other modules than `owner` that change when `tensor` is written."""
         start, end = _span(tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import registry
-from minipeft.adapted import AdaptedLayer, Switch, Wrapper, wrappers
+from minipeft.adapted import AdaptedLayer, Switch, TensorIndex, Wrapper, wrappers
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
 from minipeft.layers.base import LayerOps
@@ -84,6 +85,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         saved += _bias_sites(found, sites, saved)
     for saved_site in saved:
         _check_saveable(saved_site)
+    _warn_of_twins(model, sites)
     return Plan(config, tuple(sites), tuple(saved))
 
 
@@ -100,6 +102,22 @@ def _bias_sites(found: dict[str, Candidate], sites: list[AdapterSite], saved: li
                 )
             biased.append(SavedSite(name, candidate, ("bias",)))
     return biased
+
+
+def _warn_of_twins(model: nn.Module, sites: list[AdapterSite]) -> None:
+    """Say so where another layer of the same type shares a targeted weight: the model may call that one instead."""
+    index, adapted = TensorIndex(model), {id(site.candidate.base) for site in sites}
+    for site in sites:
+        base = site.candidate.base
+        weight = base._parameters.get("weight")
+        owners = index.owners(weight) if weight is not None else []
+        twins = [name for name, module in owners if type(module) is type(base) and id(module) not in adapted]
+        if twins:
+            warnings.warn(
+                f"{site.name} shares its weight with {shown(twins)}, which the adapter does not reach; target "
+                "those too if the model calls them.",
+                stacklevel=5,
+            )
 
 
 def _ops_for(name: str, candidate: Candidate) -> type[LayerOps]:

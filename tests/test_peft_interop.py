@@ -43,6 +43,9 @@ LLAMA_PATTERNS = {
     "alpha_pattern": {"v_proj": 3, "^model.layers.0.mlp.up_proj": 24},
 }
 
+# T5's `shared` is one of its cases, and shares its weight with the tables that the model calls.
+pytestmark = pytest.mark.filterwarnings("ignore:shared shares its weight with")
+
 
 def tied_llama():
     return llama(tie_word_embeddings=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import gpt2, gpt2_classifier, llama, logits, state_digest
+from tiny_models import gpt2, gpt2_classifier, llama, logits, state_digest, t5
 from torch import nn
 
 from minipeft import ConfigError, LoraConfig, StateError, TargetError, get_lora_model, load_adapter
@@ -252,3 +252,13 @@ def test_an_assignment_that_fails_half_way_is_taken_back(monkeypatch):
             get_lora_model(model, LoraConfig())
     assert state_digest(model) == before
     assert torch.equal(logits(model), expected)
+
+
+def test_a_twin_that_shares_the_weight_and_is_not_adapted_is_named():
+    """T5's `shared` is not called by the model of transformers 5: its encoder and decoder have tables of their own."""
+    with pytest.warns(
+        UserWarning, match=r"shared shares its weight with '(en|de)coder.embed_tokens.weight'.* target those too"
+    ):
+        get_lora_model(t5(), LoraConfig(target_modules=["shared"]))
+    get_lora_model(t5(), LoraConfig(target_modules=["shared", "embed_tokens"]))  # all of them: nothing to say
+    get_lora_model(gpt2(), LoraConfig(target_modules=["wte"]))  # the head is another type of layer
