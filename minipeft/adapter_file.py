@@ -24,7 +24,7 @@ from minipeft.files import read_limited
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 VERSION = 1
-MAX_CONFIG_BYTES, MAX_HEADER_BYTES = 2**20, 2**26
+MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_DEPTH = 2**20, 2**26, 32
 DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 # Keys that say where a file comes from, not what its tensors mean.
 PROVENANCE = {"base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping"}
@@ -132,7 +132,27 @@ def _strict_json(payload: bytes) -> Any:
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON number")
 
-    return json.loads(payload.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    value = json.loads(payload.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):  # what reads the value later may recurse into it
+        level = [item for inner in level for item in (inner.values() if isinstance(inner, dict) else inner)]
+        level = [item for item in level if isinstance(item, dict | list)]
+    if level:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _is_own(own: Any) -> bool:
+    """Whether this is metadata as `own_metadata` writes it: objects, and base samples that are numbers of sane size."""
+    if not isinstance(own, dict) or not all(isinstance(own.get(key, {}), dict) for key in ("config", "base")):
+        return False
+    samples = own.get("base", {}).values()
+    return all(isinstance(row, list) and all(is_sample(value) for value in row) for row in samples)
+
+
+def is_sample(value: Any) -> bool:
+    """Whether a value may stand for a base weight in a file: a finite number of the size of a float32."""
+    return isinstance(value, int | float) and abs(value) < 1e39
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
@@ -155,8 +175,8 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]
         if 8 + length + total != size:
             raise ValueError(f"it has {size:,} bytes where its header describes {8 + length + total:,}")
         own = _strict_json(metadata["minipeft"].encode()) if "minipeft" in metadata else {}
-        if not isinstance(own, dict) or own.get("version", VERSION) != VERSION:
-            raise ValueError(f"its minipeft metadata is of another version than {VERSION}")
+        if not _is_own(own) or own.get("version", VERSION) != VERSION:
+            raise ValueError(f"its minipeft metadata is damaged, or of another version than {VERSION}")
         return shapes, own
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{path} is no readable adapter ({str(error)[:200]}); nothing was loaded.") from None

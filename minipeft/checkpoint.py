@@ -24,6 +24,7 @@ from minipeft.adapter_file import (
     MAX_HEADER_BYTES,
     WEIGHTS_FILE,
     AdapterFile,
+    is_sample,
     open_adapter,
     own_metadata,
     with_sorted_metadata,
@@ -70,9 +71,8 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str) -> d
         values["target_modules"] = _shortest(list(layers), model)
     elif not isinstance(targets, str) and not all(any(is_suffix(t, name) for t in targets) for name in layers):
         values["target_modules"] = list(layers)  # a shared module was meant by another name than its first
-    if (
-        config.modules_to_save is not None
-    ):  # an entry for a part of another entry's module would name nothing to a reader
+    if config.modules_to_save is not None:
+        # An entry for a part of another entry's module would name nothing to a reader.
         saved = [name for name, wrapper in wrappers(model) if adapter_name in wrapper.adapters and name not in layers]
         entries = [entry for entry in config.modules_to_save if any(is_suffix(entry, name) for name in saved)]
         values["modules_to_save"] = entries or None
@@ -120,19 +120,24 @@ def save_adapter(
     write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})
 
 
-def base_samples(model: nn.Module) -> dict[str, Any]:
-    """A few weights of each adapted layer's base, by which a reader knows the base again; merged layers are left out."""
-    return {name: sample(layer.ops, layer.base_layer) for name, layer in adapted_layers(model) if not layer.merged}
+def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
+    """A few base weights of each layer the adapter is on, by which a reader knows the base again; not of merged layers."""
+    return {
+        name: sample(layer.ops, layer.base_layer)
+        for name, layer in adapted_layers(model)
+        if adapter_name in layer.adapters and not layer.merged
+    }
 
 
 @torch.no_grad()
 def sample(ops: type[LayerOps], base: nn.Module) -> list[float]:
-    """Eight elements of the canonical weight, evenly spread; rounded to 6 digits."""
+    """Eight elements of the canonical weight, evenly spread; rounded to 6 digits. None where they are not finite."""
     weight = ops.read_weight(base)
     if weight.is_meta or weight.numel() == 0:
         return []
     rows, columns = _places(*weight.shape)
-    return [float(f"{value:.6g}") for value in weight[rows, columns].tolist()]
+    values = [float(f"{value:.6g}") for value in weight[rows, columns].tolist()]
+    return values if all(map(is_sample, values)) else []  # a broken base is not known again, and JSON has no NaN
 
 
 @functools.cache
@@ -236,17 +241,15 @@ def check_base(file: AdapterFile, plan: Plan) -> None:
     for site in plan.adapters:
         saved = file.base.get(site.name)
         here = sample(site.ops, site.candidate.base)
-        if isinstance(saved, list) and len(here) == len(saved) and not _alike(saved, here):
+        if saved is not None and len(here) == len(saved) and not _alike(saved, here):
             raise CheckpointError(
                 f"{file.path} was trained on another base: the weights of {site.name} differ (first {saved[0]:g} there, {here[0]:g} here); "
                 "nothing was loaded. Pass allow_base_mismatch=True if that is meant."
             )
 
 
-def _alike(saved: list[Any], here: list[float]) -> bool:
+def _alike(saved: list[float], here: list[float]) -> bool:
     """Equal up to a conversion to half precision: 1 % of a value, or of the values' root mean square."""
-    if not all(isinstance(value, int | float) for value in saved):
-        return False
     size = math.sqrt(sum(value * value for value in saved) / len(saved)) if saved else 0.0
     return all(abs(a - b) <= 0.01 * max(abs(a), size) for a, b in zip(saved, here, strict=True))
 

@@ -293,7 +293,7 @@ class AdaptedModel(nn.Module):
             if state_dict is not None:
                 tensors = checkpoint.tensors_from_state(self, tensors, state_dict)
             config = checkpoint.file_config(self, self._state.configs[name], name)
-            checkpoint.save_adapter(directory, tensors, config, checkpoint.base_samples(self))
+            checkpoint.save_adapter(directory, tensors, config, checkpoint.base_samples(self, name))
             write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
 
     # ----------------------------------------------------------------------------------------------------- internals

@@ -379,6 +379,41 @@ def test_hostile_bytes_instead_of_weights(saved, payload):
     refused(saved, "no readable adapter|does not fit|damaged")
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"config": [1]},
+        {"config": "LORA"},
+        {"base": [1]},
+        {"base": {"transformer.h.0.attn.c_attn": ["a"] * 8}},
+        {"base": {"transformer.h.0.attn.c_attn": [10**400] * 8}},
+        {"base": {"transformer.h.0.attn.c_attn": 8}},
+    ],
+)
+def test_hostile_metadata_of_our_own_kind(saved, own):
+    tensors = safetensors.torch.load_file(saved / WEIGHTS)
+    metadata = {"format": "pt", "minipeft": json.dumps({"version": 1, **own})}
+    safetensors.torch.save_file(tensors, saved / WEIGHTS, metadata)
+    refused(saved, "no readable adapter")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_base_still_gives_a_file_that_can_be_read(tmp_path, value):
+    model = adapted()
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.base_layer.weight[0, 0] = value
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(gpt2(), tmp_path)), logits(adapted()))
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "a_foreign_key"])
+def test_json_nested_deeper_than_any_config_is_refused(saved, key):
+    rewrite(saved, lambda tensors: None, keep_metadata=False)
+    text = (saved / CONFIG).read_text().rstrip().removesuffix("}")
+    (saved / CONFIG).write_text(text + f', "{key}x": ' + '{"a": ' * 700 + "null" + "}" * 700 + "}")
+    refused(saved, "no valid JSON")
+
+
 @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_no_damage_to_the_bytes_gets_past_unnoticed(tmp_path_factory, data):
