@@ -1,94 +1,240 @@
-"""The low-rank linear map as one autograd node: y = x W^T + b + s (x A^T) B^T, eq. (3) of arXiv:2106.09685.
+"""The low-rank linear map as one autograd node: y = x W^T + b + s (drop(x) A^T) B^T, eq. (3) of arXiv:2106.09685.
 
 Composed from single operations, the adapted layer makes four arrays of the size of its output, and reads and writes
 them over and over. Here the output is allocated once, and the low-rank product is accumulated into it by the matrix
-product itself, as is the gradient of x. Kept for the backward pass are x, in the storage its producer made, and
-h = x A^T of shape (rows, r).
+product itself, as is the gradient of x. Kept for the backward pass are x, in the storage its producer made (or what x
+is cheaply computed from, see `minipeft.recompute`), and h = drop(x) A^T of shape (rows, r); never a mask.
+
+Where there are more rows than W's own size makes up for, W + s B A is made instead, used, and dropped
+(arXiv:2312.03415); only in full precision, where it rounds no worse than the product itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from minipeft import recompute
+from minipeft.functional import is_column_major
+
+DROPOUT_ROWS = 512  # rows to a seed: fixed, since the backward pass must draw what the forward pass drew
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """``x @ weight.T + bias + scaling * (x @ lora_A.T) @ lora_B.T`` for a frozen weight and bias.
+    """``x @ weight.T + bias + scaling * (drop(x) @ lora_A.T) @ lora_B.T`` for a frozen weight and bias.
 
     Args:
-        x: shape (..., in_features), any layout.
+        x: shape (..., in_features), any layout. Under autocast it is cast once, for weight and factors together.
         weight: shape (out_features, in_features), any layout, such as the transposed view of a Conv1D's.
         bias: shape (out_features,), or None.
-        lora_A: shape (r, in_features), of the dtype of x.
-        lora_B: shape (out_features, r), of the dtype of x.
+        lora_A: shape (r, in_features); cast to the dtype of x, never x to its.
+        lora_B: shape (out_features, r); likewise.
         scaling: dimensionless.
+        dropout: probability of dropping a feature of x on its way into A. The mask comes from a seed drawn from torch's
+            CPU generator, so checkpointing replays it, and it is drawn again in the backward pass instead of kept.
 
     Returns:
         Shape (..., out_features), no view of anything. Where a gradient is wanted it is exact, also that of the gradient.
     """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
+    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    mask = _Mask(dropout) if dropout > 0 else None
     if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
-        result: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
+        source = recompute.source_of(x)
+        kept, again = (None, None) if source is None else (source.input, source.module)
+        result: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, kept, again)  # type: ignore[no-untyped-call]
         return result
-    return _product(x, weight, bias, lora_A, lora_B, scaling)[0]
+    return _product(x, weight, bias, lora_A, lora_B, scaling, mask)[0]
 
 
-def can_fuse(*tensors: Tensor) -> bool:
-    """Whether these may go through `lora_linear` now: one dtype, no autocast, no tracing, no functorch transform."""
+def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these may go through `lora_linear` now: plain frozen tensors that match, no tracing, no functorch transform."""
+    plain = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
     return (
-        all(tensor.dtype == tensors[0].dtype for tensor in tensors)
+        plain
+        and (bias is None or not bias.requires_grad)
+        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(tensors[0].device.type)
         and not torch._C._are_functorch_transforms_active()
     )
 
 
+# -------------------------------------------------------------------------------------------------------- arithmetic
+class _Mask:
+    """Which features of which rows pass, drawn from a seed as often as it is asked for.
+
+    A feature is dropped where a random byte lies below its row's threshold. The threshold is one of two neighbouring
+    ones, drawn so that the probability is met in the mean: bytes are half the random numbers that 16 bits would take.
+    """
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+        self.gain = 1 / (1 - probability)  # what passes is raised by it
+        self.seed = int(torch.randint(2**62, ()))
+
+    def blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(which rows, 1 or 0 for each of their features, these rows with the dropped features at 0); read, not kept."""
+        low = int(self.probability * 256)
+        generator = torch.Generator(rows.device)
+        buffer = rows.new_empty(min(DROPOUT_ROWS, len(rows)), rows.shape[1])
+        for start in range(0, len(rows), DROPOUT_ROWS):
+            some = rows[start : start + DROPOUT_ROWS]
+            generator.manual_seed(self.seed + start)
+            words = torch.empty((some.numel() + 7) // 8, dtype=torch.int64, device=rows.device)
+            words.random_(-(2**63), None, generator=generator)
+            above = torch.empty(len(some), 1, device=rows.device).uniform_(generator=generator)
+            thresholds = (
+                above.lt_(self.probability * 256 - low).add_(low - 128).to(torch.int8 if low < 255 else torch.int16)
+            )
+            passes = words.view(torch.int8)[: some.numel()].view(some.shape).ge_(thresholds)
+            yield slice(start, start + len(some)), passes, torch.mul(some, passes, out=buffer[: len(some)])
+
+
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: _Mask | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and h of shape (rows, r); None where the backward pass had better make it."""
     rows = x.reshape(-1, x.shape[-1])
+    weight = weight.to(x.dtype)
+    merged = mask is None and _merging_pays(rows, weight)
+    if merged:
+        weight = _merged(weight, lora_A, lora_B, scaling)
     # Made in its final shape: a view of a flat result could not be written in place by the code that comes after.
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     flat = y.view(-1, weight.shape[0])
     if bias is None:
         torch.mm(rows, weight.t(), out=flat)
     else:
-        torch.addmm(bias, rows, weight.t(), out=flat)
-    h = torch.mm(rows, lora_A.t())
+        torch.addmm(bias.to(x.dtype), rows, weight.t(), out=flat)
+    if merged:
+        return y, None
+    h = _down(rows, lora_A, mask)
     flat.addmm_(h, lora_B.t(), alpha=scaling)
     return y, h
+
+
+def _down(rows: Tensor, lora_A: Tensor, mask: _Mask | None) -> Tensor:
+    """``drop(x) A^T``, shape (rows, r)."""
+    if mask is None:
+        return _narrow(rows, lora_A.t())
+    h = rows.new_empty(len(rows), len(lora_A))
+    for block, _, dropped in mask.blocks(rows):
+        h[block] = _narrow(dropped, lora_A.t())
+    return h.mul_(mask.gain)
+
+
+def _narrow(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` for a right of few columns: with less than a vector register of them the transposed product is faster."""
+    return torch.mm(left, right) if right.shape[1] >= 16 else torch.mm(right.t(), left.t()).t()
+
+
+def _merging_pays(rows: Tensor, weight: Tensor) -> bool:
+    out_features, in_features = weight.shape
+    full = rows.dtype in (torch.float32, torch.float64) and rows.device.type == "cpu"
+    return full and len(rows) * (in_features + out_features) >= 2 * in_features * out_features
+
+
+def _merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    if is_column_major(weight):
+        return torch.addmm(weight.t(), lora_A.t(), lora_B.t(), alpha=scaling).t()
+    return torch.addmm(weight, lora_B, lora_A, alpha=scaling)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        mask: _Mask | None,
+        source: Tensor | None,
+        module: nn.Module | None,
     ) -> Tensor:
-        y, h = _product(x, weight, bias, lora_A, lora_B, scaling)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, h)
-        ctx.scaling = scaling
+        y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask)
+        ctx.save_for_backward(x if source is None else source, weight, lora_A, lora_B, h)
+        ctx.scaling, ctx.mask, ctx.module = scaling, mask, module
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                return _LoraLinear.backward(ctx, dy)
         x, weight, lora_A, lora_B, h = ctx.saved_tensors
-        wants_x, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
-        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        s = ctx.scaling
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted, and the h that was kept has no history
-            h, g = rows @ lora_A.t(), dy @ lora_B
-            dx = (dy @ weight + s * (g @ lora_A)).view(x.shape)
-            return dx, None, None, s * (g.t() @ rows), s * (dy.t() @ h), None
-        dx = dA = dB = None
-        if wants_B:
-            dB = torch.mm(dy.t(), h).mul_(s)
-        if wants_x or wants_A:
-            g = torch.mm(dy, lora_B)
+        if ctx.module is not None:
+            x = recompute.output(ctx.module, x)
+        gradients = _second_order if torch.is_grad_enabled() else _first_order
+        dx, dA, dB = gradients(dy, x, weight.to(x.dtype), lora_A, lora_B, h, ctx)
+        return dx, None, None, dA, dB, *[None] * 4
+
+
+def _first_order(
+    dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wants_x, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
+    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    s, mask = ctx.scaling, ctx.mask
+    dx = dA = dB = None
+    if wants_B:
+        h = _down(rows, lora_A, mask) if h is None else h
+        dB = _narrow(dy.t(), h).mul(s).contiguous()
+    merged = mask is None and _merging_pays(rows, weight)
+    g = _narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
+    if wants_x:
+        dx = torch.mm(dy, _merged(weight, lora_A, lora_B, s) if merged else weight)
+        if mask is None and g is not None and not merged:
+            dx.addmm_(g, lora_A, alpha=s)
+    if mask is None:
+        if wants_A and g is not None:
+            dA = torch.mm(g.t(), rows).mul_(s)
+    elif g is not None:
+        dA = torch.zeros_like(lora_A)
+        for block, passes, dropped in mask.blocks(rows):
             if wants_A:
-                dA = torch.mm(g.t(), rows).mul_(s)
-            if wants_x:
-                dx = torch.mm(dy, weight).addmm_(g, lora_A, alpha=s).view(x.shape)
-        return dx, None, None, dA, dB, None
+                dA.addmm_(g[block].t(), dropped, alpha=s * mask.gain)
+            if dx is not None:
+                dx[block].add_(torch.mm(g[block], lora_A).mul_(passes), alpha=s * mask.gain)
+        dA = dA if wants_A else None
+    return None if dx is None else dx.view(x.shape), dA, dB
+
+
+def _second_order(
+    dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as differentiable operations: a gradient of the gradient is wanted, and the h that was kept has no history."""
+    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    passes = None
+    if ctx.mask is not None:
+        passes = torch.empty_like(rows)
+        for block, bits, _ in ctx.mask.blocks(rows.detach()):
+            passes[block] = bits * ctx.mask.gain
+    into_A = rows if passes is None else rows * passes
+    g = dy @ lora_B * ctx.scaling
+    through_A = g @ lora_A
+    dx = dy @ weight + (through_A if passes is None else through_A * passes)
+    return dx.view(x.shape), g.t() @ into_A, ctx.scaling * dy.t() @ (into_A @ lora_A.t())

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from minipeft import LoraConfig, fused, get_lora_model
+from minipeft import LoraConfig, fused, get_lora_model, recompute
 from minipeft.fused import lora_linear
 
 S = 0.7
@@ -34,11 +34,20 @@ def arguments(shape=(3, 4), in_features=5, out_features=7, r=2, bias=True, trans
     )
 
 
+@pytest.fixture(params=["two products", "merged weight"])
+def route(request, monkeypatch):
+    """Which way the map goes: the low-rank product beside the weight's, or W + s B A made first."""
+    monkeypatch.setattr(fused, "_merging_pays", lambda rows, weight: request.param == "merged weight")
+    return request.param
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("r", [2, 17])  # narrow products are transposed, wide ones not
 @pytest.mark.parametrize("shape", [(), (6,), (3, 4), (2, 3, 4), (0,), (2, 0)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_values_and_gradients_are_those_of_the_formula(shape, bias, transposed):
-    x, weight, b, A, B = arguments(shape, bias=bias, transposed=transposed)
+def test_values_and_gradients_are_those_of_the_formula(shape, bias, transposed, r):
+    x, weight, b, A, B = arguments(shape, bias=bias, transposed=transposed, r=r)
     y = lora_linear(x, weight, b, A, B, S)
     expected = formula(x, weight, b, A, B)
     torch.testing.assert_close(y, expected)
@@ -50,6 +59,7 @@ def test_values_and_gradients_are_those_of_the_formula(shape, bias, transposed):
         assert found.is_contiguous()
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("transposed", [True, False])
 def test_the_gradient_and_its_gradient_agree_with_finite_differences(transposed):
     x, weight, b, A, B = arguments((2, 3), transposed=transposed)
@@ -61,6 +71,7 @@ def test_the_gradient_and_its_gradient_agree_with_finite_differences(transposed)
     assert torch.autograd.gradgradcheck(f, (x, A, B))
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize(
     "wants", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
 )
@@ -95,6 +106,7 @@ def test_any_layout_of_the_input_will_do(strided):
     torch.testing.assert_close(found_x, torch.autograd.grad(expected.sum(), x)[0])
 
 
+@pytest.mark.usefixtures("route")
 def test_a_second_backward_through_the_same_graph_gives_the_same():
     x, weight, b, A, B = arguments()
     y = lora_linear(x, weight, b, A, B, S)
@@ -115,6 +127,7 @@ def test_the_output_may_be_written_in_place_and_the_input_read_by_others():
     torch.testing.assert_close(found, x.grad)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_gives_the_same_bits(use_reentrant):
     x, weight, b, A, B = arguments()
@@ -178,7 +191,7 @@ def test_a_layer_runs_fused_and_agrees_with_the_composed_one(kind, dtype, fused_
         lambda base, model: base.register_forward_pre_hook(lambda *args: None),
         lambda base, model: setattr(base, "forward", base.forward),
         lambda base, model: base.requires_grad_(True),
-        lambda base, model: setattr(model[0].adapters["default"], "dropout", 0.5),
+        lambda base, model: base.bias.requires_grad_(True),
     ],
 )
 def test_what_the_fused_map_does_not_know_goes_the_composed_way(change, fused_calls):
@@ -202,12 +215,36 @@ def test_a_subclass_with_its_own_forward_is_called(fused_calls):
     assert fused_calls == []
 
 
-def test_autocast_goes_the_composed_way_in_its_own_dtype(fused_calls):
-    _, model = layer_of("linear")
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_casts_the_input_once_and_keeps_no_copy_of_the_weight(base_dtype, fused_calls):
+    _, model = layer_of("linear", base_dtype)
+    x = torch.randn(40, 5, requires_grad=True)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.dtype, t.shape)) or t, lambda t: t)
     with torch.autocast("cpu", torch.bfloat16):
-        y = model(torch.randn(2, 5))
+        with hooks:
+            y = model(x)
+        expected = composed(model, x)
+    assert fused_calls == [1]
     assert y.dtype is torch.bfloat16
-    assert fused_calls == []
+    assert kept.count((torch.bfloat16, torch.Size([40, 5]))) == 1  # x, for the adapter; weights only as they are stored
+    assert (base_dtype, torch.Size([7, 5])) in kept
+    torch.testing.assert_close(y, expected, atol=3e-2, rtol=3e-2)
+    lora = model[0].adapters["default"]
+    inputs = (x, lora.lora_A, lora.lora_B)
+    dy = torch.randn_like(y)
+    for one, other in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
+        assert one.dtype is torch.float32
+        torch.testing.assert_close(one, other, atol=5e-2, rtol=5e-2)
+
+
+def test_a_backward_pass_inside_autocast_computes_in_the_dtype_of_the_forward_pass():
+    x, weight, b, A, B = arguments(dtype=torch.float32)
+    y = lora_linear(x, weight, b, A, B, S)
+    expected = torch.autograd.grad(y.sum(), (x, A, B), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), (x, A, B))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_functorch_transforms_work():
@@ -226,23 +263,203 @@ def test_functorch_transforms_work():
         torch.testing.assert_close(grads["0.adapters.default.lora_A"][index], lora.lora_A.grad)
 
 
-def test_kept_for_backward_are_the_input_itself_and_the_small_projection():
-    _, model = layer_of("linear")
-    x = torch.randn(50, 5, requires_grad=True)
+def kept_for_backward(model, *inputs):
+    """Bytes of every storage that a forward pass keeps, beside the parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    assert kept == {x.untyped_storage().data_ptr(): 50 * 5 * 4, **{k: v for k, v in kept.items() if v == 50 * 2 * 4}}
-    assert sum(kept.values()) == 50 * 5 * 4 + 50 * 2 * 4
+        result = model(*inputs)
+    return result, kept
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_kept_for_backward_are_the_input_itself_and_the_small_projection(dropout, route):
+    base = nn.Sequential(nn.Linear(5, 7))
+    model = get_lora_model(base, LoraConfig(r=2, target_modules=["0"], lora_dropout=dropout)).train()
+    x = torch.randn(50, 5, requires_grad=True)
+    _, kept = kept_for_backward(model, x)
+    assert kept.pop(x.untyped_storage().data_ptr()) == 50 * 5 * 4
+    with_h = route == "two products" or dropout > 0
+    assert list(kept.values()) == ([50 * 2 * 4] if with_h else [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "pays"),
+    [
+        (512, torch.float32, False),
+        (1152, torch.float32, True),
+        (1152, torch.float64, True),
+        (2**20, torch.bfloat16, False),
+    ],
+)
+def test_the_weight_is_merged_for_many_rows_in_full_precision_only(rows, dtype, pays):
+    x, weight = torch.empty(rows, 768, dtype=dtype), torch.empty(2304, 768, dtype=dtype)
+    assert fused._merging_pays(x, weight) is pays
+
+
+# ------------------------------------------------------------------------------------------------------------ dropout
+def passing(x, seed, p):
+    """The mask of a call that started from this state of torch's generator."""
+    torch.manual_seed(seed)
+    mask = fused._Mask(p)
+    rows = x.detach().reshape(-1, x.shape[-1])
+    found = torch.empty(rows.shape)
+    for block, passes, _ in mask.blocks(rows):
+        found[block] = passes
+    return found.view(x.shape)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(3, 4), (fused.DROPOUT_ROWS + 3,), (0,)])
+def test_dropout_is_the_formula_on_the_masked_input(shape, p):
+    x, weight, b, A, B = arguments(shape)
+    passes = passing(x, 3, p)
+    torch.manual_seed(3)
+    y = lora_linear(x, weight, b, A, B, S, p)
+    expected = x @ weight.T + S * ((x * passes / (1 - p)) @ A.T) @ B.T + b
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for found, wanted in zip(
+        torch.autograd.grad(y, (x, A, B), dy), torch.autograd.grad(expected, (x, A, B), dy), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+        assert found.is_contiguous()
+
+
+def test_with_dropout_the_gradient_and_its_gradient_agree_with_finite_differences():
+    x, weight, b, A, B = arguments((2, 3))
+
+    def f(x, A, B):
+        torch.manual_seed(5)
+        return lora_linear(x, weight, b, A, B, S, 0.4)
+
+    assert torch.autograd.gradcheck(f, (x, A, B))
+    assert torch.autograd.gradgradcheck(f, (x, A, B))
+
+
+@pytest.mark.parametrize("p", [0.003, 0.05, 0.1, 1 / 3, 0.75, 0.97])
+def test_features_are_dropped_independently_with_the_given_probability(p):
+    x = torch.ones(2000, 600)
+    dropped = 1 - passing(x, 0, p).double()
+    deviation = (p * (1 - p)) ** 0.5
+    assert dropped.mean().item() == pytest.approx(p, abs=5 * deviation / x.numel() ** 0.5 + 5 / 256 / 2000**0.5)
+    for dim, count in ((0, 2000), (1, 600)):
+        assert dropped.mean(dim).sub(p).abs().max().item() < 6 * deviation / count**0.5 + 1 / 256
+    for other in (dropped.roll(1, 0), dropped.roll(1, 1), dropped.roll(8, 1), dropped.roll(fused.DROPOUT_ROWS, 0)):
+        correlation = ((dropped - p) * (other - p)).mean() / deviation**2
+        assert abs(correlation.item()) < 5 / x.numel() ** 0.5 + 5 * (1 / 256) ** 2 / deviation**2
+    assert not torch.equal(passing(x, 1, p), passing(x, 0, p))
+
+
+def test_the_mask_does_not_depend_on_the_number_of_threads():
+    x = torch.ones(1100, 33)
+    before = torch.get_num_threads()
+    masks = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        masks.append(passing(x, 7, 0.2))
+    torch.set_num_threads(before)
+    assert torch.equal(*masks)
+
+
+def test_dropout_touches_the_adapters_way_only():
+    x, weight, b, A, B = arguments((6,))
+    torch.manual_seed(0)
+    y = lora_linear(x, weight, b, torch.zeros_like(A), B, S, 0.5)
+    torch.testing.assert_close(y, x @ weight.T + b)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_dropout_under_checkpointing_draws_the_same_mask_again(use_reentrant):
+    x, weight, b, A, B = arguments((700,))
+
+    def run(x):
+        return lora_linear(x, weight, b, A, B, S, 0.3)
+
+    torch.manual_seed(2)
+    expected = torch.autograd.grad(run(x).square().sum(), (x, A, B))
+    after = torch.randint(100, ())
+    torch.manual_seed(2)
+    y = checkpoint(run, x, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    assert all(torch.equal(t.grad, e) for t, e in zip((x, A, B), expected, strict=True))
+    assert torch.equal(torch.randint(100, ()), after)
+
+
+def test_a_layer_drops_in_training_only_and_anew_in_every_call():
+    model = get_lora_model(
+        nn.Sequential(nn.Linear(64, 8)),
+        LoraConfig(r=4, target_modules=["0"], lora_dropout=0.5, init_lora_weights=False),
+    )
+    x = torch.randn(16, 64)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    expected = model(x)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    with torch.no_grad():
+        mean = sum(model(x) for _ in range(2000)) / 2000
+    torch.testing.assert_close(mean, expected, atol=0.1, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------- recomputed inputs
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_output_of_a_marked_module_is_computed_again_instead_of_kept(dropout):
+    norm = nn.LayerNorm(5, dtype=torch.float64).requires_grad_(False)
+    norm.weight.normal_()
+    x, weight, b, A, B = arguments((40,))
+
+    def run(marked):
+        torch.manual_seed(0)
+        z = norm(x)
+        z = recompute.mark(z, norm, x) if marked else z
+        return lora_linear(z, weight, b, A, B, S, dropout)
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y = run(True)
+    assert kept.count(x.data_ptr()) == 2  # by the norm and by the adapter, in one storage
+    expected = run(False)
+    assert torch.equal(y, expected)
+    for found, wanted in zip(
+        torch.autograd.grad(y.square().sum(), (x, A, B)),
+        torch.autograd.grad(expected.square().sum(), (x, A, B)),
+        strict=True,
+    ):
+        assert torch.equal(found, wanted)
+
+
+def test_a_marked_input_that_was_written_since_is_kept_itself():
+    x = torch.randn(40, 5)
+    z = recompute.mark(torch.tanh(x), nn.Tanh(), x)
+    assert recompute.source_of(z) is not None
+    z = z.detach()
+    assert recompute.source_of(z) is None
+    z = recompute.mark(torch.tanh(x.detach()), nn.Tanh(), x.detach())
+    z.mul_(2)
+    assert recompute.source_of(z) is None
+
+
+def test_the_gradient_of_a_gradient_goes_through_a_recomputed_input():
+    x, weight, b, A, B = arguments((2, 3))
+    gelu = nn.GELU(approximate="tanh")
+
+    def f(x, A, B):
+        return lora_linear(recompute.mark(gelu(x), gelu, x), weight, b, A, B, S)
+
+    assert torch.autograd.gradcheck(f, (x, A, B))
+    assert torch.autograd.gradgradcheck(f, (x, A, B))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
 def test_training_equals_the_composed_way_step_by_step(monkeypatch):
     torch.manual_seed(1)
     base = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
@@ -260,7 +477,7 @@ def test_training_equals_the_composed_way_step_by_step(monkeypatch):
             yield loss.item()
 
     found = list(losses(model))
-    monkeypatch.setattr("minipeft.methods.lora.can_fuse", lambda *tensors: False)
+    monkeypatch.setattr("minipeft.methods.lora.can_fuse", lambda *arguments: False)
     assert found == pytest.approx(list(losses(other)), rel=1e-5)
     assert found[-1] < found[0]
 

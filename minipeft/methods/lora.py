@@ -146,28 +146,22 @@ class Lora(Adapter):
             self.lora_B.zero_()
 
     def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
-        dropped = self.dropout > 0 and self.training
+        dropout = self.dropout if self.training else 0.0
+        if y is None and ops.is_linear_call(base):
+            weight, bias = ops.read_weight(base), ops.read_bias(base)
+            if can_fuse(x, weight, bias):
+                return self._with_bias(lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, dropout))
         if y is None:
-            y = None if dropped or not ops.is_linear_call(base) else self._fused(base, ops, x)
-            if y is not None:
-                return self._with_bias(y)
             y = base(x)
         assert isinstance(y, Tensor)
         # The factors follow the activations' dtype, never the other way round: no copy of x is made or kept.
         dtype = y.dtype if self.is_lookup else x.dtype
-        if dropped and not self.is_lookup:
-            x = F.dropout(x, self.dropout)
+        if dropout and not self.is_lookup:
+            x = F.dropout(x, dropout)
         h = ops.project_in(base, x, self.lora_A.to(dtype)) * self.scaling
-        if dropped and self.is_lookup:
-            h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), self.dropout)
+        if dropout and self.is_lookup:
+            h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
         return self._with_bias(y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype))
-
-    def _fused(self, base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor | None:
-        """The layer's and the adapter's output from one autograd node, or None where that cannot be."""
-        weight, bias = ops.read_weight(base), ops.read_bias(base)
-        if weight.requires_grad or (bias is not None and bias.requires_grad) or not can_fuse(x, weight):
-            return None
-        return lora_linear(x, weight, bias, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.scaling)
 
     def _with_bias(self, y: Tensor) -> Tensor:
         bias_update = self._bias_update()

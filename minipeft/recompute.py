@@ -1,0 +1,42 @@
+"""What a tensor was cheaply computed from, so that the backward pass may keep that instead, which is often kept anyway.
+
+A layer norm keeps its input, and an adapter keeps its own, the norm's output: two arrays where one would do. A module
+that marks its output here lets the adapter keep the module's input, and compute the output again when it is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_ATTRIBUTE = "_minipeft_source"
+
+
+@dataclass(frozen=True)
+class Source:
+    """``module(input)`` gave the tensor, when that was at this version."""
+
+    module: nn.Module
+    input: Tensor
+    version: int
+
+
+def mark(output: Tensor, module: nn.Module, input: Tensor) -> Tensor:
+    """Note on a module's output what it came from; the module must be a pure function of one tensor."""
+    if not torch.compiler.is_compiling() and output is not input:
+        output.__dict__[_ATTRIBUTE] = Source(module, input, output._version)
+    return output
+
+
+def source_of(tensor: Tensor) -> Source | None:
+    """What the tensor came from, or None where that is not known, or where the tensor has been written since."""
+    source = getattr(tensor, _ATTRIBUTE, None)
+    return source if isinstance(source, Source) and source.version == tensor._version else None
+
+
+def output(module: nn.Module, input: Tensor) -> Tensor:
+    """The tensor again; differentiable where gradients are on."""
+    result: Tensor = type(module).forward(module, input)
+    return result
