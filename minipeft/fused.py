@@ -11,13 +11,13 @@ Where there are more rows than W's own size makes up for, W + s B A is made inst
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft import recompute
+from minipeft import gemm, recompute
 from minipeft.functional import is_column_major
 
 DROPOUT_ROWS = 512  # rows to a seed: fixed, since the backward pass must draw what the forward pass drew
@@ -59,7 +59,8 @@ def lora_linear(
         kept, again = (None, None) if source is None else (source.input, source.module)
         result: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, kept, again)  # type: ignore[no-untyped-call]
         return result
-    return _product(x, weight, bias, lora_A, lora_B, scaling, mask)[0]
+    # Where nothing is learned, an adapter that changes nothing leaves every bit as the base has it.
+    return _product(x, weight, bias, lora_A, lora_B, scaling, mask, gemm.torch_linear)[0]
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -112,7 +113,8 @@ def _product(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    mask: _Mask | None = None,
+    mask: _Mask | None,
+    linear: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and h of shape (rows, r); None where the backward pass had better make it."""
     rows = x.reshape(-1, x.shape[-1])
@@ -120,33 +122,22 @@ def _product(
     merged = mask is None and _merging_pays(rows, weight)
     if merged:
         weight = _merged(weight, lora_A, lora_B, scaling)
-    # Made in its final shape: a view of a flat result could not be written in place by the code that comes after.
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    flat = y.view(-1, weight.shape[0])
-    if bias is None:
-        torch.mm(rows, weight.t(), out=flat)
-    else:
-        torch.addmm(bias.to(x.dtype), rows, weight.t(), out=flat)
+    y = linear(x, weight, None if bias is None else bias.to(x.dtype))
     if merged:
         return y, None
     h = _down(rows, lora_A, mask)
-    flat.addmm_(h, lora_B.t(), alpha=scaling)
+    y.view(-1, weight.shape[0]).addmm_(h, lora_B.t(), alpha=scaling)
     return y, h
 
 
 def _down(rows: Tensor, lora_A: Tensor, mask: _Mask | None) -> Tensor:
     """``drop(x) A^T``, shape (rows, r)."""
     if mask is None:
-        return _narrow(rows, lora_A.t())
+        return gemm.narrow(rows, lora_A.t())
     h = rows.new_empty(len(rows), len(lora_A))
     for block, _, dropped in mask.blocks(rows):
-        h[block] = _narrow(dropped, lora_A.t())
+        h[block] = gemm.narrow(dropped, lora_A.t())
     return h.mul_(mask.gain)
-
-
-def _narrow(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` for a right of few columns: with less than a vector register of them the transposed product is faster."""
-    return torch.mm(left, right) if right.shape[1] >= 16 else torch.mm(right.t(), left.t()).t()
 
 
 def _merging_pays(rows: Tensor, weight: Tensor) -> bool:
@@ -175,7 +166,7 @@ class _LoraLinear(torch.autograd.Function):
         source: Tensor | None,
         module: nn.Module | None,
     ) -> Tensor:
-        y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask)
+        y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask, gemm.linear)
         ctx.save_for_backward(x if source is None else source, weight, lora_A, lora_B, h)
         ctx.scaling, ctx.mask, ctx.module = scaling, mask, module
         return y
@@ -202,16 +193,16 @@ def _first_order(
     dx = dA = dB = None
     if wants_B:
         h = _down(rows, lora_A, mask) if h is None else h
-        dB = _narrow(dy.t(), h).mul(s).contiguous()
+        dB = gemm.narrow(dy.t(), h).mul(s).contiguous()
     merged = mask is None and _merging_pays(rows, weight)
-    g = _narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
+    g = gemm.narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
     if wants_x:
-        dx = torch.mm(dy, _merged(weight, lora_A, lora_B, s) if merged else weight)
+        dx = gemm.linear(dy, (_merged(weight, lora_A, lora_B, s) if merged else weight).t())
         if mask is None and g is not None and not merged:
             dx.addmm_(g, lora_A, alpha=s)
     if mask is None:
         if wants_A and g is not None:
-            dA = torch.mm(g.t(), rows).mul_(s)
+            dA = gemm.narrow(rows.t(), g).t().mul(s).contiguous()
     elif g is not None:
         dA = torch.zeros_like(lora_A)
         for block, passes, dropped in mask.blocks(rows):

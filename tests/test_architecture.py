@@ -15,7 +15,7 @@ PACKAGE = ROOT / "minipeft"
 # One line a floor, the lowest first: a module imports from floors below it, or from its own without a cycle.
 FLOORS = (
     ("errors", "registry"),
-    ("patterns", "functional", "recompute", "fused", "files", "config", "families"),
+    ("patterns", "functional", "recompute", "gemm", "fused", "files", "config", "families"),
     ("layers", "methods"),
     ("adapted", "saved_module", "targets", "undo", "merge"),
     ("inject", "adapter_file", "checkpoint", "card", "state"),

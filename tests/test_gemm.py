@@ -1,0 +1,92 @@
+"""The matrix products against float64, by either library, and the rule that chooses between them."""
+
+import pytest
+import torch
+
+from minipeft import gemm
+
+
+@pytest.fixture(params=["oneDNN", "MKL"])
+def library(request, monkeypatch):
+    """Every product goes through this library, however small."""
+    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(gemm, "WORTH_IT", 0)
+    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: request.param == "oneDNN")
+    return request.param
+
+
+def layouts(rows, columns):
+    yield torch.randn(rows, columns)
+    yield torch.randn(columns, rows).t()
+    yield torch.randn(rows, 2 * columns)[:, ::2]
+    yield torch.randn(()).expand(rows, columns)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_the_product_in_float64_for_any_layout(bias):
+    for x in layouts(40, 24):
+        for weight in layouts(31, 24):
+            b = torch.randn(31) if bias else None
+            expected = x.double() @ weight.double().t() + (0 if b is None else b)
+            for function in (gemm.linear, gemm.torch_linear):
+                y = function(x, weight, b)
+                torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
+                assert y.is_contiguous()
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("few", [1, 2, 8, 16, 17])
+def test_narrow_is_the_product_in_float64_for_any_layout(few):
+    for left in layouts(40, 24):
+        for right in layouts(24, few):
+            expected = (left.double() @ right.double()).float()
+            torch.testing.assert_close(gemm.narrow(left, right), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (2, 3, 4), (0,), (2, 0)])
+@torch.no_grad()
+def test_linear_keeps_the_leading_shape_and_gives_no_view(shape):
+    x, weight = torch.randn(*shape, 5), torch.randn(7, 5)
+    y = gemm.linear(x, weight)
+    assert y.shape == (*shape, 7)
+    assert not y._is_view()
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
+
+
+def test_torch_linear_has_the_bits_of_torch():
+    x, weight, bias = torch.randn(300, 96), torch.randn(160, 96), torch.randn(160)
+    assert torch.equal(gemm.torch_linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "faster"),
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", True),
+        ("vendor_id : GenuineIntel", "AVX512", False),
+        ("vendor_id : AuthenticAMD", "AVX2", False),
+    ],
+)
+def test_the_rule_is_avx512_of_another_maker(maker, capability, faster, monkeypatch, tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text(maker)
+    monkeypatch.setattr(gemm, "CPU_INFO", info)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    gemm.onednn_is_faster.cache_clear()
+    assert gemm.onednn_is_faster() is (faster and torch.backends.mkldnn.is_available())
+    gemm.onednn_is_faster.cache_clear()
+
+
+def test_small_double_and_half_products_stay_with_torch(monkeypatch):
+    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
+    large, small = torch.randn(256, 128), torch.randn(8, 128)
+    weight = torch.randn(64, 128)
+    assert gemm._through_onednn(large, weight)
+    assert not gemm._through_onednn(small, weight)
+    assert not gemm._through_onednn(large.double(), weight.double())
+    assert not gemm._through_onednn(large.bfloat16(), weight.bfloat16())
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not gemm._through_onednn(large, weight)
