@@ -9,6 +9,7 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import (
     CheckpointError,
     ConfigError,
+    LeanError,
     MergeError,
     MinipeftError,
     RegistryError,
@@ -16,6 +17,7 @@ from minipeft.errors import (
     TargetError,
 )
 from minipeft.layers.base import LayerOps
+from minipeft.lean_model import lean, unlean
 from minipeft.merge import MergeReport
 from minipeft.methods.base import Adapter
 from minipeft.methods.lora import LoraConfig
@@ -52,6 +54,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "LayerOps",
+    "LeanError",
     "LoraConfig",
     "MergeError",
     "MergeReport",
@@ -63,10 +66,12 @@ __all__ = [
     "get_adapter_model",
     "get_lora_model",
     "layers",
+    "lean",
     "load_adapter",
     "methods",
     "register_adapter",
     "register_layer",
     "register_method",
     "register_targets",
+    "unlean",
 ]

@@ -131,10 +131,10 @@ def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def sample(ops: type[LayerOps], base: nn.Module) -> list[float]:
-    """Eight elements of the canonical weight, evenly spread; rounded to 6 digits. None where they are not finite."""
+    """Eight elements of the canonical weight, evenly spread; rounded to 6 digits. None where they cannot be had."""
     weight = ops.read_weight(base)
-    if weight.is_meta or weight.numel() == 0:
-        return []
+    if weight.is_meta or weight.numel() == 0 or type(weight) not in (Tensor, nn.Parameter):
+        return []  # the last is a weight held in shards, of which this process has one
     rows, columns = _places(*weight.shape)
     values = [float(f"{value:.6g}") for value in weight[rows, columns].tolist()]
     return values if all(map(is_sample, values)) else []  # a broken base is not known again, and JSON has no NaN

@@ -34,6 +34,10 @@ class MergeError(MinipeftError, RuntimeError):
     """Folding adapters into the base weights would lose or corrupt something."""
 
 
+class LeanError(MinipeftError, RuntimeError):
+    """A leaner way of computing would not compute what the model computes."""
+
+
 def shown(values: Iterable[object], limit: int = 5) -> str:
     """List values for a message, the first `limit` of them: ``'a', 'b' and 3 more``."""
     items = [repr(value) if isinstance(value, str) else str(value) for value in values]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+
+BLOCK = 2**20  # values of a half-precision weight that are widened at a time; 4 MiB stay in a processor's cache
 
 
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -13,19 +16,17 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, column_major: bool = False) -> Tensor:
-    """Dense weight update of a LoRA pair, ``scaling * B A``, eq. (3) of arXiv:2106.09685.
+def lora_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The pair (up, down) whose product is the update of a LoRA pair: ``up @ down == scaling * B A``.
 
     Args:
         lora_A: down projection, shape (r, in_features).
         lora_B: up projection, shape (out_features, r).
         scaling: see `lora_scaling`, dimensionless.
-        column_major: lay the result out as the transpose of a contiguous (in_features, out_features) array, which is
-            how a Conv1D's weight lies in memory; adding arrays that lie alike is several times faster.
 
     Returns:
-        Shape (out_features, in_features), in float32 (float64 where a factor is): half precision would lose the small
-        updates that merging is about.
+        Shapes (out_features, r) and (r, in_features), in float32 (float64 where a factor is): half precision would
+        lose the small updates that merging is about.
 
     Raises:
         ValueError: the factors disagree on r.
@@ -36,8 +37,67 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, column_major: 
             "lora_A.shape[0] must equal lora_B.shape[1]"
         )
     dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
-    down, up = lora_A.to(dtype), lora_B.to(dtype) * scaling  # scaled while it is small
+    return lora_B.to(dtype) * scaling, lora_A.to(dtype)  # scaled while it is small
+
+
+def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, column_major: bool = False) -> Tensor:
+    """Dense weight update of a LoRA pair, ``scaling * B A``, eq. (3) of arXiv:2106.09685.
+
+    Args and errors are those of `lora_factors`, `column_major` that of `low_rank_product`; shape (out_features, in_features).
+    """
+    return low_rank_product(*lora_factors(lora_A, lora_B, scaling), column_major=column_major)
+
+
+def low_rank_product(up: Tensor, down: Tensor, *, column_major: bool = False) -> Tensor:
+    """``up @ down``, shapes (out, r) and (r, in) -> (out, in).
+
+    Args:
+        up: left factor.
+        down: right factor.
+        column_major: lay the result out as the transpose of a contiguous (in, out) array, which is how a Conv1D's
+            weight lies in memory; adding arrays that lie alike is several times faster.
+    """
     return (down.t() @ up.t()).t() if column_major else up @ down
+
+
+def low_rank_additions(
+    weight: Tensor, up: Tensor, down: Tensor, scratch: dict[object, Tensor]
+) -> list[functools.partial[Tensor]]:
+    """The calls that together do ``weight += up @ down`` in place, in the factors' dtype, rounded once.
+
+    A weight of that dtype takes one call; a narrower one is widened a block of rows at a time. What memory that takes
+    is taken here and put into `scratch`, for the calls on other weights to use again.
+    """
+    if weight.dtype == up.dtype:
+        return [functools.partial(weight.addmm_, up, down)]
+    if is_column_major(weight):
+        weight, up, down = weight.t(), down.t(), up.t()
+    height, width = weight.shape
+    rows, size = max(1, BLOCK // max(1, width)), max(BLOCK, width)
+    wide = scratch.setdefault((size, up.dtype, up.device), up.new_empty(size))
+    calls: list[functools.partial[Tensor]] = []
+    for start in range(0, height, rows):
+        part = weight[start : start + rows]
+        block = wide[: part.numel()].view(part.shape)
+        calls.append(functools.partial(block.copy_, part))
+        calls.append(functools.partial(block.addmm_, up[start : start + rows], down))
+        calls.append(functools.partial(part.copy_, block))
+    return calls
+
+
+def low_rank_bound(up: Tensor, down: Tensor) -> float:
+    """What no value of ``up @ down`` exceeds, at the cost of reading the factors; inf or NaN where they are not finite."""
+    return len(down) * largest(up) * largest(down)
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value, NaN where there is a NaN, 0 of an empty tensor; one pass and no temporaries."""
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(
+        tensor.t() if is_column_major(tensor) else tensor
+    )  # much slower across the memory's order
+    return max(-float(low), float(high))
 
 
 def is_column_major(weight: Tensor) -> bool:

@@ -75,6 +75,14 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` for a frozen weight and bias, by the faster matrix library; shapes as for `lora_linear`."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return gemm.linear(x, weight, bias)
+    result: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return result
+
+
 # -------------------------------------------------------------------------------------------------------- arithmetic
 class _Mask:
     """Which features of which rows pass, drawn from a seed as often as it is asked for.
@@ -229,3 +237,15 @@ def _second_order(
     through_A = g @ lora_A
     dx = dy @ weight + (through_A if passes is None else through_A * passes)
     return dx.view(x.shape), g.t() @ into_A, ctx.scaling * dy.t() @ (into_A @ lora_A.t())
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return gemm.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return (dy @ weight if torch.is_grad_enabled() else gemm.linear(dy, weight.t())), None, None

@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         Shape (..., out_features), contiguous, no view of anything.
     """
     rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
-    if _through_onednn(rows, weight):
+    if through_onednn(rows, weight):
         # Not a view, though it lies in the flat result: a view made here could not be written in place later.
         y: Tensor = _onednn()(rows, weight, bias, "none", [], "")
         return y.view(shape).data
@@ -51,18 +51,19 @@ def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 def narrow(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, shapes (p, q) and (q, few), outside autograd; some ways of computing it are several times slower."""
-    if _through_onednn(left, right.t()):
+    if through_onednn(left, right.t()):
         transposed = left.stride(0) < left.stride(1)
         return linear(right.t(), left).t() if transposed else linear(left, right.t())
     # MKL is slow where the few columns do not fill a vector register.
     return torch.mm(left, right) if right.shape[1] >= 16 else torch.mm(right.t(), left.t()).t()
 
 
-def _through_onednn(rows: Tensor, weight: Tensor) -> bool:
+def through_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` of these takes oneDNN."""
     return bool(
-        rows.dtype is torch.float32
-        and rows.device.type == "cpu"
-        and len(rows) * weight.numel() >= WORTH_IT
+        x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.numel() * weight.shape[0] >= WORTH_IT
         and torch.backends.mkldnn.enabled
         and onednn_is_faster()
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import operator
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 from minipeft import registry
 from minipeft.adapted import AdaptedLayer, TensorIndex, adapted_layers, wrappers
 from minipeft.errors import MergeError, shown
-from minipeft.functional import accumulation_dtype
+from minipeft.functional import accumulation_dtype, largest, low_rank_additions, low_rank_bound
 from minipeft.saved_module import SavedModule
-from minipeft.undo import Undo, original_weight, remember, total_delta
+from minipeft.undo import Undo, is_merged, original_weight, put_back, remember, total_delta
 
 logger = logging.getLogger("minipeft")
 _forward = operator.attrgetter("forward")
@@ -41,35 +43,70 @@ class MergeReport:
         )
 
 
+@dataclass
+class Step:
+    """One layer's part in a merge: checked, not yet written."""
+
+    path: str
+    layer: AdaptedLayer
+    names: tuple[str, ...]
+    undo: Undo
+    factors: tuple[Tensor, Tensor] | None  # (up, down) of the whole update, if proved to keep every value finite
+
+
 # ------------------------------------------------------------------------------------------------------- merging
 @torch.no_grad()
 def merge(model: nn.Module, adapter_names: Iterable[str], *, untie: bool = False, undoable: bool = True) -> MergeReport:
     """Fold the named adapters into the base weights of every layer that has them and has none merged.
 
-    Everything is computed and checked first; an error leaves every weight as it was.
+    All is checked first, and an exception half way, Ctrl-C and a lack of memory too, takes back what was written: every
+    weight is bit for bit what it was. There is one exception. A merge for good keeps no copy of the weights, so where
+    the merge is no sum, or its update dwarfs the weight, a layer written by then stays merged. It is marked as merged
+    and acts as before, and another call does the rest.
+
+    Returns:
+        What rounding cost; of a merge for good only if the logger "minipeft" is to hear it, and else nothing.
 
     Raises:
         MergeError: a layer cannot be merged, a value is not finite, or a weight is tied elsewhere and `untie` is False.
     """
     names, index = tuple(adapter_names), TensorIndex(model)
-    todo = []
+    steps = []
     for path, layer in adapted_layers(model):
         here = tuple(name for name in names if name in layer.adapters)
         if here and not layer.merged:
-            todo.append((path, layer, here, *_check(path, layer, here, index, untie, undoable)))
-    for _, layer, here, undo, _ in todo:
-        for parameter_name, shared in undo.untied.items():
-            own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-            setattr(layer.base_layer, parameter_name, own)
-        if undo.untied:
-            undo.retie = mark_untied(model)
-        weight, bias = merged_weight(layer, here)
-        layer.base_layer = layer.ops.write_weight(layer.base_layer, weight, bias)
-        layer.merged, layer.undo = here, undo if undoable else None
-    report = MergeReport({path: error for path, *_, error in todo})
-    if todo:
+            steps.append(_check(path, layer, here, index, untie))
+    begun: list[Step] = []
+    in_place: list[Step] = []
+    errors: dict[str, float] = {}
+    reported = undoable or logger.isEnabledFor(logging.INFO)
+    try:
+        for step in steps:
+            begun.append(step)
+            _untie(model, step)
+            if not undoable and step.factors is not None and _holds_its_weight(step.layer):
+                in_place.append(step)
+                if reported:
+                    errors[step.path] = _relative_error(*_computed(step))
+            else:
+                error = _write(step, undoable=undoable, reported=reported)
+                errors.update({} if error is None else {step.path: error})
+        _add_in_place(in_place)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # which hold the tensors of the step that found no memory
+        if not any(step.layer.merged for step in in_place):  # else it came when all was done
+            for step in reversed(begun):
+                _take_back(model, step)
+        raise
+    report = MergeReport(errors)
+    if errors:
         logger.info("%s", report)
     return report
+
+
+def merged_names(model: nn.Module) -> tuple[str, ...]:
+    """The adapters that are in the weights of at least one layer."""
+    return tuple(dict.fromkeys(name for _, layer in adapted_layers(model) for name in layer.merged))
 
 
 def merged_weight(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
@@ -82,35 +119,51 @@ def merged_weight(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, 
     return weight, bias
 
 
-def _check(
-    path: str, layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex, untie: bool, undoable: bool
-) -> tuple[Undo, float]:
-    """Compute one layer's merge without writing it: how to undo it, and what rounding costs."""
+# ------------------------------------------------------------------------------------------------------ checking
+def _check(path: str, layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex, untie: bool) -> Step:
+    """Whatever can be wrong with one layer's merge; nothing is written."""
     base, ops = layer.base_layer, layer.ops
     if not ops.can_merge:
         raise MergeError(
             f"{path}: {ops.__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged."
         )
     weight, bias = ops.read_weight(base).detach(), ops.read_bias(base)
-    merged, merged_bias = merged_weight(layer, names)
-    rounded, rounded_bias = merged.to(weight.dtype), merged_bias
-    if bias is not None and merged_bias is not None:
-        rounded_bias = merged_bias.to(bias.dtype)
-    for what, tensor in (("weight", rounded), ("bias", rounded_bias)):
-        if tensor is not None and not _all_finite(tensor):
-            raise MergeError(
-                f"{path}: the merged {what} is not finite in {weight.dtype} (adapter {shown(names)}); nothing was merged. "
-                "Check the adapter for NaN, or merge in a wider dtype."
-            )
-    written = [weight] if bias is None or rounded_bias is None or torch.equal(bias, rounded_bias) else [weight, bias]
+    written, factors = [weight], _proved_finite(layer, names, weight)
+    if factors is None:
+        merged, merged_bias = merged_weight(layer, names)
+        rounded_bias = merged_bias if bias is None or merged_bias is None else merged_bias.to(bias.dtype)
+        for what, tensor in (("weight", merged.to(weight.dtype)), ("bias", rounded_bias)):
+            if tensor is not None and not _all_finite(tensor):
+                raise MergeError(
+                    f"{path}: the merged {what} is not finite in {weight.dtype} (adapter {shown(names)}); nothing was merged. "
+                    "Check the adapter for NaN, or merge in a wider dtype."
+                )
+        if bias is not None and rounded_bias is not None and not torch.equal(bias, rounded_bias):
+            written.append(bias)
     undo = Undo(base, None if bias is None else bias.detach().clone(), untied=_ties(path, base, written, index, untie))
     _check_own_forward(path, layer, names)
-    adapters = tuple(layer.adapter(name) for name in names)
-    update = total_delta(adapters, weight)
-    if undoable and not undo.untied:
-        remember(undo, weight, rounded, adapters, update)
-    wanted = merged - weight if update is None else update.to(merged.dtype)
-    return undo, _relative_error(rounded, weight, wanted)
+    return Step(path, layer, names, undo, factors)
+
+
+def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The factors of the whole update, if the merged weight cannot overflow: ``|W + up @ down| <= |W| + r |up| |down|``.
+
+    None where that is not so by far, where a value is not finite, and where the update has no such factors; it then
+    takes the merged weight itself to tell.
+    """
+    pairs = [layer.adapter(name).factors() for name in names]
+    dtype = accumulation_dtype(weight)
+    known = [pair for pair in pairs if pair is not None]
+    usable = all(torch.promote_types(x.dtype, dtype) == dtype and x.device == weight.device for p in known for x in p)
+    if len(known) < len(pairs) or not usable:
+        return None
+    bound = largest(weight) + sum(low_rank_bound(up, down) for up, down in known)
+    if not bound <= torch.finfo(weight.dtype).max / 2:  # NaN is not
+        return None
+    up, down = known[0]
+    if len(known) > 1:
+        up, down = torch.cat([up for up, _ in known], 1), torch.cat([down for _, down in known], 0)
+    return up.to(dtype), down.to(dtype)
 
 
 def _ties(
@@ -157,13 +210,98 @@ def _all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=accumulation_dtype(tensor)).isfinite()) or bool(tensor.isfinite().all())
 
 
-def _relative_error(rounded: Tensor, weight: Tensor, wanted: Tensor) -> float:
+# ------------------------------------------------------------------------------------------------------- writing
+def _untie(model: nn.Module, step: Step) -> None:
+    base, undo = step.layer.base_layer, step.undo
+    for parameter_name, shared in undo.untied.items():
+        setattr(base, parameter_name, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+    if undo.untied:
+        undo.retie = mark_untied(model)
+
+
+def _holds_its_weight(layer: AdaptedLayer) -> bool:
+    """Whether the canonical weight is a view of the layer's own parameter, and stays so when it is written."""
+    base, ops = layer.base_layer, layer.ops
+    weight = ops.read_weight(base).detach()
+    is_own = any(
+        own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel() and own.dtype == weight.dtype
+        for own in base.parameters(recurse=False)
+    )
+    return is_own and ops.write_weight(base, weight, ops.read_bias(base)) is base  # its own values: nothing is copied
+
+
+def _computed(step: Step) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One layer's weight, the merged weight and bias not yet rounded, and the update if the merge is a sum."""
+    layer = step.layer
+    weight, bias = layer.ops.read_weight(layer.base_layer).detach(), layer.ops.read_bias(layer.base_layer)
+    update, dtype = total_delta(tuple(map(layer.adapter, step.names)), weight), accumulation_dtype(weight)
+    if update is None or step.factors is None:
+        return weight, *merged_weight(layer, step.names), update
+    return weight, weight.to(dtype) + update, None if bias is None else bias.detach().to(dtype), update
+
+
+def _relative_error(weight: Tensor, merged: Tensor, bias: Tensor | None, update: Tensor | None) -> float:
+    wanted = merged - weight if update is None else update.to(merged.dtype)
     norm = float(torch.linalg.vector_norm(wanted))
-    error = float(torch.linalg.vector_norm((rounded.to(wanted.dtype) - weight).sub_(wanted)))
+    realised = merged.to(weight.dtype).to(merged.dtype) - weight
+    error = float(torch.linalg.vector_norm(realised.sub_(wanted)))
     return error / norm if norm > 0 else error
 
 
+def _write(step: Step, *, undoable: bool, reported: bool) -> float | None:
+    """Compute one layer's merged weight and write it; returns what rounding cost, if that is wanted."""
+    layer, undo = step.layer, step.undo
+    weight, merged, bias, update = _computed(step)
+    error = _relative_error(weight, merged, bias, update) if reported else None
+    if not undo.untied:
+        adapters = tuple(map(layer.adapter, step.names))
+        remember(undo, weight, merged.to(weight.dtype), adapters, update, may_copy=undoable)
+    layer.base_layer = layer.ops.write_weight(layer.base_layer, merged, bias)
+    if layer.base_layer is not undo.base_layer:
+        undo.forget()
+    layer.merged, layer.undo = step.names, undo if undoable else None
+    return error
+
+
+def _add_in_place(steps: list[Step]) -> None:
+    """Merge for good by ``weight.addmm_(up, down)``, all layers at once: nothing of a weight's size is made.
+
+    The jobs are run from C code, between which Python handles no Ctrl-C, so either none of them is done or all are.
+    """
+    jobs: list[functools.partial[Tensor]] = []
+    scratch: dict[object, Tensor] = {}
+    ends = []
+    for step in steps:
+        assert step.factors is not None
+        weight = step.layer.ops.read_weight(step.layer.base_layer).detach()
+        jobs += low_rank_additions(weight, *step.factors, scratch)
+        ends.append(len(jobs))
+    done: list[Tensor] = []
+    try:
+        for step in steps:  # beforehand, so that the last thing that happens is the writing
+            step.layer.merged, step.layer.undo = step.names, None
+        done.extend(map(functools.partial.__call__, jobs))
+    except BaseException:
+        for step, end in zip(steps, ends, strict=True):
+            if end > len(done):
+                step.layer.merged = ()
+        raise
+    for step in steps:  # a layer that does more than to store its weight does it now
+        base, ops = step.layer.base_layer, step.layer.ops
+        step.layer.base_layer = ops.write_weight(base, ops.read_weight(base).detach(), ops.read_bias(base))
+
+
 # ------------------------------------------------------------------------------------------------------- undoing
+def _take_back(model: nn.Module, step: Step) -> None:
+    """Undo what there is of one layer's merge after an exception half way."""
+    layer, undo = step.layer, step.undo
+    written = undo.base_layer is layer.base_layer and not undo.untied and is_merged(layer, undo)
+    if written and not undo.is_enough:
+        layer.merged = step.names
+    else:
+        put_back(model, layer, undo, original_weight(step.path, layer, undo) if written else None)
+
+
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Bring back, bit for bit, every weight that `merge` changed.
@@ -176,18 +314,10 @@ def unmerge(model: nn.Module) -> None:
         if layer.merged:
             if layer.undo is None:
                 raise MergeError(f"{path}: this merge was made for good, and cannot be undone.")
-            if layer.undo.base_layer is layer.base_layer and not layer.undo.untied:
-                original_weight(path, layer)  # raises here, before any layer has been touched
+            original_weight(path, layer, layer.undo)  # raises here, before any layer has been touched
             todo.append((path, layer))
     for path, layer in todo:
-        undo: Undo = layer.undo
-        if undo.base_layer is layer.base_layer and not undo.untied:
-            layer.ops.write_weight(undo.base_layer, original_weight(path, layer), undo.bias)
-        for name, parameter in undo.untied.items():
-            setattr(undo.base_layer, name, parameter)
-        if undo.retie:
-            model.config.tie_word_embeddings = True  # type: ignore[union-attr]
-        layer.base_layer, layer.merged, layer.undo = undo.base_layer, (), None
+        put_back(model, layer, layer.undo, original_weight(path, layer, layer.undo))
 
 
 def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:

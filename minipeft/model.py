@@ -16,8 +16,9 @@ from minipeft.card import write_card
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, hint, shown
 from minipeft.merge import MergeReport
+from minipeft.mixing import reduced
 from minipeft.saved_module import SavedModule
-from minipeft.state import STATE, AdapterState, attach, check_name, detach, reduced, switch_to
+from minipeft.state import STATE, AdapterState, attach, check_name, detach, switch_to
 
 DEFAULT = "default"
 WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
@@ -324,8 +325,9 @@ class AdaptedModel(nn.Module):
         try:
             report = merge.merge(self, names, untie=untie, undoable=undoable)
         except BaseException:
-            merge.merge(self, before, untie=True)
-            self._state.merged = before
+            if not (stuck := merge.merged_names(self)):  # by a merge for good that could not be taken back
+                merge.merge(self, before, untie=True)
+            self._state.merged = stuck or before
             raise
         self._state.merged = names
         return report

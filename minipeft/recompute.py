@@ -31,9 +31,15 @@ def mark(output: Tensor, module: nn.Module, input: Tensor) -> Tensor:
 
 
 def source_of(tensor: Tensor) -> Source | None:
-    """What the tensor came from, or None where that is not known, or where the tensor has been written since."""
+    """What the tensor came from, or None where that is not known, or cannot be computed again.
+
+    That is where the tensor has been written since, or the module's parameters have been sharded again (by FSDP2).
+    """
     source = getattr(tensor, _ATTRIBUTE, None)
-    return source if isinstance(source, Source) and source.version == tensor._version else None
+    if not isinstance(source, Source) or source.version != tensor._version:
+        return None
+    whole = all(type(parameter) is nn.Parameter for parameter in source.module.parameters())
+    return source if whole else None
 
 
 def output(module: nn.Module, input: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from minipeft import inject
 from minipeft.adapted import Switch, wrappers
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError
+from minipeft.mixing import mixed_class, original_class
 
 STATE = "_minipeft"  # where a model keeps its state: in its __dict__, so that it is copied and pickled along
 
@@ -119,34 +119,3 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained_before)
     model.__class__ = original_class(mixin, type(model))
-
-
-# ----------------------------------------------------------------------------------------------- the class family
-_mixed: dict[tuple[type, type], type[nn.Module]] = {}
-
-
-def mixed_class(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a model class with a mixin; it keeps the name and module, since transformers goes by them."""
-    if (mixin, cls) not in _mixed:
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _mixed[mixin, cls] = type(cls.__name__, (mixin, cls), names)
-    return _mixed[mixin, cls]
-
-
-def original_class(mixin: type[nn.Module], cls: type) -> type[nn.Module]:
-    """The model class under a mixed one, also where something (FSDP2) has subclassed the mixed one again."""
-    original: type[nn.Module] = cls.__mro__[cls.__mro__.index(mixin) + 1]
-    return original
-
-
-def reduced(mixin: type[nn.Module], model: nn.Module, plain: Any) -> Any:
-    """`plain`, what ``__reduce_ex__`` gave, with the class named by its parts: it is made at run time, so no pickle finds it."""
-    if plain[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-        return (_new, (mixin, original_class(mixin, type(model)), *plain[1][1:]), *plain[2:])
-    return plain
-
-
-def _new(mixin: type[nn.Module], cls: type[nn.Module], *args: Any) -> nn.Module:
-    mixed = mixed_class(mixin, cls)
-    module: nn.Module = mixed.__new__(mixed, *args)
-    return module

@@ -37,27 +37,54 @@ class Undo:
     untied: dict[str, nn.Parameter] = field(default_factory=dict)  # the shared parameters, to be put back as they are
     retie: bool = False  # whether the model's config said that they are tied
 
+    @property
+    def is_enough(self) -> bool:
+        """Whether a written weight can be brought back."""
+        return self.weight is not None or self.positions is not None
 
-def remember(undo: Undo, weight: Tensor, rounded: Tensor, adapters: tuple[Adapter, ...], update: Tensor | None) -> None:
-    """Note down what brings `weight` back from `rounded`, the merged one; `update` is None for a merge that is no sum."""
-    undo.merged_sums = _bit_sums(rounded)
+    def forget(self) -> None:
+        """Keep nothing of the weight: the merge went into another layer."""
+        self.weight = self.positions = self.values = None
+        self.adapters = ()
+
+
+def remember(
+    undo: Undo,
+    weight: Tensor,
+    rounded: Tensor,
+    adapters: tuple[Adapter, ...],
+    update: Tensor | None,
+    *,
+    may_copy: bool = True,
+) -> None:
+    """Note down what brings `weight` back from `rounded`, the merged one; `update` is None for a merge that is no sum.
+
+    Where that takes a copy of the weight and `may_copy` is False, only what tells the merged weight from others.
+    """
     if update is not None:
         differs = _bits(_subtracted(rounded, update)) != _bits(weight)
         if int(differs.sum()) * 16 <= weight.numel():
             undo.positions, undo.values, undo.weight_sums = differs.nonzero(), weight[differs], _bit_sums(weight)
             undo.adapters = tuple(copy.deepcopy(adapter).requires_grad_(False) for adapter in adapters)
             undo.threads = torch.get_num_threads()
-            return
-    undo.weight = weight.clone()
+    if may_copy and undo.positions is None:
+        undo.weight = weight.clone()
+    undo.merged_sums = _bit_sums(rounded)
 
 
-def original_weight(path: str, layer: AdaptedLayer) -> Tensor:
-    """The canonical weight as it was before the merge.
+def is_merged(layer: AdaptedLayer, undo: Undo) -> bool:
+    """Whether the layer's weight is, bit for bit, the merged one that `remember` saw."""
+    return _same_sums(layer.ops.read_weight(layer.base_layer).detach(), undo.merged_sums)
+
+
+def original_weight(path: str, layer: AdaptedLayer, undo: Undo) -> Tensor | None:
+    """The canonical weight as it was before the merge; None where the merge went into another layer or an untied copy.
 
     Raises:
         MergeError: the merged weight was written or converted in the meantime.
     """
-    undo: Undo = layer.undo
+    if undo.base_layer is not layer.base_layer or undo.untied:
+        return None
     now = layer.ops.read_weight(layer.base_layer).detach()
     if _same_sums(now, undo.merged_sums):
         if undo.weight is not None:
@@ -73,6 +100,18 @@ def original_weight(path: str, layer: AdaptedLayer) -> Tensor:
         f"{path}: the merged weight was written or converted after the merge, so it cannot be undone exactly; "
         "nothing was changed."
     )
+
+
+def put_back(model: nn.Module, layer: AdaptedLayer, undo: Undo, weight: Tensor | None) -> None:
+    """Give a layer its own base, weight (None: that has it still), bias and ties again."""
+    for name, parameter in undo.untied.items():
+        setattr(undo.base_layer, name, parameter)
+    if undo.retie:
+        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    if undo.base_layer is layer.base_layer:
+        own = layer.ops.read_weight(undo.base_layer).detach() if weight is None else weight
+        layer.ops.write_weight(undo.base_layer, own, undo.bias)
+    layer.base_layer, layer.merged, layer.undo = undo.base_layer, (), None
 
 
 def _with_threads(threads: int, adapters: tuple[Adapter, ...], weight: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ PACKAGE = ROOT / "minipeft"
 # One line a floor, the lowest first: a module imports from floors below it, or from its own without a cycle.
 FLOORS = (
     ("errors", "registry"),
-    ("patterns", "functional", "recompute", "gemm", "fused", "files", "config", "families"),
-    ("layers", "methods"),
+    ("patterns", "mixing", "functional", "recompute", "gemm", "fused", "chunked_loss", "files", "config", "families"),
+    ("layers", "methods", "swaps", "lean_loss", "probe"),
     ("adapted", "saved_module", "targets", "undo", "merge"),
     ("inject", "adapter_file", "checkpoint", "card", "state"),
-    ("model",),
+    ("model", "lean_model"),
     ("__init__",),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

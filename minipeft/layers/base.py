@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.mixing import plain_class
+
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -88,7 +90,7 @@ class LayerOps(ABC):
 def runs_only(base: nn.Module, forward: object) -> bool:
     """Whether a call of the module runs this ``forward`` of its class and no hook."""
     hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return not hooks and vars(type(base)).get("forward") is forward and "forward" not in base.__dict__
+    return not hooks and vars(plain_class(type(base))).get("forward") is forward and "forward" not in base.__dict__
 
 
 def has_plain_weight(base: nn.Module, shape: tuple[int, int]) -> bool:

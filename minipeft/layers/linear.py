@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.layers.base import LayerOps, has_plain_weight, runs_only
+from minipeft.mixing import plain_class
 from minipeft.registry import register_layer
 
 
@@ -59,7 +60,7 @@ class Conv1DOps(LayerOps):
 
     @staticmethod
     def is_linear_call(base: Any) -> bool:
-        cls = type(base)
+        cls: Any = plain_class(type(base))
         return cls.__module__ == "transformers.pytorch_utils" and runs_only(base, cls.forward)
 
     @staticmethod

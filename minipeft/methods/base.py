@@ -9,7 +9,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig
+from minipeft.functional import is_column_major, low_rank_product
 from minipeft.layers.base import LayerOps
+
+# What a class says of one of its methods does not hold for another one, written in a subclass: (method, what is said).
+SAYS = (("forward", "runs_base"), ("merge", "delta"), ("merge", "factors"), ("delta", "factors"))
 
 
 class Adapter(nn.Module, ABC):
@@ -30,8 +34,9 @@ class Adapter(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls) and "runs_base" not in vars(cls):
-            cls.runs_base = False  # what a class says of its own forward does not hold for another one
+        for method, said in SAYS:
+            if method in vars(cls) and said not in vars(cls):
+                setattr(cls, said, getattr(Adapter, said))
 
     @classmethod
     def share(cls, sites: Sequence[tuple[nn.Module, type[LayerOps]]], config: AdapterConfig) -> object | None:
@@ -53,14 +58,26 @@ class Adapter(nn.Module, ABC):
         Both come in the dtype to compute in, float32 or float64; the caller rounds once to the layer's own.
         """
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(up, down), shapes (out, r) and (r, in), where ``merge(W, b) == (W + up @ down, b)``, else None.
+
+        In float32 or float64. Optional, as is `delta`: both only make merging cheaper, and what a parent says of its
+        `merge` is forgotten where a subclass overrides that.
+
+        With the factors a merge for good is one product added in place, proved finite beforehand from their values.
+        """
+        return None
+
     def delta(self, weight: Tensor) -> Tensor | None:
         """The dense update (out, in) in float32 or float64 where ``merge(W, b)[0] == W + delta(W)``, else None.
 
-        It does not depend on the values of `weight`, which only shows how the result had best lie in memory.
+        It does not depend on the values of `weight`, which only shows how the result had best lie in memory. By default
+        the product of `factors`, if any.
 
         A merge that is a plain sum can be undone bit for bit without keeping a copy of W.
         """
-        return None
+        factors = self.factors()
+        return None if factors is None else low_rank_product(*factors, column_major=is_column_major(weight))
 
     def changes_nothing(self) -> bool:
         """Whether the adapter, as it stands, leaves its layer's output as it is; False where that is not easily told."""

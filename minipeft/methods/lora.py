@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of, pattern_table
-from minipeft.functional import is_column_major, lora_delta, lora_scaling
+from minipeft.functional import is_column_major, lora_delta, lora_factors, lora_scaling
 from minipeft.fused import can_fuse, lora_linear
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
@@ -175,6 +175,11 @@ class Lora(Adapter):
         if bias is not None and bias_update is not None:
             bias = bias + bias_update.detach().to(bias.dtype)
         return weight + self.delta(weight).to(weight.dtype), bias
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        if self.lora_bias is not None:  # then the merge changes more than the weight
+            return None
+        return lora_factors(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
 
     def delta(self, weight: Tensor) -> Tensor:
         column_major = is_column_major(weight)

@@ -1,0 +1,105 @@
+"""A tiny batch, run before and after a change that must not change what a model learns."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import LeanError
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; half precision:
+HALF_TOLERANCE = 5e-2
+SEED = 20
+
+
+class Probe:
+    """Loss and gradients of a model as it is now, to hold those of the changed model against.
+
+    The model is run in training mode, with torch's generators seeded alike; they, its modes and its buffers are put
+    back. Nothing is written to ``.grad``.
+    """
+
+    def __init__(self, model: nn.Module, *, with_labels: bool) -> None:
+        self.with_labels = with_labels
+        try:
+            self.loss, self.gradients = _run(model, with_labels)
+        except Exception as error:
+            raise LeanError(
+                f"{type(model).__name__} cannot be run on a tiny batch of token ids{' with labels' * with_labels} "
+                f"({type(error).__name__}: {error}), and lean() proves itself on one; nothing was changed."
+            ) from error
+
+    def compare(self, model: nn.Module) -> None:
+        """Raise a LeanError where the model's loss or gradients are not what they were."""
+        try:
+            loss, gradients = _run(model, self.with_labels)
+        except LeanError:
+            raise
+        except Exception as error:
+            raise LeanError(
+                f"{type(model).__name__} does not compute its loss by loss_function(logits, labels) "
+                f"({type(error).__name__}: {error}); pass chunked_loss=False."
+            ) from error
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
+        errors = {"loss": _relative([loss], [self.loss]), "gradients": _relative(gradients, self.gradients)}
+        for what, size in errors.items():
+            if not size <= tolerance:
+                raise LeanError(
+                    f"{type(model).__name__}: with lean() the {what} would differ by {size:.2g} of their size on a probe; "
+                    "nothing was changed. chunked_loss=False or fast_linear=False may do."
+                )
+
+
+def _run(model: nn.Module, with_labels: bool) -> tuple[Tensor, list[Tensor]]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = next(model.parameters()).device
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.randint(len(embeddings.weight), (2, 8), generator=torch.Generator().manual_seed(SEED)).to(device)
+    inputs = {"input_ids": ids}
+    if with_labels:
+        inputs["labels"] = ids.masked_fill(
+            torch.arange(8, device=device) < torch.tensor([[3], [0]], device=device), -100
+        )
+    elif getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    with _as_in_training(model), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        output = model(**inputs)
+        loss: Tensor = output.loss if with_labels else output.logits.float().square().mean()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
+    return loss.detach(), [g for g in gradients if g is not None]
+
+
+@contextlib.contextmanager
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(SEED)
+        model.train()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def _relative(found: list[Tensor], wanted: list[Tensor]) -> float:
+    if len(found) != len(wanted):
+        return float("inf")
+    size = _norm(wanted)
+    error = _norm([f - w for f, w in zip(found, wanted, strict=True)])
+    return error / size if size > 0 else error
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))

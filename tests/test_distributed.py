@@ -1,0 +1,357 @@
+"""Adapted layers where torch splits the work or transforms it: DDP, FSDP2, torch.compile, torch.func.
+
+Run as a program, ``python test_distributed.py RANK DIRECTORY``, this file is one of the two processes that the tests of
+DDP and FSDP2 start, once for all of them. What these find is held against one process that has the whole batch, or
+that goes over the halves in turn.
+"""
+
+import contextlib
+import datetime
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import foreign_code, gpt2, token_ids
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import minipeft
+from minipeft import LoraConfig, fused, get_lora_model, recompute
+
+WORLD = 2
+LAYERS = 8  # adapted ones in the tiny GPT-2: four a block
+BATCHES = {"two products": token_ids(4, 6), "merged weight": token_ids(16, 64)}  # the way of the map, by number of rows
+FEW, MANY = BATCHES
+
+
+# ---------------------------------------------------------------------------------------------- what both sides speak of
+def adapted(dropout=0.0, dtype=torch.float32, **options):
+    """A tiny GPT-2 in training mode with LoRA on all its linear maps but the head, the same in every process."""
+    targets = ["c_attn", "c_proj", "c_fc"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout, init_lora_weights=False)
+    torch.manual_seed(0)
+    return get_lora_model(gpt2(**options).to(dtype), config).train()
+
+
+def checkpointed():
+    model = adapted(dropout=0.3)
+    with foreign_code():  # newer transformers have another name for it
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def marked():
+    """Adapters keep the layer norms' inputs instead of their outputs, which are computed again in the backward pass."""
+    model = adapted()
+    for block in model.transformer.h:
+        for norm in (block.ln_1, block.ln_2):
+            norm.register_forward_hook(lambda norm, inputs, output: recompute.mark(output, norm, inputs[0]))
+    return model
+
+
+def with_idle_adapter():
+    """DDP waits for each parameter that wants a gradient, unless told to find the unused ones; here it is not."""
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["c_attn", "wte"]))
+    return model
+
+
+MODELS = {
+    "plain": adapted,
+    "marked": marked,
+    "idle adapter": with_idle_adapter,
+    "dropout": lambda: adapted(dropout=0.3),
+    "checkpointed": checkpointed,
+    "autocast": lambda: adapted(dropout=0.3),
+    "bfloat16 base": lambda: adapted(dtype=torch.bfloat16),
+}
+EXACT = ("plain", "marked", "idle adapter")  # the halves' mean is the whole batch's, but for float32's rounding
+
+
+def precision(variant):
+    return torch.autocast("cpu", torch.bfloat16, enabled=variant == "autocast")
+
+
+def loss_of(model, ids):
+    logits = model(input_ids=ids).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def half(ids, rank):
+    return ids.chunk(WORLD)[rank]
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def taken_gradients(model):
+    """The gradients that are there, and none is left."""
+    found = {name: parameter.grad.clone() for name, parameter in trained(model).items()}
+    model.zero_grad()
+    return found
+
+
+def gradients(model, ids):
+    loss_of(model, ids).backward()
+    return taken_gradients(model)
+
+
+def an_optimizer(model):
+    # The large eps keeps a step smooth in the gradient, so that rounding around zero does not turn its sign.
+    return torch.optim.AdamW(trained(model).values(), lr=1e-2, eps=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------ in the two processes
+def fused_loss(model, ids):
+    """The loss, after a look that every adapted layer went the fused way, which is what is tested here."""
+    with mock.patch.object(fused, "_product", wraps=fused._product) as product:
+        loss = loss_of(model, ids)
+    assert product.call_count == LAYERS, product.call_count
+    return loss
+
+
+def parallel_gradients(parallel, ids, rank, variant="plain"):
+    torch.manual_seed(rank)  # which features are dropped differs
+    with precision(variant):
+        loss = fused_loss(parallel, half(ids, rank))
+    loss.backward()
+    return taken_gradients(parallel.module if isinstance(parallel, DistributedDataParallel) else parallel)
+
+
+def ddp(rank):
+    found = {}
+    for batch, ids in BATCHES.items():
+        for variant in MODELS:
+            in_bucket = batch == MANY  # both ways that DDP has of holding gradients
+            parallel = DistributedDataParallel(MODELS[variant](), gradient_as_bucket_view=in_bucket)
+            # Twice, since what the first pass left unfinished shows in the second.
+            found[f"{variant}, {batch}"] = [parallel_gradients(parallel, ids, rank, variant) for _ in range(2)]
+    return found
+
+
+def ddp_accumulated(rank):
+    found = {}
+    for batch, ids in BATCHES.items():
+        model = adapted()
+        parallel = DistributedDataParallel(model)
+        first, last = half(ids, rank).chunk(2)
+        with parallel.no_sync():
+            (fused_loss(parallel, first) / 2).backward()
+        alone = {name: parameter.grad.clone() for name, parameter in trained(model).items()}
+        (fused_loss(parallel, last) / 2).backward()
+        found[batch] = {"alone": alone, "together": taken_gradients(model)}
+    return found
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def fsdp(rank):
+    found = {}
+    for batch, ids in BATCHES.items():
+        for variant in MODELS:
+            model = sharded(MODELS[variant]())
+            optimizer = an_optimizer(model)
+            shards = parallel_gradients(model, ids, rank, variant)
+            for name, parameter in trained(model).items():
+                parameter.grad = shards[name].clone()
+            optimizer.step()
+            found[f"{variant}, {batch}"] = {
+                "gradients": {name: shard.full_tensor() for name, shard in shards.items()},
+                "stepped": {name: parameter.full_tensor().detach() for name, parameter in trained(model).items()},
+                "sharded": all(shard.to_local().numel() < shard.numel() for shard in shards.values()),
+            }
+    return found
+
+
+def main(rank, directory):
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(seconds=100)
+    dist.init_process_group("gloo", (directory / "store").as_uri(), patience, WORLD, rank)
+    found = {scenario.__name__: scenario(rank) for scenario in (ddp, ddp_accumulated, fsdp)}
+    torch.save(found, directory / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of the two processes found, and its stderr."""
+    directory = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"PYTHONPATH": str(Path(minipeft.__file__).parents[1])}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank in range(WORLD):
+            command = [sys.executable, __file__, str(rank), str(directory)]
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
+    return [torch.load(directory / f"{rank}.pt") | {"stderr": error} for rank, error in enumerate(errors)]
+
+
+# ------------------------------------------------------------------------------------------------------ in one process
+def assert_all_close(found, expected, rtol=1e-5):
+    """Each tensor within `rtol`, relative to its largest element."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.isfinite().all(), name
+        atol = rtol * value.abs().max().item()
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def half_gradients(variant, ids, rank):
+    """What a rank finds alone, from the features that it drops."""
+    model = MODELS[variant]()
+    torch.manual_seed(rank)
+    with precision(variant):
+        loss = loss_of(model, half(ids, rank))
+    loss.backward()
+    return taken_gradients(model)
+
+
+def expected_gradients(variant, ids):
+    """The whole batch's gradients; where its halves are computed differently, the mean of theirs."""
+    if variant in EXACT:
+        return gradients(adapted(), ids)
+    first, second = (half_gradients(variant, ids, rank) for rank in range(WORLD))
+    return {name: (value + second[name]) / 2 for name, value in first.items()}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("variant", MODELS)
+def test_ddp_gives_every_rank_the_gradients_of_the_whole_batch(variant, batch, ranks):
+    expected = expected_gradients(variant, BATCHES[batch])
+    for step in range(2):
+        one, other = (found["ddp"][f"{variant}, {batch}"][step] for found in ranks)
+        assert_equal(one, other)
+        assert_all_close(one, expected)
+
+
+def test_the_ranks_drop_different_features():
+    ids = BATCHES[FEW]
+    same = torch.cat([ids[:2], ids[:2]])
+    one, other = (half_gradients("dropout", same, rank) for rank in range(WORLD))
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_ddp_accumulates_alone_and_averages_with_the_last_backward_pass(batch, ranks):
+    one, other = (found["ddp_accumulated"][batch] for found in ranks)
+    assert not any(torch.equal(one["alone"][name], other["alone"][name]) for name in one["alone"])
+    assert_equal(one["together"], other["together"])
+    assert_all_close(one["together"], gradients(adapted(), BATCHES[batch]))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("variant", MODELS)
+def test_fsdp_gives_the_gradients_and_the_step_of_the_whole_batch(variant, batch, ranks):
+    expected = expected_gradients(variant, BATCHES[batch])
+    model = MODELS[variant]()
+    for name, parameter in trained(model).items():
+        parameter.grad = expected[name]
+    an_optimizer(model).step()
+    one, other = (found["fsdp"][f"{variant}, {batch}"] for found in ranks)
+    assert one["sharded"]
+    assert_equal(one["gradients"], other["gradients"])
+    assert_all_close(one["gradients"], expected)
+    assert_all_close(one["stepped"], {name: parameter.detach() for name, parameter in trained(model).items()})
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("variant", MODELS)
+def test_gradients_lie_in_memory_as_their_parameters_do(variant, batch):
+    """Else autograd copies each, and DDP may copy it once more and say so."""
+    model = MODELS[variant]()
+    parameters = list(trained(model).values())
+    with precision(variant):
+        loss = loss_of(model, BATCHES[batch])
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        assert gradient.stride() == parameter.stride()
+
+
+def test_ddp_finds_no_fault_with_the_layout_of_the_gradients(ranks):
+    assert not any(word in found["stderr"] for found in ranks for word in ("stride", "layout"))
+
+
+# ------------------------------------------------------------------------------------------------------------- compiled
+@pytest.fixture
+def compiled():
+    """How a model is compiled here: forward and backward pass traced, in one graph."""
+    torch._dynamo.reset()
+    return lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def test_a_compiled_backward_pass_gives_the_gradients_of_the_fused_one(compiled):
+    model, ids = adapted(), BATCHES[FEW]
+    loss_of(compiled(model), ids).backward()
+    assert_all_close(taken_gradients(model), gradients(model, ids))
+
+
+def test_a_compiled_backward_pass_works_under_autocast(compiled):
+    model, ids = adapted(), BATCHES[FEW]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(compiled(model), ids)
+        expected = loss_of(model, ids)
+    loss.backward()
+    found = taken_gradients(model)
+    expected.backward()
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    assert_all_close(found, taken_gradients(model), rtol=0.05)
+
+
+def test_a_compiled_model_trains_with_dropout(compiled):
+    model, ids = adapted(dropout=0.2), BATCHES[FEW]
+    run, optimizer, losses = compiled(model), an_optimizer(model), []
+    for _ in range(20):
+        loss = loss_of(run, ids)
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in trained(model).values())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    with torch.no_grad():
+        assert loss_of(run, ids) != loss_of(run, ids)  # dropped anew in every call
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------- torch.func
+def test_per_sample_gradients_by_vmap_are_those_of_the_samples_one_by_one():
+    model, ids = adapted(attn_implementation="eager"), BATCHES[FEW]
+    model.config.pad_token_id = None  # else transformers looks into the tokens for padding, which vmap forbids
+
+    def loss(parameters, row):
+        def call(input_ids):
+            return torch.func.functional_call(model, parameters, (), {"input_ids": input_ids})
+
+        return loss_of(call, row[None])
+
+    parameters = {name: parameter.detach() for name, parameter in trained(model).items()}
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
+    for index, row in enumerate(ids):
+        assert_all_close({name: value[index] for name, value in found.items()}, gradients(model, row[None]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

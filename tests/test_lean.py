@@ -1,0 +1,542 @@
+"""lean(): the same loss and gradients, in less, on real transformers models; and refusals where that would not hold."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, bert_classifier, foreign_code, gpt2, llama, t5
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    GenerationConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+    Trainer,
+    TrainingArguments,
+)
+
+from minipeft import LeanError, LoraConfig, StateError, get_lora_model, lean, unlean
+from minipeft.gemm import onednn_is_faster
+from minipeft.lean_model import describe
+from minipeft.swaps import Checkpointed, FastLinear, FusedGelu, Recomputed
+
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+OTHERS = {
+    "bloom": BloomConfig(n_layer=2, hidden_size=32, n_head=4, vocab_size=VOCABULARY, pad_token_id=None),
+    "falcon": FalconConfig(
+        **{k: v for k, v in SIZES.items() if k not in ("head_dim", "intermediate_size")}, new_decoder_architecture=False
+    ),
+    "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}),
+    "mistral": MistralConfig(**SIZES),
+    "opt": OPTConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        ffn_dim=48,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        dropout=0.0,
+    ),
+    "phi": PhiConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, resid_pdrop=0.0),
+    "qwen2": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+}
+IDS = torch.randint(VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
+LABELS = IDS.clone()
+LABELS[0, :4] = -100
+
+
+def adapted(base=None, **options):
+    options = {"r": 4, "init_lora_weights": False, **options}
+    torch.manual_seed(0)
+    model = get_lora_model(gpt2() if base is None else base, LoraConfig(**options))
+    return model.train()
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    torch.manual_seed(5)
+    output = model(**{"input_ids": IDS, "labels": LABELS, **inputs})
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_learning(found, expected, rtol=1e-5):
+    torch.testing.assert_close(found[0].loss, expected[0].loss, rtol=rtol, atol=0, check_dtype=False)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= rtol * gradient.norm(), name
+
+
+def mixins(model):
+    return {
+        mixin.__name__
+        for mixin in (FusedGelu, Recomputed, FastLinear, Checkpointed)
+        for m in model.modules()
+        if isinstance(m, mixin)
+    }
+
+
+def checkpoints_blocks(model):
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------------ same learning
+@pytest.mark.parametrize("checkpointing", ["none", "mlp", "block"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_loss_and_gradients_are_what_they_were(make, dropout, checkpointing):
+    model = adapted(make(), lora_dropout=dropout)
+    expected = loss_and_gradients(model)
+    assert lean(model, checkpointing) is model
+    found = loss_and_gradients(model)
+    assert_same_learning(found, expected)
+    assert found[0].logits is None
+    assert "logits" not in found[0]
+    assert ("Checkpointed" in mixins(model)) == (checkpointing != "none")
+    assert checkpoints_blocks(model) == (checkpointing == "block")
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_it_is_generic_over_causal_language_models(kind):
+    torch.manual_seed(0)
+    model = adapted(AutoModelForCausalLM.from_config(OTHERS[kind]), target_modules="all-linear")
+    expected = loss_and_gradients(model)
+    lean(model, "block")
+    assert_same_learning(loss_and_gradients(model), expected)
+
+
+@pytest.mark.parametrize("p", [{"resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1}])
+@pytest.mark.parametrize("checkpointing", ["none", "mlp", "block"])
+def test_the_models_own_dropout_draws_the_same_masks(checkpointing, p):
+    base = gpt2()
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    model = adapted(base, lora_dropout=0.1)
+    expected = loss_and_gradients(model)
+    lean(model, checkpointing)
+    assert_same_learning(loss_and_gradients(model), expected)
+
+
+@pytest.mark.parametrize("inputs", [{"num_items_in_batch": 11}, {"num_items_in_batch": torch.tensor(11)}])
+def test_the_trainers_count_of_items_divides_the_loss(inputs):
+    model = adapted()
+    expected = loss_and_gradients(model, **inputs)
+    assert_same_learning(loss_and_gradients(lean(model), **inputs), expected)
+
+
+def test_positional_arguments_tuples_and_embeddings_as_input():
+    model = adapted()
+    expected = loss_and_gradients(model)[0].loss
+    lean(model)
+    by_position = dict.fromkeys(inspect.signature(model.forward).parameters)
+    by_position.pop("kwargs")
+    by_position.update(input_ids=IDS, labels=LABELS, logits_to_keep=0)
+    torch.testing.assert_close(model(*by_position.values()).loss, expected)
+    output = model(input_ids=IDS, labels=LABELS, return_dict=False)
+    torch.testing.assert_close(output[0], expected)
+    assert output[1] is None
+    embeddings = model.get_input_embeddings()(IDS)
+    torch.testing.assert_close(model(inputs_embeds=embeddings, labels=LABELS).loss, expected)
+
+
+def test_fifty_steps_of_training_follow_the_same_curve():
+    def curve(change):
+        model = change(adapted(gpt2(), init_lora_weights=True))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(50):
+            loss = model(input_ids=IDS, labels=LABELS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+
+    plain = list(curve(lambda model: model))
+    assert plain[-1] < 0.7 * plain[0]
+    for checkpointing in ("none", "block"):
+        assert list(curve(lambda model, how=checkpointing: lean(model, how))) == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model = adapted(gpt2().to(dtype))
+    expected = loss_and_gradients(model)
+    assert_same_learning(loss_and_gradients(lean(model, "mlp")), expected, 5e-2 if dtype is torch.bfloat16 else 1e-6)
+
+
+def test_autocast():
+    model = adapted()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = loss_and_gradients(model)
+        lean(model, "mlp")
+        found = loss_and_gradients(model)
+    assert found[0].loss.dtype is torch.float32
+    assert_same_learning(found, expected, 5e-2)
+
+
+def test_a_plain_frozen_head_model_can_be_lean_too():
+    model = gpt2(tie_word_embeddings=False).train()
+    model.lm_head.requires_grad_(False)
+    expected = loss_and_gradients(model)
+    lean(model, "block")
+    assert_same_learning(loss_and_gradients(model), expected)
+
+
+# ------------------------------------------------------------------------------------------------ only where it belongs
+def test_evaluation_and_generation_stay_bit_for_bit():
+    model = adapted().eval()
+    expected = model(input_ids=IDS, labels=LABELS)
+    options = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    tokens = model.generate(IDS, generation_config=options)
+    lean(model)
+    found = model(input_ids=IDS, labels=LABELS)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert found.past_key_values is not None
+    assert torch.equal(model.generate(IDS, generation_config=options), tokens)
+
+
+def test_without_labels_training_gives_logits():
+    model = lean(adapted())
+    assert model(input_ids=IDS).logits.shape == (*IDS.shape, VOCABULARY)
+
+
+def test_the_cache_is_left_out_unless_it_is_asked_for():
+    model = adapted()
+    assert model(input_ids=IDS, labels=LABELS).past_key_values is not None
+    lean(model)
+    assert model(input_ids=IDS, labels=LABELS).past_key_values is None
+    assert model(input_ids=IDS, labels=LABELS, use_cache=True).past_key_values is not None
+
+
+def test_a_head_that_trains_by_now_gets_whole_logits_and_its_gradient():
+    model = lean(adapted(gpt2(tie_word_embeddings=False)))
+    model.lm_head.requires_grad_(True)
+    output = model(input_ids=IDS, labels=LABELS)
+    assert output.logits is not None
+    output.loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_nothing_is_checkpointed_below_the_lowest_adapter():
+    calls = []
+    model = adapted(target_modules=r"transformer\.h\.1\..*c_attn")
+    for block in model.transformer.h:
+        block.attn.register_forward_hook(lambda *args, block=block: calls.append(block))
+    expected = loss_and_gradients(model)
+    for checkpointing in ("block", "mlp"):
+        lean(model, checkpointing)
+        calls.clear()
+        assert_same_learning(loss_and_gradients(model), expected)
+        counts = [calls.count(block) for block in model.transformer.h]
+        assert counts == ([1, 2] if checkpointing == "block" else [1, 1])
+
+
+def test_a_failing_call_leaves_the_head_as_it_was():
+    model = lean(adapted())
+    with pytest.raises(LeanError, match="one label a token"):
+        model(input_ids=IDS, labels=LABELS[:, :-2])
+    with pytest.raises(IndexError):
+        model(input_ids=IDS + VOCABULARY, labels=LABELS)
+    assert model(input_ids=IDS).logits.shape[-1] == VOCABULARY
+
+
+# -------------------------------------------------------------------------------------------------------------- undoing
+@pytest.mark.parametrize("checkpointing", ["none", "mlp", "block"])
+def test_unlean_brings_everything_back(checkpointing):
+    model = adapted()
+    classes = [type(module) for module in model.modules()]
+    own = {id(module): set(module.__dict__) for module in model.modules()}
+    expected = loss_and_gradients(model)
+    unlean(lean(model, checkpointing))
+    assert [type(module) for module in model.modules()] == classes
+    assert {id(module): set(module.__dict__) for module in model.modules()} == own
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    found = loss_and_gradients(model)
+    assert torch.equal(found[0].loss, expected[0].loss)
+    assert torch.equal(found[0].logits, expected[0].logits)
+    unlean(model)  # nothing to do
+
+
+def test_a_loss_function_of_ones_own_comes_back():
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    model = adapted()
+    model.loss_function = ForCausalLMLoss
+    unlean(lean(model))
+    assert model.__dict__["_loss_function"] is ForCausalLMLoss
+
+
+def test_another_call_replaces_the_options():
+    model = adapted()
+    expected = loss_and_gradients(model)
+    for checkpointing in ("block", "mlp", "none"):
+        assert_same_learning(loss_and_gradients(lean(model, checkpointing)), expected)
+        assert checkpoints_blocks(model) == (checkpointing == "block")
+    assert not lean(model, chunked_loss=False)(input_ids=IDS, labels=LABELS).logits.isnan().any()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("checkpointing", ["mlp", "block"])
+def test_copies_are_lean_and_can_be_undone_on_their_own(copied, checkpointing):
+    model = lean(adapted(), checkpointing)
+    expected = loss_and_gradients(model)
+    other = copied(model)
+    assert_same_learning(loss_and_gradients(other), expected, 0)
+    unlean(other)
+    assert other(input_ids=IDS, labels=LABELS).logits is not None
+    assert model(input_ids=IDS, labels=LABELS).logits is None
+
+
+def test_names_files_and_merging_are_untouched(tmp_path):
+    model = adapted(target_modules=["c_attn"])
+    keys = list(model.state_dict())
+    expected = model.eval()(IDS).logits
+    lean(model.train(), "mlp")
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged.eval()(IDS).logits, expected)
+    unlean(merged)
+    assert mixins(merged) == set()
+    torch.testing.assert_close(merged(IDS).logits, expected)
+
+
+def test_layers_made_fast_before_adapting_are_still_fused(monkeypatch):
+    monkeypatch.setattr("minipeft.gemm.onednn_is_faster", lambda: True)
+    base = gpt2().requires_grad_(False)
+    lean(base)
+    assert "FastLinear" in mixins(base)
+    model = get_lora_model(base, LoraConfig(r=2))
+    layer = model.transformer.h[0].attn.c_attn
+    assert layer.ops.is_linear_call(layer.base_layer)
+    assert model.merge_adapter().worst < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def scaled(model):
+    head = model.lm_head
+
+    def forward(hidden):
+        return nn.Linear.forward(head, hidden) * 0.5
+
+    head.forward = forward
+    return model
+
+
+REFUSED = {
+    "soft caps": (lambda: AutoModelForCausalLM.from_config(Gemma2Config(**SIZES)), "changes its logits"),
+    "a scale": (
+        lambda: AutoModelForCausalLM.from_config(CohereConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"})),
+        "changes its logits",
+    ),
+    "a division": (
+        lambda: AutoModelForCausalLM.from_config(
+            GraniteConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logits_scaling=8.0)
+        ),
+        "changes its logits",
+    ),
+    "a classifier": (bert_classifier, "no output head"),
+    "an encoder and decoder": (t5, "not transformers' ForCausalLMLoss|does not compute its loss"),
+    "a patched head": (lambda: scaled(gpt2()), "patched or hooked"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_not_be_the_same_is_refused_and_nothing_has_changed(case):
+    make, why = REFUSED[case]
+    torch.manual_seed(0)
+    model = get_lora_model(make(), LoraConfig(r=2, target_modules="all-linear")).train()
+    classes, own = [type(m) for m in model.modules()], [set(m.__dict__) for m in model.modules()]
+    with pytest.raises(LeanError, match=why) as error:
+        lean(model, "block")
+    assert "chunked_loss=False" in str(error.value)
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(m.__dict__) for m in model.modules()] == own
+
+
+@pytest.mark.parametrize("case", ["soft caps", "a scale"])
+def test_what_is_refused_with_the_chunked_loss_works_without(case):
+    torch.manual_seed(0)
+    model = adapted(REFUSED[case][0](), target_modules="all-linear")
+    expected = loss_and_gradients(model)
+    lean(model, "block", chunked_loss=False)
+    found = loss_and_gradients(model)
+    assert_same_learning(found, expected)
+    torch.testing.assert_close(found[0].logits, expected[0].logits)
+
+
+def test_a_head_that_trains_or_is_adapted_is_refused():
+    with pytest.raises(LeanError, match="its output head trains"):
+        lean(gpt2())
+    with pytest.raises(LeanError, match=r"chunked_loss=False"):
+        lean(adapted(target_modules=["lm_head", "c_attn"]))
+    with pytest.raises(LeanError, match=r"chunked_loss=False"):
+        lean(adapted(gpt2(tie_word_embeddings=False), modules_to_save=["lm_head"]))
+
+
+def test_the_probe_catches_a_swap_that_computes_something_else(monkeypatch):
+    monkeypatch.setattr("torch.nn.functional.gelu", lambda x, approximate: x.relu())
+    model = adapted()
+    expected = loss_and_gradients(model)
+    with pytest.raises(LeanError, match=r"would differ by \d"):
+        lean(model)
+    assert mixins(model) == set()
+    assert_same_learning(loss_and_gradients(model), expected, 0)
+
+
+def test_the_probe_leaves_modes_generators_gradients_and_buffers_alone():
+    model = adapted(lora_dropout=0.1)
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    lean(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: lean(adapted(), "blocks"), LeanError, "closest: 'block'"),
+        (lambda: lean(adapted(), True), LeanError, "must be one of"),
+        (lambda: lean(nn.Linear(2, 2)), StateError, "takes a transformers model"),
+        (lambda: lean("gpt2"), StateError, "takes a transformers model"),
+        (
+            lambda: lean(adapted(AutoModelForCausalLM.from_config(OTHERS["opt"]), target_modules=["q_proj"]), "mlp"),
+            LeanError,
+            'use checkpointing="block"',
+        ),
+    ],
+)
+def test_wrong_arguments_are_said(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_gradient_checkpointing_that_is_on_already_is_refused():
+    model = adapted()
+    with foreign_code():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(LeanError, match="gradient checkpointing is on already"):
+        lean(model, "block")
+    assert checkpoints_blocks(model)
+
+
+def test_describe_counts_what_was_done():
+    model = lean(adapted(), "block")
+    said = describe(model.__dict__["_minipeft_lean"])
+    assert "2 FusedGelu" in said
+    assert "5 Recomputed" in said
+    assert "2 blocks checkpointed" in said
+    assert said.endswith("loss in chunks")
+
+
+# -------------------------------------------------------------------------------------------------------- with others
+def test_the_trainer_of_transformers_trains_a_lean_model_to_the_same_losses(tmp_path):
+    def losses(change):
+        model = change(adapted(gpt2(), init_lora_weights=True))
+        data = [{"input_ids": ids, "labels": ids} for ids in IDS.repeat(4, 1)]
+        arguments = TrainingArguments(
+            tmp_path, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
+            learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:4])
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.evaluate()
+
+    plain, evaluated = losses(lambda model: model)
+    lean_losses, lean_evaluated = losses(lean)
+    assert lean_losses == pytest.approx(plain, rel=1e-3)
+    assert lean_evaluated["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- bytes, exactly
+def bytes_kept(model):
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = torch.zeros(2, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("subject", "units"),
+    [
+        ("full", 28),
+        ("core", 28),
+        ("lean", 10),
+        ("lean, dropout", 10),
+        ("mlp", 6),
+        ("block", 1),
+    ],
+)
+def test_a_block_of_gpt2_keeps_so_many_arrays_of_its_width(subject, units):
+    """In units of one (rows, width) array; on top come r floats a row and adapter, and a few statistics."""
+
+    def model(n_layer):
+        base = gpt2(use_cache=False)
+        config = copy.deepcopy(base.config)
+        config.n_layer, config.n_embd, config.n_head = n_layer, 256, 2
+        torch.manual_seed(0)
+        base = type(base)(config).train()
+        if subject == "full":
+            return base
+        dropout = 0.1 if "dropout" in subject else 0.0
+        made = adapted(base, r=1, target_modules=["c_attn", "c_proj", "c_fc"], lora_dropout=dropout)
+        return made if subject == "core" else lean(made, subject if subject in ("mlp", "block") else "none")
+
+    block = bytes_kept(model(3)) - bytes_kept(model(2))
+    unit = 2 * 32 * 256 * 4
+    small = 2 * 32 * 4 * (4 + 4 + 2)  # h of four adapters, mean and deviation of two norms, two heads' sums
+    assert units * unit <= block <= units * unit + small
+
+
+@pytest.mark.skipif(not onednn_is_faster(), reason="MKL is the faster library here")
+def test_frozen_layers_take_the_faster_library_in_training_only(monkeypatch):
+    calls = []
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr("minipeft.gemm._onednn", lambda: lambda *args: calls.append(min(args[1].shape)) or real(*args))
+    monkeypatch.setattr("minipeft.gemm.WORTH_IT", 0)
+    model = lean(adapted(target_modules=["c_attn"]))
+    calls.clear()
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert set(calls) <= {4}  # the adapters' own narrow products
+    model(input_ids=IDS).logits.sum().backward()
+    assert sum(size > 4 for size in calls) > 12
