@@ -1,31 +1,45 @@
-"""What every benchmark shares: a row that says where it comes from, and the file it goes to."""
+"""What every benchmark shares: how time is taken, a row that says where it comes from, and the file it goes to."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
+import gc
+import os
 import platform
+import random
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MAX_DRIFT = 0.05  # of the reference's time, from the first third of the rounds to the last
+SPARE_LOAD = 0.5  # processes beside our own threads in the load average before the start
 
 
+@functools.cache  # what stood there when the run began; writing results does not change it
 def _git(*arguments: str) -> str:
     result = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
     return result.stdout.strip()
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
+def device_name(device: str = "cpu") -> str:
+    """Name of the processor or of the CUDA device that the work was done on."""
+    if device == "cuda":
         return torch.cuda.get_device_name()
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+# Results of an earlier run are no code.
+UNCOMMITTED = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
 
 
 @dataclass
@@ -43,13 +57,14 @@ class Row:
     ratio_high: float  # 80 %
     rounds: int
     peer_name: str
-    device: str = field(default_factory=_device)
+    device: str = field(default_factory=device_name)
     threads: int = field(default_factory=torch.get_num_threads)
     torch: str = field(default_factory=lambda: version("torch"))
     transformers: str = field(default_factory=lambda: version("transformers"))
     peft: str = field(default_factory=lambda: version("peft"))
     commit: str = field(default_factory=lambda: _git("rev-parse", "--short", "HEAD"))
-    dirty: bool = field(default_factory=lambda: bool(_git("status", "--porcelain", "--untracked-files=no")))
+    dirty: bool = field(default_factory=lambda: bool(_git(*UNCOMMITTED)))
+    subject: str = "minipeft"  # whose value `ours` is
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -57,10 +72,104 @@ def quantile(values: Sequence[float], share: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
-def write_rows(name: str, rows: Sequence[Row]) -> Path:
-    """Write the rows to ``results/<name>.csv``, replacing what stood there."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+def compare(
+    benchmark: str,
+    case: str,
+    measure: str,
+    unit: str,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    peer_name: str,
+    subject: str = "minipeft",
+) -> Row:
+    """The row of two equally long series: their medians, and the median and quantiles of the ratios round by round."""
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    medians = (quantile(ours, 0.5), quantile(peer, 0.5))
+    spread = [quantile(ratios, share) for share in (0.5, 0.2, 0.8)]
+    return Row(benchmark, case, measure, unit, *medians, *spread, len(ratios), peer_name, subject=subject)
+
+
+def show(row: Row) -> None:
+    """One line for the terminal."""
+    print(
+        f"{row.case} | {row.measure} | {row.subject} {row.ours:.4g} {row.unit}, {row.peer_name} {row.peer:.4g} {row.unit}"
+        f" | ratio {row.ratio:.4f} ({row.ratio_low:.4f} to {row.ratio_high:.4f})",
+        flush=True,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- taking time
+def milliseconds(call: Callable[[], Any], device: str = "cpu", repeats: int = 1) -> float:
+    """Mean wall time of a call, with what it left on the device done and no garbage collection in between."""
+    gc.collect()
+    gc.disable()  # a collection of what another subject left behind is not this one's time
+    _finish(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _finish(device)
+    elapsed = time.perf_counter() - start
+    gc.enable()
+    return 1e3 * elapsed / repeats
+
+
+def _finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def race(
+    calls: dict[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    device: str = "cpu",
+    warm_ups: int = 2,
+    repeats: int = 1,
+    clean_up: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
+    """Milliseconds of every call in every round, in an order shuffled anew each round; `clean_up` is not timed."""
+    order, shuffler = list(calls), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(warm_ups + rounds):
+        shuffler.shuffle(order)
+        for name in order:
+            elapsed = milliseconds(calls[name], device, repeats)
+            clean_up()
+            if index >= warm_ups:
+                times[name].append(elapsed)
+    return times
+
+
+def drift(series: Sequence[float]) -> float:
+    """How far the median of the last third of a series lies from that of the first, as a share of the first."""
+    third = max(1, len(series) // 3)
+    return abs(quantile(series[-third:], 0.5) / quantile(series[:third], 0.5) - 1)
+
+
+def steady_race(
+    calls: dict[str, Callable[[], Any]], rounds: int, reference: str, *, force: bool = False, **options: Any
+) -> dict[str, list[float]] | None:
+    """`race`, again if the reference's time drifts meanwhile; None when it still does the third time, unless forced."""
+    for _ in range(3):
+        times = race(calls, rounds, **options)
+        if force or drift(times[reference]) <= MAX_DRIFT:
+            return times
+    return None
+
+
+def busy() -> str | None:
+    """Why nothing should be timed now, or None."""
+    load, threads = os.getloadavg()[0], torch.get_num_threads()
+    if load <= threads + SPARE_LOAD:
+        return None
+    return f"load average {load:.2f} with {threads} threads to come: other work would be measured too (--force does it)"
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+def write_rows(name: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
+    """Write the rows to ``<folder>/<name>.csv``, replacing what stood there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
         writer.writeheader()

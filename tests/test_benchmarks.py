@@ -5,23 +5,89 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-def test_the_control_plane_benchmark_runs():
-    command = [sys.executable, str(BENCHMARKS / "control_plane.py"), "--quick"]
+def run(name, *options):
+    command = [sys.executable, str(BENCHMARKS / name), "--quick", *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    measures = [line.split("ours")[0].split("layers")[1].strip() for line in result.stdout.splitlines()]
+    return result.stdout
+
+
+def read(path):
+    return list(csv.DictReader(path.read_text("utf-8").splitlines()))
+
+
+def test_the_control_plane_benchmark_runs():
+    output = run("control_plane.py")
+    measures = [line.split("ours")[0].split("layers")[1].strip() for line in output.splitlines()]
     assert measures[:3] == ["inject", "save", "load a second adapter"]
     assert len(measures) == 7
+
+
+def test_the_layer_benchmark_reports_overheads_and_draws_them(tmp_path):
+    run("speed.py", "--part", "layer", "--output", tmp_path)
+    rows = read(tmp_path / "speed_layer.csv")
+    assert [row["measure"] for row in rows[:3]] == [
+        "overhead over the frozen layer",
+        "overhead, same products",
+        "whole layer",
+    ]
+    assert {row["case"].split(",")[0] for row in rows} == {"Conv1D 48x96", "Linear 64x64"}
+    assert any("dropout 0.1" in row["case"] for row in rows)
+    assert (tmp_path / "speed_layer.png").stat().st_size > 0
+
+
+def test_the_step_benchmark_compares_every_subject_with_peft_and_the_bound(tmp_path):
+    run("speed.py", "--part", "step", "--output", tmp_path)
+    rows = read(tmp_path / "speed_step.csv")
+    steps = {row["subject"]: row for row in rows if row["peer_name"] == "PEFT"}
+    assert steps.keys() >= {"frozen base", "full fine-tuning", "PEFT, tuned", "minipeft", "minipeft, lean"}
+    assert {row["subject"] for row in rows if row["measure"] == "share of the step"} == {
+        "matrix products, minipeft.gemm",
+        "matrix products, torch.mm",
+    }
+    assert {"GFLOP/s", "GB/s", "ms/MB"} <= {row["unit"] for row in rows}
+    assert (tmp_path / "speed_step.png").stat().st_size > 0
+
+
+def test_the_decode_and_merge_benchmarks_run():
+    output = run("speed.py", "--part", "decode", "--part", "merge")
+    assert output.count("greedy decoding") == 4
+    assert output.count("merge_and_unload |") == 2
+
+
+def test_the_memory_benchmark_measures_each_subject_in_its_own_process(tmp_path):
+    run("memory.py", "--output", tmp_path)
+    rows = read(tmp_path / "memory.csv")
+    net = [row for row in rows if row["measure"] == "peak resident memory, net" and row["peer_name"] == "PEFT"]
+    assert [row["subject"] for row in net] == [
+        "full fine-tuning",
+        "PEFT",
+        "minipeft, lean, checkpointing block",
+    ]
+    assert all(float(row["ours"]) > 0 for row in net)
+    kept = {row["subject"]: float(row["ours"]) for row in rows if row["unit"] == "u"}
+    assert kept["minipeft, lean, checkpointing block"] < kept["PEFT"]
+    assert (tmp_path / "memory.png").stat().st_size > 0
+
+
+def test_saved_bytes_counts_a_storage_once_and_no_parameters(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from saved import saved_bytes
+
+    layer, x = torch.nn.Linear(4, 4), torch.ones(8, 4)
+    assert saved_bytes(lambda: (layer(x), layer(x)), layer) == x.nbytes
 
 
 def test_every_committed_row_names_its_device_versions_and_commit():
     files = sorted((BENCHMARKS / "results").glob("*.csv"))
     assert files
     for path in files:
-        rows = list(csv.DictReader(path.read_text("utf-8").splitlines()))
+        rows = read(path)
         assert rows
         for row in rows:
             assert all(row[name] for name in ("device", "threads", "torch", "peft", "commit", "ratio", "rounds"))

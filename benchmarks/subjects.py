@@ -1,0 +1,183 @@
+"""The training subjects that speed.py and memory.py compare, and the matrix products that none of them can do without.
+
+All LoRA subjects read the same adapter, saved once by PEFT, so that they compute the same function.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import minipeft
+from minipeft.chunked_loss import CHUNK_BYTES
+
+TARGETS = ["c_attn", "c_proj", "c_fc"]
+
+FROZEN = "frozen base"
+FULL = "full fine-tuning"
+FULL_CHECKPOINTED = "full fine-tuning, checkpointing"
+PEFT = "PEFT"
+PEFT_CHECKPOINTED = "PEFT, checkpointing"
+TUNED = "PEFT, tuned"
+TUNED_FAST = "PEFT, tuned, fast products"
+CORE = "minipeft"
+LEAN = "minipeft, lean"
+LEAN_MLP = "minipeft, lean, checkpointing mlp"
+LEAN_BLOCK = "minipeft, lean, checkpointing block"
+
+
+def gpt2(tiny: bool = False, **options: Any) -> GPT2LMHeadModel:
+    """GPT-2 124M with random weights from seed 0 and no dropout; `tiny` is for trying things out."""
+    config: dict[str, Any] = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    if tiny:
+        config |= {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 101}
+        config |= {"bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**config | options))
+
+
+def model_name(tiny: bool) -> str:
+    return "tiny GPT-2" if tiny else "GPT-2 124M"
+
+
+def save_adapter(base: nn.Module, folder: Path, r: int = 8, lora_alpha: float = 8) -> Path:
+    """Adapt the base with PEFT, B non-zero, and save the adapter; the base is used up."""
+    config = peft.LoraConfig(
+        r=r, lora_alpha=lora_alpha, target_modules=TARGETS, init_lora_weights=False, fan_in_fan_out=True
+    )
+    torch.manual_seed(1)
+    with warnings.catch_warnings():  # notes on names that transformers has given up
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(base, config).save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- subjects
+def full(base: nn.Module, adapter: Path) -> nn.Module:
+    return base
+
+
+def full_checkpointed(base: nn.Module, adapter: Path) -> nn.Module:
+    with warnings.catch_warnings():  # transformers 5 has a new name for it, which 4 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return base
+
+
+def frozen(base: nn.Module, adapter: Path) -> nn.Module:
+    return base.requires_grad_(False)
+
+
+def by_peft(base: nn.Module, adapter: Path) -> peft.PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+
+
+def by_peft_checkpointed(base: nn.Module, adapter: Path) -> nn.Module:
+    return by_peft(full_checkpointed(base, adapter), adapter)
+
+
+def by_peft_tuned(base: nn.Module, adapter: Path, fast_linear: bool = False) -> nn.Module:
+    model = by_peft(base, adapter)
+    minipeft.lean(model.get_base_model(), fast_linear=fast_linear)
+    return model
+
+
+def by_peft_tuned_fast(base: nn.Module, adapter: Path) -> nn.Module:
+    return by_peft_tuned(base, adapter, fast_linear=True)
+
+
+def ours(base: nn.Module, adapter: Path) -> nn.Module:
+    return minipeft.load_adapter(base, adapter, is_trainable=True)
+
+
+def ours_lean(base: nn.Module, adapter: Path, checkpointing: str = "none") -> nn.Module:
+    return minipeft.lean(ours(base, adapter), checkpointing=checkpointing)
+
+
+def ours_lean_mlp(base: nn.Module, adapter: Path) -> nn.Module:
+    return ours_lean(base, adapter, "mlp")
+
+
+def ours_lean_block(base: nn.Module, adapter: Path) -> nn.Module:
+    return ours_lean(base, adapter, "block")
+
+
+SUBJECTS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    FROZEN: frozen,
+    FULL: full,
+    FULL_CHECKPOINTED: full_checkpointed,
+    PEFT: by_peft,
+    PEFT_CHECKPOINTED: by_peft_checkpointed,
+    TUNED: by_peft_tuned,
+    TUNED_FAST: by_peft_tuned_fast,
+    CORE: ours,
+    LEAN: ours_lean,
+    LEAN_MLP: ours_lean_mlp,
+    LEAN_BLOCK: ours_lean_block,
+}
+
+
+def is_lora(subject: str) -> bool:
+    return subject not in (FROZEN, FULL, FULL_CHECKPOINTED)
+
+
+def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradient of every adapter parameter by module name and factor, whichever library holds it."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix("base_model.model.").replace(".default.weight", "")
+            gradients[name.replace("adapters.default.", "")] = parameter.grad
+    return gradients
+
+
+# -------------------------------------------------------------------------------------------------- the physical bound
+def matrix_products(
+    model: GPT2LMHeadModel, batch: int, tokens: int, linear: Callable[..., Tensor]
+) -> Callable[[], None]:
+    """A call that does the matrix products of one LoRA training step's frozen part, and nothing else.
+
+    That is ``y = x W^T + b`` and ``dx = dy W`` for every linear layer (but for the first, whose dx nobody needs),
+    attention forward and backward, and the head in the loss's chunks. What the adapters add is not in it.
+
+    Args:
+        model: where the weights are.
+        batch: sequences in a step.
+        tokens: tokens in a sequence, of which the last predicts nothing.
+        linear: ``linear(x, weight, bias=None)`` for a weight (out, in): the matrix library.
+    """
+    weight, width, heads = model.lm_head.weight, model.config.n_embd, model.config.n_head
+    new = weight.new_empty
+    x = {features: new(batch * tokens, features).normal_() for features in (width, 3 * width, 4 * width)}
+    split = (batch, tokens, heads, width // heads)
+    q, k, v = (new(split).normal_().transpose(1, 2).requires_grad_() for _ in range(3))
+    d_attention = new(split).normal_().transpose(1, 2)
+    chunk = max(1, CHUNK_BYTES[weight.device.type] // (4 * len(weight)))
+    d_logits = new(chunk, len(weight)).normal_()
+    layers = [layer for block in model.transformer.h for layer in (block.attn.c_attn, block.attn.c_proj)]
+    layers += [layer for block in model.transformer.h for layer in (block.mlp.c_fc, block.mlp.c_proj)]
+
+    def run() -> None:
+        for layer in layers:
+            linear(x[layer.nx], layer.weight.t(), layer.bias)
+            if layer is not layers[0]:
+                linear(x[layer.nf], layer.weight)
+        for _ in model.transformer.h:
+            with torch.enable_grad():
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(y, (q, k, v), d_attention)
+        for rows in x[width][: batch * (tokens - 1)].split(chunk):
+            linear(rows, weight)
+            linear(d_logits[: len(rows)], weight.t())
+
+    return torch.no_grad()(run)
