@@ -16,7 +16,7 @@ from torch import Tensor
 from minipeft import gemm
 from minipeft.errors import LeanError
 
-CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}  # of logits; under 32 MiB glibc gives the same memory again
+CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}  # of logits; under 32 MiB glibc gives the same memory again
 
 
 def causal_lm_loss(

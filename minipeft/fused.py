@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from minipeft import gemm, recompute
 from minipeft.functional import is_column_major
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, A and B
+PART_ROWS = 512  # rows whose gradient goes through an activation at once; a multiple of the next
 DROPOUT_ROWS = 512  # rows to a seed: fixed, since the backward pass must draw what the forward pass drew
 
 
@@ -56,8 +58,12 @@ def lora_linear(
     mask = _Mask(dropout) if dropout > 0 else None
     if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
         source = recompute.source_of(x)
-        kept, again = (None, None) if source is None else (source.input, source.module)
-        result: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, kept, again)  # type: ignore[no-untyped-call]
+        kept, module = (x, None) if source is None else (source.input, source.module)
+        entry = kept if source is not None and recompute.leads_back(x, source) else x
+        given = x if entry is x else x.detach()
+        result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+            entry, given, weight, bias, lora_A, lora_B, scaling, mask, kept, module
+        )
         return result
     # Where nothing is learned, an adapter that changes nothing leaves every bit as the base has it.
     return _product(x, weight, bias, lora_A, lora_B, scaling, mask, gemm.torch_linear)[0]
@@ -96,14 +102,17 @@ class _Mask:
         self.gain = 1 / (1 - probability)  # what passes is raised by it
         self.seed = int(torch.randint(2**62, ()))
 
-    def blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(which rows, 1 or 0 for each of their features, these rows with the dropped features at 0); read, not kept."""
+    def blocks(self, rows: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(which rows, 1 or 0 for each of their features, these rows with the dropped features at 0); read, not kept.
+
+        `rows` are those from `first` on, a multiple of DROPOUT_ROWS.
+        """
         low = int(self.probability * 256)
         generator = torch.Generator(rows.device)
         buffer = rows.new_empty(min(DROPOUT_ROWS, len(rows)), rows.shape[1])
         for start in range(0, len(rows), DROPOUT_ROWS):
             some = rows[start : start + DROPOUT_ROWS]
-            generator.manual_seed(self.seed + start)
+            generator.manual_seed(self.seed + first + start)
             words = torch.empty((some.numel() + 7) // 8, dtype=torch.int64, device=rows.device)
             words.random_(-(2**63), None, generator=generator)
             above = torch.empty(len(some), 1, device=rows.device).uniform_(generator=generator)
@@ -161,9 +170,15 @@ def _merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> T
 
 
 class _LoraLinear(torch.autograd.Function):
+    """`x` is what the map is applied to, and `entry` what the gradient goes to: x, or what an activation made x from.
+
+    `kept` is x or what `module` makes x from.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
+        entry: Tensor,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -171,12 +186,12 @@ class _LoraLinear(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         mask: _Mask | None,
-        source: Tensor | None,
+        kept: Tensor,
         module: nn.Module | None,
     ) -> Tensor:
         y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask, gemm.linear)
-        ctx.save_for_backward(x if source is None else source, weight, lora_A, lora_B, h)
-        ctx.scaling, ctx.mask, ctx.module = scaling, mask, module
+        ctx.save_for_backward(kept, weight, lora_A, lora_B, h)
+        ctx.scaling, ctx.mask, ctx.module, ctx.goes_through = scaling, mask, module, entry is not x
         return y
 
     @staticmethod
@@ -184,48 +199,96 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_autocast_enabled(dy.device.type):
             with torch.autocast(dy.device.type, enabled=False):
                 return _LoraLinear.backward(ctx, dy)
-        x, weight, lora_A, lora_B, h = ctx.saved_tensors
-        if ctx.module is not None:
-            x = recompute.output(ctx.module, x)
-        gradients = _second_order if torch.is_grad_enabled() else _first_order
-        dx, dA, dB = gradients(dy, x, weight.to(x.dtype), lora_A, lora_B, h, ctx)
-        return dx, None, None, dA, dB, *[None] * 4
+        gradients: Callable[..., Gradients] = _in_parts if ctx.goes_through else _at_once
+        if torch.is_grad_enabled():
+            gradients = _second_order
+        dx, dA, dB = gradients(dy, *ctx.saved_tensors, ctx)
+        return dx, None, None, None, dA, dB, *[None] * 4
+
+
+def _at_once(
+    dy: Tensor, kept: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+) -> Gradients:
+    x = kept if ctx.module is None else recompute.output(ctx.module, kept)
+    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    merged = _merged_for_backward(rows, weight.to(x.dtype), lora_A, lora_B, ctx)
+    dx, dA, dB = _first_order(dy, rows, weight.to(x.dtype), merged, lora_A, lora_B, h, ctx)
+    return None if dx is None else dx.view(x.shape), dA, dB
+
+
+def _in_parts(
+    dy: Tensor, kept: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+) -> Gradients:
+    """Through the activation before, whose arrays are the widest of all: never whole, but some rows at a time."""
+    into, dy = kept.reshape(-1, kept.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    weight = weight.to(kept.dtype)
+    merged = _merged_for_backward(into, weight, lora_A, lora_B, ctx)
+    gradient, sums = torch.empty_like(into), [torch.zeros_like(lora_A), torch.zeros_like(lora_B)]
+    for start in range(0, len(into), PART_ROWS):
+        some = slice(start, start + PART_ROWS)
+        part = into[some].detach().requires_grad_()
+        with torch.enable_grad():
+            rows = recompute.output(ctx.module, part)
+        found = _first_order(
+            dy[some], rows.detach(), weight, merged, lora_A, lora_B, None if h is None else h[some], ctx, start
+        )
+        for total, more in zip(sums, found[1:], strict=True):
+            if more is not None:
+                total += more
+        assert found[0] is not None
+        (gradient[some],) = torch.autograd.grad(rows, part, found[0])
+    _, _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
+    return gradient.view(kept.shape), sums[0] if wants_A else None, sums[1] if wants_B else None
+
+
+def _merged_for_backward(rows: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> Tensor | None:
+    if not ctx.needs_input_grad[0] or ctx.mask is not None or not _merging_pays(rows, weight):
+        return None
+    return _merged(weight, lora_A, lora_B, ctx.scaling)
 
 
 def _first_order(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    wants_x, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
-    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dy: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    merged: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor | None,
+    ctx: Any,
+    start: int = 0,
+) -> Gradients:
+    """Gradients of some rows, from `start` on, shapes (rows, in), (r, in) and (out, r)."""
+    wants_x, _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
     s, mask = ctx.scaling, ctx.mask
     dx = dA = dB = None
     if wants_B:
         h = _down(rows, lora_A, mask) if h is None else h
         dB = gemm.narrow(dy.t(), h).mul(s).contiguous()
-    merged = mask is None and _merging_pays(rows, weight)
-    g = gemm.narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
+    g = gemm.narrow(dy, lora_B) if wants_A or (wants_x and merged is None) else None  # (rows, r)
     if wants_x:
-        dx = gemm.linear(dy, (_merged(weight, lora_A, lora_B, s) if merged else weight).t())
-        if mask is None and g is not None and not merged:
+        dx = gemm.linear(dy, (weight if merged is None else merged).t())
+        if mask is None and g is not None and merged is None:
             dx.addmm_(g, lora_A, alpha=s)
     if mask is None:
         if wants_A and g is not None:
             dA = gemm.narrow(rows.t(), g).t().mul(s).contiguous()
     elif g is not None:
         dA = torch.zeros_like(lora_A)
-        for block, passes, dropped in mask.blocks(rows):
+        for block, passes, dropped in mask.blocks(rows, start):
             if wants_A:
                 dA.addmm_(g[block].t(), dropped, alpha=s * mask.gain)
             if dx is not None:
                 dx[block].add_(torch.mm(g[block], lora_A).mul_(passes), alpha=s * mask.gain)
         dA = dA if wants_A else None
-    return None if dx is None else dx.view(x.shape), dA, dB
+    return dx, dA, dB
 
 
 def _second_order(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, kept: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+) -> Gradients:
     """The same as differentiable operations: a gradient of the gradient is wanted, and the h that was kept has no history."""
+    x = kept if ctx.module is None else recompute.output(ctx.module, kept)
     rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     passes = None
     if ctx.mask is not None:
@@ -235,8 +298,10 @@ def _second_order(
     into_A = rows if passes is None else rows * passes
     g = dy @ lora_B * ctx.scaling
     through_A = g @ lora_A
-    dx = dy @ weight + (through_A if passes is None else through_A * passes)
-    return dx.view(x.shape), g.t() @ into_A, ctx.scaling * dy.t() @ (into_A @ lora_A.t())
+    dx = (dy @ weight.to(x.dtype) + (through_A if passes is None else through_A * passes)).view(x.shape)
+    if ctx.goes_through:
+        (dx,) = torch.autograd.grad(x, kept, dx, create_graph=True)
+    return dx, g.t() @ into_A, ctx.scaling * dy.t() @ (into_A @ lora_A.t())
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft import heap
 from minipeft.chunked_loss import causal_lm_loss
 from minipeft.errors import LeanError
 from minipeft.mixing import SameFunction
@@ -64,7 +65,10 @@ class LeanLoss:
         known = {
             name: kwargs[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in kwargs
         }
-        return causal_lm_loss(logits, _whole(head.weight), bias, labels, **known)
+        heap.trim()
+        loss = causal_lm_loss(logits, _whole(head.weight), bias, labels, **known)
+        heap.trim()  # the peak of the step is near
+        return loss
 
     def _check_untouched(self, handing: Handing, logits: Tensor) -> None:
         hidden = handing.hidden
@@ -90,6 +94,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
     if given.get("labels") is None and kwargs.get("shift_labels") is None:
         return None
+    heap.trim()
     loss.head.handing = Handing()  # type: ignore[assignment]
     # Nobody reads the cache of a training step, which copies all keys and values.
     free = given.get("use_cache") is None and ("use_cache" in kwargs or "use_cache" not in given)

@@ -21,12 +21,20 @@ class Source:
     module: nn.Module
     input: Tensor
     version: int
+    pointwise: bool
 
 
-def mark(output: Tensor, module: nn.Module, input: Tensor) -> Tensor:
-    """Note on a module's output what it came from; the module must be a pure function of one tensor."""
+def mark(output: Tensor, module: nn.Module, input: Tensor, *, pointwise: bool = False) -> Tensor:
+    """Note on a module's output what it came from; the module must be a pure function of one tensor, row by row.
+
+    Args:
+        output: what the module gave.
+        module: has no parameters that train.
+        input: what it was given.
+        pointwise: it is an activation, so that the gradient may go through it a few rows at a time, too.
+    """
     if not torch.compiler.is_compiling() and output is not input:
-        output.__dict__[_ATTRIBUTE] = Source(module, input, output._version)
+        output.__dict__[_ATTRIBUTE] = Source(module, input, output._version, pointwise)
     return output
 
 
@@ -40,6 +48,11 @@ def source_of(tensor: Tensor) -> Source | None:
         return None
     whole = all(type(parameter) is nn.Parameter for parameter in source.module.parameters())
     return source if whole else None
+
+
+def leads_back(tensor: Tensor, source: Source) -> bool:
+    """Whether the gradient of the tensor may go straight to what it came from, since nobody wants to see it on its way."""
+    return source.pointwise and source.input.requires_grad and not tensor.retains_grad and not tensor._backward_hooks
 
 
 def output(module: nn.Module, input: Tensor) -> Tensor:

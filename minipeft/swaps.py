@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minipeft import gemm, recompute
+from minipeft import gemm, heap, recompute
 from minipeft.fused import can_fuse, frozen_linear
 from minipeft.layers.base import LayerOps
 from minipeft.mixing import SameFunction
@@ -27,7 +28,7 @@ class FusedGelu(SameFunction):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.gelu(x, approximate="tanh")
-        return recompute.mark(y, self, x) if torch.is_grad_enabled() else y
+        return recompute.mark(y, self, x, pointwise=True) if torch.is_grad_enabled() else y
 
 
 class Recomputed(SameFunction):
@@ -35,7 +36,8 @@ class Recomputed(SameFunction):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)
-        return recompute.mark(y, self, x) if torch.is_grad_enabled() else y
+        activation = not any(True for _ in self.parameters())
+        return recompute.mark(y, self, x, pointwise=activation) if torch.is_grad_enabled() else y
 
 
 class FastLinear(SameFunction):
@@ -66,7 +68,12 @@ class Checkpointed(SameFunction):
         if source is None:
             return checkpoint(run, *args, use_reentrant=False)
         # What is kept is then the input of the norm before, which that keeps anyway.
-        return checkpoint(lambda x: run(recompute.output(source.module, x)), source.input, use_reentrant=False)
+        return checkpoint(_after(run, source.module), source.input, use_reentrant=False)
+
+
+def _after(run: Callable[[Tensor], Any], norm: nn.Module) -> Callable[[Tensor], Any]:
+    """``run(norm(x))``; it must not hold the input, which a checkpoint around may have let go."""
+    return lambda x: run(recompute.output(norm, x))
 
 
 def checkpoint_block(function: Any, *args: Any) -> Any:
@@ -74,7 +81,13 @@ def checkpoint_block(function: Any, *args: Any) -> Any:
     module = function.args[0] if isinstance(function, partial) and function.args else None
     if isinstance(module, nn.Module) and not wants_gradient(module, args, function.keywords):
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False)
+    return checkpoint(partial(_trimmed, function), *args, use_reentrant=False)
+
+
+def _trimmed(function: Any, *args: Any) -> Any:
+    if args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
+        heap.trim()
+    return function(*args)
 
 
 def wants_gradient(module: nn.Module, args: Any, kwargs: Any) -> bool:

@@ -15,7 +15,19 @@ PACKAGE = ROOT / "minipeft"
 # One line a floor, the lowest first: a module imports from floors below it, or from its own without a cycle.
 FLOORS = (
     ("errors", "registry"),
-    ("patterns", "mixing", "functional", "recompute", "gemm", "fused", "chunked_loss", "files", "config", "families"),
+    (
+        "patterns",
+        "mixing",
+        "functional",
+        "recompute",
+        "heap",
+        "gemm",
+        "fused",
+        "chunked_loss",
+        "files",
+        "config",
+        "families",
+    ),
     ("layers", "methods", "swaps", "lean_loss", "probe"),
     ("adapted", "saved_module", "targets", "undo", "merge"),
     ("inject", "adapter_file", "checkpoint", "card", "state"),

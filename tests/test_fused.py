@@ -448,12 +448,49 @@ def test_a_marked_input_that_was_written_since_is_kept_itself():
     assert recompute.source_of(z) is None
 
 
-def test_the_gradient_of_a_gradient_goes_through_a_recomputed_input():
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [1, 40, fused.PART_ROWS + 3])
+def test_the_gradient_goes_through_an_activation_in_parts(rows, dropout):
+    x, weight, b, A, B = arguments((rows,))
+    gelu = nn.GELU(approximate="tanh")
+
+    def run(marked):
+        torch.manual_seed(0)
+        z = gelu(x)
+        z = recompute.mark(z, gelu, x, pointwise=True) if marked else z
+        return lora_linear(z, weight, b, A, B, S, dropout)
+
+    y, expected = run(True), run(False)
+    assert torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    for wanted_of in ((x, A, B), (x,), (B,)):
+        for found, wanted in zip(
+            torch.autograd.grad(y, wanted_of, dy, retain_graph=True),
+            torch.autograd.grad(expected, wanted_of, dy, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("watch", [lambda z, seen: z.retain_grad(), lambda z, seen: z.register_hook(seen.append)])
+def test_who_watches_the_gradient_of_an_activation_sees_it(watch):
+    x, weight, b, A, B = arguments((6,))
+    gelu, seen = nn.GELU(approximate="tanh"), []
+    z = recompute.mark(gelu(x), gelu, x, pointwise=True)
+    watch(z, seen)
+    lora_linear(z, weight, b, A, B, S).sum().backward()
+    expected = (weight + S * B @ A).sum(0).expand(6, 5)
+    torch.testing.assert_close(z.grad if not seen else seen[0], expected)
+
+
+@pytest.mark.parametrize("pointwise", [True, False])
+def test_the_gradient_of_a_gradient_goes_through_a_recomputed_input(pointwise):
     x, weight, b, A, B = arguments((2, 3))
     gelu = nn.GELU(approximate="tanh")
 
     def f(x, A, B):
-        return lora_linear(recompute.mark(gelu(x), gelu, x), weight, b, A, B, S)
+        return lora_linear(recompute.mark(gelu(x), gelu, x, pointwise=pointwise), weight, b, A, B, S)
 
     assert torch.autograd.gradcheck(f, (x, A, B))
     assert torch.autograd.gradgradcheck(f, (x, A, B))

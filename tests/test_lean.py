@@ -540,3 +540,14 @@ def test_frozen_layers_take_the_faster_library_in_training_only(monkeypatch):
     assert set(calls) <= {4}  # the adapters' own narrow products
     model(input_ids=IDS).logits.sum().backward()
     assert sum(size > 4 for size in calls) > 12
+
+
+def test_memory_is_handed_back_by_glibc_and_nowhere_else(monkeypatch):
+    from minipeft import heap
+
+    heap.trim()
+    heap._malloc_trim.cache_clear()
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert heap._malloc_trim() is None
+    heap.trim()
+    heap._malloc_trim.cache_clear()

@@ -1,0 +1,27 @@
+"""Giving freed memory back to the operating system, where the C library does not do so by itself."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from collections.abc import Callable
+
+
+def trim() -> None:
+    """Hand back the pages of freed arrays that lie between living ones; nothing to do outside of glibc.
+
+    Arrays of tens of megabytes leave holes in glibc's heap that arrays of the same size do not fit into again, since
+    torch asks for aligned ones. A training step grows by a fifth from that; the call takes milliseconds.
+    """
+    give_back = _malloc_trim()
+    if give_back is not None:
+        give_back(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return found
