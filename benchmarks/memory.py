@@ -60,6 +60,11 @@ class Workload:
         return (2, 64) if self.quick else (8, 512)
 
     @property
+    def counted(self) -> int:
+        """Sequences of which the bytes kept for backward are counted; they are in proportion."""
+        return 2
+
+    @property
     def layers(self) -> int:
         return 2 if self.quick else 12
 
@@ -132,9 +137,9 @@ def saved_for_backward(subject: str, adapter: Path, work: Workload) -> tuple[flo
     counts = []
     for layers in (work.layers, work.layers - 1):
         model = work.model(subject, adapter / str(layers), layers)
-        ids = work.ids(model.config.vocab_size)
+        ids = work.ids(model.config.vocab_size)[: work.counted]
         counts.append(saved_bytes(forward(model, ids), model))
-    u = 4 * math.prod(work.shape) * model.config.n_embd
+    u = 4 * ids.numel() * model.config.n_embd
     return counts[0] / MIB, (counts[0] - counts[1]) / u
 
 
@@ -160,7 +165,8 @@ def saved_rows(counts: dict[str, tuple[float, float]], work: Workload) -> list[R
     for index, (measure, unit) in enumerate((("kept for backward", "MiB"), ("kept for backward, a block", "u"))):
         for subject, count in counts.items():
             values = [count[index]], [counts[PEFT][index]]
-            rows.append(compare("memory", str(work), measure, unit, *values, PEFT, subject))
+            case = f"{model_name(work.quick)}, {work.counted}x{work.shape[1]} tokens, float32"
+            rows.append(compare("memory", case, measure, unit, *values, PEFT, subject))
     return rows
 
 
