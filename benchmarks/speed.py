@@ -322,7 +322,7 @@ def step_part(options: Options) -> Iterator[Rows | None]:
 
 # -------------------------------------------------------------------------------------------------------------- rates
 def rate_rows(options: Options) -> Rows:
-    """What this machine can do: matrix products by both libraries, copies, and the first touch of fresh memory."""
+    """What this machine can do: matrix products by both libraries, and copies."""
     m, k, n = (64, 48, 96) if options.quick else (4096, 768, 2304)
     new = torch.empty(0, device=options.device, dtype=options.dtype).new_empty
     x, weight = new(m, k).normal_(), new(n, k).normal_()
@@ -330,7 +330,7 @@ def rate_rows(options: Options) -> Rows:
     for r in (8, 16, 64):
         narrow = new(k, r).normal_()
         rows.append(rate(options, f"{m}x{k}x{r}", m * k * r, gemm.narrow, torch.mm, x, narrow))
-    return [*rows, copy_rates(options), first_touch(options)]
+    return [*rows, copy_rates(options)]
 
 
 def rate(options: Options, shape: str, products: int, ours: Any, theirs: Any, *inputs: Tensor) -> Row:
@@ -353,19 +353,6 @@ def copy_rates(options: Options) -> Row:
         rates.append([2e-6 * size / ms for ms in times])
     names = [f"array of {size / 1e6:.3g} MB" for size in sizes]
     return compare("speed_step", "copy, bytes read and written", "copy", "GB/s", *rates, names[1], names[0])
-
-
-def first_touch(options: Options) -> Row:
-    """Filling memory that was just given, and filling it again."""
-    size = 2**20 if options.quick else 256 * 10**6
-    kept = torch.ones(size, dtype=torch.uint8, device=options.device)
-    calls = {
-        "fresh": lambda: torch.empty(size, dtype=torch.uint8, device=options.device).fill_(1),
-        "refill": lambda: kept.fill_(1),
-    }
-    times = race(calls, options.rounds_or(10), device=options.device)
-    per_mb = [[1e6 * ms / size for ms in times[name]] for name in calls]
-    return compare("speed_step", f"fill {size / 1e6:.3g} MB", "fill", "ms/MB", *per_mb, "refill", "first touch")
 
 
 # ----------------------------------------------------------------------------------------------- decoding and merging

@@ -50,7 +50,7 @@ def test_the_step_benchmark_compares_every_subject_with_peft_and_the_bound(tmp_p
         "matrix products, minipeft.gemm",
         "matrix products, torch.mm",
     }
-    assert {"GFLOP/s", "GB/s", "ms/MB"} <= {row["unit"] for row in rows}
+    assert {"GFLOP/s", "GB/s"} <= {row["unit"] for row in rows}
     assert (tmp_path / "speed_step.png").stat().st_size > 0
 
 

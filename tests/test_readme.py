@@ -20,7 +20,7 @@ def namespace(tmp_path_factory):
     """All Python blocks of the README, run in order as one program; the hub's GPT-2 is the embedded small one."""
     tables = registry._tables.copy()
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     folder = tmp_path_factory.mktemp("readme")
     values = {"__name__": "readme"}
     with pytest.MonkeyPatch.context() as patch:
