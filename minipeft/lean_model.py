@@ -169,7 +169,7 @@ def _checkpoint(model: nn.Module, state: LeanState, checkpointing: str) -> None:
             f'checkpointing="mlp": the layers of {type(model).__name__} have no feed-forward module of their own; '
             'use checkpointing="block".'
         )
-    for mlp in mlps:
+    for mlp in dict.fromkeys(mlps):  # blocks may share one
         _mix(mlp, Checkpointed, state)
 
 

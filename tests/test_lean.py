@@ -551,3 +551,14 @@ def test_memory_is_handed_back_by_glibc_and_nowhere_else(monkeypatch):
     assert heap._malloc_trim() is None
     heap.trim()
     heap._malloc_trim.cache_clear()
+
+
+@pytest.mark.parametrize("checkpointing", ["mlp", "block"])
+def test_a_feed_forward_module_that_blocks_share_is_checkpointed_once(checkpointing):
+    base = gpt2()
+    base.transformer.h[1].mlp = base.transformer.h[0].mlp
+    model = adapted(base)
+    classes, expected = [type(module) for module in model.modules()], loss_and_gradients(model)
+    assert_same_learning(loss_and_gradients(lean(model, checkpointing)), expected)
+    unlean(model)
+    assert [type(module) for module in model.modules()] == classes
