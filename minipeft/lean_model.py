@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from minipeft import gemm, registry
+from minipeft import batch_parts, gemm, registry
 from minipeft.adapted import Wrapper
 from minipeft.errors import LeanError, StateError, hint, shown
 from minipeft.lean_loss import HandsThrough, LeanLoss, after_forward, before_forward
@@ -26,11 +26,12 @@ from minipeft.swaps import (
     FusedGelu,
     Recomputed,
     checkpoint_block,
+    trim_before,
 )
 
 logger = logging.getLogger("minipeft")
 Model = TypeVar("Model", bound=nn.Module)
-CHECKPOINTING = ("none", "mlp", "block")
+CHECKPOINTING = ("none", "last", "mlp", "block")
 MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 STATE = "_minipeft_lean"
 
@@ -45,7 +46,9 @@ class LeanState:
     chunked_loss: bool = False
 
 
-def lean(model: Model, checkpointing: str = "none", *, chunked_loss: bool = True, fast_linear: bool = True) -> Model:
+def lean(
+    model: Model, checkpointing: str | None = None, *, chunked_loss: bool = True, fast_linear: bool = True
+) -> Model:
     """Train this transformers model in less memory and time, with the loss and gradients that it has now. In place.
 
     GELUs composed from single operations become one kernel; norm and GELU outputs are computed again for the adapters
@@ -57,8 +60,10 @@ def lean(model: Model, checkpointing: str = "none", *, chunked_loss: bool = True
 
     Args:
         model: a plain or adapted transformers model, not yet wrapped by DDP or the like.
-        checkpointing: "mlp" computes the feed-forward half of each block again in the backward pass, "block" all of it:
-            less memory, more time. Non-reentrant, and not below the lowest adapter.
+        checkpointing: "last" computes the last block again in the backward pass, a part of the batch at a time, since
+            memory peaks where that pass begins; "mlp" the feed-forward half of each block; "block" all of each, in
+            parts: ever less memory, and more time. Non-reentrant, and not below the lowest adapter. "none" keeps it
+            all. By default "last" where the model can be run in parts, which dropout rules out, and else "none".
         chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
         fast_linear: let frozen layers without adapter use the faster library too, where there is one.
 
@@ -68,7 +73,7 @@ def lean(model: Model, checkpointing: str = "none", *, chunked_loss: bool = True
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise StateError(f"lean() takes a transformers model, adapted or plain, not {type(model).__name__}.")
-    if checkpointing not in CHECKPOINTING:
+    if checkpointing is not None and checkpointing not in CHECKPOINTING:
         raise LeanError(
             f"checkpointing must be one of {shown(CHECKPOINTING)}, not {checkpointing!r}{hint(str(checkpointing), CHECKPOINTING)}."
         )
@@ -84,6 +89,11 @@ def lean(model: Model, checkpointing: str = "none", *, chunked_loss: bool = True
         if chunked_loss:
             _chunk_loss(model, state)
         probe.compare(model)
+        if checkpointing is None and not all(batch_parts.runs_in_parts(block) for block in state.blocks):
+            _keep(state)
+        with batch_parts.of_one_sample(state.blocks) as some:
+            if some:
+                probe.compare(model)
     except BaseException:
         unlean(model)
         raise
@@ -102,15 +112,21 @@ def unlean(model: nn.Module) -> None:
     for module, cls in state.classes:
         module.__class__ = cls
         module.__dict__.pop("lean_ops", None)
-    for block in state.blocks:
-        for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-            block.__dict__.pop(name, None)
+    _keep(state)
     for hook in state.hooks:
         hook.remove()
     if state.chunked_loss:
         loss: LeanLoss = model.__dict__.pop("_loss_function")
         if loss.set_before:
             model._loss_function = loss.original
+
+
+def _keep(state: LeanState) -> None:
+    """Checkpoint no block any more."""
+    for block in state.blocks:
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func", batch_parts.ROWS):
+            block.__dict__.pop(name, None)
+    state.blocks.clear()
 
 
 def describe(state: LeanState) -> str:
@@ -150,21 +166,35 @@ def _mix(module: nn.Module, mixin: type[nn.Module], state: LeanState) -> None:
     module.__class__ = mixed_class(mixin, type(module))
 
 
-def _checkpoint(model: nn.Module, state: LeanState, checkpointing: str) -> None:
+def _checkpoint(model: nn.Module, state: LeanState, checkpointing: str | None) -> None:
     if checkpointing == "none":
         return
     blocks = list(_blocks(model))
-    if not blocks:
+    on = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    if on and checkpointing is None:
+        return
+    if on:
+        raise LeanError("gradient checkpointing is on already; call model.gradient_checkpointing_disable() first.")
+    if not blocks and checkpointing is not None:
         raise LeanError(
             f'checkpointing="{checkpointing}": {type(model).__name__} has no layers that transformers could checkpoint.'
         )
+    if checkpointing == "mlp":
+        _checkpoint_mlps(model, state, blocks, needed=True)
+        return
+    state.blocks = blocks if checkpointing == "block" else blocks[-1:]
+    for block in state.blocks:
+        block.gradient_checkpointing = True  # type: ignore[assignment]
+        block._gradient_checkpointing_func = checkpoint_block  # type: ignore[assignment]
     if checkpointing == "block":
-        for block in blocks:
-            state.blocks.append(block)
-            block.gradient_checkpointing = True  # type: ignore[assignment]
-            block._gradient_checkpointing_func = checkpoint_block  # type: ignore[assignment]
+        _checkpoint_mlps(model, state, blocks, needed=False)
+    elif len(blocks) > 1:
+        state.hooks.append(blocks[-2].register_forward_pre_hook(trim_before))
+
+
+def _checkpoint_mlps(model: nn.Module, state: LeanState, blocks: list[nn.Module], *, needed: bool) -> None:
     mlps = [child for block in blocks for name, child in block.named_children() if _is_mlp(name, child)]
-    if not mlps and checkpointing == "mlp":
+    if not mlps and needed:
         raise LeanError(
             f'checkpointing="mlp": the layers of {type(model).__name__} have no feed-forward module of their own; '
             'use checkpointing="block".'
@@ -176,10 +206,6 @@ def _checkpoint(model: nn.Module, state: LeanState, checkpointing: str) -> None:
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
-            if getattr(module, "gradient_checkpointing", False):
-                raise LeanError(
-                    "gradient checkpointing is on already; call model.gradient_checkpointing_disable() first."
-                )
             yield module
 
 
@@ -211,7 +237,7 @@ def _chunk_loss(model: nn.Module, state: LeanState) -> None:
     set_before = "_loss_function" in model.__dict__
     model._loss_function = LeanLoss(head, loss, set_before, "use_cache" in inspect.signature(model.forward).parameters)  # type: ignore[assignment]
     state.chunked_loss = True
-    state.hooks = [
+    state.hooks += [
         model.register_forward_pre_hook(before_forward, with_kwargs=True),
         model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
     ]

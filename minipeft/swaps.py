@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minipeft import gemm, heap, recompute
+from minipeft import batch_parts, gemm, heap, recompute
 from minipeft.fused import can_fuse, frozen_linear
 from minipeft.layers.base import LayerOps
 from minipeft.mixing import SameFunction
@@ -79,15 +79,26 @@ def _after(run: Callable[[Tensor], Any], norm: nn.Module) -> Callable[[Tensor], 
 def checkpoint_block(function: Any, *args: Any) -> Any:
     """The checkpointing function for transformers' layers: not re-entrant, and none below the lowest adapter."""
     module = function.args[0] if isinstance(function, partial) and function.args else None
-    if isinstance(module, nn.Module) and not wants_gradient(module, args, function.keywords):
+    if not isinstance(module, nn.Module):
+        return _checkpoint(function, *args)
+    if not wants_gradient(module, args, function.keywords):
         return function(*args)
+    return batch_parts.run(module, function, args, _checkpoint)
+
+
+def _checkpoint(function: Any, *args: Any) -> Any:
     return checkpoint(partial(_trimmed, function), *args, use_reentrant=False)
 
 
 def _trimmed(function: Any, *args: Any) -> Any:
+    trim_before(None, args)
+    return function(*args)
+
+
+def trim_before(module: nn.Module | None, args: tuple[Any, ...]) -> None:
+    """Give the memory that lies free between living arrays back, before a call on the CPU; also a forward pre-hook."""
     if args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
         heap.trim()
-    return function(*args)
 
 
 def wants_gradient(module: nn.Module, args: Any, kwargs: Any) -> bool:

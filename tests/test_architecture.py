@@ -21,6 +21,7 @@ FLOORS = (
         "functional",
         "recompute",
         "heap",
+        "batch_parts",
         "gemm",
         "fused",
         "chunked_loss",

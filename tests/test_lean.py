@@ -104,7 +104,7 @@ def checkpoints_blocks(model):
 
 
 # ------------------------------------------------------------------------------------------------------ same learning
-@pytest.mark.parametrize("checkpointing", ["none", "mlp", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_loss_and_gradients_are_what_they_were(make, dropout, checkpointing):
@@ -115,8 +115,8 @@ def test_loss_and_gradients_are_what_they_were(make, dropout, checkpointing):
     assert_same_learning(found, expected)
     assert found[0].logits is None
     assert "logits" not in found[0]
-    assert ("Checkpointed" in mixins(model)) == (checkpointing != "none")
-    assert checkpoints_blocks(model) == (checkpointing == "block")
+    assert ("Checkpointed" in mixins(model)) == (checkpointing in ("mlp", "block"))
+    assert checkpoints_blocks(model) == (checkpointing in ("last", "block"))
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -129,7 +129,7 @@ def test_it_is_generic_over_causal_language_models(kind):
 
 
 @pytest.mark.parametrize("p", [{"resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1}])
-@pytest.mark.parametrize("checkpointing", ["none", "mlp", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block"])
 def test_the_models_own_dropout_draws_the_same_masks(checkpointing, p):
     base = gpt2()
     for module in base.modules():
@@ -265,7 +265,7 @@ def test_a_failing_call_leaves_the_head_as_it_was():
 
 
 # -------------------------------------------------------------------------------------------------------------- undoing
-@pytest.mark.parametrize("checkpointing", ["none", "mlp", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block"])
 def test_unlean_brings_everything_back(checkpointing):
     model = adapted()
     classes = [type(module) for module in model.modules()]
@@ -294,14 +294,14 @@ def test_a_loss_function_of_ones_own_comes_back():
 def test_another_call_replaces_the_options():
     model = adapted()
     expected = loss_and_gradients(model)
-    for checkpointing in ("block", "mlp", "none"):
+    for checkpointing in ("block", "last", "mlp", "none"):
         assert_same_learning(loss_and_gradients(lean(model, checkpointing)), expected)
-        assert checkpoints_blocks(model) == (checkpointing == "block")
+        assert checkpoints_blocks(model) == (checkpointing in ("last", "block"))
     assert not lean(model, chunked_loss=False)(input_ids=IDS, labels=LABELS).logits.isnan().any()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("checkpointing", ["mlp", "block"])
+@pytest.mark.parametrize("checkpointing", ["last", "mlp", "block"])
 def test_copies_are_lean_and_can_be_undone_on_their_own(copied, checkpointing):
     model = lean(adapted(), checkpointing)
     expected = loss_and_gradients(model)
@@ -448,6 +448,10 @@ def test_gradient_checkpointing_that_is_on_already_is_refused():
     with pytest.raises(LeanError, match="gradient checkpointing is on already"):
         lean(model, "block")
     assert checkpoints_blocks(model)
+    expected = loss_and_gradients(model)
+    lean(model)  # keeps to it
+    assert all(block.gradient_checkpointing for block in model.transformer.h)
+    assert_same_learning(loss_and_gradients(model), expected)
 
 
 def test_describe_counts_what_was_done():

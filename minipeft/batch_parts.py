@@ -1,0 +1,128 @@
+"""A layer run on a few samples of the batch at a time, so that running it again needs memory for those only."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROWS = "_minipeft_part_rows"  # in a layer's __dict__: tokens a part; 0 where its last run showed that it cannot be cut
+DEFAULT_ROWS = {"cpu": 1024, "cuda": 8192}  # enough for matrix products to run at full speed
+# Arguments of transformers' layers that have a row for each sample, where their first dimension says so.
+BY_SAMPLE = {
+    "hidden_states", "attention_mask", "causal_mask", "position_ids", "position_embeddings",
+    "encoder_hidden_states", "encoder_attention_mask",
+}  # fmt: skip
+Call = Callable[..., Any]
+
+
+class NotBySample(Exception):
+    """An argument of which it is not known how it belongs to the samples."""
+
+
+def run(layer: nn.Module, forward: Call, args: Sequence[Any], checkpointed: Call) -> Any:
+    """``checkpointed(forward, *args)``, a part of the batch at a time where that is known to give the same.
+
+    That is where the layer's last run drew no random numbers, since parts would draw others, and gave nothing but
+    arrays of shape (batch, length, ...). The first run is always a whole one.
+
+    Args:
+        layer: notes in its ``__dict__`` what was found.
+        forward: its forward method, keyword arguments bound by `functools.partial`.
+        args: positional arguments, the first of them hidden states of shape (batch, length, width).
+        checkpointed: runs a function on arguments, to be run again in the backward pass.
+    """
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or x.dim() != 3 or torch.compiler.is_compiling():
+        return checkpointed(forward, *args)
+    rows = layer.__dict__.get(ROWS, 0)
+    states = _random_states(x.device)
+    calls = _calls(forward, args, max(1, rows // x.shape[1])) if rows else []
+    if calls:
+        output = _joined([checkpointed(function, *values) for function, values in calls])
+    else:
+        output = checkpointed(forward, *args)
+    same = _by_sample(output, x) and states == _random_states(x.device)
+    layer.__dict__[ROWS] = (rows or DEFAULT_ROWS.get(x.device.type, 0)) if same else 0
+    return output
+
+
+def runs_in_parts(layer: nn.Module) -> bool:
+    """Whether the layer's last run showed that it may be run in parts."""
+    return bool(layer.__dict__.get(ROWS))
+
+
+@contextlib.contextmanager
+def of_one_sample(layers: Sequence[nn.Module]) -> Iterator[bool]:
+    """Run those layers that can be one sample at a time, to prove that they may; yields whether there are any."""
+    found = {layer: layer.__dict__[ROWS] for layer in layers if runs_in_parts(layer)}
+    for layer in found:
+        layer.__dict__[ROWS] = 1
+    try:
+        yield bool(found)
+    finally:
+        for layer, rows in found.items():
+            if runs_in_parts(layer):
+                layer.__dict__[ROWS] = rows
+
+
+def _calls(forward: Call, args: Sequence[Any], samples: int) -> list[tuple[Call, list[Any]]]:
+    """The call for each part of the batch; none where it has one part, or cannot be cut."""
+    x: Tensor = args[0]
+    batch, length = x.shape[:2]
+    if batch <= samples or batch == length or not isinstance(forward, partial):
+        return []
+    names = list(inspect.signature(forward.func).parameters)[len(forward.args) :]
+    if len(names) < len(args):
+        return []
+    count = -(-batch // samples)
+    try:
+        columns = [_split(name, value, batch, count) for name, value in zip(names, args, strict=False)]
+        options = {name: _split(name, value, batch, count) for name, value in forward.keywords.items()}
+    except NotBySample:
+        return []
+    return [
+        (
+            partial(forward.func, *forward.args, **{name: values[i] for name, values in options.items()}),
+            [values[i] for values in columns],
+        )
+        for i in range(count)
+    ]
+
+
+def _split(name: str, value: Any, batch: int, count: int) -> Sequence[Any]:
+    """The value for each part of the batch."""
+    if isinstance(value, Tensor):
+        if value.dim() == 0 or value.shape[0] == 1:
+            return [value] * count
+        if value.shape[0] != batch or name not in BY_SAMPLE:
+            raise NotBySample
+        return value.tensor_split(count)
+    if isinstance(value, tuple) and value:
+        return list(zip(*(_split(name, item, batch, count) for item in value), strict=True))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return [value] * count
+    raise NotBySample
+
+
+def _joined(outputs: list[Any]) -> Any:
+    if isinstance(outputs[0], Tensor):
+        return torch.cat(outputs)
+    return tuple(None if items[0] is None else torch.cat(items) for items in zip(*outputs, strict=True))
+
+
+def _by_sample(output: Any, x: Tensor) -> bool:
+    items = output if type(output) is tuple else (output,)
+    return all(item is None or (isinstance(item, Tensor) and item.shape[:2] == x.shape[:2]) for item in items)
+
+
+def _random_states(device: torch.device) -> list[bytes]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return [state.numpy().tobytes() for state in states]
