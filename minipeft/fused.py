@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft import gemm, recompute
@@ -55,8 +56,13 @@ def lora_linear(
         with torch.autocast(device, enabled=False):
             return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
     lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    learns = torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
+    if learns and dropout == 0 and x.numel() == x.shape[-1]:
+        # One row: there is nothing to save, and a node of our own costs more than it does.
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return y + F.linear(F.linear(x, lora_A) * scaling, lora_B)
     mask = _Mask(dropout) if dropout > 0 else None
-    if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
+    if learns:
         source = recompute.source_of(x)
         kept, module = (x, None) if source is None else (source.input, source.module)
         entry = kept if source is not None and recompute.leads_back(x, source) else x

@@ -238,6 +238,21 @@ def test_autocast_casts_the_input_once_and_keeps_no_copy_of_the_weight(base_dtyp
         torch.testing.assert_close(one, other, atol=5e-2, rtol=5e-2)
 
 
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_a_single_row_under_autocast_is_cast_once_too(base_dtype):
+    _, model = layer_of("linear", base_dtype)
+    x = torch.randn(1, 1, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        expected = composed(model, x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y, expected, atol=3e-2, rtol=3e-2)
+    lora = model[0].adapters["default"]
+    for gradient, like in zip(torch.autograd.grad(y.sum(), (x, lora.lora_A)), (x, lora.lora_A), strict=True):
+        assert gradient.dtype is like.dtype
+        assert gradient.isfinite().all()
+
+
 def test_a_backward_pass_inside_autocast_computes_in_the_dtype_of_the_forward_pass():
     x, weight, b, A, B = arguments(dtype=torch.float32)
     y = lora_linear(x, weight, b, A, B, S)
