@@ -26,6 +26,7 @@ from typing import Any
 import peft
 import plots
 import torch
+from bounds import matrix_products, other_work
 from common import (
     MAX_DRIFT,
     RESULTS,
@@ -54,7 +55,6 @@ from subjects import (
     adapter_gradients,
     gpt2,
     is_lora,
-    matrix_products,
     model_name,
     save_adapter,
 )
@@ -295,6 +295,9 @@ def measure_step(models: dict[str, nn.Module], batch: int, tokens: int, options:
         f"matrix products, {name}": matrix_products(models[FROZEN], batch, tokens, linear)
         for name, linear in (("minipeft.gemm", gemm.linear), ("torch.mm", gemm.torch_linear))
     }
+
+    products, others = bounds["matrix products, minipeft.gemm"], other_work(models[LEAN], batch, tokens)
+    bounds["matrix products, minipeft.gemm, and other work"] = lambda: (products(), others())
 
     def clean_up() -> None:
         for model in models.values():

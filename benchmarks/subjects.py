@@ -1,4 +1,4 @@
-"""The training subjects that speed.py and memory.py compare, and the matrix products that none of them can do without.
+"""The training subjects that speed.py and memory.py compare.
 
 All LoRA subjects read the same adapter, saved once by PEFT, so that they compute the same function.
 """
@@ -12,12 +12,10 @@ from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import minipeft
-from minipeft.chunked_loss import CHUNK_BYTES
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 
@@ -100,7 +98,7 @@ def ours(base: nn.Module, adapter: Path) -> nn.Module:
     return minipeft.load_adapter(base, adapter, is_trainable=True)
 
 
-def ours_lean(base: nn.Module, adapter: Path, checkpointing: str = "none") -> nn.Module:
+def ours_lean(base: nn.Module, adapter: Path, checkpointing: str | None = None) -> nn.Module:
     return minipeft.lean(ours(base, adapter), checkpointing=checkpointing)
 
 
@@ -139,45 +137,3 @@ def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
             name = name.removeprefix("base_model.model.").replace(".default.weight", "")
             gradients[name.replace("adapters.default.", "")] = parameter.grad
     return gradients
-
-
-# -------------------------------------------------------------------------------------------------- the physical bound
-def matrix_products(
-    model: GPT2LMHeadModel, batch: int, tokens: int, linear: Callable[..., Tensor]
-) -> Callable[[], None]:
-    """A call that does the matrix products of one LoRA training step's frozen part, and nothing else.
-
-    That is ``y = x W^T + b`` and ``dx = dy W`` for every linear layer (but for the first, whose dx nobody needs),
-    attention forward and backward, and the head in the loss's chunks. What the adapters add is not in it.
-
-    Args:
-        model: where the weights are.
-        batch: sequences in a step.
-        tokens: tokens in a sequence, of which the last predicts nothing.
-        linear: ``linear(x, weight, bias=None)`` for a weight (out, in): the matrix library.
-    """
-    weight, width, heads = model.lm_head.weight, model.config.n_embd, model.config.n_head
-    new = weight.new_empty
-    x = {features: new(batch * tokens, features).normal_() for features in (width, 3 * width, 4 * width)}
-    split = (batch, tokens, heads, width // heads)
-    q, k, v = (new(split).normal_().transpose(1, 2).requires_grad_() for _ in range(3))
-    d_attention = new(split).normal_().transpose(1, 2)
-    chunk = max(1, CHUNK_BYTES[weight.device.type] // (4 * len(weight)))
-    d_logits = new(chunk, len(weight)).normal_()
-    layers = [layer for block in model.transformer.h for layer in (block.attn.c_attn, block.attn.c_proj)]
-    layers += [layer for block in model.transformer.h for layer in (block.mlp.c_fc, block.mlp.c_proj)]
-
-    def run() -> None:
-        for layer in layers:
-            linear(x[layer.nx], layer.weight.t(), layer.bias)
-            if layer is not layers[0]:
-                linear(x[layer.nf], layer.weight)
-        for _ in model.transformer.h:
-            with torch.enable_grad():
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            torch.autograd.grad(y, (q, k, v), d_attention)
-        for rows in x[width][: batch * (tokens - 1)].split(chunk):
-            linear(rows, weight)
-            linear(d_logits[: len(rows)], weight.t())
-
-    return torch.no_grad()(run)

@@ -49,6 +49,7 @@ def test_the_step_benchmark_compares_every_subject_with_peft_and_the_bound(tmp_p
     assert {row["subject"] for row in rows if row["measure"] == "share of the step"} == {
         "matrix products, minipeft.gemm",
         "matrix products, torch.mm",
+        "matrix products, minipeft.gemm, and other work",
     }
     assert {"GFLOP/s", "GB/s"} <= {row["unit"] for row in rows}
     assert (tmp_path / "speed_step.png").stat().st_size > 0
