@@ -9,6 +9,7 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     LeanError,
     MergeError,
     MinipeftError,
@@ -53,6 +54,7 @@ __all__ = [
     "AdapterConfig",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "LayerOps",
     "LeanError",
     "LoraConfig",

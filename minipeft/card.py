@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from minipeft.files import write_files
 
@@ -22,6 +24,46 @@ PIPELINES = {
 }
 
 
+def public_base(config: Mapping[str, Any]) -> str | None:
+    """The base model's name on the hub; None where the configuration names a place on this machine, or none."""
+    base = config.get("base_model_name_or_path")
+    return base if isinstance(base, str) and is_repo_id(base) and not Path(base).exists() else None
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether this can be the name of a repository on the hub, ``owner/name`` or an old ``name``."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    base, pipeline = public_base(config), PIPELINES.get(str(config.get("task_type")))
+    tags = ["minipeft", str(config["peft_type"]).lower()]
+    facts: dict[str, Any] = {"library_name": "peft"}  # the format is PEFT's, and this makes the hub show how to load it
+    if base is not None:
+        tags.append(f"base_model:adapter:{base}")
+        facts |= {"base_model": base, "base_model_relation": "adapter"}
+    return {**facts, "tags": tags, **({"pipeline_tag": pipeline} if pipeline else {})}
+
+
+def update_card(directory: Path, config: Mapping[str, Any]) -> None:
+    """Put into a card that something else has written what tells the hub that here lies an adapter, and of what.
+
+    Args:
+        directory: has a ``README.md``; its text stays, and its tags do.
+        config: the contents of ``adapter_config.json``.
+    """
+    card = ModelCard((directory / CARD_FILE).read_text("utf-8"), ignore_metadata_errors=True)
+    facts = _facts(config)
+    facts["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *facts["tags"]]))
+    for key, value in facts.items():
+        card.data[key] = value
+    write_files(directory, {CARD_FILE: str(card).encode("utf-8")})
+
+
 def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> None:
     """Write ``README.md`` unless somebody's own stands there. A local path as base is not published in it.
 
@@ -33,17 +75,8 @@ def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> N
     target = directory / CARD_FILE
     if target.exists() and MARK not in target.read_text("utf-8", errors="replace"):
         return
-    base = config.get("base_model_name_or_path")
-    public = isinstance(base, str) and not Path(base).exists() and not Path(base).is_absolute()
     method = str(config["peft_type"]).lower()
-    relation: dict[str, Any] = {"base_model_relation": "adapter"} if public else {}
-    data = ModelCardData(
-        library_name="peft",  # the format is PEFT's, and this makes the hub show how to load it
-        base_model=base if public else None,
-        tags=["minipeft", method, *([f"base_model:adapter:{base}"] if public else [])],
-        pipeline_tag=PIPELINES.get(str(config.get("task_type"))),
-        **relation,
-    )
+    data = ModelCardData(**_facts(config))
     options = "\n".join(
         f"| `{key}` | `{config[key]}` |"
         for key in ("r", "lora_alpha", "target_modules", "lora_dropout")

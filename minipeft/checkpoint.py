@@ -238,13 +238,22 @@ def check_base(file: AdapterFile, plan: Plan) -> None:
     Raises:
         CheckpointError: they differ by more than half precision explains.
     """
-    for site in plan.adapters:
-        saved = file.base.get(site.name)
-        here = sample(site.ops, site.candidate.base)
-        if saved is not None and len(here) == len(saved) and not _alike(saved, here):
+    here = {site.name: sample(site.ops, site.candidate.base) for site in plan.adapters}
+    check_samples(file, here, " Pass allow_base_mismatch=True if that is meant.")
+
+
+def check_samples(file: AdapterFile, here: Mapping[str, list[float]], fix: str = "") -> None:
+    """Compare the samples of base weights in a file with those of this model, where both have them.
+
+    Raises:
+        CheckpointError: they differ by more than half precision explains.
+    """
+    for name, values in here.items():
+        saved = file.base.get(name)
+        if saved is not None and len(values) == len(saved) and not _alike(saved, values):
             raise CheckpointError(
-                f"{file.path} was trained on another base: the weights of {site.name} differ (first {saved[0]:g} there, {here[0]:g} here); "
-                "nothing was loaded. Pass allow_base_mismatch=True if that is meant."
+                f"{file.path} was trained on another base: the weights of {name} differ (first {saved[0]:g} there, {values[0]:g} here); "
+                f"nothing was loaded.{fix}"
             )
 
 

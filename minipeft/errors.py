@@ -27,11 +27,15 @@ class StateError(MinipeftError, RuntimeError):
 
 
 class CheckpointError(MinipeftError, ValueError):
-    """An adapter directory cannot be read, written, or does not belong to this model."""
+    """An adapter or a run's directory cannot be read, written or locked, or does not belong to this model or run."""
 
 
 class MergeError(MinipeftError, RuntimeError):
     """Folding adapters into the base weights would lose or corrupt something."""
+
+
+class DataError(MinipeftError, ValueError):
+    """Text or rows to train on cannot be found, read, or made into examples."""
 
 
 class LeanError(MinipeftError, RuntimeError):

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from minipeft import checkpoint, inject, merge, registry
 from minipeft.adapted import wrappers
-from minipeft.card import write_card
 from minipeft.config import AdapterConfig
-from minipeft.errors import ConfigError, StateError, hint, shown
+from minipeft.errors import ConfigError, StateError, shown
+from minipeft.hub import adapter_directory
 from minipeft.merge import MergeReport
 from minipeft.mixing import reduced
 from minipeft.saved_module import SavedModule
-from minipeft.state import STATE, AdapterState, attach, check_name, detach, switch_to
+from minipeft.sharing import DEFAULT, SharedModel
+from minipeft.state import STATE, attach, check_name, detach, switch_to
 
-DEFAULT = "default"
 WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
 
 
@@ -57,27 +56,35 @@ def load_adapter(
     strict: bool = True,
     *,
     allow_base_mismatch: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    local_files_only: bool = False,
 ) -> AdaptedModel:
-    """Read an adapter directory, ours or PEFT's, into a model, and return the model, adapted.
+    """Read an adapter, ours or PEFT's, from a directory or the hub into a model, and return the model, adapted.
 
     On a plain model the adapter becomes active; on an adapted one it waits for ``set_adapter``. Pickles are never read.
 
     Args:
         model: the base the adapter was trained on, plain or adapted already.
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``; or, where there is no such directory,
+            ``"owner/name"`` on the Hugging Face Hub.
         adapter_name: a name the model does not have yet.
         is_trainable: whether its parameters require gradients.
         strict: insist on exactly the expected tensors. False: report missing and unexpected ones in a warning;
             what is missing keeps its starting value. A wrong shape is an error in any case.
         allow_base_mismatch: skip the comparison of the base weights.
+        revision, token, subfolder, local_files_only: see `minipeft.hub.adapter_directory`.
 
     Raises:
         MinipeftError: anything does not fit; the model is bit for bit what it was.
     """
     check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
     _check_adaptable(model)
+    path = adapter_directory(
+        directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
+    )
     with model._unmerged() if isinstance(model, AdaptedModel) else contextlib.nullcontext():
-        path = Path(directory)
         plan, parts = checkpoint.load_parts(model, path, strict=strict, allow_base_mismatch=allow_base_mismatch)
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
         if not is_trainable:
@@ -102,15 +109,8 @@ def _check_adaptable(model: object) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the class family
-class AdaptedModel(nn.Module):
+class AdaptedModel(SharedModel):
     """What an adapted model can do beside what its own class does. Never built, but mixed in (see `minipeft.state`)."""
-
-    @property
-    def _state(self) -> AdapterState:
-        state = self.__dict__.get(STATE)
-        if state is None:
-            raise StateError(f"this {type(self).__name__} has no adapter; it was built from an adapted model's class.")
-        return cast(AdapterState, state)
 
     @property
     def adapter_configs(self) -> dict[str, AdapterConfig]:
@@ -153,13 +153,10 @@ class AdaptedModel(nn.Module):
         adapter_name: str = DEFAULT,
         is_trainable: bool = False,
         strict: bool = True,
-        *,
-        allow_base_mismatch: bool = False,
+        **options: Any,
     ) -> AdaptedModel:
-        """Read another adapter into this model; see `minipeft.load_adapter`."""
-        return load_adapter(
-            self, directory, adapter_name, is_trainable, strict, allow_base_mismatch=allow_base_mismatch
-        )
+        """Read another adapter into this model; see `minipeft.load_adapter`, which has the same options."""
+        return load_adapter(self, directory, adapter_name, is_trainable, strict, **options)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Let these adapters act and no other; several add up. What is trainable stays trainable, what is not does not.
@@ -259,55 +256,7 @@ class AdaptedModel(nn.Module):
         detach(self, AdaptedModel, keep_trained=False)
         return self
 
-    # -------------------------------------------------------------------------------------------------------- files
-    def adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
-        """The live tensors of one adapter (None: of the only one) under the keys they have in a file."""
-        return checkpoint.adapter_tensors(self, self._only_or(adapter_name))
-
-    def save_pretrained(
-        self,
-        save_directory: str | PathLike[str],
-        adapter_name: str | None = None,
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        is_main_process: bool = True,
-    ) -> None:
-        """Save adapters in PEFT's format, each whole or not at all, with a model card.
-
-        The adapter "default" goes into the directory itself, any other into a sub-directory of its name, as in PEFT.
-
-        Args:
-            save_directory: made if need be.
-            adapter_name: None: all of them.
-            state_dict: take the values from this (gathered) state of the model instead of the live tensors.
-            is_main_process: False: write nothing.
-
-        Raises:
-            StateError: no such adapter.
-            CheckpointError: the directory cannot be written, or holds a whole model.
-        """
-        names = list(self._state.configs) if adapter_name is None else [adapter_name]
-        self._check_known(names)
-        for name in names if is_main_process else ():
-            directory = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
-            tensors = self.adapter_state_dict(name)
-            if state_dict is not None:
-                tensors = checkpoint.tensors_from_state(self, tensors, state_dict)
-            config = checkpoint.file_config(self, self._state.configs[name], name)
-            checkpoint.save_adapter(directory, tensors, config, checkpoint.base_samples(self, name))
-            write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
-
     # ----------------------------------------------------------------------------------------------------- internals
-    def _check_known(self, names: Sequence[str]) -> None:
-        known = self._state.configs
-        for name in names:
-            if name not in known:
-                raise StateError(f"no adapter {name!r}{hint(str(name), known)}; there are: {shown(known)}.")
-        if not names or len(set(names)) != len(names):
-            raise StateError(
-                f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter()."
-            )
-
     def _check_compatible(self, names: tuple[str, ...]) -> None:
         for path, wrapper in wrappers(self) if len(names) > 1 else ():
             owners = [name for name in names if name in wrapper.adapters]
@@ -338,13 +287,6 @@ class AdaptedModel(nn.Module):
         if not self._state.switch.enabled:
             raise StateError("the adapters are switched off by disable_adapter(); merge outside of that context.")
         return names
-
-    def _only_or(self, adapter_name: str | None) -> str:
-        known = list(self._state.configs)
-        if adapter_name is None and len(known) > 1:
-            raise StateError(f"there are several adapters ({shown(known)}); name one.")
-        self._check_known([adapter_name or known[0]])
-        return adapter_name or known[0]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(AdaptedModel, self, super().__reduce_ex__(protocol))

@@ -31,8 +31,9 @@ FLOORS = (
     ),
     ("layers", "methods", "swaps", "lean_loss", "probe"),
     ("adapted", "saved_module", "targets", "undo", "merge"),
-    ("inject", "adapter_file", "checkpoint", "card", "state"),
+    ("inject", "adapter_file", "checkpoint", "card", "state", "hub", "sharing", "trainer_guard"),
     ("model", "lean_model"),
+    ("training", "hf"),
     ("__init__",),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

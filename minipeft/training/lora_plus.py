@@ -1,0 +1,87 @@
+"""LoRA+: B learns faster than A (Hayou et al., 2024, arXiv:2402.12354)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from minipeft.adapted import adapted_layers
+from minipeft.config import number
+from minipeft.errors import StateError, shown
+
+# The words that PEFT's file format has for a pair of factors, whatever the method: (down, up).
+PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+GROUPS = ("lora_A", "lora_B", "vectors", "lora_embedding")
+
+
+def lora_plus_groups(
+    model: nn.Module,
+    lr: float,
+    ratio: float = 16.0,
+    weight_decay: float = 0.0,
+    *,
+    lr_embedding: float = 1e-6,
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer in which B has the learning rate ``ratio * lr`` and A has `lr`.
+
+    Every parameter that requires a gradient is in exactly one group, in the model's order. The groups, by ``"name"``:
+
+    - ``"lora_A"``, at `lr`: the down factors, and matrices of modules trained in full;
+    - ``"lora_B"``, at ``ratio * lr``: the up factors;
+    - ``"vectors"``, at ``ratio * lr`` and never decayed: biases, norms, magnitudes. The rate is that of the authors' code
+      and of ``peft.optimizers.create_loraplus_optimizer``;
+    - ``"lora_embedding"``, at `lr_embedding`: both factors of adapted embeddings.
+
+    Args:
+        model: adapted with LoRA or a relative that has a pair of factors.
+        lr: learning rate of A.
+        ratio: that of B over that of A, at least 1; the paper finds 16 good where B starts at zero.
+        weight_decay: of every group but ``"vectors"``.
+        lr_embedding: learning rate of adapted embeddings; PEFT calls it ``loraplus_lr_embedding``.
+
+    Returns:
+        Groups that are not empty, with ``"name"``, ``"params"``, ``"lr"`` and ``"weight_decay"``.
+
+    Raises:
+        ConfigError: a number is out of range.
+        StateError: nothing trains, or an adapter that trains has no pair of factors.
+    """
+    number("lr", lr, above=0)
+    number("ratio", ratio, at_least=1)
+    number("weight_decay", weight_decay, at_least=0)
+    number("lr_embedding", lr_embedding, above=0)
+    roles = dict(_factors(model))
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[roles.get(id(parameter)) or ("vectors" if parameter.ndim == 1 else "lora_A")].append(parameter)
+    if not roles:
+        raise StateError(
+            "LoRA+ is for LoRA adapters, and no adapter of this model trains; see is_trainable and set_adapter."
+        )
+    rates = {"lora_A": lr, "lora_B": lr * ratio, "vectors": lr * ratio, "lora_embedding": lr_embedding}
+    decay = {name: 0.0 if name == "vectors" else weight_decay for name in GROUPS}
+    return [
+        {"name": name, "params": parameters, "lr": rates[name], "weight_decay": decay[name]}
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+def _factors(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """(id, group) of every factor of an adapter that trains."""
+    for path, layer in adapted_layers(model):
+        for adapter_name in layer.adapters:
+            if not any(parameter.requires_grad for parameter in layer.trainable_parameters(adapter_name)):
+                continue
+            tensors = {key.partition(".")[0]: tensor for key, tensor in layer.file_tensors(adapter_name).items()}
+            pair = next((pair for pair in PAIRS if tensors.keys() >= set(pair)), None)
+            if pair is None:
+                raise StateError(
+                    f"{path}: LoRA+ needs a pair lora_A, lora_B, and adapter {adapter_name!r} trains {shown(tensors)}."
+                )
+            is_embedding = pair != PAIRS[0]
+            for name, plain_name in zip(pair, PAIRS[0], strict=True):
+                yield id(tensors[name]), "lora_embedding" if is_embedding else plain_name
