@@ -32,14 +32,12 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
             )
         for name, payload in files.items():
             target = Path(os.path.realpath(directory / name))
-            temporary[target] = target.with_name(
-                f".{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-            )
-            _write_and_sync(temporary[target], payload)
+            temporary[target] = hidden_beside(target, "tmp")
+            write_and_sync(temporary[target], payload)
         for target, source in temporary.items():
             os.replace(source, target)
         for folder in {target.parent for target in temporary}:
-            _sync_folder(folder)
+            sync_folder(folder)
     except OSError as error:
         raise CheckpointError(
             f"{directory} cannot be written ({error.strerror or error}); what was there before is as it was."
@@ -49,7 +47,13 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
             source.unlink(missing_ok=True)
 
 
-def _write_and_sync(path: Path, payload: bytes) -> None:
+def hidden_beside(target: Path, kind: str) -> Path:
+    """A new hidden name ``.<name>.<kind>-<host>-<process id>-<random>`` in the folder of a file or folder."""
+    return target.with_name(f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def write_and_sync(path: Path, payload: bytes) -> None:
+    """Write a new file and wait until the disk has it."""
     # os.open applies the umask to 0666, as for any file a user writes; safetensors' own files are 0600.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with os.fdopen(descriptor, "wb") as file:
@@ -58,7 +62,8 @@ def _write_and_sync(path: Path, payload: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in a folder."""
     if os.name == "posix":  # other systems cannot open a directory
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -73,11 +78,12 @@ def _remove_orphans(directory: Path, names: Mapping[str, bytes]) -> None:
         target = Path(os.path.realpath(directory / name))
         for orphan in target.parent.glob(f".{target.name}.tmp-{host}-*"):
             pid = orphan.name.rsplit("-", 2)[-2]
-            if pid.isdigit() and not _alive(int(pid)):
+            if pid.isdigit() and not alive(int(pid)):
                 orphan.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs; True where that cannot be told."""
     if os.name != "posix":
         return True  # there, signal 0 would end the process; leave the file
     try:

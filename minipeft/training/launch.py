@@ -1,0 +1,47 @@
+"""How many processes a launcher was asked for, and whether that many run: some launchers start fewer, and say nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from minipeft.errors import ConfigError
+
+TWO_ON_CPU = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no"
+)
+
+
+def must_use_cpu(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether several processes were started on a machine without an accelerator.
+
+    ``Accelerator(cpu=True)`` then joins them. Without it, each would train by itself, into the same directory: this is
+    what plain ``torchrun`` on such a machine does.
+    """
+    return int(environment.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def check_processes(running: int, script: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Compare the number of processes that train together with what the launcher was asked for.
+
+    Args:
+        running: ``accelerator.num_processes``.
+        script: for the command in the message.
+        environment: what the launcher has set.
+
+    Raises:
+        ConfigError: fewer run; it says which command starts them.
+    """
+    asked = environment.get("WORLD_SIZE")
+    # With --cpu, `accelerate launch --num_processes 2` runs one process, but announces where the others would meet it.
+    if asked is None and "MASTER_ADDR" in environment and "ACCELERATE_MIXED_PRECISION" in environment:
+        asked = "several"
+    if asked is None or asked == str(running):
+        return
+    raise ConfigError(
+        f"{asked} processes were asked for, but {running} {'trains' if running == 1 else 'train'} together. "
+        f"Two processes on a CPU: {TWO_ON_CPU} {script}"
+    )

@@ -1,0 +1,200 @@
+"""One update of the weights: forward and backward passes of each process's share, one exchange, one step.
+
+The gradient is that of the mean loss over all tokens of the update, whatever the number of processes and passes and
+however uneven their shares. It is exchanged once an update, in one piece: an adapter's is small, so there is nothing to
+gain from sending it while the backward pass runs, as DDP does. And so no process waits for another before all passes
+are done, and one that runs out of memory can say so.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from minipeft.errors import StateError
+from minipeft.training.collate import Batch, Store, eval_batches
+from minipeft.training.order import Update
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+
+LossSum = Callable[[nn.Module, Batch], Tensor]
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of the cross-entropies of all predicted tokens, in nats, a float32 scalar.
+
+    Args:
+        model: a causal language model, lean or not.
+        batch: see `minipeft.training.collate`.
+    """
+    labels = batch["labels"]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if model.training and "_minipeft_lean" in model.__dict__ and bool((labels[:, 1:] != -100).any()):
+        output = model(**inputs, labels=labels, num_items_in_batch=1)
+        if output.logits is None:  # else the loss is transformers' own, in its own precision
+            total: Tensor = output.loss
+            return total
+        logits = output.logits
+    else:
+        logits = model(**inputs).logits
+    logits = logits[:, :-1].float()
+    return F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="sum")
+
+
+class Updater:
+    """Makes the updates of a run.
+
+    Args:
+        accelerator: of the run; its own accumulation stays at 1.
+        model: on its device, perhaps sharded by `minipeft.training.sharding.shard`; not wrapped.
+        optimizer: prepared by the accelerator.
+        micro_batch: examples a process takes through the model at a time.
+        clip: the norm that the gradient is scaled down to, if larger.
+        auto_batch: where memory runs out, on any process, halve `micro_batch` on all and make the update again.
+        loss: sum of the losses of a batch.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        micro_batch: int,
+        clip: float,
+        auto_batch: bool = False,
+        loss: LossSum = loss_sum,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer, self.loss = accelerator, model, optimizer, loss
+        self.micro_batch, self.clip, self.auto_batch = micro_batch, clip, auto_batch
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.sharded = isinstance(model, FSDPModule)
+        if auto_batch and self.sharded:
+            raise StateError(
+                "auto_batch does not go with a sharded model, whose processes wait for each other within a pass."
+            )
+        if accelerator.num_processes > 1 and not self.sharded:
+            for parameter in self.parameters:
+                dist.broadcast(parameter.data, 0)
+
+    def __call__(self, update: Update) -> float:
+        """Make an update, and return its mean loss in nats a token.
+
+        Raises:
+            StateError: memory runs out with one example at a time, or with any number where `auto_batch` is off.
+        """
+        total = self._gradients(update)
+        while total is None:
+            self._halve()
+            total = self._gradients(update)
+        if not self.sharded:
+            self._exchange()
+        self.accelerator.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total / update.tokens
+
+    def _gradients(self, update: Update) -> float | None:
+        """Add up this process's gradients; the sum of the losses of all, or None where memory ran out."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # fully_shard divides by the number of processes.
+        scale = (world_size if self.sharded else 1) / update.tokens
+        sums = torch.zeros(2, dtype=torch.float64)  # of the losses, and of processes out of memory
+        batches = update.batches(rank, world_size, self.micro_batch)
+        try:
+            for number, batch in enumerate(batches, 1):
+                if isinstance(self.model, FSDPModule):
+                    self.model.set_requires_gradient_sync(number == len(batches))
+                with self.accelerator.autocast():
+                    loss = self.loss(self.model, {name: t.to(self.accelerator.device) for name, t in batch.items()})
+                self.accelerator.backward(loss * scale)
+                sums[0] += float(loss.detach())
+        except (RuntimeError, MemoryError) as error:
+            if self.sharded or not is_out_of_memory(error):
+                raise
+            if not self.auto_batch and world_size == 1:
+                raise self._too_large(error) from None
+            sums[1] = 1
+        sums = self._summed(sums)
+        return None if sums[1] else float(sums[0])
+
+    def _halve(self) -> None:
+        self.optimizer.zero_grad()
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.micro_batch == 1 or not self.auto_batch:
+            raise self._too_large(None)
+        self.micro_batch = (self.micro_batch + 1) // 2
+        self.accelerator.print(f"out of memory: now {self.micro_batch} examples at a time, in more passes an update")
+
+    def _too_large(self, error: BaseException | None) -> StateError:
+        detail = "" if error is None else f" ({' '.join(str(error).split())[:120]})"
+        return StateError(
+            f"out of memory with {self.micro_batch} examples at a time{detail}; lower the batch size or the length, "
+            "turn on lean, checkpointing or auto_batch."
+        )
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Sum the gradients over the processes."""
+        missing = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]
+        if missing:
+            raise StateError(
+                f"{len(missing)} of {len(self.parameters)} trainable parameters got no gradient: the adapter is on "
+                "modules that the model does not call. Target others."
+            )
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _summed(self, sums: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return sums
+        sums = sums.to(self.accelerator.device)
+        dist.all_reduce(sums)
+        return sums.cpu()
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, store: Store, micro_batch: int, loss: LossSum = loss_sum
+) -> float:
+    """Mean loss in nats a token over all examples; each counts once, on any number of processes.
+
+    Args:
+        accelerator: of the run.
+        model: not wrapped; left in evaluation mode.
+        store: the examples, see `minipeft.training.examples.Examples`.
+        micro_batch: examples a process takes through the model at a time.
+        loss: sum of the losses of a batch.
+    """
+    model.eval()
+    total = torch.zeros(1, dtype=torch.float64)
+    for batch in eval_batches(store, micro_batch, accelerator.process_index, accelerator.num_processes):
+        with accelerator.autocast():
+            total += float(loss(model, {name: t.to(accelerator.device) for name, t in batch.items()}))
+    if accelerator.num_processes > 1:
+        total = total.to(accelerator.device)
+        dist.all_reduce(total)
+    return float(total) / int(store.targets.sum())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
