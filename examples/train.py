@@ -4,45 +4,60 @@
     accelerate launch examples/train.py --quick          # the same in 30 updates
     accelerate launch examples/train.py --train_file my.txt --model_name path/or/name
     accelerate launch examples/train.py --model_name gpt2 --dataset_name Salesforce/wikitext \
-        --dataset_config wikitext-2-raw-v1               # from the Hugging Face Hub
+        --dataset_config wikitext-2-raw-v1 --lines       # from the Hugging Face Hub
+    accelerate launch examples/train.py --config run.yaml --save_every 100 --resume
 
-It leaves in --output_dir: the adapter, metrics.jsonl, training_loss_curve.png and samples.txt.
+It leaves in --output_dir: the adapter, metrics.jsonl, training_loss_curve.png, samples.txt, train_config.yaml and, with
+--save_every, checkpoints from which --resume goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import math
 import os
+import resource
+import sys
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 import datasets
 import torch
-import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration
+import yaml
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import GradientAccumulationPlugin, set_seed
-from datasets import Dataset, load_dataset
-from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch import Tensor
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import minipeft
+from minipeft.training.checkpoints import Checkpoints
+from minipeft.training.curve import plot_losses
+from minipeft.training.encoding import Encoding, check_fit
+from minipeft.training.examples import Examples, encode
+from minipeft.training.interrupt import EXIT_CODE, Interrupt
+from minipeft.training.launch import check_processes, must_use_cpu
+from minipeft.training.lock import RunLock
+from minipeft.training.lora_plus import lora_plus_groups
+from minipeft.training.metrics import Metrics
+from minipeft.training.order import Update, UpdateOrder
+from minipeft.training.ranks import agree
+from minipeft.training.run_state import Progress, TrainingState
+from minipeft.training.sharding import is_sharded, shard
+from minipeft.training.sources import Source, held_out_split, open_source
+from minipeft.training.stream import StreamOrder
+from minipeft.training.updates import Updater, evaluate
 
-Blocks = dict[str, Dataset]  # by part: "train", "eval", perhaps "docs"
-Perplexities = dict[str, float]  # by part
+Texts = dict[str, Examples | Source]  # by part: "train", "eval", perhaps "docs"; a Source where it is streaming
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED_MODEL = ASSETS / "tiny"
 EMBEDDED_TARGETS = "c_attn,c_proj,c_fc"  # so small a model needs more than its attention to change its language
@@ -50,10 +65,24 @@ CORPUS = ASSETS / "corpus"
 EMBEDDED_TEXT = {"train": CORPUS / "code-train.txt.gz", "eval": CORPUS / "code-eval.txt.gz"}
 EMBEDDED_TEXT["docs"] = CORPUS / "docs-eval.txt.gz"  # held out from what the base was trained on
 EMBEDDED_PROMPTS = ("def read(self", "class Reader", "The file")
-WARMUP, CLIP, HELD_OUT = 0.1, 1.0, 0.05  # share of the updates; gradient norm; share of the blocks
-QUICK_UPDATES, QUICK_EVAL_BLOCKS = 30, 48
+WARMUP, CLIP = 0.1, 1.0  # share of the updates; gradient norm
+QUICK_UPDATES, QUICK_EVAL_EXAMPLES = 30, 48
 SAMPLE_TOKENS = 64
 TOLERANCES = {"reloaded": 1e-6, "merged": 1e-5}  # as shares of the largest logit
+# Flags that say where and how to run, not what is computed: they may change when a run goes on.
+FREE = {
+    "output_dir",
+    "resume",
+    "overwrite",
+    "save_every",
+    "keep",
+    "log_with",
+    "config",
+    "quick",
+    "text",
+    "embedded_text",
+}
+FREE |= {"train_file", "eval_file", "dataset_name", "dataset_config"}  # the text is compared by what it says
 
 
 def fail(message: str) -> NoReturn:
@@ -82,26 +111,27 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, model = load_base(args)
     model = minipeft.get_lora_model(model, config)
     with accelerator.main_process_first():  # the others find what the first has cached
-        blocks = load_blocks(args, tokenizer)
-    accelerator.print(describe(args, model, blocks))
+        texts = load_texts(args, tokenizer, model)
+    accelerator.print(describe(args, model, texts))
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    prompts = choose_prompts(args, tokenizer, blocks["eval"])
-    before = sample(args, model.to(accelerator.device), tokenizer, prompts)
-    with (args.output_dir / "metrics.jsonl" if accelerator.is_main_process else Path(os.devnull)).open("w") as metrics:
-        model, first, last = train(args, accelerator, model, blocks, metrics)
-
-    if accelerator.is_main_process:
-        model.save_pretrained(args.output_dir)
-        show_samples(args, prompts, before, sample(args, model, tokenizer, prompts))
-        for part, text in (("eval", "held-out text"), ("docs", "documentation, what the base was trained on")):
-            if part in first:
-                print(f"perplexity on {text}: {first[part]:.2f} before, {last[part]:.2f} after")
-        plot_losses(args)
-        check_adapter(args, model, blocks["eval"][:8]["input_ids"].to(accelerator.device))
-        print(f"written to {args.output_dir}: the adapter, metrics.jsonl, training_loss_curve.png, samples.txt")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with the_only_run(args, accelerator):
+        prompts = choose_prompts(args, tokenizer, texts["eval"])
+        before = sample(args, model.to(accelerator.device), tokenizer, prompts)
+        run = Run(args, accelerator, model, tokenizer, texts)
+        run.train()
+        run.save_adapter()
+        after = sample(args, model, tokenizer, prompts)
+        if accelerator.is_main_process:
+            show_samples(args, prompts, before, after)
+            show_perplexities(run.metrics.rows)
+            title = f"{Path(args.model_name).name} on {args.text}, LoRA of rank {args.rank}"
+            plot_losses(run.metrics.rows, args.output_dir / "training_loss_curve.png", title)
+        check_adapter(args, accelerator, model, texts["eval"])
+        accelerator.print(
+            f"written to {args.output_dir}: the adapter, metrics.jsonl, training_loss_curve.png, samples.txt"
+        )
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
 
 
 # ---------------------------------------------------------------------------------------------------- what was asked
@@ -112,9 +142,10 @@ class Parser(ArgumentParser):
         fail(f"{message} (--help lists the flags)")
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
+def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = parser.add_argument
+    flag("--config", type=Path, help="YAML file of flags by name; flags given here override it")
     flag("--model_name", help="Hub name or local directory (default: the embedded GPT-2 of 1 M parameters)")
     flag("--rank", type=int, default=8)
     flag("--alpha", type=float, default=16, help="the update is scaled by alpha / rank (%(default)s)")
@@ -122,22 +153,45 @@ def parse_args(argv: list[str] | None) -> Namespace:
     flag("--target_modules", help=f"a,b,c or all-linear (default: minipeft's; the embedded model: {EMBEDDED_TARGETS})")
     flag("--num_epochs", type=int, default=3)
     flag("--max_steps", type=int, default=0, help="number of updates; if > 0 it overrides --num_epochs")
-    flag("--batch_size", type=int, default=8, help="blocks a process and forward pass (%(default)s)")
-    flag("--learning_rate", type=float, default=1e-3, help="after the warm-up (%(default)s)")
-    flag("--weight_decay", type=float, default=0.01)
-    flag("--max_length", type=int, default=128, help="tokens a block (%(default)s)")
+    flag("--batch_size", type=int, default=8, help="examples a process and forward pass (%(default)s)")
     flag("--gradient_accumulation_steps", type=int, default=1, help="forward passes an update (%(default)s)")
+    flag("--auto_batch", action="store_true", help="where memory runs out, halve the first and double the second")
+    flag("--learning_rate", type=float, default=1e-3, help="after the warm-up (%(default)s)")
+    flag("--lora_plus_ratio", type=float, default=1.0, help="B learns so many times faster than A (arXiv:2402.12354)")
+    flag("--weight_decay", type=float, default=0.01)
+    flag("--max_length", type=int, default=128, help="tokens an example has at most (%(default)s)")
     flag("--mixed_precision", choices=("no", "bf16", "fp16"), help="(default: what accelerate launch was told)")
-    flag("--train_file", type=Path, help="plain text, .gz too (default: the embedded Python code)")
-    flag("--eval_file", type=Path, help=f"(default: the last {100 * HELD_OUT:.0f} percent of --train_file)")
-    flag("--dataset_name", help="Hub data set with a column 'text'")
+    flag("--lean", action="store_true", help="the same training in less memory and time, see minipeft.lean")
+    flag("--checkpointing", choices=("none", "last", "mlp", "block"), help="what to compute again; implies --lean")
+    flag("--fsdp", action="store_true", help="divide base and adapter over the processes (FSDP2)")
+    flag("--train_file", type=Path, help="text, JSON lines or a folder (default: the embedded Python code)")
+    flag("--eval_file", type=Path, help="(default: the last 5 percent of the examples)")
+    flag("--dataset_name", help="data set of the Hub, or a folder from save_to_disk")
     flag("--dataset_config")
+    flag("--lines", action="store_true", help="rows with 'text' are lines that follow each other, not documents")
+    flag("--packing", action=BooleanOptionalAction, help="join texts and cut them into blocks (default: for text only)")
+    flag("--overlong", choices=("error", "truncate", "drop"), default="error", help="prompts and chats > --max_length")
+    flag("--streaming", action="store_true", help="read the text while training; needs --max_steps")
     flag("--output_dir", type=Path, help="(default: output/<model>-<text>)")
+    flag("--overwrite", action="store_true", help="begin anew in a directory that holds a run")
+    flag("--save_every", type=int, default=0, help="updates from one checkpoint to the next (default: none)")
+    flag("--keep", type=int, default=2, help="checkpoints to keep (%(default)s)")
+    flag("--resume", nargs="?", const="latest", help="go on from the latest checkpoint, or from the one of this path")
+    flag("--eval_every", type=int, default=0, help="updates from one evaluation to the next (default: an epoch)")
+    flag("--log_with", help=f"trackers: {', '.join(LOGGER_TYPE_TO_CLASS)}")
     flag("--seed", type=int, default=0)
     flag("--quick", action="store_true", help=f"{QUICK_UPDATES} updates, if --max_steps is not given; short evaluation")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = make_parser()
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    if args.config:
+        args = parser.parse_args([*flags_of(args.config, parser), *words])
     lowest = {"num_epochs": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 2, "seed": 0}
+    lowest |= {"max_steps": 0, "save_every": 0, "eval_every": 0, "keep": 1}
     for name, low in lowest.items():
         if not low <= vars(args)[name] < 2**31:
             fail(f"--{name} {vars(args)[name]}: give a number from {low} to {2**31 - 1}.")
@@ -148,17 +202,63 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if (args.dataset_config and not args.dataset_name) or (args.eval_file and not args.train_file):
         fail("--dataset_config goes with --dataset_name, and --eval_file with --train_file; give both.")
     for path in filter(None, (args.train_file, args.eval_file)):
-        if not path.is_file() or path.stat().st_size == 0:
+        if not path.exists() or (path.is_file() and path.stat().st_size == 0):
             fail(f"{path}: no such file, or an empty one; --train_file and --eval_file take the path of a text.")
+    if args.resume and args.overwrite:
+        fail("--resume goes on with a run, and --overwrite begins anew; give one of them.")
+    if args.auto_batch and args.fsdp:
+        fail("--auto_batch does not go with --fsdp, whose processes wait for each other within a pass; leave one out.")
+    for name in filter(None, (args.log_with or "").split(",")):
+        check_tracker(name)
     fill_in(args)
+    if args.streaming and not args.max_steps:
+        fail("--streaming: nobody knows how long the text is; give --max_steps.")
     check_writable(args.output_dir)
     return args
+
+
+def flags_of(file: Path, parser: Parser) -> list[str]:
+    """The flags that a YAML file gives."""
+    try:
+        values = yaml.safe_load(file.read_text("utf-8")) or {}
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        fail(f"--config {file}: cannot be read as YAML ({reason(error)}).")
+    if not isinstance(values, dict) or not all(
+        isinstance(value, str | int | float | None) for value in values.values()
+    ):
+        fail(f"--config {file}: give one value for each flag, such as 'rank: 8'.")
+    words = []
+    for name, value in values.items():
+        if name == "packing" and value is False:
+            words.append("--no-packing")
+        elif value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words.append(f"--{name}={value}")
+        elif name not in vars(parser.parse_args([])):
+            fail(f"--config {file}: there is no flag --{name} (--help lists the flags)")
+    return words
+
+
+def check_tracker(name: str) -> None:
+    """Accelerate leaves a tracker out, and says nothing, where its package is missing."""
+    if name not in LOGGER_TYPE_TO_CLASS:
+        fail(f"--log_with {name}: no such tracker; there are {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+    if name not in [str(kind) for kind in accelerate_trackers()]:
+        fail(f"--log_with {name}: its package is not installed; pip install {name}, or leave the flag out.")
+
+
+def accelerate_trackers() -> list[Any]:
+    from accelerate.tracking import get_available_trackers
+
+    return list(get_available_trackers())
 
 
 def fill_in(args: Namespace) -> None:
     """Defaults that depend on other flags."""
     args.embedded_text = not (args.train_file or args.dataset_name)
     args.text = args.dataset_name or ("code" if args.embedded_text else args.train_file.name)
+    args.lean = args.lean or args.checkpointing is not None
     if args.model_name is None:
         args.model_name = str(EMBEDDED_MODEL)
         args.target_modules = EMBEDDED_TARGETS if args.target_modules is None else args.target_modules
@@ -192,17 +292,23 @@ def lora_config(args: Namespace) -> minipeft.LoraConfig:
 
 # ------------------------------------------------------------------------------------------ accelerator, model, text
 def make_accelerator(args: Namespace) -> Accelerator:
-    # A plugin, since the plain argument would yield to accelerate's own configuration.
-    accumulation = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps)
-    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
     try:
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation, dataloader_config=order
+            mixed_precision=args.mixed_precision,
+            cpu=must_use_cpu() or None,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the Updater accumulates
+            log_with=args.log_with.split(",") if args.log_with else None,
+            project_dir=args.output_dir,
         )
     except ValueError as error:
         fail(f"--mixed_precision {args.mixed_precision}: {error}")
+    check_processes(accelerator.num_processes, sys.argv[0])
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         fail("--mixed_precision fp16 does nothing on a CPU; give bf16 or no.")
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        fail(
+            f"accelerate is configured for {accelerator.distributed_type.value}; configure plain data parallelism, and give --fsdp here."
+        )
     return accelerator
 
 
@@ -219,194 +325,258 @@ def load_base(args: Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel
         )
     if info["missing_keys"]:
         fail(f"--model_name {name}: no weights for {min(info['missing_keys'])}; name a causal language model.")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and args.max_length > positions:
-        fail(f"--max_length {args.max_length}: {name} has {positions} positions; give at most that.")
     return tokenizer, model
 
 
-def load_blocks(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Blocks:
-    """Blocks of tokens to train on and to evaluate on; by default also of the text that the base was trained on."""
-    if args.dataset_name:
-        rows = read_dataset(args.dataset_name, args.dataset_config)
+def load_texts(args: Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Texts:
+    """Examples to train on and to evaluate on; by default also of the text that the base was trained on."""
+    encoding = Encoding(args.max_length, args.packing, args.overlong)
+    check_fit(args.max_length, 0, model.config)
+
+    def encoded(data: Any, split: str = "train") -> Examples:
+        options = {"lines": True} if args.lines else {}
+        return encode(open_source(data, args.dataset_config, split, **options), tokenizer, encoding)
+
+    if args.embedded_text:
+        texts: Texts = {part: encoded(path) for part, path in EMBEDDED_TEXT.items()}
+        if args.model_name != str(EMBEDDED_MODEL):
+            texts.pop("docs")
+        if args.streaming:
+            texts["train"] = open_source(EMBEDDED_TEXT["train"], streaming=True)
     else:
-        files = EMBEDDED_TEXT if args.embedded_text else {"train": args.train_file, "eval": args.eval_file}
-        rows = {part: read_file(path) for part, path in files.items() if path}
-    if args.model_name != str(EMBEDDED_MODEL):
-        rows.pop("docs", None)
-    blocks = {part: cut(text, tokenizer, args.max_length) for part, text in rows.items()}
-    args.held_out = "eval" not in blocks
-    if args.held_out:
-        start = len(blocks["train"]) - math.ceil(HELD_OUT * len(blocks["train"]))
-        blocks["eval"] = blocks["train"].select(range(start, len(blocks["train"])))
-        blocks["train"] = blocks["train"].select(range(start))
-    for part, dataset in blocks.items():
-        if len(dataset) == 0:
-            fail(f"{args.text}: no block of {args.max_length} tokens to {part} on; lengthen it or lower --max_length.")
-        if args.quick and part != "train":
-            blocks[part] = dataset.select(range(min(len(dataset), QUICK_EVAL_BLOCKS)))
-    return blocks
-
-
-def read_file(path: Path) -> Dataset:
-    file = glob.escape(str(path))
-    try:
-        return load_dataset("text", data_files=file, split="train", sample_by="line", keep_linebreaks=True)
-    except Exception as error:  # pyarrow's, fsspec's and the file system's
-        fail(f"{path}: cannot be read as text in UTF-8 ({reason(error.__cause__ or error)}); give another file.")
-
-
-def read_dataset(name: str, config: str | None) -> Blocks:
-    try:
-        splits = load_dataset(name, config)
-    except Exception as error:  # as above, and the Hub's
-        fail(
-            f"--dataset_name {name}: cannot be loaded ({reason(error.__cause__ or error)}); "
-            "check the name, --dataset_config and the network, or give a --train_file."
-        )
-    if "train" not in splits or "text" not in splits["train"].column_names:
-        fail(f"--dataset_name {name}: needs a split 'train' with a column 'text', but has {splits.column_names}.")
-    held_out = [splits[part] for part in ("validation", "test") if part in splits]
-    return {"train": splits["train"]} | ({"eval": held_out[0]} if held_out else {})
-
-
-def cut(text: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Tokenise whole runs of lines, so that indentation and blank lines read as in a file; join; cut into blocks."""
-
-    def tokenise(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        run = "".join(line if line.endswith("\n") else line + "\n" for line in rows["text"])
-        # Not verbose: it would warn that a run is longer than the model's context, but the run is cut next.
-        return {"input_ids": [tokenizer(run, add_special_tokens=False, verbose=False)["input_ids"]]}
-
-    def join_and_cut(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        ids = list(chain.from_iterable(rows["input_ids"]))
-        starts = range(0, len(ids) - max_length + 1, max_length)
-        return {"input_ids": [ids[start : start + max_length] for start in starts]}
-
-    runs = text.map(tokenise, batched=True, batch_size=1000, remove_columns=text.column_names)
-    return runs.map(join_and_cut, batched=True, batch_size=100).with_format("torch")
+        data = args.dataset_name or args.train_file
+        held_out = None if args.eval_file else held_out_split(data, args.dataset_config)
+        if args.streaming:
+            if not (args.eval_file or held_out):
+                fail("--streaming: a stream has no end to hold out for the evaluation; give an --eval_file.")
+            texts = {"train": open_source(data, args.dataset_config, streaming=True, lines=args.lines)}
+        else:
+            texts = {"train": encoded(data)}
+        if args.eval_file or held_out:
+            texts["eval"] = encoded(args.eval_file) if args.eval_file else encoded(data, held_out)
+        else:
+            texts["train"], texts["eval"] = texts["train"].hold_out()
+    args.held_out = not (args.embedded_text or args.eval_file or held_out)
+    for part, text in texts.items():
+        if isinstance(text, Examples):
+            check_fit(args.max_length, text.largest_id, model.config)
+            if args.quick and part != "train":
+                texts[part] = text.select(0, min(len(text), QUICK_EVAL_EXAMPLES))
+    return texts
 
 
 def reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def describe(args: Namespace, model: minipeft.AdaptedModel, blocks: Blocks) -> str:
+def describe(args: Namespace, model: minipeft.AdaptedModel, texts: Texts) -> str:
     trainable, total = model.get_nb_trainable_parameters()
     numbers = {"total": total, "trainable": trainable, "frozen": total - trainable}
     lines = [f"model: {args.model_name}", f"{'parameters':<12}{'number':>16}{'percent':>10}"]
     lines += [f"{name:<12}{number:>16,}{100 * number / total:>10.2f}" for name, number in numbers.items()]
-    sizes = ", ".join(f"{part} {len(dataset):,}" for part, dataset in blocks.items())
-    lines.append(f"text: {args.text} in blocks of {args.max_length} tokens: {sizes}")
+    for part, text in texts.items():
+        told = text.describe() if isinstance(text, Examples) else "a stream"
+        lines.append(f"text {args.text}, to {'train' if part == 'train' else 'evaluate'} on ({part}): {told}")
     if args.held_out:
-        lines.append(f"no evaluation text: the last {100 * HELD_OUT:.0f} percent of the blocks are held out for it")
+        lines.append("no evaluation text: the last 5 percent of the examples are held out for it")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
-def train(
-    args: Namespace, accelerator: Accelerator, model: nn.Module, blocks: Blocks, metrics: TextIO
-) -> tuple[minipeft.AdaptedModel, Perplexities, Perplexities]:
-    """Train the adapter; return the model and its perplexities before and after."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-    loaders = {part: DataLoader(dataset, args.batch_size, shuffle=part == "train") for part, dataset in blocks.items()}
-    loaders = {part: accelerator.prepare(loader) for part, loader in loaders.items()}
-    loader = loaders.pop("train")
-    epoch_updates = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    updates = args.max_steps if args.max_steps > 0 else args.num_epochs * epoch_updates
-    # The schedule counts updates, so it is not prepared: accelerate would step it once a process.
-    scheduler = get_scheduler("linear", optimizer, math.ceil(WARMUP * updates), updates)
-    set_seed(args.seed, device_specific=True)  # the processes drop out different units
-    model, optimizer = accelerator.prepare(model, optimizer)
-
-    def write_row(step: int, row: dict[str, float]) -> None:
-        row = {"step": step, "epoch": round(step / epoch_updates, 4), **row}
-        print(json.dumps(row, allow_nan=False), file=metrics, flush=True)  # to be read while the training runs
-
-    def evaluation(step: int) -> Perplexities:
-        losses = {part: evaluate(accelerator, model, loader) for part, loader in loaders.items()}
-        perplexities = {part: math.exp(loss) for part, loss in losses.items()}
-        scores = {"eval_loss": losses["eval"], "eval_perplexity": perplexities["eval"]}
-        write_row(step, scores)
+@contextlib.contextmanager
+def the_only_run(args: Namespace, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the output directory for this run alone, from before its first byte is written."""
+    with contextlib.ExitStack() as stack:
+        error = None
         if accelerator.is_main_process:
-            line = "epoch {:.2f}, update {}: eval loss {:.4f}, perplexity {:.2f}"
-            tqdm.write(line.format(step / epoch_updates, step, *scores.values()))
-        return perplexities
+            try:
+                stack.enter_context(RunLock(args.output_dir))
+                check_unused(args)
+            except minipeft.MinipeftError as caught:
+                error = caught
+        agree(error)
+        yield
 
-    step, first = 0, evaluation(0)
-    with tqdm(total=updates, desc="training", unit="update", disable=not accelerator.is_main_process) as bar:
-        while step < updates:
-            loader.set_epoch(step // epoch_updates)
-            for row in train_epoch(args, accelerator, model, optimizer, scheduler, loader):
-                step += 1
-                write_row(step, row)
+
+def check_unused(args: Namespace) -> None:
+    """A run that is there is gone on with, or replaced on purpose, or left alone."""
+    found = [
+        name for name in ("adapter_config.json", "metrics.jsonl", "checkpoints") if (args.output_dir / name).exists()
+    ]
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if found and not (args.resume or args.overwrite or restarted):
+        raise minipeft.StateError(
+            f"--output_dir {args.output_dir} holds a run already ({', '.join(found)}): --resume goes on with it, "
+            "--overwrite begins anew, or choose another directory."
+        )
+    if args.overwrite and not restarted:
+        Checkpoints(args.output_dir).discard_newer(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+class Run:
+    """A training run: what it is made of, and where it stands."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        accelerator: Accelerator,
+        model: minipeft.AdaptedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Texts,
+    ) -> None:
+        self.args, self.accelerator, self.model = args, accelerator, model
+        if args.lean:
+            minipeft.lean(model, args.checkpointing)
+        if args.fsdp:
+            shard(model, accelerator.device)
+        groups = lora_plus_groups(model, args.learning_rate, args.lora_plus_ratio, args.weight_decay)
+        if args.lora_plus_ratio == 1:
+            groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        optimizer = AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay)
+
+        size = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        train = texts.pop("train")
+        self.texts = {part: text for part, text in texts.items() if isinstance(text, Examples)}
+        if isinstance(train, Examples):
+            self.order: UpdateOrder | StreamOrder = UpdateOrder(train, size, args.seed)
+            self.epoch_updates = self.order.updates_per_epoch
+        else:
+            encoding = Encoding(args.max_length, args.packing, args.overlong)
+            self.order = StreamOrder(train, tokenizer, encoding, size, args.seed)
+            self.epoch_updates = 0
+        self.updates = args.max_steps or args.num_epochs * self.epoch_updates
+        self.eval_every = args.eval_every or self.epoch_updates or self.updates
+
+        # The schedule counts updates, so it is not prepared: accelerate would step it once a process.
+        self.scheduler: LRScheduler = get_scheduler("linear", optimizer, math.ceil(WARMUP * self.updates), self.updates)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.updater = Updater(
+            accelerator, model, self.optimizer, micro_batch=args.batch_size, clip=CLIP, auto_batch=args.auto_batch
+        )
+        self.checkpoints = Checkpoints(args.output_dir, args.keep)
+        self.state = TrainingState(
+            model, optimizer, self.scheduler, scaler=accelerator.scaler, config=self.what_is_computed(train)
+        )
+
+    def what_is_computed(self, train: Examples | Source) -> dict[str, Any]:
+        """The part of the configuration that must be the same when the run goes on."""
+        values = {name: value for name, value in vars(self.args).items() if name not in FREE}
+        texts = {"train": train, **self.texts}
+        found = {part: text.fingerprint if isinstance(text, Examples) else "a stream" for part, text in texts.items()}
+        return {**values, "data": found, "mixed_precision": self.accelerator.mixed_precision}
+
+    def train(self) -> None:
+        """Train the adapter, from the beginning or from a checkpoint."""
+        set_seed(self.args.seed, device_specific=True)  # the processes drop out different units
+        progress = self.resume()
+        folder = self.args.output_dir if self.accelerator.is_main_process else Path(tempfile.mkdtemp())
+        self.metrics = Metrics(folder, progress.step)
+        if self.accelerator.is_main_process:
+            settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
+            settings = {name: settings[name] for name in vars(make_parser().parse_args([])) if name in settings}
+            (folder / "train_config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+        if self.args.log_with:
+            self.accelerator.init_trackers("minipeft", json.loads(json.dumps(vars(self.args), default=str)))
+        interrupt = Interrupt()
+        try:
+            self.train_from(progress.step, interrupt)
+        finally:
+            interrupt.restore()
+            self.metrics.close()
+
+    def resume(self) -> Progress:
+        """Go on from a checkpoint, if that was asked for, or if this is what a restarted launch has to do."""
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if not self.args.resume and not restarted:
+            return Progress(0, None)
+        by_path = self.args.resume not in (None, "latest")
+        folder = Path(self.args.resume) if by_path else self.checkpoints.latest()
+        if folder is None:
+            if self.args.resume and not restarted:
+                fail(
+                    f"--resume: there is no complete checkpoint in {self.checkpoints.folder}; leave the flag out to begin."
+                )
+            return Progress(0, None)
+        progress = self.state.restore(folder)
+        if by_path and self.accelerator.is_main_process:
+            self.checkpoints.discard_newer(progress.step)
+        self.accelerator.wait_for_everyone()
+        self.updater.micro_batch = progress.position["micro_batch"]
+        if isinstance(self.order, StreamOrder):
+            self.order.restore(progress.position["data"])
+        self.accelerator.print(f"going on from {folder}, after update {progress.step} of {self.updates}")
+        return progress
+
+    def train_from(self, done: int, interrupt: Interrupt) -> None:
+        if done == 0:
+            self.evaluate(0)
+        updates = self.order if isinstance(self.order, StreamOrder) else self.order.iterate(done)
+        main = self.accelerator.is_main_process
+        with tqdm(total=self.updates, initial=done, desc="training", unit="update",
+                  disable=not main or not sys.stderr.isatty()) as bar:  # fmt: skip
+            for step, update in zip(range(done + 1, self.updates + 1), updates, strict=False):
+                row = self.update(step, update)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['learning_rate']:.1e}")
                 bar.update()
-                if step == updates:
-                    break
-            last = evaluation(step)
-    return accelerator.unwrap_model(model, keep_fp32_wrapper=False), first, last
+                if bar.disable and main and (step % max(1, self.updates // 20) == 0 or step == self.updates):
+                    print("update {}/{}: loss={:.3f} lr={:.1e} {:.0f} tokens/s, {:.0f} MiB".format(
+                        step, self.updates, *list(row.values())[2:]), flush=True)  # fmt: skip
+                if step % self.eval_every == 0 or step == self.updates:
+                    self.evaluate(step)
+                stopped = interrupt.came(self.accelerator.device)
+                if stopped or (self.args.save_every and (step % self.args.save_every == 0 or step == self.updates)):
+                    self.save(step)
+                if stopped and step < self.updates:
+                    self.accelerator.print(
+                        f"stopped by SIGTERM after update {step} of {self.updates}; --resume goes on"
+                    )
+                    raise SystemExit(EXIT_CODE)
 
+    def update(self, step: int, update: Update) -> dict[str, float]:
+        started = time.perf_counter()
+        self.model.train()
+        rate = self.scheduler.get_last_lr()[0]
+        loss = finite(self.updater(update))
+        if not self.optimizer.step_was_skipped:  # as a gradient scaler does after an overflow
+            self.scheduler.step()
+        speed = update.tokens / (time.perf_counter() - started)
+        row = {"loss": loss, "learning_rate": rate, "tokens_per_second": round(speed, 1)}
+        row["peak_memory_mib"] = round(peak_memory(self.accelerator.device), 1)
+        return self.write(step, row)
 
-def train_epoch(
-    args: Namespace,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    loader: DataLoader,
-) -> Iterator[dict[str, float]]:
-    """Go through the text once and yield a row after each update.
+    def evaluate(self, step: int) -> None:
+        losses = {
+            part: finite(evaluate(self.accelerator, self.model, text, self.updater.micro_batch))
+            for part, text in self.texts.items()
+        }
+        scores = {"eval_loss": losses["eval"], "eval_perplexity": math.exp(losses["eval"])}
+        if "docs" in losses:
+            scores["docs_perplexity"] = math.exp(losses["docs"])
+        row = self.write(step, scores)
+        if self.accelerator.is_main_process:
+            line = "epoch {:.2f}, update {}: eval loss {:.4f}, perplexity {:.2f}"
+            tqdm.write(line.format(row["epoch"], step, scores["eval_loss"], scores["eval_perplexity"]))
 
-    The loss of an update is the mean over all tokens that went into it, on all processes, and its gradient is the
-    gradient of that mean, also where the last batch of an epoch is short or the last accumulation has fewer batches.
-    """
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    full = args.batch_size * (args.max_length - 1)  # tokens predicted in a full batch
-    sums, started = torch.zeros(2, device=accelerator.device), time.perf_counter()
-    for batch in loader:
-        with accelerator.accumulate(model):
-            losses = token_losses(model, batch["input_ids"])
-            accelerator.backward(losses.sum() / full)  # which divides by the number of batches to accumulate
-            sums += torch.stack([losses.detach().sum(), sums.new_tensor(losses.numel())])
-            if accelerator.sync_gradients:
-                loss_sum, tokens = accelerator.reduce(sums).tolist()
-                planned = full * args.gradient_accumulation_steps * accelerator.num_processes
-                for parameter in parameters if tokens != planned else ():
-                    parameter.grad *= planned / tokens
-                accelerator.clip_grad_norm_(parameters, CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            rate, speed = scheduler.get_last_lr()[0], tokens / (time.perf_counter() - started)
-            scheduler.step()
-            yield {"loss": finite(loss_sum / tokens), "learning_rate": rate, "tokens_per_second": round(speed, 1)}
-            sums, started = torch.zeros_like(sums), time.perf_counter()
+    def write(self, step: int, row: dict[str, float]) -> dict[str, float]:
+        row = {"step": step, "epoch": round(step / self.epoch_updates, 4) if self.epoch_updates else 0, **row}
+        self.metrics.write(row)
+        self.accelerator.log(row, step=step)
+        return row
 
+    def save(self, step: int) -> None:
+        """Save a checkpoint; where that fails the checkpoints before it are intact, and the run goes on."""
+        data = self.order.state() if isinstance(self.order, StreamOrder) else None
+        try:
+            self.state.save(self.checkpoints, step, {"micro_batch": self.updater.micro_batch, "data": data})
+        except minipeft.CheckpointError as error:
+            self.accelerator.print(f"train.py: warning: no checkpoint: {error}", file=sys.stderr)
 
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> float:
-    """Mean loss in nats a token; each token counts once, on any number of processes."""
-    model.eval()
-    loss_sum, tokens = 0.0, 0
-    for batch in loader:
-        # gather_for_metrics drops the rows that only fill up the last batch
-        losses = accelerator.gather_for_metrics(token_losses(model, batch["input_ids"]))
-        loss_sum, tokens = loss_sum + losses.sum().item(), tokens + losses.numel()
-    return finite(loss_sum / tokens)
-
-
-def compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(rows, length) -> (rows, length, vocabulary); the mask says that no block is padded."""
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-
-
-def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Cross-entropy of each token given those before it; (rows, length) -> (rows, length - 1)."""
-    logits = compute_logits(model, ids)[:, :-1]
-    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    def save_adapter(self) -> None:
+        if is_sharded(self.model):
+            self.state.save_adapter(self.args.output_dir)
+        elif self.accelerator.is_main_process:
+            self.model.save_pretrained(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
 
 
 def finite(loss: float) -> float:
@@ -416,19 +586,28 @@ def finite(loss: float) -> float:
     return loss
 
 
+def peak_memory(device: torch.device) -> float:
+    """MiB that this process has had at most: of the GPU, or resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 # --------------------------------------------------------------------------------------------------- what came of it
-def choose_prompts(args: Namespace, tokenizer: PreTrainedTokenizerBase, blocks: Dataset) -> list[str]:
-    """Openings to continue: of code for the embedded text, else of held-out blocks."""
+def choose_prompts(args: Namespace, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[str]:
+    """Openings to continue: of code for the embedded text, else of held-out examples."""
     if args.embedded_text:
         return list(EMBEDDED_PROMPTS)
-    return [tokenizer.decode(ids[: min(16, args.max_length // 2)]) for ids in blocks[:3]["input_ids"]]
+    rows = examples.rows(range(min(3, len(examples))))
+    return [tokenizer.decode(row.input_ids[: min(16, max(1, len(row.input_ids) // 2))]) for row in rows]
 
 
 @torch.no_grad()
 def sample(
     args: Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
 ) -> list[str]:
-    """Continue each prompt, with the same random numbers at each call."""
+    """Continue each prompt, with the same random numbers at each call; every process does, since a model may be sharded."""
     model.eval()
     texts = []
     for prompt in prompts:
@@ -448,36 +627,28 @@ def show_samples(args: Namespace, prompts: list[str], before: list[str], after: 
     print(text)
 
 
-def plot_losses(args: Namespace) -> None:
-    rows = [json.loads(line) for line in (args.output_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
-    updates, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
-    steps, losses = [row["step"] for row in updates], [row["loss"] for row in updates]
-    window = math.ceil(len(steps) / 20)
-    means = [sum(losses[end - window : end]) / window for end in range(window, len(losses) + 1)]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", lw=0.8, alpha=0.3, label="training, each update")
-    axes.plot(steps[window - 1 :], means, color="tab:blue", label=f"training, mean of the last {window}")
-    axes.plot([row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations], "o-",
-              color="tab:orange", label="evaluation, with perplexity")  # fmt: skip
-    for row in evaluations:
-        axes.annotate(f"{row['eval_perplexity']:.1f}", (row["step"], row["eval_loss"]), (0, -14),
-                      textcoords="offset points", ha="center", color="tab:orange", weight="bold")  # fmt: skip
-    title = f"{Path(args.model_name).name} on {args.text}, LoRA of rank {args.rank}"
-    axes.set(xlabel="optimizer updates", ylabel="loss (nats a token)", title=title)
-    axes.margins(y=0.12)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(args.output_dir / "training_loss_curve.png", dpi=150)
+def show_perplexities(rows: list[dict[str, Any]]) -> None:
+    evaluations = [row for row in rows if "eval_loss" in row]
+    for key, what in (("eval", "held-out text"), ("docs", "documentation, what the base was trained on")):
+        found = [row[f"{key}_perplexity"] for row in evaluations if f"{key}_perplexity" in row]
+        if found:
+            print(f"perplexity on {what}: {found[0]:.2f} before, {found[-1]:.2f} after")
 
 
 @torch.no_grad()
-def check_adapter(args: Namespace, model: PreTrainedModel, ids: Tensor) -> None:
+def check_adapter(args: Namespace, accelerator: Accelerator, model: PreTrainedModel, examples: Examples) -> None:
     """Hold the saved adapter, reloaded into a fresh base and then merged, against the model that was trained."""
-    trained = compute_logits(model, ids)
+    ids = torch.tensor(examples.rows([0])[0].input_ids, dtype=torch.int64, device=accelerator.device)[None]
+
+    def compute_logits(model: PreTrainedModel) -> Tensor:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+
+    trained = compute_logits(model.eval())
+    if not accelerator.is_main_process:
+        return
     fresh = minipeft.load_adapter(load_base(args)[1].to(ids.device).eval(), args.output_dir)
-    logits = {"reloaded": compute_logits(fresh, ids)}
-    logits["merged"] = compute_logits(fresh.merge_and_unload(untie=True), ids)
+    logits = {"reloaded": compute_logits(fresh)}
+    logits["merged"] = compute_logits(fresh.merge_and_unload(untie=True))
     largest = trained.abs().max().item()
     for name, tolerance in TOLERANCES.items():
         difference, allowed = (logits[name] - trained).abs().max().item(), tolerance * largest

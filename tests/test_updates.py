@@ -1,0 +1,171 @@
+"""Updates of the weights: the gradient of the mean over all tokens, however they are divided; and memory that runs out."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCABULARY, gpt2
+from torch import nn
+
+pytest.importorskip("accelerate")
+
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
+import minipeft  # noqa: E402
+from minipeft.training.collate import Example  # noqa: E402
+from minipeft.training.order import UpdateOrder  # noqa: E402
+from minipeft.training.updates import Updater, evaluate, is_out_of_memory, loss_sum  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A process has one accelerator state; each test starts without."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Rows:
+    """Sixteen examples of different lengths, some of them with nothing to predict at the start."""
+
+    pad_id = 0
+
+    def __init__(self):
+        generator = np.random.default_rng(0)
+        self.lengths = generator.integers(4, 13, 16)
+        self.examples = []
+        for length in self.lengths:
+            ids = generator.integers(1, VOCABULARY, length).astype(np.int32)
+            labels = ids.copy()
+            labels[: length // 3] = -100
+            self.examples.append(Example(ids, labels))
+        self.targets = np.array([(example.labels[1:] != -100).sum() for example in self.examples])
+
+    def rows(self, indices):
+        return [self.examples[index] for index in indices]
+
+
+def adapted(**options):
+    torch.manual_seed(0)
+    return minipeft.get_lora_model(gpt2(), minipeft.LoraConfig(init_lora_weights=False, **options))
+
+
+def updater_of(model, accelerator=None, lr=0.1, **options):
+    accelerator = accelerator or Accelerator(cpu=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    options = {"micro_batch": 3, "clip": 1e6, **options}
+    return Updater(accelerator, model, accelerator.prepare_optimizer(optimizer), **options)
+
+
+def mean_loss(model, examples):
+    """Each example by itself, unpadded: an independent way to the mean over all tokens."""
+    total, tokens = 0.0, 0
+    for example in examples:
+        ids, labels = (torch.from_numpy(a.astype(np.int64))[None] for a in example)
+        logits = model(input_ids=ids).logits[:, :-1]
+        total = total + nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        tokens += int((labels[:, 1:] != -100).sum())
+    return total / tokens
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("micro_batch", [6, 4, 1])
+@pytest.mark.parametrize("clip", [1e6, 0.05])
+def test_an_update_follows_the_mean_over_all_its_tokens(micro_batch, clip, lean):
+    """Sixteen examples in updates of 6, 6 and 4, against plain SGD on the mean loss of those examples."""
+    model = adapted()
+    reference = copy.deepcopy(model).train()
+    if lean:
+        minipeft.lean(model)
+    store = Rows()
+    update = updater_of(model.train(), micro_batch=micro_batch, clip=clip)
+    parameters = [p for p in reference.parameters() if p.requires_grad]
+    plain = torch.optim.SGD(parameters, lr=0.1)
+    order = UpdateOrder(store, 6, seed=0)
+    for number in range(4):
+        examples = store.rows(order[number].indices)
+        expected = mean_loss(reference, examples)
+        plain.zero_grad()
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        plain.step()
+        assert update(order[number]) == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(update.parameters, parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_an_evaluation_counts_each_token_once():
+    model, store = adapted().eval(), Rows()
+    with torch.no_grad():
+        expected = mean_loss(model, store.examples).item()
+    for micro_batch in (1, 5, 16):
+        assert evaluate(Accelerator(cpu=True), model, store, micro_batch) == pytest.approx(expected, rel=1e-6)
+
+
+def no_room_for(more_than):
+    """A loss that fails as torch does where a batch is too large; partway, with gradients added up already."""
+
+    def loss(model, batch):
+        total = loss_sum(model, batch)
+        if len(batch["input_ids"]) > more_than and loss.calls > 0:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+            )
+        loss.calls += 1
+        return total
+
+    loss.calls = 0
+    return loss
+
+
+def test_where_memory_runs_out_the_batch_is_halved_and_the_update_is_the_same(capsys):
+    store = Rows()
+    expected, found = adapted().train(), adapted().train()
+    plain = updater_of(expected, micro_batch=1)
+    small = updater_of(found, plain.accelerator, micro_batch=4, auto_batch=True, loss=no_room_for(1))
+    order = UpdateOrder(store, 8, seed=0)
+    for number in range(3):
+        assert small(order[number]) == pytest.approx(plain(order[number]), rel=1e-6)
+    assert small.micro_batch == 1
+    assert capsys.readouterr().out.count("out of memory: now") == 2
+    for ours, theirs in zip(small.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("auto_batch", [False, True])
+def test_where_it_cannot_be_halved_the_error_says_what_to_do(auto_batch):
+    model = adapted().train()
+    before = copy.deepcopy(model.state_dict())
+    options = {"micro_batch": 1, "auto_batch": True} if auto_batch else {"micro_batch": 4}
+    update = updater_of(model, loss=no_room_for(0), **options)
+    with pytest.raises(minipeft.StateError, match="out of memory with . examples at a time.*lower the batch size"):
+        update(UpdateOrder(Rows(), 8, seed=0)[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory():
+    def loss(model, batch):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        updater_of(adapted(), loss=loss, auto_batch=True)(UpdateOrder(Rows(), 8, seed=0)[0])
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_an_adapter_that_the_model_does_not_call_is_said():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = gpt2(), nn.Linear(4, 4)
+            self.config = self.used.config
+
+        def forward(self, **inputs):
+            return self.used(**inputs)
+
+    model = minipeft.get_lora_model(Half(), minipeft.LoraConfig(target_modules=["c_attn", "idle"])).train()
+    with pytest.raises(minipeft.StateError, match="2 of 6 trainable parameters got no gradient"):
+        updater_of(model)(UpdateOrder(Rows(), 8, seed=0)[0])
