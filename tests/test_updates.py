@@ -10,13 +10,13 @@ from torch import nn
 
 pytest.importorskip("accelerate")
 
-from accelerate import Accelerator  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
-import minipeft  # noqa: E402
-from minipeft.training.collate import Example  # noqa: E402
-from minipeft.training.order import UpdateOrder  # noqa: E402
-from minipeft.training.updates import Updater, evaluate, is_out_of_memory, loss_sum  # noqa: E402
+import minipeft
+from minipeft.training.collate import Example
+from minipeft.training.order import UpdateOrder
+from minipeft.training.updates import Updater, evaluate, is_out_of_memory, loss_sum
 
 
 @pytest.fixture(autouse=True)
