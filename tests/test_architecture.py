@@ -30,8 +30,8 @@ FLOORS = (
         "families",
     ),
     ("layers", "methods", "swaps", "lean_loss", "probe"),
-    ("adapted", "saved_module", "targets", "undo", "merge"),
-    ("inject", "adapter_file", "checkpoint", "card", "state"),
+    ("adapted", "saved_module", "targets", "undo", "merge_report", "dequantize", "merge"),
+    ("inject", "adapter_file", "checkpoint", "card", "state", "quantize"),
     ("model", "lean_model"),
     ("__init__",),
 )
