@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from minipeft import registry
 from minipeft.adapted import TensorIndex, Wrapper
 from minipeft.errors import ConfigError, StateError, TargetError, hint, shown
 from minipeft.layers.base import LayerOps
 from minipeft.patterns import is_suffix
 from minipeft.targets import HEAD_NAMES, Candidate, candidates, layer_ops
-
-Packer = Callable[[Tensor, Tensor | None], nn.Module]
 
 
 @torch.no_grad()
@@ -27,8 +24,9 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
 
     Args:
         model: any float model without adapters, on any device; its weights in float32, bfloat16 or float16.
-        kind: "nf4" (QLoRA's 4-bit normal float, arXiv:2305.14314, blocks of 64 with 8-bit scales: 4.13 bits a weight) or
-            "fp4"; "int8" (LLM.int8(), arXiv:2208.07339); these need bitsandbytes. "int8_weight_only" needs torchao.
+        kind: "nf4", QLoRA's 4-bit normal float (arXiv:2305.14314), in blocks of 64 with 8-bit scales, 4.13 bits a weight
+            (blocks of 32 where the input features are no multiple of 64), or "fp4"; "int8", LLM.int8() (arXiv:2208.07339);
+            these need bitsandbytes. "int8_weight_only" needs torchao. A registered `LayerOps` may bring more.
         skip_modules: names, or dotted ends of names, of further modules to leave in float with all that is in them.
 
     Raises:
@@ -37,13 +35,14 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
         TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantise. In any case nothing was
             changed.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"quantize: no kind {kind!r}{hint(str(kind), KINDS)}; there are: {shown(KINDS)}.")
+    registry.load_plugins()
+    packers: dict[str, type[LayerOps]] = {name: ops for ops in registry.layer_classes() for name in ops.kinds}
+    if kind not in packers:
+        raise ConfigError(f"quantize: no kind {kind!r}{hint(str(kind), packers)}; there are: {shown(packers)}.")
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise StateError("quantize: this model has adapters; quantise it first, then adapt it. Nothing was changed.")
     chosen = _chosen(model, skip_modules)
-    pack = _imported(kind)
-    replacements = [(candidate, _replacement(candidate.base, ops, pack)) for candidate, ops in chosen]
+    replacements = [(candidate, _replacement(candidate, ops, packers[kind], kind)) for candidate, ops in chosen]
     for candidate, layer in replacements:
         for parent, attribute in candidate.places:
             setattr(parent, attribute, layer)
@@ -84,91 +83,21 @@ def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candida
     return chosen
 
 
-def _replacement(layer: nn.Module, ops: type[LayerOps], pack: Packer) -> nn.Module:
-    bias = ops.read_bias(layer)
-    packed = pack(ops.read_weight(layer).detach().contiguous(), None if bias is None else bias.detach())
-    # What stood here, in transformers' words: whoever makes it float again knows what to make of it.
-    packed.source_cls = type(layer)  # type: ignore[assignment]
-    set_up = layer_ops(packed)
-    assert set_up is not None
-    assert set_up.is_quantized
-    set_up.prepare(packed)
-    return packed.requires_grad_(False).train(layer.training)
-
-
-# ------------------------------------------------------------------------------------------------------------- kinds
-def _imported(kind: str) -> Packer:
+def _replacement(candidate: Candidate, ops: type[LayerOps], packer: type[LayerOps], kind: str) -> nn.Module:
+    name, layer = candidate.names[0], candidate.base
+    weight, bias = ops.read_weight(layer).detach().contiguous(), ops.read_bias(layer)
     try:
-        return KINDS[kind]()
+        packed = packer.pack(kind, weight, None if bias is None else bias.detach())
     except ImportError as error:
         raise ConfigError(
-            f"quantize: {kind!r} needs {error.name or 'a package'}, which is not installed; "
-            "pip install 'minipeft[quant]'. Nothing was changed."
+            f"quantize: {kind!r} needs {error.name or 'a package'}, which is not installed; pip install 'minipeft[quant]'. "
+            "Nothing was changed."
         ) from None
-
-
-def _four_bits(quant_type: str) -> Packer:
-    bnb: Any = importlib.import_module("bitsandbytes.nn")
-
-    def pack(weight: Tensor, bias: Tensor | None) -> nn.Module:
-        out_features, in_features = weight.shape
-        layer: nn.Module = bnb.Linear4bit(
-            in_features, out_features, bias is not None, weight.dtype, quant_type=quant_type, device="meta"
-        )
-        layer.weight = bnb.Params4bit(weight, requires_grad=False, quant_type=quant_type, module=layer).to(
-            weight.device
-        )
-        return _with_bias(layer, bias)
-
-    return pack
-
-
-def _nf4() -> Packer:
-    return _four_bits("nf4")
-
-
-def _fp4() -> Packer:
-    return _four_bits("fp4")
-
-
-def _int8() -> Packer:
-    bnb: Any = importlib.import_module("bitsandbytes.nn")
-
-    def pack(weight: Tensor, bias: Tensor | None) -> nn.Module:
-        out_features, in_features = weight.shape
-        layer: nn.Module = bnb.Linear8bitLt(
-            in_features, out_features, bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
-        )
-        layer.weight = bnb.Int8Params(weight.cpu(), requires_grad=False).to(
-            weight.device
-        )  # it packs on the way from the CPU
-        return _with_bias(layer, bias)
-
-    return pack
-
-
-def _int8_weight_only() -> Packer:
-    torchao: Any = importlib.import_module("torchao.quantization")
-
-    def pack(weight: Tensor, bias: Tensor | None) -> nn.Module:
-        out_features, in_features = weight.shape
-        layer = nn.Linear(in_features, out_features, bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight, False)
-        torchao.quantize_(_with_bias(layer, bias), torchao.Int8WeightOnlyConfig())
-        return layer
-
-    return pack
-
-
-def _with_bias(layer: nn.Module, bias: Tensor | None) -> nn.Module:
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone(), False)
-    return layer
-
-
-KINDS: dict[str, Callable[[], Packer]] = {
-    "nf4": _nf4,
-    "fp4": _fp4,
-    "int8": _int8,
-    "int8_weight_only": _int8_weight_only,
-}
+    except ValueError as error:
+        raise TargetError(
+            f"{name}: {error}; nothing was changed. Leave it in float by skip_modules, or take another kind."
+        ) from None
+    # What stood here, in transformers' words: whoever makes it float again knows what to make of it.
+    packed.source_cls = type(layer)  # type: ignore[assignment]
+    packer.prepare(packed)
+    return packed.requires_grad_(False).train(layer.training)

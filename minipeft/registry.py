@@ -176,6 +176,11 @@ def layer_candidates(layer_type: type) -> Iterator[tuple[type, type[Any]]]:
                 yield cls, ops
 
 
+def layer_classes() -> list[type[Any]]:
+    """Every registered `LayerOps`."""
+    return [*_tables.layers.values(), *_tables.layers_by_weight.values()]
+
+
 def layer_type_names() -> list[str]:
     """Short names of the registered layer types, sorted."""
     packed = {f"{layer.rsplit('.', 1)[-1]}[{weight.rsplit('.', 1)[-1]}]" for layer, weight in _tables.layers_by_weight}

@@ -7,12 +7,14 @@ import pickle
 import pytest
 import torch
 from test_lora import OneLayer, conv1d
-from tiny_models import disturb, foreign_code, gpt2, llama, logits, state_digest
+from tiny_models import VOCABULARY, _made, disturb, foreign_code, logits, state_digest
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, MergeError, StateError, TargetError
+from minipeft.layers.bitsandbytes_4bit import _warn_of_misreading, reads_back
 from minipeft.layers.linear import LinearOps
 from minipeft.registry import layer_type_names
 from minipeft.targets import layer_ops
@@ -24,7 +26,23 @@ with foreign_code():
 KINDS = ("nf4", "fp4", "int8", "int8_weight_only")
 OPS = {"nf4": "Linear4bitOps", "fp4": "Linear4bitOps", "int8": "Linear8bitLtOps", "int8_weight_only": "Int8TensorOps"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
+CPU = (torch.float32, torch.device("cpu"))
 EPS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+# 64 features, so that no block of a 4-bit weight straddles two rows: see test_a_kernel_that_misreads_is_noticed.
+def gpt2(seed=0):
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
+    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(**sizes, **drops, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    return _made(GPT2LMHeadModel, config, seed)
+
+
+def llama(seed=0):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, **heads, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    return _made(LlamaForCausalLM, config, seed)
 
 
 def quantised(kind, make=lambda: nn.Linear(128, 64), dtype=torch.float32):
@@ -49,7 +67,9 @@ def test_each_kind_has_its_own_ops_and_the_float_ops_refuse_it(kind):
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.16), ("fp4", 0.18), ("int8", 0.005), ("int8_weight_only", 0.005)])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("nf4", 0.16), ("fp4", 0.18), ("int8", 0.005), ("int8_weight_only", 0.005)]
+)
 def test_the_weight_that_is_read_is_the_float_weight_up_to_its_rounding(kind, error):
     layer = nn.Linear(128, 64)
     weight = layer.weight.detach().clone()
@@ -60,7 +80,9 @@ def test_the_weight_that_is_read_is_the_float_weight_up_to_its_rounding(kind, er
 
 
 @pytest.mark.parametrize("dtype", EPS)
-@pytest.mark.parametrize("make", [lambda: nn.Linear(128, 64), lambda: nn.Linear(128, 64, False), lambda: conv1d(64, 128)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(128, 64), lambda: nn.Linear(128, 64, False), lambda: conv1d(64, 128)]
+)
 @every_kind
 def test_output_and_gradients_are_those_of_the_dequantised_layer(kind, make, dtype):
     model = adapted(quantised(kind, make, dtype))
@@ -96,13 +118,13 @@ def test_a_compute_dtype_other_than_that_of_the_model_is_followed(compute, dtype
 
 @every_kind
 def test_no_float_weight_is_kept_for_the_backward_pass(kind):
-    model = adapted(quantised(kind, lambda: nn.Linear(123, 77)))
-    x, kept = torch.randn(8, 123, requires_grad=True), []
+    model = adapted(quantised(kind, lambda: nn.Linear(124, 78)))
+    x, kept = torch.randn(8, 124, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()) or t, lambda t: t):
         y = model(x)
     with foreign_code():  # some objects warn about being looked at
         kept += [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
-    assert not [t.dtype for t in kept if t.numel() == 123 * 77 and type(t) is torch.Tensor and t.is_floating_point()]
+    assert not [t.dtype for t in kept if t.numel() == 124 * 78 and type(t) is torch.Tensor and t.is_floating_point()]
     y.sum().backward()
     assert x.grad is not None
 
@@ -116,6 +138,28 @@ def test_nf4_takes_as_many_bits_a_weight_as_the_paper_says(double, bits):
     state = layer.weight.quant_state
     scales = state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
     assert 8 * (layer.weight.nbytes + scales) / (512 * 1024) == pytest.approx(bits, abs=1e-3)
+
+
+def test_a_kernel_that_misreads_is_noticed(monkeypatch):
+    """As bitsandbytes 0.50 does on a CPU with AVX512, where a block of 64 straddles two rows of 32 or 48."""
+    right = bnb.functional.dequantize_4bit
+
+    def wrong(packed, state):
+        state = copy.copy(state)
+        state.absmax = state.absmax.roll(1)
+        return right(packed, state)
+
+    for features in (32, 64, 96, 128, 100):
+        assert reads_back(features, 32, "nf4", *CPU), features
+    reads_back.cache_clear()
+    _warn_of_misreading.cache_clear()
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", wrong)
+    with pytest.raises(TargetError, match=r"^layer: bitsandbytes misreads rows of 128.*skip_modules"):
+        quantised("nf4")
+    packed = bnb.nn.Linear4bit(128, 64, quant_type="nf4").to("cpu")
+    with pytest.warns(UserWarning, match="misreads 4-bit layers with 128 input features in blocks of 64"):
+        adapted(OneLayer(packed))
+    reads_back.cache_clear()
 
 
 def repacked(double):
@@ -148,13 +192,13 @@ def test_a_repacked_weight_is_read_as_it_acts_and_can_be_trained_on(double):
 
 def test_evaluation_leaves_every_layer_fit_for_training():
     """Also those without an adapter, and where a side is no multiple of a block: bitsandbytes itself fails there."""
-    model = nn.Sequential(nn.Linear(96, 50), nn.Linear(50, 40), nn.Linear(40, 40))
+    model = nn.Sequential(nn.Linear(64, 50), nn.Linear(50, 40), nn.Linear(40, 40))
     for index in range(3):
         packed = bnb.nn.Linear4bit(model[index].in_features, model[index].out_features, quant_type="nf4")
         packed.load_state_dict(model[index].state_dict())
         model[index] = packed.to("cpu")
     model = minipeft.get_lora_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
-    x = torch.randn(4, 96)
+    x = torch.randn(4, 64)
     before = [read(layer) for layer in (model[0].base_layer, model[1], model[2])]
     trained = model.train()(x)
     with torch.no_grad():
@@ -176,7 +220,7 @@ def test_what_is_quantised_is_every_linear_layer_but_the_head(kind, factory):
             assert layer_ops(model.get_submodule(name)).is_quantized == (name != "lm_head"), name
     assert not model.training
     error = (logits(minipeft.dequantize(model)) - logits(plain)).abs().max() / logits(plain).abs().max()
-    assert 0 < error < (0.05 if kind.startswith("int8") else 0.8)  # so small a model is all outliers
+    assert 0 < error < (0.05 if kind.startswith("int8") else 0.5)
 
 
 def test_names_that_are_skipped_stay_float():

@@ -28,6 +28,7 @@ class LayerOps(ABC):
     fan_in_fan_out: ClassVar[bool] = False  # stores (in, out); only PEFT's file format asks
     can_merge: ClassVar[bool] = True
     is_quantized: ClassVar[bool] = False  # `read_weight` makes a float copy, `write_weight` a float layer (see there)
+    kinds: ClassVar[tuple[str, ...]] = ()  # what `minipeft.quantize` calls the layers that `pack` makes
 
     @staticmethod
     @abstractmethod
@@ -55,6 +56,16 @@ class LayerOps(ABC):
     def accepts(base: Any) -> bool:
         """Whether these ops hold for this instance; a subclass with a packed weight, say, is refused here."""
         return True
+
+    @staticmethod
+    def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A quantised, frozen layer of one of the `kinds`, from a float weight (out, in) and bias (out,), left as they are.
+
+        Raises:
+            ImportError: the package that does it is missing.
+            ValueError: it cannot do it for such a weight.
+        """
+        raise ValueError(f"there is no quantised layer of the kind {kind!r}")
 
     @staticmethod
     def prepare(base: Any) -> None:

@@ -63,3 +63,10 @@ class QuantizedLinearOps(LayerOps):
         bias = cls.read_bias(base)
         dtype = torch.float32 if bias is None else bias.dtype
         return torch.randn(4, cls.shape(base)[1], dtype=dtype, device=next(base.parameters()).device)
+
+
+def with_bias(layer: nn.Module, bias: Tensor | None) -> nn.Module:
+    """A layer that was made on the meta device, with a frozen copy of this bias, if any."""
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), False)
+    return layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -9,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.layers.base import runs_only
-from minipeft.layers.quantised import QuantizedLinearOps
+from minipeft.layers.quantised import QuantizedLinearOps, with_bias
 from minipeft.registry import register_layer
 
 
 @register_layer(nn.Linear, weight="torchao.quantization.Int8Tensor")
 class Int8TensorOps(QuantizedLinearOps):
     """W = C s with a scale for each output feature or group; only where the input stays as it is."""
+
+    kinds = ("int8_weight_only",)
 
     @staticmethod
     def accepts(base: Any) -> bool:
@@ -29,6 +32,15 @@ class Int8TensorOps(QuantizedLinearOps):
     def dequantized(base: Any) -> Tensor:
         weight: Tensor = base.weight.dequantize()
         return weight
+
+    @staticmethod
+    def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        torchao: Any = importlib.import_module("torchao.quantization")
+        out_features, in_features = weight.shape
+        layer = nn.Linear(in_features, out_features, bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight, False)
+        torchao.quantize_(with_bias(layer, bias), torchao.Int8WeightOnlyConfig())
+        return layer
 
     @staticmethod
     def run(base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
