@@ -180,6 +180,7 @@ def test_a_repacked_weight_is_read_as_it_acts_and_can_be_trained_on(double):
     blocks, old = weight.view(-1, 64), before.view(-1, 64)
     scales = blocks.abs().amax(1, keepdim=True)
     assert torch.equal(scales, scales.bfloat16().float())
+    torch.testing.assert_close(scales, old.abs().amax(1, keepdim=True), rtol=2**-8, atol=0)
     torch.testing.assert_close(blocks / scales, old / old.abs().amax(1, keepdim=True))
     model = adapted(OneLayer(layer))
     assert torch.equal(read(layer), weight)
