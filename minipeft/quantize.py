@@ -97,6 +97,11 @@ def _replacement(candidate: Candidate, ops: type[LayerOps], packer: type[LayerOp
         raise TargetError(
             f"{name}: {error}; nothing was changed. Leave it in float by skip_modules, or take another kind."
         ) from None
+    if not packer.accepts(packed):
+        raise TargetError(
+            f"{name}: the installed package packs {kind!r} in a way that {packer.__name__} does not know; nothing was changed. "
+            "Take the version that the extra minipeft[quant] names."
+        )
     # What stood here, in transformers' words: whoever makes it float again knows what to make of it.
     packed.source_cls = type(layer)  # type: ignore[assignment]
     packer.prepare(packed)

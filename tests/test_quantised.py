@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import minipeft
-from minipeft import ConfigError, LoraConfig, MergeError, StateError, TargetError
+from minipeft import ConfigError, LoraConfig, MergeError, RegistryError, StateError, TargetError, registry
 from minipeft.layers.bitsandbytes_4bit import _warn_of_misreading, reads_back
 from minipeft.layers.linear import LinearOps
+from minipeft.layers.quantised import QuantizedLinearOps
 from minipeft.registry import layer_type_names
 from minipeft.targets import layer_ops
 
@@ -248,13 +250,48 @@ def test_a_quantisation_that_cannot_be_is_refused(call, error, message):
 @pytest.mark.parametrize(("kind", "package"), [("nf4", "bitsandbytes"), ("int8_weight_only", "torchao")])
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(kind, package, monkeypatch):
     for name in (f"{package}.nn", f"{package}.quantization"):
-        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
     model = gpt2()
     before = state_digest(model)
     with pytest.raises(ConfigError, match=rf"needs {package}.*pip install 'minipeft\[quant\]'"):
         minipeft.quantize(model, kind)
     assert state_digest(model) == before
+
+
+def test_a_kind_may_come_from_a_registered_layer(monkeypatch):
+    """One file and one decorator: the ops say what they are called, how they pack and which weights are theirs."""
+    monkeypatch.setattr(registry, "_tables", registry._tables.copy())
+
+    class HalfLinear(nn.Linear):
+        pass
+
+    @minipeft.register_layer(HalfLinear, weight="some.where.Halves")
+    class HalfOps(QuantizedLinearOps):
+        kinds = ("half",)
+
+        @staticmethod
+        def accepts(base):
+            return base.weight.dtype is torch.float16
+
+        @staticmethod
+        def dequantized(base):
+            return base.weight.float()
+
+        @staticmethod
+        def pack(kind, weight, bias):
+            layer = HalfLinear(*weight.T.shape, bias=False, device="meta")
+            layer.weight = nn.Parameter(weight.half() if len(weight) < 100 else weight.clone(), False)
+            return layer
+
+    model = minipeft.quantize(OneLayer(nn.Linear(8, 9, bias=False)), "half")
+    assert layer_ops(model.layer) is HalfOps
+    assert "HalfLinear[Halves]" in layer_type_names()
+    assert type(minipeft.dequantize(model).layer) is nn.Linear
+    with pytest.raises(TargetError, match="packs 'half' in a way that HalfOps does not know"):
+        minipeft.quantize(OneLayer(nn.Linear(8, 900, bias=False)), "half")
+    with pytest.raises(RegistryError, match="with 'some.where.Halves' weights is already registered"):
+        minipeft.register_layer(HalfLinear, weight="some.where.Halves")(LinearOps)
 
 
 @every_kind
