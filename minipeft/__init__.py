@@ -6,6 +6,7 @@ from torch import nn
 
 from minipeft import families, layers, methods
 from minipeft.config import AdapterConfig
+from minipeft.dequantize import dequantize
 from minipeft.errors import (
     CheckpointError,
     ConfigError,
@@ -19,10 +20,11 @@ from minipeft.errors import (
 )
 from minipeft.layers.base import LayerOps
 from minipeft.lean_model import lean, unlean
-from minipeft.merge import MergeReport
+from minipeft.merge_report import MergeReport
 from minipeft.methods.base import Adapter
 from minipeft.methods.lora import LoraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
+from minipeft.quantize import quantize
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
 
 __version__ = "0.1.0"
@@ -64,6 +66,7 @@ __all__ = [
     "RegistryError",
     "StateError",
     "TargetError",
+    "dequantize",
     "families",
     "get_adapter_model",
     "get_lora_model",
@@ -71,6 +74,7 @@ __all__ = [
     "lean",
     "load_adapter",
     "methods",
+    "quantize",
     "register_adapter",
     "register_layer",
     "register_method",

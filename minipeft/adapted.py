@@ -86,9 +86,9 @@ class AdaptedLayer(Wrapper):
                 if name in self.adapters and name not in self.merged:
                     adapter = self.adapters[name]
                     if y is None and (args or kwargs or not adapter.runs_base):
-                        y = self.base_layer(x, *args, **kwargs)
+                        y = self.ops.run(self.base_layer, x, *args, **kwargs)
                     y = adapter(self.base_layer, self.ops, x, y)
-        result: Tensor = self.base_layer(x, *args, **kwargs) if y is None else y
+        result: Tensor = self.ops.run(self.base_layer, x, *args, **kwargs) if y is None else y
         return result
 
     def adapter(self, name: str) -> Adapter:
@@ -146,7 +146,8 @@ class TensorIndex:
 
 
 def _storage(tensor: Tensor) -> tuple[str, int]:
-    return str(tensor.device), id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    # Without memory of its own, on the meta device or wrapped around other tensors (torchao's), it is only itself.
+    return str(tensor.device), tensor.untyped_storage().data_ptr() if tensor.data_ptr() else id(tensor)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

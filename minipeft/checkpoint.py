@@ -39,6 +39,7 @@ from minipeft.targets import candidates
 
 PREFIX = "base_model.model."
 SAMPLES = 8
+QUANTISED = 0.5  # of their norm, for all samples together; 4 bits cost about 0.1, and an unrelated weight is off by 1.4
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -131,12 +132,16 @@ def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def sample(ops: type[LayerOps], base: nn.Module) -> list[float]:
-    """Eight elements of the canonical weight, evenly spread; rounded to 6 digits. None where they cannot be had."""
+    """Eight elements of the canonical weight, evenly spread; rounded to 6 digits. None where they cannot be had.
+
+    Of a quantised layer a ninth number, the tolerance, says that these are not the float weight's own.
+    """
     weight = ops.read_weight(base)
     if weight.is_meta or weight.numel() == 0 or type(weight) not in (Tensor, nn.Parameter):
         return []  # the last is a weight held in shards, of which this process has one
     rows, columns = _places(*weight.shape)
     values = [float(f"{value:.6g}") for value in weight[rows, columns].tolist()]
+    values += [QUANTISED] if ops.is_quantized else []
     return values if all(map(is_sample, values)) else []  # a broken base is not known again, and JSON has no NaN
 
 
@@ -250,7 +255,7 @@ def check_samples(file: AdapterFile, here: Mapping[str, list[float]], fix: str =
     """
     for name, values in here.items():
         saved = file.base.get(name)
-        if saved is not None and len(values) == len(saved) and not _alike(saved, values):
+        if saved and values and not _alike(saved, values):
             raise CheckpointError(
                 f"{file.path} was trained on another base: the weights of {name} differ (first {saved[0]:g} there, {values[0]:g} here); "
                 f"nothing was loaded.{fix}"
@@ -258,7 +263,16 @@ def check_samples(file: AdapterFile, here: Mapping[str, list[float]], fix: str =
 
 
 def _alike(saved: list[float], here: list[float]) -> bool:
-    """Equal up to a conversion to half precision: 1 % of a value, or of the values' root mean square."""
+    """Equal up to a conversion to half precision: 1 % of a value, or of the values' root mean square.
+
+    Where one of the two is of a quantised layer, up to what that costs.
+    """
+    rough = len(saved) > SAMPLES or len(here) > SAMPLES
+    saved, here = saved[:SAMPLES], here[:SAMPLES]
+    if len(saved) != len(here):
+        return True
+    if rough:
+        return math.dist(saved, here) <= QUANTISED * max(math.hypot(*saved), math.hypot(*here))
     size = math.sqrt(sum(value * value for value in saved) / len(saved)) if saved else 0.0
     return all(abs(a - b) <= 0.01 * max(abs(a), size) for a, b in zip(saved, here, strict=True))
 

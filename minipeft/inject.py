@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,6 +50,7 @@ class Plan:
     config: AdapterConfig
     adapters: tuple[AdapterSite, ...]
     saved: tuple[SavedSite, ...]
+    prepared: tuple[tuple[type[LayerOps], nn.Module], ...] = ()  # layers, adapted or not, that need `LayerOps.prepare`
 
 
 def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True) -> Plan:
@@ -86,7 +87,16 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     for saved_site in saved:
         _check_saveable(saved_site)
     _warn_of_twins(model, sites)
-    return Plan(config, tuple(sites), tuple(saved))
+    return Plan(config, tuple(sites), tuple(saved), tuple(_prepared(found)))
+
+
+def _prepared(found: dict[str, Candidate]) -> Iterator[tuple[type[LayerOps], nn.Module]]:
+    types = {type(candidate.base) for candidate in found.values()}
+    concerned = {t for t in types if any(o.prepare is not LayerOps.prepare for _, o in registry.layer_candidates(t))}
+    for candidate in found.values():
+        ops = layer_ops(candidate.base) if type(candidate.base) in concerned else None
+        if ops is not None:
+            yield ops, candidate.base
 
 
 def _bias_sites(found: dict[str, Candidate], sites: list[AdapterSite], saved: list[SavedSite]) -> list[SavedSite]:
@@ -141,6 +151,13 @@ def _ops_for(name: str, candidate: Candidate) -> type[LayerOps]:
 
 
 def _check_saveable(site: SavedSite) -> None:
+    for module in site.candidate.base.modules() if site.only is None else ():
+        ops = layer_ops(module)
+        if ops is not None and ops.is_quantized:
+            raise TargetError(
+                f"{site.name} holds a quantised {type(module).__name__}, which cannot be trained in full; nothing was changed. "
+                "Keep it out of the quantisation, or adapt it."
+            )
     if isinstance(site.candidate.module, AdaptedLayer) or any(
         isinstance(m, AdaptedLayer) for m in site.candidate.module.modules()
     ):
@@ -213,7 +230,9 @@ def _cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
 def _on_meta(base: nn.Module) -> nn.Module:
     stand_in = copy.copy(base)
     stand_in._parameters = {
-        k: None if p is None else nn.Parameter(p.detach().to("meta"), False) for k, p in base._parameters.items()
+        # Not moved there: a packed weight, a subclass of Tensor, need not know how.
+        k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), False)
+        for k, p in base._parameters.items()
     }
     return stand_in
 
@@ -227,6 +246,8 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
         sites.append((site.candidate, adapter, partial(AdaptedLayer, switch=switch, ops=site.ops)))
     for saved, module in zip(plan.saved, parts.copies, strict=True):
         sites.append((saved.candidate, module, partial(SavedModule, switch=switch, only=saved.only)))
+    for ops, base in plan.prepared:
+        ops.prepare(base)
     try:
         for candidate, part, wrap in sites:
             wrapper = candidate.module

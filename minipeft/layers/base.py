@@ -27,6 +27,8 @@ class LayerOps(ABC):
     in_all_linear: ClassVar[bool] = False  # target_modules="all-linear" takes it
     fan_in_fan_out: ClassVar[bool] = False  # stores (in, out); only PEFT's file format asks
     can_merge: ClassVar[bool] = True
+    is_quantized: ClassVar[bool] = False  # `read_weight` makes a float copy, `write_weight` a float layer (see there)
+    kinds: ClassVar[tuple[str, ...]] = ()  # what `minipeft.quantize` calls the layers that `pack` makes
 
     @staticmethod
     @abstractmethod
@@ -36,20 +38,47 @@ class LayerOps(ABC):
     @staticmethod
     @abstractmethod
     def read_weight(base: Any) -> Tensor:
-        """The canonical weight, shape (out, in); a view of the layer's own where that is possible."""
+        """The canonical weight, shape (out, in); a view of the layer's own where that is possible.
+
+        A quantised layer dequantises: a fresh tensor, and the time and memory it takes, at every call.
+        """
 
     @staticmethod
     @abstractmethod
     def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Store a canonical weight (out, in) and bias (out,) in place, and return the layer that now holds them.
 
-        A layer that cannot hold them, such as a quantised one, returns a replacement.
+        A layer that cannot hold them, such as a quantised one, returns a replacement in the dtype of the given weight,
+        and stays as it is itself. Merging does that only where it is asked to dequantise.
         """
 
     @staticmethod
     def accepts(base: Any) -> bool:
         """Whether these ops hold for this instance; a subclass with a packed weight, say, is refused here."""
         return True
+
+    @staticmethod
+    def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A quantised, frozen layer of one of the `kinds`, from a float weight (out, in) and bias (out,), left as they are.
+
+        Raises:
+            ImportError: the package that does it is missing.
+            ValueError: it cannot do it for such a weight.
+        """
+        raise ValueError(f"there is no quantised layer of the kind {kind!r}")
+
+    @staticmethod
+    def prepare(base: Any) -> None:
+        """Called for every such layer of a model, adapted or not, when adapters are put in: make it fit for training.
+
+        Only for what leaves the layer's function as it is; by default nothing.
+        """
+        return None
+
+    @staticmethod
+    def run(base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own output; overridden where the layer's own call would keep a float weight for backward."""
+        return base(x, *args, **kwargs)
 
     @staticmethod
     def read_bias(base: Any) -> Tensor | None:

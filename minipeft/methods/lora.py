@@ -152,7 +152,7 @@ class Lora(Adapter):
             if can_fuse(x, weight, bias):
                 return self._with_bias(lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, dropout))
         if y is None:
-            y = base(x)
+            y = ops.run(base, x)
         assert isinstance(y, Tensor)
         # The factors follow the activations' dtype, never the other way round: no copy of x is made or kept.
         dtype = y.dtype if self.is_lookup else x.dtype
