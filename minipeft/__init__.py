@@ -20,9 +20,12 @@ from minipeft.layers.base import LayerOps
 from minipeft.lean_model import lean, unlean
 from minipeft.merge import MergeReport
 from minipeft.methods.base import Adapter
+from minipeft.methods.ia3 import IA3Config
 from minipeft.methods.lora import LoraConfig
+from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
+from minipeft.training import after_step, extra_loss
 
 __version__ = "0.1.0"
 
@@ -53,6 +56,7 @@ __all__ = [
     "AdapterConfig",
     "CheckpointError",
     "ConfigError",
+    "IA3Config",
     "LayerOps",
     "LeanError",
     "LoraConfig",
@@ -62,6 +66,9 @@ __all__ = [
     "RegistryError",
     "StateError",
     "TargetError",
+    "VeraConfig",
+    "after_step",
+    "extra_loss",
     "families",
     "get_adapter_model",
     "get_lora_model",

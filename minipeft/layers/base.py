@@ -72,6 +72,16 @@ class LayerOps(ABC):
         """``y * v`` along the output features, for v of shape (out,)."""
         return y * v
 
+    @classmethod
+    def in_channels(cls, base: Any) -> int:
+        """How many input features there are to scale one by one; where W has several columns for each, they lie together."""
+        return cls.shape(base)[1]
+
+    @staticmethod
+    def scale_in(base: Any, x: Tensor, v: Tensor) -> Tensor:
+        """``x * v`` along the input features, for v of shape (in_channels,); never asked of a lookup."""
+        return x * v
+
     @staticmethod
     def is_linear_call(base: Any) -> bool:
         """Whether calling this instance now does ``F.linear(x, read_weight(base), read_bias(base))`` and nothing beside.

@@ -1,0 +1,84 @@
+"""Every method beside LoRA on tiny models, and PEFT's own on the same: what several test files ask both libraries for."""
+
+import copy
+
+import torch
+from tiny_models import disturb, foreign_code, gpt2, llama, logits, token_ids
+
+import minipeft
+
+with foreign_code():
+    import peft
+
+GPT2, LLAMA = ["c_attn", "mlp.c_proj"], ["q_proj", "v_proj", "down_proj"]
+
+# method: what both are asked for, by the words they share
+CASES = {
+    "ia3": ("IA3Config", gpt2, {"target_modules": GPT2, "feedforward_modules": ["mlp.c_proj"]}),
+    "ia3 default": ("IA3Config", gpt2, {}),
+    "ia3 all-linear": ("IA3Config", llama, {"target_modules": "all-linear", "feedforward_modules": ["mlp.down_proj"]}),
+    "ia3 none": ("IA3Config", llama, {"target_modules": LLAMA, "feedforward_modules": []}),
+    "ia3 regex": (
+        "IA3Config",
+        llama,
+        {"target_modules": r".*\.(q_proj|up_proj)", "feedforward_modules": r".*\.up_proj"},
+    ),
+    "vera": ("VeraConfig", gpt2, {"target_modules": GPT2, "r": 8, "projection_prng_key": 7}),
+    "vera unsaved": ("VeraConfig", llama, {"target_modules": LLAMA, "r": 4, "save_projection": False}),
+    "vera one layer": (
+        "VeraConfig",
+        llama,
+        {"target_modules": ["q_proj"], "r": 4, "layers_to_transform": [1], "d_initial": 0.5},
+    ),
+}
+
+
+def ours(case, model=None, **more):
+    name, factory, options = CASES[case]
+    return minipeft.get_adapter_model(factory() if model is None else model, getattr(minipeft, name)(**options, **more))
+
+
+def theirs(case, model=None, **more):
+    """PEFT's model of a case; its configuration object is PEFT's to change, so it gets a copy."""
+    name, factory, options = CASES[case]
+    with foreign_code():
+        config = getattr(peft, name)(**copy.deepcopy(options), **more)
+        return peft.get_peft_model(factory() if model is None else model, config)
+
+
+def save_theirs(model, directory):
+    with foreign_code():
+        model.save_pretrained(directory)
+
+
+def load_theirs(case, directory, **options):
+    with foreign_code():
+        return peft.PeftModel.from_pretrained(CASES[case][1](), directory, **options)
+
+
+def their_logits(model):
+    with foreign_code():
+        return logits(model.eval())
+
+
+def gradients(model, ids=None):
+    """Loss of one batch, and the gradients by the key in a file; the model is left in eval mode."""
+    ids = token_ids() if ids is None else ids
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach()
+
+
+__all__ = [
+    "CASES",
+    "disturb",
+    "gradients",
+    "load_theirs",
+    "logits",
+    "ours",
+    "save_theirs",
+    "their_logits",
+    "theirs",
+    "torch",
+]
