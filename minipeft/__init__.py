@@ -19,6 +19,7 @@ from minipeft.errors import (
 from minipeft.layers.base import LayerOps
 from minipeft.lean_model import lean, unlean
 from minipeft.merge import MergeReport
+from minipeft.methods.adalora import AdaLoraConfig
 from minipeft.methods.base import Adapter
 from minipeft.methods.ia3 import IA3Config
 from minipeft.methods.lora import LoraConfig
@@ -51,6 +52,7 @@ def get_lora_model(
 
 
 __all__ = [
+    "AdaLoraConfig",
     "AdaptedModel",
     "Adapter",
     "AdapterConfig",

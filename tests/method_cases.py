@@ -30,19 +30,23 @@ CASES = {
         llama,
         {"target_modules": ["q_proj"], "r": 4, "layers_to_transform": [1], "d_initial": 0.5},
     ),
+    "adalora": ("AdaLoraConfig", gpt2, {"target_modules": GPT2, "init_r": 5, "target_r": 2, "total_step": 20}),
+    "adalora default": ("AdaLoraConfig", llama, {"total_step": 9, "lora_alpha": 3, "orth_reg_weight": 0.0}),
 }
 
 
 def ours(case, model=None, **more):
     name, factory, options = CASES[case]
-    return minipeft.get_adapter_model(factory() if model is None else model, getattr(minipeft, name)(**options, **more))
+    return minipeft.get_adapter_model(
+        factory() if model is None else model, getattr(minipeft, name)(**{**options, **more})
+    )
 
 
 def theirs(case, model=None, **more):
     """PEFT's model of a case; its configuration object is PEFT's to change, so it gets a copy."""
     name, factory, options = CASES[case]
     with foreign_code():
-        config = getattr(peft, name)(**copy.deepcopy(options), **more)
+        config = getattr(peft, name)(**copy.deepcopy({**options, **more}))
         return peft.get_peft_model(factory() if model is None else model, config)
 
 
