@@ -22,6 +22,8 @@ from minipeft.merge import MergeReport
 from minipeft.methods.adalora import AdaLoraConfig
 from minipeft.methods.base import Adapter
 from minipeft.methods.ia3 import IA3Config
+from minipeft.methods.loha import LoHaConfig
+from minipeft.methods.lokr import LoKrConfig
 from minipeft.methods.lora import LoraConfig
 from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
@@ -61,6 +63,8 @@ __all__ = [
     "IA3Config",
     "LayerOps",
     "LeanError",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MergeError",
     "MergeReport",

@@ -11,6 +11,7 @@ with foreign_code():
     import peft
 
 GPT2, LLAMA = ["c_attn", "mlp.c_proj"], ["q_proj", "v_proj", "down_proj"]
+PATTERNS = {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 1}, "alpha_pattern": {"v_proj": 3}}
 
 # method: what both are asked for, by the words they share
 CASES = {
@@ -32,6 +33,15 @@ CASES = {
     ),
     "adalora": ("AdaLoraConfig", gpt2, {"target_modules": GPT2, "init_r": 5, "target_r": 2, "total_step": 20}),
     "adalora default": ("AdaLoraConfig", llama, {"total_step": 9, "lora_alpha": 3, "orth_reg_weight": 0.0}),
+    "loha": ("LoHaConfig", llama, {"target_modules": LLAMA, "r": 3, "alpha": 5}),
+    "loha patterns": ("LoHaConfig", llama, {"target_modules": LLAMA, **PATTERNS}),
+    "lokr": ("LoKrConfig", llama, {"target_modules": LLAMA, "r": 2, "alpha": 5}),
+    "lokr patterns": (
+        "LoKrConfig",
+        llama,
+        {"target_modules": LLAMA, "decompose_both": True, "decompose_factor": 5, **PATTERNS},
+    ),
+    "lokr lycoris": ("LoKrConfig", llama, {"target_modules": LLAMA, "init_weights": "lycoris", "decompose_factor": 4}),
 }
 
 

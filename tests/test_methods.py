@@ -18,6 +18,8 @@ METHODS = {
     "ia3": lambda **o: minipeft.IA3Config(feedforward_modules=[], **o),
     "ia3 feedforward": lambda **o: minipeft.IA3Config(feedforward_modules=["layer"], **o),
     "adalora": lambda **o: minipeft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, **o),
+    "loha": lambda **o: minipeft.LoHaConfig(r=2, alpha=3, **o),
+    "lokr": lambda **o: minipeft.LoKrConfig(r=1, alpha=3, decompose_both=True, **o),
     "vera": lambda **o: minipeft.VeraConfig(r=3, **o),
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}

@@ -73,6 +73,11 @@ class LayerOps(ABC):
         return y * v
 
     @classmethod
+    def takes_vectors(cls) -> bool:
+        """Whether the layer maps the last dimension of its input as ``F.linear`` does, and so `project_in` and the rest."""
+        return cls.project_in is LayerOps.project_in and cls.project_out is LayerOps.project_out
+
+    @classmethod
     def in_channels(cls, base: Any) -> int:
         """How many input features there are to scale one by one; where W has several columns for each, they lie together."""
         return cls.shape(base)[1]

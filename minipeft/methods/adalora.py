@@ -7,16 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of
 from minipeft.errors import ConfigError, StateError
 from minipeft.functional import is_column_major, lora_factors, low_rank_product
-from minipeft.fused import can_fuse, lora_linear
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
+from minipeft.methods.low_rank import low_rank_forward
 from minipeft.registry import register_method
 
 MAX_RANK, MAX_STEPS = 2**16, 2**53
@@ -160,7 +159,6 @@ class AdaLora(Adapter):
     def __init__(self, base: nn.Module, ops: type[LayerOps], config: AdaLoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         (out_features, in_features), weight = ops.shape(base), ops.read_weight(base)
-        self.is_lookup = ops.is_lookup
         self.kept = config.kept  # of the init_r components, those that this adapter was made with
         self.scaling = config.lora_alpha / (config.init_r + 1e-5)  # PEFT's divisor, and always that of the start
         self.beta1, self.beta2 = config.beta1, config.beta2
@@ -180,20 +178,7 @@ class AdaLora(Adapter):
 
     def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
         dropout, down = self.dropout if self.training else 0.0, self.lora_A * self.lora_E
-        if y is None and ops.is_linear_call(base):
-            weight, bias = ops.read_weight(base), ops.read_bias(base)
-            if can_fuse(x, weight, bias):
-                return lora_linear(x, weight, bias, down, self.lora_B, self.scaling, dropout)
-        if y is None:
-            y = base(x)
-        assert isinstance(y, Tensor)
-        dtype = y.dtype if self.is_lookup else x.dtype
-        if dropout and not self.is_lookup:
-            x = F.dropout(x, dropout)
-        h = ops.project_in(base, x, down.to(dtype)) * self.scaling
-        if dropout and self.is_lookup:
-            h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
-        return y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype)
+        return low_rank_forward(base, ops, x, y, down, self.lora_B, self.scaling, dropout)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta(weight).to(weight.dtype), bias
