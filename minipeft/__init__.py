@@ -25,6 +25,7 @@ from minipeft.methods.ia3 import IA3Config
 from minipeft.methods.loha import LoHaConfig
 from minipeft.methods.lokr import LoKrConfig
 from minipeft.methods.lora import LoraConfig
+from minipeft.methods.oft import OFTConfig
 from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
@@ -69,6 +70,7 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "MinipeftError",
+    "OFTConfig",
     "RegistryError",
     "StateError",
     "TargetError",

@@ -42,6 +42,17 @@ CASES = {
         {"target_modules": LLAMA, "decompose_both": True, "decompose_factor": 5, **PATTERNS},
     ),
     "lokr lycoris": ("LoKrConfig", llama, {"target_modules": LLAMA, "init_weights": "lycoris", "decompose_factor": 4}),
+    "oft": ("OFTConfig", llama, {"target_modules": [*LLAMA, "embed_tokens"], "oft_block_size": 8}),
+    "oft exact": (
+        "OFTConfig",
+        llama,
+        {"target_modules": LLAMA, "oft_block_size": 0, "r": 5, "use_cayley_neumann": False, "block_share": True},
+    ),
+    "oft constrained": (
+        "OFTConfig",
+        llama,
+        {"target_modules": LLAMA, "oft_block_size": 7, "coft": True, "eps": 0.5, "num_cayley_neumann_terms": 3},
+    ),
 }
 
 

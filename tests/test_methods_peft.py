@@ -16,7 +16,9 @@ RUNTIME = {"peft_version", "revision", "auto_mapping"}
 
 
 def tensors_in(directory):
-    return load_file(directory / "adapter_model.safetensors")
+    tensors = load_file(directory / "adapter_model.safetensors")
+    # PEFT writes the whole table of an adapted embedding.
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith("embed_tokens.base_layer.weight")}
 
 
 def assert_same_tensors(left, right):
@@ -51,8 +53,8 @@ def test_a_file_of_ours_is_read_by_peft_and_back_with_the_same_outputs(case, tmp
     assert (expected - logits(CASES[case][1]())).abs().max() > 1e-3
     model.save_pretrained(tmp_path / "ours")
     reference = load_theirs(case, tmp_path / "ours")
-    torch.testing.assert_close(their_logits(reference), expected, rtol=0, atol=1e-5)
     save_theirs(reference, tmp_path / "theirs")
+    torch.testing.assert_close(their_logits(reference), expected, rtol=0, atol=1e-5)
     assert_same_tensors(tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs"))
     again = minipeft.load_adapter(CASES[case][1](), tmp_path / "theirs")
     assert torch.equal(logits(again), expected)
