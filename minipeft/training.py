@@ -16,7 +16,7 @@ from minipeft.state import STATE, AdapterState
 
 
 def after_step(model: nn.Module, step: int) -> None:
-    """Let the adapters that act and train do what is due after an optimizer step, such as AdaLoRA its rank allocation.
+    """Let the adapters that act and train do what is due after an optimizer step, as a schedule of ranks.
 
     Call it in every step, after ``optimizer.step()`` and before ``optimizer.zero_grad()``, since gradients are read. For
     methods without a schedule it does nothing.

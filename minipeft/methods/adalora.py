@@ -261,7 +261,7 @@ class AdaLora(Adapter):
     @classmethod
     def packed(cls, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
         for name, pattern in (values["rank_pattern"] or {}).items():
-            prefix = next(key for key in tensors if key.endswith(f".{name}")).removesuffix(RANKS_SUFFIX)
+            prefix = min((key for key in tensors if key.endswith(f".{name}")), key=len).removesuffix(RANKS_SUFFIX)
             values_of = tensors[prefix + RANKS_SUFFIX].flatten()
             # All that is left, and of an adapter made with fewer components than init_r, what is not zero of them.
             order = torch.tensor(pattern) if len(pattern) == len(values_of) else values_of != 0

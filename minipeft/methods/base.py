@@ -66,6 +66,7 @@ class Adapter(nn.Module, ABC):
 
         For a method that changes the input instead of the output, so that adapters compose as their merges do:
         ``W -> W diag(l)`` is ``before = l * x``. `forward` then gets the y that came of it, beside the x that came in.
+        Module hooks do not see this call, unlike that of the adapter.
         """
         return x
 
