@@ -29,7 +29,7 @@ from minipeft.methods.oft import OFTConfig
 from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
-from minipeft.training import after_step, extra_loss
+from minipeft.schedule import after_step, extra_loss
 
 __version__ = "0.1.0"
 

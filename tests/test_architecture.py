@@ -32,7 +32,7 @@ FLOORS = (
     ("layers", "methods", "swaps", "lean_loss", "probe"),
     ("adapted", "saved_module", "targets", "undo", "merge"),
     ("inject", "adapter_file", "checkpoint", "card", "state"),
-    ("model", "lean_model", "training"),
+    ("model", "lean_model", "schedule"),
     ("__init__",),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
