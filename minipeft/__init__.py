@@ -21,11 +21,18 @@ from minipeft.errors import (
 from minipeft.layers.base import LayerOps
 from minipeft.lean_model import lean, unlean
 from minipeft.merge_report import MergeReport
+from minipeft.methods.adalora import AdaLoraConfig
 from minipeft.methods.base import Adapter
+from minipeft.methods.ia3 import IA3Config
+from minipeft.methods.loha import LoHaConfig
+from minipeft.methods.lokr import LoKrConfig
 from minipeft.methods.lora import LoraConfig
+from minipeft.methods.oft import OFTConfig
+from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
 from minipeft.quantize import quantize
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
+from minipeft.schedule import after_step, extra_loss
 
 __version__ = "0.1.0"
 
@@ -51,22 +58,30 @@ def get_lora_model(
 
 
 __all__ = [
+    "AdaLoraConfig",
     "AdaptedModel",
     "Adapter",
     "AdapterConfig",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "IA3Config",
     "LayerOps",
     "LeanError",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MergeError",
     "MergeReport",
     "MinipeftError",
+    "OFTConfig",
     "RegistryError",
     "StateError",
     "TargetError",
+    "VeraConfig",
+    "after_step",
     "dequantize",
+    "extra_loss",
     "families",
     "get_adapter_model",
     "get_lora_model",

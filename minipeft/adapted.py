@@ -82,12 +82,19 @@ class AdaptedLayer(Wrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Any = None
         if self.switch.enabled:
-            for name in self.switch.active:
-                if name in self.adapters and name not in self.merged:
-                    adapter = self.adapters[name]
-                    if y is None and (args or kwargs or not adapter.runs_base):
-                        y = self.ops.run(self.base_layer, x, *args, **kwargs)
-                    y = adapter(self.base_layer, self.ops, x, y)
+            acting: list[Any] = [
+                self.adapters[n] for n in self.switch.active if n in self.adapters and n not in self.merged
+            ]
+            inputs = [x]  # what each adapter sees, the last one first: it decides what those before it see
+            for adapter in reversed(acting):
+                inputs.append(
+                    adapter.before(self.base_layer, self.ops, inputs[-1]) if adapter.acts_before else inputs[-1]
+                )
+            x = inputs.pop()
+            for adapter in acting:
+                if y is None and (args or kwargs or not adapter.runs_base):
+                    y = self.ops.run(self.base_layer, x, *args, **kwargs)
+                y = adapter(self.base_layer, self.ops, inputs.pop(), y)
         result: Tensor = self.ops.run(self.base_layer, x, *args, **kwargs) if y is None else y
         return result
 

@@ -68,6 +68,7 @@ class AdapterConfig(metaclass=_KnownNames):
     """
 
     method: ClassVar[str]
+    not_in_files: ClassVar[frozenset[str]] = frozenset()  # options below that PEFT's class of this method lacks
 
     target_modules: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None
@@ -113,6 +114,13 @@ class AdapterConfig(metaclass=_KnownNames):
         """Whether the biases of modules that are not adapted train too."""
         return False
 
+    def for_model_type(self, model_type: str | None) -> Self:
+        """The configuration with what it leaves to the transformers ``model_type`` filled in; by default itself.
+
+        A target that is still None afterwards is the registered default.
+        """
+        return self
+
     def for_modules(self, names: Sequence[str]) -> dict[str, Self]:
         """The configuration that holds for each of the targeted modules; methods with per-module options override it."""
         return dict.fromkeys(names, self)
@@ -124,7 +132,7 @@ class AdapterConfig(metaclass=_KnownNames):
     def to_dict(self) -> dict[str, Any]:
         """PEFT's keys, JSON-ready; ``inference_mode`` is always written as true, as PEFT does."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in self.not_in_files}
         return {**plain, "peft_type": self.method.upper(), "inference_mode": True}
 
 

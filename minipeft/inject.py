@@ -21,6 +21,8 @@ from minipeft.saved_module import SavedModule, copy_tensors, trained_copy
 from minipeft.targets import Candidate, candidates, layer_ops, select_saved, select_targets
 
 HALF = frozenset({torch.bfloat16, torch.float16})
+ROOT = "base_model."  # what PEFT's keys begin with, and what those of a module do:
+PREFIX = f"{ROOT}model."
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         TargetError: a pattern or per-module option fits nothing, or a selected module cannot be adapted.
         RegistryError: the method is unknown.
     """
+    config = config.for_model_type(getattr(getattr(model, "config", None), "model_type", None))
     found = candidates(model)
     for name, candidate in found.items():
         if type(candidate.module).__module__.startswith("peft."):
@@ -176,14 +179,20 @@ class Parts:
     copies: tuple[nn.Module, ...]
 
     def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
-        """Module name and key in a file, joined -> the live tensor."""
+        """Key in a file -> the live tensor."""
         pairs = [
             (site.name, adapter.file_tensors()) for site, adapter in zip(plan.adapters, self.adapters, strict=True)
         ]
         pairs += [
             (site.name, copy_tensors(module, site.only)) for site, module in zip(plan.saved, self.copies, strict=True)
         ]
-        return {f"{name}.{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
+        own = {f"{PREFIX}{name}.{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
+        return own | shared_tensors(self.adapters)
+
+
+def shared_tensors(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
+    """What these adapters save once for all of them: key in a file -> the live tensor."""
+    return {f"{ROOT}{key}": tensor for adapter in adapters for key, tensor in adapter.shared_tensors().items()}
 
 
 def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = False) -> Parts:
@@ -212,7 +221,7 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
 
 
 def build_from(plan: Plan, tensors: Mapping[str, Tensor]) -> Parts:
-    """Create the parts of a plan with these values, by module name and key; torch's generator stays where it is."""
+    """Create the parts of a plan with these values, by key in a file; torch's generator stays where it is."""
     with torch.random.fork_rng(devices=_cuda_devices(site.candidate.base for site in plan.adapters)):
         parts = build(plan)
     with torch.no_grad():

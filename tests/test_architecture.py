@@ -32,7 +32,7 @@ FLOORS = (
     ("layers", "methods", "swaps", "lean_loss", "probe"),
     ("adapted", "saved_module", "targets", "undo", "merge_report", "dequantize", "merge"),
     ("inject", "adapter_file", "checkpoint", "card", "state", "hub", "sharing", "trainer_guard", "quantize"),
-    ("model", "lean_model"),
+    ("model", "lean_model", "schedule"),
     ("training", "hf"),
     ("__init__",),
 )

@@ -656,9 +656,9 @@ def test_what_peft_does_and_we_do_not_is_refused_by_name(factory, options, named
 
 def test_another_method_of_peft_is_refused_by_name(tmp_path):
     with foreign_code():
-        config = peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[])
-        peft.get_peft_model(gpt2(), config).save_pretrained(tmp_path)
-    refused(tmp_path, gpt2, "IA3")
+        config = peft.HRAConfig(target_modules=["q_proj"], r=2)
+        peft.get_peft_model(llama(), config).save_pretrained(tmp_path)
+    refused(tmp_path, llama, "HRA")
 
 
 @pytest.mark.parametrize(

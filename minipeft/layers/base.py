@@ -101,6 +101,21 @@ class LayerOps(ABC):
         """``y * v`` along the output features, for v of shape (out,)."""
         return y * v
 
+    @classmethod
+    def takes_vectors(cls) -> bool:
+        """Whether the layer maps the last dimension of its input as ``F.linear`` does, and so `project_in` and the rest."""
+        return cls.project_in is LayerOps.project_in and cls.project_out is LayerOps.project_out
+
+    @classmethod
+    def in_channels(cls, base: Any) -> int:
+        """How many input features there are to scale one by one; where W has several columns for each, they lie together."""
+        return cls.shape(base)[1]
+
+    @staticmethod
+    def scale_in(base: Any, x: Tensor, v: Tensor) -> Tensor:
+        """``x * v`` along the input features, for v of shape (in_channels,); never asked of a lookup."""
+        return x * v
+
     @staticmethod
     def is_linear_call(base: Any) -> bool:
         """Whether calling this instance now does ``F.linear(x, read_weight(base), read_bias(base))`` and nothing beside.
