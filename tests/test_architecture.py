@@ -30,7 +30,7 @@ FLOORS = (
         "families",
     ),
     ("layers", "methods", "swaps", "lean_loss", "probe"),
-    ("adapted", "saved_module", "targets", "undo", "merge"),
+    ("adapted", "saved_module", "targets", "parameters", "undo", "merge"),
     ("inject", "adapter_file", "checkpoint", "card", "state"),
     ("model", "lean_model"),
     ("__init__",),
