@@ -21,7 +21,7 @@ class ReadOps(LayerOps):
 
     @classmethod
     def accepts(cls, base: Any) -> bool:
-        weight = base._parameters.get(cls.reads)
+        weight = getattr(base, cls.reads, None)
         return type(weight) is nn.Parameter and weight.dtype in FLOAT_DTYPES and weight.ndim == 2
 
     @classmethod
