@@ -54,8 +54,8 @@ class AdapterConfig(metaclass=_KnownNames):
 
     Args:
         target_modules: suffixes at a dot boundary (``["c_attn"]``), one regular expression for the whole name, or
-            ``"all-linear"``, which leaves the output head out. None: the default of the model's ``model_type``; or
-            none beside bare parameters to adapt, where the list may also be empty.
+            ``"all-linear"``, which leaves the output head out. None: the default of the model's ``model_type``. It
+            may be empty beside bare parameters to adapt.
         exclude_modules: suffixes, or one regular expression; goes before `target_modules`.
         layers_to_transform: layer indices to keep, with `target_modules` a list.
         layers_pattern: name of the module list that the indices count, such as ``"h"``; None: the first number in a name.

@@ -87,9 +87,7 @@ def select_targets(
     if config.target_modules == ALL_LINEAR:
         chosen = _all_linear(model, found, eligible)
     else:
-        patterns = config.target_modules
-        if patterns is None:
-            patterns = () if config.parameters_to_adapt else _defaults(model, found)  # as in PEFT
+        patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
     chosen = _in_layers(config, chosen, every_pattern)
     if not chosen and not config.parameters_to_adapt:
@@ -251,11 +249,11 @@ def _layer_index(name: str, layers_pattern: Sequence[str] | str | None) -> int |
     return None
 
 
-def _defaults(model: nn.Module, found: dict[str, Candidate]) -> Sequence[str] | str:
+def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConfig) -> Sequence[str] | str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     patterns = registry.default_targets(model_type) if isinstance(model_type, str) else None
-    if patterns is not None:
-        return patterns
+    if patterns is not None or config.parameters_to_adapt:
+        return patterns or ()
     counts: dict[str, int] = {}
     for name, candidate in found.items():
         ops = layer_ops(candidate.base)

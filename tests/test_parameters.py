@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import disturb, foreign_code, logits, state_digest, token_ids
+from tiny_models import disturb, foreign_code, llama, logits, state_digest, token_ids
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -261,7 +261,7 @@ def moe(kind):
 MOE = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
-@pytest.mark.parametrize(("kind", "targets", "trained"), [("qwen3_moe", ["q_proj"], 12), ("mixtral", None, 8)])
+@pytest.mark.parametrize(("kind", "targets", "trained"), [("qwen3_moe", ["q_proj"], 12), ("mixtral", [], 8)])
 def test_experts_of_transformers_are_adapted_as_in_peft(kind, targets, trained, tmp_path):
     options = {**MOE, "target_modules": targets}
     model = get_lora_model(moe(kind), LoraConfig(r=2, init_lora_weights=False, **options))
@@ -376,6 +376,19 @@ def test_the_weight_of_a_linear_layer_can_be_a_target_and_then_the_layer_cannot(
     torch.testing.assert_close(model(x), base(x) + 1.5 * x @ lora.lora_A.T @ lora.lora_B.T)
     with pytest.raises(TargetError, match="0: another adapter adapts other weights of this module, or all of it"):
         model.add_adapter("second", LoraConfig(target_modules=["0"]))
+
+
+def test_the_default_modules_are_adapted_beside_parameters_unless_the_list_is_empty():
+    options = {"r": 2, "target_parameters": ["gate_proj.weight"]}
+    found = get_lora_model(llama(), LoraConfig(**options)).adapter_state_dict()
+    with foreign_code():
+        expected = peft.get_peft_model_state_dict(peft.get_peft_model(llama(), peft.LoraConfig(**options)))
+    assert found.keys() == expected.keys()
+    assert len(found) == 12
+    assert len(get_lora_model(llama(), LoraConfig(target_modules=[], **options)).adapter_state_dict()) == 4
+    assert (
+        len(get_lora_model(Net(), LoraConfig(target_parameters=["mix"])).adapter_state_dict()) == 2
+    )  # no default here
 
 
 def test_no_target_modules_needs_target_parameters():

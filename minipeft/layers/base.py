@@ -101,10 +101,20 @@ class LayerOps(ABC):
         """``y * v`` along the output features, for v of shape (out,), or `gain_shape`."""
         return y * v
 
+    @classmethod
+    def along_out(cls, base: Any, v: Tensor, ndim: int) -> Tensor:
+        """The vector v, shape (out,), so shaped that it can be added to an output with `ndim` dimensions."""
+        return cls.scale_out(base, v.new_ones((1,) * ndim), v)
+
+    @classmethod
+    def in_channels(cls, base: Any) -> int:
+        """How many input features there are to scale one by one; where W has several columns for each, they lie together."""
+        return cls.shape(base)[1]
+
     @staticmethod
-    def shift_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
-        """``y + v`` along the output features, for v of shape (out,)."""
-        return y + v
+    def scale_in(base: Any, x: Tensor, v: Tensor) -> Tensor:
+        """``x * v`` along the input features, for v of shape (in_channels,); never asked of a lookup."""
+        return x * v
 
     @staticmethod
     def is_linear_call(base: Any) -> bool:

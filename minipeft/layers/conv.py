@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.errors import TargetError
 from minipeft.layers.base import LayerOps, has_plain_weight
 from minipeft.mixing import plain_class
 from minipeft.registry import register_layer
@@ -82,9 +83,19 @@ class ConvOps(LayerOps):
     def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
         return y * v.reshape(-1, *_ones(base))
 
+    @classmethod
+    def in_channels(cls, base: Any) -> int:
+        if base.groups > 1:
+            raise TargetError(
+                f"{type(base).__name__} with groups={base.groups}: its input features cannot be scaled one by one in the "
+                "weight, of which a column is for one feature of each group; nothing was changed."
+            )
+        channels: int = base.in_channels
+        return channels
+
     @staticmethod
-    def shift_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
-        return y + v.reshape(-1, *_ones(base))
+    def scale_in(base: Any, x: Tensor, v: Tensor) -> Tensor:
+        return x * v.reshape(-1, *_ones(base))
 
     @classmethod
     def example_input(cls, base: Any) -> Tensor:

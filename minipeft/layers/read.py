@@ -56,7 +56,3 @@ class ReadOps(LayerOps):
     def from_call(cls, base: Any, y: Tensor) -> Tensor:
         """The parameter whose `as_call` gives this y."""
         return y.t().to(cls.read_weight(base).dtype)
-
-    @staticmethod
-    def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
-        return A.t()  # x is the identity

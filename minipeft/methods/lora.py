@@ -184,7 +184,7 @@ class Lora(Adapter):
 
     def _with_bias(self, base: nn.Module, ops: type[LayerOps], y: Tensor) -> Tensor:
         bias_update = self._bias_update()
-        return y if bias_update is None else ops.shift_out(base, y, bias_update.to(y.dtype))
+        return y if bias_update is None else y + ops.along_out(base, bias_update.to(y.dtype), y.ndim)
 
     def _bias_update(self) -> Tensor | None:
         return None if self.lora_bias is None or self.original_bias is None else self.lora_bias - self.original_bias
