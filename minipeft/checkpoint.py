@@ -77,13 +77,13 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str) -> d
     """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules."""
     values = config.to_dict()
     layers = {name: layer for name, layer in adapted_layers(model) if adapter_name in layer.adapters}
-    targets = config.target_modules
+    targets, targeted = config.target_modules, [name for name, layer in layers.items() if layer.targeted]
     if targets is None or targets == ALL_LINEAR:
-        values["target_modules"] = _shortest(list(layers), model)
-    elif not isinstance(targets, str) and not all(any(is_suffix(t, name) for t in targets) for name in layers):
-        values["target_modules"] = list(layers)  # a shared module was meant by another name than its first
+        values["target_modules"] = _shortest(targeted, model)
+    elif not isinstance(targets, str) and not all(any(is_suffix(t, name) for t in targets) for name in targeted):
+        values["target_modules"] = targeted  # a shared module was meant by another name than its first
     if any(getattr(config, name) is not None for name in config.not_in_files):
-        values["target_modules"] = list(layers)  # says what those options say
+        values["target_modules"] = targeted  # says what those options say
     if config.modules_to_save is not None:
         # An entry for a part of another entry's module would name nothing to a reader.
         saved = [name for name, wrapper in wrappers(model) if adapter_name in wrapper.adapters and name not in layers]

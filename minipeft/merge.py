@@ -144,7 +144,9 @@ def _check(
                 )
         if bias is not None and rounded_bias is not None and not torch.equal(bias, rounded_bias):
             written.append(bias)
-    undo = Undo(base, None if bias is None else bias.detach().clone(), untied=_ties(path, base, written, index, untie))
+    undo = Undo(
+        base, None if bias is None else bias.detach().clone(), untied=_ties(path, layer.owner, written, index, untie)
+    )
     _check_own_forward(path, layer, names)
     return Step(path, layer, names, undo, factors, dtype)
 
@@ -192,8 +194,8 @@ def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -
     """A subclass may use its weight in its own way: try the merge on a copy of such a layer, with a random input."""
     base = layer.base_layer
     registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops is layer.ops), type(base))
-    if _forward(type(base)) is _forward(registered):
-        return
+    if layer.ops.reads or _forward(type(base)) is _forward(registered):
+        return  # a weight that is read is the merged one at every call
     trial = copy.deepcopy(layer).eval()
     trial.switch.active, trial.switch.enabled, trial.merged = names, True, ()
     with torch.random.fork_rng(devices=[]):
@@ -229,7 +231,7 @@ def _holds_its_weight(layer: AdaptedLayer) -> bool:
     weight = ops.read_weight(base).detach()
     is_own = any(
         own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel() and own.dtype == weight.dtype
-        for own in base.parameters(recurse=False)
+        for own in layer.owner.parameters(recurse=False)
     )
     return is_own and ops.write_weight(base, weight, ops.read_bias(base)) is base  # its own values: nothing is copied
 

@@ -171,7 +171,6 @@ def test_peft_writes_nothing_that_stands_in_the_way():
     [
         ("use_dora", True),
         ("lora_bias", True),
-        ("target_parameters", ["experts"]),
         ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 2]]),
         ("a_key_of_the_future", "on"),
