@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """
     labels = batch["labels"]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if model.training and "_minipeft_lean" in model.__dict__ and bool((labels[:, 1:] != -100).any()):
+    # A DeepSpeed engine hands out its model's attributes.
+    if model.training and getattr(model, "_minipeft_lean", None) is not None and bool((labels[:, 1:] != -100).any()):
         output = model(**inputs, labels=labels, num_items_in_batch=1)
         if output.logits is None:  # else the loss is transformers' own, in its own precision
             total: Tensor = output.loss
@@ -61,6 +63,10 @@ class Updater:
         clip: the norm that the gradient is scaled down to, if larger.
         auto_batch: where memory runs out, on any process, halve `micro_batch` on all and make the update again.
         loss: sum of the losses of a batch.
+        engine: DeepSpeed's, of this model and optimizer; it exchanges, clips and steps, each in its own way.
+
+    Raises:
+        StateError: `auto_batch` does not go with the model; or the engine clips or divides otherwise than is meant here.
     """
 
     def __init__(
@@ -73,16 +79,25 @@ class Updater:
         clip: float,
         auto_batch: bool = False,
         loss: LossSum = loss_sum,
+        engine: Any = None,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.loss = accelerator, model, optimizer, loss
+        self.engine, self.reached = (
+            engine,
+            set[int](),
+        )  # parameters by a gradient; DeepSpeed takes a missing one for zeros
         self.micro_batch, self.clip, self.auto_batch = micro_batch, clip, auto_batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sharded = isinstance(model, FSDPModule)
-        if auto_batch and self.sharded:
+        if auto_batch and (self.sharded or engine is not None):
             raise StateError(
-                "auto_batch does not go with a sharded model, whose processes wait for each other within a pass."
+                "auto_batch does not go with a sharded model or DeepSpeed: processes wait for each other within a pass."
             )
-        if accelerator.num_processes > 1 and not self.sharded:
+        if engine is not None:
+            self._check_engine()
+            for index, parameter in enumerate(self.parameters):
+                parameter.register_hook(partial(self._reach, index))  # type: ignore[no-untyped-call]
+        elif accelerator.num_processes > 1 and not self.sharded:
             for parameter in self.parameters:
                 dist.broadcast(parameter.data, 0)
 
@@ -96,6 +111,10 @@ class Updater:
         while total is None:
             self._halve()
             total = self._gradients(update)
+        if self.engine is not None:
+            self._check_reached(len(self.reached))
+            self.engine.step()
+            return total / update.tokens
         if not self.sharded:
             self._exchange()
         self.accelerator.clip_grad_norm_(self.parameters, self.clip)
@@ -106,20 +125,24 @@ class Updater:
     def _gradients(self, update: Update) -> float | None:
         """Add up this process's gradients; the sum of the losses of all, or None where memory ran out."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        # fully_shard divides by the number of processes.
-        scale = (world_size if self.sharded else 1) / update.tokens
+        engine = self.engine
+        # fully_shard and DeepSpeed divide by the number of processes.
+        scale = (world_size if self.sharded or engine is not None else 1) / update.tokens
         sums = torch.zeros(2, dtype=torch.float64)  # of the losses, and of processes out of memory
         batches = update.batches(rank, world_size, self.micro_batch)
         try:
             for number, batch in enumerate(batches, 1):
                 if isinstance(self.model, FSDPModule):
                     self.model.set_requires_gradient_sync(number == len(batches))
+                if engine is not None:
+                    engine.set_gradient_accumulation_boundary(is_boundary=number == len(batches))
+                batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
                 with self.accelerator.autocast():
-                    loss = self.loss(self.model, {name: t.to(self.accelerator.device) for name, t in batch.items()})
-                self.accelerator.backward(loss * scale)
+                    loss = self.loss(self.model if engine is None else engine, batch)
+                (self.accelerator if engine is None else engine).backward(loss * scale)
                 sums[0] += float(loss.detach())
         except (RuntimeError, MemoryError) as error:
-            if self.sharded or not is_out_of_memory(error):
+            if self.sharded or engine is not None or not is_out_of_memory(error):
                 raise
             if not self.auto_batch and world_size == 1:
                 raise self._too_large(error) from None
@@ -147,12 +170,7 @@ class Updater:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Sum the gradients over the processes."""
-        missing = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]
-        if missing:
-            raise StateError(
-                f"{len(missing)} of {len(self.parameters)} trainable parameters got no gradient: the adapter is on "
-                "modules that the model does not call. Target others."
-            )
+        self._check_reached(sum(parameter.grad is not None for parameter in self.parameters))
         if self.accelerator.num_processes == 1:
             return
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -160,6 +178,25 @@ class Updater:
         dist.all_reduce(flat)
         for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    def _check_reached(self, count: int) -> None:
+        if count < len(self.parameters):
+            raise StateError(
+                f"{len(self.parameters) - count} of {len(self.parameters)} trainable parameters got no gradient: the "
+                "adapter is on modules that the model does not call. Target others."
+            )
+
+    def _reach(self, index: int, gradient: Tensor) -> None:
+        self.reached.add(index)
+
+    def _check_engine(self) -> None:
+        """It must clip as this run does, and not divide by a number of passes, since the losses are sums."""
+        clip, passes = self.engine.gradient_clipping(), self.engine.gradient_accumulation_steps()
+        if (clip, passes) != (self.clip, 1):
+            raise StateError(
+                f"DeepSpeed has gradient_clipping {clip} and gradient_accumulation_steps {passes}, which must be "
+                f"{self.clip} and 1: passes are counted here."
+            )
 
     def _summed(self, sums: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
