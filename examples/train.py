@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import resource
@@ -69,6 +70,7 @@ WARMUP, CLIP = 0.1, 1.0  # share of the updates; gradient norm
 QUICK_UPDATES, QUICK_EVAL_EXAMPLES = 30, 48
 SAMPLE_TOKENS = 64
 TOLERANCES = {"reloaded": 1e-6, "merged": 1e-5}  # as shares of the largest logit
+INT8_TOLERANCE = 5e-2  # bitsandbytes' int8 layers round what they are given, a merged one does not
 # Flags that say where and how to run, not what is computed: they may change when a run goes on.
 FREE = {
     "output_dir",
@@ -163,6 +165,7 @@ def make_parser() -> Parser:
     flag("--mixed_precision", choices=("no", "bf16", "fp16"), help="(default: what accelerate launch was told)")
     flag("--lean", action="store_true", help="the same training in less memory and time, see minipeft.lean")
     flag("--checkpointing", choices=("none", "last", "mlp", "block"), help="what to compute again; implies --lean")
+    flag("--quantize", choices=("nf4", "fp4", "int8", "int8_weight_only"), help="hold the base in 4 or 8 bits (QLoRA)")
     flag("--fsdp", action="store_true", help="divide base and adapter over the processes (FSDP2)")
     flag("--train_file", type=Path, help="text, JSON lines or a folder (default: the embedded Python code)")
     flag("--eval_file", type=Path, help="(default: the last 5 percent of the examples)")
@@ -206,6 +209,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
             fail(f"{path}: no such file, or an empty one; --train_file and --eval_file take the path of a text.")
     if args.resume and args.overwrite:
         fail("--resume goes on with a run, and --overwrite begins anew; give one of them.")
+    if args.quantize and args.fsdp:
+        fail("--quantize does not go with --fsdp, which cannot cut packed weights up; leave one out.")
     if args.auto_batch and args.fsdp:
         fail("--auto_batch does not go with --fsdp, whose processes wait for each other within a pass; leave one out.")
     for name in filter(None, (args.log_with or "").split(",")):
@@ -358,6 +363,9 @@ def load_base(args: Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel
         )
     if info["missing_keys"]:
         fail(f"--model_name {name}: no weights for {min(info['missing_keys'])}; name a causal language model.")
+    if args.quantize:
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a call in int8
+        model = minipeft.quantize(model, args.quantize)
     return tokenizer, model
 
 
@@ -702,9 +710,10 @@ def check_adapter(args: Namespace, accelerator: Accelerator, model: PreTrainedMo
         return
     fresh = minipeft.load_adapter(load_base(args)[1].to(ids.device).eval(), args.output_dir)
     logits = {"reloaded": compute_logits(fresh)}
-    logits["merged"] = compute_logits(fresh.merge_and_unload(untie=True))
+    logits["merged"] = compute_logits(fresh.merge_and_unload(untie=True, dequantize=bool(args.quantize)))
     largest = trained.abs().max().item()
-    for name, tolerance in TOLERANCES.items():
+    tolerances = TOLERANCES | ({"merged": INT8_TOLERANCE} if args.quantize == "int8" else {})
+    for name, tolerance in tolerances.items():
         difference, allowed = (logits[name] - trained).abs().max().item(), tolerance * largest
         print(f"{name} against trained model: logits differ by {difference:.1e}; allowed {allowed:.1e}")
         if not difference <= allowed:

@@ -325,6 +325,7 @@ def test_a_stream_is_resumed_where_it_was(train, flags, tmp_path):
         (["--streaming", "--max_steps", "3", "--train_file", "{text}"], "--eval_file"),
         (["--log_with", "nonsense"], "no such tracker"),
         (["--auto_batch", "--fsdp"], "--fsdp"),
+        (["--quantize", "nf4", "--fsdp"], "--quantize"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--keep", "0"], "--keep 0"),
         (["--fsdp"], "start more"),
@@ -359,6 +360,14 @@ def test_leaner_ways_of_training_follow_the_same_course(train, flags, text, tmp_
         train.main([*common, *more, "--output_dir", str(directory)])
         found, expected = ([row[2] or row[4] for row in course(d)] for d in (directory, tmp_path / "plain"))
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_quantised_base_trains_and_the_merged_model_is_checked(train, flags, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    train.main([*flags, "--quantize", "nf4", "--learning_rate", "0.005", "--output_dir", str(tmp_path / "run")])
+    losses = [row["eval_loss"] for row in rows_of(tmp_path / "run") if "eval_loss" in row]
+    assert losses[-1] < losses[0] - 0.05
+    assert "merged against trained model" in capsys.readouterr().out
 
 
 def test_lora_plus_gives_b_its_own_rate_in_the_run(train, flags, tmp_path):
