@@ -109,6 +109,11 @@ class AdapterConfig(metaclass=_KnownNames):
         object.__setattr__(self, name, value)  # the one way into a frozen dataclass while it is being built
 
     @property
+    def adapter_method(self) -> str:
+        """The registered method whose class adapts under this configuration: an option may ask for a variant of `method`."""
+        return self.method
+
+    @property
     def trains_all_biases(self) -> bool:
         """Whether the biases of modules that are not adapted train too."""
         return False

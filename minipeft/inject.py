@@ -79,7 +79,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     sites = []
     for name in names:
         base, ops = found[name].base, _ops_for(name, found[name])
-        adapter_class = registry.adapter_class(config.method, name, type(base))
+        adapter_class = registry.adapter_class(config.adapter_method, name, type(base))
         sites.append(AdapterSite(name, found[name], ops, adapter_class, configs[name]))
     if config.trains_all_biases:
         saved += _bias_sites(found, sites, saved)

@@ -114,8 +114,9 @@ def merged_weight(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, 
     weight, bias = layer.ops.read_weight(layer.base_layer).detach(), layer.ops.read_bias(layer.base_layer)
     dtype = accumulation_dtype(weight)
     weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
+    base_weight = weight
     for name in names:
-        weight, bias = layer.adapter(name).merge(weight, bias)
+        weight, bias = layer.adapter(name).merge_after(weight, bias, base_weight)
     return weight, bias
 
 
@@ -126,6 +127,13 @@ def _check(path: str, layer: AdaptedLayer, names: tuple[str, ...], index: Tensor
     if not ops.can_merge:
         raise MergeError(
             f"{path}: {ops.__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged."
+        )
+    left_out = tuple(name for name in layer.switch.active if name in layer.adapters and name not in names)
+    readers = [name for name in names + left_out if layer.adapter(name).reads_base]
+    if left_out and readers:
+        raise MergeError(
+            f"{path}: what {shown(readers)} does depends on the base weight, so {shown(names)} cannot be merged without "
+            f"{shown(left_out)}; nothing was merged."
         )
     weight, bias = ops.read_weight(base).detach(), ops.read_bias(base)
     written, factors = [weight], _proved_finite(layer, names, weight)

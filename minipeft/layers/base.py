@@ -72,6 +72,11 @@ class LayerOps(ABC):
         """``y * v`` along the output features, for v of shape (out,)."""
         return y * v
 
+    @classmethod
+    def along_out(cls, base: Any, v: Tensor, ndim: int) -> Tensor:
+        """The vector v, shape (out,), so shaped that it can be added to an output with `ndim` dimensions."""
+        return cls.scale_out(base, v.new_ones((1,) * ndim), v)
+
     @staticmethod
     def is_linear_call(base: Any) -> bool:
         """Whether calling this instance now does ``F.linear(x, read_weight(base), read_bias(base))`` and nothing beside.

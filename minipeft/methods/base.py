@@ -29,6 +29,7 @@ class Adapter(nn.Module, ABC):
     """
 
     contract: ClassVar[str] = "Adapter"
+    reads_base: ClassVar[bool] = False  # what `forward` does depends on the values of the base weight, not on y alone
     runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the base's output itself
     config_class: ClassVar[type[AdapterConfig]]
 
@@ -57,6 +58,13 @@ class Adapter(nn.Module, ABC):
 
         Both come in the dtype to compute in, float32 or float64; the caller rounds once to the layer's own.
         """
+
+    def merge_after(self, weight: Tensor, bias: Tensor | None, base_weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`merge` where other adapters may be folded into `weight` already, and `base_weight` is the layer's own.
+
+        To be overridden where `reads_base` is True.
+        """
+        return self.merge(weight, bias)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(up, down), shapes (out, r) and (r, in), where ``merge(W, b) == (W + up @ down, b)``, else None.

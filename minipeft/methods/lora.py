@@ -38,6 +38,7 @@ class LoraConfig(AdapterConfig):
         rank_pattern, alpha_pattern: regular expression -> value, for the whole module name or a dotted suffix of it.
         init_lora_weights: True: A Kaiming-uniform, B zero (an embedding: A zero, B normal). "gaussian": A normal with
             standard deviation 1/r, B zero. False: B random too, so the model differs from the base at once (for tests).
+        use_dora: adapt by DoRA (arXiv:2402.09353), the update of the direction of each row beside that of its length.
         fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
     """
 
@@ -51,6 +52,7 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
+    use_dora: bool = False
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
@@ -63,7 +65,12 @@ class LoraConfig(AdapterConfig):
         self._set("rank_pattern", pattern_table("rank_pattern", self.rank_pattern, _rank))
         self._set("alpha_pattern", pattern_table("alpha_pattern", self.alpha_pattern, _alpha))
         one_of("init_lora_weights", self.init_lora_weights, INITIALISATIONS)
+        flag("use_dora", self.use_dora)
         flag("fan_in_fan_out", self.fan_in_fan_out)
+
+    @property
+    def adapter_method(self) -> str:
+        return "dora" if self.use_dora else self.method
 
     @property
     def scaling(self) -> float:
@@ -146,11 +153,15 @@ class Lora(Adapter):
             self.lora_B.zero_()
 
     def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+        return self.with_bias(base, ops, self.low_rank(base, ops, x, y))
+
+    def low_rank(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+        """``y + scaling * B A dropout(x)``; without y, that of the base."""
         dropout = self.dropout if self.training else 0.0
         if y is None and ops.is_linear_call(base):
             weight, bias = ops.read_weight(base), ops.read_bias(base)
             if can_fuse(x, weight, bias):
-                return self._with_bias(lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, dropout))
+                return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, dropout)
         if y is None:
             y = base(x)
         assert isinstance(y, Tensor)
@@ -161,32 +172,37 @@ class Lora(Adapter):
         h = ops.project_in(base, x, self.lora_A.to(dtype)) * self.scaling
         if dropout and self.is_lookup:
             h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
-        return self._with_bias(y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype))
+        return y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype)
 
-    def _with_bias(self, y: Tensor) -> Tensor:
-        bias_update = self._bias_update()
-        return y if bias_update is None else y + bias_update.to(y.dtype)
+    def with_bias(self, base: nn.Module, ops: type[LayerOps], y: Tensor) -> Tensor:
+        """The output with what the training of biases has changed."""
+        update = self.bias_update()
+        return y if update is None else y + ops.along_out(base, update.to(y.dtype), y.ndim)
 
-    def _bias_update(self) -> Tensor | None:
+    def bias_update(self) -> Tensor | None:
+        """What is added to the layer's bias, shape (out,)."""
         return None if self.lora_bias is None or self.original_bias is None else self.lora_bias - self.original_bias
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        bias_update = self._bias_update()
+        bias_update = self.bias_update()
         if bias is not None and bias_update is not None:
             bias = bias + bias_update.detach().to(bias.dtype)
-        return weight + self.delta(weight).to(weight.dtype), bias
+        return weight + self._update(weight).to(weight.dtype), bias
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         if self.lora_bias is not None:  # then the merge changes more than the weight
             return None
         return lora_factors(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
 
-    def delta(self, weight: Tensor) -> Tensor:
+    def delta(self, weight: Tensor) -> Tensor | None:
+        return self._update(weight)
+
+    def _update(self, weight: Tensor) -> Tensor:
         column_major = is_column_major(weight)
         return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling, column_major=column_major)
 
     def changes_nothing(self) -> bool:
-        bias_update = self._bias_update()
+        bias_update = self.bias_update()
         return not (self.lora_A.any() and self.lora_B.any()) and (bias_update is None or not bias_update.any())
 
     def file_tensors(self) -> dict[str, Tensor]:
