@@ -132,6 +132,15 @@ class AdapterConfig(metaclass=_KnownNames):
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         return {**plain, "peft_type": self.method.upper(), "inference_mode": True}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that these options in a file describe; a method may refuse what only a live model can mean.
+
+        Raises:
+            ConfigError: a value is not allowed.
+        """
+        return cls(**values)
+
 
 def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.json") -> AdapterConfig:
     """Build the configuration that PEFT's keys describe; what it asks for and is not implemented is refused by name.
@@ -157,7 +166,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.jso
             f"{where} asks for {asked}, which minipeft does not implement for {peft_type}; nothing was loaded."
         )
     try:
-        return cls(**{key: value for key, value in values.items() if key in known - _METADATA})
+        return cls.from_dict({key: value for key, value in values.items() if key in known - _METADATA})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

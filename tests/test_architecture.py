@@ -19,6 +19,7 @@ FLOORS = (
         "patterns",
         "mixing",
         "functional",
+        "initial",
         "recompute",
         "heap",
         "batch_parts",

@@ -63,8 +63,9 @@ class Dora(Lora):
     def _dropped(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None, c: Tensor) -> Tensor:
         y = _of_layer(base, ops, x) if y is None else y
         x = F.dropout(x, self.dropout)
-        h = ops.project_in(base, x, self.lora_A.to(x.dtype)) * self.scaling
-        low = ops.project_out(base, h, self.lora_B.to(x.dtype)).to(y.dtype)
+        lora_A, lora_B = self.pair()
+        h = ops.project_in(base, x, lora_A.to(x.dtype)) * self.scaling
+        low = ops.project_out(base, h, lora_B.to(x.dtype)).to(y.dtype)
         return y + _scaled(base, ops, low, _of_layer(base, ops, x) + low, c, whole=False)
 
     def scale(self, weight: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class Dora(Lora):
         device = weight.device.type
         exact = torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext()
         with torch.no_grad(), exact:
-            return row_norms(weight.detach(), self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+            return row_norms(weight.detach(), *self.pair(), self.scaling)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.merge_after(weight, bias, weight)
