@@ -128,13 +128,7 @@ def _check(path: str, layer: AdaptedLayer, names: tuple[str, ...], index: Tensor
         raise MergeError(
             f"{path}: {ops.__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged."
         )
-    left_out = tuple(name for name in layer.switch.active if name in layer.adapters and name not in names)
-    readers = [name for name in names + left_out if layer.adapter(name).reads_base]
-    if left_out and readers:
-        raise MergeError(
-            f"{path}: what {shown(readers)} does depends on the base weight, so {shown(names)} cannot be merged without "
-            f"{shown(left_out)}; nothing was merged."
-        )
+    layer.check_separable(path, names)
     weight, bias = ops.read_weight(base).detach(), ops.read_bias(base)
     written, factors = [weight], _proved_finite(layer, names, weight)
     if factors is None:

@@ -32,7 +32,7 @@ FLOORS = (
     ),
     ("layers", "methods", "swaps", "lean_loss", "probe"),
     ("adapted", "saved_module", "targets", "undo", "merge"),
-    ("inject", "adapter_file", "checkpoint", "card", "state"),
+    ("inject", "adapter_file", "checkpoint", "convert", "card", "state"),
     ("model", "lean_model"),
     ("__init__",),
 )

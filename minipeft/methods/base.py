@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -86,6 +86,10 @@ class Adapter(nn.Module, ABC):
         """
         factors = self.factors()
         return None if factors is None else low_rank_product(*factors, column_major=is_column_major(weight))
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What training moves; by default every parameter. Others must be created without ``requires_grad``."""
+        return self.parameters()
 
     def changes_nothing(self) -> bool:
         """Whether the adapter, as it stands, leaves its layer's output as it is; False where that is not easily told."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -47,6 +47,8 @@ class LoraConfig(AdapterConfig):
             `minipeft.initial`. The weight stays as it is, and ``scaling * B_0 A_0``, kept beside, is taken off the update.
             "pissa_kept" and so on are what files say that bring these factors along.
         lora_bias: B has a bias, which scaled is added to the layer's; only with `init_lora_weights` True or False.
+        freeze_lora_A: train B alone (LoRA-FA, arXiv:2308.03303), so that of a layer's input nothing but A x is kept for
+            the backward pass. It is a matter of training, and files do not say it; there the adapter is plain LoRA.
         use_dora: adapt by DoRA (arXiv:2402.09353), the update of the direction of each row beside that of its length.
         fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
     """
@@ -62,6 +64,7 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
     lora_bias: bool = False
+    freeze_lora_A: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False
 
@@ -75,6 +78,7 @@ class LoraConfig(AdapterConfig):
         self._set("rank_pattern", pattern_table("rank_pattern", self.rank_pattern, _rank))
         self._set("alpha_pattern", pattern_table("alpha_pattern", self.alpha_pattern, _alpha))
         _initialisation(self.init_lora_weights)
+        flag("freeze_lora_A", self.freeze_lora_A)
         flag("use_dora", self.use_dora)
         if flag("lora_bias", self.lora_bias) and (self.use_dora or isinstance(self.init_lora_weights, str)):
             raise ConfigError("lora_bias goes with init_lora_weights True or False only, and not with use_dora.")
@@ -93,6 +97,7 @@ class LoraConfig(AdapterConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
+        del values["freeze_lora_A"]
         match = OF_WEIGHT.fullmatch(str(self.init_lora_weights))
         # Other readers would take the factors off again, those of their own making. This they refuse.
         return {**values, "init_lora_weights": f"{match[1]}_kept"} if match else values
@@ -169,7 +174,13 @@ class Lora(Adapter):
         self.is_lookup = ops.is_lookup
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
-        self.lora_A = nn.Parameter(weight.new_empty(config.r, in_features))
+        self.freeze_lora_A = config.freeze_lora_A
+        if config.freeze_lora_A and ops.is_lookup:
+            raise ConfigError(
+                f"freeze_lora_A on {type(base).__name__}: its lora_A starts at zero, so nothing would ever be learned; "
+                "nothing was changed."
+            )
+        self.lora_A = nn.Parameter(weight.new_empty(config.r, in_features), not config.freeze_lora_A)
         self.lora_B = nn.Parameter(weight.new_empty(out_features, config.r))
         if config.lora_bias and ops.is_lookup:
             raise ConfigError(f"lora_bias is not for {type(base).__name__}, which has no bias; nothing was changed.")
@@ -281,6 +292,9 @@ class Lora(Adapter):
     def _update(self, weight: Tensor) -> Tensor:
         lora_A, lora_B = self.pair()
         return lora_delta(lora_A.detach(), lora_B.detach(), self.scaling, column_major=is_column_major(weight))
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.parameters() if parameter is not self.lora_A or not self.freeze_lora_A)
 
     def changes_nothing(self) -> bool:
         update = self.bias_update()
