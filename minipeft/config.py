@@ -110,7 +110,10 @@ class AdapterConfig(metaclass=_KnownNames):
 
     @property
     def adapter_method(self) -> str:
-        """The registered method whose class adapts under this configuration: an option may ask for a variant of `method`."""
+        """The registered method whose class adapts under this configuration: an option may ask for a variant of `method`.
+
+        What ``register_adapter`` overrides is then that of the variant.
+        """
         return self.method
 
     @property

@@ -148,6 +148,20 @@ def test_the_start_is_exactly_the_base(name, dtype):
     assert magnitude(model).dtype is torch.promote_types(dtype, torch.float32)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # the second takes the way of dropout, and drops nothing
+def test_half_precision_keeps_a_scale_that_hardly_differs_from_one(dropout):
+    """1.006 would be 1.0078 in bfloat16; the mean of the outputs shows whether it was rounded before it acted."""
+    config = LoraConfig(r=2, target_modules=["layer"], use_dora=True, lora_dropout=dropout)
+    layer = nn.Linear(64, 64).bfloat16()
+    model = get_lora_model(OneLayer(layer), config).train()
+    with torch.no_grad():
+        magnitude(model).mul_(1.006)
+    x = torch.randn(512, 64).bfloat16()
+    bias = layer.bias.detach().double()
+    before, after = (y.detach().double() - bias for y in (layer(x), model(x)))
+    assert 1.004 < float((before * after).sum() / before.square().sum()) < 1.007
+
+
 def test_a_row_without_length_stays_finite_and_learns():
     layer = nn.Linear(4, 3)
     nn.init.zeros_(layer.weight)

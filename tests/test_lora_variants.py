@@ -272,7 +272,7 @@ def test_as_plain_lora_it_says_the_same_to_peft_and_to_us(init, factory, tmp_pat
     model = started(init, factory)
     save_plain(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
-    assert (config["r"], config["lora_alpha"]) == (8, 8)
+    assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (8, 8, factory is gpt2)
     assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "initial" in key]
     expected = logits(model)
     assert (logits(minipeft.load_adapter(factory(), tmp_path)) - expected).abs().max() < 1e-5
@@ -423,6 +423,9 @@ def test_training_moves_b_alone_and_the_file_is_plain_lora(tmp_path):
     model.add_adapter("other", LoraConfig(target_modules=["c_attn"]))
     model.set_adapter("other")
     model.set_adapter("default")
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == trained
+    model.add_adapter("third", LoraConfig(target_modules=["c_attn"], freeze_lora_A=True))
+    model.set_adapter("third")
     assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == trained
     model.set_adapter("default")
     disturb(model).save_pretrained(tmp_path, "default")
