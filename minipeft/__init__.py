@@ -23,6 +23,7 @@ from minipeft.lean_model import lean, unlean
 from minipeft.merge_report import MergeReport
 from minipeft.methods.adalora import AdaLoraConfig
 from minipeft.methods.base import Adapter
+from minipeft.methods.dora import DoraConfig
 from minipeft.methods.ia3 import IA3Config
 from minipeft.methods.loha import LoHaConfig
 from minipeft.methods.lokr import LoKrConfig
@@ -65,6 +66,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DoraConfig",
     "IA3Config",
     "LayerOps",
     "LeanError",

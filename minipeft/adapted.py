@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from minipeft.errors import MergeError, shown
 from minipeft.layers.base import LayerOps
 from minipeft.layers.read import ReadOps
 from minipeft.methods.base import Adapter
@@ -112,6 +113,24 @@ class AdaptedLayer(Wrapper):
         adapter = self.adapters[name]
         assert isinstance(adapter, Adapter)
         return adapter
+
+    def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        if adapter_name in self.adapters:
+            yield from self.adapter(adapter_name).trainable_parameters()
+
+    def check_separable(self, path: str, names: tuple[str, ...]) -> None:
+        """See that merging these adapters and no other leaves what the active ones do together as it is.
+
+        Raises:
+            MergeError: one of them reads the base weight, and another acts and is not to be merged.
+        """
+        left_out = tuple(name for name in self.switch.active if name in self.adapters and name not in names)
+        readers = [name for name in names + left_out if self.adapter(name).reads_base]
+        if left_out and readers:
+            raise MergeError(
+                f"{path}: what {shown(readers)} does depends on the base weight, so {shown(names)} cannot be merged "
+                f"without {shown(left_out)}; nothing was merged."
+            )
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         return self.adapter(adapter_name).file_tensors() if adapter_name in self.adapters else {}

@@ -112,6 +112,14 @@ class AdapterConfig(metaclass=_KnownNames):
         object.__setattr__(self, name, value)  # the one way into a frozen dataclass while it is being built
 
     @property
+    def adapter_method(self) -> str:
+        """The registered method whose class adapts under this configuration: an option may ask for a variant of `method`.
+
+        What ``register_adapter`` overrides is then that of the variant.
+        """
+        return self.method
+
+    @property
     def trains_all_biases(self) -> bool:
         """Whether the biases of modules that are not adapted train too."""
         return False
@@ -146,6 +154,15 @@ class AdapterConfig(metaclass=_KnownNames):
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in self.not_in_files}
         return {**plain, "peft_type": self.method.upper(), "inference_mode": True}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that these options in a file describe; a method may refuse what only a live model can mean.
+
+        Raises:
+            ConfigError: a value is not allowed.
+        """
+        return cls(**values)
+
 
 def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.json") -> AdapterConfig:
     """Build the configuration that PEFT's keys describe; what it asks for and is not implemented is refused by name.
@@ -171,7 +188,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.jso
             f"{where} asks for {asked}, which minipeft does not implement for {peft_type}; nothing was loaded."
         )
     try:
-        return cls(**{key: value for key, value in values.items() if key in known - _METADATA})
+        return cls.from_dict({key: value for key, value in values.items() if key in known - _METADATA})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft import gemm, recompute
+from minipeft.errors import StateError
 from minipeft.functional import is_column_major
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, A and B
@@ -63,8 +64,11 @@ def lora_linear(
         return y + F.linear(F.linear(x, lora_A) * scaling, lora_B)
     mask = _Mask(dropout) if dropout > 0 else None
     if learns:
-        source = recompute.source_of(x)
-        kept, module = (x, None) if source is None else (source.input, source.module)
+        # For the gradient of A alone is x wanted again: a frozen A keeps nothing but h (LoRA-FA, arXiv:2308.03303).
+        source = recompute.source_of(x) if lora_A.requires_grad else None
+        kept, module = (x if lora_A.requires_grad else None, None)
+        if source is not None:
+            kept, module = source.input, source.module
         entry = kept if source is not None and recompute.leads_back(x, source) else x
         given = x if entry is x else x.detach()
         result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
@@ -179,7 +183,7 @@ def _merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> T
 class _LoraLinear(torch.autograd.Function):
     """`x` is what the map is applied to, and `entry` what the gradient goes to: x, or what an activation made x from.
 
-    `kept` is x or what `module` makes x from.
+    `kept` is x or what `module` makes x from; None for a frozen A.
     """
 
     @staticmethod
@@ -193,10 +197,12 @@ class _LoraLinear(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         mask: _Mask | None,
-        kept: Tensor,
+        kept: Tensor | None,
         module: nn.Module | None,
     ) -> Tensor:
         y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask, gemm.linear)
+        if kept is None and h is None:
+            h = _down(x.reshape(-1, x.shape[-1]), lora_A, mask)
         ctx.save_for_backward(kept, weight, lora_A, lora_B, h)
         ctx.scaling, ctx.mask, ctx.module, ctx.goes_through = scaling, mask, module, entry is not x
         return y
@@ -214,13 +220,14 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _at_once(
-    dy: Tensor, kept: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+    dy: Tensor, kept: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
 ) -> Gradients:
-    x = kept if ctx.module is None else recompute.output(ctx.module, kept)
-    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    merged = _merged_for_backward(rows, weight.to(x.dtype), lora_A, lora_B, ctx)
-    dx, dA, dB = _first_order(dy, rows, weight.to(x.dtype), merged, lora_A, lora_B, h, ctx)
-    return None if dx is None else dx.view(x.shape), dA, dB
+    x = kept if kept is None or ctx.module is None else recompute.output(ctx.module, kept)
+    shape, weight = (*dy.shape[:-1], weight.shape[1]), weight.to(dy.dtype)
+    rows, dy = None if x is None else x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    merged = _merged_for_backward(dy, weight, lora_A, lora_B, ctx)
+    dx, dA, dB = _first_order(dy, rows, weight, merged, lora_A, lora_B, h, ctx)
+    return None if dx is None else dx.view(shape), dA, dB
 
 
 def _in_parts(
@@ -256,7 +263,7 @@ def _merged_for_backward(rows: Tensor, weight: Tensor, lora_A: Tensor, lora_B: T
 
 def _first_order(
     dy: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     weight: Tensor,
     merged: Tensor | None,
     lora_A: Tensor,
@@ -265,12 +272,14 @@ def _first_order(
     ctx: Any,
     start: int = 0,
 ) -> Gradients:
-    """Gradients of some rows, from `start` on, shapes (rows, in), (r, in) and (out, r)."""
+    """Gradients of some rows, from `start` on, shapes (rows, in), (r, in) and (out, r); without the rows none of A."""
     wants_x, _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
     s, mask = ctx.scaling, ctx.mask
     dx = dA = dB = None
     if wants_B:
-        h = _down(rows, lora_A, mask) if h is None else h
+        if h is None and rows is not None:
+            h = _down(rows, lora_A, mask)
+        assert h is not None
         dB = gemm.narrow(dy.t(), h).mul(s).contiguous()
     g = gemm.narrow(dy, lora_B) if wants_A or (wants_x and merged is None) else None  # (rows, r)
     if wants_x:
@@ -278,11 +287,12 @@ def _first_order(
         if mask is None and g is not None and merged is None:
             dx.addmm_(g, lora_A, alpha=s)
     if mask is None:
-        if wants_A and g is not None:
+        if wants_A and g is not None and rows is not None:
             dA = gemm.narrow(rows.t(), g).t().mul(s).contiguous()
     elif g is not None:
         dA = torch.zeros_like(lora_A)
-        for block, passes, dropped in mask.blocks(rows, start):
+        shaped = dx if rows is None else rows
+        for block, passes, dropped in mask.blocks(shaped, start) if shaped is not None else ():
             if wants_A:
                 dA.addmm_(g[block].t(), dropped, alpha=s * mask.gain)
             if dx is not None:
@@ -292,22 +302,31 @@ def _first_order(
 
 
 def _second_order(
-    dy: Tensor, kept: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+    dy: Tensor, kept: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
 ) -> Gradients:
-    """The same as differentiable operations: a gradient of the gradient is wanted, and the h that was kept has no history."""
-    x = kept if ctx.module is None else recompute.output(ctx.module, kept)
-    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    """The same as differentiable operations: a gradient of the gradient is wanted, and the h that was kept has no history.
+
+    Raises:
+        StateError: the gradient of B is wanted, and x was not kept, since A is frozen.
+    """
+    x = kept if kept is None or ctx.module is None else recompute.output(ctx.module, kept)
+    if x is None and ctx.needs_input_grad[5]:
+        raise StateError("with lora_A frozen the input is not kept, and a gradient of the gradient of lora_B needs it.")
+    shape, dy = (*dy.shape[:-1], weight.shape[1]), dy.reshape(-1, dy.shape[-1])
+    rows = dy.new_empty(len(dy), weight.shape[1]) if x is None else x.reshape(-1, x.shape[-1])
     passes = None
     if ctx.mask is not None:
         passes = torch.empty_like(rows)
         for block, bits, _ in ctx.mask.blocks(rows.detach()):
             passes[block] = bits * ctx.mask.gain
-    into_A = rows if passes is None else rows * passes
     g = dy @ lora_B * ctx.scaling
     through_A = g @ lora_A
-    dx = (dy @ weight.to(x.dtype) + (through_A if passes is None else through_A * passes)).view(x.shape)
-    if ctx.goes_through:
+    dx = (dy @ weight.to(dy.dtype) + (through_A if passes is None else through_A * passes)).view(shape)
+    if x is None:
+        return dx, None, None
+    if ctx.goes_through and kept is not None:
         (dx,) = torch.autograd.grad(x, kept, dx, create_graph=True)
+    into_A = rows if passes is None else rows * passes
     return dx, g.t() @ into_A, ctx.scaling * dy.t() @ (into_A @ lora_A.t())
 
 

@@ -126,7 +126,7 @@ def _module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_
 def _site(
     name: str, candidate: Candidate, ops: type[LayerOps], config: AdapterConfig, *, targeted: bool = True
 ) -> AdapterSite:
-    adapter_class = registry.adapter_class(config.method, name, type(candidate.base))
+    adapter_class = registry.adapter_class(config.adapter_method, name, type(candidate.base))
     check_reads(name, ops, adapter_class)
     return AdapterSite(name, candidate, ops, adapter_class, config, targeted)
 

@@ -116,12 +116,12 @@ def merged_weight(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, 
     weight, bias = layer.ops.read_weight(layer.base_layer).detach(), layer.ops.read_bias(layer.base_layer)
     dtype = accumulation_dtype(weight)
     weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
+    base_weight = weight
     for name in names:
-        weight, bias = layer.adapter(name).merge(weight, bias)
+        weight, bias = layer.adapter(name).merge_after(weight, bias, base_weight)
     return weight, bias
 
 
-# ------------------------------------------------------------------------------------------------------ checking
 def _check(
     path: str, layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex, untie: bool, dtype: torch.dtype
 ) -> Step:
@@ -131,6 +131,7 @@ def _check(
         raise MergeError(
             f"{path}: {ops.__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged."
         )
+    layer.check_separable(path, names)
     weight, bias = ops.read_weight(base).detach().to(dtype), ops.read_bias(base)
     written, factors = [weight], _proved_finite(layer, names, weight)
     if factors is None:
@@ -144,9 +145,8 @@ def _check(
                 )
         if bias is not None and rounded_bias is not None and not torch.equal(bias, rounded_bias):
             written.append(bias)
-    undo = Undo(
-        base, None if bias is None else bias.detach().clone(), untied=_ties(path, layer.owner, written, index, untie)
-    )
+    kept = None if bias is None else bias.detach().clone()
+    undo = Undo(base, kept, untied=_ties(path, layer.owner, written, index, untie))
     _check_own_forward(path, layer, names)
     return Step(path, layer, names, undo, factors, dtype)
 

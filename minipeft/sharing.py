@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from minipeft import checkpoint, hub
 from minipeft.card import public_base, update_card, write_card
-from minipeft.errors import StateError, hint, shown
+from minipeft.convert import as_lora
+from minipeft.errors import ConfigError, StateError, hint, shown
 from minipeft.state import STATE, AdapterState
 from minipeft.trainer_guard import check_trainer
 
@@ -46,6 +47,7 @@ class SharedModel(nn.Module):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
+        convert_to_lora: bool = False,
     ) -> None:
         """Save adapters in PEFT's format, each whole or not at all, with a model card.
 
@@ -56,18 +58,27 @@ class SharedModel(nn.Module):
             adapter_name: None: all of them.
             state_dict: take the values from this (gathered) state of the model instead of the live tensors.
             is_main_process: False: write nothing.
+            convert_to_lora: save a low-rank update of any kind, PiSSA's for one, as plain LoRA, see `minipeft.convert`.
 
         Raises:
+            ConfigError: `state_dict` and `convert_to_lora` at once.
             StateError: no such adapter; or a Trainer saves that could not load the best adapter at its end.
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
         names = self._all_or(adapter_name)
         check_trainer()
+        if convert_to_lora and state_dict is not None:
+            raise ConfigError(
+                "convert_to_lora saves the live tensors; give it or state_dict, not both. Nothing was saved."
+            )
         for name in names if is_main_process else ():
             tensors = self.adapter_state_dict(name)
             if state_dict is not None:
                 tensors = checkpoint.tensors_from_state(self, tensors, state_dict)
-            self._write_adapter(directory_of(Path(save_directory), name), name, tensors, self._file_config(name))
+            config = self._file_config(name)
+            if convert_to_lora:
+                tensors, config = as_lora(self, self._state.configs[name], name)
+            self._write_adapter(directory_of(Path(save_directory), name), name, tensors, config)
 
     def push_to_hub(
         self,

@@ -278,7 +278,7 @@ def test_a_hostile_or_broken_config(saved, text, said):
         ({"r": -4}, "r must be"),
         ({"lora_alpha": "8"}, "lora_alpha must be"),
         ({"target_modules": "(a|a|aa)+(a|a)*(a|aa)*$"}, "takes more than|leaves no module"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
         ({"peft_type": "VERYNEW"}, "'VERYNEW' is not implemented"),
         ({"target_modules": ["c_proj"]}, "none of its 4 keys"),
     ],

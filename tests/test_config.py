@@ -36,7 +36,7 @@ NAN, INF = float("nan"), float("inf")
         ({"bias": "lora"}, "closest: 'lora_only'"),
         ({"bias": None}, "bias must be one of 'none', 'all', 'lora_only'"),
         ({"use_rslora": 1}, "use_rslora must be True or False"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights must be one of True, False, 'gaussian', not 'pissa'"),
+        ({"init_lora_weights": "pisa"}, "init_lora_weights must be one of True, False, 'gaussian', .*'pissa'"),
         ({"init_lora_weights": 1}, "not 1"),
         ({"fan_in_fan_out": "yes"}, "fan_in_fan_out must be"),
         ({"task_type": "CAUSAL"}, "closest: 'CAUSAL_LM'"),
@@ -61,7 +61,7 @@ NAN, INF = float("nan"), float("inf")
         ({"inference_mode": "no"}, "inference_mode must be"),
         ({"rank": 8}, "has no option 'rank'"),
         ({"lora_alhpa": 8}, "closest: 'lora_alpha'"),
-        ({"use_dora": True}, "has no option 'use_dora'"),
+        ({"use_qalora": True}, "has no option 'use_qalora'"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(options, said):
@@ -90,6 +90,8 @@ def test_defaults_are_those_of_peft():
 
     ours, theirs = LoraConfig(), peft.LoraConfig()
     for f in dataclasses.fields(LoraConfig):
+        if f.name == "freeze_lora_A":  # a matter of training, which PEFT leaves to an optimizer of its own
+            continue
         assert getattr(ours, f.name) == getattr(theirs, f.name), f.name
 
 
@@ -148,7 +150,7 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-keys = st.sampled_from([*LoraConfig().to_dict(), "use_dora", "peft_type", "zzz"])
+keys = st.sampled_from([*LoraConfig().to_dict(), "freeze_lora_A", "peft_type", "zzz"])
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -169,8 +171,7 @@ def test_peft_writes_nothing_that_stands_in_the_way():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("lora_bias", True),
+        ("use_qalora", True),
         ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 2]]),
         ("a_key_of_the_future", "on"),

@@ -192,7 +192,7 @@ def test_a_flat_3d_kernel_merges_where_peft_crashes(tmp_path):
 
 def test_loftq_is_refused_by_name_before_it_can_miss_an_argument():
     """Defect 14: PEFT's conv calls loftq_init without an argument that it needs."""
-    with pytest.raises(ConfigError, match="init_lora_weights must be one of .*not 'loftq'"):
+    with pytest.raises(ConfigError, match="init_lora_weights .loftq. starts from the quantisation error"):
         config(init_lora_weights="loftq")
 
 

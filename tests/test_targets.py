@@ -223,7 +223,7 @@ def test_a_failing_adapter_class_leaves_the_model_as_it_was(monkeypatch):
 
     model, made = gpt2(), []
 
-    def fail_at_the_second(self, init):
+    def fail_at_the_second(self, init, weight):
         made.append(self)
         if len(made) == 2:
             raise RuntimeError("out of memory")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Adapter(nn.Module, ABC):
     """
 
     contract: ClassVar[str] = "Adapter"
+    reads_base: ClassVar[bool] = False  # what `forward` does depends on the values of the base weight, not on y alone
     runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the base's output itself
     acts_before: ClassVar[bool] = False  # whether `before` does anything; found out, not said
     config_class: ClassVar[type[AdapterConfig]]
@@ -77,6 +78,13 @@ class Adapter(nn.Module, ABC):
         Both come in the dtype to compute in, float32 or float64; the caller rounds once to the layer's own.
         """
 
+    def merge_after(self, weight: Tensor, bias: Tensor | None, base_weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`merge` where other adapters may be folded into `weight` already, and `base_weight` is the layer's own.
+
+        To be overridden where `reads_base` is True.
+        """
+        return self.merge(weight, bias)
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(up, down), shapes (out, r) and (r, in), where ``merge(W, b) == (W + up @ down, b)``, else None.
 
@@ -97,6 +105,10 @@ class Adapter(nn.Module, ABC):
         """
         factors = self.factors()
         return None if factors is None else low_rank_product(*factors, column_major=is_column_major(weight))
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What training moves; by default every parameter. Others must be created without ``requires_grad``."""
+        return self.parameters()
 
     def changes_nothing(self) -> bool:
         """Whether the adapter, as it stands, leaves its layer's output as it is; False where that is not easily told."""

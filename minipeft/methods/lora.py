@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,19 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, names, number, one_of, pattern_table
-from minipeft.errors import StateError
+from minipeft.errors import ConfigError, MergeError, StateError
 from minipeft.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta
 from minipeft.fused import can_fuse, lora_linear
+from minipeft.initial import olora_factors, orthogonal_factors, pissa_factors
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.patterns import first_keys
 from minipeft.registry import register_method
 
 MAX_RANK = 2**16
-INITIALISATIONS = (True, False, "gaussian")
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+OF_WEIGHT = re.compile(r"(pissa(?:_niter_([1-9]\d{0,2}))?|olora)(_kept)?")  # they start from parts of the weight
+NOT_HERE = {"eva": "inputs", "corda": "inputs", "lora_ga": "gradients", "loftq": "quantisation error", "mica": "tail"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,13 @@ class LoraConfig(AdapterConfig):
         rank_pattern, alpha_pattern: regular expression -> value, for the whole module name or a dotted suffix of it.
         init_lora_weights: True: A Kaiming-uniform, B zero (an embedding: A zero, B normal). "gaussian": A normal with
             standard deviation 1/r, B zero. False: B random too, so the model differs from the base at once (for tests).
+            "orthogonal": neither is zero, and ``B A = 0``. "pissa", "pissa_niter_N", "olora": parts of the weight, see
+            `minipeft.initial`. The weight stays as it is, and ``scaling * B_0 A_0``, kept beside, is taken off the update.
+            "pissa_kept" and so on are what files say that bring these factors along.
+        lora_bias: B has a bias, which scaled is added to the layer's; only with `init_lora_weights` True or False.
+        freeze_lora_A: train B alone (LoRA-FA, arXiv:2308.03303), so that of a layer's input nothing but A x is kept for
+            the backward pass. It is a matter of training, and files do not say it; there the adapter is plain LoRA.
+        use_dora: adapt by DoRA (arXiv:2402.09353), the update of the direction of each row beside that of its length.
         target_parameters: suffixes of the names of bare parameters to adapt beside `target_modules` (which may then be
             empty): of shape (out, in), (experts, out, in) or, in a module that says `is_transposed`, (experts, in, out).
             `exclude_modules` and `layers_to_transform` do not concern them.
@@ -55,6 +66,9 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
+    lora_bias: bool = False
+    freeze_lora_A: bool = False
+    use_dora: bool = False
     target_parameters: Sequence[str] | None = None
     fan_in_fan_out: bool = False
 
@@ -68,8 +82,34 @@ class LoraConfig(AdapterConfig):
         flag("use_rslora", self.use_rslora)
         self._set("rank_pattern", pattern_table("rank_pattern", self.rank_pattern, _rank))
         self._set("alpha_pattern", pattern_table("alpha_pattern", self.alpha_pattern, _alpha))
-        one_of("init_lora_weights", self.init_lora_weights, INITIALISATIONS)
+        _initialisation(self.init_lora_weights)
+        flag("freeze_lora_A", self.freeze_lora_A)
+        flag("use_dora", self.use_dora)
+        if flag("lora_bias", self.lora_bias) and (self.use_dora or isinstance(self.init_lora_weights, str)):
+            raise ConfigError("lora_bias goes with init_lora_weights True or False only, and not with use_dora.")
         flag("fan_in_fan_out", self.fan_in_fan_out)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        config = super().from_dict(values)
+        match = OF_WEIGHT.fullmatch(str(config.init_lora_weights))
+        if match and not match[3]:
+            raise ConfigError(
+                f"init_lora_weights {match[0]!r} changes the base by factors that the file does not hold. Convert it to "
+                "plain LoRA where it was made: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+            )
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        del values["freeze_lora_A"]
+        match = OF_WEIGHT.fullmatch(str(self.init_lora_weights))
+        # Other readers would take the factors off again, those of their own making. This they refuse.
+        return {**values, "init_lora_weights": f"{match[1]}_kept"} if match else values
+
+    @property
+    def adapter_method(self) -> str:
+        return "dora" if self.use_dora else self.method
 
     @property
     def scaling(self) -> float:
@@ -85,8 +125,9 @@ class LoraConfig(AdapterConfig):
         return self.target_parameters or ()
 
     def needs_a_call(self) -> list[str]:
-        used = (("lora_dropout", self.lora_dropout > 0), ("bias", self.bias != "none"))
-        return [f"{option} = {getattr(self, option)!r}" for option, is_set in used if is_set]
+        used = {"lora_dropout": self.lora_dropout > 0, "bias": self.bias != "none"}
+        used |= {"lora_bias": self.lora_bias, "use_dora": self.use_dora}
+        return [f"{option} = {getattr(self, option)!r}" for option, is_set in used.items() if is_set]
 
     def for_modules(self, names: Sequence[str]) -> dict[str, Self]:
         ranks, alphas = self._deciding_keys(names)
@@ -112,6 +153,16 @@ def _rank(name: str, value: object) -> int:
     return integer(name, value, at_least=1, at_most=MAX_RANK)
 
 
+def _initialisation(value: object) -> None:
+    if isinstance(value, str) and value in NOT_HERE:
+        raise ConfigError(
+            f"init_lora_weights {value!r} starts from the {NOT_HERE[value]} of the layers, which is not implemented; "
+            "'pissa' starts from their weights."
+        )
+    if not isinstance(value, str) or not OF_WEIGHT.fullmatch(value):
+        one_of("init_lora_weights", value, (*INITIALISATIONS, "pissa_niter_4"))
+
+
 def _alpha(name: str, value: object) -> float:
     return number(name, value, above=0)
 
@@ -128,6 +179,8 @@ class Lora(Adapter):
     config_class = LoraConfig
     runs_base = True
     original_bias: Tensor | None
+    initial_A: Tensor | None
+    initial_B: Tensor | None
 
     def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
@@ -135,37 +188,81 @@ class Lora(Adapter):
         self.is_lookup, self.maps = ops.is_lookup, ops.maps(base)
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
-        self.lora_A = nn.Parameter(weight.new_empty(ops.down_shape(base, config.r)))
+        self.freeze_lora_A = config.freeze_lora_A
+        if config.freeze_lora_A and ops.is_lookup:
+            raise ConfigError(
+                f"freeze_lora_A on {type(base).__name__}: its lora_A starts at zero, so nothing would ever be learned; "
+                "nothing was changed."
+            )
+        self.lora_A = nn.Parameter(weight.new_empty(ops.down_shape(base, config.r)), not config.freeze_lora_A)
         self.lora_B = nn.Parameter(weight.new_empty(ops.up_shape(base, config.r)))
+        if config.lora_bias and ops.is_lookup:
+            raise ConfigError(f"lora_bias is not for {type(base).__name__}, which has no bias; nothing was changed.")
+        self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0])) if config.lora_bias else None
         start = bias.detach() if config.bias != "none" and bias is not None else None
         self.lora_bias = None if start is None else nn.Parameter(start.clone())
         # Kept, since another adapter may be merged into the base's own later.
         self.register_buffer("original_bias", None if start is None else start.clone(), persistent=False)
-        self.reset_parameters(config.init_lora_weights)
+        of_weight = OF_WEIGHT.fullmatch(str(config.init_lora_weights))
+        if self.maps > 1 and (of_weight or config.init_lora_weights == "orthogonal"):
+            raise ConfigError(
+                f"init_lora_weights {config.init_lora_weights!r} is for one matrix, and {type(base).__name__} has {self.maps} in "
+                "one parameter; nothing was changed. Use True or 'gaussian' there."
+            )
+        self.register_buffer("initial_A", torch.zeros_like(self.lora_A.detach()) if of_weight else None)
+        self.register_buffer("initial_B", torch.zeros_like(self.lora_B.detach()) if of_weight else None)
+        self.reset_parameters(config.init_lora_weights, weight)
 
     @torch.no_grad()
-    def reset_parameters(self, init_lora_weights: bool | str) -> None:
-        """Draw the starting values; all but False start with ``B A = 0``."""
-        if self.is_lookup:  # as PEFT: what is looked up starts at zero, and B is what the zeros are multiplied by
+    def reset_parameters(self, init_lora_weights: bool | str, weight: Tensor) -> None:
+        """Set the starting values for a layer with this canonical weight; all but False start with no update."""
+        match, r = OF_WEIGHT.fullmatch(str(init_lora_weights)), len(self.lora_A)
+        if init_lora_weights == "orthogonal" or (match and not match[3]):
+            if not weight.is_meta:
+                self._start_from(init_lora_weights, match, weight)
+        elif self.is_lookup:  # as PEFT: what is looked up starts at zero, and B is what the zeros are multiplied by
             self.lora_A.normal_() if init_lora_weights is False else self.lora_A.zero_()
             self.lora_B.normal_()
-            return
-        if init_lora_weights == "gaussian":
-            self.lora_A.normal_(std=1 / len(self.lora_A))
         else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            if init_lora_weights == "gaussian":
+                self.lora_A.normal_(std=1 / r)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            if init_lora_weights is False:
+                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            else:
+                self.lora_B.zero_()
+            if init_lora_weights is False and self.lora_B_bias is not None:
+                self.lora_B_bias.uniform_(-(r**-0.5), r**-0.5)
+
+    def _start_from(self, init_lora_weights: bool | str, match: re.Match[str] | None, weight: Tensor) -> None:
+        if match is None:
+            A, B = orthogonal_factors(weight, len(self.lora_A))
+        elif match[1] == "olora":
+            A, B = olora_factors(weight, len(self.lora_A))
         else:
-            self.lora_B.zero_()
+            A, B = pissa_factors(weight, len(self.lora_A), self.scaling, int(match[2]) if match[2] else None)
+        for target, source in ((self.lora_A, A), (self.lora_B, B), (self.initial_A, A), (self.initial_B, B)):
+            if target is not None:
+                target.copy_(source.view_as(target))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the whole update, shapes (r, in) and (out, r); with what is taken off, of twice the rank."""
+        if self.initial_A is None or self.initial_B is None:
+            return self.lora_A, self.lora_B
+        A, B = self.initial_A.to(self.lora_A.dtype), self.initial_B.to(self.lora_B.dtype)
+        return torch.cat([self.lora_A, A]), torch.cat([self.lora_B, -B], 1)
 
     def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+        return self.with_bias(base, ops, self.low_rank(base, ops, x, y))
+
+    def low_rank(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+        """``y + scaling * B A dropout(x)``; without y, that of the base."""
+        dropout, (lora_A, lora_B) = self.dropout if self.training else 0.0, self.pair()
         if y is None and ops.is_linear_call(base):
             weight, bias = ops.read_weight(base), ops.read_bias(base)
             if can_fuse(x, weight, bias):
-                y = lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, dropout)
-                return self._with_bias(base, ops, y)
+                return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, dropout)
         if y is None:
             y = ops.run(base, x)
         assert isinstance(y, Tensor)
@@ -177,47 +274,69 @@ class Lora(Adapter):
             )
         if dropout and not self.is_lookup:
             x = F.dropout(x, dropout)
-        h = ops.project_in(base, x, self.lora_A.to(dtype)) * self.scaling
+        h = ops.project_in(base, x, lora_A.to(dtype)) * self.scaling
         if dropout and self.is_lookup:
             h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
-        return self._with_bias(base, ops, y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype))
+        return y + ops.project_out(base, h, lora_B.to(dtype)).to(y.dtype)
 
-    def _with_bias(self, base: nn.Module, ops: type[LayerOps], y: Tensor) -> Tensor:
-        bias_update = self._bias_update()
-        return y if bias_update is None else y + ops.along_out(base, bias_update.to(y.dtype), y.ndim)
+    def with_bias(self, base: nn.Module, ops: type[LayerOps], y: Tensor) -> Tensor:
+        """The output with what the training of biases has changed."""
+        update = self.bias_update()
+        return y if update is None else y + ops.along_out(base, update.to(y.dtype), y.ndim)
 
-    def _bias_update(self) -> Tensor | None:
-        return None if self.lora_bias is None or self.original_bias is None else self.lora_bias - self.original_bias
+    def bias_update(self) -> Tensor | None:
+        """What is added to the layer's bias, shape (out,)."""
+        update = None
+        if self.lora_bias is not None and self.original_bias is not None:
+            update = self.lora_bias - self.original_bias
+        return (
+            update if self.lora_B_bias is None else self.lora_B_bias * self.scaling + (0 if update is None else update)
+        )
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        bias_update = self._bias_update()
-        if bias is not None and bias_update is not None:
-            bias = bias + bias_update.detach().to(bias.dtype)
-        return weight + self.delta(weight).to(weight.dtype), bias
+        update = self.bias_update()
+        if update is not None:
+            if bias is None:
+                raise MergeError("lora_bias trains a bias, and a layer without one cannot hold it; nothing was merged.")
+            bias = bias + update.detach().to(bias.dtype)
+        return weight + self._update(weight).to(weight.dtype), bias
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        if (
-            self.lora_bias is not None or self.maps > 1
-        ):  # the merge changes more than the weight; one product is not all
-            return None
+        if self.lora_bias is not None or self.lora_B_bias is not None or self.maps > 1:
+            return None  # the merge changes more than the weight, or one product is not all
         return lora_factors(*self._matrices(), self.scaling)
 
-    def delta(self, weight: Tensor) -> Tensor:
+    def delta(self, weight: Tensor) -> Tensor | None:
+        return self._update(weight)
+
+    def _update(self, weight: Tensor) -> Tensor:
         if self.maps > 1:
             return stacked_delta(*self._matrices(), self.scaling, self.maps)
         return lora_delta(*self._matrices(), self.scaling, column_major=is_column_major(weight))
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A.detach().flatten(1), self.lora_B.detach().flatten(1)
+        lora_A, lora_B = self.pair()
+        return lora_A.detach().flatten(1), lora_B.detach().flatten(1)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.parameters() if parameter is not self.lora_A or not self.freeze_lora_A)
 
     def changes_nothing(self) -> bool:
-        bias_update = self._bias_update()
-        return not (self.lora_A.any() and self.lora_B.any()) and (bias_update is None or not bias_update.any())
+        update = self.bias_update()
+        if update is not None and update.any():
+            return False
+        if self.initial_A is not None and self.initial_B is not None:
+            same = zip((self.lora_A, self.lora_B), (self.initial_A, self.initial_B), strict=True)
+            return all(torch.equal(now, start.to(now.dtype)) for now, start in same)
+        return not (self.lora_A.any() and self.lora_B.any())
 
     def file_tensors(self) -> dict[str, Tensor]:
-        if self.is_lookup:
-            return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
-        tensors: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
-        if self.lora_bias is not None:
-            tensors["base_layer.bias"] = self.lora_bias
-        return tensors
+        names = ("lora_embedding_A", "lora_embedding_B") if self.is_lookup else ("lora_A.weight", "lora_B.weight")
+        tensors: dict[str, Tensor] = {names[0]: self.lora_A, names[1]: self.lora_B}
+        more = {
+            f"initial_{names[0]}": self.initial_A,
+            f"initial_{names[1]}": self.initial_B,
+            "lora_B.bias": self.lora_B_bias,
+            "base_layer.bias": self.lora_bias,
+        }
+        return tensors | {key: tensor for key, tensor in more.items() if tensor is not None}

@@ -1,0 +1,157 @@
+"""DoRA: the length of each row of a weight trains beside its low-rank direction (Liu et al., 2024, arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp import is_autocast_available
+
+from minipeft.config import flag
+from minipeft.errors import ConfigError
+from minipeft.functional import accumulation_dtype, is_column_major
+from minipeft.fused import can_fuse, frozen_linear
+from minipeft.layers.base import LayerOps
+from minipeft.methods.lora import Lora, LoraConfig
+from minipeft.registry import register_method
+
+CACHED, WIDENED = 2**17, 2**24  # values of a weight in a block: on a CPU, and where each call costs more
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoraConfig(LoraConfig):
+    """`LoraConfig` with ``use_dora=True``, which is what PEFT's files say."""
+
+    use_dora: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not flag("use_dora", self.use_dora):
+            raise ConfigError("DoraConfig is DoRA; for plain LoRA take LoraConfig.")
+
+
+@register_method("dora")
+class Dora(Lora):
+    """y = m / |W + s B A| (W + s B A) x + b, eq. (5) of arXiv:2402.09353, with |.| the norm of each row.
+
+    `lora_magnitude_vector` m is (out,), in the layer's `gain_shape`, at first ``|W + s B A|``, so that the model starts
+    as its base; in float32 at least, since a rounded length would be another one. The norm gets no gradient (section
+    4.3), and the bias is not scaled. Where dropout acts, W x stays whole and what DoRA adds to it sees dropout(x), as in PEFT:
+    ``y = W x + b + (c - 1) W d + c s B A d`` with ``c = m / |W + s B A|`` and ``d = dropout(x)``. A row without length
+    keeps c = 1.
+    """
+
+    config_class = DoraConfig
+    reads_base = True
+    runs_base = True
+
+    def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoraConfig, shared: object | None) -> None:
+        super().__init__(base, ops, config, shared)
+        self.lora_magnitude_vector = nn.Parameter(self._norm(ops.read_weight(base)).view(ops.gain_shape(base)))
+
+    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+        c = self.scale(ops.read_weight(base))
+        if self.training and self.dropout and not self.is_lookup:
+            return self.with_bias(base, ops, self._dropped(base, ops, x, y, c))
+        y = self.low_rank(base, ops, x, y)
+        return self.with_bias(base, ops, _scaled(base, ops, y, y, c, whole=True))
+
+    def _dropped(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None, c: Tensor) -> Tensor:
+        y = _of_layer(base, ops, x) if y is None else y
+        x = F.dropout(x, self.dropout)
+        lora_A, lora_B = self.pair()
+        h = ops.project_in(base, x, lora_A.to(x.dtype)) * self.scaling
+        low = ops.project_out(base, h, lora_B.to(x.dtype)).to(y.dtype)
+        return y + _scaled(base, ops, low, _of_layer(base, ops, x) + low, c, whole=False)
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """``m / |W + s B A|``, shape (out,), for the canonical base weight (out, in); differentiable in m."""
+        norm = self._norm(weight)
+        has_length = norm > 0
+        ratio = self.lora_magnitude_vector.flatten() / torch.where(has_length, norm, 1)
+        return torch.where(has_length, ratio, 1)
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        device = weight.device.type
+        exact = torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext()
+        with torch.no_grad(), exact:
+            return row_norms(weight.detach(), *self._matrices(), self.scaling)
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.merge_after(weight, bias, weight)
+
+    def merge_after(self, weight: Tensor, bias: Tensor | None, base_weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        merged, bias = super().merge(weight, bias)
+        return merged * self.scale(base_weight).detach().to(weight.dtype).unsqueeze(1), bias
+
+    def changes_nothing(self) -> bool:
+        return False  # it takes the base weight to tell
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        return {**super().file_tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
+
+
+def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The length of each row of ``W + s B A``, without making that matrix.
+
+    ``|W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, row by row: no array is larger than (out, r), but
+    for a half-precision weight, of which a few rows at a time are widened.
+
+    Args:
+        weight: W, shape (out, in).
+        lora_A: shape (r, in).
+        lora_B: shape (out, r).
+        scaling: s, dimensionless.
+
+    Returns:
+        Shape (out,), in float32, or float64 where an argument is.
+    """
+    dtype = torch.promote_types(accumulation_dtype(weight), torch.promote_types(lora_A.dtype, lora_B.dtype))
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    squares, cross = _of_base(weight, A)
+    update = (2 * scaling * cross + scaling**2 * (B @ (A @ A.t()))) * B
+    return (squares + update.sum(1)).clamp_min(0).sqrt()
+
+
+def _of_base(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """``|W|^2`` of each row, shape (out,), and ``W A^T``, shape (out, r), in A's dtype."""
+    across = int(is_column_major(weight))
+    if weight.dtype == A.dtype and not across:
+        return torch.linalg.vector_norm(weight, dim=1).square(), weight @ A.t()
+    squares, cross = A.new_zeros(len(weight)), A.new_zeros(len(weight), len(A))
+    # Blocks of what lies together in memory: summing across it is 25 times slower, and a block is widened in cache.
+    small = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    step = max(1, (CACHED if small else WIDENED) // max(1, weight.shape[1 - across]))
+    for start in range(0, weight.shape[across], step):
+        part = weight.narrow(across, start, min(step, weight.shape[across] - start)).to(A.dtype)
+        rows = slice(None) if across else slice(start, start + step)
+        squares[rows] += part.square().sum(1)
+        cross[rows] += part @ (A[:, start : start + step] if across else A).t()
+    return squares, cross
+
+
+def _of_layer(base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor:
+    """What the layer makes of x, by the faster matrix library where it can."""
+    if ops.is_linear_call(base) and not torch.is_autocast_enabled(x.device.type):
+        weight, bias = ops.read_weight(base), ops.read_bias(base)
+        if can_fuse(x, weight, bias):
+            return frozen_linear(x, weight, bias)
+    y: Tensor = ops.run(base, x)
+    return y
+
+
+def _scaled(base: Any, ops: type[LayerOps], y: Tensor, linear: Tensor, c: Tensor, *, whole: bool) -> Tensor:
+    """``y + (c - 1) (linear - b)``, all of the output's shape but c and b; `whole` says that y is `linear`.
+
+    A half-precision c would lose what it differs from 1 by, and in full precision c itself saves a pass over y.
+    """
+    bias = ops.read_bias(base)
+    shift = None if bias is None else ops.along_out(base, ((1 - c) * bias.to(c.dtype)).to(y.dtype), y.ndim)
+    if whole and y.dtype.itemsize >= 4:
+        c = ops.along_out(base, c.to(y.dtype), y.ndim)
+        return y * c if shift is None else torch.addcmul(shift, y, c)
+    return torch.addcmul(y if shift is None else y + shift, linear, ops.along_out(base, (c - 1).to(y.dtype), y.ndim))

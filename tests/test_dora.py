@@ -1,0 +1,416 @@
+"""DoRA against its formula in float64, against PEFT on the same weights, and as a module."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import disturb, foreign_code, gpt2, llama, logits, token_ids
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import minipeft
+from minipeft import LoraConfig, get_lora_model
+from minipeft.methods import dora
+from minipeft.methods.dora import Dora, DoraConfig, row_norms
+
+with foreign_code():
+    peft = pytest.importorskip("peft")
+
+
+class OneLayer(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def conv1d(out_features, in_features):
+    layer = Conv1D(out_features, in_features)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(5, 7),
+    "linear_without_bias": lambda: nn.Linear(5, 7, bias=False),
+    "conv1d": lambda: conv1d(7, 5),
+    "square_conv1d": lambda: conv1d(6, 6),
+    "embedding": lambda: nn.Embedding(9, 6),
+}
+EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def canonical_weight(layer):
+    return layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T
+
+
+def example(layer, dtype=torch.float64):
+    """An input, and the same as dense vectors (..., in)."""
+    if isinstance(layer, nn.Embedding):
+        ids = torch.randint(layer.num_embeddings, (3, 4))
+        return ids, nn.functional.one_hot(ids, layer.num_embeddings).to(dtype)
+    x = torch.randn(3, 4, canonical_weight(layer).shape[1], dtype=dtype)
+    return x, x
+
+
+def adapted(name, dtype=torch.float64, **options):
+    """A model around one layer whose adapter does something, its magnitudes included."""
+    layer = LAYERS[name]().to(dtype)
+    given = {"r": 3, "lora_alpha": 5, "init_lora_weights": False, **options}
+    model = get_lora_model(OneLayer(layer), LoraConfig(target_modules=["layer"], use_dora=True, **given))
+    with torch.no_grad():
+        magnitude(model).mul_(1 + 0.3 * torch.rand_like(magnitude(model)))
+    return layer, model
+
+
+def magnitude(model):
+    return model.layer.adapters["default"].lora_magnitude_vector
+
+
+def direction(layer, lora):
+    return canonical_weight(layer) + lora.scaling * lora.lora_B @ lora.lora_A
+
+
+def formula(layer, lora, dense):
+    """Eq. (5), with the norm as a constant."""
+    V = direction(layer, lora)
+    bias = 0 if getattr(layer, "bias", None) is None else layer.bias
+    return (dense @ V.T) * (lora.lora_magnitude_vector / V.detach().norm(dim=1)) + bias
+
+
+def gradients(y, parameters):
+    return torch.autograd.grad(y.square().sum(), parameters)
+
+
+# ----------------------------------------------------------------------------------------------------- the algebra
+@every_layer
+def test_output_and_gradients_are_those_of_the_formula_with_a_constant_norm(name):
+    layer, model = adapted(name)
+    lora = model.layer.adapters["default"]
+    x, dense = example(layer)
+    y, expected = model(x), formula(layer, lora, dense)
+    torch.testing.assert_close(y, expected)
+    trained = [lora.lora_A, lora.lora_B, lora.lora_magnitude_vector]
+    for found, wanted in zip(gradients(y, trained), gradients(expected, trained), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("cached", [4, 2**17])  # values in a block: several blocks, or one
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_factored_norm_is_the_norm(dtype, transposed, cached, monkeypatch):
+    monkeypatch.setattr(dora, "CACHED", cached)
+    weight = (torch.randn(8, 11).t() if transposed else torch.randn(11, 8)).to(dtype)
+    A, B = torch.randn(3, 8), torch.randn(11, 3)
+    found = row_norms(weight, A, B, 0.7)
+    assert found.dtype is torch.promote_types(dtype, torch.float32)
+    expected = (weight.double() + 0.7 * B.double() @ A.double()).norm(dim=1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_makes_nothing_of_the_weights_size(dtype, transposed, monkeypatch):
+    monkeypatch.setattr(dora, "CACHED", 2**12)
+    weight = torch.randn(256, 256).to(dtype)
+    weight, A, B = weight.t() if transposed else weight, torch.randn(4, 256), torch.randn(256, 4)
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if (
+                isinstance(result, torch.Tensor)
+                and result.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+            ):
+                made.append(result.untyped_storage().nbytes())
+            return result
+
+    with Watch():
+        row_norms(weight, A, B, 1.0)
+    assert made
+    assert max(made) <= 4 * 2**12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every_layer
+def test_the_start_is_exactly_the_base(name, dtype):
+    layer = LAYERS[name]().to(dtype)
+    x, _ = example(layer, dtype)
+    expected = layer(x)
+    model = get_lora_model(OneLayer(layer), LoraConfig(r=3, target_modules=["layer"], use_dora=True))
+    assert torch.equal(model(x), expected)
+    assert magnitude(model).dtype is torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # the second takes the way of dropout, and drops nothing
+def test_half_precision_keeps_a_scale_that_hardly_differs_from_one(dropout):
+    """1.006 would be 1.0078 in bfloat16; the mean of the outputs shows whether it was rounded before it acted."""
+    config = LoraConfig(r=2, target_modules=["layer"], use_dora=True, lora_dropout=dropout)
+    layer = nn.Linear(64, 64).bfloat16()
+    model = get_lora_model(OneLayer(layer), config).train()
+    with torch.no_grad():
+        magnitude(model).mul_(1.006)
+    x = torch.randn(512, 64).bfloat16()
+    bias = layer.bias.detach().double()
+    before, after = (y.detach().double() - bias for y in (layer(x), model(x)))
+    assert 1.004 < float((before * after).sum() / before.square().sum()) < 1.007
+
+
+def test_a_row_without_length_stays_finite_and_learns():
+    layer = nn.Linear(4, 3)
+    nn.init.zeros_(layer.weight)
+    model = get_lora_model(OneLayer(layer), LoraConfig(r=2, target_modules=["layer"], use_dora=True))
+    x = torch.randn(5, 4)
+    assert torch.equal(model(x), layer(x))
+    model(x).sum().backward()
+    lora = model.layer.adapters["default"]
+    assert all(p.grad.isfinite().all() for p in lora.parameters())
+    assert lora.lora_B.grad.abs().min() > 0
+
+
+def test_trained_biases_are_not_scaled():
+    layer, model = adapted("linear", bias="lora_only")
+    lora = model.layer.adapters["default"]
+    x, dense = example(layer)
+    expected = formula(layer, lora, dense)
+    with torch.no_grad():
+        lora.lora_bias.add_(2)
+    torch.testing.assert_close(model(x), expected + 2)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected + 2)
+
+
+def test_dropout_leaves_the_bases_own_output_whole():
+    """``W x + b + (c - 1) W d + c s B A d``: of the ways PEFT's could be continued, the one PEFT takes."""
+    layer, model = adapted("linear", lora_dropout=0.5)
+    lora = model.layer.adapters["default"]
+    x = torch.randn(4, 5, dtype=torch.float64)
+    torch.manual_seed(3)
+    y = model.train()(x)
+    torch.manual_seed(3)
+    d = nn.functional.dropout(x, 0.5)
+    c = lora.lora_magnitude_vector / direction(layer, lora).detach().norm(dim=1)
+    expected = layer(x) + (c - 1) * (d @ layer.weight.T) + c * lora.scaling * (d @ lora.lora_A.T @ lora.lora_B.T)
+    torch.testing.assert_close(y, expected)
+    trained = [lora.lora_A, lora.lora_B, lora.lora_magnitude_vector]
+    for found, wanted in zip(gradients(y, trained), gradients(expected, trained), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+# ------------------------------------------------------------------------------------------------------- as a module
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@every_layer
+def test_merging_changes_nothing_and_unmerging_brings_back_every_bit(name, dtype):
+    layer, model = adapted(name, dtype)
+    before, (x, _) = layer.weight.detach().clone(), example(layer, dtype)
+    expected = model(x)
+    model.merge_adapter()
+    assert (model(x) - expected).abs().max() <= EPS[dtype] * expected.abs().max()
+    assert torch.equal(layer(x), model(x))
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(model(x), expected)
+    with model.disable_adapter():
+        assert torch.equal(model(x), layer(x))
+    assert torch.equal(model.unload().layer.weight, before)
+
+
+@pytest.mark.parametrize("order", [("default", "plain"), ("plain", "default")])
+def test_beside_another_adapter_a_merge_is_of_all_or_refused(order):
+    layer, model = adapted("linear")
+    config = LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+    model.add_adapter("plain", config)
+    model.set_adapter(order)
+    x, _ = example(layer)
+    expected = model(x)
+    for name in order:
+        with pytest.raises(minipeft.MergeError, match="depends on the base weight"):
+            model.merge_adapter([name])
+        assert torch.equal(model(x), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+
+
+@every_layer
+def test_copies_and_pickles_are_independent_and_equal(name):
+    layer, model = adapted(name)
+    x, _ = example(layer)
+    expected = model(x).detach()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+        with torch.no_grad():
+            magnitude(other).mul_(2)
+        assert not torch.equal(other(x), expected)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@every_layer
+def test_compiles_into_one_graph(name, dropout):
+    layer, model = adapted(name, dtype=torch.float32, lora_dropout=dropout)
+    x, _ = example(layer, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
+    assert compiled(x).isfinite().all()
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model.eval(), fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(use_reentrant, dropout):
+    _, model = adapted("linear", lora_dropout=dropout)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+    found = []
+    for call in (model.train(), lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(0)
+        for tensor in trained:
+            tensor.grad = None
+        call(x).square().sum().backward()
+        found.append([tensor.grad for tensor in trained])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_autocast_computes_the_norm_in_full_precision():
+    _, model = adapted("linear", dtype=torch.float32)
+    lora = model.layer.adapters["default"]
+    expected = lora.scale(model.layer.base_layer.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lora.scale(model.layer.base_layer.weight), expected)
+        assert model(torch.randn(3, 5)).dtype is torch.bfloat16
+
+
+def test_kept_for_backward_are_the_input_and_one_output():
+    base = nn.Linear(256, 256).bfloat16()
+    model = get_lora_model(OneLayer(base), LoraConfig(r=4, target_modules=["layer"], use_dora=True))
+    x = torch.randn(128, 256, dtype=torch.bfloat16, requires_grad=True)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    assert sum(storage.nbytes() for storage in saved.values()) <= 2 * x.nbytes + 16 * 4 * 256 + 4 * 128 * 4
+
+
+def test_a_frozen_base_stays_as_it_is_and_every_parameter_moves():
+    layer, model = adapted("conv1d")
+    x, _ = example(layer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ("base_layer" in name)
+
+
+# ----------------------------------------------------------------------------------------------------- configuration
+def test_the_option_and_the_method_are_one():
+    for config in (LoraConfig(use_dora=True, target_modules=["c_attn"]), DoraConfig(target_modules=["c_attn"])):
+        model = minipeft.get_adapter_model(gpt2(), config)
+        assert type(model.transformer.h[0].attn.c_attn.adapters["default"]) is Dora
+        assert config.to_dict()["peft_type"] == "LORA"
+        assert config.to_dict()["use_dora"] is True
+    with pytest.raises(minipeft.ConfigError, match="LoraConfig"):
+        DoraConfig(use_dora=False)
+
+
+def test_patterns_and_rank_stabilised_scaling_combine_with_it():
+    options = {"target_modules": ["c_attn"], "rank_pattern": {"h.0.attn.c_attn": 2}}
+    options["alpha_pattern"] = {"h.1.attn.c_attn": 5}
+    model = get_lora_model(gpt2(), LoraConfig(r=4, lora_alpha=8, use_rslora=True, use_dora=True, **options))
+    first, second = (model.transformer.h[i].attn.c_attn.adapters["default"] for i in (0, 1))
+    assert (len(first.lora_A), first.scaling) == (2, 8 / 2**0.5)
+    assert (len(second.lora_A), second.scaling) == (4, 5 / 2)
+
+
+# ------------------------------------------------------------------------------------------------------ beside PEFT
+CASES = {
+    "gpt2": (gpt2, {"r": 4, "lora_alpha": 7, "target_modules": ["c_attn", "c_fc", "wte"]}),
+    "llama": (llama, {"r": 3, "target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
+    "llama bias": (llama, {"r": 3, "target_modules": ["q_proj", "embed_tokens"], "bias": "lora_only"}),
+    "gpt2 patterns": (
+        gpt2,
+        {"r": 4, "target_modules": ["c_attn"], "rank_pattern": {"h.0.attn.c_attn": 2}, "use_rslora": True},
+    ),
+}
+
+
+def theirs(case):
+    factory, options = CASES[case]
+    with foreign_code():
+        model = peft.get_peft_model(factory(), peft.LoraConfig(use_dora=True, **copy.deepcopy(options)))
+        return disturb(model).eval()
+
+
+def their_logits(model):
+    with foreign_code():
+        return logits(model)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_go_both_ways_and_say_the_same(case, tmp_path):
+    factory, _ = CASES[case]
+    model = theirs(case)
+    with foreign_code():
+        model.save_pretrained(tmp_path / "theirs")
+    ours = minipeft.load_adapter(factory(), tmp_path / "theirs")
+    expected = their_logits(model)
+    assert (logits(ours) - expected).abs().max() < 1e-5
+    assert (logits(ours) - logits(factory())).abs().max() > 1e-2
+    ours.save_pretrained(tmp_path / "ours")
+    with foreign_code():
+        back = peft.PeftModel.from_pretrained(factory(), tmp_path / "ours")
+    assert torch.equal(their_logits(back), expected)
+    again = minipeft.load_adapter(factory(), tmp_path / "ours")
+    assert torch.equal(logits(again), logits(ours))
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_gradients_are_pefts(case, tmp_path):
+    factory, _ = CASES[case]
+    model = theirs(case)
+    with foreign_code():
+        model.save_pretrained(tmp_path)
+        ids = token_ids()
+        model(input_ids=ids, labels=ids).loss.backward()
+        wanted = {
+            name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
+    ours = minipeft.load_adapter(factory(), tmp_path, is_trainable=True)
+    ours(input_ids=ids, labels=ids).loss.backward()
+    found = {
+        key.removeprefix("base_model.model.").removesuffix(".weight"): tensor.grad
+        for key, tensor in ours.adapter_state_dict().items()
+    }
+    assert found.keys() == wanted.keys()
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[key], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_a_step_under_dropout_is_pefts(case, tmp_path):
+    """Both draw one mask a layer, in the order of the layers, so one seed gives the same masks."""
+    factory, options = CASES[case]
+    options = {**options, "target_modules": [t for t in options["target_modules"] if t != "wte"], "lora_dropout": 0.3}
+    with foreign_code():
+        model = disturb(peft.get_peft_model(factory(), peft.LoraConfig(use_dora=True, **options)))
+        model.save_pretrained(tmp_path)
+        torch.manual_seed(5)
+        expected = logits(model.train())
+    ours = minipeft.load_adapter(factory(), tmp_path, is_trainable=True).train()
+    torch.manual_seed(5)
+    assert (logits(ours) - expected).abs().max() < 1e-5
