@@ -9,6 +9,7 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import (
     CheckpointError,
     ConfigError,
+    ContractError,
     DataError,
     LeanError,
     MergeError,
@@ -54,6 +55,7 @@ __all__ = [
     "AdapterConfig",
     "CheckpointError",
     "ConfigError",
+    "ContractError",
     "DataError",
     "LayerOps",
     "LeanError",

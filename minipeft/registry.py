@@ -167,6 +167,12 @@ def layer_type_names() -> list[str]:
     return sorted({key.rsplit(".", 1)[-1] for key in _tables.layers})
 
 
+def layers() -> dict[str, type[Any]]:
+    """Every registered layer type, as ``module.qualname``, and its ops."""
+    _settle_dotted_names()
+    return dict(sorted(_tables.layers.items()))
+
+
 def method_class(method: str) -> type[Any]:
     """The `Adapter` class of a method.
 
