@@ -247,7 +247,7 @@ def load_plugins() -> None:
         before = _tables.copy()
         try:
             entry.load()
-        except Exception as error:  # a plugin is foreign code: whatever it raises must not take the host down
+        except (Exception, SystemExit) as error:  # whatever foreign code raises must not take the host down
             _tables = before
             warnings.warn(
                 f"minipeft plugin {entry.name!r} ({entry.value}) failed to load and is left out: {error!r}",

@@ -131,6 +131,18 @@ def check_pair(method: str, layer: type | str, make: Make | None = None, **optio
     return _pair(method, *_found(layer, make), make, options)
 
 
+def refusal(method: str, layer: type | str, make: Make | None = None) -> str | None:
+    """The words with which a method refuses a layer type, or None if it adapts it; no other check is made.
+
+    Raises:
+        ContractError: the injection fails in another way, or a refused one changes the model.
+        RegistryError: no ops are registered for the type, or no such method.
+        TargetError: there is no example to try.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return _refusal(case_of(method, *_found(layer, make), make, {}))
+
+
 def _found(layer: type | str, make: Make | None) -> tuple[str, Any]:
     """The layer type's name, and what is registered for it; None where only an instance can tell, which `make` makes."""
     name, known = layer if isinstance(layer, str) else registry.qualified(layer), registry.layers()
@@ -194,3 +206,6 @@ def _refusal(case: Case) -> str | None:
 
 def _serves(case: Case, layer: AdaptedLayer) -> bool:
     return issubclass(layer.ops, case.ops)
+
+
+__all__ = ["CHECKS", "PairReport", "Report", "check_layer", "check_method", "check_pair", "refusal"]
