@@ -128,6 +128,17 @@ class MergesInHalfPrecision(Trial):
         return super().merge(weight.bfloat16(), None if bias is None else bias.bfloat16())
 
 
+class RoundsInFloat32(Trial):
+    def merge(self, weight, bias):
+        merged, bias = super().merge(weight, bias)
+        return merged.bfloat16().float() if merged.dtype == torch.float32 else merged, bias
+
+
+class IsIdleInBfloat16(Trial):
+    def forward(self, base, ops, x, y):
+        return y if y.dtype == torch.bfloat16 else super().forward(base, ops, x, y)
+
+
 class WritesInPlace(Trial):
     def forward(self, base, ops, x, y):
         return y.add_(self.path(base, ops, x, y.dtype)).mul_(self.v.to(y.dtype))
@@ -244,6 +255,8 @@ BROKEN = {
     ClaimsAnotherProduct: "merge_float64",
     MergesInPlace: "merge_float64",
     MergesInHalfPrecision: "merge_float64",
+    RoundsInFloat32: "merge_float32",
+    IsIdleInBfloat16: "merge_bfloat16",
     WritesInPlace: "not_in_place",
     LeavesAParameterOut: "gradients",
     CutsTheInputsGradient: "gradients",
