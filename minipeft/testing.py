@@ -193,6 +193,7 @@ def _refusal(case: Case) -> str | None:
     except (TargetError, ConfigError) as error:
         if fingerprint(model) != before:
             raise case.fail("refusal", f"it is refused ({error}), but changes the model") from None
+        _check_example_config(case)
         return str(error)
     except Exception as error:
         raise case.fail("injection", f"{type(error).__name__}: {error}") from error
@@ -202,6 +203,14 @@ def _refusal(case: Case) -> str | None:
         names = shown(sorted(cls.__name__ for cls in acting))
         raise case.fail("injection", f"{wanted.__name__} should act, but {names} does; see Adapter.example_config")
     return None
+
+
+def _check_example_config(case: Case) -> None:
+    """That the refusal is not one of every layer, since the method's example of a configuration is none."""
+    try:
+        case.adapter.example_config(target_modules=["layer"], **case.options)
+    except ConfigError as error:
+        raise case.fail("example_config", f"{error} Override Adapter.example_config, or give the option.") from error
 
 
 def _serves(case: Case, layer: AdaptedLayer) -> bool:

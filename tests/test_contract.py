@@ -332,6 +332,11 @@ def test_a_refusal_that_changes_the_model_is_a_failure(tables):
         check_pair("trial", nn.Linear)
 
 
+def test_options_that_are_not_allowed_are_no_refusal_of_the_layer():
+    with pytest.raises(ContractError, match="lora on .*Linear fails 'example_config': r must be an integer"):
+        check_pair("lora", nn.Linear, r=-1)
+
+
 class AsksForAnother(Trial):
     @classmethod
     def example_config(cls, **options):

@@ -99,16 +99,16 @@ def gradients(case: Case) -> str | None:
 
 def ownership(case: Case) -> str | None:
     """An adapter owns its parameters and nothing of the layer, of which it must not keep a second reference."""
-    model = case.adapted(moved=False)
+    base = case.base()
+    held = {id(p) for p in base.parameters()} | {id(module) for module in base.modules()}
+    model = get_adapter_model(base, case.config())
     for layer in layers_of(model):
-        own = {id(p) for p in layer.base_layer.parameters()} | {id(m) for m in layer.base_layer.modules()}
         for adapter in layer.adapters.values():
-            if any(id(p) in own for p in adapter.parameters()) or any(id(m) in own for m in adapter.modules()):
+            if not held.isdisjoint(map(id, (*adapter.parameters(), *adapter.modules()))):
                 raise case.fail("ownership", "the adapter holds the layer it is on, or a parameter of it")
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise case.fail("ownership", "no parameter of the adapter trains")
-    held = {id(p) for layer in layers_of(model) for p in layer.base_layer.parameters()}
     if any(id(p) in held for p in trained):
         raise case.fail("ownership", "a parameter of the base trains")
     return None
@@ -260,7 +260,8 @@ def failed_injection(case: Case) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------- helpers
 def _base_tensors(model: nn.Module) -> list[Tensor]:
-    return [tensor for layer in layers_of(model) for tensor in layer.base_layer.state_dict().values()]
+    own = {id(t) for layer in layers_of(model) for t in (*layer.adapters.parameters(), *layer.adapters.buffers())}
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in own]
 
 
 def _of(y: Tensor) -> Tensor:
