@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minipeft import registry
 from minipeft.adapted import AdaptedLayer, Wrapper, adapted_layers
 from minipeft.config import AdapterConfig
-from minipeft.errors import ContractError, TargetError
+from minipeft.errors import ContractError, TargetError, shown
 from minipeft.layers.base import LayerOps
 from minipeft.model import AdaptedModel, get_adapter_model
 from minipeft.targets import layer_ops
@@ -81,7 +81,11 @@ class Case:
             for parameter in layer.parameters():
                 if type(parameter) is nn.Parameter and parameter.is_floating_point():
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            return kind(layer, self.ops).to(dtype).eval()
+            model = kind(layer, self.ops).to(dtype).eval()
+            prepare: Any = getattr(self.ops, "prepare", None)  # what an injection does to such a layer, if anything
+            if prepare is not None:
+                prepare(layer)
+            return model
 
     def config(self, **more: list[str]) -> AdapterConfig:
         """The method's configuration for the layer of a holder; `more` is added to its lists."""
@@ -111,9 +115,11 @@ class Case:
             model = self.base(dtype)
             with torch.no_grad():
                 computed = model(self.input(model)).dtype
+                read = {layer.ops.read_weight(layer.base_layer).dtype for layer in layers_of(self.adapted(dtype))}
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             return f"{self.layer} itself does not run in {dtype} ({type(error).__name__})"
-        return None if computed == dtype else f"{self.layer} itself computes in {computed}, not {dtype}"
+        other = (read | {computed}) - {dtype}
+        return f"{self.layer} itself holds or computes in {shown(other)}, not {dtype}" if other else None
 
     def fail(self, check: str, reason: str) -> ContractError:
         return ContractError(self.method, self.layer, check, reason)
