@@ -115,7 +115,7 @@ def test_nothing_is_unpickled_and_nothing_foreign_is_imported_at_once():
     assert not loaded & {"transformers", "peft", "datasets", "accelerate", "bitsandbytes", "torchao", "matplotlib"}
     for path, name in modules():
         text = path.read_text("utf-8")
-        if name != "minipeft.contract.behaviour":  # which reads back what it has just written, to see that it can be pickled
+        if name != "minipeft.contract.behaviour":  # which reads back what it has just written
             assert "import pickle" not in text, name
         assert "torch.load" not in text.replace("safetensors.torch.load", ""), name
 
