@@ -3,12 +3,14 @@
     python benchmarks/memory.py                   # GPT-2 124M, 8 x 512 tokens, float32: needs 10 GiB free
     python benchmarks/memory.py --quick
 
-The losses of all LoRA subjects must agree in both steps, or nothing is reported.
+The losses of all LoRA subjects must agree in both steps, and those on an NF4 base with one another, or nothing is
+reported. On a processor with AVX512-BF16, bitsandbytes' own layers work as anywhere else here: nothing is evaluated.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -27,18 +29,24 @@ from common import RESULTS, Row, compare, device_name, show, write_rows
 from saved import saved_bytes
 from subjects import (
     CORE,
+    CORE_NF4,
     FULL,
     FULL_CHECKPOINTED,
     LEAN,
     LEAN_BLOCK,
     LEAN_MLP,
+    LEAN_NF4,
     PEFT,
     PEFT_CHECKPOINTED,
+    PEFT_NF4,
+    QUANTISED,
     SUBJECTS,
     TUNED,
+    base_bytes,
     gpt2,
     is_lora,
     model_name,
+    peer,
     save_adapter,
 )
 from torch import Tensor, nn
@@ -46,7 +54,8 @@ from torch import Tensor, nn
 MIB = 2**20
 LOSS_TOLERANCE = 1e-4  # relative
 COMPARED = (FULL, PEFT, TUNED, PEFT_CHECKPOINTED, CORE, LEAN, LEAN_MLP, LEAN_BLOCK, FULL_CHECKPOINTED)
-QUICK = (FULL, PEFT, LEAN_BLOCK)
+COMPARED += (PEFT_NF4, CORE_NF4, LEAN_NF4)
+QUICK = (FULL, PEFT, LEAN_BLOCK, PEFT_NF4, CORE_NF4)
 
 
 @dataclass(frozen=True)
@@ -91,9 +100,12 @@ def status_mib(field: str) -> float:
 def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
     """Two optimizer steps: peak memory in MiB, gross and net of the interpreter, losses, and ms of the second step."""
     cuda = work.device == "cuda"
+    if subject in QUANTISED:
+        importlib.import_module("bitsandbytes")  # the interpreter's, not the model's
     interpreter = 0.0 if cuda else status_mib("VmRSS")
     model = work.model(subject, adapter)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    weights = base_bytes(model) / MIB
     ids, losses, elapsed = work.ids(model.config.vocab_size), [], 0.0
     for _ in range(2):
         start = time.perf_counter()
@@ -104,7 +116,8 @@ def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
         losses.append(loss.item())
         elapsed = 1e3 * (time.perf_counter() - start)
     gross = torch.cuda.max_memory_allocated() / MIB if cuda else status_mib("VmHWM")
-    return {"gross": gross, "net": gross - interpreter, "losses": losses, "second step": elapsed}
+    times = {"second step": elapsed}
+    return {"gross": gross, "net": gross - interpreter, "base weights": weights, "losses": losses, **times}
 
 
 def in_fresh_process(subject: str, adapter: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +135,8 @@ def in_fresh_process(subject: str, adapter: Path, args: argparse.Namespace) -> d
 def check_losses(reports: dict[str, dict[str, Any]]) -> None:
     """Subjects that do not compute the same are not compared."""
     for subject in filter(is_lora, reports):
-        for step, (loss, expected) in enumerate(zip(reports[subject]["losses"], reports[PEFT]["losses"], strict=True)):
+        pairs = zip(reports[subject]["losses"], reports[peer(subject)]["losses"], strict=True)
+        for step, (loss, expected) in enumerate(pairs):
             if not math.isclose(loss, expected, rel_tol=LOSS_TOLERANCE):
                 raise SystemExit(f"{subject}: loss {loss} in step {step}, PEFT's is {expected}; nothing is reported")
 
@@ -152,11 +166,16 @@ def peak_rows(reports: dict[str, dict[str, Any]], work: Workload) -> list[Row]:
     kind = "allocated" if work.device == "cuda" else "resident"
     measures = [("net", f"peak {kind} memory, net", "MiB"), ("gross", f"peak {kind} memory, gross", "MiB")]
     rows = []
-    for key, measure, unit in [*measures, ("second step", "second step", "ms")]:
-        for peer in (PEFT, FULL):
+    for key, measure, unit in [
+        *measures,
+        ("base weights", "base weights", "MiB"),
+        ("second step", "second step", "ms"),
+    ]:
+        for other in (PEFT, FULL, PEFT_NF4):
             for subject in reports:
-                values = [reports[subject][key]], [reports[peer][key]]
-                rows.append(compare("memory", str(work), measure, unit, *values, peer, subject))
+                if other != PEFT_NF4 or peer(subject) == PEFT_NF4:
+                    values = [reports[subject][key]], [reports[other][key]]
+                    rows.append(compare("memory", str(work), measure, unit, *values, other, subject))
     return rows
 
 

@@ -30,6 +30,9 @@ CORE = "minipeft"
 LEAN = "minipeft, lean"
 LEAN_MLP = "minipeft, lean, checkpointing mlp"
 LEAN_BLOCK = "minipeft, lean, checkpointing block"
+PEFT_NF4 = "PEFT, NF4 base"
+CORE_NF4 = "minipeft, NF4 base"
+LEAN_NF4 = "minipeft, lean, NF4 base"
 
 
 def gpt2(tiny: bool = False, **options: Any) -> GPT2LMHeadModel:
@@ -110,6 +113,25 @@ def ours_lean_block(base: nn.Module, adapter: Path) -> nn.Module:
     return ours_lean(base, adapter, "block")
 
 
+def nf4(base: nn.Module) -> nn.Module:
+    """QLoRA's base: every linear layer but the head in NF4 with double quantisation; the same for both libraries."""
+    return minipeft.quantize(base, "nf4")
+
+
+def by_peft_nf4(base: nn.Module, adapter: Path) -> nn.Module:
+    base = nf4(base)
+    base.is_loaded_in_4bit = True  # by which PEFT knows bitsandbytes' layers
+    return by_peft(base, adapter)
+
+
+def ours_nf4(base: nn.Module, adapter: Path) -> nn.Module:
+    return ours(nf4(base), adapter)
+
+
+def ours_lean_nf4(base: nn.Module, adapter: Path) -> nn.Module:
+    return ours_lean(nf4(base), adapter)
+
+
 SUBJECTS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     FROZEN: frozen,
     FULL: full,
@@ -122,11 +144,30 @@ SUBJECTS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     LEAN: ours_lean,
     LEAN_MLP: ours_lean_mlp,
     LEAN_BLOCK: ours_lean_block,
+    PEFT_NF4: by_peft_nf4,
+    CORE_NF4: ours_nf4,
+    LEAN_NF4: ours_lean_nf4,
 }
+QUANTISED = (PEFT_NF4, CORE_NF4, LEAN_NF4)
 
 
 def is_lora(subject: str) -> bool:
     return subject not in (FROZEN, FULL, FULL_CHECKPOINTED)
+
+
+def peer(subject: str) -> str:
+    """PEFT's subject that computes the same function."""
+    return PEFT_NF4 if subject in QUANTISED else PEFT
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of a model's own weights, the scales of packed ones included, without adapters."""
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for name, tensor in model.state_dict().items()
+        if not {"adapters", "lora_A", "lora_B"} & set(name.split("."))
+    }
+    return sum(sizes.values())
 
 
 def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from minipeft import families, layers, methods
 from minipeft.config import AdapterConfig
+from minipeft.dequantize import dequantize
 from minipeft.errors import (
     CheckpointError,
     ConfigError,
@@ -20,11 +21,19 @@ from minipeft.errors import (
 )
 from minipeft.layers.base import LayerOps
 from minipeft.lean_model import lean, unlean
-from minipeft.merge import MergeReport
+from minipeft.merge_report import MergeReport
+from minipeft.methods.adalora import AdaLoraConfig
 from minipeft.methods.base import Adapter
+from minipeft.methods.ia3 import IA3Config
+from minipeft.methods.loha import LoHaConfig
+from minipeft.methods.lokr import LoKrConfig
 from minipeft.methods.lora import LoraConfig
+from minipeft.methods.oft import OFTConfig
+from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
+from minipeft.quantize import quantize
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
+from minipeft.schedule import after_step, extra_loss
 
 __version__ = "0.1.0"
 
@@ -50,6 +59,7 @@ def get_lora_model(
 
 
 __all__ = [
+    "AdaLoraConfig",
     "AdaptedModel",
     "Adapter",
     "AdapterConfig",
@@ -57,15 +67,23 @@ __all__ = [
     "ConfigError",
     "ContractError",
     "DataError",
+    "IA3Config",
     "LayerOps",
     "LeanError",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MergeError",
     "MergeReport",
     "MinipeftError",
+    "OFTConfig",
     "RegistryError",
     "StateError",
     "TargetError",
+    "VeraConfig",
+    "after_step",
+    "dequantize",
+    "extra_loss",
     "families",
     "get_adapter_model",
     "get_lora_model",
@@ -73,6 +91,7 @@ __all__ = [
     "lean",
     "load_adapter",
     "methods",
+    "quantize",
     "register_adapter",
     "register_layer",
     "register_method",

@@ -6,9 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from minipeft.layers.base import LayerOps
+from minipeft.layers.read import ReadOps
 from minipeft.methods.base import Adapter
 
 
@@ -70,26 +73,39 @@ class AdaptedLayer(Wrapper):
     """A frozen layer and its adapters: ``y = base_layer(x)``, then each active adapter's turn on y.
 
     Adapters that are merged are in the base weight already and take no turn. `undo` (see `minipeft.merge`) is what
-    brings the base weight back.
+    brings the base weight back. `targeted` says whether ``target_modules`` selects the module.
     """
 
-    def __init__(self, base_layer: nn.Module, switch: Switch, ops: type[LayerOps]) -> None:
+    def __init__(self, base_layer: nn.Module, switch: Switch, ops: type[LayerOps], targeted: bool = True) -> None:
         super().__init__(base_layer, switch)
         self.ops = ops
+        self.targeted = targeted
         self.merged: tuple[str, ...] = ()
         self.undo: Any = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Any = None
         if self.switch.enabled:
-            for name in self.switch.active:
-                if name in self.adapters and name not in self.merged:
-                    adapter = self.adapters[name]
-                    if y is None and (args or kwargs or not adapter.runs_base):
-                        y = self.base_layer(x, *args, **kwargs)
-                    y = adapter(self.base_layer, self.ops, x, y)
-        result: Tensor = self.base_layer(x, *args, **kwargs) if y is None else y
+            acting: list[Any] = [
+                self.adapters[n] for n in self.switch.active if n in self.adapters and n not in self.merged
+            ]
+            inputs = [x]  # what each adapter sees, the last one first: it decides what those before it see
+            for adapter in reversed(acting):
+                inputs.append(
+                    adapter.before(self.base_layer, self.ops, inputs[-1]) if adapter.acts_before else inputs[-1]
+                )
+            x = inputs.pop()
+            for adapter in acting:
+                if y is None and (args or kwargs or not adapter.runs_base):
+                    y = self.ops.run(self.base_layer, x, *args, **kwargs)
+                y = adapter(self.base_layer, self.ops, inputs.pop(), y)
+        result: Tensor = self.ops.run(self.base_layer, x, *args, **kwargs) if y is None else y
         return result
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that owns the weight."""
+        return innermost(self.base_layer)
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name on this layer."""
@@ -102,6 +118,47 @@ class AdaptedLayer(Wrapper):
 
     def extra_repr(self) -> str:
         return f"merged={list(self.merged)}" if self.merged else ""
+
+
+class AdaptedWeight(AdaptedLayer):
+    """A module that reads its weight: it is run with the adapted weight in place of its own, which stays as it is.
+
+    Two parameters of one module are two of these, one around the other, as PEFT's files have it. The weights that
+    `LayerOps.parts` names are handed in along with the module's own.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weights = self.adapted_weights("")
+        for attribute in self.ops.parts(self.owner):
+            part = self.owner._modules[attribute]
+            if isinstance(part, AdaptedWeight):
+                weights.update(part.adapted_weights(f"{attribute}."))
+        return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
+
+    def adapted_weights(self, prefix: str) -> dict[str, Tensor]:
+        """The weight as the acting adapters make it, by the name it has below `prefix`; empty where none acts."""
+        assert issubclass(self.ops, ReadOps)
+        owner, acting = self.owner, []
+        if self.switch.enabled:
+            acting = [name for name in self.switch.active if name in self.adapters and name not in self.merged]
+        if not acting:
+            return {}
+        x, y = self.ops.as_call(owner)
+        with torch.autocast(y.device.type, enabled=False):
+            for name in acting:
+                y = self.adapters[name](owner, self.ops, x, y)
+        path = "base_layer." * (prefix != "")
+        inner = self.base_layer
+        while isinstance(inner, Wrapper):
+            path, inner = f"{path}base_layer.", inner.base_layer
+        return {f"{prefix}{path}{self.ops.reads}": self.ops.from_call(owner, y)}
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module itself, without the wrappers around it."""
+    while isinstance(module, Wrapper):
+        module = module.base_layer
+    return module
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
@@ -146,7 +203,8 @@ class TensorIndex:
 
 
 def _storage(tensor: Tensor) -> tuple[str, int]:
-    return str(tensor.device), id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    # Without memory of its own, on the meta device or wrapped around other tensors (torchao's), it is only itself.
+    return str(tensor.device), tensor.untyped_storage().data_ptr() if tensor.data_ptr() else id(tensor)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

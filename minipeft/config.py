@@ -54,7 +54,8 @@ class AdapterConfig(metaclass=_KnownNames):
 
     Args:
         target_modules: suffixes at a dot boundary (``["c_attn"]``), one regular expression for the whole name, or
-            ``"all-linear"``, which leaves the output head out. None: the default of the model's ``model_type``.
+            ``"all-linear"``, which leaves the output head out. None: the default of the model's ``model_type``. It
+            may be empty beside bare parameters to adapt.
         exclude_modules: suffixes, or one regular expression; goes before `target_modules`.
         layers_to_transform: layer indices to keep, with `target_modules` a list.
         layers_pattern: name of the module list that the indices count, such as ``"h"``; None: the first number in a name.
@@ -68,6 +69,7 @@ class AdapterConfig(metaclass=_KnownNames):
     """
 
     method: ClassVar[str]
+    not_in_files: ClassVar[frozenset[str]] = frozenset()  # options below that PEFT's class of this method lacks
 
     target_modules: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None
@@ -80,7 +82,8 @@ class AdapterConfig(metaclass=_KnownNames):
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
-            self._set(name, names_or_regex(name, getattr(self, name)))
+            none = name == "target_modules" and self.parameters_to_adapt and getattr(self, name) in ([], ())
+            self._set(name, () if none else names_or_regex(name, getattr(self, name)))
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self._set("target_modules", ALL_LINEAR)
         self._set("modules_to_save", names("modules_to_save", self.modules_to_save))
@@ -113,6 +116,22 @@ class AdapterConfig(metaclass=_KnownNames):
         """Whether the biases of modules that are not adapted train too."""
         return False
 
+    def for_model_type(self, model_type: str | None) -> Self:
+        """The configuration with what it leaves to the transformers ``model_type`` filled in; by default itself.
+
+        A target that is still None afterwards is the registered default.
+        """
+        return self
+
+    @property
+    def parameters_to_adapt(self) -> Sequence[str]:
+        """Suffixes of the names of bare parameters to adapt; a method that can has an option for it, `target_parameters`."""
+        return ()
+
+    def needs_a_call(self) -> list[str]:
+        """Options in use that act on what goes into a layer or comes out: no good where a weight is read, not called."""
+        return []
+
     def for_modules(self, names: Sequence[str]) -> dict[str, Self]:
         """The configuration that holds for each of the targeted modules; methods with per-module options override it."""
         return dict.fromkeys(names, self)
@@ -124,7 +143,7 @@ class AdapterConfig(metaclass=_KnownNames):
     def to_dict(self) -> dict[str, Any]:
         """PEFT's keys, JSON-ready; ``inference_mode`` is always written as true, as PEFT does."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in self.not_in_files}
         return {**plain, "peft_type": self.method.upper(), "inference_mode": True}
 
 

@@ -48,6 +48,22 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, column_major: 
     return low_rank_product(*lora_factors(lora_A, lora_B, scaling), column_major=column_major)
 
 
+def split_rows(lora_A: Tensor, maps: int) -> Tensor:
+    """The down projections of a stack of maps, (r * maps, in) -> (maps, r, in): PEFT keeps them map after map."""
+    return lora_A.view(maps, -1, lora_A.shape[1])
+
+
+def split_columns(lora_B: Tensor, maps: int) -> Tensor:
+    """The up projections of a stack of maps, (out, r * maps) -> (maps, out, r): PEFT keeps them rank after rank."""
+    return lora_B.view(len(lora_B), -1, maps).permute(2, 0, 1)
+
+
+def stacked_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, maps: int) -> Tensor:
+    """The updates of a stack of maps below each other, shape (maps * out, in), from what `split_rows` and the other split."""
+    up, down = lora_factors(lora_A, lora_B, scaling)
+    return torch.bmm(split_columns(up, maps), split_rows(down, maps)).flatten(0, 1)
+
+
 def low_rank_product(up: Tensor, down: Tensor, *, column_major: bool = False) -> Tensor:
     """``up @ down``, shapes (out, r) and (r, in) -> (out, in).
 

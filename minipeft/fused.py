@@ -76,11 +76,12 @@ def lora_linear(
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether these may go through `lora_linear` now: plain frozen tensors that match, no tracing, no functorch transform."""
+    """Whether these may go through `lora_linear` now: plain frozen tensors that match, no nested x, no tracing, no functorch transform."""
     plain = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
     return (
         plain
         and (bias is None or not bias.requires_grad)
+        and not x.is_nested
         and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

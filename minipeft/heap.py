@@ -8,13 +8,15 @@ import platform
 from collections.abc import Callable
 
 
-def trim() -> None:
-    """Hand back the pages of freed arrays that lie between living ones; nothing to do outside of glibc.
+def trim(device_type: str) -> None:
+    """Hand back the pages of freed arrays that lie between living ones, before work on a device of this type.
+
+    Nothing to do but on a CPU, and with glibc.
 
     Arrays of tens of megabytes leave holes in glibc's heap that arrays of the same size do not fit into again, since
     torch asks for aligned ones. A training step grows by a fifth from that; the call takes milliseconds.
     """
-    give_back = _malloc_trim()
+    give_back = _malloc_trim() if device_type == "cpu" else None
     if give_back is not None:
         give_back(0)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from minipeft import checkpoint
+from minipeft import checkpoint, inject
 from minipeft.adapter_file import CONFIG_FILE, PROVENANCE, WEIGHTS_FILE, open_adapter
 from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, StateError, shown
@@ -137,7 +137,7 @@ def _adapters_in(root: Path) -> set[str]:
 
 def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Tensor]:
     """What a directory holds for an adapter of this model, after every check."""
-    file, prefix = open_adapter(directory), checkpoint.PREFIX
+    file, prefix = open_adapter(directory), inject.PREFIX
     here = config_from_dict(checkpoint.file_config(model, model.adapter_configs[name], name)).to_dict()
     there = file.config.to_dict()
     differ = [key for key in here if key not in PROVENANCE and here[key] != there.get(key)]

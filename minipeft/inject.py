@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,15 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import registry
-from minipeft.adapted import AdaptedLayer, Switch, TensorIndex, Wrapper, wrappers
+from minipeft.adapted import AdaptedLayer, AdaptedWeight, Switch, TensorIndex, Wrapper, wrappers
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
+from minipeft.parameters import check_alone, check_no_call, check_occupants, check_reads, occupants, parameter_sites
 from minipeft.saved_module import SavedModule, copy_tensors, trained_copy
-from minipeft.targets import Candidate, candidates, layer_ops, select_saved, select_targets
+from minipeft.targets import (
+    Candidate,
+    candidates,
+    layer_ops,
+    select_parameters,
+    select_saved,
+    select_targets,
+    to_prepare,
+)
 
 HALF = frozenset({torch.bfloat16, torch.float16})
+ROOT = "base_model."  # what PEFT's keys begin with, and what those of a module do:
+PREFIX = f"{ROOT}model."
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class AdapterSite:
     ops: type[LayerOps]
     adapter_class: type[Adapter]
     config: AdapterConfig
+    targeted: bool = True  # by its name, and not by a parameter's or along with the module that reads its weight
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class Plan:
     config: AdapterConfig
     adapters: tuple[AdapterSite, ...]
     saved: tuple[SavedSite, ...]
+    prepared: tuple[tuple[type[LayerOps], nn.Module], ...] = ()  # layers, adapted or not, that need `LayerOps.prepare`
 
 
 def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True) -> Plan:
@@ -59,6 +72,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         TargetError: a pattern or per-module option fits nothing, or a selected module cannot be adapted.
         RegistryError: the method is unknown.
     """
+    config = config.for_model_type(getattr(getattr(model, "config", None), "model_type", None))
     found = candidates(model)
     for name, candidate in found.items():
         if type(candidate.module).__module__.startswith("peft."):
@@ -69,24 +83,52 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         SavedSite(name, found[name], None) for name in select_saved(model, config, found, every_pattern=every_pattern)
     ]
     names = select_targets(model, config, found, every_pattern=every_pattern)
-    unused = config.unused_options(names) if every_pattern else []
+    parameters = select_parameters(model, config, found, every_pattern=every_pattern)
+    targets = names + [f"{name}.{parameter}" for name, owned in parameters.items() for parameter in owned]
+    unused = config.unused_options(targets) if every_pattern else []
     if unused:
         raise TargetError(
-            f"{shown(unused)} fits none of the {len(names)} targeted modules (such as {names[0]!r}), or none that an earlier "
+            f"{shown(unused)} fits none of the {len(targets)} targeted modules (such as {targets[0]!r}), or none that an earlier "
             "key leaves it; nothing was changed."
         )
-    configs = config.for_modules(names)
-    sites = []
+    configs = config.for_modules(targets)
+    sites: list[AdapterSite] = []
     for name in names:
-        base, ops = found[name].base, _ops_for(name, found[name])
-        adapter_class = registry.adapter_class(config.method, name, type(base))
-        sites.append(AdapterSite(name, found[name], ops, adapter_class, configs[name]))
+        sites += _module_sites(name, found[name], configs[name], every_pattern)
+    for name, owned in parameters.items():
+        check_alone(name, parameters, [*names, *(site.name for site in saved)])
+        for parameter, (site_name, ops) in zip(owned, parameter_sites(name, found[name], owned), strict=True):
+            own_config = configs[f"{name}.{parameter}"]
+            check_no_call(f"{name}.{parameter}", "a parameter", own_config)
+            sites.append(_site(site_name, found[name], ops, own_config, targeted=False))
     if config.trains_all_biases:
         saved += _bias_sites(found, sites, saved)
     for saved_site in saved:
         _check_saveable(saved_site)
     _warn_of_twins(model, sites)
-    return Plan(config, tuple(sites), tuple(saved))
+    return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)))
+
+
+def _module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_pattern: bool) -> Iterator[AdapterSite]:
+    """The module itself, and the children whose weights it reads."""
+    ops, base = _ops_for(name, candidate), candidate.base
+    check_occupants(name, candidate.module, [ops])
+    if ops.reads and every_pattern:
+        check_no_call(name, type(base).__name__, config)
+    yield _site(name, candidate, ops, config)
+    for attribute, part_ops in ops.parts(base).items():
+        part_name, child = f"{name}.base_layer.{attribute}", base.get_submodule(attribute)
+        part = Candidate(child, (part_name,), ((base, attribute),))
+        check_occupants(part_name, child, [part_ops])
+        yield _site(part_name, part, part_ops, config, targeted=False)
+
+
+def _site(
+    name: str, candidate: Candidate, ops: type[LayerOps], config: AdapterConfig, *, targeted: bool = True
+) -> AdapterSite:
+    adapter_class = registry.adapter_class(config.method, name, type(candidate.base))
+    check_reads(name, ops, adapter_class)
+    return AdapterSite(name, candidate, ops, adapter_class, config, targeted)
 
 
 def _bias_sites(found: dict[str, Candidate], sites: list[AdapterSite], saved: list[SavedSite]) -> list[SavedSite]:
@@ -141,6 +183,13 @@ def _ops_for(name: str, candidate: Candidate) -> type[LayerOps]:
 
 
 def _check_saveable(site: SavedSite) -> None:
+    for module in site.candidate.base.modules() if site.only is None else ():
+        ops = layer_ops(module)
+        if ops is not None and ops.is_quantized:
+            raise TargetError(
+                f"{site.name} holds a quantised {type(module).__name__}, which cannot be trained in full; nothing was changed. "
+                "Keep it out of the quantisation, or adapt it."
+            )
     if isinstance(site.candidate.module, AdaptedLayer) or any(
         isinstance(m, AdaptedLayer) for m in site.candidate.module.modules()
     ):
@@ -159,14 +208,20 @@ class Parts:
     copies: tuple[nn.Module, ...]
 
     def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
-        """Module name and key in a file, joined -> the live tensor."""
+        """Key in a file -> the live tensor."""
         pairs = [
             (site.name, adapter.file_tensors()) for site, adapter in zip(plan.adapters, self.adapters, strict=True)
         ]
         pairs += [
             (site.name, copy_tensors(module, site.only)) for site, module in zip(plan.saved, self.copies, strict=True)
         ]
-        return {f"{name}.{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
+        own = {f"{PREFIX}{name}.{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
+        return own | shared_tensors(self.adapters)
+
+
+def shared_tensors(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
+    """What these adapters save once for all of them: key in a file -> the live tensor."""
+    return {f"{ROOT}{key}": tensor for adapter in adapters for key, tensor in adapter.shared_tensors().items()}
 
 
 def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = False) -> Parts:
@@ -195,7 +250,7 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
 
 
 def build_from(plan: Plan, tensors: Mapping[str, Tensor]) -> Parts:
-    """Create the parts of a plan with these values, by module name and key; torch's generator stays where it is."""
+    """Create the parts of a plan with these values, by key in a file; torch's generator stays where it is."""
     with torch.random.fork_rng(devices=_cuda_devices(site.candidate.base for site in plan.adapters)):
         parts = build(plan)
     with torch.no_grad():
@@ -213,7 +268,9 @@ def _cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
 def _on_meta(base: nn.Module) -> nn.Module:
     stand_in = copy.copy(base)
     stand_in._parameters = {
-        k: None if p is None else nn.Parameter(p.detach().to("meta"), False) for k, p in base._parameters.items()
+        # Not moved there: a packed weight, a subclass of Tensor, need not know how.
+        k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), False)
+        for k, p in base._parameters.items()
     }
     return stand_in
 
@@ -222,17 +279,23 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
     """Put the built parts of a plan in place; an error on the way takes back what was done."""
     done: list[tuple[nn.Module, str, nn.Module]] = []
     added: list[Wrapper] = []
-    sites: list[tuple[Candidate, nn.Module, Callable[[nn.Module], Wrapper]]] = []
+    sites: list[tuple[Candidate, nn.Module, object, Callable[[nn.Module], Wrapper]]] = []
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
-        sites.append((site.candidate, adapter, partial(AdaptedLayer, switch=switch, ops=site.ops)))
+        kind: type[AdaptedLayer] = AdaptedWeight if site.ops.reads else AdaptedLayer
+        own = partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
+        sites.append((site.candidate, adapter, site.ops, own))
     for saved, module in zip(plan.saved, parts.copies, strict=True):
-        sites.append((saved.candidate, module, partial(SavedModule, switch=switch, only=saved.only)))
+        sites.append((saved.candidate, module, None, partial(SavedModule, switch=switch, only=saved.only)))
+    for prepared, base in plan.prepared:
+        prepared.prepare(base)
     try:
-        for candidate, part, wrap in sites:
-            wrapper = candidate.module
-            if not isinstance(wrapper, Wrapper):
-                wrapper = wrap(wrapper)
-                _replace(candidate, wrapper, done)
+        for candidate, part, ops, wrap in sites:
+            parent, attribute = candidate.places[0]
+            occupant = parent.get_submodule(attribute)
+            wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) is ops), None)
+            if wrapper is None:
+                wrapper = wrap(occupant)
+                _replace(candidate, occupant, wrapper, done)
             wrapper.adapters[adapter_name] = part
             added.append(wrapper)
     except BaseException:
@@ -243,10 +306,12 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
         raise
 
 
-def _replace(candidate: Candidate, wrapper: Wrapper, done: list[tuple[nn.Module, str, nn.Module]]) -> None:
+def _replace(
+    candidate: Candidate, occupant: nn.Module, wrapper: Wrapper, done: list[tuple[nn.Module, str, nn.Module]]
+) -> None:
     for parent, attribute in candidate.places:
         setattr(parent, attribute, wrapper)
-        done.append((parent, attribute, candidate.module))
+        done.append((parent, attribute, occupant))
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its inference fast path reads the weights and calls no layer, unless a hook is attached somewhere below.
             wrapper.register_forward_pre_hook(_keeps_the_fast_path_away)
@@ -275,5 +340,8 @@ def eject(model: nn.Module, *, keep_trained: bool) -> None:
 def _unwrap(model: nn.Module, replacement: Callable[[Wrapper], nn.Module]) -> None:
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
-            if isinstance(child, Wrapper):
-                setattr(parent, attribute, replacement(child))
+            left: nn.Module | None = child
+            while isinstance(left, Wrapper) and (inner := replacement(left)) is not left:
+                left = inner
+            if left is not child:
+                setattr(parent, attribute, left)

@@ -65,9 +65,9 @@ class LeanLoss:
         known = {
             name: kwargs[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in kwargs
         }
-        heap.trim()
+        heap.trim(logits.device.type)
         loss = causal_lm_loss(logits, _whole(head.weight), bias, labels, **known)
-        heap.trim()  # the peak of the step is near
+        heap.trim(logits.device.type)  # the peak of the step is near
         return loss
 
     def _check_untouched(self, handing: Handing, logits: Tensor) -> None:
@@ -94,7 +94,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
     if given.get("labels") is None and kwargs.get("shift_labels") is None:
         return None
-    heap.trim()
+    heap.trim(next(model.parameters()).device.type)
     loss.head.handing = Handing()  # type: ignore[assignment]
     # Nobody reads the cache of a training step, which copies all keys and values.
     free = given.get("use_cache") is None and ("use_cache" in kwargs or "use_cache" not in given)

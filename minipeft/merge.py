@@ -8,39 +8,23 @@ import logging
 import operator
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.adapted import AdaptedLayer, TensorIndex, adapted_layers, wrappers
+from minipeft.dequantize import check_replaceable, dtype_to_merge_in, output_error
 from minipeft.errors import MergeError, shown
 from minipeft.functional import accumulation_dtype, largest, low_rank_additions, low_rank_bound
+from minipeft.merge_report import MergeReport, relative_error
 from minipeft.saved_module import SavedModule
 from minipeft.undo import Undo, is_merged, original_weight, put_back, remember, total_delta
 
 logger = logging.getLogger("minipeft")
 _forward = operator.attrgetter("forward")
 PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What rounding to the layers' own dtype cost: ``|realised - wanted| / |wanted|`` of each update, Frobenius norms."""
-
-    relative_error: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def worst(self) -> float:
-        """The largest of the errors, 0 where nothing was merged."""
-        return max(self.relative_error.values(), default=0.0)
-
-    def __str__(self) -> str:
-        where = max(self.relative_error, key=self.relative_error.__getitem__, default="")
-        return f"merged {len(self.relative_error)} layers; rounding changed the update by at most {self.worst:.2g}" + (
-            f" of its norm ({where})" if where else ""
-        )
 
 
 @dataclass
@@ -52,11 +36,19 @@ class Step:
     names: tuple[str, ...]
     undo: Undo
     factors: tuple[Tensor, Tensor] | None  # (up, down) of the whole update, if proved to keep every value finite
+    dtype: torch.dtype  # to round the merged weight to
 
 
 # ------------------------------------------------------------------------------------------------------- merging
 @torch.no_grad()
-def merge(model: nn.Module, adapter_names: Iterable[str], *, untie: bool = False, undoable: bool = True) -> MergeReport:
+def merge(
+    model: nn.Module,
+    adapter_names: Iterable[str],
+    *,
+    untie: bool = False,
+    undoable: bool = True,
+    dequantize: bool = False,
+) -> MergeReport:
     """Fold the named adapters into the base weights of every layer that has them and has none merged.
 
     All is checked first, and an exception half way, Ctrl-C and a lack of memory too, takes back what was written: every
@@ -64,21 +56,29 @@ def merge(model: nn.Module, adapter_names: Iterable[str], *, untie: bool = False
     the merge is no sum, or its update dwarfs the weight, a layer written by then stays merged. It is marked as merged
     and acts as before, and another call does the rest.
 
+    With `dequantize`, a float layer takes the place of a quantised one; the quantised one stays as it is, and comes back
+    when the merge is undone.
+
     Returns:
-        What rounding cost; of a merge for good only if the logger "minipeft" is to hear it, and else nothing.
+        What rounding cost; of a merge for good only where a layer was dequantised or the logger "minipeft" is to hear it.
 
     Raises:
-        MergeError: a layer cannot be merged, a value is not finite, or a weight is tied elsewhere and `untie` is False.
+        MergeError: a layer cannot be merged, a value is not finite, a weight is tied elsewhere and `untie` is False, or
+            a layer is quantised and `dequantize` is False.
     """
     names, index = tuple(adapter_names), TensorIndex(model)
+    if dequantize:
+        check_replaceable(model)
     steps = []
     for path, layer in adapted_layers(model):
         here = tuple(name for name in names if name in layer.adapters)
         if here and not layer.merged:
-            steps.append(_check(path, layer, here, index, untie))
+            dtype = dtype_to_merge_in(path, layer, model, dequantize)
+            steps.append(_check(path, layer, here, index, untie, dtype))
     begun: list[Step] = []
     in_place: list[Step] = []
     errors: dict[str, float] = {}
+    output_errors: dict[str, float] = {}
     reported = undoable or logger.isEnabledFor(logging.INFO)
     try:
         for step in steps:
@@ -87,10 +87,12 @@ def merge(model: nn.Module, adapter_names: Iterable[str], *, untie: bool = False
             if not undoable and step.factors is not None and _holds_its_weight(step.layer):
                 in_place.append(step)
                 if reported:
-                    errors[step.path] = _relative_error(*_computed(step))
+                    errors[step.path] = relative_error(*_computed(step), step.dtype)
             else:
-                error = _write(step, undoable=undoable, reported=reported)
+                quantised = step.layer.ops.is_quantized
+                error, output = _write(step, undoable=undoable, reported=reported or quantised)
                 errors.update({} if error is None else {step.path: error})
+                output_errors.update({} if output is None else {step.path: output})
         _add_in_place(in_place)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # which hold the tensors of the step that found no memory
@@ -98,9 +100,9 @@ def merge(model: nn.Module, adapter_names: Iterable[str], *, untie: bool = False
             for step in reversed(begun):
                 _take_back(model, step)
         raise
-    report = MergeReport(errors)
+    report = MergeReport(errors, output_errors)
     if errors:
-        logger.info("%s", report)
+        logger.log(logging.WARNING if output_errors else logging.INFO, "%s", report)
     return report
 
 
@@ -120,14 +122,16 @@ def merged_weight(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, 
 
 
 # ------------------------------------------------------------------------------------------------------ checking
-def _check(path: str, layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex, untie: bool) -> Step:
+def _check(
+    path: str, layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex, untie: bool, dtype: torch.dtype
+) -> Step:
     """Whatever can be wrong with one layer's merge; nothing is written."""
     base, ops = layer.base_layer, layer.ops
     if not ops.can_merge:
         raise MergeError(
             f"{path}: {ops.__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged."
         )
-    weight, bias = ops.read_weight(base).detach(), ops.read_bias(base)
+    weight, bias = ops.read_weight(base).detach().to(dtype), ops.read_bias(base)
     written, factors = [weight], _proved_finite(layer, names, weight)
     if factors is None:
         merged, merged_bias = merged_weight(layer, names)
@@ -140,9 +144,11 @@ def _check(path: str, layer: AdaptedLayer, names: tuple[str, ...], index: Tensor
                 )
         if bias is not None and rounded_bias is not None and not torch.equal(bias, rounded_bias):
             written.append(bias)
-    undo = Undo(base, None if bias is None else bias.detach().clone(), untied=_ties(path, base, written, index, untie))
+    undo = Undo(
+        base, None if bias is None else bias.detach().clone(), untied=_ties(path, layer.owner, written, index, untie)
+    )
     _check_own_forward(path, layer, names)
-    return Step(path, layer, names, undo, factors)
+    return Step(path, layer, names, undo, factors, dtype)
 
 
 def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -188,8 +194,8 @@ def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -
     """A subclass may use its weight in its own way: try the merge on a copy of such a layer, with a random input."""
     base = layer.base_layer
     registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops is layer.ops), type(base))
-    if _forward(type(base)) is _forward(registered):
-        return
+    if layer.ops.reads or _forward(type(base)) is _forward(registered):
+        return  # a weight that is read is the merged one at every call
     trial = copy.deepcopy(layer).eval()
     trial.switch.active, trial.switch.enabled, trial.merged = names, True, ()
     with torch.random.fork_rng(devices=[]):
@@ -225,7 +231,7 @@ def _holds_its_weight(layer: AdaptedLayer) -> bool:
     weight = ops.read_weight(base).detach()
     is_own = any(
         own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel() and own.dtype == weight.dtype
-        for own in base.parameters(recurse=False)
+        for own in layer.owner.parameters(recurse=False)
     )
     return is_own and ops.write_weight(base, weight, ops.read_bias(base)) is base  # its own values: nothing is copied
 
@@ -240,27 +246,24 @@ def _computed(step: Step) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     return weight, weight.to(dtype) + update, None if bias is None else bias.detach().to(dtype), update
 
 
-def _relative_error(weight: Tensor, merged: Tensor, bias: Tensor | None, update: Tensor | None) -> float:
-    wanted = merged - weight if update is None else update.to(merged.dtype)
-    norm = float(torch.linalg.vector_norm(wanted))
-    realised = merged.to(weight.dtype).to(merged.dtype) - weight
-    error = float(torch.linalg.vector_norm(realised.sub_(wanted)))
-    return error / norm if norm > 0 else error
-
-
-def _write(step: Step, *, undoable: bool, reported: bool) -> float | None:
-    """Compute one layer's merged weight and write it; returns what rounding cost, if that is wanted."""
-    layer, undo = step.layer, step.undo
+def _write(step: Step, *, undoable: bool, reported: bool) -> tuple[float | None, float | None]:
+    """Compute one layer's merged weight and write it; returns what rounding and what dequantising cost, if that is wanted."""
+    layer, undo, output = step.layer, step.undo, None
     weight, merged, bias, update = _computed(step)
-    error = _relative_error(weight, merged, bias, update) if reported else None
-    if not undo.untied:
+    error = relative_error(weight, merged, bias, update, step.dtype) if reported else None
+    if not undo.untied and not layer.ops.is_quantized:
         adapters = tuple(map(layer.adapter, step.names))
         remember(undo, weight, merged.to(weight.dtype), adapters, update, may_copy=undoable)
-    layer.base_layer = layer.ops.write_weight(layer.base_layer, merged, bias)
+    if layer.ops.is_quantized:
+        merged = merged.to(step.dtype)
+    written = layer.ops.write_weight(layer.base_layer, merged, bias)
+    if layer.ops.is_quantized:
+        output = output_error(layer, step.names, written)
+    layer.base_layer = written
     if layer.base_layer is not undo.base_layer:
         undo.forget()
     layer.merged, layer.undo = step.names, undo if undoable else None
-    return error
+    return error, output
 
 
 def _add_in_place(steps: list[Step]) -> None:

@@ -12,9 +12,10 @@ from torch import nn
 from minipeft import checkpoint, inject, merge, registry
 from minipeft.adapted import wrappers
 from minipeft.config import AdapterConfig
+from minipeft.dequantize import dequantize as make_float
 from minipeft.errors import ConfigError, StateError, shown
 from minipeft.hub import adapter_directory
-from minipeft.merge import MergeReport
+from minipeft.merge_report import MergeReport
 from minipeft.mixing import reduced
 from minipeft.saved_module import SavedModule
 from minipeft.sharing import DEFAULT, SharedModel
@@ -181,15 +182,13 @@ class AdaptedModel(SharedModel):
         if adapter_name in self._state.switch.active or adapter_name in self._state.merged:
             raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one, or unload().")
         inject.discard(self, adapter_name)
-        del self._state.configs[adapter_name]
+        del self._state.configs[adapter_name], self._state.resting[adapter_name]
         self._state.trainable.discard(adapter_name)
-        del self._state.resting[adapter_name]
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the model computes exactly what its base does; merged weights are taken back meanwhile."""
-        switch = self._state.switch
-        before = switch.enabled
+        switch, before = self._state.switch, self._state.switch.enabled
         with self._unmerged():
             switch.enabled = False
             try:
@@ -206,24 +205,24 @@ class AdaptedModel(SharedModel):
             yield
         finally:
             if merged and self.__dict__.get(STATE) is state:  # and not unloaded in the meantime
-                self._merge(merged, untie=True, undoable=True)  # what was allowed once is allowed again
+                self._merge(merged, untie=True, dequantize=True)  # what was allowed once is allowed again
 
     # ------------------------------------------------------------------------------------------------------- merging
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> MergeReport:
-        """Fold adapters into the base weights, reversibly; those merged already stay merged.
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, *, untie: bool = False, dequantize: bool = False
+    ) -> MergeReport:
+        """Fold adapters into the base weights, reversibly; those merged already stay merged. Returns what it cost.
 
         Args:
             adapter_names: None: the active ones.
             untie: give a weight that is tied elsewhere (GPT-2's embedding and head) an own copy, instead of refusing.
-
-        Returns:
-            What rounding cost, layer by layer.
+            dequantize: put a float layer in the place of a quantised one, until it is unmerged, instead of refusing.
 
         Raises:
             MergeError: a check failed; nothing was merged.
         """
         names = self._active_or(adapter_names)
-        return self._merge(tuple(dict.fromkeys((*self._state.merged, *names))), untie=untie, undoable=True)
+        return self._merge(tuple(dict.fromkeys((*self._state.merged, *names))), untie=untie, dequantize=dequantize)
 
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out of the base weights again, bit for bit.
@@ -235,20 +234,22 @@ class AdaptedModel(SharedModel):
             merge.unmerge(self)
             self._state.merged = ()
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> nn.Module:
+    def merge_and_unload(
+        self, adapter_names: Sequence[str] | None = None, *, untie: bool = False, dequantize: bool = False
+    ) -> nn.Module:
         """Fold adapters into the base weights for good and hand back the model in its original class.
 
-        Modules trained in full stay as they were trained. What rounding cost is logged to the logger "minipeft";
-        for the numbers, call `merge_adapter` first. Arguments and errors are those of `merge_adapter`.
+        Modules trained in full stay as they were trained. What it cost is logged to the logger "minipeft"; for the
+        numbers call `merge_adapter` first, whose arguments and errors these are. `dequantize` is for all of the model.
         """
         names = self._active_or(adapter_names)
         untied = merge.check_trained_copies(self, names)
-        self._merge(names, untie=untie, undoable=False)
+        self._merge(names, untie=untie, dequantize=dequantize, undoable=False)
         if untied:
             merge.mark_untied(self)
         self._state.switch.active, self._state.switch.enabled = names, True
         detach(self, AdaptedModel, keep_trained=True)
-        return self
+        return make_float(self) if dequantize else self
 
     def unload(self) -> nn.Module:
         """Take all adapters out and hand back the base, bit for bit, in its original class."""
@@ -265,17 +266,16 @@ class AdaptedModel(SharedModel):
                     f"{path}: {shown(owners)} each train this module in full, so they cannot act together."
                 )
 
-    def _merge(self, names: tuple[str, ...], *, untie: bool, undoable: bool) -> MergeReport:
+    def _merge(self, names: tuple[str, ...], *, untie: bool, dequantize: bool, undoable: bool = True) -> MergeReport:
         """Have exactly these adapters merged: one rounding for all, not one each."""
         self._check_compatible(names)
-        before = self._state.merged
-        if names != before:
+        if names != (before := self._state.merged):
             self.unmerge_adapter()
         try:
-            report = merge.merge(self, names, untie=untie, undoable=undoable)
+            report = merge.merge(self, names, untie=untie, undoable=undoable, dequantize=dequantize)
         except BaseException:
             if not (stuck := merge.merged_names(self)):  # by a merge for good that could not be taken back
-                merge.merge(self, before, untie=True)
+                merge.merge(self, before, untie=True, dequantize=True)
             self._state.merged = stuck or before
             raise
         self._state.merged = names

@@ -2,7 +2,8 @@
 
 Four decorators fill it, for the built-in classes and for a stranger's plugin alike:
 
-* ``register_layer(nn.Linear)`` or ``register_layer("bitsandbytes.nn.Linear8bitLt")``: a `LayerOps` for a layer type;
+* ``register_layer(nn.Linear)`` or ``register_layer("bitsandbytes.nn.Linear8bitLt")``: a `LayerOps` for a layer type,
+  or with ``weight="torchao.quantization.Int8Tensor"`` for those layers of it that hold such a weight;
 * ``register_method("lora")``: an `Adapter` for a method;
 * ``register_targets("gpt2", ["c_attn"])``: default target patterns for a transformers ``model_type``;
 * ``register_adapter("lora", layer=nn.Linear, pattern="lm_head")``: an override for some layers or some names.
@@ -37,6 +38,7 @@ def qualified(cls: type) -> str:
 @dataclass
 class _Tables:
     layers: dict[str, type[Any]] = field(default_factory=dict)
+    layers_by_weight: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
     methods: dict[str, type[Any]] = field(default_factory=dict)
     targets: dict[str, tuple[str, ...] | str] = field(default_factory=dict)
     by_layer: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
@@ -51,12 +53,20 @@ _plugins_loaded = False
 
 
 # ------------------------------------------------------------------------------------------------- registration
-def register_layer(layer: type | str) -> Callable[[Class], Class]:
+def register_layer(layer: type | str, *, weight: str | None = None) -> Callable[[Class], Class]:
     """Register the decorated `LayerOps` for a layer type, given as a class or as its dotted name.
+
+    Args:
+        layer: the layer type.
+        weight: dotted name of a tensor class: these ops are for layers with such a weight, beside those of the layer
+            type itself. Which ones take a layer is for their `accepts` to say.
 
     Raises:
         RegistryError: the class breaks the `LayerOps` contract, or the type has other ops already.
     """
+    if weight is not None:
+        key = (_type_key(layer), _type_key(weight))
+        return _registering(_tables.layers_by_weight, key, "LayerOps", f"layer type {key[0]!r} with {key[1]!r} weights")
     return _registering(_tables.layers, _type_key(layer), "LayerOps", f"layer type {_type_key(layer)!r}")
 
 
@@ -157,14 +167,24 @@ def layer_candidates(layer_type: type) -> Iterator[tuple[type, type[Any]]]:
     """(registered type, its ops) for a layer type and its bases, the most derived first."""
     _settle_dotted_names()
     for cls in layer_type.__mro__:
-        ops = _tables.layers.get(qualified(cls))
+        name = qualified(cls)
+        ops = _tables.layers.get(name)
         if ops is not None:
             yield cls, ops
+        for (layer, _), ops in _tables.layers_by_weight.items():
+            if layer == name:
+                yield cls, ops
+
+
+def layer_classes() -> list[type[Any]]:
+    """Every registered `LayerOps`."""
+    return [*_tables.layers.values(), *_tables.layers_by_weight.values()]
 
 
 def layer_type_names() -> list[str]:
     """Short names of the registered layer types, sorted."""
-    return sorted({key.rsplit(".", 1)[-1] for key in _tables.layers})
+    packed = {f"{layer.rsplit('.', 1)[-1]}[{weight.rsplit('.', 1)[-1]}]" for layer, weight in _tables.layers_by_weight}
+    return sorted({key.rsplit(".", 1)[-1] for key in _tables.layers} | packed)
 
 
 def layers() -> dict[str, type[Any]]:
@@ -221,6 +241,10 @@ def _settle_dotted_names() -> None:
         real = _settled(key)
         if real != key:
             _tables.layers.setdefault(real, _tables.layers.pop(key))
+    for key, weight in list(_tables.layers_by_weight):
+        real = _settled(key)
+        if real != key:
+            _tables.layers_by_weight.setdefault((real, weight), _tables.layers_by_weight.pop((key, weight)))
     for method, key in list(_tables.by_layer):
         real = _settled(key)
         if real != key:

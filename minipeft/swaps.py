@@ -96,9 +96,9 @@ def _trimmed(function: Any, *args: Any) -> Any:
 
 
 def trim_before(module: nn.Module | None, args: tuple[Any, ...]) -> None:
-    """Give the memory that lies free between living arrays back, before a call on the CPU; also a forward pre-hook."""
-    if args and isinstance(args[0], Tensor) and args[0].device.type == "cpu":
-        heap.trim()
+    """Give the memory that lies free between living arrays back, before a call; also a forward pre-hook."""
+    if args and isinstance(args[0], Tensor):
+        heap.trim(args[0].device.type)
 
 
 def wants_gradient(module: nn.Module, args: Any, kwargs: Any) -> bool:

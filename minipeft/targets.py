@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from minipeft import registry
-from minipeft.adapted import Wrapper
+from minipeft.adapted import Wrapper, innermost
 from minipeft.config import ALL_LINEAR, HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import TargetError, hint, nearest, shown
 from minipeft.layers.base import LayerOps
@@ -28,10 +28,8 @@ class Candidate:
 
     @property
     def base(self) -> nn.Module:
-        """The layer itself, without the wrapper that an earlier adapter put around it."""
-        base = self.module.base_layer if isinstance(self.module, Wrapper) else self.module
-        assert isinstance(base, nn.Module)
-        return base
+        """The layer itself, without the wrappers that an earlier adapter put around it."""
+        return innermost(self.module)
 
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
@@ -85,14 +83,14 @@ def select_targets(
         if config.exclude_modules
         else set()
     )
-    eligible = [name for name in names if name not in excluded and not _within(name, saved)]
+    eligible = [name for name in names if name not in excluded and not within(name, saved)]
     if config.target_modules == ALL_LINEAR:
         chosen = _all_linear(model, found, eligible)
     else:
-        patterns = config.target_modules if config.target_modules is not None else _defaults(model, found)
+        patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
     chosen = _in_layers(config, chosen, every_pattern)
-    if not chosen:
+    if not chosen and not config.parameters_to_adapt:
         raise TargetError(
             f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt; nothing was changed."
         )
@@ -125,11 +123,35 @@ def select_saved(
     return [
         name
         for name in found
-        if name in chosen and not any(name != other and _within(name, {other}) for other in chosen)
+        if name in chosen and not any(name != other and within(name, {other}) for other in chosen)
     ]
 
 
-def _within(name: str, roots: set[str]) -> bool:
+def select_parameters(
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
+) -> dict[str, list[str]]:
+    """The bare parameters to adapt: module name -> names of its own parameters, in the order it declares them.
+
+    Raises:
+        TargetError: an entry matches no parameter of a module below the model.
+    """
+    wanted, names = set(config.parameters_to_adapt), []
+    chosen: dict[str, list[str]] = {}
+    unused = set(wanted)
+    for first, candidate in found.items() if wanted else ():
+        for parameter in (name for name, value in candidate.base._parameters.items() if value is not None):
+            names.append(f"{first}.{parameter}")
+            hits = wanted.intersection(e for name in candidate.names for e in endings(f"{name}.{parameter}"))
+            if hits:
+                chosen.setdefault(first, []).append(parameter)
+                unused -= hits
+    if unused and every_pattern:
+        raise TargetError(_no_match("target_parameters", min(unused), names, model, "parameter"))
+    return chosen
+
+
+def within(name: str, roots: Collection[str]) -> bool:
+    """Whether a module is one of these or stands in one of them."""
     parts = name.split(".")
     return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))
 
@@ -164,14 +186,14 @@ def _matching(
     return [name for name in names if not entries.isdisjoint(endings(name))]
 
 
-def _no_match(option: str, entry: str, names: list[str], model: nn.Module) -> str:
+def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind: str = "module") -> str:
     depth = entry.count(".") + 1
     close = nearest(entry, sorted({".".join(name.split(".")[-depth:]) for name in names}))
     where = ""
     if close:
         count = sum(is_suffix(close, name) for name in names)
-        where = f" (closest: {close!r}, {count} module{'s' if count != 1 else ''})"
-    return f"{option}: {entry!r} matches no module of {type(model).__name__}{where}; nothing was changed."
+        where = f" (closest: {close!r}, {count} {kind}{'s' if count != 1 else ''})"
+    return f"{option}: {entry!r} matches no {kind} of {type(model).__name__}{where}; nothing was changed."
 
 
 def _all_linear(model: nn.Module, found: dict[str, Candidate], eligible: list[str]) -> list[str]:
@@ -227,11 +249,11 @@ def _layer_index(name: str, layers_pattern: Sequence[str] | str | None) -> int |
     return None
 
 
-def _defaults(model: nn.Module, found: dict[str, Candidate]) -> Sequence[str] | str:
+def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConfig) -> Sequence[str] | str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     patterns = registry.default_targets(model_type) if isinstance(model_type, str) else None
-    if patterns is not None:
-        return patterns
+    if patterns is not None or config.parameters_to_adapt:
+        return patterns or ()
     counts: dict[str, int] = {}
     for name, candidate in found.items():
         ops = layer_ops(candidate.base)
@@ -248,3 +270,13 @@ def _defaults(model: nn.Module, found: dict[str, Candidate]) -> Sequence[str] | 
 
 def _shown(patterns: Sequence[str] | str | None) -> str:
     return repr(list(patterns)) if isinstance(patterns, tuple) else repr(patterns)
+
+
+def to_prepare(found: dict[str, Candidate]) -> Iterator[tuple[type[LayerOps], nn.Module]]:
+    """Every (ops, layer) whose ops have something to do to a layer before adapters come, targeted or not."""
+    types = {type(candidate.base) for candidate in found.values()}
+    concerned = {t for t in types if any(o.prepare is not LayerOps.prepare for _, o in registry.layer_candidates(t))}
+    for candidate in found.values():
+        ops = layer_ops(candidate.base) if type(candidate.base) in concerned else None
+        if ops is not None:
+            yield ops, candidate.base

@@ -7,7 +7,6 @@ or an update so large that many elements differ, keeps a copy of W instead.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -65,7 +64,7 @@ def remember(
         differs = _bits(_subtracted(rounded, update)) != _bits(weight)
         if int(differs.sum()) * 16 <= weight.numel():
             undo.positions, undo.values, undo.weight_sums = differs.nonzero(), weight[differs], _bit_sums(weight)
-            undo.adapters = tuple(copy.deepcopy(adapter).requires_grad_(False) for adapter in adapters)
+            undo.adapters = tuple(adapter.snapshot() for adapter in adapters)
             undo.threads = torch.get_num_threads()
     if may_copy and undo.positions is None:
         undo.weight = weight.clone()

@@ -30,9 +30,9 @@ FLOORS = (
         "families",
     ),
     ("layers", "methods", "swaps", "lean_loss", "probe"),
-    ("adapted", "saved_module", "targets", "undo", "merge"),
-    ("inject", "adapter_file", "checkpoint", "card", "state", "hub", "sharing", "trainer_guard"),
-    ("model", "lean_model"),
+    ("adapted", "saved_module", "targets", "parameters", "undo", "merge_report", "dequantize", "merge"),
+    ("inject", "adapter_file", "checkpoint", "card", "state", "hub", "sharing", "trainer_guard", "quantize"),
+    ("model", "lean_model", "schedule"),
     ("training", "hf", "contract", "testing", "table"),
     ("__init__",),
 )

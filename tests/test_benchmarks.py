@@ -69,7 +69,11 @@ def test_the_memory_benchmark_measures_each_subject_in_its_own_process(tmp_path)
         "full fine-tuning",
         "PEFT",
         "minipeft, lean, checkpointing block",
+        "PEFT, NF4 base",
+        "minipeft, NF4 base",
     ]
+    weights = {row["subject"]: float(row["ours"]) for row in rows if row["measure"] == "base weights"}
+    assert weights["minipeft, NF4 base"] == weights["PEFT, NF4 base"] < weights["PEFT"] == weights["full fine-tuning"]
     assert all(float(row["ours"]) > 0 for row in net)
     kept = {row["subject"]: float(row["ours"]) for row in rows if row["unit"] == "u"}
     assert kept["minipeft, lean, checkpointing block"] < kept["PEFT"]

@@ -171,7 +171,6 @@ def test_peft_writes_nothing_that_stands_in_the_way():
     [
         ("use_dora", True),
         ("lora_bias", True),
-        ("target_parameters", ["experts"]),
         ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 2]]),
         ("a_key_of_the_future", "on"),
@@ -183,7 +182,7 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
         config_from_dict({**LoraConfig().to_dict(), key: value})
 
 
-@pytest.mark.parametrize("peft_type", ["IA3", "lorra", None, 3])
+@pytest.mark.parametrize("peft_type", ["BOFT", "lorra", None, 3])
 def test_an_unknown_method_is_refused_with_the_known_ones(peft_type):
     with pytest.raises(ConfigError, match="LORA"):
         config_from_dict({**LoraConfig().to_dict(), "peft_type": peft_type})

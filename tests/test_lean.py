@@ -549,11 +549,11 @@ def test_frozen_layers_take_the_faster_library_in_training_only(monkeypatch):
 def test_memory_is_handed_back_by_glibc_and_nowhere_else(monkeypatch):
     from minipeft import heap
 
-    heap.trim()
+    heap.trim("cpu")
     heap._malloc_trim.cache_clear()
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     assert heap._malloc_trim() is None
-    heap.trim()
+    heap.trim("cpu")
     heap._malloc_trim.cache_clear()
 
 

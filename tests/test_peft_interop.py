@@ -635,7 +635,6 @@ def refused(directory, factory, *named):
     [
         (gpt2, {"target_modules": ["c_attn"], "use_dora": True}, "use_dora"),
         (llama, {"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
-        (llama, {"target_modules": [], "target_parameters": ["o_proj.weight"]}, "target_parameters"),
         (gpt2, {"target_modules": ["c_attn"], "trainable_token_indices": [3, 5]}, "trainable_token_indices"),
         (llama, {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         (llama, {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "pissa"),
@@ -656,9 +655,9 @@ def test_what_peft_does_and_we_do_not_is_refused_by_name(factory, options, named
 
 def test_another_method_of_peft_is_refused_by_name(tmp_path):
     with foreign_code():
-        config = peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[])
-        peft.get_peft_model(gpt2(), config).save_pretrained(tmp_path)
-    refused(tmp_path, gpt2, "IA3")
+        config = peft.HRAConfig(target_modules=["q_proj"], r=2)
+        peft.get_peft_model(llama(), config).save_pretrained(tmp_path)
+    refused(tmp_path, llama, "HRA")
 
 
 @pytest.mark.parametrize(

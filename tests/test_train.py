@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
 import gzip
 import importlib.util
 import json
@@ -23,7 +21,6 @@ pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
 
-from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 

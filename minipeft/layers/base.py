@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,10 @@ class LayerOps(ABC):
     in_all_linear: ClassVar[bool] = False  # target_modules="all-linear" takes it
     fan_in_fan_out: ClassVar[bool] = False  # stores (in, out); only PEFT's file format asks
     can_merge: ClassVar[bool] = True
+    is_quantized: ClassVar[bool] = False  # `read_weight` makes a float copy, `write_weight` a float layer (see there)
+    kinds: ClassVar[tuple[str, ...]] = ()  # what `minipeft.quantize` calls the layers that `pack` makes
+    # The name of a parameter that the module reads, where there is no call to follow (see `minipeft.layers.read`).
+    reads: ClassVar[str] = ""
 
     @staticmethod
     @abstractmethod
@@ -36,14 +41,18 @@ class LayerOps(ABC):
     @staticmethod
     @abstractmethod
     def read_weight(base: Any) -> Tensor:
-        """The canonical weight, shape (out, in); a view of the layer's own where that is possible."""
+        """The canonical weight, shape (out, in); a view of the layer's own where that is possible.
+
+        A quantised layer dequantises: a fresh tensor, and the time and memory it takes, at every call.
+        """
 
     @staticmethod
     @abstractmethod
     def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Store a canonical weight (out, in) and bias (out,) in place, and return the layer that now holds them.
 
-        A layer that cannot hold them, such as a quantised one, returns a replacement.
+        A layer that cannot hold them, such as a quantised one, returns a replacement in the dtype of the given weight,
+        and stays as it is itself. Merging does that only where it is asked to dequantise.
         """
 
     @staticmethod
@@ -52,25 +61,94 @@ class LayerOps(ABC):
         return True
 
     @staticmethod
+    def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A quantised, frozen layer of one of the `kinds`, from a float weight (out, in) and bias (out,), left as they are.
+
+        Raises:
+            ImportError: the package that does it is missing.
+            ValueError: it cannot do it for such a weight.
+        """
+        raise ValueError(f"there is no quantised layer of the kind {kind!r}")
+
+    @staticmethod
+    def prepare(base: Any) -> None:
+        """Called for every such layer of a model, adapted or not, when adapters are put in: make it fit for training.
+
+        Only for what leaves the layer's function as it is; by default nothing.
+        """
+        return None
+
+    @staticmethod
+    def run(base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own output; overridden where the layer's own call would keep a float weight for backward."""
+        return base(x, *args, **kwargs)
+
+    @staticmethod
     def read_bias(base: Any) -> Tensor | None:
         """The bias, shape (out,), or None."""
         bias: Tensor | None = getattr(base, "bias", None)
         return bias
 
+    @classmethod
+    def down_shape(cls, base: Any, r: int) -> tuple[int, ...]:
+        """The shape in which a down projection is kept and saved; ``A.flatten(1)`` of it is (r, in)."""
+        return r, cls.shape(base)[1]
+
+    @classmethod
+    def up_shape(cls, base: Any, r: int) -> tuple[int, ...]:
+        """The shape in which an up projection is kept and saved; ``B.flatten(1)`` of it is (out, r)."""
+        return cls.shape(base)[0], r
+
+    @classmethod
+    def gain_shape(cls, base: Any) -> tuple[int, ...]:
+        """The shape in which one factor an output feature, such as DoRA's magnitude, is kept and saved."""
+        return (cls.shape(base)[0],)
+
+    @staticmethod
+    def maps(base: Any) -> int:
+        """How many maps of one shape lie below each other in the canonical weight, each with factors of its own.
+
+        For more than one, `down_shape` is (r * maps, in) and `up_shape` (out / maps, r * maps), in the order that
+        `minipeft.functional.stacked_delta` knows.
+        """
+        return 1
+
     @staticmethod
     def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
-        """``A x`` for A of shape (r, in) and the layer's own input x: shape (..., r)."""
+        """``A x`` for A of shape (r, in), or `down_shape`, and the layer's own input x: shape (..., r)."""
         return F.linear(x, A)
 
     @staticmethod
     def project_out(base: Any, h: Tensor, B: Tensor) -> Tensor:
-        """``B h`` for B of shape (out, r) and h of shape (..., r), scaled as the layer scales its own output: (..., out)."""
+        """``B h`` for B of shape (out, r), or `up_shape`, and h as `project_in` gives it, scaled as the layer scales its
+        own output: (..., out).
+        """
         return F.linear(h, B)
 
     @staticmethod
     def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
-        """``y * v`` along the output features, for v of shape (out,)."""
+        """``y * v`` along the output features, for v of shape (out,), or `gain_shape`."""
         return y * v
+
+    @classmethod
+    def takes_vectors(cls) -> bool:
+        """Whether the layer maps the last dimension of its input as ``F.linear`` does, and so `project_in` and the rest."""
+        return cls.project_in is LayerOps.project_in and cls.project_out is LayerOps.project_out
+
+    @classmethod
+    def along_out(cls, base: Any, v: Tensor, ndim: int) -> Tensor:
+        """The vector v, shape (out,), so shaped that it can be added to an output with `ndim` dimensions."""
+        return cls.scale_out(base, v.new_ones((1,) * ndim), v)
+
+    @classmethod
+    def in_channels(cls, base: Any) -> int:
+        """How many input features there are to scale one by one; where W has several columns for each, they lie together."""
+        return cls.shape(base)[1]
+
+    @staticmethod
+    def scale_in(base: Any, x: Tensor, v: Tensor) -> Tensor:
+        """``x * v`` along the input features, for v of shape (in_channels,); never asked of a lookup."""
+        return x * v
 
     @staticmethod
     def is_linear_call(base: Any) -> bool:
@@ -79,6 +157,16 @@ class LayerOps(ABC):
         A method may then compute the layer's output itself, together with its own. Hooks and patched forwards rule it out.
         """
         return False
+
+    @staticmethod
+    def parts(base: Any) -> Mapping[str, type[LayerOps]]:
+        """Children whose weights the layer reads and which are adapted along with it: attribute -> ops; by default none."""
+        return {}
+
+    @classmethod
+    def of_parameter(cls, name: str) -> type[LayerOps]:
+        """These ops for one parameter of a module; what is registered for a class of parameters says how."""
+        raise NotImplementedError(f"{cls.__name__} is for layers, not for bare parameters.")
 
     @classmethod
     def example_input(cls, base: Any) -> Tensor:
@@ -110,7 +198,7 @@ def runs_only(base: nn.Module, forward: object) -> bool:
     return not hooks and vars(plain_class(type(base))).get("forward") is forward and "forward" not in base.__dict__
 
 
-def has_plain_weight(base: nn.Module, shape: tuple[int, int]) -> bool:
+def has_plain_weight(base: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether ``base.weight`` is an ordinary parameter of this shape: not packed, sharded, lazy or computed from others."""
     weight = base._parameters.get("weight")
     return type(weight) is nn.Parameter and weight.dtype in FLOAT_DTYPES and tuple(weight.shape) == shape

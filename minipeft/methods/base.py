@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from minipeft.config import AdapterConfig
 from minipeft.functional import is_column_major, low_rank_product
 from minipeft.layers.base import LayerOps
 
 # What a class says of one of its methods does not hold for another one, written in a subclass: (method, what is said).
-SAYS = (("forward", "runs_base"), ("merge", "delta"), ("merge", "factors"), ("delta", "factors"))
+SAYS = (
+    ("forward", "runs_base"),
+    ("before", "runs_base"),
+    ("merge", "delta"),
+    ("merge", "factors"),
+    ("delta", "factors"),
+)
 
 
 class Adapter(nn.Module, ABC):
@@ -30,10 +38,12 @@ class Adapter(nn.Module, ABC):
 
     contract: ClassVar[str] = "Adapter"
     runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the base's output itself
+    acts_before: ClassVar[bool] = False  # whether `before` does anything; found out, not said
     config_class: ClassVar[type[AdapterConfig]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.acts_before = cls.before is not Adapter.before
         for method, said in SAYS:
             if method in vars(cls) and said not in vars(cls):
                 setattr(cls, said, getattr(Adapter, said))
@@ -58,6 +68,15 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
         """The adapted output, from the layer's input x and output y (..., out), a tensor; never in place on y."""
+
+    def before(self, base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor:
+        """What the layer, and every adapter in front of this one, sees of the input x; by default x itself.
+
+        For a method that changes the input instead of the output, so that adapters compose as their merges do:
+        ``W -> W diag(l)`` is ``before = l * x``. `forward` then gets the y that came of it, beside the x that came in.
+        Module hooks do not see this call, unlike that of the adapter.
+        """
+        return x
 
     @abstractmethod
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -91,6 +110,44 @@ class Adapter(nn.Module, ABC):
         """Whether the adapter, as it stands, leaves its layer's output as it is; False where that is not easily told."""
         return False
 
+    def snapshot(self) -> Self:
+        """A frozen copy, which later changes to this adapter leave alone; what never changes may be shared."""
+        return copy.deepcopy(self).requires_grad_(False)
+
+    # ----------------------------------------------------------------------------------------------------- training
+    @classmethod
+    def after_step(cls, adapters: Mapping[str, Self], config: Any, step: int) -> None:
+        """What is due after optimizer step number `step`, before the gradients are set to zero; by default nothing.
+
+        Args:
+            adapters: all of one adapter's parts, by the name of the module they are on.
+            config: the configuration of the adapter, for the modules that have none of their own.
+            step: counted by the caller, the first is 0.
+
+        Raises:
+            StateError: a gradient that is needed is not there.
+        """
+
+    @classmethod
+    def extra_loss(cls, adapters: Mapping[str, Self], config: Any) -> Tensor | None:
+        """A scalar to add to the model's loss, such as a regularisation, or None; arguments are those of `after_step`."""
+        return None
+
+    # -------------------------------------------------------------------------------------------------------- files
     def file_tensors(self) -> dict[str, Tensor]:
         """What is saved: the key after the module's name in a file -> the live tensor."""
         return dict(self.named_parameters())
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """What is saved once for all layers, `share`'s: the key after ``base_model.`` in a file -> the live tensor."""
+        return {}
+
+    @classmethod
+    def file_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
+        """Options in ``adapter_config.json`` that depend on what came of the adapters; `values` is what it holds else."""
+        return {}
+
+    @classmethod
+    def packed(cls, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What is written of copies of the saved tensors, by key, given the contents of ``adapter_config.json``."""
+        return tensors

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig, flag, integer, number, one_of, pattern_table
-from minipeft.functional import is_column_major, lora_delta, lora_factors, lora_scaling
+from minipeft.config import AdapterConfig, flag, integer, names, number, one_of, pattern_table
+from minipeft.errors import StateError
+from minipeft.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta
 from minipeft.fused import can_fuse, lora_linear
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
@@ -38,6 +39,9 @@ class LoraConfig(AdapterConfig):
         rank_pattern, alpha_pattern: regular expression -> value, for the whole module name or a dotted suffix of it.
         init_lora_weights: True: A Kaiming-uniform, B zero (an embedding: A zero, B normal). "gaussian": A normal with
             standard deviation 1/r, B zero. False: B random too, so the model differs from the base at once (for tests).
+        target_parameters: suffixes of the names of bare parameters to adapt beside `target_modules` (which may then be
+            empty): of shape (out, in), (experts, out, in) or, in a module that says `is_transposed`, (experts, in, out).
+            `exclude_modules` and `layers_to_transform` do not concern them.
         fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
     """
 
@@ -51,9 +55,11 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
+    target_parameters: Sequence[str] | None = None
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
+        self._set("target_parameters", names("target_parameters", self.target_parameters or None))
         super().__post_init__()
         _rank("r", self.r)
         _alpha("lora_alpha", self.lora_alpha)
@@ -73,6 +79,14 @@ class LoraConfig(AdapterConfig):
     @property
     def trains_all_biases(self) -> bool:
         return self.bias == "all"
+
+    @property
+    def parameters_to_adapt(self) -> Sequence[str]:
+        return self.target_parameters or ()
+
+    def needs_a_call(self) -> list[str]:
+        used = (("lora_dropout", self.lora_dropout > 0), ("bias", self.bias != "none"))
+        return [f"{option} = {getattr(self, option)!r}" for option, is_set in used if is_set]
 
     def for_modules(self, names: Sequence[str]) -> dict[str, Self]:
         ranks, alphas = self._deciding_keys(names)
@@ -106,7 +120,8 @@ def _alpha(name: str, value: object) -> float:
 class Lora(Adapter):
     """y = W x + b + scaling * B A dropout(x), eq. (3) of arXiv:2106.09685.
 
-    `lora_A` is (r, in), `lora_B` (out, r), whatever the layer stores; `lora_bias` (out,) replaces b, if trained.
+    `lora_A` is (r, in), `lora_B` (out, r), whatever the layer stores; `lora_bias` (out,) replaces b, if trained. Where the
+    layer says so (a convolution, say), they have more dimensions, or hold the factors of several maps.
     They are created in the dtype and on the device of the base weight; the injection raises half precision to float32.
     """
 
@@ -116,13 +131,12 @@ class Lora(Adapter):
 
     def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
-        out_features, in_features = ops.shape(base)
         weight, bias = ops.read_weight(base), ops.read_bias(base)
-        self.is_lookup = ops.is_lookup
+        self.is_lookup, self.maps = ops.is_lookup, ops.maps(base)
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
-        self.lora_A = nn.Parameter(weight.new_empty(config.r, in_features))
-        self.lora_B = nn.Parameter(weight.new_empty(out_features, config.r))
+        self.lora_A = nn.Parameter(weight.new_empty(ops.down_shape(base, config.r)))
+        self.lora_B = nn.Parameter(weight.new_empty(ops.up_shape(base, config.r)))
         start = bias.detach() if config.bias != "none" and bias is not None else None
         self.lora_bias = None if start is None else nn.Parameter(start.clone())
         # Kept, since another adapter may be merged into the base's own later.
@@ -150,22 +164,27 @@ class Lora(Adapter):
         if y is None and ops.is_linear_call(base):
             weight, bias = ops.read_weight(base), ops.read_bias(base)
             if can_fuse(x, weight, bias):
-                return self._with_bias(lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, dropout))
+                y = lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, dropout)
+                return self._with_bias(base, ops, y)
         if y is None:
-            y = base(x)
+            y = ops.run(base, x)
         assert isinstance(y, Tensor)
         # The factors follow the activations' dtype, never the other way round: no copy of x is made or kept.
         dtype = y.dtype if self.is_lookup else x.dtype
+        if dropout and ops.reads:
+            raise StateError(
+                f"lora_dropout cannot act on {ops.reads} of {type(base).__name__}, which is read and not called; train with 0."
+            )
         if dropout and not self.is_lookup:
             x = F.dropout(x, dropout)
         h = ops.project_in(base, x, self.lora_A.to(dtype)) * self.scaling
         if dropout and self.is_lookup:
             h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
-        return self._with_bias(y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype))
+        return self._with_bias(base, ops, y + ops.project_out(base, h, self.lora_B.to(dtype)).to(y.dtype))
 
-    def _with_bias(self, y: Tensor) -> Tensor:
+    def _with_bias(self, base: nn.Module, ops: type[LayerOps], y: Tensor) -> Tensor:
         bias_update = self._bias_update()
-        return y if bias_update is None else y + bias_update.to(y.dtype)
+        return y if bias_update is None else y + ops.along_out(base, bias_update.to(y.dtype), y.ndim)
 
     def _bias_update(self) -> Tensor | None:
         return None if self.lora_bias is None or self.original_bias is None else self.lora_bias - self.original_bias
@@ -177,13 +196,19 @@ class Lora(Adapter):
         return weight + self.delta(weight).to(weight.dtype), bias
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        if self.lora_bias is not None:  # then the merge changes more than the weight
+        if (
+            self.lora_bias is not None or self.maps > 1
+        ):  # the merge changes more than the weight; one product is not all
             return None
-        return lora_factors(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+        return lora_factors(*self._matrices(), self.scaling)
 
     def delta(self, weight: Tensor) -> Tensor:
-        column_major = is_column_major(weight)
-        return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling, column_major=column_major)
+        if self.maps > 1:
+            return stacked_delta(*self._matrices(), self.scaling, self.maps)
+        return lora_delta(*self._matrices(), self.scaling, column_major=is_column_major(weight))
+
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A.detach().flatten(1), self.lora_B.detach().flatten(1)
 
     def changes_nothing(self) -> bool:
         bias_update = self._bias_update()

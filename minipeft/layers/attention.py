@@ -1,0 +1,41 @@
+"""``torch.nn.MultiheadAttention``, whose packed input projection and output projection are read and not called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from minipeft.layers.base import LayerOps
+from minipeft.layers.read import ReadOps
+from minipeft.mixing import plain_class
+from minipeft.registry import register_layer
+
+
+class OutProjectionOps(ReadOps):
+    """``out_proj``, adapted along with the attention that reads it."""
+
+    reads = "weight"
+
+
+@register_layer(nn.MultiheadAttention)
+class MultiheadAttentionOps(ReadOps):
+    """W is ``in_proj_weight``, (3 * embed_dim, embed_dim), for query, key and value together, as in PEFT.
+    The files are PEFT's too, but PEFT (0.21.2) adds the update of ``out_proj`` twice, and here it counts once.
+
+    With a `kdim` or `vdim` of their own there is no packed weight, and the instance is refused; ``target_parameters=
+    ["attn.q_proj_weight", "attn.k_proj_weight", "attn.v_proj_weight"]`` adapts those. So is a subclass with a
+    ``forward`` of its own, which may call what this class reads.
+    """
+
+    reads = "in_proj_weight"
+
+    @classmethod
+    def accepts(cls, base: Any) -> bool:
+        own_forward = getattr(plain_class(type(base)), "forward", None) is not nn.MultiheadAttention.forward
+        return not own_forward and super().accepts(base) and OutProjectionOps.accepts(base.out_proj)
+
+    @staticmethod
+    def parts(base: Any) -> Mapping[str, type[LayerOps]]:
+        return {"out_proj": OutProjectionOps}

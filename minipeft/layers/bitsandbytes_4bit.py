@@ -1,0 +1,124 @@
+"""bitsandbytes' ``Linear4bit``: NF4 and FP4, with and without double quantisation (QLoRA, arXiv:2305.14314)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.layers.quantised import QuantizedLinearOps, with_bias
+from minipeft.registry import register_layer
+
+
+@register_layer("bitsandbytes.nn.Linear4bit")
+class Linear4bitOps(QuantizedLinearOps):
+    """Two weights a byte, with a scale for each block of 64, which double quantisation stores in 8 bits.
+
+    The layer's own call keeps nothing of the size of a float weight: its backward pass dequantises again.
+    """
+
+    kinds = ("nf4", "fp4")
+
+    @staticmethod
+    def accepts(base: Any) -> bool:
+        state = _state(base)
+        return state is not None and tuple(state.shape) == (base.out_features, base.in_features)
+
+    @staticmethod
+    @torch.no_grad()
+    def dequantized(base: Any) -> Tensor:
+        bnb: Any = importlib.import_module("bitsandbytes.functional")
+        data, state = base.weight.data, _state(base)
+        if _is_repacked(state):
+            data, state = _unpacked(data, copy.copy(state))
+        weight: Tensor = bnb.dequantize_4bit(data, state)
+        return weight
+
+    @staticmethod
+    def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        bnb: Any = importlib.import_module("bitsandbytes.nn")
+        out_features, in_features = weight.shape
+        blocksize = 64 if in_features % 64 == 0 else 32  # so that a block does not straddle two rows, if possible
+        if not reads_back(in_features, blocksize, kind, weight.dtype, weight.device):
+            raise ValueError(f"bitsandbytes misreads rows of {in_features} 4-bit weights on this processor")
+        layer: nn.Module = bnb.Linear4bit(
+            in_features, out_features, bias is not None, weight.dtype, quant_type=kind, device="meta"
+        )
+        packed = bnb.Params4bit(weight, False, blocksize=blocksize, quant_type=kind, module=layer)
+        layer.weight = packed.to(weight.device)
+        return with_bias(layer, bias)
+
+    @staticmethod
+    def prepare(base: Any) -> None:
+        """Keep bitsandbytes from repacking the weight, and take it back where that has happened.
+
+        On a processor with AVX512-BF16, bitsandbytes 0.49 and 0.50 store the weight anew in the first call in eval mode
+        that wants no gradient: with scales rounded to bfloat16, in a layout through which no gradient passes, so that
+        training fails after the first evaluation (and so does the evaluation itself where a side is no multiple of 32
+        or 64).
+        """
+        base.support_avx512bf16_for_cpu = False
+        state = _state(base)
+        if state is not None and not base.weight.is_meta:
+            kind = (base.in_features, state.blocksize, state.quant_type, torch.float32, base.weight.device)
+            if not reads_back(*kind):
+                _warn_of_misreading(base.in_features, state.blocksize)
+        if state is not None and _is_repacked(state):
+            base.weight.data, base.weight.quant_state = _unpacked(base.weight.data, state)
+            base.quant_state = base.weight.quant_state
+
+
+@functools.lru_cache(maxsize=1024)
+@torch.no_grad()
+def reads_back(in_features: int, blocksize: int, quant_type: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether bitsandbytes unpacks rows of so many weights as it packed them, up to rounding to 16 values.
+
+    On a CPU with AVX512, version 0.50 does not where a block straddles two rows of a length that divides by 16: it
+    takes another block's scale, in every call of such a layer.
+    """
+    bnb: Any = importlib.import_module("bitsandbytes.functional")
+    values = (
+        torch.randn(16, in_features, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 16)[:, None]
+    )
+    values = values.to(device, dtype)
+    packed, state = bnb.quantize_4bit(values, blocksize=blocksize, quant_type=quant_type)
+    error = (bnb.dequantize_4bit(packed, state) - values).float().abs().flatten()
+    ends = -values.numel() % blocksize
+    blocks, errors = (F.pad(t, (0, ends)).view(-1, blocksize).amax(1) for t in (values.float().abs().flatten(), error))
+    return bool((errors <= 0.2 * blocks).all())  # half the widest gap between two codes is a sixth
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_of_misreading(in_features: int, blocksize: int) -> None:
+    warnings.warn(
+        f"bitsandbytes misreads 4-bit layers with {in_features} input features in blocks of {blocksize} on this processor: "
+        "the base is not what it was quantised from, and differs from the same base on a GPU. minipeft.quantize makes "
+        "layers that are read rightly.",
+        stacklevel=2,
+    )
+
+
+def _state(base: Any) -> Any:
+    """How the weight is packed, or None of a weight that is not packed yet."""
+    return getattr(base.weight, "quant_state", None) or base.quant_state
+
+
+def _is_repacked(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """The usual layout of a repacked weight, with exactly the values that it has; `state` is changed."""
+    bnb: Any = importlib.import_module("bitsandbytes.functional")
+    # Its own way back quantises the scales anew if they were, and else leaves them transposed: a wrong weight.
+    scales = state.absmax.t().reshape(-1).float()
+    state.original_nested = False
+    data, state = bnb._convert_weight_packed_for_cpu_inverse(data, state)
+    state.absmax = scales
+    return data, state

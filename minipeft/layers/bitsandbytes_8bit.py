@@ -1,0 +1,51 @@
+"""bitsandbytes' ``Linear8bitLt``: int8 with a scale for each output feature (LLM.int8(), arXiv:2208.07339)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.layers.quantised import QuantizedLinearOps, with_bias
+from minipeft.registry import register_layer
+
+OUTLIER = 6.0  # input features beyond it stay in half precision; the paper's threshold, and transformers'
+
+
+@register_layer("bitsandbytes.nn.Linear8bitLt")
+class Linear8bitLtOps(QuantizedLinearOps):
+    """W = C s / 127 row by row. In eval mode, and on a GPU, the layer rounds its input to int8 as well."""
+
+    kinds = ("int8",)
+
+    @staticmethod
+    def accepts(base: Any) -> bool:
+        return base.weight.dtype is torch.int8 and _scales(base) is not None
+
+    @staticmethod
+    @torch.no_grad()
+    def dequantized(base: Any) -> Tensor:
+        scales = _scales(base)
+        assert scales is not None
+        weight: Tensor = base.weight.data.float()
+        return weight.mul_(scales.float().unsqueeze(1) / 127)
+
+    @staticmethod
+    def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        bnb: Any = importlib.import_module("bitsandbytes.nn")
+        out_features, in_features = weight.shape
+        layer: nn.Module = bnb.Linear8bitLt(
+            in_features, out_features, bias is not None, has_fp16_weights=False, threshold=OUTLIER, device="meta"
+        )
+        layer.weight = bnb.Int8Params(weight.cpu(), requires_grad=False).to(
+            weight.device
+        )  # packed as it leaves the CPU
+        return with_bias(layer, bias)
+
+
+def _scales(base: Any) -> Tensor | None:
+    """Largest absolute value of each row, shape (out,); the first call moves it from the weight to the layer's state."""
+    scales: Tensor | None = getattr(base.weight, "SCB", None)
+    return base.state.SCB if scales is None else scales

@@ -1,0 +1,72 @@
+"""What quantised linear layers have in common: frozen, read by dequantising, and replaced by a float layer to be written."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft import registry
+from minipeft.layers.base import LayerOps
+
+
+class QuantizedLinearOps(LayerOps):
+    """A linear map with a packed weight, y = dequantised(W) x + b; a subclass says how to tell one and how to unpack it.
+
+    Where one stands in the place of a layer that stores (in, out), as GPT-2's Conv1D does, its attribute ``source_cls``
+    says so: transformers and `minipeft.quantize` set it, and the float layer that replaces it is of that type again.
+    """
+
+    in_all_linear = True
+    is_quantized = True
+
+    @staticmethod
+    @abstractmethod
+    def dequantized(base: Any) -> Tensor:
+        """The weight unpacked, shape (out, in): a fresh tensor of a dtype that loses nothing."""
+
+    @staticmethod
+    def shape(base: Any) -> tuple[int, int]:
+        return base.out_features, base.in_features
+
+    @classmethod
+    def read_weight(cls, base: Any) -> Tensor:
+        if next(base.parameters()).is_meta:
+            return torch.empty(cls.shape(base), device="meta")
+        ops = next(ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base))
+        # The base may be the float layer that `write_weight` gave, while an adapter is merged.
+        weight: Tensor = cls.dequantized(base) if ops is cls else ops.read_weight(base)
+        return weight
+
+    @classmethod
+    @torch.no_grad()
+    def write_weight(cls, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        out_features, in_features = weight.shape
+        source: Any = getattr(base, "source_cls", nn.Linear)
+        transposed = any(ops.fan_in_fan_out for _, ops in registry.layer_candidates(source))
+        with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
+            layer: nn.Module = (
+                source(out_features, in_features)
+                if transposed
+                else nn.Linear(in_features, out_features, bias is not None)
+            )
+        stored = weight.t() if transposed else weight
+        layer.weight = nn.Parameter(stored.clone(memory_format=torch.contiguous_format), False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), False)
+        return layer.train(base.training)
+
+    @classmethod
+    def example_input(cls, base: Any) -> Tensor:
+        bias = cls.read_bias(base)
+        dtype = torch.float32 if bias is None else bias.dtype
+        return torch.randn(4, cls.shape(base)[1], dtype=dtype, device=next(base.parameters()).device)
+
+
+def with_bias(layer: nn.Module, bias: Tensor | None) -> nn.Module:
+    """A layer that was made on the meta device, with a frozen copy of this bias, if any."""
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), False)
+    return layer

@@ -1,0 +1,81 @@
+"""LoHa: the Hadamard product of two low-rank matrices (FedPara; Hyeon-Woo et al., 2022, arXiv:2108.06098)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.config import flag
+from minipeft.layers.base import LayerOps
+from minipeft.methods.low_rank import low_rank_forward
+from minipeft.methods.lycoris import Lycoris, LycorisConfig
+from minipeft.registry import register_method
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHaConfig(LycorisConfig):
+    """LoHa's options, on top of `LycorisConfig`'s; names, meanings and defaults are PEFT's.
+
+    Args:
+        init_weights: True: three factors Kaiming-uniform, the last zero. False: that one random too, so the model
+            differs from the base at once (for tests).
+    """
+
+    method: ClassVar[str] = "loha"
+
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flag("init_weights", self.init_weights)
+
+
+@register_method("loha")
+class LoHa(Lycoris):
+    """y = W x + b + alpha / r * ((A1 B1) o (A2 B2)) x, with o elementwise; proposition 1 of arXiv:2108.06098.
+
+    A1 is `hada_w1_a` (out, r), B1 `hada_w1_b` (r, in), likewise for 2. The product is never formed: it is the product
+    of the row-wise Kronecker products of the A, (out, r^2), and the column-wise ones of the B, (r^2, in).
+    """
+
+    config_class = LoHaConfig
+    runs_base = True
+    hada_w1_a: nn.Parameter
+    hada_w1_b: nn.Parameter
+    hada_w2_a: nn.Parameter
+    hada_w2_b: nn.Parameter
+
+    def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoHaConfig, shared: object | None) -> None:
+        super().__init__(base, ops, config, shared, rescales=True)
+        weight = ops.read_weight(base)
+        for which in ("1", "2"):
+            self.register_parameter(f"hada_w{which}_a", nn.Parameter(weight.new_empty(self.out_features, config.r)))
+            self.register_parameter(f"hada_w{which}_b", nn.Parameter(weight.new_empty(config.r, self.in_features)))
+        for factor in self.parameters():
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        if config.init_weights:
+            nn.init.zeros_(self.hada_w2_b)
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """(up, down), shapes (out, r^2) and (r^2, in)."""
+        up = self.hada_w1_a.unsqueeze(2) * self.hada_w2_a.unsqueeze(1)
+        down = self.hada_w1_b.unsqueeze(1) * self.hada_w2_b.unsqueeze(0)
+        return up.flatten(1), down.flatten(0, 1)
+
+    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+        up, down = self._pair()
+        passes = self.passes(up)
+        up = up if passes is None else passes.unsqueeze(1) * up
+        return low_rank_forward(base, ops, x, y, down, up, self.scaling)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        up, down = self._pair()
+        dtype = torch.promote_types(up.dtype, torch.float32)
+        return up.detach().to(dtype) * self.scaling, down.detach().to(dtype)
+
+    def changes_nothing(self) -> bool:
+        return not all(factor.any() for factor in self.parameters())

@@ -1,0 +1,155 @@
+"""LoKr: a Kronecker product as the update (KronA, arXiv:2212.10650; LyCORIS, Yeh et al., 2023, arXiv:2309.14859)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.config import flag, integer, one_of
+from minipeft.layers.base import LayerOps
+from minipeft.methods.lycoris import Lycoris, LycorisConfig
+from minipeft.registry import register_method
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKrConfig(LycorisConfig):
+    """LoKr's options, on top of `LycorisConfig`'s; names, meanings and defaults are PEFT's.
+
+    Args:
+        decompose_both: give the left factor a low rank too, where that is less than half its size.
+        decompose_factor: size of the left factor, as near as the layer's divisors allow; -1: near the square root.
+        rank_dropout_scale: raise the rows that pass the dropout by what it takes from their mean.
+        init_weights: True: the left factor zero, the right one Kaiming-uniform. "lycoris": the other way round. False:
+            both random, so the model differs from the base at once (for tests).
+    """
+
+    method: ClassVar[str] = "lokr"
+
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    init_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flag("decompose_both", self.decompose_both)
+        if self.decompose_factor != -1 or isinstance(self.decompose_factor, bool):
+            integer("decompose_factor", self.decompose_factor, at_least=1)
+        flag("rank_dropout_scale", self.rank_dropout_scale)
+        one_of("init_weights", self.init_weights, (True, False, "lycoris"))
+
+
+def factorise(size: int, near: int = -1) -> tuple[int, int]:
+    """Two divisors of `size`: `near` and its partner, or the largest below both `near` and the root, and its partner."""
+    if near > 0 and size % near == 0:
+        return near, size // near
+    most = math.isqrt(size) if near == -1 else min(near, math.isqrt(size))
+    left = next(divisor for divisor in range(most, 0, -1) if size % divisor == 0)
+    return left, size // left
+
+
+@register_method("lokr")
+class LoKr(Lycoris):
+    """y = W x + b + alpha / r * (C (x) D) x; with x as a matrix X, row by row, (C (x) D) x is C X D^T, row by row.
+
+    C is `lokr_w1` (l, m), or `lokr_w1_a` (l, r) times `lokr_w1_b` (r, m); D is `lokr_w2` (k, n), or `lokr_w2_a` (k, r)
+    times `lokr_w2_b` (r, n), where the rank is less than half the size. l k is out_features, m n is in_features. The
+    product is formed only for a merge, and for layers that take no plain vectors.
+    """
+
+    config_class = LoKrConfig
+
+    def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoKrConfig, shared: object | None) -> None:
+        super().__init__(base, ops, config, shared, rescales=config.rank_dropout_scale)
+        (l, k), (m, n) = (factorise(s, config.decompose_factor) for s in (self.out_features, self.in_features))  # noqa: E741
+        weight = ops.read_weight(base)
+        for which, rows, columns, may in (("1", l, m, config.decompose_both), ("2", k, n, True)):
+            if may and config.r < max(rows, columns) / 2:
+                shapes = {f"lokr_w{which}_a": (rows, config.r), f"lokr_w{which}_b": (config.r, columns)}
+            else:
+                shapes = {f"lokr_w{which}": (rows, columns)}
+            for name, shape in shapes.items():
+                self.register_parameter(name, nn.Parameter(weight.new_empty(shape)))
+                nn.init.kaiming_uniform_(self.get_parameter(name), a=math.sqrt(5))
+        starts_at_zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
+        for name, parameter in self.named_parameters():
+            if name in starts_at_zero[config.init_weights]:
+                nn.init.zeros_(parameter)
+
+    def _factor(self, name: str) -> Tensor:
+        if name in self._parameters:
+            return self.get_parameter(name)
+        return self.get_parameter(f"{name}_a") @ self.get_parameter(f"{name}_b")
+
+    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
+        C, D = self._factor("lokr_w1"), self._factor("lokr_w2") * self.scaling
+        passes = self.passes(C)
+        dtype = y.dtype if ops.is_lookup else x.dtype
+        if ops.is_lookup:  # the looked-up column is the Kronecker product of two columns
+            columns = C.t()[x // D.shape[1]].unsqueeze(-1) * D.t()[x % D.shape[1]].unsqueeze(-2)
+            unit = ops.project_out(base, C.new_ones(1), C.new_ones(self.out_features, 1))
+            update = columns.flatten(-2) * unit
+        elif ops.takes_vectors():
+            update = _kronecker_linear(x, C, D)
+        else:
+            update = ops.project_in(base, x, torch.kron(C, D).to(dtype))
+        if passes is not None:
+            update = ops.scale_out(base, update, passes)
+        result: Tensor = y + update.to(y.dtype)
+        return result
+
+    def delta(self, weight: Tensor) -> Tensor:
+        C, D = (self._factor(name).detach() for name in ("lokr_w1", "lokr_w2"))
+        dtype = torch.promote_types(C.dtype, torch.float32)
+        return torch.kron(C.to(dtype), D.to(dtype) * self.scaling)
+
+    def changes_nothing(self) -> bool:
+        return not (self._factor("lokr_w1").any() and self._factor("lokr_w2").any())
+
+
+def _kronecker_linear(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """``(C (x) D) x`` for x of shape (..., m n), C (l, m), D (k, n): shape (..., l k), in the dtype of x or autocast."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return _kronecker_linear(x, C, D)
+    C, D = C.to(x.dtype), D.to(x.dtype)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _product(x, C, D)  # a compiler decides itself what it keeps
+    result: Tensor = _KroneckerLinear.apply(x, C, D)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _product(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    # Not by matmul, which rounds otherwise where a gradient is wanted: it then folds the rows into the factors.
+    through_D = torch.mm(x.reshape(-1, D.shape[1]), D.t()).view(-1, C.shape[1], D.shape[0])
+    return _each(C, through_D).reshape(*x.shape[:-1], C.shape[0] * D.shape[0])
+
+
+def _each(C: Tensor, X: Tensor) -> Tensor:
+    """C times each of the matrices in X, (rows, m, n)."""
+    return torch.bmm(C.expand(len(X), *C.shape), X)
+
+
+class _KroneckerLinear(torch.autograd.Function):
+    """Keeps x and the small factors; C X is computed again instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        ctx.save_for_backward(x, C, D)
+        return _product(x, C, D)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, C, D = ctx.saved_tensors
+        X, dY = x.reshape(-1, C.shape[1], D.shape[1]), dy.reshape(-1, C.shape[0], D.shape[0])
+        through_D = torch.mm(dy.reshape(-1, D.shape[0]), D).view(len(X), C.shape[0], D.shape[1])
+        dx = _each(C.t(), through_D).reshape(x.shape) if ctx.needs_input_grad[0] else None
+        dC = torch.mm(through_D.transpose(0, 1).flatten(1), X.transpose(0, 1).flatten(1).t())
+        dD = torch.mm(dY.flatten(0, 1).t(), _each(C, X).flatten(0, 1)) if ctx.needs_input_grad[2] else None
+        return dx, dC if ctx.needs_input_grad[1] else None, dD

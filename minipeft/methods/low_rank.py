@@ -1,0 +1,46 @@
+"""The forward pass of every method whose update is a product of two factors."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.fused import can_fuse, lora_linear
+from minipeft.layers.base import LayerOps
+
+
+def low_rank_forward(
+    base: nn.Module,
+    ops: type[LayerOps],
+    x: Tensor,
+    y: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """``y + scaling * up down dropout(x)``, with the layer's own output y computed along where it is None.
+
+    Args:
+        base: the frozen layer.
+        ops: how to follow it.
+        x: its input.
+        y: its output, or None.
+        down: shape (r, in); cast to the dtype of the activations, never they to its.
+        up: shape (out, r); likewise.
+        scaling: dimensionless.
+        dropout: probability of dropping an input feature, or of a lookup, whose input is one-hot, the token's update.
+    """
+    if y is None and ops.is_linear_call(base):
+        weight, bias = ops.read_weight(base), ops.read_bias(base)
+        if can_fuse(x, weight, bias):
+            return lora_linear(x, weight, bias, down, up, scaling, dropout)
+    y = base(x) if y is None else y
+    assert isinstance(y, Tensor)
+    dtype = y.dtype if ops.is_lookup else x.dtype
+    if dropout and not ops.is_lookup:
+        x = F.dropout(x, dropout)
+    h = ops.project_in(base, x, down.to(dtype)) * scaling
+    if dropout and ops.is_lookup:
+        h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
+    return y + ops.project_out(base, h, up.to(dtype)).to(y.dtype)

@@ -1,0 +1,158 @@
+"""VeRA: one frozen random pair of factors for all layers, and two vectors a layer (Kopiczko et al., 2023, arXiv:2310.11454)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from minipeft.config import AdapterConfig, flag, integer, number, one_of
+from minipeft.layers.base import LayerOps
+from minipeft.methods.base import Adapter
+from minipeft.registry import register_method
+
+DEFAULTS = {"phi": ("q_proj", "v_proj")}  # by model_type, where PEFT's is another than LoRA's
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraConfig(AdapterConfig):
+    """VeRA's options, on top of `AdapterConfig`'s; names, meanings and defaults are PEFT's.
+
+    Args:
+        r: rank of the shared factors.
+        projection_prng_key: seed of the shared factors, drawn as PEFT draws them.
+        save_projection: write them to the file too. False: a reader draws them again, by the key.
+        vera_dropout: probability of dropping an input feature on its way into A, in training; for an embedding, of
+            dropping a token's update.
+        d_initial: starting value of `vera_lambda_d`.
+        bias: "none" only.
+        init_weights: False: random vectors, so the model differs from the base at once (for tests).
+        fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
+    """
+
+    method: ClassVar[str] = "vera"
+    not_in_files: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    bias: str = "none"
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        integer("r", self.r, at_least=1, at_most=2**16)
+        integer("projection_prng_key", self.projection_prng_key, at_least=-(2**63), at_most=2**63 - 1)
+        number("vera_dropout", self.vera_dropout, at_least=0, below=1)
+        number("d_initial", self.d_initial)
+        one_of("bias", self.bias, ("none",))
+        for name in ("save_projection", "init_weights", "fan_in_fan_out"):
+            flag(name, getattr(self, name))
+
+    def for_model_type(self, model_type: str | None) -> Self:
+        targets = DEFAULTS.get(model_type or "") if self.target_modules is None else None
+        return self if targets is None else replace(self, target_modules=targets)
+
+
+class Projections(nn.Module):
+    """The frozen factors that all layers of one adapter slice theirs from: one storage, whatever is copied or pickled.
+
+    `vera_A` is (r, largest in_features), `vera_B` (largest out_features, r), in float32 as in PEFT. No state of the
+    model holds them; the adapter's file does, unless told otherwise.
+    """
+
+    def __init__(self, r: int, out_features: int, in_features: int, key: int, device: torch.device) -> None:
+        super().__init__()
+        generator = None if device.type == "meta" else torch.Generator("cpu").manual_seed(key)
+        for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
+            bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))  # Kaiming-uniform
+            factor = torch.empty(shape, dtype=torch.float32, device="meta" if generator is None else "cpu")
+            factor.uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, factor.to(device), persistent=False)
+
+
+@register_method("vera")
+class Vera(Adapter):
+    """y = W x + b + lambda_b * (B (lambda_d * (A dropout(x)))), eq. (2) of arXiv:2310.11454.
+
+    A is the first in_features columns of the shared `vera_A`, B the first out_features rows of `vera_B`; only
+    `vera_lambda_b` (out,), which starts at zero, and `vera_lambda_d` (r,) train. Nothing as large as x or y is kept.
+    """
+
+    config_class = VeraConfig
+    projections: Projections
+
+    @classmethod
+    def share(cls, sites: Sequence[tuple[nn.Module, type[LayerOps]]], config: AdapterConfig) -> Projections:
+        assert isinstance(config, VeraConfig)
+        shapes = [ops.shape(base) for base, ops in sites]
+        base, ops = sites[0]
+        sizes = max(out for out, _ in shapes), max(into for _, into in shapes)
+        return Projections(config.r, *sizes, config.projection_prng_key, ops.read_weight(base).device)
+
+    def __init__(self, base: nn.Module, ops: type[LayerOps], config: VeraConfig, shared: object | None) -> None:
+        super().__init__(base, ops, config, shared)
+        assert isinstance(shared, Projections)
+        self.out_features, self.in_features = ops.shape(base)
+        self.is_lookup = ops.is_lookup
+        self.dropout, self.saves_projections = config.vera_dropout, config.save_projection
+        self.projections = shared
+        weight = ops.read_weight(base)
+        self.vera_lambda_b = nn.Parameter(weight.new_zeros(self.out_features))
+        self.vera_lambda_d = nn.Parameter(weight.new_full((config.r,), config.d_initial))
+        if not config.init_weights:
+            nn.init.ones_(self.vera_lambda_b)
+            nn.init.normal_(self.vera_lambda_d)
+
+    def _factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """This layer's part of the shared pair, (r, in) and (out, r)."""
+        A, B = self.projections.vera_A, self.projections.vera_B
+        assert isinstance(A, Tensor)
+        assert isinstance(B, Tensor)
+        return A[:, : self.in_features].to(device), B[: self.out_features].to(device)
+
+    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
+        A, B = self._factors(y.device)
+        dtype = y.dtype if self.is_lookup else x.dtype
+        dropout = self.dropout if self.training else 0.0
+        if dropout and not self.is_lookup:
+            x = F.dropout(x, dropout)
+        # The first vector scales h, so x is not kept for its gradient; the second one B, so nothing as large as y is.
+        h = (ops.project_in(base, x, A.to(dtype)) * self.vera_lambda_d).to(dtype)
+        if dropout and self.is_lookup:
+            h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
+        result: Tensor = y + ops.project_out(base, h, (self.vera_lambda_b.unsqueeze(1) * B).to(dtype)).to(y.dtype)
+        return result
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        update = self.delta(weight)
+        assert update is not None
+        return weight + update.to(weight.dtype), bias
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self._factors(self.vera_lambda_b.device)
+        dtype = torch.promote_types(self.vera_lambda_b.dtype, torch.float32)
+        down = self.vera_lambda_d.detach().to(dtype).unsqueeze(1) * A.to(dtype)
+        return self.vera_lambda_b.detach().to(dtype).unsqueeze(1) * B.to(dtype), down
+
+    def changes_nothing(self) -> bool:
+        return not (self.vera_lambda_b.any() and self.vera_lambda_d.any())
+
+    def snapshot(self) -> Self:
+        return copy.deepcopy(self, {id(self.projections): self.projections}).requires_grad_(False)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        return {"vera_lambda_b": self.vera_lambda_b, "vera_lambda_d": self.vera_lambda_d}
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        return dict(self.projections.named_buffers()) if self.saves_projections else {}

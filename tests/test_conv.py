@@ -1,0 +1,272 @@
+"""Convolutions: against the update written out as a kernel, in float64, and against PEFT where that is right."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import disturb, foreign_code, state_digest
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from minipeft import CheckpointError, ConfigError, LoraConfig, TargetError, get_lora_model, load_adapter
+from minipeft.targets import layer_ops
+
+with foreign_code():
+    peft = pytest.importorskip("peft")
+
+# torch says so of padding="same" with an even kernel; it is the layer's business.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+LAYERS = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9)),
+    "1d same, even kernel": (lambda: nn.Conv1d(4, 6, 4, padding="same"), (2, 4, 9)),
+    "1d unbatched": (lambda: nn.Conv1d(4, 6, 3, stride=2), (4, 9)),
+    "2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 7)),
+    "2d stride, no bias": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1, bias=False), (2, 4, 7, 8)),
+    "2d pointwise": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 7, 7)),
+    "2d dilation": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2), (2, 4, 9, 9)),
+    "2d circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 7, 7)),
+    "2d reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 7, 7)),
+    "2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="replicate"), (2, 4, 7, 7)),
+    "2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, dilation=2), (2, 4, 9, 9)),
+    "3d": (lambda: nn.Conv3d(2, 3, 3, padding=1), (2, 2, 4, 5, 4)),
+    "3d flat kernel": (lambda: nn.Conv3d(2, 3, (1, 1, 3)), (2, 2, 4, 5, 5)),
+}
+# What PEFT computes wrongly or not at all, each of them a defect of 0.21.2: dilation, circular padding, groups.
+RIGHT_IN_PEFT = ["1d", "1d same, even kernel", "2d", "2d stride, no bias", "2d pointwise", "3d", "3d flat kernel"]
+each = pytest.mark.parametrize("name", LAYERS)
+
+
+class Net(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.conv = layer
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def config(**options):
+    return LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["conv"], "init_lora_weights": False, **options})
+
+
+def case(name, dtype=torch.float64, **options):
+    """(base layer, adapted model, input); every adapter parameter matters."""
+    make, shape = LAYERS[name]
+    layer = make().to(dtype)
+    return layer, get_lora_model(Net(layer), config(**options)), torch.randn(shape, dtype=dtype)
+
+
+def with_weight(layer, weight, x):
+    other = copy.deepcopy(layer)
+    other.weight.data = weight
+    return other(x)
+
+
+@each
+def test_the_output_is_that_of_the_kernel_with_the_update_in_it(name):
+    layer, model, x = case(name)
+    lora = model.conv.adapters["default"]
+    update = 5 / 3 * lora.lora_B.flatten(1) @ lora.lora_A.flatten(1)
+    expected = with_weight(layer, layer.weight + update.view_as(layer.weight), x)
+    torch.testing.assert_close(model(x), expected)
+    assert not torch.allclose(expected, layer(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("init", [True, "gaussian"])
+@each
+def test_the_start_is_exactly_the_base(name, init):
+    layer, model, x = case(name, torch.float32, init_lora_weights=init)
+    assert torch.equal(model(x), layer(x))
+
+
+@each
+def test_a_step_moves_every_adapter_parameter_and_no_base_weight(name):
+    layer, model, x = case(name, bias="lora_only")
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model(x).square().sum().backward()
+    assert all(p.grad.any() for p in trained)
+    torch.optim.SGD(trained, lr=0.1).step()
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@each
+def test_merged_equals_unmerged_and_unmerging_brings_every_bit_back(name, dtype, tolerance):
+    layer, model, x = case(name, dtype, bias="lora_only")
+    disturb(model)
+    before, y = layer.weight.detach().clone(), model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(layer.weight, before)
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, before)
+    merged = model.merge_and_unload()
+    assert type(merged.conv) is type(layer)
+    torch.testing.assert_close(merged(x), y, rtol=tolerance, atol=tolerance)
+
+
+def test_a_channels_last_weight_is_merged_and_unmerged_too():
+    layer, model, x = case("2d")
+    layer.to(memory_format=torch.channels_last)
+    before, y = layer.weight.detach().clone(), model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y)
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, before)
+    torch.testing.assert_close(model.merge_and_unload()(x), y)
+
+
+@each
+def test_files_come_back_and_copies_are_independent(name, tmp_path):
+    layer, model, x = case(name)
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_adapter(Net(copy.deepcopy(layer)), tmp_path)(x), y)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            other.conv.adapters["default"].lora_B.add_(1)
+        assert not torch.equal(other(x), y)
+        assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("name", ["1d", "2d circular", "2d groups", "3d"])
+def test_compiles_into_one_graph_and_is_checkpointed(name):
+    _, model, x = case(name, torch.float32)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    expected = torch.autograd.grad(model(x).square().sum(), model.conv.adapters["default"].lora_A)
+    again = torch.autograd.grad(
+        checkpoint(model, x, use_reentrant=False).square().sum(), model.conv.adapters["default"].lora_A
+    )
+    assert torch.equal(again[0], expected[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ PEFT
+def theirs(layer, directory=None, **options):
+    with foreign_code():
+        base = Net(copy.deepcopy(layer))
+        if directory is not None:
+            return peft.PeftModel.from_pretrained(base, directory).eval()
+        return disturb(
+            peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["conv"], **options))
+        )
+
+
+@pytest.mark.parametrize("name", RIGHT_IN_PEFT)
+def test_files_are_those_of_peft_in_both_directions(name, tmp_path):
+    layer, model, x = case(name, torch.float32)
+    model.save_pretrained(tmp_path / "ours")
+    with foreign_code():
+        torch.testing.assert_close(theirs(layer, tmp_path / "ours")(x), model(x), rtol=1e-4, atol=1e-5)
+        reference = theirs(layer, bias="lora_only")
+        reference.save_pretrained(tmp_path / "theirs")
+        expected = reference(x)
+    loaded = load_adapter(Net(copy.deepcopy(layer)), tmp_path / "theirs")
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
+    assert loaded.adapter_state_dict().keys() == peft.get_peft_model_state_dict(reference).keys()
+
+
+@pytest.mark.parametrize("name", ["2d dilation", "2d circular", "2d reflect"])
+def test_what_peft_merges_is_what_we_compute_where_its_forward_drops_dilation_or_padding(name, tmp_path):
+    """Defect 15: PEFT's own unmerged forward fails for dilation, and is off by more than one for circular padding."""
+    layer, model, x = case(name, torch.float32)
+    model.save_pretrained(tmp_path)
+    with foreign_code():
+        reference = theirs(layer, tmp_path)
+        merged = reference.merge_and_unload()(x)
+    torch.testing.assert_close(model(x), merged, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flat_3d_kernel_merges_where_peft_crashes(tmp_path):
+    """Defect 15: a Conv3d kernel (1, 1, k) is taken for a 2-d pointwise one there."""
+    layer, model, x = case("3d flat kernel", torch.float32)
+    model.save_pretrained(tmp_path)
+    y = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-4, atol=1e-5)
+    with foreign_code(), pytest.raises((RuntimeError, IndexError)):
+        theirs(layer, tmp_path).merge_and_unload()
+
+
+def test_loftq_is_refused_by_name_before_it_can_miss_an_argument():
+    """Defect 14: PEFT's conv calls loftq_init without an argument that it needs."""
+    with pytest.raises(ConfigError, match="init_lora_weights must be one of .*not 'loftq'"):
+        config(init_lora_weights="loftq")
+
+
+def test_an_adapter_of_peft_that_mixes_groups_is_refused_since_no_grouped_layer_can_hold_it(tmp_path):
+    layer = LAYERS["2d groups"][0]()
+    with foreign_code():
+        base = Net(copy.deepcopy(layer))
+        peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["conv"])).save_pretrained(tmp_path)
+    model = Net(layer)
+    before = state_digest(model)
+    with pytest.raises(CheckpointError, match=r"conv.lora_A.weight: \[4, 4, 3, 3\] in the file, \[4, 2, 3, 3\] here"):
+        load_adapter(model, tmp_path)
+    assert state_digest(model) == before
+
+
+# -------------------------------------------------------------------------------------------------------- selection
+def test_all_linear_takes_no_convolution():
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 3), "linear": nn.Linear(3, 3)})
+    adapted = get_lora_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert {key.split(".")[2] for key in adapted.adapter_state_dict()} == {"linear"}
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize("layer", [Standardised(3, 3, 3), nn.LazyConv2d(3, 3), nn.ConvTranspose2d(3, 3, 3)])
+def test_a_convolution_that_computes_otherwise_is_refused_and_left_alone(layer):
+    model = Net(layer)
+    with pytest.raises(TargetError, match="conv: "):
+        get_lora_model(model, config())
+    assert type(model) is Net
+    assert model.conv is layer
+
+
+def test_dropout_drops_inputs_in_training_only():
+    layer, model, x = case("2d pointwise", lora_dropout=0.5)
+    assert torch.equal(model.eval()(x), model(x))
+    torch.manual_seed(1)
+    y = model.train()(x)
+    torch.manual_seed(1)
+    lora = model.conv.adapters["default"]
+    kernel = (5 / 3 * lora.lora_B.flatten(1) @ lora.lora_A.flatten(1)).view_as(layer.weight)
+    expected = layer(x) + nn.functional.conv2d(nn.functional.dropout(x, 0.5), kernel)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name", ["1d", "1d unbatched", "2d groups", "3d"])
+def test_the_verbs_scale_outputs_as_scaled_rows_of_the_weight_do(name):
+    make, shape = LAYERS[name]
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    ops, y = layer_ops(layer), layer(x)
+    gain = torch.randn(ops.gain_shape(layer), dtype=torch.float64)
+    scaled = with_weight(layer, layer.weight * gain.reshape(-1, *[1] * (layer.weight.ndim - 1)), x)
+    bias = ops.along_out(layer, layer.bias, y.ndim)
+    torch.testing.assert_close(ops.scale_out(layer, y - bias, gain) + bias, scaled)
+    assert torch.equal(ops.scale_out(layer, y, gain.flatten()), ops.scale_out(layer, y, gain))
+    layer(ops.example_input(layer))
+
+
+@pytest.mark.parametrize("name", ["1d", "1d unbatched", "2d stride, no bias", "3d"])
+def test_the_verbs_scale_inputs_as_scaled_columns_of_the_weight_do(name):
+    make, shape = LAYERS[name]
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    ops = layer_ops(layer)
+    gain = torch.randn(ops.in_channels(layer), dtype=torch.float64)
+    kernel_size = ops.shape(layer)[1] // len(gain)
+    weight = ops.read_weight(layer) * gain.repeat_interleave(kernel_size)
+    expected = with_weight(layer, weight.view_as(layer.weight).detach(), x)
+    torch.testing.assert_close(layer(ops.scale_in(layer, x, gain)), expected)
+
+
+def test_inputs_of_groups_cannot_be_scaled_in_the_weight():
+    layer = LAYERS["2d groups"][0]()
+    with pytest.raises(TargetError, match="groups=2: its input features cannot be scaled one by one"):
+        layer_ops(layer).in_channels(layer)
