@@ -188,9 +188,16 @@ def layer_type_names() -> list[str]:
 
 
 def layers() -> dict[str, type[Any]]:
-    """Every registered layer type, as ``module.qualname``, and its ops."""
+    """Every registered layer type, as ``module.qualname`` or, for a packed weight, ``module.qualname[Weight]``; and its ops."""
     _settle_dotted_names()
-    return dict(sorted(_tables.layers.items()))
+    packed = {f"{layer}[{key.rpartition('.')[2]}]": ops for (layer, key), ops in _tables.layers_by_weight.items()}
+    return dict(sorted({**_tables.layers, **packed}.items()))
+
+
+def layer_key(layer: type | str) -> str:
+    """The name under which `layers` has a layer type, given as a class or as any dotted name of it."""
+    _settle_dotted_names()
+    return _settled(_type_key(layer)) if isinstance(layer, type) or "[" not in layer else layer
 
 
 def method_class(method: str) -> type[Any]:

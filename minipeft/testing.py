@@ -145,7 +145,7 @@ def refusal(method: str, layer: type | str, make: Make | None = None) -> str | N
 
 def _found(layer: type | str, make: Make | None) -> tuple[str, Any]:
     """The layer type's name, and what is registered for it; None where only an instance can tell, which `make` makes."""
-    name, known = layer if isinstance(layer, str) else registry.qualified(layer), registry.layers()
+    name, known = registry.layer_key(layer), registry.layers()
     if name in known:
         return name, known[name]
     if make is None:

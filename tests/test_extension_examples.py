@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 def tables(monkeypatch):
     """What an example registers is gone after it; LoRA alone is what a layer is tried with, for time's sake."""
     tables = registry._tables.copy()
-    tables.methods = {"lora": tables.methods["lora"]}
+    tables.methods, tables.layers_by_weight = {"lora": tables.methods["lora"]}, {}
     keep = ("Linear", "Embedding", "Conv1D")
     tables.layers = {key: ops for key, ops in tables.layers.items() if key.rpartition(".")[2] in keep}
     monkeypatch.setattr(registry, "_tables", tables)

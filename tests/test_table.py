@@ -25,7 +25,7 @@ class Picky(Lora):
 def picky(monkeypatch):
     """A second built-in method, that refuses lookups."""
     monkeypatch.setattr(registry, "_tables", registry._tables.copy())
-    registry._tables.methods = {"lora": Lora}
+    registry._tables.methods, registry._tables.layers_by_weight = {"lora": Lora}, {}
     keep = ("Linear", "Embedding", "Conv1D")
     registry._tables.layers = {k: v for k, v in registry._tables.layers.items() if k.rpartition(".")[2] in keep}
     monkeypatch.setattr(Picky, "__module__", "minipeft.methods.picky")

@@ -212,6 +212,7 @@ def one_graph(case: Case) -> str | None:
 
 def _compiles(model: nn.Module, x: Tensor) -> bool:
     torch._dynamo.reset()
+    x = x.detach().requires_grad_(x.is_floating_point())  # an adapter may stand in front of the layer
     try:
         torch.compile(model, fullgraph=True, backend="eager")(x)
     except Exception:  # whatever it is, it is not the adapter's

@@ -82,9 +82,7 @@ class Case:
                 if type(parameter) is nn.Parameter and parameter.is_floating_point():
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
             model = kind(layer, self.ops).to(dtype).eval()
-            prepare: Any = getattr(self.ops, "prepare", None)  # what an injection does to such a layer, if anything
-            if prepare is not None:
-                prepare(layer)
+            self.ops.prepare(layer)  # as an injection does
             return model
 
     def config(self, **more: list[str]) -> AdapterConfig:

@@ -98,7 +98,7 @@ def _algebra(case: Case, name: str, layer: AdaptedLayer) -> None:
 
 def _merge_options(case: Case) -> dict[str, Any]:
     # A quantised layer is merged into a float layer in its place, and only where that is asked for.
-    return {"dequantize": True} if getattr(case.ops, "is_quantized", False) else {}
+    return {"dequantize": True} if case.ops.is_quantized else {}
 
 
 def _own_noise(case: Case, name: str, model: AdaptedModel, x: Tensor, plain: Tensor) -> float:
