@@ -10,6 +10,7 @@ from minipeft.dequantize import dequantize
 from minipeft.errors import (
     CheckpointError,
     ConfigError,
+    ContractError,
     DataError,
     LeanError,
     MergeError,
@@ -65,6 +66,7 @@ __all__ = [
     "AdapterConfig",
     "CheckpointError",
     "ConfigError",
+    "ContractError",
     "DataError",
     "DoraConfig",
     "IA3Config",

@@ -42,6 +42,25 @@ class LeanError(MinipeftError, RuntimeError):
     """A leaner way of computing would not compute what the model computes."""
 
 
+class ContractError(MinipeftError, AssertionError):
+    """A method and a layer do not keep, together, what the contract promises of every pair of them.
+
+    Args:
+        method: name of the method, or "" where the fault is the layer's alone.
+        layer: name of the layer type, or "".
+        check: name of the check that failed.
+        reason: what was seen.
+    """
+
+    def __init__(self, method: str, layer: str, check: str, reason: str) -> None:
+        super().__init__(method, layer, check, reason)
+        self.method, self.layer, self.check, self.reason = method, layer, check, reason
+
+    def __str__(self) -> str:
+        where = " on ".join(part for part in (self.method, self.layer) if part)
+        return f"{where} fails {self.check!r}: {self.reason}"
+
+
 def shown(values: Iterable[object], limit: int = 5) -> str:
     """List values for a message, the first `limit` of them: ``'a', 'b' and 3 more``."""
     items = [repr(value) if isinstance(value, str) else str(value) for value in values]

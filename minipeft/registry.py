@@ -187,6 +187,19 @@ def layer_type_names() -> list[str]:
     return sorted({key.rsplit(".", 1)[-1] for key in _tables.layers} | packed)
 
 
+def layers() -> dict[str, type[Any]]:
+    """Every registered layer type, as ``module.qualname`` or, for a packed weight, ``module.qualname[Weight]``; and its ops."""
+    _settle_dotted_names()
+    packed = {f"{layer}[{key.rpartition('.')[2]}]": ops for (layer, key), ops in _tables.layers_by_weight.items()}
+    return dict(sorted({**_tables.layers, **packed}.items()))
+
+
+def layer_key(layer: type | str) -> str:
+    """The name under which `layers` has a layer type, given as a class or as any dotted name of it."""
+    _settle_dotted_names()
+    return _settled(_type_key(layer)) if isinstance(layer, type) or "[" not in layer else layer
+
+
 def method_class(method: str) -> type[Any]:
     """The `Adapter` class of a method.
 
@@ -265,7 +278,7 @@ def load_plugins() -> None:
         before = _tables.copy()
         try:
             entry.load()
-        except Exception as error:  # a plugin is foreign code: whatever it raises must not take the host down
+        except (Exception, SystemExit) as error:  # whatever foreign code raises must not take the host down
             _tables = before
             warnings.warn(
                 f"minipeft plugin {entry.name!r} ({entry.value}) failed to load and is left out: {error!r}",

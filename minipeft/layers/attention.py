@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from minipeft.layers.base import LayerOps
 from minipeft.layers.read import ReadOps
@@ -39,3 +40,17 @@ class MultiheadAttentionOps(ReadOps):
     @staticmethod
     def parts(base: Any) -> Mapping[str, type[LayerOps]]:
         return {"out_proj": OutProjectionOps}
+
+    @classmethod
+    def example_input(cls, base: Any) -> Tensor:
+        weight = cls.read_weight(base)
+        return torch.randn(3, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        return nn.MultiheadAttention(in_features, 2)
+
+    @classmethod
+    def example_call(cls, layer: nn.Module, x: Tensor) -> Tensor:
+        output: Tensor = layer(x, x.flip(0), x)[0]
+        return output

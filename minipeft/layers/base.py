@@ -174,6 +174,23 @@ class LayerOps(ABC):
         weight = cls.read_weight(base)
         return torch.randn(4, weight.shape[1], dtype=weight.dtype, device=weight.device)
 
+    # ------------------------------------------------------------------------- what `minipeft.testing` tries methods on
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        """A small layer of this type with about these sizes, or None: then `check_layer` has to be given one."""
+        return None
+
+    @classmethod
+    def example_call(cls, layer: nn.Module, x: Tensor) -> Tensor:
+        """The output of an example, adapted or not, for an `example_input`; where a call takes or gives more than one."""
+        output: Tensor = layer(x)
+        return output
+
+    @classmethod
+    def example_selection(cls, name: str) -> dict[str, list[str]]:
+        """The options of a configuration that select an example which stands under this name in its model."""
+        return {"target_modules": [name]}
+
 
 def runs_only(base: nn.Module, forward: object) -> bool:
     """Whether a call of the module runs this ``forward`` of its class and no hook."""

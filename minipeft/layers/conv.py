@@ -17,9 +17,6 @@ FORWARDS = frozenset({nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward})
 POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-@register_layer(nn.Conv1d)
-@register_layer(nn.Conv2d)
-@register_layer(nn.Conv3d)
 class ConvOps(LayerOps):
     """W is the kernel, (out, in / groups * kernel size), and stands for the same linear map of every patch of the input.
 
@@ -107,3 +104,30 @@ class ConvOps(LayerOps):
 def _ones(base: Any) -> tuple[int, ...]:
     """The size of a kernel of size 1, of as many dimensions as the layer's."""
     return (1,) * len(base.kernel_size)
+
+
+@register_layer(nn.Conv1d)
+class Conv1dOps(ConvOps):
+    """``nn.Conv1d``."""
+
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        return nn.Conv1d(in_features, out_features, 2, stride=1, padding=1, groups=2)
+
+
+@register_layer(nn.Conv2d)
+class Conv2dOps(ConvOps):
+    """``nn.Conv2d``."""
+
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        return nn.Conv2d(in_features, out_features, 2, stride=2, padding=1, groups=2)
+
+
+@register_layer(nn.Conv3d)
+class Conv3dOps(ConvOps):
+    """``nn.Conv3d``."""
+
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        return nn.Conv3d(in_features, out_features, 2, stride=1, padding=1, groups=2)

@@ -57,6 +57,10 @@ class EmbeddingOps(LayerOps):
     def example_input(cls, base: Any) -> Tensor:
         return torch.randint(base.num_embeddings, (8,), device=base.weight.device)
 
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        return nn.Embedding(in_features, out_features)
+
 
 def _scale(base: Any) -> Any:
     """The factor by which a scaled embedding multiplies its rows, a number or a tensor with one element."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class LinearOps(LayerOps):
         module: nn.Module = base
         return module
 
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        return nn.Linear(in_features, out_features)
+
 
 @register_layer("transformers.pytorch_utils.Conv1D")
 class Conv1DOps(LayerOps):
@@ -75,3 +80,8 @@ class Conv1DOps(LayerOps):
     @staticmethod
     def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return LinearOps.write_weight(base, weight.t(), bias)
+
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        layer: nn.Module = importlib.import_module("transformers.pytorch_utils").Conv1D(out_features, in_features)
+        return layer

@@ -20,6 +20,19 @@ class _OneParameter(ABCMeta):
     """The class of the ops for one parameter name: they are made at run time, and pickled by that name."""
 
 
+class Experts(nn.Module):
+    """An example: two maps in one parameter, and a sum that tells them apart."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, out_features, in_features) / in_features**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.experts
+        y: Tensor = x @ first.t() + torch.tanh(x @ second.t())
+        return y
+
+
 @register_layer(nn.Parameter)
 class ParameterOps(ReadOps, metaclass=_OneParameter):
     """A parameter of shape (out, in), or (experts, out, in), or (experts, in, out) where its module says `is_transposed`.
@@ -96,6 +109,19 @@ class ParameterOps(ReadOps, metaclass=_OneParameter):
         if cls._is_transposed(base):
             return torch.bmm(h.mT, up.mT)
         return torch.bmm(up, h).view(getattr(base, cls.reads).shape)
+
+    @classmethod
+    def example_input(cls, base: Any) -> Tensor:
+        weight = next(base.parameters())
+        return torch.randn(4, weight.shape[-1], dtype=weight.dtype, device=weight.device)
+
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        return Experts(in_features, out_features)
+
+    @classmethod
+    def example_selection(cls, name: str) -> dict[str, list[str]]:
+        return {"target_parameters": [f"{name}.experts"]}
 
     @classmethod
     def _is_transposed(cls, base: Any) -> bool:

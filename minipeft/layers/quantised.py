@@ -64,6 +64,11 @@ class QuantizedLinearOps(LayerOps):
         dtype = torch.float32 if bias is None else bias.dtype
         return torch.randn(4, cls.shape(base)[1], dtype=dtype, device=next(base.parameters()).device)
 
+    @classmethod
+    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+        linear = nn.Linear(8 * in_features, 8 * out_features)  # whole blocks of 64 weights
+        return cls.pack(cls.kinds[0], linear.weight.detach(), linear.bias.detach())
+
 
 def with_bias(layer: nn.Module, bias: Tensor | None) -> nn.Module:
     """A layer that was made on the meta device, with a frozen copy of this bias, if any."""

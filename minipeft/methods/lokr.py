@@ -96,7 +96,9 @@ class LoKr(Lycoris):
         elif ops.takes_vectors():
             update = _kronecker_linear(x, C, D)
         else:
-            update = ops.project_in(base, x, torch.kron(C, D).to(dtype))
+            h = ops.project_in(base, x, torch.kron(C, D).to(dtype))
+            # Of the features that a layer with groups makes for each of them, the rows of the identity take the group's.
+            update = ops.project_out(base, h, torch.eye(self.out_features, dtype=dtype, device=x.device))
         if passes is not None:
             update = ops.scale_out(base, update, passes)
         result: Tensor = y + update.to(y.dtype)

@@ -127,8 +127,11 @@ class Vera(Adapter):
         dropout = self.dropout if self.training else 0.0
         if dropout and not self.is_lookup:
             x = F.dropout(x, dropout)
-        # The first vector scales h, so x is not kept for its gradient; the second one B, so nothing as large as y is.
-        h = (ops.project_in(base, x, A.to(dtype)) * self.vera_lambda_d).to(dtype)
+        if self.is_lookup or ops.takes_vectors():
+            # The first vector scales h, so x is not kept for its gradient; the second one B, so nothing as large as y is.
+            h = (ops.project_in(base, x, A.to(dtype)) * self.vera_lambda_d).to(dtype)
+        else:  # only the layer knows where in h the r features are
+            h = ops.project_in(base, x, (self.vera_lambda_d.unsqueeze(1) * A).to(dtype))
         if dropout and self.is_lookup:
             h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
         result: Tensor = y + ops.project_out(base, h, (self.vera_lambda_b.unsqueeze(1) * B).to(dtype)).to(y.dtype)

@@ -1,0 +1,1 @@
+"""The contract between methods and layers: a case to try, and one function for each promise; see `minipeft.testing`."""

@@ -1,0 +1,659 @@
+"""Every registered method on every registered layer keeps the contract; and the contract has teeth."""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from minipeft import Adapter, AdapterConfig, ContractError, LayerOps, RegistryError, TargetError, registry
+from minipeft.contract.checks import CHECKS
+from minipeft.layers.linear import LinearOps
+from minipeft.methods.lora import Lora, LoraConfig
+from minipeft.testing import check_layer, check_method, check_pair
+
+ALL = {check.__name__ for check in CHECKS}
+MERGES = {"merge_float64", "merge_float32", "merge_bfloat16"}
+PAIRS = [(method, layer) for method in registry.method_names() for layer in registry.layers()]
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(registry, "_tables", registry._tables.copy())
+
+
+# ------------------------------------------------------------------------------------------ registry x registry
+@pytest.mark.parametrize(("method", "layer"), PAIRS, ids=lambda name: name.rpartition(".")[2])
+def test_every_method_keeps_the_contract_on_every_layer_or_says_what_is_missing(method, layer):
+    report = check_pair(method, layer)
+    if report.refused is not None:
+        short = layer.rpartition(".")[2].lower()
+        assert short in report.refused.lower() or method in report.refused.lower(), report.refused
+        assert len(report.refused) > 40, "a refusal says what is missing"
+    elif not report.passed:
+        assert "is not installed" in next(iter(report.skipped.values())), f"{layer} has no example: {report}"
+        pytest.skip(str(report))
+    else:
+        assert set(report.passed) | set(report.skipped) == ALL
+        may_skip = MERGES | {"shapes", "one_graph", "copies"}  # each only for a reason that lies in the layer itself
+        assert set(report.skipped) <= may_skip, report
+
+
+def test_lora_skips_nothing_on_linear():
+    report = check_pair("lora", nn.Linear)
+    assert set(report.passed) == ALL
+    assert report.served
+    assert str(report) == f"lora on Linear: {len(ALL)} of {len(ALL)} checks passed"
+
+
+def test_options_of_the_method_are_tried_too():
+    assert check_pair("lora", nn.Linear, r=3, use_rslora=True, bias="lora_only").served
+
+
+# ------------------------------------------------------------------------------------------------ broken methods
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig(AdapterConfig):
+    """Options of the method that the tests below break."""
+
+    method = "trial"
+
+
+class Trial(Adapter):
+    """y' = v * (y + B A x): a scale and a low-rank path, so that each of the ops is used; it keeps the contract."""
+
+    config_class = TrialConfig
+    scaling = 2.0
+
+    def __init__(self, base, ops, config, shared):
+        super().__init__(base, ops, config, shared)
+        out_features, in_features = ops.shape(base)
+        weight = ops.read_weight(base)
+        self.is_lookup = ops.is_lookup
+        self.v = nn.Parameter(weight.new_ones(out_features))
+        self.A = nn.Parameter(torch.randn(3, in_features).to(weight) / 4)
+        self.B = nn.Parameter(weight.new_zeros(out_features, 3))
+
+    def path(self, base, ops, x, dtype):
+        h = ops.project_in(base, x, self.A.to(dtype)) * self.scaling
+        return ops.project_out(base, h, self.B.to(dtype))
+
+    def forward(self, base, ops, x, y):
+        return ops.scale_out(base, y + self.path(base, ops, x, y.dtype), self.v.to(y.dtype))
+
+    def merge(self, weight, bias):
+        merged = weight + self.scaling * (self.B @ self.A).to(weight.dtype)
+        v = self.v.to(weight.dtype)
+        return v[:, None] * merged, None if bias is None else v * bias
+
+
+class ForgetsScaling(Trial):
+    def merge(self, weight, bias):
+        v = self.v.to(weight.dtype)
+        return v[:, None] * (weight + (self.B @ self.A).to(weight.dtype)), None if bias is None else v * bias
+
+
+class ForgetsBias(Trial):
+    def merge(self, weight, bias):
+        return super().merge(weight, bias)[0], bias
+
+
+class TransposesOnSquares(Trial):
+    def merge(self, weight, bias):
+        merged, bias = super().merge(weight, bias)
+        return merged.t() if merged.shape[0] == merged.shape[1] else merged, bias
+
+
+class ClaimsAnotherUpdate(Trial):
+    def delta(self, weight):
+        return torch.full_like(weight, 0.5)
+
+
+class ClaimsAnotherProduct(Trial):
+    def factors(self):
+        return self.B.detach(), self.A.detach()
+
+
+class MergesInPlace(Trial):
+    def merge(self, weight, bias):
+        merged, bias = super().merge(weight, bias)
+        return weight.copy_(merged), bias
+
+
+class MergesInHalfPrecision(Trial):
+    def merge(self, weight, bias):
+        return super().merge(weight.bfloat16(), None if bias is None else bias.bfloat16())
+
+
+class RoundsInFloat32(Trial):
+    def merge(self, weight, bias):
+        merged, bias = super().merge(weight, bias)
+        return merged.bfloat16().float() if merged.dtype == torch.float32 else merged, bias
+
+
+class IsIdleInBfloat16(Trial):
+    def forward(self, base, ops, x, y):
+        return y if y.dtype == torch.bfloat16 else super().forward(base, ops, x, y)
+
+
+class WritesInPlace(Trial):
+    def forward(self, base, ops, x, y):
+        return y.add_(self.path(base, ops, x, y.dtype)).mul_(self.v.to(y.dtype))
+
+
+class LeavesAParameterOut(Trial):
+    def __init__(self, base, ops, config, shared):
+        super().__init__(base, ops, config, shared)
+        self.unused = nn.Parameter(torch.zeros(3))
+
+
+class CutsTheInputsGradient(Trial):
+    def forward(self, base, ops, x, y):
+        return super().forward(base, ops, x.detach(), y)
+
+
+class IsIdle(Trial):
+    def forward(self, base, ops, x, y):
+        return y + 0 * (self.v.sum() + self.A.sum() + self.B.sum())
+
+
+class StartsElsewhere(Trial):
+    def __init__(self, base, ops, config, shared):
+        super().__init__(base, ops, config, shared)
+        self.v.data.mul_(1.01)
+
+
+class Widens(Trial):
+    def forward(self, base, ops, x, y):
+        return y + self.v * self.path(base, ops, x, y.dtype)
+
+
+class DoesNotPickle(Trial):
+    def __init__(self, base, ops, config, shared):
+        super().__init__(base, ops, config, shared)
+        self.activation = lambda y: y
+
+
+class SharesWithItsCopies(Trial):
+    def __deepcopy__(self, memo):
+        return self
+
+
+class ForgetsATensor(Trial):
+    def file_tensors(self):
+        return {"A": self.A, "B": self.B}
+
+
+class SavesNothing(Trial):
+    def file_tensors(self):
+        return {}
+
+
+class LooksAtValues(Trial):
+    def forward(self, base, ops, x, y):
+        return super().forward(base, ops, x, y) if float(y.detach().sum()) < 1e30 else y
+
+
+class KnowsOnlyRows(Trial):
+    def forward(self, base, ops, x, y):
+        return super().forward(base, ops, x.view(4, -1), y) if not ops.is_lookup else super().forward(base, ops, x, y)
+
+
+class OwnsTheBase(Trial):
+    def __init__(self, base, ops, config, shared):
+        super().__init__(base, ops, config, shared)
+        self.base = base
+
+
+class WritesTheBase(Trial):
+    def forward(self, base, ops, x, y):
+        if self.training:
+            base.weight.data.mul_(1.0001)
+        return super().forward(base, ops, x, y)
+
+
+class ForgetsItsRandomness(Trial):
+    def forward(self, base, ops, x, y):
+        y = super().forward(base, ops, x, y)
+        return y + random.random() * (self.v - self.v.detach()).to(y.dtype) if self.training else y
+
+
+class HooksTheBase(Trial):
+    def __init__(self, base, ops, config, shared):
+        super().__init__(base, ops, config, shared)
+        base.register_forward_hook(print_nothing)
+
+
+def print_nothing(module, args, output):
+    return None
+
+
+class ActsWhenDisabled(Trial):
+    """From the second call on, the scale sits in a hook of the base, which nothing switches off."""
+
+    def forward(self, base, ops, x, y):
+        path, v = self.path(base, ops, x, y.dtype), self.v.to(y.dtype)
+        if "trial" in base.__dict__:
+            return y + path * v
+        base.__dict__["trial"] = self
+        base.register_forward_hook(scaled)
+        return (y + path) * v
+
+
+def scaled(module, args, output):
+    return output * module.trial.v.to(output.dtype)
+
+
+BROKEN = {
+    ForgetsScaling: "merge_float64",
+    ForgetsBias: "merge_float64",
+    TransposesOnSquares: "merge_float64",
+    ClaimsAnotherUpdate: "merge_float64",
+    ClaimsAnotherProduct: "merge_float64",
+    MergesInPlace: "merge_float64",
+    MergesInHalfPrecision: "merge_float64",
+    RoundsInFloat32: "merge_float32",
+    IsIdleInBfloat16: "merge_bfloat16",
+    WritesInPlace: "not_in_place",
+    LeavesAParameterOut: "gradients",
+    CutsTheInputsGradient: "gradients",
+    IsIdle: "frozen_base",
+    StartsElsewhere: "identity_at_init",
+    Widens: "identity_at_init",
+    DoesNotPickle: "copies",
+    SharesWithItsCopies: "copies",
+    ForgetsATensor: "files",
+    SavesNothing: "files",
+    LooksAtValues: "one_graph",
+    KnowsOnlyRows: "shapes",
+    OwnsTheBase: "ownership",
+    WritesTheBase: "frozen_base",
+    ForgetsItsRandomness: "checkpointing",
+    HooksTheBase: "failed_injection",
+    ActsWhenDisabled: "disabled",
+}
+
+
+def test_a_method_that_keeps_the_contract_passes(tables):
+    registry.register_method("trial")(Trial)
+    report = check_method("trial")
+    assert {pair.layer.rpartition(".")[2] for pair in report.pairs if pair.served} >= {"Linear", "Conv1D", "Embedding"}
+
+
+@pytest.mark.parametrize(("method", "check"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", value))
+def test_a_broken_method_fails_the_check_that_says_so(method, check, tables):
+    registry.register_method("trial")(method)
+    with pytest.raises(ContractError, match="trial on .*Linear fails") as raised:
+        check_pair("trial", nn.Linear)
+    assert raised.value.check == check, str(raised.value)
+    assert (raised.value.method, raised.value.layer) == ("trial", "torch.nn.modules.linear.Linear")
+
+
+class RefusesLookups(Trial):
+    def __init__(self, base, ops, config, shared):
+        if ops.is_lookup:
+            raise TargetError(f"trial needs vectors, and {type(base).__name__} looks indices up; nothing was changed.")
+        super().__init__(base, ops, config, shared)
+
+
+class RefusesAll(Trial):
+    def __init__(self, base, ops, config, shared):
+        raise TargetError("trial is never content; nothing was changed.")
+
+
+class RefusesTooLate(Trial):
+    def __init__(self, base, ops, config, shared):
+        base.weight.data.zero_()
+        raise TargetError("trial is never content; it says that nothing was changed.")
+
+
+def test_a_refusal_is_reported_with_its_words(tables):
+    registry.register_method("trial")(RefusesLookups)
+    report = check_method("trial")
+    refused = {layer.rpartition(".")[2]: why for (_, layer), why in report.refused.items()}
+    assert refused["Embedding"] == "trial needs vectors, and Embedding looks indices up; nothing was changed."
+    assert "Linear" not in refused
+    assert "trial on Embedding: refused: trial needs vectors" in str(report)
+
+
+def test_a_method_that_refuses_every_layer_serves_nothing(tables):
+    registry.register_method("trial")(RefusesAll)
+    with pytest.raises(ContractError, match="trial fails 'serves'") as raised:
+        check_method("trial")
+    assert raised.value.check == "serves"
+
+
+def test_a_refusal_that_changes_the_model_is_a_failure(tables):
+    registry.register_method("trial")(RefusesTooLate)
+    with pytest.raises(ContractError, match="fails 'refusal': it is refused .* but changes the model"):
+        check_pair("trial", nn.Linear)
+
+
+def test_options_that_are_not_allowed_are_no_refusal_of_the_layer():
+    with pytest.raises(ContractError, match="lora on .*Linear fails 'example_config': r must be an integer"):
+        check_pair("lora", nn.Linear, r=-1)
+
+
+class AsksForAnother(Trial):
+    @classmethod
+    def example_config(cls, **options):
+        return LoraConfig(**options)
+
+
+def test_the_method_that_is_tried_is_the_one_that_acts(tables):
+    registry.register_method("trial")(AsksForAnother)
+    with pytest.raises(ContractError, match="AsksForAnother should act, but 'Lora' does; see Adapter.example_config"):
+        check_pair("trial", nn.Linear)
+
+
+def test_an_override_for_a_layer_type_is_what_is_tried(tables):
+    registry.register_method("trial")(Trial)
+    registry.register_adapter("trial", layer=nn.Linear)(ForgetsScaling)
+    assert check_pair("trial", nn.Embedding).served
+    with pytest.raises(ContractError, match="merge_float64"):
+        check_pair("trial", nn.Linear)
+
+
+# ------------------------------------------------------------------------------------------------- broken layers
+class Flipped(nn.Module):
+    """y = x W + b, with W stored as (in, out), as in GPT-2."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features) / 4)
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class FlippedOps(LayerOps):
+    @staticmethod
+    def shape(base):
+        return tuple(reversed(base.weight.shape))
+
+    @staticmethod
+    def read_weight(base):
+        return base.weight.t()
+
+    @staticmethod
+    @torch.no_grad()
+    def write_weight(base, weight, bias):
+        base.weight.copy_(weight.t())
+        base.bias.copy_(bias)
+        return base
+
+    @classmethod
+    def example(cls, in_features, out_features):
+        return Flipped(in_features, out_features)
+
+
+def guess(weight):
+    return weight if weight.shape[0] == weight.shape[1] else weight.t()
+
+
+class GuessesTheOrientation(FlippedOps):
+    @staticmethod
+    def read_weight(base):
+        return guess(base.weight)
+
+    @staticmethod
+    @torch.no_grad()
+    def write_weight(base, weight, bias):
+        base.weight.copy_(guess(weight))
+        base.bias.copy_(bias)
+        return base
+
+
+class WritesTheOtherWayRound(FlippedOps):
+    @staticmethod
+    @torch.no_grad()
+    def write_weight(base, weight, bias):
+        base.weight.copy_(weight.reshape(base.weight.shape))
+        base.bias.copy_(bias)
+        return base
+
+
+class SwapsTheShape(FlippedOps):
+    @staticmethod
+    def shape(base):
+        return tuple(base.weight.shape)
+
+
+class LosesTheBias(FlippedOps):
+    @staticmethod
+    @torch.no_grad()
+    def write_weight(base, weight, bias):
+        base.weight.copy_(weight.t())
+        return base
+
+
+class FollowsWrongly(FlippedOps):
+    @staticmethod
+    def project_in(base, x, A):
+        return nn.functional.linear(x.flip(-1), A)
+
+
+class ScalesTheInput(FlippedOps):
+    @staticmethod
+    def scale_out(base, y, v):
+        return y * v.flip(0)
+
+
+class ClaimsALinearCall(FlippedOps):
+    @staticmethod
+    def is_linear_call(base):
+        return True
+
+
+class ClaimsNoMerge(FlippedOps):
+    """Says that it cannot merge, which is allowed and reported."""
+
+    can_merge = False
+
+
+BROKEN_LAYERS = {
+    GuessesTheOrientation: "merge_float64",
+    WritesTheOtherWayRound: "layer_facts",
+    SwapsTheShape: "layer_facts",
+    LosesTheBias: "merge_float64",
+    FollowsWrongly: "merge_float64",
+    ScalesTheInput: "merge_float64",
+}
+
+
+@pytest.fixture
+def two_methods(monkeypatch):
+    """LoRA, and one that scales: between them they ask for everything that a layer can be asked."""
+    tables = registry._tables.copy()
+    tables.methods = {"lora": Lora}
+    monkeypatch.setattr(registry, "_tables", tables)
+    registry.register_method("trial")(Trial)
+
+
+def test_a_layer_that_keeps_the_contract_passes_under_every_method(two_methods):
+    registry.register_layer(Flipped)(FlippedOps)
+    report = check_layer(Flipped)
+    assert [pair.method for pair in report.pairs] == ["lora", "trial"]
+    assert report.skipped == {}
+
+
+@pytest.mark.parametrize(("ops", "check"), BROKEN_LAYERS.items(), ids=lambda value: getattr(value, "__name__", value))
+def test_a_broken_layer_fails_the_check_that_says_so(ops, check, two_methods):
+    registry.register_layer(Flipped)(ops)
+    with pytest.raises(ContractError, match="Flipped fails") as raised:
+        check_layer(Flipped)
+    assert raised.value.check == check, str(raised.value)
+
+
+class Halved(Flipped):
+    """Does more to its input than to multiply it."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class InPlace(Flipped):
+    """Writes over its input."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+def test_a_layer_that_does_more_than_a_linear_call_may_not_claim_to_be_one(two_methods):
+    registry.register_layer(Halved)(ClaimsALinearCall)
+    with pytest.raises(ContractError, match="fails 'layer_facts': what is_linear_call calls the output is off by"):
+        check_layer(Halved, make=Halved)
+
+
+def test_a_layer_that_writes_over_its_input_is_told_so(two_methods):
+    registry.register_layer(InPlace)(FlippedOps)
+    with pytest.raises(ContractError, match="fails 'not_in_place': the layer itself writes its input"):
+        check_layer(InPlace, make=InPlace)
+
+
+def test_a_layer_that_cannot_merge_skips_that_and_says_so(two_methods):
+    registry.register_layer(Flipped)(ClaimsNoMerge)
+    report = check_layer(Flipped)
+    assert {check for _, _, check in report.skipped} == MERGES
+    assert set(report.skipped.values()) == {"ClaimsNoMerge.can_merge is False, and merging is refused"}
+    assert "skipped merge_float64, merge_float32, merge_bfloat16: ClaimsNoMerge.can_merge is False" in str(report)
+
+
+class Packed(nn.Module):
+    """A linear map with one int8 weight and one scale a row, which may compute with another weight than it holds."""
+
+    def __init__(self, in_features, out_features, noise=0.0):
+        super().__init__()
+        linear = nn.Linear(in_features, out_features)
+        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("packed", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.bias, self.noise = linear.bias, noise
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed * self.scale * (1 + self.noise), self.bias)
+
+
+class PackedOps(LayerOps):
+    @staticmethod
+    def shape(base):
+        return tuple(base.packed.shape)
+
+    @staticmethod
+    def read_weight(base):
+        return base.packed * base.scale if isinstance(base, Packed) else base.weight
+
+    @staticmethod
+    def write_weight(base, weight, bias):
+        linear = nn.Linear(*reversed(weight.shape)).to(base.bias.dtype)
+        linear.load_state_dict({"weight": weight, "bias": bias})
+        return linear
+
+
+def noisy(in_features, out_features):
+    return Packed(in_features, out_features, noise=0.01)
+
+
+def wrong(in_features, out_features):
+    return Packed(in_features, out_features, noise=1.0)
+
+
+def test_a_layer_that_is_replaced_when_merged_may_differ_by_its_own_noise(two_methods):
+    registry.register_layer(Packed)(PackedOps)
+    assert all(pair.served for pair in check_layer(Packed, make=Packed).pairs)
+    assert all(pair.served for pair in check_layer(Packed, make=noisy).pairs)
+    with pytest.raises(ContractError, match="the layer that write_weight gives is off by"):
+        check_layer(Packed, make=wrong)
+
+
+class Unpicklable(Flipped):
+    """A layer that is neither copied, nor pickled, nor compiled, whatever is put on it."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.activation = lambda y: y
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.detach().sum().item() < 1e30 else -y
+
+
+def test_what_the_layer_itself_cannot_do_is_skipped_and_said(two_methods):
+    registry.register_layer(Unpicklable)(FlippedOps)
+    skipped = check_pair("lora", Unpicklable, make=Unpicklable).skipped
+    assert set(skipped) == {"copies", "one_graph"}
+    assert "Unpicklable itself cannot be copied or pickled (Can't pickle local object" in skipped["copies"].replace(
+        "get local object", "pickle local object"
+    )
+    assert skipped["one_graph"].endswith("Unpicklable itself does not compile to one graph")
+
+
+# ---------------------------------------------------------------------------------------------- what cannot be tried
+def test_a_layer_without_an_example_is_reported_as_not_tried(tables):
+    registry.register_layer(Packed)(PackedOps)
+    report = check_pair("lora", Packed)
+    assert not report.served
+    assert set(report.skipped) == ALL
+    assert "PackedOps.example gives no layer to try; override it, or pass make=..." in str(report)
+    with pytest.raises(TargetError, match="PackedOps.example gives no layer to try"):
+        check_layer(Packed)
+
+
+class Special(nn.Linear):
+    """A subclass whose ops inherit the example of its base."""
+
+
+class SpecialOps(LinearOps):
+    """Nothing of its own."""
+
+
+def test_an_example_that_other_ops_serve_is_no_example(tables):
+    registry.register_layer(Special)(SpecialOps)
+    with pytest.raises(
+        TargetError, match="SpecialOps.example gives a Linear, which LinearOps serves; override example"
+    ):
+        check_layer(Special)
+    assert check_pair("lora", Special, make=Special).served
+
+
+def test_a_subclass_that_its_base_serves_is_tried_with_an_instance_of_it():
+    assert check_pair("lora", Special, make=Special).served
+    with pytest.raises(RegistryError, match=r"no LayerOps are registered for .*Special' itself.*pass make="):
+        check_layer(Special)
+
+
+def test_a_layer_that_no_ops_accept_is_refused_at_once():
+    with pytest.raises(TargetError, match="no LayerOps accept a LayerNorm"):
+        check_layer(nn.LayerNorm, make=norm)
+
+
+def norm(in_features, out_features):
+    return nn.LayerNorm(in_features)
+
+
+@pytest.mark.parametrize("name", ["torch.nn.Linear", "torch.nn.modules.linear.Linear"])
+def test_a_layer_type_may_be_given_by_any_of_its_dotted_names(name):
+    assert check_pair("lora", name).layer == "torch.nn.modules.linear.Linear"
+
+
+def test_an_unknown_method_is_answered_with_the_known_ones():
+    with pytest.raises(RegistryError, match=r"no method 'lorra' \(closest: 'lora'\)"):
+        check_method("lorra")
+
+
+def test_the_caller_s_randomness_is_left_alone():
+    before = torch.get_rng_state()
+    check_pair("lora", nn.Linear)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_error_can_be_pickled_as_test_runners_do():
+    import pickle
+
+    error = ContractError("lora", "Linear", "files", "a reason")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == "lora on Linear fails 'files': a reason"
+    assert again.check == "files"
+    assert dataclasses.is_dataclass(TrialConfig)

@@ -1,0 +1,124 @@
+"""The table of methods and layer types: true to the registry, and written between two lines of a file."""
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from minipeft import MinipeftError, StateError, TargetError, registry, table
+from minipeft.methods.lora import Lora
+from minipeft.table import BEGIN, END, code_lines, main, refusals, with_table
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+class Picky(Lora):
+    """A method with an empty cell."""
+
+    def __init__(self, base, ops, config, shared):
+        if ops.is_lookup:
+            raise TargetError(f"picky needs vectors, not {type(base).__name__}'s indices; nothing was changed.")
+        super().__init__(base, ops, config, shared)
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    """A second built-in method, that refuses lookups."""
+    monkeypatch.setattr(registry, "_tables", registry._tables.copy())
+    registry._tables.methods, registry._tables.layers_by_weight = {"lora": Lora}, {}
+    keep = ("Linear", "Embedding", "Conv1D")
+    registry._tables.layers = {k: v for k, v in registry._tables.layers.items() if k.rpartition(".")[2] in keep}
+    monkeypatch.setattr(Picky, "__module__", "minipeft.methods.picky")
+    monkeypatch.setattr(table.inspect, "getfile", lambda cls: __file__)
+    monkeypatch.setattr(Picky, "example_config", classmethod(lambda cls, **options: PickyConfig(**options)))
+    registry.register_method("picky")(Picky)
+
+
+class PickyConfig(Lora.config_class):
+    """Its configuration."""
+
+    method = "picky"
+
+
+def test_a_refused_pair_is_an_empty_cell_and_its_words_are_to_be_had(picky, capsys):
+    lines = code_lines(__file__)
+    assert table.table() == (
+        "|  | Conv1D | Embedding | Linear | lines |\n"
+        "| --- | :-: | :-: | :-: | ---: |\n"
+        f"| `lora` | ✓ | ✓ | ✓ | {lines} |\n"
+        f"| `picky` | ✓ |  | ✓ | {lines} |\n"
+        f"| lines | {lines} | {lines} | {lines} |  |\n"
+    )
+    assert list(refusals().values()) == ["picky needs vectors, not Embedding's indices; nothing was changed."]
+    assert main(["--why"]) == 0
+    assert capsys.readouterr().out == f"picky on Embedding: {next(iter(refusals().values()))}\n"
+
+
+def test_a_layer_type_without_an_example_is_an_error_not_an_empty_column(picky):
+    registry._tables.layers["a_package_that_is_not_there.Layer"] = type(
+        "Ops",
+        (registry._tables.layers["torch.nn.modules.linear.Linear"],),
+        {"__module__": "minipeft.layers.there", "example": none},
+    )
+    with pytest.raises(TargetError, match="Ops.example gives no layer to try"):
+        table.table()
+
+
+@classmethod
+def none(cls, in_features, out_features):
+    return None
+
+
+def test_plugins_are_left_out(monkeypatch):
+    monkeypatch.setattr(registry, "_tables", registry._tables.copy())
+    registry.register_method("foreign")(Picky)
+    registry.register_layer(nn.Bilinear)(type("Ops", (registry.layers()["torch.nn.modules.linear.Linear"],), {}))
+    assert "foreign" not in table._built_in()[0]
+    assert "torch.nn.modules.linear.Bilinear" not in table._built_in()[1]
+
+
+def test_lines_of_code_are_those_with_code(tmp_path):
+    file = tmp_path / "sample.py"
+    file.write_text(
+        '"""Two\nlines."""\n\n# why\nimport os  # counted\n\n\ndef f():\n    """Said."""\n    return """a\nb"""\n'
+    )
+    assert code_lines(file) == 4
+
+
+def test_the_table_is_put_between_its_marker_lines(tmp_path, picky):
+    file = tmp_path / "page.md"
+    file.write_text(f"# A page\n\n{BEGIN}\nold\n{END}\n\nthe end\n", "utf-8")
+    assert main(["--write", str(file)]) == 0
+    assert file.read_text("utf-8") == f"# A page\n\n{BEGIN}\n{table.table()}{END}\n\nthe end\n"
+    assert main(["--write", str(file)]) == 0, "writing it again changes nothing"
+    assert file.read_text("utf-8") == with_table(file.read_text("utf-8"), table.table())
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{END}{END}", f"{BEGIN}{BEGIN}{END}"])
+def test_a_file_without_the_marker_lines_is_left_alone(text, tmp_path, picky, capsys):
+    with pytest.raises(StateError, match="once each; nothing was written"):
+        with_table(text, "new")
+    file = tmp_path / "page.md"
+    file.write_text(text, "utf-8")
+    assert main(["--write", str(file)]) == 1
+    assert file.read_text("utf-8") == text
+    assert "nothing was written" in capsys.readouterr().err
+
+
+def test_the_command_prints_the_table(capsys):
+    try:
+        expected = table.table()
+    except MinipeftError as error:  # a layer's package is not installed
+        pytest.skip(str(error))
+    assert main([]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_the_readme_holds_what_the_command_prints():
+    text = README.read_text("utf-8")
+    if BEGIN not in text:
+        pytest.skip(f"README.md has no line {BEGIN!r} yet")
+    try:
+        assert with_table(text, table.table()) == text, "run: python -m minipeft.table --write README.md"
+    except TargetError as error:
+        pytest.skip(str(error))
