@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from minipeft import checkpoint, inject
+from minipeft import checkpoint
 from minipeft.adapter_file import CONFIG_FILE, PROVENANCE, WEIGHTS_FILE, open_adapter
 from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, StateError, shown
@@ -137,7 +137,7 @@ def _adapters_in(root: Path) -> set[str]:
 
 def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Tensor]:
     """What a directory holds for an adapter of this model, after every check."""
-    file, prefix = open_adapter(directory), inject.PREFIX
+    file = open_adapter(directory)
     here = config_from_dict(checkpoint.file_config(model, model.adapter_configs[name], name)).to_dict()
     there = file.config.to_dict()
     differ = [key for key in here if key not in PROVENANCE and here[key] != there.get(key)]
@@ -145,10 +145,9 @@ def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Ten
         said = "; ".join(f"{key} is {there.get(key)!r:.100} there and {here[key]!r:.100} here" for key in differ[:3])
         raise CheckpointError(f"{directory} was written with another configuration: {said}; nothing was restored.")
     checkpoint.check_samples(file, checkpoint.base_samples(model, name))
-    live = {key.removeprefix(prefix): tensor for key, tensor in model.adapter_state_dict(name).items()}
-    fit = checkpoint.compare(file, live, model)
+    fit = checkpoint.compare(file, model.adapter_state_dict(name), model)
     checkpoint.check_strict(file, fit, strict=True)
-    return {f"{prefix}{key}": tensor for key, tensor in checkpoint.read_tensors(file, fit).items()}
+    return checkpoint.read_tensors(file, fit)
 
 
 def _check_active(model: AdaptedModel, directory: Path) -> None:

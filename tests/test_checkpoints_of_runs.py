@@ -33,7 +33,7 @@ def snapshot(number, size=SIZE):
     """A checkpoint of which each file tells the number."""
     tensors = {"number": torch.full((size,), number)}
     adapter = {"number": torch.full((8,), float(number))}
-    return Snapshot(adapter, {"number": number}, {}, tensors, tensors, {"number": number})
+    return Snapshot(adapter, {"number": number, "peft_type": "LORA"}, {}, tensors, tensors, {"number": number})
 
 
 def number_in(folder):
@@ -60,7 +60,7 @@ def names(directory):
 def processes():
     """Starts processes that have torch imported already, so that one takes milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "safetensors.torch", "minipeft.training.snapshot"])
+    context.set_forkserver_preload(["pytest", "minipeft", "safetensors.torch", "minipeft.training.snapshot"])
     return context
 
 
