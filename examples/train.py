@@ -46,7 +46,7 @@ from minipeft.training.curve import plot_losses
 from minipeft.training.encoding import Encoding, check_fit
 from minipeft.training.examples import Examples, encode
 from minipeft.training.interrupt import EXIT_CODE, Interrupt
-from minipeft.training.launch import check_processes, must_use_cpu
+from minipeft.training.launch import check_processes, join_after_restart, must_use_cpu
 from minipeft.training.lock import RunLock
 from minipeft.training.lora_plus import lora_plus_groups
 from minipeft.training.metrics import Metrics
@@ -300,6 +300,7 @@ def make_accelerator(args: Namespace) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"  # set by accelerate launch
     # Without a backend's name, accelerate counts one process under DeepSpeed on a CPU, however many there are.
     gloo = deepspeed and not torch.accelerator.is_available()
+    join_after_restart()
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 import torch
+from torch import distributed as dist
 
 from minipeft.errors import ConfigError
 
@@ -22,6 +23,27 @@ def must_use_cpu(environment: Mapping[str, str] = os.environ) -> bool:
     what plain ``torchrun`` on such a machine does.
     """
     return int(environment.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def join_after_restart(environment: Mapping[str, str] = os.environ) -> None:
+    """Let the processes of a launch that was restarted (``--max_restarts``) find each other, and not the dead ones.
+
+    With torch 2.13 the launcher's static rendezvous, which ``accelerate launch`` uses, keeps one store for all attempts,
+    without a prefix for each: a process may read the address of one that has died, and fail. To be called before
+    anything starts torch.distributed; nothing to do at a first attempt.
+    """
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    world_size, rank = int(environment["WORLD_SIZE"]), int(environment["RANK"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, is_master=False
+    )
+    on_cpu = must_use_cpu(environment) or environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    backend = dist.get_default_backend_for_device(device or "cpu")
+    prefixed = dist.PrefixStore(f"minipeft/attempt_{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size)
 
 
 def check_processes(running: int, script: str, environment: Mapping[str, str] = os.environ) -> None:
