@@ -1,9 +1,11 @@
-"""DoRA on the layers beside the linear ones: convolutions, and quantised bases."""
+"""LoRA's variants where they meet other parts: convolutions, quantised bases, and files of plain LoRA."""
 
 import copy
+import json
 
 import pytest
 import torch
+from tiny_models import foreign_code, gpt2, token_ids
 from torch import nn
 
 import minipeft
@@ -104,3 +106,28 @@ def test_pissa_on_a_convolution_starts_as_the_base():
     )
     torch.testing.assert_close(model["conv"](x), expected)
     assert model["conv"].adapters["default"].lora_B.abs().sum() > 0
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_model_that_started_from_its_weights_is_saved_as_plain_lora_that_peft_reads(start, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, ids = gpt2(), token_ids(2, 6)
+    expected_base = copy.deepcopy(base)
+    model = get_lora_model(base, LoraConfig(r=3, target_modules=["c_attn", "c_fc"], init_lora_weights=start)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(tmp_path, convert_to_lora=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    assert (config["r"], config.get("init_lora_weights", True)) == (6, True)
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(expected_base), tmp_path).eval()
+    ours = load_adapter(copy.deepcopy(expected_base), tmp_path).eval()
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(minipeft.ConfigError, match="not both"):
+        model.save_pretrained(tmp_path / "no", convert_to_lora=True, state_dict=model.state_dict())
+    assert not (tmp_path / "no").exists()
