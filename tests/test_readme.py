@@ -108,3 +108,11 @@ def test_ci_calls_the_test_command_of_the_readme():
     assert "grep -m 1 '&& pytest$' README.md" in (ROOT / ".ci" / "run").read_text("utf-8")
     assert ".ci/constraints.txt" in commands[0]
     assert "torch==2.13.0" in (ROOT / ".ci" / "constraints.txt").read_text("utf-8").splitlines()
+
+
+def test_the_tests_that_the_fault_list_names_are_there():
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", README)
+    assert len(named) > 10
+    for file, function in named:
+        text = (ROOT / "tests" / file).read_text("utf-8")
+        assert not function or f"def {function}(" in text, f"{file} has no {function}"
