@@ -46,7 +46,7 @@ from minipeft.training.curve import plot_losses
 from minipeft.training.encoding import Encoding, check_fit
 from minipeft.training.examples import Examples, encode
 from minipeft.training.interrupt import EXIT_CODE, Interrupt
-from minipeft.training.launch import check_processes, join_after_restart, must_use_cpu
+from minipeft.training.launch import check_processes, join_after_restart, must_use_cpu, restarts
 from minipeft.training.lock import RunLock
 from minipeft.training.lora_plus import lora_plus_groups
 from minipeft.training.metrics import Metrics
@@ -444,13 +444,12 @@ def check_unused(args: Namespace) -> None:
     found = [
         name for name in ("adapter_config.json", "metrics.jsonl", "checkpoints") if (args.output_dir / name).exists()
     ]
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if found and not (args.resume or args.overwrite or restarted):
+    if found and not (args.resume or args.overwrite or restarts()):
         raise minipeft.StateError(
             f"--output_dir {args.output_dir} holds a run already ({', '.join(found)}): --resume goes on with it, "
             "--overwrite begins anew, or choose another directory."
         )
-    if args.overwrite and not restarted:
+    if args.overwrite and not restarts():
         Checkpoints(args.output_dir).discard_newer(-1)
 
 
@@ -520,7 +519,9 @@ class Run:
         self.metrics = Metrics(folder, progress.step)
         if self.accelerator.is_main_process:
             settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
-            settings = {name: settings[name] for name in vars(make_parser().parse_args([])) if name in settings}
+            once = {"config", "resume", "overwrite"}  # of this start of the run; to repeat them unasked could do harm
+            flags = vars(make_parser().parse_args([])).keys() - once
+            settings = {name: value for name, value in settings.items() if name in flags}
             (folder / "train_config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
         if self.args.log_with:
             self.accelerator.init_trackers("minipeft", json.loads(json.dumps(vars(self.args), default=str)))
@@ -533,13 +534,12 @@ class Run:
 
     def resume(self) -> Progress:
         """Go on from a checkpoint, if that was asked for, or if this is what a restarted launch has to do."""
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if not self.args.resume and not restarted:
+        if not self.args.resume and not restarts():
             return Progress(0, None)
         by_path = self.args.resume not in (None, "latest")
         folder = Path(self.args.resume) if by_path else self.checkpoints.latest()
         if folder is None:
-            if self.args.resume and not restarted:
+            if self.args.resume and not restarts():
                 fail(
                     f"--resume: there is no complete checkpoint in {self.checkpoints.folder}; leave the flag out to begin."
                 )

@@ -194,6 +194,8 @@ def test_a_directory_that_holds_a_run_is_not_overwritten_unasked(train, flags, w
     train.main([*flags, "--max_steps", "2", "--overwrite", "--output_dir", str(directory)])
     assert [row["step"] for row in rows_of(directory)] == [0, 1, 2, 2]
     assert not list((directory / "checkpoints").iterdir())
+    saved = yaml.safe_load((directory / "train_config.yaml").read_text("utf-8"))
+    assert not {"overwrite", "resume", "config"} & saved.keys()  # given again by --config, they would overwrite unasked
 
 
 def test_there_must_be_something_to_resume(train, flags, tmp_path):

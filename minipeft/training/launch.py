@@ -25,6 +25,11 @@ def must_use_cpu(environment: Mapping[str, str] = os.environ) -> bool:
     return int(environment.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
 
 
+def restarts(environment: Mapping[str, str] = os.environ) -> int:
+    """How often the launcher has started these processes anew after one of them died (``--max_restarts``)."""
+    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def join_after_restart(environment: Mapping[str, str] = os.environ) -> None:
     """Let the processes of a launch that was restarted (``--max_restarts``) find each other, and not the dead ones.
 
@@ -32,7 +37,7 @@ def join_after_restart(environment: Mapping[str, str] = os.environ) -> None:
     without a prefix for each: a process may read the address of one that has died, and fail. To be called before
     anything starts torch.distributed; nothing to do at a first attempt.
     """
-    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    attempt = restarts(environment)
     if attempt == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
     world_size, rank = int(environment["WORLD_SIZE"]), int(environment["RANK"])

@@ -82,10 +82,8 @@ class Updater:
         engine: Any = None,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.loss = accelerator, model, optimizer, loss
-        self.engine, self.reached = (
-            engine,
-            set[int](),
-        )  # parameters by a gradient; DeepSpeed takes a missing one for zeros
+        self.engine = engine
+        self.reached: set[int] = set()  # parameters that got a gradient: DeepSpeed takes a missing one for zeros
         self.micro_batch, self.clip, self.auto_batch = micro_batch, clip, auto_batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sharded = isinstance(model, FSDPModule)
