@@ -50,4 +50,4 @@ def _training(model: nn.Module) -> Iterator[tuple[type[Adapter], dict[str, Adapt
     for name in state.switch.active if state.switch.enabled else ():
         if name in state.trainable:
             config = state.configs[name]
-            yield registry.method_class(config.method), adapters_of(model, name), config
+            yield registry.method_class(config.adapter_method), adapters_of(model, name), config

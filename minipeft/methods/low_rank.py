@@ -35,7 +35,7 @@ def low_rank_forward(
         weight, bias = ops.read_weight(base), ops.read_bias(base)
         if can_fuse(x, weight, bias):
             return lora_linear(x, weight, bias, down, up, scaling, dropout)
-    y = base(x) if y is None else y
+    y = ops.run(base, x) if y is None else y
     assert isinstance(y, Tensor)
     dtype = y.dtype if ops.is_lookup else x.dtype
     if dropout and not ops.is_lookup:
