@@ -85,21 +85,23 @@ class AdaptedLayer(Wrapper):
         self.undo: Any = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Any = None
+        acting: tuple[str, ...] = ()
         if self.switch.enabled:
-            acting: list[Any] = [
-                self.adapters[n] for n in self.switch.active if n in self.adapters and n not in self.merged
-            ]
-            inputs = [x]  # what each adapter sees, the last one first: it decides what those before it see
-            for adapter in reversed(acting):
-                inputs.append(
-                    adapter.before(self.base_layer, self.ops, inputs[-1]) if adapter.acts_before else inputs[-1]
-                )
-            x = inputs.pop()
-            for adapter in acting:
-                if y is None and (args or kwargs or not adapter.runs_base):
-                    y = self.ops.run(self.base_layer, x, *args, **kwargs)
-                y = adapter(self.base_layer, self.ops, inputs.pop(), y)
+            acting = tuple(n for n in self.switch.active if n in self.adapters and n not in self.merged)
+        return self.run_with(acting, x, *args, **kwargs)
+
+    def run_with(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output with these adapters and no other, each taking its turn."""
+        y: Any = None
+        acting: list[Any] = [self.adapters[name] for name in names]
+        inputs = [x]  # what each adapter sees, the last one first: it decides what those before it see
+        for adapter in reversed(acting):
+            inputs.append(adapter.before(self.base_layer, self.ops, inputs[-1]) if adapter.acts_before else inputs[-1])
+        x = inputs.pop()
+        for adapter in acting:
+            if y is None and (args or kwargs or not adapter.runs_base):
+                y = self.ops.run(self.base_layer, x, *args, **kwargs)
+            y = adapter(self.base_layer, self.ops, inputs.pop(), y)
         result: Tensor = self.ops.run(self.base_layer, x, *args, **kwargs) if y is None else y
         return result
 

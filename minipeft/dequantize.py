@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minipeft.adapted import AdaptedLayer
 from minipeft.errors import MergeError, StateError
@@ -103,9 +103,7 @@ def output_error(layer: AdaptedLayer, names: tuple[str, ...], replacement: nn.Mo
             part.training = False
         with torch.random.fork_rng(devices=[]):
             x = ops.example_input(base)
-        y: Tensor = ops.run(base, x)
-        for name in names:
-            y = layer.adapter(name)(base, ops, x, y)
+        y = layer.run_with(names, x)
         merged = replacement(x.to(next(replacement.parameters()).dtype)).to(y.dtype)
     finally:
         for part, mode in modes:

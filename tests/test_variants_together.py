@@ -131,3 +131,15 @@ def test_a_model_that_started_from_its_weights_is_saved_as_plain_lora_that_peft_
     with pytest.raises(minipeft.ConfigError, match="not both"):
         model.save_pretrained(tmp_path / "no", convert_to_lora=True, state_dict=model.state_dict())
     assert not (tmp_path / "no").exists()
+
+
+def test_a_report_on_dequantising_knows_of_adapters_that_change_the_input():
+    pytest.importorskip("bitsandbytes")
+    model = minipeft.quantize(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8)), "nf4")
+    model = minipeft.get_adapter_model(model, minipeft.OFTConfig(oft_block_size=8, target_modules=["0"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    report = model.merge_adapter(dequantize=True)
+    assert 0 <= max(report.output_error.values()) < 1e-4
