@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from minipeft import inject, registry
+from minipeft import registry
 from minipeft.adapted import adapted_layers, wrappers
 from minipeft.adapter_file import (
     CONFIG_FILE,
@@ -32,10 +32,12 @@ from minipeft.adapter_file import (
 from minipeft.config import ALL_LINEAR, AdapterConfig
 from minipeft.errors import CheckpointError, nearest, shown
 from minipeft.files import read_limited, write_files
-from minipeft.inject import PREFIX, Parts, Plan
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
+from minipeft.parts import PREFIX, Parts, build, build_from, shared_tensors
 from minipeft.patterns import is_suffix
+from minipeft.planning import Plan
+from minipeft.planning import plan as plan_injection
 from minipeft.targets import candidates
 
 SAMPLES = 8
@@ -50,7 +52,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         for name, wrapper in wrappers(model)
         for key, tensor in wrapper.file_tensors(adapter_name).items()
     }
-    return own | inject.shared_tensors(adapters_of(model, adapter_name).values())
+    return own | shared_tensors(adapters_of(model, adapter_name).values())
 
 
 def adapters_of(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
@@ -328,12 +330,12 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         MinipeftError: see `minipeft.load_adapter`.
     """
     file = open_adapter(directory)
-    plan = inject.plan(model, file.config, every_pattern=False)
-    fit = compare(file, inject.build(plan, on_meta=True).file_tensors(plan), model)
+    plan = plan_injection(model, file.config, every_pattern=False)
+    fit = compare(file, build(plan, on_meta=True).file_tensors(plan), model)
     if not allow_base_mismatch:
         check_base(file, plan)
     check_strict(file, fit, strict)
-    return plan, inject.build_from(plan, read_tensors(file, fit))
+    return plan, build_from(plan, read_tensors(file, fit))
 
 
 def warn_if_idle(directory: Path, parts: Parts) -> None:

@@ -12,7 +12,7 @@ from minipeft.adapted import AdaptedLayer, wrappers
 from minipeft.checkpoint import file_config
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError
-from minipeft.inject import PREFIX
+from minipeft.parts import PREFIX
 
 
 @torch.no_grad()

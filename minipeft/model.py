@@ -17,6 +17,9 @@ from minipeft.errors import ConfigError, StateError, shown
 from minipeft.hub import adapter_directory
 from minipeft.merge_report import MergeReport
 from minipeft.mixing import reduced
+from minipeft.parts import build
+from minipeft.planning import Plan
+from minipeft.planning import plan as plan_injection
 from minipeft.saved_module import SavedModule
 from minipeft.sharing import DEFAULT, SharedModel
 from minipeft.state import STATE, attach, check_name, detach, switch_to
@@ -44,7 +47,7 @@ def get_adapter_model(
         )
     check_name(adapter_name, ())
     plan = _plan(model, config)
-    parts = inject.build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
+    parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
     attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
     return cast(AdaptedModel, model)
 
@@ -93,11 +96,11 @@ def load_adapter(
     return cast(AdaptedModel, model)
 
 
-def _plan(model: nn.Module, config: AdapterConfig) -> inject.Plan:
+def _plan(model: nn.Module, config: AdapterConfig) -> Plan:
     if not isinstance(config, AdapterConfig) or not hasattr(type(config), "method"):
         raise ConfigError(f"config must be a method's configuration such as LoraConfig, not {config!r:.100}.")
     _check_adaptable(model)
-    return inject.plan(model, config)
+    return plan_injection(model, config)
 
 
 def _check_adaptable(model: object) -> None:
@@ -145,7 +148,7 @@ class AdaptedModel(SharedModel):
         check_name(adapter_name, self.adapter_configs)
         with self._unmerged():  # what an adapter starts from is the base, not another adapter
             plan = _plan(self, config)
-            parts = inject.build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
+            parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
             attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
 
     def load_adapter(

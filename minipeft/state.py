@@ -14,6 +14,8 @@ from minipeft.adapted import Switch, wrappers
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError
 from minipeft.mixing import mixed_class, original_class
+from minipeft.parts import Parts
+from minipeft.planning import Plan
 
 STATE = "_minipeft"  # where a model keeps its state: in its __dict__, so that it is copied and pickled along
 
@@ -50,8 +52,8 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
 def attach(
     model: nn.Module,
     mixin: type[nn.Module],
-    plan: inject.Plan,
-    parts: inject.Parts,
+    plan: Plan,
+    parts: Parts,
     adapter_name: str,
     *,
     trainable: bool,

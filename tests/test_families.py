@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from minipeft import LoraConfig, get_lora_model
 from minipeft.families import DEFAULTS
-from minipeft.inject import plan
+from minipeft.planning import plan
 
 MODEL_TYPES = [model_type for _, types in DEFAULTS for model_type in types.split()]
 COMMON = (
