@@ -30,6 +30,7 @@ from minipeft.methods.loha import LoHaConfig
 from minipeft.methods.lokr import LoKrConfig
 from minipeft.methods.lora import LoraConfig
 from minipeft.methods.oft import OFTConfig
+from minipeft.methods.trainable_tokens import TrainableTokensConfig
 from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
 from minipeft.quantize import quantize
@@ -82,6 +83,7 @@ __all__ = [
     "RegistryError",
     "StateError",
     "TargetError",
+    "TrainableTokensConfig",
     "VeraConfig",
     "after_step",
     "dequantize",

@@ -47,6 +47,10 @@ class Wrapper(nn.Module, ABC):
         if adapter_name in self.adapters:
             yield from self.adapters[adapter_name].parameters()
 
+    def drop(self, adapter_name: str) -> None:
+        """Take an adapter out."""
+        del self.adapters[adapter_name]
+
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         if name in modules:
@@ -74,7 +78,8 @@ class AdaptedLayer(Wrapper):
     """A frozen layer and its adapters: ``y = base_layer(x)``, then each active adapter's turn on y.
 
     Adapters that are merged are in the base weight already and take no turn. `undo` (see `minipeft.merge`) is what
-    brings the base weight back. `targeted` says whether ``target_modules`` selects the module.
+    brings the base weight back. `targeted` says whether ``target_modules`` selects the module. An adapter in
+    `following` is saved and trained with the layer that leads.
     """
 
     def __init__(self, base_layer: nn.Module, switch: Switch, ops: type[LayerOps], targeted: bool = True) -> None:
@@ -83,6 +88,7 @@ class AdaptedLayer(Wrapper):
         self.targeted = targeted
         self.merged: tuple[str, ...] = ()
         self.undo: Any = None
+        self.following: set[str] = set()  # adapters that are another layer's, whose weight this one holds too
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         acting: tuple[str, ...] = ()
@@ -116,8 +122,16 @@ class AdaptedLayer(Wrapper):
         assert isinstance(adapter, Adapter)
         return adapter
 
+    def leads(self, adapter_name: str) -> bool:
+        """Whether the adapter is here, and as this layer's own."""
+        return adapter_name in self.adapters and adapter_name not in self.following
+
+    def drop(self, adapter_name: str) -> None:
+        super().drop(adapter_name)
+        self.following.discard(adapter_name)
+
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        if adapter_name in self.adapters:
+        if self.leads(adapter_name):
             yield from self.adapter(adapter_name).trainable_parameters()
 
     def check_separable(self, path: str, names: tuple[str, ...]) -> None:
@@ -135,7 +149,10 @@ class AdaptedLayer(Wrapper):
             )
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        return self.adapter(adapter_name).file_tensors() if adapter_name in self.adapters else {}
+        if not self.leads(adapter_name):
+            return {}
+        adapter = self.adapter(adapter_name)
+        return {f"{adapter.key_prefix}{key}": tensor for key, tensor in adapter.file_tensors().items()}
 
     def extra_repr(self) -> str:
         return f"merged={list(self.merged)}" if self.merged else ""
@@ -212,13 +229,13 @@ class TensorIndex:
         entries = self._by_storage.get(_storage(tensor), [])
         return [(name, module) for module, name, parameter in entries if _span(parameter) == _span(tensor)]
 
-    def also_used_by(self, owner: nn.Module, tensor: Tensor) -> list[str]:
-        """Names of the parameters of other modules than `owner` that change when `tensor` is written."""
+    def also_used_by(self, tensor: Tensor, *owners: nn.Module) -> list[str]:
+        """Names of the parameters of other modules than `owners` that change when `tensor` is written."""
         start, end = _span(tensor)
         users = []
         for module, name, parameter in self._by_storage.get(_storage(tensor), []):
             other_start, other_end = _span(parameter)
-            if module is not owner and start < other_end and other_start < end:
+            if all(module is not owner for owner in owners) and start < other_end and other_start < end:
                 users.append(name)
         return users
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from minipeft import registry
-from minipeft.adapted import adapted_layers, wrappers
+from minipeft.adapted import AdaptedLayer, adapted_layers, wrappers
 from minipeft.adapter_file import (
     CONFIG_FILE,
     MAX_HEADER_BYTES,
     WEIGHTS_FILE,
     AdapterFile,
-    is_sample,
     open_adapter,
     own_metadata,
     with_sorted_metadata,
@@ -32,16 +30,14 @@ from minipeft.adapter_file import (
 from minipeft.config import ALL_LINEAR, AdapterConfig
 from minipeft.errors import CheckpointError, nearest, shown
 from minipeft.files import read_limited, write_files
-from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.parts import PREFIX, Parts, build, build_from, shared_tensors
 from minipeft.patterns import is_suffix
 from minipeft.planning import Plan
 from minipeft.planning import plan as plan_injection
+from minipeft.same_base import check_base
+from minipeft.saved_module import SavedModule
 from minipeft.targets import candidates
-
-SAMPLES = 8
-QUANTISED = 0.5  # of their norm, for all samples together; 4 bits cost about 0.1, and an unrelated weight is off by 1.4
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -56,10 +52,14 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def adapters_of(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
-    """The parts of one adapter, by the name of the module they are on."""
-    return {
-        name: layer.adapter(adapter_name) for name, layer in adapted_layers(model) if adapter_name in layer.adapters
-    }
+    """The parts of one adapter, by the name of the module they are on; not those of a companion of its configuration."""
+    return {name: layer.adapter(adapter_name) for name, layer in _layers_of(model, adapter_name)}
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, AdaptedLayer]]:
+    for name, layer in adapted_layers(model):
+        if layer.leads(adapter_name) and not layer.adapter(adapter_name).key_prefix:
+            yield name, layer
 
 
 def tensors_from_state(
@@ -78,17 +78,26 @@ def tensors_from_state(
 def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, Any]:
     """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules."""
     values = config.to_dict()
-    layers = {name: layer for name, layer in adapted_layers(model) if adapter_name in layer.adapters}
+    layers = dict(_layers_of(model, adapter_name))
     targets, targeted = config.target_modules, [name for name, layer in layers.items() if layer.targeted]
     if targets is None or targets == ALL_LINEAR:
         values["target_modules"] = _shortest(targeted, model)
+    elif any(
+        adapter_name in layer.following and not layer.adapter(adapter_name).key_prefix
+        for _, layer in adapted_layers(model)
+    ):
+        values["target_modules"] = targeted  # other readers would take a tied layer that is named for another one
     elif not isinstance(targets, str) and not all(any(is_suffix(t, name) for t in targets) for name in targeted):
         values["target_modules"] = targeted  # a shared module was meant by another name than its first
     if any(getattr(config, name) is not None for name in config.not_in_files):
         values["target_modules"] = targeted  # says what those options say
     if config.modules_to_save is not None:
         # An entry for a part of another entry's module would name nothing to a reader.
-        saved = [name for name, wrapper in wrappers(model) if adapter_name in wrapper.adapters and name not in layers]
+        saved = [
+            name
+            for name, wrapper in wrappers(model)
+            if adapter_name in wrapper.adapters and isinstance(wrapper, SavedModule)
+        ]
         entries = [entry for entry in config.modules_to_save if any(is_suffix(entry, name) for name in saved)]
         values["modules_to_save"] = entries or None
     if "fan_in_fan_out" in values:
@@ -117,7 +126,7 @@ def save_adapter(
         directory: made if need be.
         tensors: as `adapter_tensors` gives them.
         config: as `file_config` gives it.
-        base: as `base_samples` gives it.
+        base: as `minipeft.same_base.base_samples` gives it.
 
     Raises:
         CheckpointError: the directory cannot be written, or holds a whole model, which an adapter beside it would alter.
@@ -135,36 +144,6 @@ def save_adapter(
     # Sorted at the top only: within rank_pattern the first key that fits decides, so its order means something.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})
-
-
-def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
-    """A few base weights of each layer the adapter is on, by which a reader knows the base again; not of merged layers."""
-    return {
-        name: sample(layer.ops, layer.base_layer)
-        for name, layer in adapted_layers(model)
-        if adapter_name in layer.adapters and not layer.merged
-    }
-
-
-@torch.no_grad()
-def sample(ops: type[LayerOps], base: nn.Module) -> list[float]:
-    """Eight elements of the canonical weight, evenly spread; rounded to 6 digits. None where they cannot be had.
-
-    Of a quantised layer a ninth number, the tolerance, says that these are not the float weight's own.
-    """
-    weight = ops.read_weight(base)
-    if weight.is_meta or weight.numel() == 0 or type(weight) not in (Tensor, nn.Parameter):
-        return []  # the last is a weight held in shards, of which this process has one
-    rows, columns = _places(*weight.shape)
-    values = [float(f"{value:.6g}") for value in weight[rows, columns].tolist()]
-    values += [QUANTISED] if ops.is_quantized else []
-    return values if all(map(is_sample, values)) else []  # a broken base is not known again, and JSON has no NaN
-
-
-@functools.cache
-def _places(rows: int, columns: int) -> tuple[list[int], list[int]]:
-    places = [index * (rows * columns - 1) // (SAMPLES - 1) for index in range(SAMPLES)]
-    return [place // columns for place in places], [place % columns for place in places]
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -185,8 +164,15 @@ class Fit:
         )
 
 
-def compare(file: AdapterFile, expected: Mapping[str, Tensor], model: nn.Module) -> Fit:
+def compare(
+    file: AdapterFile,
+    expected: Mapping[str, Tensor],
+    model: nn.Module,
+    followers: Mapping[str, str] | None = None,
+) -> Fit:
     """Hold a file's header against the tensors (of any device, meta too) that a plan for this model makes.
+
+    `followers` says which modules are adapted along with which: PEFT may write the same tensor for both.
 
     Raises:
         CheckpointError: a shape differs, or no key fits at all.
@@ -205,7 +191,7 @@ def compare(file: AdapterFile, expected: Mapping[str, Tensor], model: nn.Module)
     base = _base_tensors(model)
     extra = [key for key in file.shapes if key not in expected]
     copies = {key: base[key] for key in extra if key in base and base[key].shape == file.shapes[key]}
-    plain = {key: key.replace(".modules_to_save.", ".") for key in extra}
+    plain = {key: _leading(key.replace(".modules_to_save.", "."), followers or {}) for key in extra}
     repeated = {
         key: other for key, other in plain.items() if other != key and file.shapes.get(other) == file.shapes[key]
     }
@@ -217,6 +203,15 @@ def compare(file: AdapterFile, expected: Mapping[str, Tensor], model: nn.Module)
             f"{closest(fit)}; nothing was loaded."
         )
     return fit
+
+
+def _leading(key: str, followers: Mapping[str, str]) -> str:
+    """The key under which the same tensor stands with the layer that leads."""
+    for follower, leader in followers.items():
+        if key.startswith(f"{PREFIX}{follower}."):
+            rest = key.removeprefix(f"{PREFIX}{follower}.").removeprefix("base_layer.")
+            return f"{PREFIX}{leader}.{rest}"
+    return key
 
 
 def check_strict(file: AdapterFile, fit: Fit, strict: bool) -> None:
@@ -250,46 +245,6 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
         for key in (plain, f"{owner}.base_layer.{last}", f"{owner}.original_module.{last}"):
             tensors[PREFIX + key] = parameter
     return tensors
-
-
-def check_base(file: AdapterFile, plan: Plan) -> None:
-    """Compare the base weights that the file was saved with, where it says, with those of this model.
-
-    Raises:
-        CheckpointError: they differ by more than half precision explains.
-    """
-    here = {site.name: sample(site.ops, site.candidate.base) for site in plan.adapters}
-    check_samples(file, here, " Pass allow_base_mismatch=True if that is meant.")
-
-
-def check_samples(file: AdapterFile, here: Mapping[str, list[float]], fix: str = "") -> None:
-    """Compare the samples of base weights in a file with those of this model, where both have them.
-
-    Raises:
-        CheckpointError: they differ by more than half precision explains.
-    """
-    for name, values in here.items():
-        saved = file.base.get(name)
-        if saved and values and not _alike(saved, values):
-            raise CheckpointError(
-                f"{file.path} was trained on another base: the weights of {name} differ (first {saved[0]:g} there, {values[0]:g} here); "
-                f"nothing was loaded.{fix}"
-            )
-
-
-def _alike(saved: list[float], here: list[float]) -> bool:
-    """Equal up to a conversion to half precision: 1 % of a value, or of the values' root mean square.
-
-    Where one of the two is of a quantised layer, up to what that costs.
-    """
-    rough = len(saved) > SAMPLES or len(here) > SAMPLES
-    saved, here = saved[:SAMPLES], here[:SAMPLES]
-    if len(saved) != len(here):
-        return True
-    if rough:
-        return math.dist(saved, here) <= QUANTISED * max(math.hypot(*saved), math.hypot(*here))
-    size = math.sqrt(sum(value * value for value in saved) / len(saved)) if saved else 0.0
-    return all(abs(a - b) <= 0.01 * max(abs(a), size) for a, b in zip(saved, here, strict=True))
 
 
 def read_tensors(file: AdapterFile, fit: Fit) -> dict[str, Tensor]:
@@ -331,9 +286,11 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
     """
     file = open_adapter(directory)
     plan = plan_injection(model, file.config, every_pattern=False)
-    fit = compare(file, build(plan, on_meta=True).file_tensors(plan), model)
+    shapes = build(plan, on_meta=True)
+    followers = {site.name: site.follows for site in plan.adapters if site.follows is not None}
+    fit = compare(file, shapes.file_tensors(plan), model, followers)
     if not allow_base_mismatch:
-        check_base(file, plan)
+        check_base(file, plan, shapes)
     check_strict(file, fit, strict)
     return plan, build_from(plan, read_tensors(file, fit))
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import nn
 from typing_extensions import Self
 
 from minipeft import registry
@@ -140,6 +141,21 @@ class AdapterConfig(metaclass=_KnownNames):
         """Options in use that act on what goes into a layer or comes out: no good where a weight is read, not called."""
         return []
 
+    def companions(self) -> Sequence[tuple[str, AdapterConfig]]:
+        """Configurations of other methods that adapt beside this one, each with what stands before its keys in a file.
+
+        Their modules are their own: no module is adapted by both.
+        """
+        return ()
+
+    def default_modules(self, model: nn.Module) -> Sequence[str] | None:
+        """The modules to adapt where `target_modules` is None; None: as registered for the model's ``model_type``.
+
+        Raises:
+            TargetError: the model has none of the kind.
+        """
+        return None
+
     def for_modules(self, names: Sequence[str]) -> dict[str, Self]:
         """The configuration that holds for each of the targeted modules; methods with per-module options override it."""
         return dict.fromkeys(names, self)
@@ -151,7 +167,7 @@ class AdapterConfig(metaclass=_KnownNames):
     def to_dict(self) -> dict[str, Any]:
         """PEFT's keys, JSON-ready; ``inference_mode`` is always written as true, as PEFT does."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in self.not_in_files}
+        plain = {k: _listed(v) for k, v in values.items() if k not in self.not_in_files}
         return {**plain, "peft_type": self.method.upper(), "inference_mode": True}
 
     @classmethod
@@ -191,6 +207,12 @@ def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.jso
         return cls.from_dict({key: value for key, value in values.items() if key in known - _METADATA})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _listed(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def asks_nothing(value: object) -> bool:

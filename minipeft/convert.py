@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapted import AdaptedLayer, wrappers
-from minipeft.checkpoint import file_config
+from minipeft.checkpoint import adapters_of, file_config
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError
 from minipeft.parts import PREFIX
@@ -35,9 +35,10 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
         CheckpointError: on some layer the adapter is no low-rank sum, or trains a bias too.
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    adapters = adapters_of(model, adapter_name)
     tensors: dict[str, Tensor] = {}
     for path, wrapper in wrappers(model):
-        if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.adapters:
+        if path in adapters and isinstance(wrapper, AdaptedLayer):
             factors = wrapper.adapter(adapter_name).factors()
             if factors is None:
                 raise CheckpointError(
@@ -54,12 +55,12 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
         tensors[PREFIX + name.format("A")] = torch.cat([down, down.new_zeros(missing, down.shape[1])])
         tensors[PREFIX + name.format("B")] = torch.cat([up, up.new_zeros(len(up), missing)], 1)
     values = file_config(model, config, adapter_name)
-    kept = {f.name for f in dataclasses.fields(AdapterConfig)} | {"inference_mode", "lora_dropout"}
+    kept = {f.name for f in dataclasses.fields(AdapterConfig)} | {"lora_dropout", "trainable_token_indices"}
     plain = {key: value for key, value in values.items() if key in kept}
     orientation = any(
         wrapper.ops.fan_in_fan_out
-        for _, wrapper in wrappers(model)
-        if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.adapters
+        for path, wrapper in wrappers(model)
+        if path in adapters and isinstance(wrapper, AdaptedLayer)
     )
     lora = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "fan_in_fan_out": orientation, "bias": "none"}
     return tensors, {**plain, **lora}

@@ -19,6 +19,7 @@ from minipeft.adapter_file import CONFIG_FILE, PROVENANCE, WEIGHTS_FILE, open_ad
 from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, StateError, shown
 from minipeft.model import AdaptedModel
+from minipeft.same_base import base_samples, check_samples
 from minipeft.sharing import DEFAULT, directory_of
 
 RECORD = "minipeft"  # our place in trainer_state.json, among the states of callbacks
@@ -144,7 +145,7 @@ def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Ten
     if differ:
         said = "; ".join(f"{key} is {there.get(key)!r:.100} there and {here[key]!r:.100} here" for key in differ[:3])
         raise CheckpointError(f"{directory} was written with another configuration: {said}; nothing was restored.")
-    checkpoint.check_samples(file, checkpoint.base_samples(model, name))
+    check_samples(file, base_samples(model, name))
     fit = checkpoint.compare(file, model.adapter_state_dict(name), model)
     checkpoint.check_strict(file, fit, strict=True)
     return checkpoint.read_tensors(file, fit)

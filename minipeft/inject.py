@@ -19,17 +19,17 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
     """Put the built parts of a plan in place; an error on the way takes back what was done."""
     done: list[tuple[nn.Module, str, nn.Module]] = []
     added: list[Wrapper] = []
-    sites: list[tuple[Candidate, nn.Module, object, Callable[[nn.Module], Wrapper]]] = []
+    sites: list[tuple[Candidate, nn.Module, object, Callable[[nn.Module], Wrapper], bool]] = []
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
         kind: type[AdaptedLayer] = AdaptedWeight if site.ops.reads else AdaptedLayer
         own = partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
-        sites.append((site.candidate, adapter, site.ops, own))
+        sites.append((site.candidate, adapter, site.ops, own, site.follows is not None))
     for saved, module in zip(plan.saved, parts.copies, strict=True):
-        sites.append((saved.candidate, module, None, partial(SavedModule, switch=switch, only=saved.only)))
+        sites.append((saved.candidate, module, None, partial(SavedModule, switch=switch, only=saved.only), False))
     for prepared, base in plan.prepared:
         prepared.prepare(base)
     try:
-        for candidate, part, ops, wrap in sites:
+        for candidate, part, ops, wrap, follows in sites:
             parent, attribute = candidate.places[0]
             occupant = parent.get_submodule(attribute)
             wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) is ops), None)
@@ -38,9 +38,11 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
                 _replace(candidate, occupant, wrapper, done)
             wrapper.adapters[adapter_name] = part
             added.append(wrapper)
+            if follows:
+                wrapper.following.add(adapter_name)
     except BaseException:
         for wrapper in added:
-            del wrapper.adapters[adapter_name]
+            wrapper.drop(adapter_name)
         for parent, attribute, original in reversed(done):
             setattr(parent, attribute, original)
         raise
@@ -65,7 +67,7 @@ def discard(model: nn.Module, adapter_name: str) -> None:
     """Take one adapter out; a wrapper that holds none any more gives its place back to its base layer."""
     for _, wrapper in list(wrappers(model)):
         if adapter_name in wrapper.adapters:
-            del wrapper.adapters[adapter_name]
+            wrapper.drop(adapter_name)
     _unwrap(model, lambda wrapper: wrapper.base_layer if not wrapper.adapters else wrapper)
 
 

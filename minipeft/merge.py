@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import registry
-from minipeft.adapted import AdaptedLayer, TensorIndex, adapted_layers, wrappers
+from minipeft.adapted import AdaptedLayer, TensorIndex, adapted_layers
 from minipeft.dequantize import check_replaceable, dtype_to_merge_in, output_error
 from minipeft.errors import MergeError, shown
 from minipeft.functional import accumulation_dtype, largest, low_rank_additions, low_rank_bound
 from minipeft.merge_report import MergeReport, relative_error
-from minipeft.saved_module import SavedModule
+from minipeft.ties import follows_ties, mark_untied, riders, shared_parameters
 from minipeft.undo import Undo, is_merged, original_weight, put_back, remember, total_delta
 
 logger = logging.getLogger("minipeft")
@@ -34,6 +34,7 @@ class Step:
     path: str
     layer: AdaptedLayer
     names: tuple[str, ...]
+    riders: tuple[AdaptedLayer, ...]  # other layers that hold the same weight, and want the same of it
     undo: Undo
     factors: tuple[Tensor, Tensor] | None  # (up, down) of the whole update, if proved to keep every value finite
     dtype: torch.dtype  # to round the merged weight to
@@ -69,12 +70,13 @@ def merge(
     names, index = tuple(adapter_names), TensorIndex(model)
     if dequantize:
         check_replaceable(model)
-    steps = []
+    steps: list[Step] = []
+    tied = [layer for _, layer in adapted_layers(model) if follows_ties(layer)]
     for path, layer in adapted_layers(model):
         here = tuple(name for name in names if name in layer.adapters)
-        if here and not layer.merged:
+        if here and not layer.merged and not any(layer is rider for step in steps for rider in step.riders):
             dtype = dtype_to_merge_in(path, layer, model, dequantize)
-            steps.append(_check(path, layer, here, index, untie, dtype))
+            steps.append(_check(path, layer, here, riders(layer, names, tied), index, untie, dtype))
     begun: list[Step] = []
     in_place: list[Step] = []
     errors: dict[str, float] = {}
@@ -123,7 +125,13 @@ def merged_weight(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, 
 
 
 def _check(
-    path: str, layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex, untie: bool, dtype: torch.dtype
+    path: str,
+    layer: AdaptedLayer,
+    names: tuple[str, ...],
+    along: tuple[AdaptedLayer, ...],
+    index: TensorIndex,
+    untie: bool,
+    dtype: torch.dtype,
 ) -> Step:
     """Whatever can be wrong with one layer's merge; nothing is written."""
     base, ops = layer.base_layer, layer.ops
@@ -146,9 +154,11 @@ def _check(
         if bias is not None and rounded_bias is not None and not torch.equal(bias, rounded_bias):
             written.append(bias)
     kept = None if bias is None else bias.detach().clone()
-    undo = Undo(base, kept, untied=_ties(path, layer.owner, written, index, untie))
-    _check_own_forward(path, layer, names)
-    return Step(path, layer, names, undo, factors, dtype)
+    owners = [layer.owner, *(rider.owner for rider in along)]
+    undo = Undo(base, kept, untied=shared_parameters(path, owners, written, index, untie))
+    for holder in (layer, *along):
+        _check_own_forward(path, holder, names)
+    return Step(path, layer, names, along, undo, factors, dtype)
 
 
 def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -170,24 +180,6 @@ def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) 
     if len(known) > 1:
         up, down = torch.cat([up for up, _ in known], 1), torch.cat([down for _, down in known], 0)
     return up.to(dtype), down.to(dtype)
-
-
-def _ties(
-    path: str, base: nn.Module, written: list[Tensor], index: TensorIndex, untie: bool
-) -> dict[str, nn.Parameter]:
-    """The layer's own parameters that the merge would write and that other modules use too."""
-    pointers = {tensor.data_ptr() for tensor in written}
-    shared = {}
-    for name, parameter in base.named_parameters(recurse=False):
-        users = index.also_used_by(base, parameter) if parameter.data_ptr() in pointers else []
-        if users and not untie:
-            raise MergeError(
-                f"{path}.{name} is tied to {shown(users)}, which merging would change as well; nothing was merged. "
-                "Pass untie=True to give this layer a weight of its own."
-            )
-        if users:
-            shared[name] = parameter
-    return shared
 
 
 def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> None:
@@ -263,7 +255,15 @@ def _write(step: Step, *, undoable: bool, reported: bool) -> tuple[float | None,
     if layer.base_layer is not undo.base_layer:
         undo.forget()
     layer.merged, layer.undo = step.names, undo if undoable else None
+    _mark_riders(step)
     return error, output
+
+
+def _mark_riders(step: Step) -> None:
+    """The layers that hold the weight too are merged as the step's own layer is, or are not."""
+    for rider in step.riders:
+        rider.merged = step.layer.merged
+        rider.undo = Undo(rider.base_layer, None, rides=True) if step.layer.undo is not None else None
 
 
 def _add_in_place(steps: list[Step]) -> None:
@@ -283,11 +283,13 @@ def _add_in_place(steps: list[Step]) -> None:
     try:
         for step in steps:  # beforehand, so that the last thing that happens is the writing
             step.layer.merged, step.layer.undo = step.names, None
+            _mark_riders(step)
         done.extend(map(functools.partial.__call__, jobs))
     except BaseException:
         for step, end in zip(steps, ends, strict=True):
             if end > len(done):
                 step.layer.merged = ()
+                _mark_riders(step)
         raise
     for step in steps:  # a layer that does more than to store its weight does it now
         base, ops = step.layer.base_layer, step.layer.ops
@@ -303,6 +305,7 @@ def _take_back(model: nn.Module, step: Step) -> None:
         layer.merged = step.names
     else:
         put_back(model, layer, undo, original_weight(step.path, layer, undo) if written else None)
+    _mark_riders(step)
 
 
 @torch.no_grad()
@@ -321,30 +324,3 @@ def unmerge(model: nn.Module) -> None:
             todo.append((path, layer))
     for path, layer in todo:
         put_back(model, layer, layer.undo, original_weight(path, layer, layer.undo))
-
-
-def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
-    """Look at the modules trained in full; returns whether putting one in place parts it from a tensor it was tied to.
-
-    Raises:
-        MergeError: a trained value is not finite.
-    """
-    index, parts_ties = TensorIndex(model), False
-    for path, wrapper in wrappers(model):
-        for name in names if isinstance(wrapper, SavedModule) else ():
-            for key, tensor in wrapper.file_tensors(name).items():
-                if not tensor.isfinite().all():
-                    raise MergeError(f"{path}.{key}: the trained values are not finite; nothing was merged.")
-                original = wrapper.base_layer.state_dict(keep_vars=True)[key]
-                owner = wrapper.base_layer.get_submodule(key.rpartition(".")[0])
-                parts_ties |= bool(index.also_used_by(owner, original))
-    return parts_ties
-
-
-def mark_untied(model: nn.Module) -> bool:
-    """Tell a transformers config that the output head has a weight of its own now; returns whether it said otherwise."""
-    config = getattr(model, "config", None)
-    said_tied = getattr(config, "tie_word_embeddings", None) is True
-    if said_tied:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-    return said_tied

@@ -23,6 +23,7 @@ from minipeft.planning import plan as plan_injection
 from minipeft.saved_module import SavedModule
 from minipeft.sharing import DEFAULT, SharedModel
 from minipeft.state import STATE, attach, check_name, detach, switch_to
+from minipeft.ties import check_trained_copies, mark_untied
 
 WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
 
@@ -246,10 +247,10 @@ class AdaptedModel(SharedModel):
         numbers call `merge_adapter` first, whose arguments and errors these are. `dequantize` is for all of the model.
         """
         names = self._active_or(adapter_names)
-        untied = merge.check_trained_copies(self, names)
+        untied = check_trained_copies(self, names)
         self._merge(names, untie=untie, dequantize=dequantize, undoable=False)
         if untied:
-            merge.mark_untied(self)
+            mark_untied(self)
         self._state.switch.active, self._state.switch.enabled = names, True
         detach(self, AdaptedModel, keep_trained=True)
         return make_float(self) if dequantize else self

@@ -28,12 +28,15 @@ class Parts:
     def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
         """Key in a file -> the live tensor."""
         pairs = [
-            (site.name, adapter.file_tensors()) for site, adapter in zip(plan.adapters, self.adapters, strict=True)
+            (f"{site.name}.{site.prefix}", adapter.file_tensors())
+            for site, adapter in zip(plan.adapters, self.adapters, strict=True)
+            if site.follows is None
         ]
         pairs += [
-            (site.name, copy_tensors(module, site.only)) for site, module in zip(plan.saved, self.copies, strict=True)
+            (f"{site.name}.", copy_tensors(module, site.only))
+            for site, module in zip(plan.saved, self.copies, strict=True)
         ]
-        own = {f"{PREFIX}{name}.{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
+        own = {f"{PREFIX}{name}{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
         return own | shared_tensors(self.adapters)
 
 
@@ -56,15 +59,19 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
         shared[cls] = cls.share(
             [(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls], plan.config
         )
-    adapters = []
+    adapters: dict[str, Adapter] = {}
     for base, site in zip(bases, plan.adapters, strict=True):
+        if site.follows is not None:
+            adapters[site.name] = adapters[site.follows].for_tied(base, site.ops)
+            continue
         adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
         for parameter in adapter.parameters():
             if autocast_adapter_dtype and parameter.dtype in HALF:
                 parameter.data = parameter.data.float()
-        adapters.append(adapter.train(base.training))
+        adapter.key_prefix = site.prefix
+        adapters[site.name] = adapter.train(base.training)
     copies = [trained_copy(s.candidate.base, s.only, on_meta=on_meta) for s in plan.saved]
-    return Parts(tuple(adapters), tuple(copies))
+    return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies))
 
 
 def build_from(plan: Plan, tensors: Mapping[str, Tensor]) -> Parts:

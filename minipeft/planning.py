@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from minipeft.targets import (
     select_saved,
     select_targets,
     to_prepare,
+    within,
 )
 
 
@@ -37,6 +39,8 @@ class AdapterSite:
     adapter_class: type[Adapter]
     config: AdapterConfig
     targeted: bool = True  # by its name, and not by a parameter's or along with the module that reads its weight
+    prefix: str = ""  # before its keys in a file, if a companion of the configuration adapts it
+    follows: str | None = None  # the module with whose adapter it is adapted along, since they share their weight
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,14 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
             own_config = configs[f"{name}.{parameter}"]
             check_no_call(f"{name}.{parameter}", "a parameter", own_config)
             sites.append(_site(site_name, found[name], ops, own_config, targeted=False))
+    beside: dict[str, list[AdapterSite]] = {}
+    for prefix, companion in config.companions():
+        for name in select_targets(model, companion, found, every_pattern=every_pattern):
+            own = _module_sites(name, found[name], companion, every_pattern)
+            beside.setdefault(name, []).extend(replace(site, targeted=False, prefix=prefix) for site in own)
+    # In the model's order, since of layers that share a weight the first leads.
+    sites = _with_followers(model, found, sites + [site for name in found for site in beside.get(name, ())])
+    _check_shared(config, sites, [site.name for site in saved])
     if config.trains_all_biases:
         saved += _bias_sites(found, sites, saved)
     for saved_site in saved:
@@ -122,6 +134,59 @@ def _site(
     adapter_class = registry.adapter_class(config.adapter_method, name, type(candidate.base))
     check_reads(name, ops, adapter_class)
     return AdapterSite(name, candidate, ops, adapter_class, config, targeted)
+
+
+def _with_followers(model: nn.Module, found: dict[str, Candidate], sites: list[AdapterSite]) -> list[AdapterSite]:
+    """These sites and, behind each whose method follows ties, the other layers that hold the very weight."""
+    if not any(site.adapter_class.follows_ties for site in sites):
+        return sites
+    index, names = TensorIndex(model), {id(candidate.base): name for name, candidate in found.items()}
+    leaders: dict[int, AdapterSite] = {}
+    complete = []
+    for site in sites:
+        leader = leaders.get(id(site.candidate.base)) if site.adapter_class.follows_ties else None
+        if leader is not None and _apart_from_targets(leader.config) == _apart_from_targets(site.config):
+            continue  # a tied layer that is named too
+        if leader is not None:
+            raise TargetError(
+                f"{site.name} and {leader.name} share their weight, and are to be adapted in different ways; nothing was "
+                "changed. Say the same of both, or name one of them."
+            )
+        complete.append(site)
+        weight = site.candidate.base._parameters.get("weight") if site.adapter_class.follows_ties else None
+        for owner, module in index.owners(weight) if weight is not None else []:
+            if module is site.candidate.base:
+                continue
+            if id(module) not in names:
+                raise TargetError(f"{site.name} shares its weight with {owner}, which cannot be adapted along.")
+            name = names[id(module)]
+            ops = _ops_for(name, found[name])
+            complete.append(replace(site, name=name, candidate=found[name], ops=ops, targeted=False, follows=site.name))
+            leaders[id(module)] = site
+    return complete
+
+
+def _apart_from_targets(config: AdapterConfig) -> AdapterConfig:
+    return replace(config, target_modules=None)
+
+
+def _check_shared(config: AdapterConfig, sites: list[AdapterSite], saved: list[str]) -> None:
+    """See that what a companion adapts, or an adapter follows to, is not adapted or trained otherwise as well."""
+    counts = Counter(id(site.candidate.base) for site in sites)
+    for site in sites:
+        if not site.prefix and site.follows is None:
+            continue
+        why = f", which {site.follows} shares," if site.follows else ""
+        if counts[id(site.candidate.base)] > 1 or within(site.name, saved):
+            raise TargetError(
+                f"{site.name}: {site.adapter_class.__name__} trains parts of its weight{why} so this adapter cannot also adapt or "
+                "train it otherwise; nothing was changed. Choose one of the two."
+            )
+        if config.trains_all_biases and site.candidate.base._parameters.get("bias") is not None:
+            raise TargetError(
+                f"{site.name}: bias='all' would leave out its bias, since {site.adapter_class.__name__} trains parts of its weight; "
+                "nothing was changed. Use bias='none' or 'lora_only'."
+            )
 
 
 def _bias_sites(found: dict[str, Candidate], sites: list[AdapterSite], saved: list[SavedSite]) -> list[SavedSite]:

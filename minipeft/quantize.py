@@ -70,7 +70,7 @@ def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candida
         is_head = layer is head or name.rpartition(".")[2] in HEAD_NAMES
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        if is_head or id(layer) in skipped or index.also_used_by(layer, weight):
+        if is_head or id(layer) in skipped or index.also_used_by(weight, layer):
             continue
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.is_meta:
             raise TargetError(

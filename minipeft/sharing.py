@@ -15,6 +15,7 @@ from minipeft import checkpoint, hub
 from minipeft.card import public_base, update_card, write_card
 from minipeft.convert import as_lora
 from minipeft.errors import ConfigError, StateError, hint, shown
+from minipeft.same_base import base_samples
 from minipeft.state import STATE, AdapterState
 from minipeft.trainer_guard import check_trainer
 
@@ -143,7 +144,7 @@ class SharedModel(nn.Module):
     def _write_adapter(
         self, directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> None:
-        checkpoint.save_adapter(directory, tensors, config, checkpoint.base_samples(self, name))
+        checkpoint.save_adapter(directory, tensors, config, base_samples(self, name))
         write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
 
     def _check_known(self, names: Sequence[str]) -> None:

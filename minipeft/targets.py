@@ -251,7 +251,9 @@ def _layer_index(name: str, layers_pattern: Sequence[str] | str | None) -> int |
 
 def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConfig) -> Sequence[str] | str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    patterns = registry.default_targets(model_type) if isinstance(model_type, str) else None
+    patterns = config.default_modules(model)
+    if patterns is None:
+        patterns = registry.default_targets(model_type) if isinstance(model_type, str) else None
     if patterns is not None or config.parameters_to_adapt:
         return patterns or ()
     counts: dict[str, int] = {}

@@ -172,7 +172,6 @@ def test_peft_writes_nothing_that_stands_in_the_way():
     ("key", "value"),
     [
         ("use_qalora", True),
-        ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 2]]),
         ("a_key_of_the_future", "on"),
         ("init_lora_weights", "olora"),

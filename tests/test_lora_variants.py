@@ -13,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 import minipeft
 from minipeft import LoraConfig, fused, get_lora_model
-from minipeft.checkpoint import base_samples, save_adapter
+from minipeft.checkpoint import save_adapter
 from minipeft.convert import as_lora
 from minipeft.fused import lora_linear
 from minipeft.initial import pissa_factors
+from minipeft.same_base import base_samples
 
 with foreign_code():
     peft = pytest.importorskip("peft")

@@ -633,7 +633,6 @@ def refused(directory, factory, *named):
 @pytest.mark.parametrize(
     ("factory", "options", "named"),
     [
-        (gpt2, {"target_modules": ["c_attn"], "trainable_token_indices": [3, 5]}, "trainable_token_indices"),
         (llama, {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         (llama, {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "pissa"),
         (llama, {"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),

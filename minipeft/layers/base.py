@@ -126,6 +126,11 @@ class LayerOps(ABC):
         return F.linear(h, B)
 
     @staticmethod
+    def scaled(base: Any, y: Tensor) -> Tensor:
+        """What the layer makes of ``y = W x``, (..., out), before it adds its bias: by default y itself."""
+        return y
+
+    @staticmethod
     def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
         """``y * v`` along the output features, for v of shape (out,), or `gain_shape`."""
         return y * v

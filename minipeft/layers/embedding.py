@@ -48,9 +48,13 @@ class EmbeddingOps(LayerOps):
     def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.t(), padding_idx=base.padding_idx)
 
+    @classmethod
+    def project_out(cls, base: Any, h: Tensor, B: Tensor) -> Tensor:
+        return cls.scaled(base, F.linear(h, B))
+
     @staticmethod
-    def project_out(base: Any, h: Tensor, B: Tensor) -> Tensor:
-        y, scale = F.linear(h, B), _scale(base)
+    def scaled(base: Any, y: Tensor) -> Tensor:
+        scale = _scale(base)
         return y if scale is None else y * scale
 
     @classmethod

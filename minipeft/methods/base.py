@@ -40,7 +40,10 @@ class Adapter(nn.Module, ABC):
     reads_base: ClassVar[bool] = False  # what `forward` does depends on the values of the base weight, not on y alone
     runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the base's output itself
     acts_before: ClassVar[bool] = False  # whether `before` does anything; found out, not said
+    follows_ties: ClassVar[bool] = False  # other layers that hold the very weight are adapted along, by `for_tied`
     config_class: ClassVar[type[AdapterConfig]]
+    # What stands before its keys in a file, where it comes along with another method (see `AdapterConfig.companions`).
+    key_prefix: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,6 +120,20 @@ class Adapter(nn.Module, ABC):
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What training moves; by default every parameter. Others must be created without ``requires_grad``."""
         return self.parameters()
+
+    def for_tied(self, base: nn.Module, ops: type[LayerOps]) -> Self:
+        """The same adapter, its parameters the same objects, for another layer that holds the very same weight.
+
+        To be overridden where `follows_ties` is True.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not follow ties")
+
+    def untouched(self, weight: Tensor) -> Tensor:
+        """The part of a layer's canonical weight by which a file knows its base again: by default all of it.
+
+        To be overridden by a method whose files bring some of the weight along.
+        """
+        return weight
 
     def changes_nothing(self) -> bool:
         """Whether the adapter, as it stands, leaves its layer's output as it is; False where that is not easily told."""

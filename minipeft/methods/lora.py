@@ -20,6 +20,7 @@ from minipeft.fused import can_fuse, lora_linear
 from minipeft.initial import olora_factors, orthogonal_factors, pissa_factors
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
+from minipeft.methods.trainable_tokens import token_option, tokens_beside
 from minipeft.patterns import first_keys
 from minipeft.registry import register_method
 
@@ -53,6 +54,8 @@ class LoraConfig(AdapterConfig):
         target_parameters: suffixes of the names of bare parameters to adapt beside `target_modules` (which may then be
             empty): of shape (out, in), (experts, out, in) or, in a module that says `is_transposed`, (experts, in, out).
             `exclude_modules` and `layers_to_transform` do not concern them.
+        trainable_token_indices: train the rows of these tokens as well, see `minipeft.methods.trainable_tokens`: ids for
+            the input embedding, or a mapping from module names to ids. Layers tied to it follow.
         fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
     """
 
@@ -70,6 +73,7 @@ class LoraConfig(AdapterConfig):
     freeze_lora_A: bool = False
     use_dora: bool = False
     target_parameters: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +89,7 @@ class LoraConfig(AdapterConfig):
         _initialisation(self.init_lora_weights)
         flag("freeze_lora_A", self.freeze_lora_A)
         flag("use_dora", self.use_dora)
+        self._set("trainable_token_indices", token_option("trainable_token_indices", self.trainable_token_indices))
         if flag("lora_bias", self.lora_bias) and (self.use_dora or isinstance(self.init_lora_weights, str)):
             raise ConfigError("lora_bias goes with init_lora_weights True or False only, and not with use_dora.")
         flag("fan_in_fan_out", self.fan_in_fan_out)
@@ -123,6 +128,9 @@ class LoraConfig(AdapterConfig):
     @property
     def parameters_to_adapt(self) -> Sequence[str]:
         return self.target_parameters or ()
+
+    def companions(self) -> Sequence[tuple[str, AdapterConfig]]:
+        return tokens_beside(self.trainable_token_indices)
 
     def needs_a_call(self) -> list[str]:
         used = {"lora_dropout": self.lora_dropout > 0, "bias": self.bias != "none"}

@@ -28,7 +28,7 @@ def lora_plus_groups(
 
     Every parameter that requires a gradient is in exactly one group, in the model's order. The groups, by ``"name"``:
 
-    - ``"lora_A"``, at `lr`: the down factors, and matrices of modules trained in full;
+    - ``"lora_A"``, at `lr`: the down factors, matrices of modules trained in full, and rows of tokens;
     - ``"lora_B"``, at ``ratio * lr``: the up factors;
     - ``"vectors"``, at ``ratio * lr`` and never decayed: biases, norms, magnitudes. The rate is that of the authors' code
       and of ``peft.optimizers.create_loraplus_optimizer``;
@@ -74,7 +74,8 @@ def _factors(model: nn.Module) -> Iterator[tuple[int, str]]:
     """(id, group) of every factor of an adapter that trains."""
     for path, layer in adapted_layers(model):
         for adapter_name in layer.adapters:
-            if not any(parameter.requires_grad for parameter in layer.trainable_parameters(adapter_name)):
+            trains = any(parameter.requires_grad for parameter in layer.trainable_parameters(adapter_name))
+            if not trains or layer.adapter(adapter_name).key_prefix:  # rows of tokens are matrices like any other
                 continue
             tensors = {key.partition(".")[0]: tensor for key, tensor in layer.file_tensors(adapter_name).items()}
             pair = next((pair for pair in PAIRS if tensors.keys() >= set(pair)), None)

@@ -32,6 +32,7 @@ from minipeft.adapter_file import CONFIG_FILE, WEIGHTS_FILE, open_adapter
 from minipeft.card import write_card
 from minipeft.errors import CheckpointError, ConfigError, StateError, shown
 from minipeft.model import AdaptedModel
+from minipeft.same_base import base_samples
 from minipeft.training.checkpoints import Checkpoints, verify
 from minipeft.training.differences import config_differences
 from minipeft.training.optimizer_state import (
@@ -165,7 +166,7 @@ class TrainingState:
             return None
         name = self.adapter_name
         config = checkpoint.file_config(self.model, self.model.adapter_configs[name], name)
-        base = checkpoint.base_samples(self.model, name)
+        base = base_samples(self.model, name)
         return Snapshot(adapter.tensors, config, base, others.tensors, rng, state)
 
     def save_adapter(self, directory: str | os.PathLike[str]) -> None:
@@ -180,9 +181,7 @@ class TrainingState:
         if adapter.keep:
             config = checkpoint.file_config(self.model, self.model.adapter_configs[name], name)
             try:
-                checkpoint.save_adapter(
-                    Path(directory), adapter.tensors, config, checkpoint.base_samples(self.model, name)
-                )
+                checkpoint.save_adapter(Path(directory), adapter.tensors, config, base_samples(self.model, name))
                 write_card(Path(directory), config, sum(tensor.numel() for tensor in adapter.tensors.values()))
             except Exception as caught:
                 error = caught
@@ -285,7 +284,7 @@ class TrainingState:
             then, now = (tuple(saved[key].shape), saved[key].dtype), (tuple(tensor.shape), tensor.dtype)
             if then != now:
                 raise CheckpointError(f"{key} is {then[0]} {then[1]} there, and {now[0]} {now[1]} here.")
-        here = checkpoint.base_samples(self.model, self.adapter_name)
+        here = base_samples(self.model, self.adapter_name)
         for name, values in file.base.items():
             if len(here.get(name, ())) == len(values) and not all(map(_alike, values, here[name])):
                 raise CheckpointError(f"it was trained on another base: the weights of {name} differ.")

@@ -1,0 +1,200 @@
+"""Trainable tokens: the rows of a few tokens in an embedding, and in the output head that is tied to it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from minipeft.config import AdapterConfig, flag, integer
+from minipeft.errors import ConfigError, TargetError
+from minipeft.layers.base import LayerOps
+from minipeft.methods.base import Adapter
+from minipeft.registry import register_method
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableTokensConfig(AdapterConfig):
+    """Options of trainable tokens, on top of `AdapterConfig`'s; names, meanings and defaults are PEFT's.
+
+    Args:
+        token_indices: ids of the tokens whose rows train, each once.
+        target_modules: None: the model's input embedding.
+        init_weights: True: start from the rows as they are, which leaves the model as it is. False: normal ones.
+    """
+
+    method: ClassVar[str] = "trainable_tokens"
+    not_in_files: ClassVar[frozenset[str]] = frozenset(
+        {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+    )
+
+    token_indices: Sequence[int] = ()
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("token_indices", token_ids("token_indices", self.token_indices))
+        flag("init_weights", self.init_weights)
+
+    def default_modules(self, model: nn.Module) -> Sequence[str] | None:
+        get: Any = getattr(model, "get_input_embeddings", None)
+        try:
+            embedding = get() if callable(get) else None
+        except NotImplementedError:  # what transformers raises for a model without one
+            embedding = None
+        names = [name for name, module in model.named_modules() if module is embedding]
+        if not names:
+            raise TargetError(
+                f"{type(model).__name__} names no input embedding (get_input_embeddings), so say by name which module "
+                "holds the tokens' rows; nothing was changed."
+            )
+        return names
+
+
+def token_ids(name: str, value: object) -> tuple[int, ...]:
+    """A non-empty list of token ids, each once, as a tuple in its order.
+
+    Raises:
+        ConfigError: it is not that.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f"{name} must be a non-empty list of token ids such as [50257, 50258], not {value!r:.100}.")
+    ids = tuple(integer(f"{name}[{place}]", index, at_least=0) for place, index in enumerate(value))
+    twice = next((index for index in ids if ids.count(index) > 1), None) if len(set(ids)) < len(ids) else None
+    if twice is not None:
+        raise ConfigError(f"{name} has the token {twice} more than once.")
+    return ids
+
+
+def token_option(name: str, value: object) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    """An option of another method that trains tokens beside it: ids for the input embedding, or module name -> ids.
+
+    Raises:
+        ConfigError: it is neither, nor None.
+    """
+    if not isinstance(value, Mapping):
+        return None if value is None else token_ids(name, value)
+    if not value or not all(isinstance(module, str) and module for module in value):
+        raise ConfigError(f"{name} must map module names to lists of token ids, not {value!r:.100}.")
+    return {module: token_ids(f"{name}[{module!r}]", ids) for module, ids in value.items()}
+
+
+def tokens_beside(option: Sequence[int] | Mapping[str, Sequence[int]] | None) -> list[tuple[str, AdapterConfig]]:
+    """The companions (see `AdapterConfig.companions`) that such an option asks for; the prefix is PEFT's."""
+    chosen = option.items() if isinstance(option, Mapping) else [] if option is None else [(None, option)]
+    return [
+        ("token_adapter.", TrainableTokensConfig(target_modules=None if name is None else [name], token_indices=ids))
+        for name, ids in chosen
+    ]
+
+
+@register_method("trainable_tokens")
+class TrainableTokens(Adapter):
+    """Row t of the table is replaced for each chosen token t: ``W[t] = trainable_tokens_delta[i]``, as PEFT does.
+
+    `trainable_tokens_delta` is (tokens, width), in the order of the configuration; the name is PEFT's, but it holds rows
+    and not differences, so that a table resized anew, with other random rows, comes to hold the same. A token's row is a
+    row of W for a linear map (an output head) and a column for a lookup. Beside other adapters the changes add up.
+
+    Only the rows are touched: PEFT copies the whole table in every forward pass.
+    """
+
+    config_class = TrainableTokensConfig
+    runs_base = True
+    follows_ties = True
+    original: Tensor
+    indices: Tensor
+    ascending: Tensor
+    order: Tensor
+
+    @classmethod
+    def example_config(cls, **options: Any) -> AdapterConfig:
+        return cls.config_class(**{"token_indices": [6, 0, 3, 4], **options})
+
+    def __init__(
+        self, base: nn.Module, ops: type[LayerOps], config: TrainableTokensConfig, shared: object | None
+    ) -> None:
+        super().__init__(base, ops, config, shared)
+        if not ops.is_lookup and (ops.reads or not ops.takes_vectors()):
+            raise ConfigError(
+                f"{type(base).__name__} has no rows of tokens: they are trained in embeddings and linear output heads; nothing was changed."
+            )
+        self.is_lookup = ops.is_lookup
+        rows, ids = self._table(ops.read_weight(base).detach()), tuple(config.token_indices)
+        self.ids = ids
+        beyond = max(ids) - len(rows) + 1
+        if beyond > 0:
+            raise ConfigError(
+                f"token {max(ids)} is beyond the {len(rows)} rows of {type(base).__name__}; nothing was changed. First "
+                f"model.resize_token_embeddings({max(ids) + 1}), as where the tokens were added."
+            )
+        indices = torch.tensor(ids, device=rows.device)
+        self.register_buffer("indices", indices, persistent=False)
+        ascending, order = (indices, indices) if rows.is_meta else indices.sort()
+        self.register_buffer("ascending", ascending, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        # Kept, since another adapter may be merged into the table later.
+        self.register_buffer("original", rows[indices].clone(), persistent=False)
+        start = self.original if config.init_weights or rows.is_meta else torch.randn_like(self.original)
+        self.trainable_tokens_delta = nn.Parameter(start.clone())
+
+    def _table(self, weight: Tensor) -> Tensor:
+        """The canonical weight with a token a row."""
+        return weight.t() if self.is_lookup else weight
+
+    def change(self) -> Tensor:
+        """What is added to the tokens' rows, (tokens, width)."""
+        return self.trainable_tokens_delta - self.original.to(self.trainable_tokens_delta.dtype)
+
+    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+        fresh = y is None and ops.is_linear_call(base)
+        if y is None:
+            y = ops.run(base, x)
+        assert isinstance(y, Tensor)
+        if not ops.is_lookup:
+            more = ops.scaled(base, ops.project_in(base, x, self.change().to(x.dtype))).to(y.dtype)
+            # Into an output that nobody else holds: for a head it is the largest array there is.
+            return y.index_add_(-1, self.indices, more) if fresh else y.index_add(-1, self.indices, more)
+        change = self.change().to(y.dtype)
+        last = len(change)
+        place = torch.searchsorted(self.ascending, x.to(self.ascending.dtype)).clamp(max=last - 1)
+        slot = torch.where(self.ascending[place] == x, self.order[place], last)
+        more = F.embedding(slot, torch.cat([change, change.new_zeros(1, change.shape[1])]), padding_idx=last)
+        return y + ops.scaled(base, more)
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        merged = weight.clone()
+        rows, wanted = self._table(merged), self.trainable_tokens_delta.detach().to(weight.dtype)
+        now, original = rows[self.indices], self.original.to(weight.dtype)
+        # Exactly the trained row, where no other adapter has changed it.
+        rows[self.indices] = torch.where(now == original, wanted, now + (wanted - original))
+        return merged, bias
+
+    def delta(self, weight: Tensor) -> Tensor | None:
+        update = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self._table(update)[self.indices] = self.change().detach().to(update.dtype)
+        return update
+
+    def for_tied(self, base: nn.Module, ops: type[LayerOps]) -> Self:
+        twin = copy.copy(self)
+        for name in ("_parameters", "_buffers", "_modules"):
+            setattr(twin, name, dict(getattr(self, name)))
+        twin.is_lookup = ops.is_lookup
+        return twin
+
+    def untouched(self, weight: Tensor) -> Tensor:
+        """The widest run of rows between those of the tokens."""
+        table = self._table(weight)
+        ends = [-1, *sorted(self.ids), len(table)]
+        start, end = max(itertools.pairwise(ends), key=lambda pair: pair[1] - pair[0])
+        return self._table(table[start + 1 : end])
+
+    def changes_nothing(self) -> bool:
+        return torch.equal(self.trainable_tokens_delta, self.original.to(self.trainable_tokens_delta.dtype))
