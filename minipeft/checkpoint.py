@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from minipeft.planning import plan as plan_injection
 from minipeft.same_base import check_base
 from minipeft.saved_module import SavedModule
 from minipeft.targets import candidates
+from minipeft.vocabulary import brought, resize_hint
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -151,6 +152,7 @@ def save_adapter(
 class Fit:
     """How a file's tensors compare with what a model expects."""
 
+    expected: frozenset[str]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     copies_of_base: Mapping[str, Tensor]  # keys that hold a base tensor, as PEFT writes for embedding tables
@@ -169,10 +171,12 @@ def compare(
     expected: Mapping[str, Tensor],
     model: nn.Module,
     followers: Mapping[str, str] | None = None,
+    done: Collection[str] = (),
 ) -> Fit:
     """Hold a file's header against the tensors (of any device, meta too) that a plan for this model makes.
 
-    `followers` says which modules are adapted along with which: PEFT may write the same tensor for both.
+    `followers` says which modules are adapted along with which: PEFT may write the same tensor for both. The keys in
+    `done` have been looked at.
 
     Raises:
         CheckpointError: a shape differs, or no key fits at all.
@@ -184,19 +188,26 @@ def compare(
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        hints = {resize_hint(model, s, tuple(expected[k].shape)) for k, s in file.shapes.items() if k in expected}
         raise CheckpointError(
             f"{file.path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}; nothing was loaded. "
-            "Is it for another base?"
+            f"Is it for another base?{max(hints)}"
         )
     base = _base_tensors(model)
-    extra = [key for key in file.shapes if key not in expected]
+    extra = [key for key in file.shapes if key not in expected and key not in done]
     copies = {key: base[key] for key in extra if key in base and base[key].shape == file.shapes[key]}
     plain = {key: _leading(key.replace(".modules_to_save.", "."), followers or {}) for key in extra}
     repeated = {
         key: other for key, other in plain.items() if other != key and file.shapes.get(other) == file.shapes[key]
     }
     missing = tuple(key for key in expected if key not in file.shapes)
-    fit = Fit(missing, tuple(key for key in extra if key not in copies and key not in repeated), copies, repeated)
+    fit = Fit(
+        frozenset(expected),
+        missing,
+        tuple(key for key in extra if key not in copies and key not in repeated),
+        copies,
+        repeated,
+    )
     if len(fit.missing) == len(expected):
         raise CheckpointError(
             f"{file.path} does not fit {type(model).__name__}: none of its {len(file.shapes)} keys is expected"
@@ -272,8 +283,7 @@ def read_tensors(file: AdapterFile, fit: Fit) -> dict[str, Tensor]:
     for key, other in fit.repeated.items():
         if not torch.equal(tensors[key], tensors[other]):
             raise CheckpointError(f"{file.path}: {key!r} and {other!r} say different things; nothing was loaded.")
-    beside = {*fit.unexpected, *fit.copies_of_base, *fit.repeated}
-    return {key: tensor for key, tensor in tensors.items() if key not in beside}
+    return {key: tensor for key, tensor in tensors.items() if key in fit.expected}
 
 
 def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mismatch: bool) -> tuple[Plan, Parts]:
@@ -285,14 +295,16 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         MinipeftError: see `minipeft.load_adapter`.
     """
     file = open_adapter(directory)
-    plan = plan_injection(model, file.config, every_pattern=False)
+    along = brought(file, model)
+    plan = plan_injection(model, along.config, every_pattern=False)
     shapes = build(plan, on_meta=True)
     followers = {site.name: site.follows for site in plan.adapters if site.follows is not None}
-    fit = compare(file, shapes.file_tensors(plan), model, followers)
+    expected = {key: tensor for key, tensor in shapes.file_tensors(plan).items() if key not in along.rows}
+    fit = compare(file, expected, model, followers, done=along.keys)
     if not allow_base_mismatch:
         check_base(file, plan, shapes)
     check_strict(file, fit, strict)
-    return plan, build_from(plan, read_tensors(file, fit))
+    return plan, build_from(plan, {**read_tensors(file, fit), **along.rows})
 
 
 def warn_if_idle(directory: Path, parts: Parts) -> None:

@@ -18,6 +18,7 @@ from minipeft.errors import ConfigError, StateError, hint, shown
 from minipeft.same_base import base_samples
 from minipeft.state import STATE, AdapterState
 from minipeft.trainer_guard import check_trainer
+from minipeft.vocabulary import with_tables
 
 DEFAULT = "default"
 
@@ -49,6 +50,7 @@ class SharedModel(nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
         convert_to_lora: bool = False,
+        save_embedding_layers: bool | str = "auto",
     ) -> None:
         """Save adapters in PEFT's format, each whole or not at all, with a model card.
 
@@ -60,9 +62,11 @@ class SharedModel(nn.Module):
             state_dict: take the values from this (gathered) state of the model instead of the live tensors.
             is_main_process: False: write nothing.
             convert_to_lora: save a low-rank update of any kind, PiSSA's for one, as plain LoRA, see `minipeft.convert`.
+            save_embedding_layers: "auto": where the vocabulary was resized since the base was loaded, save its new rows
+                along, as rows of tokens. True: the whole input and output tables, as PEFT does. False: nothing of them.
 
         Raises:
-            ConfigError: `state_dict` and `convert_to_lora` at once.
+            ConfigError: `state_dict` and `convert_to_lora` at once; rows train of a table that is to be saved whole.
             StateError: no such adapter; or a Trainer saves that could not load the best adapter at its end.
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
@@ -79,6 +83,7 @@ class SharedModel(nn.Module):
             config = self._file_config(name)
             if convert_to_lora:
                 tensors, config = as_lora(self, self._state.configs[name], name)
+            tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
             self._write_adapter(directory_of(Path(save_directory), name), name, tensors, config)
 
     def push_to_hub(
@@ -121,7 +126,8 @@ class SharedModel(nn.Module):
                 config = self._file_config(name)
                 if public_base(config) is None:
                     config["base_model_name_or_path"] = None
-                self._write_adapter(directory_of(Path(folder), name), name, self.adapter_state_dict(name), config)
+                tensors, config = with_tables(self, name, self.adapter_state_dict(name), config, "auto")
+                self._write_adapter(directory_of(Path(folder), name), name, tensors, config)
             return hub.push(
                 Path(folder),
                 repo_id,

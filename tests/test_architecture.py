@@ -46,6 +46,7 @@ FLOORS = (
         "sharing",
         "trainer_guard",
         "quantize",
+        "vocabulary",
     ),
     ("model", "lean_model", "schedule"),
     ("training", "hf", "contract", "testing", "table"),

@@ -1,0 +1,219 @@
+"""Resized vocabularies: the new rows are in an adapter's file, and are found again on a base that is resized anew."""
+
+import json
+import math
+import warnings
+
+import peft
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tiny_models import disturb, foreign_code, gpt2, llama, state_digest
+
+from minipeft import IA3Config, LoraConfig, TrainableTokensConfig, get_adapter_model, get_lora_model, load_adapter
+from minipeft.adapter_file import WEIGHTS_FILE
+from minipeft.errors import CheckpointError, ConfigError, MinipeftError
+from minipeft.vocabulary import base_vocabulary
+
+NEW = [100, 101, 102]
+IDS = torch.tensor([[1, 100, 2, 101, 102, 3, 100, 4]])
+TARGETS = {gpt2: ["c_attn"], llama: ["q_proj", "v_proj"]}
+ROWS = "token_adapter.trainable_tokens_delta"
+
+
+@pytest.fixture(params=[gpt2, llama], ids=["tied", "untied"])
+def make(request):
+    return request.param
+
+
+@pytest.fixture
+def base(make, tmp_path):
+    """A base on disk, as `resized` finds it."""
+    with foreign_code():
+        make().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def resized(make, directory, seed=5, size=103):
+    with foreign_code():
+        model = type(make()).from_pretrained(directory)
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(size)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def lora(make, model, **options):
+    return disturb(get_lora_model(model, LoraConfig(target_modules=TARGETS[make], r=4, **options)))
+
+
+def assert_close(left, right):
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_new_rows_that_do_not_train_are_saved_and_nothing_else_of_the_table(make, base, tmp_path):
+    model = lora(make, resized(make, base))
+    model.save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS_FILE)
+    shapes = [tuple(tensor.shape) for key, tensor in tensors.items() if key.endswith(ROWS)]
+    assert shapes == [(3, 32)] * (1 if make is gpt2 else 2)
+    assert max(math.prod(tensor.shape) for tensor in tensors.values()) <= 32 * 96
+    again = load_adapter(resized(make, base, seed=6), tmp_path / "adapter")
+    assert_close(logits(again), logits(model))
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(resized(make, base, seed=7), tmp_path / "adapter").eval()
+    assert_close(logits(theirs), logits(model))
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(resized(make, base, seed=6)))
+
+
+def test_rows_that_train_and_rows_that_do_not_stand_in_one_list(make, base, tmp_path):
+    names = {gpt2: [102, 7, 100], llama: {"embed_tokens": [102, 7, 100]}}
+    model = lora(make, resized(make, base), trainable_token_indices=names[make])
+    model.save_pretrained(tmp_path / "adapter")
+    option = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["trainable_token_indices"]
+    if make is gpt2:
+        assert option == {"transformer.wte": [102, 7, 100, 101]}
+    else:
+        assert option == {"model.embed_tokens": [102, 7, 100, 101], "lm_head": NEW}
+    assert_close(logits(load_adapter(resized(make, base, seed=6), tmp_path / "adapter")), logits(model))
+
+
+def test_nothing_is_added_where_the_vocabulary_is_the_base_s_own_or_all_new_rows_train(make, base, tmp_path):
+    lora(make, resized(make, base, size=100)).save_pretrained(tmp_path / "own")
+    assert not [key for key in load_file(tmp_path / "own" / WEIGHTS_FILE) if "token" in key]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from_config: nobody knows what it was
+        lora(make, make()).save_pretrained(tmp_path / "made")
+    assert not [key for key in load_file(tmp_path / "made" / WEIGHTS_FILE) if "token" in key]
+    both = {"embed_tokens": NEW, "lm_head": NEW}
+    model = lora(make, resized(make, base), trainable_token_indices=NEW if make is gpt2 else both)
+    model.save_pretrained(tmp_path / "new")
+    option = json.loads((tmp_path / "new" / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert option == (NEW if make is gpt2 else both)
+
+
+def test_tables_that_peft_saves_of_a_resized_model_give_their_new_rows(make, base, tmp_path):
+    with foreign_code():
+        theirs = peft.get_peft_model(resized(make, base), peft.LoraConfig(target_modules=TARGETS[make], r=4))
+        disturb(theirs)
+        theirs.save_pretrained(tmp_path / "theirs")
+    tensors = load_file(tmp_path / "theirs" / WEIGHTS_FILE)
+    assert [key for key, tensor in tensors.items() if tensor.shape == (103, 32)]
+    model = load_adapter(resized(make, base, seed=6), tmp_path / "theirs")
+    assert_close(logits(model), logits(theirs))
+    model.save_pretrained(tmp_path / "ours")
+    assert not [t for t in load_file(tmp_path / "ours" / WEIGHTS_FILE).values() if t.shape == (103, 32)]
+    plain = make()
+    before = state_digest(plain)
+    with pytest.raises(CheckpointError, match=r"resize_token_embeddings\(103\)"):
+        load_adapter(plain, tmp_path / "theirs")
+    assert state_digest(plain) == before
+    other = resized(make, base)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[:90] += 1
+    with pytest.raises(CheckpointError, match="differs from this model's"):
+        load_adapter(other, tmp_path / "theirs")
+    if make is gpt2:
+        key = "base_model.model.lm_head.weight"
+        save_file({**tensors, key: tensors[key] + 1}, tmp_path / "theirs" / WEIGHTS_FILE)
+        with pytest.raises(CheckpointError, match="tied"):
+            load_adapter(resized(make, base), tmp_path / "theirs")
+
+
+def test_whole_tables_are_saved_on_request_and_read_by_peft(make, base, tmp_path):
+    model = lora(make, resized(make, base))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tables = [key for key, t in load_file(tmp_path / "adapter" / WEIGHTS_FILE).items() if t.shape == (103, 32)]
+    assert len(tables) == (1 if make is gpt2 else 2)
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(resized(make, base, seed=7), tmp_path / "adapter").eval()
+    assert_close(logits(theirs), logits(model))
+    assert_close(logits(load_adapter(resized(make, base, seed=6), tmp_path / "adapter")), logits(model))
+    model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    assert not [key for key in load_file(tmp_path / "without" / WEIGHTS_FILE) if "token" in key or "wte" in key]
+
+
+def test_wrong_requests_are_refused_before_anything_is_written(base, make, tmp_path):
+    model = lora(make, resized(make, base), trainable_token_indices=NEW)
+    for wrong in ("Auto", "yes", 1, None):
+        with pytest.raises(ConfigError, match="save_embedding_layers"):
+            model.save_pretrained(tmp_path / "adapter", save_embedding_layers=wrong)
+    with pytest.raises(ConfigError, match="rows of"):
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_file_that_cannot_hold_the_new_rows_says_so_and_an_adapter_beside_it_can(tmp_path):
+    with foreign_code():
+        gpt2().save_pretrained(tmp_path / "base")
+    model = get_adapter_model(
+        resized(gpt2, tmp_path / "base"), IA3Config(target_modules=["c_attn"], feedforward_modules=[])
+    )
+    with pytest.warns(UserWarning, match=r"TrainableTokensConfig\(token_indices=list\(range\(100, 103\)\)\)"):
+        model.save_pretrained(tmp_path / "adapter")
+    model.add_adapter("words", TrainableTokensConfig(token_indices=NEW))
+    model.set_adapter(["default", "words"])
+    disturb(model)
+    with pytest.warns(UserWarning, match="3 rows"):
+        model.save_pretrained(tmp_path / "adapter", "default")
+    model.save_pretrained(tmp_path / "adapter", "words")
+    again = load_adapter(resized(gpt2, tmp_path / "base", seed=6), tmp_path / "adapter")
+    again.load_adapter(tmp_path / "adapter" / "words", "words")
+    again.set_adapter(["default", "words"])
+    assert_close(logits(again), logits(model))
+    adapted = get_lora_model(resized(gpt2, tmp_path / "base"), LoraConfig(target_modules=["c_attn", "lm_head"], r=4))
+    with pytest.warns(UserWarning, match="cannot hold"):
+        adapted.save_pretrained(tmp_path / "head")
+
+
+def test_trained_tables_bring_their_new_rows_themselves(make, base, tmp_path):
+    names = {gpt2: ["wte", "lm_head"], llama: ["embed_tokens", "lm_head"]}
+    model = lora(make, resized(make, base), modules_to_save=names[make])
+    model.save_pretrained(tmp_path / "adapter")
+    assert_close(logits(load_adapter(resized(make, base, seed=6), tmp_path / "adapter")), logits(model))
+    with pytest.raises(CheckpointError, match=r"resize_token_embeddings\(103\)"):
+        load_adapter(make(), tmp_path / "adapter")
+
+
+def test_the_hint_is_for_vocabularies_only(tmp_path):
+    lora(gpt2, gpt2()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    wrong = {key: tensor[:3] if "lora_A" in key else tensor for key, tensor in tensors.items()}
+    save_file(wrong, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(MinipeftError, match="another base") as caught:
+        load_adapter(gpt2(), tmp_path)
+    assert "resize" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ('{"vocab_size": 100}', 100),
+        ('{"text_config": {"vocab_size": 90}}', 90),
+        ("{}", None),
+        ("[]", None),
+        ("{", None),
+        ('{"vocab_size": "many"}', None),
+    ],
+)
+def test_the_vocabulary_of_a_base_is_read_from_its_directory_or_the_cache_of_the_hub(text, size, tmp_path, monkeypatch):
+    model = gpt2()
+    assert base_vocabulary(model) is None
+    (tmp_path / "config.json").write_text(text)
+    model.name_or_path = str(tmp_path)
+    assert base_vocabulary(model) == size
+    commit = "0" * 40
+    snapshot = tmp_path / "models--someone--base" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(text)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model.name_or_path, model.config._commit_hash = "someone/base", commit
+    assert base_vocabulary(model) == size
+    model.name_or_path = "someone/else"
+    assert base_vocabulary(model) is None
