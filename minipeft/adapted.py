@@ -91,10 +91,19 @@ class AdaptedLayer(Wrapper):
         self.following: set[str] = set()  # adapters that are another layer's, whose weight this one holds too
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        acting: tuple[str, ...] = ()
-        if self.switch.enabled:
-            acting = tuple(n for n in self.switch.active if n in self.adapters and n not in self.merged)
-        return self.run_with(acting, x, *args, **kwargs)
+        return self.run_with(self.acting(), x, *args, **kwargs)
+
+    def acting(self) -> tuple[str, ...]:
+        """The adapters that take their turn now."""
+        if not self.switch.enabled:
+            return ()
+        return tuple(n for n in self.switch.active if n in self.adapters and n not in self.merged)
+
+    def changed_rows(self) -> list[tuple[Tensor, Tensor]] | None:
+        """What the acting adapters add to rows of the weight (see `Adapter.changed_rows`); None where one does more."""
+        changed = [self.adapter(name).changed_rows() for name in self.acting()]
+        known = [rows for rows in changed if rows is not None]
+        return known if len(known) == len(changed) else None
 
     def run_with(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output with these adapters and no other, each taking its turn."""
@@ -176,9 +185,7 @@ class AdaptedWeight(AdaptedLayer):
     def adapted_weights(self, prefix: str) -> dict[str, Tensor]:
         """The weight as the acting adapters make it, by the name it has below `prefix`; empty where none acts."""
         assert issubclass(self.ops, ReadOps)
-        owner, acting = self.owner, []
-        if self.switch.enabled:
-            acting = [name for name in self.switch.active if name in self.adapters and name not in self.merged]
+        owner, acting = self.owner, self.acting()
         if not acting:
             return {}
         x, y = self.ops.as_call(owner)

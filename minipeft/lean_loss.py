@@ -62,11 +62,13 @@ class LeanLoss:
         handing.used = True
         head: Any = self.head
         bias = None if head.bias is None else _whole(head.bias)
+        rows = _changed_rows(head)
+        changed = (torch.cat([i for i, _ in rows]), torch.cat([change for _, change in rows])) if rows else None
         known = {
             name: kwargs[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in kwargs
         }
         heap.trim(logits.device.type)
-        loss = causal_lm_loss(logits, _whole(head.weight), bias, labels, **known)
+        loss = causal_lm_loss(logits, _whole(head.weight), bias, labels, changed_rows=changed, **known)
         heap.trim(logits.device.type)  # the peak of the step is near
         return loss
 
@@ -104,8 +106,21 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _still_fits(model: nn.Module, head: nn.Module) -> bool:
-    """A head that trains by now, or is adapted, gets whole logits again."""
-    return model.get_output_embeddings() is head and not any(p.requires_grad for p in head.parameters())  # type: ignore[operator]
+    """A head that trains by now, or is adapted in other ways than by rows, gets whole logits again."""
+    return model.get_output_embeddings() is head and is_frozen(head) and _changed_rows(head) is not None  # type: ignore[operator]
+
+
+def is_frozen(head: nn.Module) -> bool:
+    """Whether nothing in it trains but adapters."""
+    base = getattr(head, "base_layer", head)
+    return not any(p.requires_grad for p in base.parameters())
+
+
+def _changed_rows(head: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
+    """What adapters add to rows of the head's weight: nothing where it is not adapted, None where they do more."""
+    adapted = getattr(head, "changed_rows", None)
+    rows: list[tuple[Tensor, Tensor]] | None = adapted() if callable(adapted) else []
+    return rows
 
 
 def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from minipeft import batch_parts, gemm, registry
-from minipeft.adapted import Wrapper
+from minipeft.adapted import AdaptedLayer, Wrapper
 from minipeft.errors import LeanError, StateError, hint, shown
-from minipeft.lean_loss import HandsThrough, LeanLoss, after_forward, before_forward
+from minipeft.lean_loss import HandsThrough, LeanLoss, after_forward, before_forward, is_frozen
 from minipeft.mixing import SameFunction, mixed_class, plain_class
 from minipeft.probe import Probe
 from minipeft.swaps import (
@@ -216,18 +216,24 @@ def _is_mlp(name: str, module: nn.Module) -> bool:
 def _check_loss(model: nn.Module) -> None:
     head, why = _head(model), None
     loss = getattr(model, "loss_function", None)
-    if head is None or plain_class(type(head)) is not nn.Linear:
+    rows_only = isinstance(head, AdaptedLayer) and head.changed_rows() is not None
+    if head is None or plain_class(type(head.base_layer if rows_only else head)) is not nn.Linear:
         why = "its output head is no plain linear layer" if head is not None else "it has no output head"
-    elif any(p.requires_grad for p in head.parameters()):
+        why = "its output head is adapted" if isinstance(head, AdaptedLayer) and not rows_only else why
+    elif not is_frozen(head):
         why = "its output head trains"
     elif getattr(loss, "__name__", "") != "ForCausalLMLoss":
         why = "its loss is not transformers' ForCausalLMLoss"
-    elif "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
+    elif any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in _with_base(head)):
         why = "its output head is patched or hooked"
     if why is not None:
         raise LeanError(
             f"{type(model).__name__}: the loss cannot be made in chunks, since {why}; pass chunked_loss=False."
         )
+
+
+def _with_base(head: nn.Module) -> list[nn.Module]:
+    return [head, head.base_layer] if isinstance(head, AdaptedLayer) else [head]
 
 
 def _chunk_loss(model: nn.Module, state: LeanState) -> None:

@@ -136,3 +136,19 @@ def test_nothing_of_the_size_of_the_logits_is_kept_or_made(monkeypatch):
         causal_lm_loss(hidden, weight, b, labels).backward()
     assert max(largest) <= max(5 * VOCABULARY, weight.numel(), hidden.numel())
     assert kept == [hidden.numel(), 1]  # the gradient, and the number it is divided by
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("trains", [("hidden", "change"), ("hidden",), ("change",)])
+def test_rows_of_the_head_may_be_changed_and_train(trains):
+    hidden, weight, b, labels = arguments()
+    indices = torch.tensor([5, 0, 5])  # a row twice, as of two adapters
+    change = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    inputs = {"hidden": hidden.requires_grad_("hidden" in trains), "change": change.requires_grad_("change" in trains)}
+    loss = causal_lm_loss(hidden, weight, b, labels, changed_rows=(indices, change))
+    expected = reference(hidden, weight.index_add(0, indices, change), b, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for name in trains:
+        (found,) = torch.autograd.grad(3 * loss, inputs[name], retain_graph=True)
+        (wanted,) = torch.autograd.grad(3 * expected, inputs[name], retain_graph=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)

@@ -566,3 +566,34 @@ def test_a_feed_forward_module_that_blocks_share_is_checkpointed_once(checkpoint
     assert_same_learning(loss_and_gradients(lean(model, checkpointing)), expected)
     unlean(model)
     assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "last", "block"])
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_a_head_whose_rows_of_tokens_train_still_has_its_loss_in_chunks(make, checkpointing):
+    tokens = [7, 3, 98] if make is gpt2 else {"embed_tokens": [7, 3], "lm_head": [3, 98, 5]}
+    model = adapted(make(), trainable_token_indices=tokens)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    expected = loss_and_gradients(model, input_ids=IDS, labels=LABELS)
+    assert sum("trainable_tokens" in name for name in expected[1]) == (1 if make is gpt2 else 2)
+    lean(model, checkpointing)
+    assert_same_learning(loss_and_gradients(model, input_ids=IDS, labels=LABELS), expected)
+    assert model(input_ids=IDS, labels=LABELS).logits is None
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert_same_learning(loss_and_gradients(copied, input_ids=IDS, labels=LABELS), expected)
+    with model.disable_adapter():
+        plain = make().train()
+        torch.testing.assert_close(model(input_ids=IDS, labels=LABELS).loss, plain(input_ids=IDS, labels=LABELS).loss)
+    model.add_adapter("head", LoraConfig(r=2, target_modules=["lm_head"])) if make is llama else None
+    if make is llama:
+        model.set_adapter(["default", "head"])
+        assert model(input_ids=IDS, labels=LABELS).logits is not None
+        model.set_adapter("default")
+        model.delete_adapter("head")
+    unlean(model)
+    assert_same_learning(loss_and_gradients(model, input_ids=IDS, labels=LABELS), expected)
+    merged = lean(model, checkpointing).merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=IDS, labels=LABELS).loss, expected[0].loss)

@@ -121,6 +121,13 @@ class Adapter(nn.Module, ABC):
         """What training moves; by default every parameter. Others must be created without ``requires_grad``."""
         return self.parameters()
 
+    def changed_rows(self) -> tuple[Tensor, Tensor] | None:
+        """(indices (n,), change (n, in)) where all the adapter does is to add the change to these rows of W, else None.
+
+        Optional: an output head that is adapted so, `minipeft.lean` can still run a part of the tokens at a time.
+        """
+        return None
+
     def for_tied(self, base: nn.Module, ops: type[LayerOps]) -> Self:
         """The same adapter, its parameters the same objects, for another layer that holds the very same weight.
 

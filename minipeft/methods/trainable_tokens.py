@@ -182,6 +182,9 @@ class TrainableTokens(Adapter):
         self._table(update)[self.indices] = self.change().detach().to(update.dtype)
         return update
 
+    def changed_rows(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.is_lookup else (self.indices, self.change())
+
     def for_tied(self, base: nn.Module, ops: type[LayerOps]) -> Self:
         twin = copy.copy(self)
         for name in ("_parameters", "_buffers", "_modules"):
