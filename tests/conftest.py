@@ -4,6 +4,7 @@ import os
 import socket
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -11,6 +12,14 @@ import torch
 
 torch.set_num_threads(1)
 _connect = socket.socket.connect
+# The files that take longest go first, so that both processes are done at the same time.
+LONGEST = ("train_runs", "architecture", "train", "contract", "hf_trainer", "distributed", "peft_interop", "families")
+LONGEST += ("benchmarks", "plugin_package", "updates", "checkpoint", "run_state")
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
+from warm import Warm
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -39,7 +41,6 @@ RESULTS |= {
     "run.lock",
     "run.owner.json",
 }
-TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
 
 # ------------------------------------------------------------------------------------------------------ how it is run
@@ -229,11 +230,10 @@ def test_two_processes_train_as_one_and_write_once(train, still_base, short_text
     flags = ["--model_name", str(still_base), "--train_file", str(short_text), "--eval_file", str(short_text)]
     flags += ["--max_length", "64", "--max_steps", "3", "--mixed_precision", "no"]
     train.main([*flags, "--batch_size", "6", "--output_dir", str(tmp_path / "one")])
-    two = [*flags, "--batch_size", "3", "--output_dir", str(tmp_path / "two")]
-    result = run("-m", "accelerate.commands.launch", *TWO_PROCESSES, SCRIPT, *two)
-    assert result.returncode == 0, result.stderr
+    two = [*flags, "--batch_size", "3", "--output_dir", tmp_path / "two"]
+    first, second = warm.ranks(tmp_path, warm.script, SCRIPT, *two, ACCELERATE_USE_CPU="true")
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
-    assert result.stdout.count("trainable") == 1
+    assert (first.stdout.count("trainable"), second.stdout) == (1, "")
     assert {path.name for path in (tmp_path / "two").iterdir()} == RESULTS
 
 
@@ -323,11 +323,11 @@ def test_fp16_is_refused_on_a_cpu_whoever_asks_for_it(train, tmp_path, monkeypat
 
 @pytest.mark.parametrize("named", [["--model_name", "nobody/nothing"], ["--dataset_name", "nobody/nothing"]])
 def test_what_was_named_on_the_hub_is_never_replaced(named, tmp_path):
-    result = run(SCRIPT, "--quick", *named, "--output_dir", tmp_path / "out")
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    line = result.stderr.splitlines()[-1]  # what comes before is of libraries that transformers imports
+    process = Warm(tmp_path, warm.script, SCRIPT, "--quick", *named, "--output_dir", tmp_path / "out")
+    assert process.wait() == 1
+    assert process.stdout == ""
+    assert "Traceback" not in process.stderr
+    line = process.stderr.splitlines()[-1]  # what comes before is of libraries that transformers imports
     assert line.startswith("train.py: error: ")
     assert "nobody/nothing" in line
     assert not (tmp_path / "out").exists()
