@@ -119,15 +119,10 @@ def milliseconds(call: Callable[[], Any], device: str = "cpu", repeats: int = 1)
     return 1e3 * elapsed / repeats
 
 
-@contextlib.contextmanager
-def settled() -> Iterator[None]:
+def settle() -> None:
     """What is loaded by now is not looked through for garbage before every timed call."""
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def timed(call: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:

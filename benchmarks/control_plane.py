@@ -21,7 +21,7 @@ from typing import Any
 
 import peft
 import torch
-from common import Row, compare, hold_against, output, quietly, settled, timed, write_rows
+from common import Row, compare, hold_against, output, quietly, settle, timed, write_rows
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -100,9 +100,10 @@ def run_peft(base: nn.Module, targets: list[str], folder: Path) -> Times:
 def measure(case: str, make: Callable[[], nn.Module], targets: list[str], rounds: int) -> list[Row]:
     torch.manual_seed(0)
     base = make()
+    settle()
     ours: list[Times] = []
     theirs: list[Times] = []
-    with tempfile.TemporaryDirectory() as folder, quietly(), settled():
+    with tempfile.TemporaryDirectory() as folder, quietly():
         for index in range(rounds + 1):
             runs = [(ours, run_ours), (theirs, run_peft)]
             for times, run in runs if index % 2 else runs[::-1]:

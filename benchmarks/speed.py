@@ -16,7 +16,7 @@ from pathlib import Path
 
 import plots
 import torch
-from common import RESULTS, Options, Rows, busy, device_name, settled, show, write_rows
+from common import RESULTS, Options, Rows, busy, device_name, settle, show, write_rows
 from decode import decode_part
 from layer import layer_part
 from merge import merge_part
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(why)
     options = Options(args.device, getattr(torch, args.dtype), args.rounds, args.quick, args.force or args.quick)
     folder = args.output or (None if args.quick else RESULTS)
-    with settled():
-        complete = [run_part(part, options, folder) for part in args.part or PARTS]
+    settle()
+    complete = [run_part(part, options, folder) for part in args.part or PARTS]
     if folder is not None:
         plots.draw(folder)
     if not all(complete):

@@ -16,6 +16,7 @@ import torch
 
 PACKAGES = ["torch.distributed.fsdp", "transformers.trainer_utils", "transformers.models.gpt2.modeling_gpt2", "peft"]
 PACKAGES += ["transformers.models.auto.modeling_auto", "accelerate", "datasets", "matplotlib.figure"]
+PACKAGES += ["bitsandbytes", "torchao.quantization"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PACKAGES)  # those that are not there are left out
 
