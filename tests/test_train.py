@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -23,11 +21,12 @@ pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
 
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import minipeft  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train.py"
 TINY = ROOT / "examples" / "assets" / "tiny"
@@ -60,24 +59,6 @@ def rows_of(directory: Path) -> list[dict[str, float]]:
 def losses_of(directory: Path) -> list[float]:
     """The losses of all rows, in order; not the speed, which no seed decides."""
     return [row["loss"] if "loss" in row else row["eval_loss"] for row in rows_of(directory)]
-
-
-@pytest.fixture(scope="module")
-def train() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process has one accelerator state; each test starts without."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

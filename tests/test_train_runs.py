@@ -1,7 +1,6 @@
 """Runs of examples/train.py that are interrupted, restarted, divided over processes, or must not begin at all."""
 
 import gzip
-import importlib.util
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from minipeft.training.checkpoints import Checkpoints
 from minipeft.training.launch import check_processes, must_use_cpu
 from minipeft.training.lock import RunLock
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train.py"
 TINY = ROOT / "examples" / "assets" / "tiny"
@@ -84,20 +84,9 @@ def as_interrupted(run_directory, copy, step):
 
 
 @pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.SAMPLE_TOKENS = 2
-    return module
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process has one accelerator state; each test starts without."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def train(train):
+    train.SAMPLE_TOKENS = 2
+    return train
 
 
 @pytest.fixture(scope="module")
