@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -11,13 +12,15 @@ import platform
 import random
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MAX_DRIFT = 0.05  # of the reference's time, from the first third of the rounds to the last
@@ -67,6 +70,9 @@ class Row:
     subject: str = "minipeft"  # whose value `ours` is
 
 
+Rows = list[Row]
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """The value below which this share of the values lies, interpolated."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(share))
@@ -111,6 +117,19 @@ def milliseconds(call: Callable[[], Any], device: str = "cpu", repeats: int = 1)
     elapsed = time.perf_counter() - start
     gc.enable()
     return 1e3 * elapsed / repeats
+
+
+def settle() -> None:
+    """What is loaded by now is not looked through for garbage before every timed call."""
+    gc.collect()
+    gc.freeze()
+
+
+def timed(call: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
+    """Milliseconds of one call, and what it returned."""
+    results: list[Any] = []
+    elapsed = milliseconds(lambda: results.append(call()), device)
+    return elapsed, results[0]
 
 
 def _finish(device: str) -> None:
@@ -163,6 +182,55 @@ def busy() -> str | None:
     if load <= threads + SPARE_LOAD:
         return None
     return f"load average {load:.2f} with {threads} threads to come: other work would be measured too (--force does it)"
+
+
+# ------------------------------------------------------------------------------------------------------ parts of speed
+@dataclass(frozen=True)
+class Options:
+    """What `speed.py` was asked for, and how its parts are to keep to it."""
+
+    device: str
+    dtype: torch.dtype
+    rounds: int | None
+    quick: bool
+    force: bool
+
+    def rounds_or(self, usual: int) -> int:
+        return self.rounds or (2 if self.quick else usual)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device, self.dtype)
+
+    def race(self, calls: dict[str, Callable[[], Any]], rounds: int, reference: str, **others: Any) -> Any:
+        return steady_race(calls, rounds, reference, force=self.force, device=self.device, **others)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without PEFT's notes on fan_in_fan_out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def refused(case: str) -> None:
+    """Say that a case is left out."""
+    print(
+        f"{case}: refused, since the time of what all is compared with drifted by more than {MAX_DRIFT:.0%}", flush=True
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+@torch.no_grad()
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    """What a model computes; the logits of a language model."""
+    result = model(x)
+    return getattr(result, "logits", result)
+
+
+def hold_against(expected: Tensor, merged: nn.Module, x: Tensor) -> None:
+    """A merge that changes what the model computes is no merge, and its time says nothing."""
+    torch.testing.assert_close(output(merged, x), expected, rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------- files

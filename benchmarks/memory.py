@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -121,13 +119,10 @@ def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
 
 
 def in_fresh_process(subject: str, adapter: Path, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--subject", subject, "--adapter", str(adapter), "--device", args.device]
-    command += ["--threads", str(args.threads), *(["--quick"] if args.quick else [])]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if result.returncode:
-        raise SystemExit(f"{subject}: {result.stderr}")
-    report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    """What `run_subject` says in a process of its own: a new interpreter, or to try things out a fork of this one."""
+    context = multiprocessing.get_context("fork" if args.quick and args.device == "cpu" else "spawn")
+    with context.Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as process:
+        report = process.apply(run_subject, (subject, adapter, Workload(args.quick, args.device)))
     print(f"{subject}: {report}", flush=True)
     return report
 
@@ -208,17 +203,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="default: 2; --quick takes 1")
     parser.add_argument("--output", type=Path, help="folder for the rows and the plot; default: benchmarks/results")
-    parser.add_argument("--subject", choices=COMPARED, help="run this one in this process and print what it took")
-    parser.add_argument("--adapter", type=Path, help="with --subject: the adapter it reads")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1 if args.quick else args.threads)
-    if args.subject:
-        print(json.dumps(run_subject(args.subject, args.adapter, Workload(args.quick, args.device))))
-        return
+    os.environ["HF_HUB_OFFLINE"] = "1"  # in the processes to come
     rows = measure(args)
     for row in rows:
         row.device = device_name(args.device)

@@ -1,4 +1,4 @@
-"""The training subjects that speed.py and memory.py compare.
+"""The training subjects that the benchmarks compare.
 
 All LoRA subjects read the same adapter, saved once by PEFT, so that they compute the same function.
 """

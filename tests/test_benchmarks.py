@@ -1,35 +1,45 @@
 """The benchmarks run, check what they time, and their committed rows say where they come from."""
 
 import csv
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-def run(name, *options):
-    command = [sys.executable, str(BENCHMARKS / name), "--quick", *map(str, options)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture(scope="module")
+def main():
+    """The main function of a benchmark by name; they import each other as programs of one folder do."""
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert not names & sys.modules.keys()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield lambda name: importlib.import_module(name).main
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def read(path):
     return list(csv.DictReader(path.read_text("utf-8").splitlines()))
 
 
-def test_the_control_plane_benchmark_runs():
-    output = run("control_plane.py")
+@pytest.mark.filterwarnings("ignore")  # PEFT's and transformers'
+def test_the_control_plane_benchmark_runs(main, capsys):
+    main("control_plane")(["--quick"])
+    output = capsys.readouterr().out
     measures = [line.split("ours")[0].split("layers")[1].strip() for line in output.splitlines()]
     assert measures[:3] == ["inject", "save", "load a second adapter"]
     assert len(measures) == 7
 
 
-def test_the_layer_benchmark_reports_overheads_and_draws_them(tmp_path):
-    run("speed.py", "--part", "layer", "--output", tmp_path)
+@pytest.mark.filterwarnings("ignore")
+def test_the_layer_benchmark_reports_overheads_and_draws_them(main, tmp_path):
+    main("speed")(["--quick", "--part", "layer", "--output", str(tmp_path)])
     rows = read(tmp_path / "speed_layer.csv")
     assert [row["measure"] for row in rows[:3]] == [
         "overhead over the frozen layer",
@@ -41,8 +51,9 @@ def test_the_layer_benchmark_reports_overheads_and_draws_them(tmp_path):
     assert (tmp_path / "speed_layer.png").stat().st_size > 0
 
 
-def test_the_step_benchmark_compares_every_subject_with_peft_and_the_bound(tmp_path):
-    run("speed.py", "--part", "step", "--output", tmp_path)
+@pytest.mark.filterwarnings("ignore")
+def test_the_step_benchmark_compares_every_subject_with_peft_and_the_bound(main, tmp_path):
+    main("speed")(["--quick", "--part", "step", "--output", str(tmp_path)])
     rows = read(tmp_path / "speed_step.csv")
     steps = {row["subject"]: row for row in rows if row["peer_name"] == "PEFT"}
     assert steps.keys() >= {"frozen base", "full fine-tuning", "PEFT, tuned", "minipeft", "minipeft, lean"}
@@ -55,14 +66,26 @@ def test_the_step_benchmark_compares_every_subject_with_peft_and_the_bound(tmp_p
     assert (tmp_path / "speed_step.png").stat().st_size > 0
 
 
-def test_the_decode_and_merge_benchmarks_run():
-    output = run("speed.py", "--part", "decode", "--part", "merge")
+@pytest.mark.filterwarnings("ignore")
+def test_the_decode_and_merge_benchmarks_run(main, capsys):
+    main("speed")(["--quick", "--part", "decode", "--part", "merge"])
+    output = capsys.readouterr().out
     assert output.count("greedy decoding") == 4
     assert output.count("merge_and_unload |") == 2
 
 
+def test_a_refused_case_is_said_by_the_exit_code(main, monkeypatch, capsys):
+    speed = main("speed")
+    monkeypatch.setitem(speed.__globals__["PARTS"], "merge", lambda options: iter([None]))
+    with pytest.raises(SystemExit, match="some cases were refused"):
+        speed(["--quick", "--part", "decode", "--part", "merge"])
+    assert capsys.readouterr().out.count("greedy decoding") == 4
+
+
 def test_the_memory_benchmark_measures_each_subject_in_its_own_process(tmp_path):
-    run("memory.py", "--output", tmp_path)
+    command = [sys.executable, BENCHMARKS / "memory.py", "--quick", "--output", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     rows = read(tmp_path / "memory.csv")
     net = [row for row in rows if row["measure"] == "peak resident memory, net" and row["peer_name"] == "PEFT"]
     assert [row["subject"] for row in net] == [

@@ -1,29 +1,23 @@
 """Adapted layers where torch splits the work or transforms it: DDP, FSDP2, torch.compile, torch.func.
 
-Run as a program, ``python test_distributed.py RANK DIRECTORY``, this file is one of the two processes that the tests of
-DDP and FSDP2 start, once for all of them. What these find is held against one process that has the whole batch, or
-that goes over the halves in turn.
+The tests of DDP and FSDP2 start two processes, once for all of them. What these find is held against one process that
+has the whole batch, or that goes over the halves in turn.
 """
 
-import contextlib
 import datetime
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from tiny_models import foreign_code, gpt2, token_ids
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import minipeft
 from minipeft import LoraConfig, fused, get_lora_model, recompute
 
 WORLD = 2
@@ -177,11 +171,10 @@ def fsdp(rank):
     return found
 
 
-def main(rank, directory):
+def main(directory):
     warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=100)
-    dist.init_process_group("gloo", (directory / "store").as_uri(), patience, WORLD, rank)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=100))
+    rank = dist.get_rank()
     found = {scenario.__name__: scenario(rank) for scenario in (ddp, ddp_accumulated, fsdp)}
     torch.save(found, directory / f"{rank}.pt")
     dist.destroy_process_group()
@@ -191,19 +184,8 @@ def main(rank, directory):
 def ranks(tmp_path_factory):
     """What each of the two processes found, and its stderr."""
     directory = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(Path(minipeft.__file__).parents[1])}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank in range(WORLD):
-            command = [sys.executable, __file__, str(rank), str(directory)]
-            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-            processes.append(stack.enter_context(process))
-            stack.callback(process.kill)
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
-    return [torch.load(directory / f"{rank}.pt") | {"stderr": error} for rank, error in enumerate(errors)]
+    processes = warm.ranks(directory, main, directory)
+    return [torch.load(directory / f"{rank}.pt") | {"stderr": process.stderr} for rank, process in enumerate(processes)]
 
 
 # ------------------------------------------------------------------------------------------------------ in one process
@@ -351,7 +333,3 @@ def test_per_sample_gradients_by_vmap_are_those_of_the_samples_one_by_one():
     found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
     for index, row in enumerate(ids):
         assert_all_close({name: value[index] for name, value in found.items()}, gradients(model, row[None]))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

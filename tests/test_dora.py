@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
+from tiny_layers import OneLayer, canonical_weight, conv1d, example
 from tiny_models import disturb, foreign_code, gpt2, llama, logits, token_ids
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 import minipeft
 from minipeft import LoraConfig, get_lora_model
@@ -17,21 +17,6 @@ from minipeft.methods.dora import Dora, DoraConfig, row_norms
 
 with foreign_code():
     peft = pytest.importorskip("peft")
-
-
-class OneLayer(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-def conv1d(out_features, in_features):
-    layer = Conv1D(out_features, in_features)
-    nn.init.normal_(layer.bias)
-    return layer
 
 
 LAYERS = {
@@ -43,19 +28,6 @@ LAYERS = {
 }
 EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 every_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-def canonical_weight(layer):
-    return layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T
-
-
-def example(layer, dtype=torch.float64):
-    """An input, and the same as dense vectors (..., in)."""
-    if isinstance(layer, nn.Embedding):
-        ids = torch.randint(layer.num_embeddings, (3, 4))
-        return ids, nn.functional.one_hot(ids, layer.num_embeddings).to(dtype)
-    x = torch.randn(3, 4, canonical_weight(layer).shape[1], dtype=dtype)
-    return x, x
 
 
 def adapted(name, dtype=torch.float64, **options):

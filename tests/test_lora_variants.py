@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_layers import OneLayer, canonical_weight, example
 from tiny_models import disturb, foreign_code, gpt2, llama, logits, token_ids
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,31 +26,12 @@ with foreign_code():
 OF_WEIGHT = ["pissa", "pissa_niter_4", "olora"]
 
 
-class OneLayer(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
 LAYERS = {
     "linear": lambda: nn.Linear(9, 12),
     "conv1d": lambda: Conv1D(12, 9),
     "square_conv1d": lambda: Conv1D(9, 9),
     "embedding": lambda: nn.Embedding(12, 9),
 }
-
-
-def canonical_weight(layer):
-    return layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T
-
-
-def example(layer, dtype=torch.float64):
-    if isinstance(layer, nn.Embedding):
-        return torch.randint(layer.num_embeddings, (3, 4))
-    return torch.randn(3, 4, canonical_weight(layer).shape[1], dtype=dtype)
 
 
 def adapted(name, init, dtype=torch.float64, **options):
@@ -73,7 +55,7 @@ def save_plain(model, directory):
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_model_starts_as_its_base_whose_weight_stays(name, init):
     layer, model = adapted(name, init)
-    before, x, lora = layer.weight.detach().clone(), example(layer), lora_of(model)
+    before, x, lora = layer.weight.detach().clone(), example(layer)[0], lora_of(model)
     torch.testing.assert_close(model(x), layer(x))
     assert lora.lora_A.norm() > 0.1
     assert lora.lora_B.norm() > 0.1
@@ -154,7 +136,7 @@ def test_orthogonal_factors_draw_as_peft_does():
 def test_merging_changes_nothing_and_unmerging_brings_back_every_bit(name, init, use_dora):
     layer, model = adapted(name, init, use_dora=use_dora)
     disturb(model)
-    before, x = layer.weight.detach().clone(), example(layer)
+    before, x = layer.weight.detach().clone(), example(layer)[0]
     expected = model(x)
     model.merge_adapter()
     torch.testing.assert_close(model(x), expected)
@@ -165,7 +147,7 @@ def test_merging_changes_nothing_and_unmerging_brings_back_every_bit(name, init,
 
 def test_gradients_with_a_start_of_the_weight_are_those_of_the_residual():
     layer, model = adapted("linear", "pissa")
-    lora, x = disturb(model).layer.adapters["default"], example(layer).requires_grad_()
+    lora, x = disturb(model).layer.adapters["default"], example(layer)[0].requires_grad_()
     residual = layer.weight - lora.scaling * lora.initial_B @ lora.initial_A
     expected = nn.functional.linear(x, residual, layer.bias) + lora.scaling * (x @ lora.lora_A.T) @ lora.lora_B.T
     trained = [x, lora.lora_A, lora.lora_B]
@@ -180,7 +162,7 @@ def test_gradients_with_a_start_of_the_weight_are_those_of_the_residual():
 
 def test_copies_pickles_and_a_plain_state_dict_carry_the_start():
     layer, model = adapted("linear", "pissa")
-    x = example(layer)
+    x = example(layer)[0]
     expected = disturb(model)(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), expected)
@@ -195,7 +177,7 @@ def test_copies_pickles_and_a_plain_state_dict_carry_the_start():
 
 def test_compiles_into_one_graph():
     layer, model = adapted("linear", "olora", dtype=torch.float32)
-    x = example(layer, torch.float32)
+    x = example(layer, torch.float32)[0]
     torch._dynamo.reset()
     compiled = torch.compile(disturb(model), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
@@ -203,7 +185,7 @@ def test_compiles_into_one_graph():
 
 def test_half_precision_starts_as_its_base_within_its_rounding():
     layer, model = adapted("linear", "pissa", dtype=torch.bfloat16)
-    x = example(layer, torch.bfloat16)
+    x = example(layer, torch.bfloat16)[0]
     assert (model(x) - layer(x)).abs().max() <= 2**-7 * layer(x).abs().max()
 
 

@@ -1,13 +1,14 @@
 """A package of somebody else's, installed by pip and found by its entry point: it works, and a broken one harms nothing."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
+from warm import Warm
 
 ROOT = Path(__file__).resolve().parents[1]
 USE = """
@@ -74,17 +75,11 @@ BROKEN = {
 
 
 def run(code, target, *arguments):
-    path = os.pathsep.join([str(target), str(ROOT)])
-    result = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=target,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    """What the code says in a process that has the target's packages."""
+    (target / "program.py").write_text(code)
+    process = Warm(target / "output", warm.script, target / "program.py", *arguments)
+    assert process.wait() == 0, process.stdout + process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

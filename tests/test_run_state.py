@@ -1,8 +1,4 @@
-"""A run that is interrupted and goes on computes what it would have computed, bit for bit, or says why it cannot.
-
-Run as a program, ``python test_run_state.py RANK DIRECTORY``, this file is one of two processes of a sharded and of a
-DDP run.
-"""
+"""A run that is interrupted and goes on computes what it would have computed, bit for bit, or says why it cannot."""
 
 import contextlib
 import copy
@@ -12,8 +8,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -23,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -773,9 +768,9 @@ def failures(run, rank, checkpoints, folder):
     return found
 
 
-def main(rank, directory):
+def main(directory):
     warnings.simplefilter("error")
-    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
     found = {kind: interrupted(kind, rank, directory) for kind in ("fsdp", "ddp")}
     torch.save(found, directory / f"{rank}.pt")
 
@@ -784,18 +779,7 @@ def main(rank, directory):
 def ranks(tmp_path_factory):
     """What each of two processes found, and where their checkpoints are."""
     directory = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank in range(WORLD):
-            command = [sys.executable, __file__, str(rank), str(directory)]
-            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-            processes.append(stack.enter_context(process))
-            stack.callback(process.kill)
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
+    warm.ranks(directory, main, directory)
     return directory, [torch.load(directory / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -838,7 +822,3 @@ def test_a_sharded_run_leaves_an_adapter_that_loads_in_one_process(ranks):
     assert equal(run.weights(), saved)
     shapes = {tuple(values["exp_avg"].shape) for values in run.optimizer.state.values()}
     assert shapes == {tuple(tensor.shape) for tensor in saved.values()}
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
+from warm import Warm
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
 
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import minipeft  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train.py"
 TINY = ROOT / "examples" / "assets" / "tiny"
@@ -39,7 +40,6 @@ RESULTS |= {
     "run.lock",
     "run.owner.json",
 }
-TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
 
 # ------------------------------------------------------------------------------------------------------ how it is run
@@ -59,24 +59,6 @@ def rows_of(directory: Path) -> list[dict[str, float]]:
 def losses_of(directory: Path) -> list[float]:
     """The losses of all rows, in order; not the speed, which no seed decides."""
     return [row["loss"] if "loss" in row else row["eval_loss"] for row in rows_of(directory)]
-
-
-@pytest.fixture(scope="module")
-def train() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process has one accelerator state; each test starts without."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -229,11 +211,10 @@ def test_two_processes_train_as_one_and_write_once(train, still_base, short_text
     flags = ["--model_name", str(still_base), "--train_file", str(short_text), "--eval_file", str(short_text)]
     flags += ["--max_length", "64", "--max_steps", "3", "--mixed_precision", "no"]
     train.main([*flags, "--batch_size", "6", "--output_dir", str(tmp_path / "one")])
-    two = [*flags, "--batch_size", "3", "--output_dir", str(tmp_path / "two")]
-    result = run("-m", "accelerate.commands.launch", *TWO_PROCESSES, SCRIPT, *two)
-    assert result.returncode == 0, result.stderr
+    two = [*flags, "--batch_size", "3", "--output_dir", tmp_path / "two"]
+    first, second = warm.ranks(tmp_path, warm.script, SCRIPT, *two, ACCELERATE_USE_CPU="true")
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
-    assert result.stdout.count("trainable") == 1
+    assert (first.stdout.count("trainable"), second.stdout) == (1, "")
     assert {path.name for path in (tmp_path / "two").iterdir()} == RESULTS
 
 
@@ -323,11 +304,11 @@ def test_fp16_is_refused_on_a_cpu_whoever_asks_for_it(train, tmp_path, monkeypat
 
 @pytest.mark.parametrize("named", [["--model_name", "nobody/nothing"], ["--dataset_name", "nobody/nothing"]])
 def test_what_was_named_on_the_hub_is_never_replaced(named, tmp_path):
-    result = run(SCRIPT, "--quick", *named, "--output_dir", tmp_path / "out")
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    line = result.stderr.splitlines()[-1]  # what comes before is of libraries that transformers imports
+    process = Warm(tmp_path, warm.script, SCRIPT, "--quick", *named, "--output_dir", tmp_path / "out")
+    assert process.wait() == 1
+    assert process.stdout == ""
+    assert "Traceback" not in process.stderr
+    line = process.stderr.splitlines()[-1]  # what comes before is of libraries that transformers imports
     assert line.startswith("train.py: error: ")
     assert "nobody/nothing" in line
     assert not (tmp_path / "out").exists()

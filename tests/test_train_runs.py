@@ -1,11 +1,9 @@
 """Runs of examples/train.py that are interrupted, restarted, divided over processes, or must not begin at all."""
 
 import gzip
-import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
+from warm import Warm
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -27,6 +27,7 @@ from minipeft.training.checkpoints import Checkpoints
 from minipeft.training.launch import check_processes, must_use_cpu
 from minipeft.training.lock import RunLock
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train.py"
 TINY = ROOT / "examples" / "assets" / "tiny"
@@ -83,20 +84,9 @@ def as_interrupted(run_directory, copy, step):
 
 
 @pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.SAMPLE_TOKENS = 2
-    return module
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process has one accelerator state; each test starts without."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def train(train):
+    train.SAMPLE_TOKENS = 2
+    return train
 
 
 @pytest.fixture(scope="module")
@@ -250,20 +240,17 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(train, flags,
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_sigterm_saves_and_exits_as_the_signal_would(flags, whole, tmp_path):
+def test_sigterm_saves_and_exits_as_the_signal_would(train, flags, whole, tmp_path):
     directory = tmp_path / "run"
-    process = start(SCRIPT, *flags, "--output_dir", directory)
-    deadline = time.monotonic() + 100
-    while not (directory / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 143, output
-    assert "stopped by SIGTERM after update" in output
-    code, output = run(SCRIPT, *flags, "--resume", "--output_dir", directory)
-    assert code == 0, output
-    losses, expected = ([row[2] or row[4] for row in course(d)] for d in (directory, whole))
-    assert losses == pytest.approx(expected, rel=1e-5)  # another number of threads rounds otherwise
+    process = Warm(tmp_path, warm.script, SCRIPT, *flags, "--output_dir", directory)
+    log, deadline = directory / "metrics.jsonl", time.monotonic() + 100
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:  # the first row, that of the base
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait() == 143, process.stderr
+    assert "stopped by SIGTERM after update" in process.stdout
+    train.main([*flags, "--resume", "--output_dir", str(directory)])
+    assert_same_run(directory, whole)
 
 
 # ----------------------------------------------------------------------------------------------------------- what it eats
@@ -386,9 +373,8 @@ def test_lora_plus_gives_b_its_own_rate_in_the_run(train, flags, tmp_path):
 def pair(flags, tmp_path_factory):
     """Two processes, uninterrupted, with dropout."""
     directory = tmp_path_factory.mktemp("pair") / "run"
-    code, output = run(*LAUNCH, *TWO, *ONE_MACHINE, SCRIPT, *flags, "--save_every", "2", "--keep", "9",
-                       "--output_dir", directory)  # fmt: skip
-    assert code == 0, output
+    words = [*flags, "--save_every", "2", "--keep", "9", "--output_dir", directory]
+    warm.ranks(directory.parent, warm.script, SCRIPT, *words, ACCELERATE_USE_CPU="true")
     return directory
 
 

@@ -6,7 +6,6 @@ import random
 from itertools import chain
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow
 import pytest
@@ -28,6 +27,7 @@ from minipeft.training.examples import encode
 from minipeft.training.packing import TokenStream, cut
 from minipeft.training.sources import Source, held_out_split, open_source, split_names
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 TINY = Path(__file__).resolve().parents[1] / "examples" / "assets" / "tiny"
 EOS, BOS = 1, 2
 CODE = "def f(x):\n\n    if x:\n        return 1\n\n\n    return 2\n"
@@ -45,14 +45,6 @@ CHAT = [
     {"role": "user", "content": "Again"},
     {"role": "assistant", "content": "Bye "},
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import itertools
 import json
 from collections import Counter
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -25,13 +24,7 @@ from minipeft.training.order import UpdateOrder
 from minipeft.training.sources import Source, open_source
 from minipeft.training.stream import StreamOrder, Window
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def store(count, seed=0, longest=20):

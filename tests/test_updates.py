@@ -1,55 +1,24 @@
 """Updates of the weights: the gradient of the mean over all tokens, however they are divided; and memory that runs out."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, gpt2
+import warm
+from tiny_models import gpt2
+from tiny_rows import Rows
 from torch import nn
 
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 import minipeft
-from minipeft.training.collate import Example
 from minipeft.training.order import UpdateOrder
 from minipeft.training.updates import Updater, evaluate, is_out_of_memory, loss_sum
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process has one accelerator state; each test starts without."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-class Rows:
-    """Sixteen examples of different lengths, some of them with nothing to predict at the start."""
-
-    pad_id = 0
-
-    def __init__(self):
-        generator = np.random.default_rng(0)
-        self.lengths = generator.integers(4, 13, 16)
-        self.examples = []
-        for length in self.lengths:
-            ids = generator.integers(1, VOCABULARY, length).astype(np.int32)
-            labels = ids.copy()
-            labels[: length // 3] = -100
-            self.examples.append(Example(ids, labels))
-        self.targets = np.array([(example.labels[1:] != -100).sum() for example in self.examples])
-
-    def rows(self, indices):
-        return [self.examples[index] for index in indices]
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def adapted(**options):
@@ -176,42 +145,21 @@ def test_an_adapter_that_the_model_does_not_call_is_said():
         updater_of(model)(UpdateOrder(Rows(), 8, seed=0)[0])
 
 
-RANKS = """
-import datetime, sys
-sys.path.insert(0, {tests!r})
-import torch, torch.distributed as dist
-from accelerate import Accelerator
-from test_updates import Rows, UpdateOrder, adapted, no_room_for, updater_of
-
-torch.set_num_threads(1)
-accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
-loss = no_room_for(1) if rank == 1 else no_room_for(99)
-found = updater_of(adapted().train(), accelerator, micro_batch=4, auto_batch=True, loss=loss)
-order = UpdateOrder(Rows(), 8, seed=0)
-losses = [found(order[number]) for number in range(3)]
-torch.save([losses, found.micro_batch, [p.detach() for p in found.parameters]], f"{{sys.argv[1]}}/{{rank}}.pt")
-dist.destroy_process_group()
-"""
+def main(directory):
+    """One of two processes; only the second has too little memory."""
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    loss = no_room_for(1) if rank == 1 else no_room_for(99)
+    found = updater_of(adapted().train(), accelerator, micro_batch=4, auto_batch=True, loss=loss)
+    order = UpdateOrder(Rows(), 8, seed=0)
+    losses = [found(order[number]) for number in range(3)]
+    torch.save([losses, found.micro_batch, [p.detach() for p in found.parameters]], directory / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_where_one_of_two_processes_runs_out_of_memory_both_halve_their_batches(tmp_path):
     """And a process that dies of it ends the run within the time-out here, instead of hanging."""
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parent)), "utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    env |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path], env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
-        )
-        for rank in "01"
-    ]
-    errors = [rank.communicate(timeout=60)[1].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    warm.ranks(tmp_path, main, tmp_path, ACCELERATE_USE_CPU="true")
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in "01")
     plain = updater_of(adapted().train(), micro_batch=1)
     order = UpdateOrder(Rows(), 8, seed=0)

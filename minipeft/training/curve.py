@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from minipeft.training.metrics import Row
 
 
@@ -19,6 +17,8 @@ def plot_losses(rows: Sequence[Row], path: Path, title: str) -> None:
         path: of the PNG.
         title: over the picture.
     """
+    from matplotlib.figure import Figure  # a second of every process of a run, of which one draws, at its end
+
     updates, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     steps, losses = [row["step"] for row in updates], [row["loss"] for row in updates]
     window = max(1, math.ceil(len(steps) / 20))

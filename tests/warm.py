@@ -1,0 +1,84 @@
+"""Processes that start warm: forked from a server that has imported the heavy packages, and has done nothing else.
+
+A new interpreter takes six seconds to import what a training run needs. These are processes as any other, with their
+own environment, output, signals and exit code; what a launcher starts, and at least one run of each program, is cold.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+PACKAGES = ["torch.distributed.fsdp", "transformers.trainer_utils", "transformers.models.gpt2.modeling_gpt2", "peft"]
+PACKAGES += ["transformers.models.auto.modeling_auto", "accelerate", "datasets", "matplotlib.figure"]
+PACKAGES += ["bitsandbytes", "torchao.quantization"]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PACKAGES)  # those that are not there are left out
+
+
+class Warm:
+    """A warm process that has begun to call ``target(*args)``, and what it has printed."""
+
+    def __init__(self, directory, target, *args, **environment):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._files = directory / "stdout", directory / "stderr"
+        self.process = _context.Process(target=_run, args=(self._files, environment, target, args))
+        self.process.start()
+
+    @property
+    def stdout(self):
+        return self._files[0].read_text("utf-8")
+
+    @property
+    def stderr(self):
+        return self._files[1].read_text("utf-8")
+
+    def terminate(self):
+        self.process.terminate()
+
+    def wait(self, timeout=120):
+        """Its exit code; killed if there is none in time."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(self.stderr)
+        return self.process.exitcode
+
+
+def _run(files, environment, target, args):
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    target(*args)
+
+
+def script(path, *words):
+    """For `Warm`: a Python program with its words."""
+    sys.argv = [str(path), *map(str, words)]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def ranks(directory, target, *args, world=2, **environment):
+    """Processes that find each other as a launcher's do, by their environment; finished without an error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    with contextlib.ExitStack() as stack:
+        found = []
+        for rank in map(str, range(world)):
+            found.append(Warm(directory / rank, target, *args, **environment, RANK=rank, LOCAL_RANK=rank))
+            stack.callback(found[-1].process.kill)
+        codes = [process.wait() for process in found]
+    assert codes == [0] * world, "\n".join(process.stderr for process in found)
+    return found
