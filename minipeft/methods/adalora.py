@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of
-from minipeft.errors import ConfigError, StateError
+from minipeft.errors import ConfigError, StateError, told
 from minipeft.functional import is_column_major, lora_factors, low_rank_product
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
@@ -136,11 +136,15 @@ class AdaLoraConfig(AdapterConfig):
 
 def _checked_pattern(given: object, init_r: int) -> dict[str, tuple[bool, ...]]:
     if not isinstance(given, Mapping):
-        raise ConfigError(f"rank_pattern must map '<module>{RANKS_SUFFIX}' to lists of booleans, not {given!r:.100}.")
+        raise ConfigError(
+            f"rank_pattern must map '<module>{RANKS_SUFFIX}' to lists of booleans, not {told(given, 100)}."
+        )
     for key, kept in given.items():
         right = isinstance(kept, list | tuple) and len(kept) == init_r and all(isinstance(k, bool) for k in kept)
         if not isinstance(key, str) or not right:
-            raise ConfigError(f"rank_pattern[{key!r}] must be a list of init_r = {init_r} booleans, not {kept!r:.100}.")
+            raise ConfigError(
+                f"rank_pattern[{told(key)}] must be a list of init_r = {init_r} booleans, not {told(kept, 100)}."
+            )
     return {key: tuple(kept) for key, kept in given.items()}
 
 
