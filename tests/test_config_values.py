@@ -35,23 +35,23 @@ def used(config):
 
 
 def tried(build, options):
-    """Whether a configuration came of it; anything but that and a short `ConfigError` fails the test."""
+    """What was wrong, or "" where a configuration came of it; any other error fails the test."""
     try:
         config = build(options)
     except ConfigError as error:
-        assert len(str(error)) < 800
-        return False
+        return str(error)
     used(config)
-    return True
+    return ""
 
 
 @pytest.mark.parametrize("method", registry.method_names())
 def test_a_value_of_any_type_is_taken_or_refused_with_a_config_error(method):
     cls, given = example(method)
     for name in given:
-        taken = [tried(lambda o: cls(**o), {**given, **more, name: value}) for more in BESIDE for value in VALUES]
-        assert not all(taken), name
-        assert tried(lambda o: cls(**o), given)
+        said = [tried(lambda o: cls(**o), {**given, **more, name: value}) for more in BESIDE for value in VALUES]
+        assert any(said), name
+        assert max(map(len, said)) < 800
+    assert not tried(lambda o: cls(**o), given)
 
 
 @pytest.mark.parametrize("method", registry.method_names())
