@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import VOCABULARY, gpt2
+from tiny_models import gpt2
+from token_rows import Rows
 from torch import nn
 
 pytest.importorskip("accelerate")
@@ -28,7 +29,6 @@ from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 
 import minipeft
-from minipeft.training.collate import Example
 from minipeft.training.order import UpdateOrder
 from minipeft.training.updates import Updater
 
@@ -44,26 +44,6 @@ needs_deepspeed = pytest.mark.skipif(
 pytestmark = pytest.mark.slow
 LR, SIZE, MICRO_BATCH, UPDATES = 0.1, 7, 2, 6  # an update: passes of 2 and 2, and 2 and 1; the third: 1, and 1
 CLIP = 2.0  # of the gradients' norms some are above it, and some below
-
-
-class Rows:
-    """Sixteen examples of different lengths, some of them with nothing to predict at the start."""
-
-    pad_id = 0
-
-    def __init__(self):
-        generator = np.random.default_rng(0)
-        self.lengths = generator.integers(4, 13, 16)
-        self.examples = []
-        for length in self.lengths:
-            ids = generator.integers(1, VOCABULARY, length).astype(np.int32)
-            labels = ids.copy()
-            labels[: length // 3] = -100
-            self.examples.append(Example(ids, labels))
-        self.targets = np.array([(example.labels[1:] != -100).sum() for example in self.examples])
-
-    def rows(self, indices):
-        return [self.examples[index] for index in indices]
 
 
 def adapted(**options):

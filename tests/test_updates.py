@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, gpt2
+from tiny_models import gpt2
+from token_rows import Rows
 from torch import nn
 
 pytest.importorskip("accelerate")
@@ -19,7 +20,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 import minipeft
-from minipeft.training.collate import Example
 from minipeft.training.order import UpdateOrder
 from minipeft.training.updates import Updater, evaluate, is_out_of_memory, loss_sum
 
@@ -30,26 +30,6 @@ def fresh_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-class Rows:
-    """Sixteen examples of different lengths, some of them with nothing to predict at the start."""
-
-    pad_id = 0
-
-    def __init__(self):
-        generator = np.random.default_rng(0)
-        self.lengths = generator.integers(4, 13, 16)
-        self.examples = []
-        for length in self.lengths:
-            ids = generator.integers(1, VOCABULARY, length).astype(np.int32)
-            labels = ids.copy()
-            labels[: length // 3] = -100
-            self.examples.append(Example(ids, labels))
-        self.targets = np.array([(example.labels[1:] != -100).sum() for example in self.examples])
-
-    def rows(self, indices):
-        return [self.examples[index] for index in indices]
 
 
 def adapted(**options):
@@ -181,7 +161,8 @@ import datetime, sys
 sys.path.insert(0, {tests!r})
 import torch, torch.distributed as dist
 from accelerate import Accelerator
-from test_updates import Rows, UpdateOrder, adapted, no_room_for, updater_of
+from token_rows import Rows
+from test_updates import UpdateOrder, adapted, no_room_for, updater_of
 
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
