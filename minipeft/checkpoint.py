@@ -36,6 +36,7 @@ from minipeft.inject import PREFIX, Parts, Plan
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.patterns import is_suffix
+from minipeft.state import STATE
 from minipeft.targets import candidates
 
 SAMPLES = 8
@@ -76,7 +77,7 @@ def tensors_from_state(
 def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, packed: bool = True) -> dict[str, Any]:
     """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules.
 
-    `packed` False: for a file that training goes on from, with all that the adapters have, see `Adapter.packing`.
+    `packed` False: for a file that training goes on from, see `Adapter.packing`.
     """
     values = config.to_dict()
     layers = {name: layer for name, layer in adapted_layers(model) if adapter_name in layer.adapters}
@@ -141,8 +142,9 @@ def save_adapter(
 
 def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
     """A few base weights of each layer the adapter is on, by which a reader knows the base again; not of merged layers."""
+    remembered = model.__dict__[STATE].samples
     return {
-        name: sample(layer.ops, layer.base_layer)
+        name: sample(layer.ops, layer.base_layer) or remembered.get(name, [])
         for name, layer in adapted_layers(model)
         if adapter_name in layer.adapters and not layer.merged
     }

@@ -8,7 +8,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from minipeft.adapted import adapted_layers
+from minipeft.checkpoint import sample
 from minipeft.errors import StateError
+from minipeft.state import STATE
 
 
 def shard(model: nn.Module, device: torch.device | str) -> None:
@@ -29,6 +32,7 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
     blocks = [m for m in model.modules() if any(c.__name__ == "GradientCheckpointingLayer" for c in type(m).__mro__)]
     if not blocks:
         raise StateError(f"{type(model).__name__} has no blocks that could be gathered one at a time.")
+    remember_base(model)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -38,3 +42,10 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model went through `shard`."""
     return isinstance(model, FSDPModule)
+
+
+def remember_base(model: nn.Module) -> None:
+    """Take samples of an adapted model's base, for its adapter's file, while every process has the weights whole."""
+    for name, layer in adapted_layers(model):
+        if not layer.merged:
+            model.__dict__[STATE].samples[name] = sample(layer.ops, layer.base_layer)
