@@ -515,8 +515,8 @@ class Run:
         """Train the adapter, from the beginning or from a checkpoint."""
         set_seed(self.args.seed, device_specific=True)  # the processes drop out different units
         progress = self.resume()
-        folder = self.args.output_dir if self.accelerator.is_main_process else Path(tempfile.mkdtemp())
-        self.metrics = Metrics(folder, progress.step)
+        folder = self.args.output_dir
+        self.metrics = Metrics(folder if self.accelerator.is_main_process else None, progress.step)
         if self.accelerator.is_main_process:
             settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
             once = {"config", "resume", "overwrite"}  # of this start of the run; to repeat them unasked could do harm

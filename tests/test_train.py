@@ -43,8 +43,8 @@ TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixe
 
 
 # ------------------------------------------------------------------------------------------------------ how it is run
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **more}
     return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=200)
 
 
@@ -230,8 +230,10 @@ def test_two_processes_train_as_one_and_write_once(train, still_base, short_text
     flags += ["--max_length", "64", "--max_steps", "3", "--mixed_precision", "no"]
     train.main([*flags, "--batch_size", "6", "--output_dir", str(tmp_path / "one")])
     two = [*flags, "--batch_size", "3", "--output_dir", str(tmp_path / "two")]
-    result = run("-m", "accelerate.commands.launch", *TWO_PROCESSES, SCRIPT, *two)
+    (tmp_path / "temporary").mkdir()
+    result = run("-m", "accelerate.commands.launch", *TWO_PROCESSES, SCRIPT, *two, TMPDIR=str(tmp_path / "temporary"))
     assert result.returncode == 0, result.stderr
+    assert not list((tmp_path / "temporary").rglob("*.jsonl"))
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     assert result.stdout.count("trainable") == 1
     assert {path.name for path in (tmp_path / "two").iterdir()} == RESULTS
