@@ -33,7 +33,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import minipeft
+from minipeft.training import deepspeed
 from minipeft.training.checkpoints import Checkpoints
 from minipeft.training.curve import plot_losses
 from minipeft.training.encoding import Encoding, check_fit
@@ -297,15 +298,13 @@ def lora_config(args: Namespace) -> minipeft.LoraConfig:
 
 # ------------------------------------------------------------------------------------------ accelerator, model, text
 def make_accelerator(args: Namespace) -> Accelerator:
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"  # set by accelerate launch
-    # Without a backend's name, accelerate counts one process under DeepSpeed on a CPU, however many there are.
-    gloo = deepspeed and not torch.accelerator.is_available()
+    with_deepspeed = deepspeed.asked_for()
     join_after_restart()
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            cpu=None if deepspeed else must_use_cpu() or None,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else None,
+            cpu=None if with_deepspeed else must_use_cpu() or None,
+            kwargs_handlers=deepspeed.process_group_options() if with_deepspeed else None,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the Updater accumulates
             log_with=args.log_with.split(",") if args.log_with else None,
             project_dir=args.output_dir,
@@ -313,11 +312,11 @@ def make_accelerator(args: Namespace) -> Accelerator:
     except ImportError as error:
         fail(str(error))
     except ValueError as error:
-        fail(f"DeepSpeed: {error}" if deepspeed else f"--mixed_precision {args.mixed_precision}: {error}")
+        fail(f"DeepSpeed: {error}" if with_deepspeed else f"--mixed_precision {args.mixed_precision}: {error}")
     check_processes(accelerator.num_processes, sys.argv[0])
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         fail("--mixed_precision fp16 does nothing on a CPU; give bf16 or no.")
-    if deepspeed:
+    if with_deepspeed:
         check_deepspeed(args, accelerator)
     if accelerator.distributed_type.value in ("FSDP", "MEGATRON_LM"):
         fail(
@@ -327,28 +326,12 @@ def make_accelerator(args: Namespace) -> Accelerator:
 
 
 def check_deepspeed(args: Namespace, accelerator: Accelerator) -> None:
-    """Refuse what does not go with DeepSpeed, and tell it what the flags say."""
-    if accelerator.deepspeed_plugin is None:
-        fail("accelerate is told to use DeepSpeed, and the CPU without it; unset ACCELERATE_USE_CPU.")
+    """Refuse the flags that do not go with DeepSpeed, and tell it what the others say."""
     if args.save_every or args.resume:
         fail("--save_every and --resume do not go with DeepSpeed, which cuts up the optimizer's state; leave them out.")
     if args.fsdp or args.auto_batch:
         fail("--fsdp and --auto_batch do not go with DeepSpeed; leave them out.")
-    if accelerator.mixed_precision != "no":
-        fail(f"--mixed_precision {accelerator.mixed_precision}: DeepSpeed would round the weights themselves; give no.")
-    config = accelerator.deepspeed_plugin.deepspeed_config
-    for name in ("optimizer", "scheduler"):
-        if name in config:
-            fail(f"DeepSpeed's configuration has the {name} of another program; leave it out, train.py has its own.")
-    meant = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": CLIP}
-    meant |= {"train_batch_size": args.batch_size * accelerator.num_processes}
-    meant |= {"gradient_accumulation_steps": 1, "zero_force_ds_cpu_optimizer": False}  # the Updater accumulates; AdamW
-    for name, value in meant.items():
-        if config.get(name, "auto") not in ("auto", value):
-            fail(f"DeepSpeed's {name} is {config[name]}, and must be {value} here; leave it out of its configuration.")
-        config[name] = value
-    # Under ZeRO-3 transformers would load every base in pieces, also the one that the saved adapter is checked with.
-    transformers.integrations.unset_hf_deepspeed_config()
+    deepspeed.configure(accelerator, args.batch_size, CLIP)
 
 
 def load_base(args: Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -498,7 +481,7 @@ class Run:
                 model, optimizer, self.scheduler, scaler=accelerator.scaler, config=self.what_is_computed(train)
             )
         else:  # it cuts the optimizer's state up, so that there are no checkpoints
-            engine, self.optimizer = accelerator.prepare(model, optimizer)
+            engine, self.optimizer = deepspeed.prepare(accelerator, model, optimizer)
         self.updater = Updater(
             accelerator, model, self.optimizer, micro_batch=args.batch_size, clip=CLIP, auto_batch=args.auto_batch,
             engine=engine,
@@ -515,8 +498,8 @@ class Run:
         """Train the adapter, from the beginning or from a checkpoint."""
         set_seed(self.args.seed, device_specific=True)  # the processes drop out different units
         progress = self.resume()
-        folder = self.args.output_dir if self.accelerator.is_main_process else Path(tempfile.mkdtemp())
-        self.metrics = Metrics(folder, progress.step)
+        folder = self.args.output_dir
+        self.metrics = Metrics(folder if self.accelerator.is_main_process else None, progress.step)
         if self.accelerator.is_main_process:
             settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
             once = {"config", "resume", "overwrite"}  # of this start of the run; to repeat them unasked could do harm
@@ -624,22 +607,10 @@ class Run:
         if is_sharded(self.model):
             self.state.save_adapter(self.args.output_dir)
         else:
-            with whole_adapter(self.accelerator, self.model):
+            with deepspeed.whole_adapter(self.accelerator, self.model):
                 if self.accelerator.is_main_process:
                     self.model.save_pretrained(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def whole_adapter(accelerator: Accelerator, model: PreTrainedModel) -> Iterator[None]:
-    """Under DeepSpeed's ZeRO-3 no process has an adapter whole, but while it is gathered; else it always is."""
-    if accelerator.deepspeed_plugin is None:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter for parameter in model.parameters() if parameter.requires_grad]):
-        yield
 
 
 def finite(loss: float) -> float:

@@ -76,8 +76,11 @@ def tensors_from_state(
     return {key: state[found[key]] if key in found else tensor for key, tensor in tensors.items()}
 
 
-def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, Any]:
-    """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules."""
+def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, packed: bool = True) -> dict[str, Any]:
+    """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules.
+
+    `packed` False: for a file that training goes on from, see `Adapter.packing`.
+    """
     values = config.to_dict()
     layers = dict(_layers_of(model, adapter_name))
     targets, targeted = config.target_modules, [name for name, layer in layers.items() if layer.targeted]
@@ -103,7 +106,8 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str) -> d
         values["modules_to_save"] = entries or None
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
-    values |= registry.method_class(config.method).file_options(values, adapters_of(model, adapter_name))
+    method, adapters = registry.method_class(config.method), adapters_of(model, adapter_name)
+    values |= method.file_options(values, adapters) | (method.packing(values, adapters) if packed else {})
     if config.base_model_name_or_path is None:
         name = getattr(model, "name_or_path", None)
         values["base_model_name_or_path"] = name if isinstance(name, str) and name else None

@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import Self
 
 from minipeft import registry
-from minipeft.errors import ConfigError, hint, shown
+from minipeft.errors import ConfigError, hint, shown, told
 from minipeft.patterns import compiled
 
 ALL_LINEAR = "all-linear"
@@ -90,11 +90,9 @@ class AdapterConfig(metaclass=_KnownNames):
         self._set("modules_to_save", names("modules_to_save", self.modules_to_save))
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         self._set("layers_pattern", names("layers_pattern", patterns))
-        indices = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        indices = self.layers_to_transform
         if indices is not None:
-            self._set(
-                "layers_to_transform", tuple(integer("layers_to_transform", index, at_least=0) for index in indices)
-            )
+            self._set("layers_to_transform", _layer_indices("layers_to_transform", indices))
             if isinstance(self.target_modules, str):
                 raise ConfigError(
                     "layers_to_transform needs target_modules as a list, since one regex can say the layers itself."
@@ -105,7 +103,7 @@ class AdapterConfig(metaclass=_KnownNames):
         self._set("task_type", None if task is None else one_of("task_type", task, TASK_TYPES))
         if self.base_model_name_or_path is not None and not isinstance(self.base_model_name_or_path, str):
             raise ConfigError(
-                f"base_model_name_or_path must be a string or None, not {self.base_model_name_or_path!r}."
+                f"base_model_name_or_path must be a string or None, not {told(self.base_model_name_or_path)}."
             )
         flag("inference_mode", self.inference_mode)
 
@@ -189,17 +187,17 @@ def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.jso
     peft_type = values.get("peft_type")
     if not isinstance(peft_type, str):
         raise ConfigError(
-            f"{where}: 'peft_type' must name a method ({shown(m.upper() for m in registry.method_names())}), not {peft_type!r}."
+            f"{where}: 'peft_type' must name a method ({shown(m.upper() for m in registry.method_names())}), not {told(peft_type)}."
         )
     if peft_type.lower() not in registry.method_names():
         raise ConfigError(
-            f"{where}: peft_type {peft_type!r} is not implemented; known: {shown(m.upper() for m in registry.method_names())}."
+            f"{where}: peft_type {told(peft_type)} is not implemented; known: {shown(m.upper() for m in registry.method_names())}."
         )
     cls: type[AdapterConfig] = registry.method_class(peft_type.lower()).config_class
     known = {f.name for f in dataclasses.fields(cls)}
     foreign = {key: value for key, value in values.items() if key not in known | _METADATA and not asks_nothing(value)}
     if foreign:
-        asked = ", ".join(f"{key} = {value!r:.60}" for key, value in foreign.items())
+        asked = ", ".join(f"{key} = {told(value, 60)}" for key, value in foreign.items())
         raise ConfigError(
             f"{where} asks for {asked}, which minipeft does not implement for {peft_type}; nothing was loaded."
         )
@@ -226,7 +224,7 @@ def asks_nothing(value: object) -> bool:
 def integer(name: str, value: object, at_least: int, at_most: int = 2**31) -> int:
     """An integer within bounds, no bool."""
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
-        raise ConfigError(f"{name} must be an integer from {at_least} to {at_most}, not {value!r:.50}.")
+        raise ConfigError(f"{name} must be an integer from {at_least} to {at_most}, not {told(value)}.")
     return value
 
 
@@ -246,13 +244,13 @@ def number(
             and (below is None or value < below)
         ):
             return value
-    raise ConfigError(f"{name} must be a finite number {' and '.join(bounds)}, not {value!r}.")
+    raise ConfigError(f"{name} must be a finite number {' and '.join(bounds)}, not {told(value)}.")
 
 
 def flag(name: str, value: object) -> bool:
     """True or False and nothing that merely counts as one."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be True or False, not {value!r}.")
+        raise ConfigError(f"{name} must be True or False, not {told(value)}.")
     return value
 
 
@@ -260,7 +258,7 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> Any:
     """One of the allowed values, of the same type."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         close = hint(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
-        raise ConfigError(f"{name} must be one of {shown(allowed, 20)}, not {value!r}{close}.")
+        raise ConfigError(f"{name} must be one of {shown(allowed, 20)}, not {told(value)}{close}.")
     return value
 
 
@@ -274,7 +272,7 @@ def names(name: str, value: object) -> tuple[str, ...] | None:
         or not entries
         or not all(isinstance(entry, str) and entry for entry in entries)
     ):
-        raise ConfigError(f"{name} must be a non-empty list of non-empty strings, not {value!r:.200}.")
+        raise ConfigError(f"{name} must be a non-empty list of non-empty strings, not {told(value, 200)}.")
     return tuple(dict.fromkeys(entries))
 
 
@@ -290,13 +288,21 @@ def names_or_regex(name: str, value: object) -> tuple[str, ...] | str | None:
     return names(name, value)
 
 
+def _layer_indices(name: str, value: object) -> tuple[int, ...]:
+    """One index, or several in any collection that is no mapping and no text."""
+    if isinstance(value, set | frozenset | Sequence) and not isinstance(value, str | bytes):
+        indices = [integer(name, index, at_least=0) for index in value]
+        return tuple(sorted(indices) if isinstance(value, set | frozenset) else indices)
+    return (integer(name, value, at_least=0),)
+
+
 def pattern_table(name: str, value: object, check: Any) -> dict[str, Any]:
     """A mapping from regular expressions to values that each pass `check(name, value)`, copied."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must map name patterns to values, not {value!r:.200}.")
+        raise ConfigError(f"{name} must map name patterns to values, not {told(value, 200)}.")
     for key, item in value.items():
         if not isinstance(key, str) or not key:
-            raise ConfigError(f"{name}: the key {key!r} is not a name pattern.")
+            raise ConfigError(f"{name}: the key {told(key)} is not a name pattern.")
         compiled(key, name)
-        check(f"{name}[{key!r}]", item)
+        check(f"{name}[{told(key)}]", item)
     return dict(value)

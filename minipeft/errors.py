@@ -69,6 +69,14 @@ def shown(values: Iterable[object], limit: int = 5) -> str:
     return ", ".join(items) if items else "none"
 
 
+def told(value: object, limit: int = 50) -> str:
+    """A value of anybody's for a message, cut off; also an integer of more digits than Python writes out."""
+    try:
+        return f"{value!r:.{limit}}"
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too long to show"
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most like `name`, if any is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

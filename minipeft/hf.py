@@ -1,6 +1,7 @@
 """Adapted models in transformers' Trainer: checkpoints of the adapter alone, exact resuming, the best adapter at the end.
 
-A plain ``Trainer`` trains an adapted model and saves its adapter; what it cannot do is read the adapter back.
+A plain ``Trainer`` trains an adapted model and saves its adapter; what it cannot do is read the adapter back, and give a
+method such as AdaLoRA the loss of its own and the call after each step that it asks for.
 """
 
 from __future__ import annotations
@@ -10,20 +11,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from minipeft import checkpoint
+from minipeft import checkpoint, schedule
 from minipeft.adapter_file import CONFIG_FILE, PROVENANCE, WEIGHTS_FILE, open_adapter
 from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, StateError, shown
+from minipeft.files import write_files
 from minipeft.model import AdaptedModel
 from minipeft.same_base import base_samples, check_samples
 from minipeft.sharing import DEFAULT, directory_of
 
 RECORD = "minipeft"  # our place in trainer_state.json, among the states of callbacks
 TRAINER_STATE = "trainer_state.json"
+SCHEDULE_FILE = "adapter_schedule.safetensors"
+Schedules = Mapping[str, Mapping[str, Tensor] | None]  # by adapter, see `schedule.schedule_state`
+
+
+class _AfterStep(TrainerCallback):
+    """Calls `minipeft.after_step` where the optimizer has stepped and the gradients are still there."""
+
+    def __init__(self, trainer: AdapterTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._check_schedule()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._after_step()
 
 
 class AdapterTrainerMixin:
@@ -33,6 +52,9 @@ class AdapterTrainerMixin:
     run, bit for bit on one kind of device, and refuses a checkpoint of another base, configuration or set of adapters.
     ``load_best_model_at_end=True`` puts the best adapter's values back. Every adapter of the model is in every
     checkpoint. A model that is not adapted is the Trainer's own business.
+
+    What `minipeft.extra_loss` gives is added to the loss in training, once an optimizer step however many passes add
+    up to it, and `minipeft.after_step` is called after each; so do neither yourself.
     """
 
     restores_adapters: ClassVar[bool] = True
@@ -43,6 +65,13 @@ class AdapterTrainerMixin:
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
     is_world_process_zero: Any
+    _in_checkpoint = False  # while a checkpoint is written, to go on from
+    _extra_loss_added = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        trainer.add_callback(_AfterStep(self))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -54,18 +83,89 @@ class AdapterTrainerMixin:
 
     def _adapted(self) -> AdaptedModel | None:
         """The model, where its adapters are ours to restore; FSDP and DeepSpeed have checkpoints of their own."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return None
+        return None if self.is_fsdp_enabled or self.is_deepspeed_enabled else self._unwrapped()
+
+    def _unwrapped(self) -> AdaptedModel | None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model if isinstance(model, AdaptedModel) else None
 
+    # ------------------------------------------------------------------------------------------------------- training
+    def _scheduled(self) -> AdaptedModel | None:
+        """The model, where an adapter in training asks for a loss of its own, or for a call after each step."""
+        adapted = self._adapted()
+        return adapted if adapted is not None and schedule.has_schedule(adapted) else None
+
+    def _check_schedule(self) -> None:
+        model = self._unwrapped()
+        if model is not None and self._adapted() is None and schedule.has_schedule(model):
+            raise StateError(
+                f"{shown(model.active_adapters)} trains by a schedule of its own, which needs its tensors whole; "
+                "use DDP instead of FSDP or DeepSpeed."
+            )
+
+    def _after_step(self) -> None:
+        model = self._scheduled()
+        if model is not None and not self.accelerator.optimizer_step_was_skipped:  # as after an overflow in float16
+            schedule.after_step(model, self.state.global_step)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """The Trainer's own, and in training the adapters' regularisation on top."""
+        parent: Any = super()
+        result = parent.compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        adapted = self._scheduled() if model.training else None
+        if adapted is None:
+            return result
+        self._extra_loss_added = True
+        loss, *outputs = result if return_outputs else (result,)
+        loss = loss + schedule.extra_loss(adapted).to(loss.device) / self._losses_to_a_step(num_items_in_batch)
+        return (loss, *outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, which must have come to `compute_loss` here.
+
+        Raises:
+            StateError: it has not, so that the adapters' regularisation would be missing.
+        """
+        parent: Any = super()
+        self._extra_loss_added = False
+        loss = parent.training_step(*args, **kwargs)
+        if not self._extra_loss_added and self._scheduled() is not None:
+            raise StateError(
+                f"{type(self).__name__}.compute_loss leaves out the adapters' own loss; let it call "
+                "super().compute_loss(...), which adds it."
+            )
+        return loss
+
+    def _losses_to_a_step(self, num_items_in_batch: Any) -> int:
+        """Of how many losses a step's gradient is the plain sum: one, where Trainer.training_step takes their mean."""
+        trainer: Any = self
+        is_share = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if is_share is None:
+            counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_share = counted or trainer.compute_loss_func is not None
+        return int(trainer.current_gradient_accumulation_steps) if is_share else 1
+
+    # -------------------------------------------------------------------------------------------------------- checkpoints
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         parent: Any = super()
         adapted = self._adapted()
         if adapted is not None:
             attributes = {"active_adapters": adapted.active_adapters}
             self.state.stateful_callbacks[RECORD] = {"args": {}, "attributes": attributes}
-        parent._save_checkpoint(model, trial)
+        self._in_checkpoint = True
+        try:
+            parent._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        parent: Any = super()
+        parent._save(output_dir, state_dict)
+        adapted = self._adapted()
+        if self._in_checkpoint and adapted is not None and output_dir is not None:
+            _save_to_go_on(adapted, Path(output_dir), with_schedule=not self.args.save_only_model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         parent: Any = super()
@@ -74,15 +174,20 @@ class AdapterTrainerMixin:
             parent._load_from_checkpoint(resume_from_checkpoint, model)
             return
         _check_active(adapted, Path(resume_from_checkpoint))
+        schedules = _read_schedules(adapted, Path(resume_from_checkpoint))
         restore_adapters(adapted, resume_from_checkpoint)
+        _load_schedules(adapted, schedules)
 
     def _load_best_model(self) -> None:
         parent: Any = super()
         adapted = self._adapted()
         if adapted is None:
             parent._load_best_model()
-        else:
-            restore_adapters(adapted, self.state.best_model_checkpoint)
+            return
+        best = Path(self.state.best_model_checkpoint)
+        schedules = _read_schedules(adapted, best) if (best / SCHEDULE_FILE).exists() else {}
+        restore_adapters(adapted, best)
+        _load_schedules(adapted, schedules)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The trainer's own card, marked as an adapter's, so that the hub shows how to load one."""
@@ -139,7 +244,7 @@ def _adapters_in(root: Path) -> set[str]:
 def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Tensor]:
     """What a directory holds for an adapter of this model, after every check."""
     file = open_adapter(directory)
-    here = config_from_dict(checkpoint.file_config(model, model.adapter_configs[name], name)).to_dict()
+    here = config_from_dict(checkpoint.file_config(model, model.adapter_configs[name], name, packed=False)).to_dict()
     there = file.config.to_dict()
     differ = [key for key in here if key not in PROVENANCE and here[key] != there.get(key)]
     if differ:
@@ -149,6 +254,42 @@ def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Ten
     fit = checkpoint.compare(file, model.adapter_state_dict(name), model)
     checkpoint.check_strict(file, fit, strict=True)
     return checkpoint.read_tensors(file, fit)
+
+
+def _save_to_go_on(model: AdaptedModel, root: Path, with_schedule: bool) -> None:
+    """Save again what `save_pretrained` has left out as of no more use; and the state of the schedules."""
+    for name, config in model.adapter_configs.items():
+        whole = checkpoint.file_config(model, config, name, packed=False)
+        if whole != checkpoint.file_config(model, config, name):
+            model._write_adapter(directory_of(root, name), name, model.adapter_state_dict(name), whole)
+    if with_schedule and any(schedule.keeps_state(model, name) for name in model.adapter_configs):
+        states = {name: schedule.schedule_state(model, name) for name in model.adapter_configs}
+        found = {
+            f"{name}/{key}": t.detach().cpu().contiguous() for name, part in states.items() for key, t in part.items()
+        }
+        write_files(root, {SCHEDULE_FILE: safetensors.torch.save(found)})
+
+
+def _read_schedules(model: AdaptedModel, root: Path) -> Schedules:
+    """The state of each adapter's schedule in a checkpoint, seen to fit; None where there is none."""
+    path = root / SCHEDULE_FILE
+    states: dict[str, dict[str, Tensor] | None] = dict.fromkeys(model.adapter_configs)
+    try:
+        if path.exists():
+            found = safetensors.torch.load(path.read_bytes())
+            for name in states:
+                prefix = f"{name}/"
+                states[name] = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
+        for name, state in states.items():
+            schedule.check_schedule_state(model, name, state)
+    except (CheckpointError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not what this run can go on from: {error} Nothing was restored.") from None
+    return states
+
+
+def _load_schedules(model: AdaptedModel, schedules: Schedules) -> None:
+    for name, state in schedules.items():
+        schedule.load_schedule_state(model, name, state)
 
 
 def _check_active(model: AdaptedModel, directory: Path) -> None:

@@ -16,6 +16,7 @@ from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.parts import Parts
 from minipeft.planning import Plan
+from minipeft.state import STATE, AdapterState
 
 SAMPLES = 8
 QUANTISED = 0.5  # of their norm, for all samples together; 4 bits cost about 0.1, and an unrelated weight is off by 1.4
@@ -23,11 +24,18 @@ QUANTISED = 0.5  # of their norm, for all samples together; 4 bits cost about 0.
 
 def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
     """A few base weights of each layer the adapter is on, by which a reader knows the base again; not of merged layers."""
+    remembered = model.__dict__[STATE].samples.get(adapter_name, {})
     return {
-        name: sample(layer.ops, layer.base_layer, layer.adapter(adapter_name))
+        name: sample(layer.ops, layer.base_layer, layer.adapter(adapter_name)) or remembered.get(name, [])
         for name, layer in adapted_layers(model)
         if layer.leads(adapter_name) and not layer.merged
     }
+
+
+def remember_base(model: nn.Module) -> None:
+    """Take samples of an adapted model's base while this process has the weights whole, before they are sharded."""
+    state: AdapterState = model.__dict__[STATE]
+    state.samples = {name: base_samples(model, name) for name in state.configs}
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ class AdapterState:
     resting: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # what an idle adapter would train
     merged: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # see `minipeft.same_base.remember_base`
 
 
 def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minipeft.adapted import AdaptedLayer, innermost, wrappers
 from minipeft.adapter_file import MAX_CONFIG_BYTES, AdapterFile
 from minipeft.config import AdapterConfig
-from minipeft.errors import CheckpointError, ConfigError
+from minipeft.errors import CheckpointError, ConfigError, told
 from minipeft.files import read_limited
 from minipeft.hub import is_hub_id
 from minipeft.parts import PREFIX
@@ -87,7 +87,7 @@ def with_tables(
     if save is False:
         return dict(tensors), dict(config)
     if save != "auto":
-        raise ConfigError(f'save_embedding_layers must be True, False or "auto", not {save!r:.50}. Nothing was saved.')
+        raise ConfigError(f'save_embedding_layers must be True, False or "auto", not {told(save)}. Nothing was saved.')
     known = base_vocabulary(model)
     all_tensors, trained = dict(tensors), _ids_by_name(model, config)
     ids = dict(trained)

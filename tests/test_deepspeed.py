@@ -29,6 +29,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 
 import minipeft
+from minipeft.adapter_file import open_adapter
 from minipeft.training.order import UpdateOrder
 from minipeft.training.updates import Updater
 
@@ -204,6 +205,7 @@ def test_a_run_of_two_processes_has_the_losses_of_one(stage, more, flags, single
     code, output = launch(stage, SCRIPT, *flags, *divided, "--output_dir", directory)
     assert code == 0, output
     assert losses_of(directory) == pytest.approx(losses_of(single), abs=1e-5)
+    assert open_adapter(directory).base == open_adapter(single).base  # also where the base is in pieces
     saved, expected = (load_file(path / "adapter_model.safetensors") for path in (directory, single))
     assert saved.keys() == expected.keys()
     for name, weight in expected.items():
@@ -231,8 +233,8 @@ def fake(mixed_precision="no", **config):
         (["--resume"], fake(), "--save_every and --resume do not go with DeepSpeed"),
         (["--fsdp"], fake(), "--fsdp and --auto_batch do not go with DeepSpeed"),
         (["--auto_batch"], fake(), "--fsdp and --auto_batch do not go with DeepSpeed"),
-        ([], fake(mixed_precision="bf16"), "--mixed_precision bf16: DeepSpeed would round the weights"),
-        ([], fake(optimizer={"type": "AdamW"}), "configuration has the optimizer of another program"),
+        ([], fake(mixed_precision="bf16"), "mixed_precision bf16: DeepSpeed would round the weights"),
+        ([], fake(optimizer={"type": "AdamW"}), "configuration has its own optimizer"),
         ([], fake(gradient_clipping=0.5), "gradient_clipping is 0.5, and must be 1.0 here"),
         ([], fake(gradient_accumulation_steps=4), "gradient_accumulation_steps is 4, and must be 1 here"),
         ([], fake(train_batch_size=8), "train_batch_size is 8, and must be 16 here"),
@@ -241,7 +243,7 @@ def fake(mixed_precision="no", **config):
 def test_what_deepspeed_would_do_otherwise_is_refused_in_one_line(train, tmp_path, words, accelerator, message):
     args = train.parse_args([*words, "--output_dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit, match=message) as stopped:
-        train.check_deepspeed(args, accelerator)
+        train.one_line_errors()(train.check_deepspeed)(args, accelerator)
     assert str(stopped.value).startswith("train.py: error: ")
     assert "\n" not in str(stopped.value)
 

@@ -43,8 +43,8 @@ RESULTS |= {
 
 
 # ------------------------------------------------------------------------------------------------------ how it is run
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **more}
     return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=200)
 
 
@@ -211,8 +211,11 @@ def test_two_processes_train_as_one_and_write_once(train, still_base, short_text
     flags = ["--model_name", str(still_base), "--train_file", str(short_text), "--eval_file", str(short_text)]
     flags += ["--max_length", "64", "--max_steps", "3", "--mixed_precision", "no"]
     train.main([*flags, "--batch_size", "6", "--output_dir", str(tmp_path / "one")])
+    (tmp_path / "temporary").mkdir()
     two = [*flags, "--batch_size", "3", "--output_dir", tmp_path / "two"]
-    first, second = warm.ranks(tmp_path, warm.script, SCRIPT, *two, ACCELERATE_USE_CPU="true")
+    environment = {"ACCELERATE_USE_CPU": "true", "TMPDIR": str(tmp_path / "temporary")}
+    first, second = warm.ranks(tmp_path, warm.script, SCRIPT, *two, **environment)
+    assert not list((tmp_path / "temporary").rglob("*.jsonl"))
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     assert (first.stdout.count("trainable"), second.stdout) == (1, "")
     assert {path.name for path in (tmp_path / "two").iterdir()} == RESULTS

@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import minipeft
+from minipeft.adapter_file import open_adapter
 from minipeft.training.checkpoints import Checkpoints
 from minipeft.training.launch import check_processes, must_use_cpu
 from minipeft.training.lock import RunLock
@@ -419,6 +420,9 @@ def test_however_they_are_started_two_processes_follow_the_course(way, flags, pa
     elif way == "fsdp":
         code, output = run(*LAUNCH, *TWO, *ONE_MACHINE, *words, "--fsdp")
         assert code == 0, output
+        known = open_adapter(directory).base
+        assert known == open_adapter(pair).base
+        assert all(known.values())
     else:
         command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29612", *words]
         code, output = run(*command, ACCELERATE_USE_CPU="false")

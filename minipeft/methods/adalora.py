@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of
-from minipeft.errors import ConfigError, StateError
+from minipeft.errors import CheckpointError, ConfigError, StateError, shown, told
 from minipeft.functional import is_column_major, lora_factors, low_rank_product
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
@@ -20,6 +21,8 @@ from minipeft.registry import register_method
 
 MAX_RANK, MAX_STEPS = 2**16, 2**53
 RANKS_SUFFIX = ".lora_E"  # ends the keys of rank_pattern
+MEANS = ("sensitivity", "uncertainty")
+UNSCHEDULED_CHANGES = 3  # after which it is said that nobody calls `after_step`
 # Default target modules by model_type where PEFT's are others than LoRA's.
 DEFAULTS = {
     "t5": ("q", "k", "v", "o", "wi", "wo"),
@@ -36,8 +39,9 @@ class AdaLoraConfig(AdapterConfig):
     """AdaLoRA's options, on top of `AdapterConfig`'s; names, meanings and defaults are PEFT's.
 
     Training has three phases: `tinit` steps at the full rank; then the mean rank goes down, as a cube, from `init_r` to
-    `target_r`; then `tfinal` steps with the ranks as they are. Call `minipeft.after_step` in every step and add
-    `minipeft.extra_loss` to the loss.
+    `target_r`; then `tfinal` steps with the ranks as they are. `minipeft.hf.AdapterTrainer` and
+    `minipeft.training.updates.Updater` see to it; in a loop of your own call `minipeft.after_step` in every step and
+    add `minipeft.extra_loss` to the loss.
 
     Args:
         init_r, target_r: rank of every update at first, and in the mean at the end.
@@ -136,11 +140,15 @@ class AdaLoraConfig(AdapterConfig):
 
 def _checked_pattern(given: object, init_r: int) -> dict[str, tuple[bool, ...]]:
     if not isinstance(given, Mapping):
-        raise ConfigError(f"rank_pattern must map '<module>{RANKS_SUFFIX}' to lists of booleans, not {given!r:.100}.")
+        raise ConfigError(
+            f"rank_pattern must map '<module>{RANKS_SUFFIX}' to lists of booleans, not {told(given, 100)}."
+        )
     for key, kept in given.items():
         right = isinstance(kept, list | tuple) and len(kept) == init_r and all(isinstance(k, bool) for k in kept)
         if not isinstance(key, str) or not right:
-            raise ConfigError(f"rank_pattern[{key!r}] must be a list of init_r = {init_r} booleans, not {kept!r:.100}.")
+            raise ConfigError(
+                f"rank_pattern[{told(key)}] must be a list of init_r = {init_r} booleans, not {told(kept, 100)}."
+            )
     return {key: tuple(kept) for key, kept in given.items()}
 
 
@@ -175,12 +183,20 @@ class AdaLora(Adapter):
         for factor in (self.lora_A, self.lora_B):
             nn.init.normal_(factor, std=std)
         nn.init.zeros_(self.lora_E) if config.init_lora_weights else nn.init.normal_(self.lora_E)
-        # What training knows of the components: which were left at the last allocation, shape (r,), and the running
-        # means of every parameter's sensitivity and uncertainty, by its name.
+        # What training knows: the last step that `after_step` was called for; which components were left at the last
+        # allocation, shape (r,); and the running means of every parameter's sensitivity and uncertainty, by its name.
+        self.step = -1
         self.register_buffer("left", None, persistent=False)
         self.means: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen = (
+            0,
+            0,
+            0.0,
+        )  # training passes, how often one found another Lambda, and the sum of the last one found
 
     def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+        if self.training and self.step < 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._miss_schedule()
         dropout, down = self.dropout if self.training else 0.0, self.lora_A * self.lora_E
         return low_rank_forward(base, ops, x, y, down, self.lora_B, self.scaling, dropout)
 
@@ -203,29 +219,39 @@ class AdaLora(Adapter):
         assert config.total_step is not None
         end = config.total_step - config.tfinal
         parts = list(adapters.values())
-        if step < end:
-            for adapter in parts:
-                adapter._notice()
+        last = max(adapter.step for adapter in parts)
+        if step <= last:
+            raise StateError(
+                f"AdaLoRA has done step {last} already, and step {step} came. Call after_step once a step, with steps counted "
+                "over the whole run; for a new run, load the saved adapter into a fresh base."
+            )
+        idle = [name for adapter in parts for name, p in adapter.named_parameters() if p.grad is None]
+        if step < end and idle:
+            raise StateError(
+                f"AdaLoRA's allocation reads gradients, and {idle[0]} has none; call after_step after backward() and before "
+                "zero_grad()."
+            )
+        for adapter in parts if step < end else ():
+            adapter._notice()
+        noticed = all(adapter.means for adapter in parts)
+        if step == end and not noticed:
+            raise StateError(f"AdaLoRA allocates at step {end}, and after_step was not called for those before it.")
         start = sum(len(adapter.lora_E) for adapter in parts)
         budget, allocates = config.budget(step, start, min(start, config.target_r * len(parts)))
-        if step <= end and allocates:
+        if allocates and noticed:  # beyond the end only where the step at the end itself was skipped
             _allocate(parts, budget)
-        if step > end:
-            for adapter in parts:
+        for adapter in parts:
+            adapter.step = step
+            if step > end:
                 adapter._take_away(adapter.left if adapter.left is not None else adapter.lora_E.detach().flatten() != 0)
-        if step == end:
-            for adapter in parts:
+            if step >= end:
                 adapter.means = {}
 
     @torch.no_grad()
     def _notice(self) -> None:
         """Running means of every parameter's sensitivity |w dL/dw| and its uncertainty; eqs. (9) to (11)."""
         for name, parameter in self.named_parameters():
-            if parameter.grad is None:
-                raise StateError(
-                    f"AdaLoRA's allocation reads gradients, and {name} has none; call after_step after backward() and "
-                    "before zero_grad()."
-                )
+            assert parameter.grad is not None
             now = (parameter * parameter.grad).abs()
             mean, unsure = self.means.get(name, (torch.zeros_like(now), torch.zeros_like(now)))
             mean = self.beta1 * mean + (1 - self.beta1) * now
@@ -249,6 +275,39 @@ class AdaLora(Adapter):
         norms = [torch.linalg.matrix_norm(g - torch.eye(len(g), dtype=g.dtype, device=g.device)) for g in grams]
         return config.orth_reg_weight * torch.stack([norm.to(norms[0].device) for norm in norms]).mean()
 
+    def _miss_schedule(self) -> None:
+        """Warn where the values change from pass to pass and `after_step` is never called; looks at pass 1, 2, 4, 8, ..."""
+        passes, changes, last = self.seen
+        now = float(self.lora_E.detach().sum()) if passes & (passes + 1) == 0 else last
+        self.seen = (passes + 1, changes + (now != last), now)
+        if now != last and changes + 1 == UNSCHEDULED_CHANGES:
+            warnings.warn(
+                "AdaLoRA trains, and nobody calls minipeft.after_step: no rank is taken away, and without "
+                "minipeft.extra_loss nothing keeps P and Q orthogonal. minipeft.hf.AdapterTrainer does both.",
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------------------------------------------ going on with a run
+    def training_state(self) -> dict[str, Tensor]:
+        state = {} if self.step < 0 else {"step": torch.tensor(self.step)}
+        state |= {} if self.left is None else {"left": self.left}
+        for name, means in self.means.items():
+            state |= {f"{name}.{what}": mean for what, mean in zip(MEANS, means, strict=True)}
+        return state
+
+    def check_training_state(self, state: Mapping[str, Tensor]) -> None:
+        means = {f"{name}.{what}": p for name, p in self.named_parameters() for what in MEANS}
+        known = {"step": torch.tensor(0), "left": torch.ones(len(self.lora_E), dtype=torch.bool)} | means
+        right = all(n in known and (t.shape, t.dtype) == (known[n].shape, known[n].dtype) for n, t in state.items())
+        if not right or len(state.keys() & means.keys()) not in (0, len(means)) or (state and "step" not in state):
+            raise CheckpointError(f"this is of another AdaLoRA's schedule: {shown(sorted(state), 9)}.")
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        own = {name: tensor.to(self.lora_E.device) for name, tensor in state.items()}
+        self.step, self.left = int(state.get("step", -1)), own.get("left")
+        names = [name for name, _ in self.named_parameters() if f"{name}.{MEANS[0]}" in own]
+        self.means = {name: (own[f"{name}.{MEANS[0]}"], own[f"{name}.{MEANS[1]}"]) for name in names}
+
     # ------------------------------------------------------------------------------------------------------------ files
     def _pattern(self) -> list[bool]:
         """Which of the `init_r` components a file need hold: all this adapter has, unless one is at zero for good."""
@@ -258,7 +317,7 @@ class AdaLora(Adapter):
         return [was and next(left) for was in self.kept]
 
     @classmethod
-    def file_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
+    def packing(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
         patterns = {name + RANKS_SUFFIX: adapter._pattern() for name, adapter in adapters.items()}
         return {"rank_pattern": patterns if not all(map(all, patterns.values())) else None}
 

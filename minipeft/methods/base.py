@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig
+from minipeft.errors import CheckpointError, shown
 from minipeft.functional import is_column_major, low_rank_product
 from minipeft.layers.base import LayerOps
 
@@ -169,6 +170,22 @@ class Adapter(nn.Module, ABC):
         """A scalar to add to the model's loss, such as a regularisation, or None; arguments are those of `after_step`."""
         return None
 
+    def training_state(self) -> dict[str, Tensor]:
+        """What a run has to know of this adapter to go on, beside its parameters: name, without '/' -> tensor."""
+        return {}
+
+    def check_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """See whether `load_training_state` can take this, and change nothing; goes with `training_state`.
+
+        Raises:
+            CheckpointError: `training_state` gives no such thing of such an adapter.
+        """
+        if state:
+            raise CheckpointError(f"{type(self).__name__} keeps no training state, and {shown(state, 3)} came.")
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `training_state` gave, in place of what there is; the tensors are the adapter's to keep."""
+
     # -------------------------------------------------------------------------------------------------------- files
     def file_tensors(self) -> dict[str, Tensor]:
         """What is saved: the key after the module's name in a file -> the live tensor."""
@@ -181,6 +198,11 @@ class Adapter(nn.Module, ABC):
     @classmethod
     def file_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
         """Options in ``adapter_config.json`` that depend on what came of the adapters; `values` is what it holds else."""
+        return {}
+
+    @classmethod
+    def packing(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
+        """Options that say what `packed` leaves out; a run's checkpoints, from which training goes on, leave nothing out."""
         return {}
 
     @classmethod

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer
-from minipeft.errors import ConfigError, TargetError
+from minipeft.errors import ConfigError, TargetError, told
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.registry import register_method
@@ -65,7 +65,9 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
         ConfigError: it is not that.
     """
     if not isinstance(value, list | tuple) or not value:
-        raise ConfigError(f"{name} must be a non-empty list of token ids such as [50257, 50258], not {value!r:.100}.")
+        raise ConfigError(
+            f"{name} must be a non-empty list of token ids such as [50257, 50258], not {told(value, 100)}."
+        )
     ids = tuple(integer(f"{name}[{place}]", index, at_least=0) for place, index in enumerate(value))
     twice = next((index for index in ids if ids.count(index) > 1), None) if len(set(ids)) < len(ids) else None
     if twice is not None:
@@ -82,8 +84,8 @@ def token_option(name: str, value: object) -> tuple[int, ...] | dict[str, tuple[
     if not isinstance(value, Mapping):
         return None if value is None else token_ids(name, value)
     if not value or not all(isinstance(module, str) and module for module in value):
-        raise ConfigError(f"{name} must map module names to lists of token ids, not {value!r:.100}.")
-    return {module: token_ids(f"{name}[{module!r}]", ids) for module, ids in value.items()}
+        raise ConfigError(f"{name} must map module names to lists of token ids, not {told(value, 100)}.")
+    return {module: token_ids(f"{name}[{told(module)}]", ids) for module, ids in value.items()}
 
 
 def tokens_beside(option: Sequence[int] | Mapping[str, Sequence[int]] | None) -> list[tuple[str, AdapterConfig]]:

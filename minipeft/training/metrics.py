@@ -18,28 +18,33 @@ class Metrics:
     """The rows of a run, over all its interruptions.
 
     Args:
-        directory: of the run.
+        directory: of the run; None: keep the rows in memory, as processes do which are not the first.
         step: updates that the run has done; rows of later ones, which an interruption has undone, are removed.
 
     Raises:
         CheckpointError: the file that is there is no such file, or cannot be written.
     """
 
-    def __init__(self, directory: Path, step: int = 0) -> None:
-        path = directory / FILE
-        self.rows = [row for row in read_rows(path) if row["step"] <= step] if step and path.exists() else []
-        write_files(directory, {FILE: "".join(map(_line, self.rows)).encode()})
-        self._file: TextIO = path.open("a", encoding="utf-8")
+    def __init__(self, directory: Path | None, step: int = 0) -> None:
+        self.rows: list[Row] = []
+        self._file: TextIO | None = None
+        if directory is not None:
+            path = directory / FILE
+            self.rows = [row for row in read_rows(path) if row["step"] <= step] if step and path.exists() else []
+            write_files(directory, {FILE: "".join(map(_line, self.rows)).encode()})
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row; it has a ``step``."""
         self.rows.append(dict(row))
-        self._file.write(_line(row))
-        self._file.flush()  # to be read while the training runs
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()  # to be read while the training runs
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -33,6 +33,7 @@ from minipeft.card import write_card
 from minipeft.errors import CheckpointError, ConfigError, StateError, shown
 from minipeft.model import AdaptedModel
 from minipeft.same_base import base_samples
+from minipeft.schedule import check_schedule_state, load_schedule_state, schedule_state
 from minipeft.training.checkpoints import Checkpoints, verify
 from minipeft.training.differences import config_differences
 from minipeft.training.optimizer_state import (
@@ -159,13 +160,14 @@ class TrainingState:
             "world_size": world_size,
             "versions": _versions(),
             "optimizer": optimizer,
+            "schedule": to_plain(schedule_state(self.model, self.adapter_name), "schedule", others.put),
             **helpers,
         }
         rng = gathered_rng_states()
         if rank != 0:
             return None
         name = self.adapter_name
-        config = checkpoint.file_config(self.model, self.model.adapter_configs[name], name)
+        config = checkpoint.file_config(self.model, self.model.adapter_configs[name], name, packed=False)
         base = base_samples(self.model, name)
         return Snapshot(adapter.tensors, config, base, others.tensors, rng, state)
 
@@ -215,11 +217,12 @@ class TrainingState:
             error = caught
         agree(error)
         assert loaded is not None
-        adapter, optimizer, helpers, rng, progress = loaded
+        adapter, optimizer, schedule, helpers, rng, progress = loaded
         with torch.no_grad():
             for key, tensor in self._live().items():
                 tensor.copy_(sharded_like(tensor, adapter[key]))
         load_exactly(self.optimizer, optimizer)
+        load_schedule_state(self.model, self.adapter_name, schedule)
         for name, helper in self.helpers.items():
             if helper is not None:
                 helper.load_state_dict(helpers[name])
@@ -229,7 +232,7 @@ class TrainingState:
 
     def _read(
         self, folder: Path, may_differ: Sequence[str], exact: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Tensor], Progress]:
+    ) -> tuple[dict[str, Tensor], dict[str, Any], Any, dict[str, Any], dict[str, Tensor], Progress]:
         files = verify(folder)
         if files.keys() != {CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE}:
             raise CheckpointError(f"{folder} is no checkpoint of a training run: it has {shown(files)}.")
@@ -244,7 +247,9 @@ class TrainingState:
             groups = self._groups(self._live())
             optimizer = optimizer_from_plain(state["optimizer"], self.optimizer, groups, tensors.__getitem__)
             rng = _random_state(files[RNG_FILE], state["world_size"], exact)
-            return adapter, optimizer, helpers, rng, Progress(state["step"], state["position"])
+            schedule = from_plain(state.get("schedule"), tensors.__getitem__)
+            check_schedule_state(self.model, self.adapter_name, schedule)
+            return adapter, optimizer, schedule, helpers, rng, Progress(state["step"], state["position"])
         except ConfigError:
             raise
         except CheckpointError as error:

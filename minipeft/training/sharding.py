@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from minipeft.errors import StateError
+from minipeft.same_base import remember_base
 
 
 def shard(model: nn.Module, device: torch.device | str) -> None:
@@ -29,6 +30,7 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
     blocks = [m for m in model.modules() if any(c.__name__ == "GradientCheckpointingLayer" for c in type(m).__mro__)]
     if not blocks:
         raise StateError(f"{type(model).__name__} has no blocks that could be gathered one at a time.")
+    remember_base(model)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from minipeft.errors import StateError
+from minipeft.schedule import after_step, extra_loss, has_schedule
 from minipeft.training.collate import Batch, Store, eval_batches
 from minipeft.training.order import Update
 
@@ -53,7 +54,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Updater:
-    """Makes the updates of a run.
+    """Makes the updates of a run; with `minipeft.extra_loss` and `minipeft.after_step`, for methods that ask for them.
 
     Args:
         accelerator: of the run; its own accumulation stays at 1.
@@ -66,7 +67,8 @@ class Updater:
         engine: DeepSpeed's, of this model and optimizer; it exchanges, clips and steps, each in its own way.
 
     Raises:
-        StateError: `auto_batch` does not go with the model; or the engine clips or divides otherwise than is meant here.
+        StateError: `auto_batch` or the method's schedule does not go with a sharded model; or the engine clips or divides
+            otherwise than is meant here.
     """
 
     def __init__(
@@ -87,9 +89,14 @@ class Updater:
         self.micro_batch, self.clip, self.auto_batch = micro_batch, clip, auto_batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sharded = isinstance(model, FSDPModule)
+        self.scheduled = has_schedule(model)
         if auto_batch and (self.sharded or engine is not None):
             raise StateError(
                 "auto_batch does not go with a sharded model or DeepSpeed: processes wait for each other within a pass."
+            )
+        if self.scheduled and (self.sharded or engine is not None):
+            raise StateError(
+                "the adapter trains by a schedule of its own, which needs its tensors whole; not a sharded model or DeepSpeed."
             )
         if engine is not None:
             self._check_engine()
@@ -100,7 +107,7 @@ class Updater:
                 dist.broadcast(parameter.data, 0)
 
     def __call__(self, update: Update) -> float:
-        """Make an update, and return its mean loss in nats a token.
+        """Make an update, and return its mean loss in nats a token, without what a method adds to it.
 
         Raises:
             StateError: memory runs out with one example at a time, or with any number where `auto_batch` is off.
@@ -117,6 +124,8 @@ class Updater:
             self._exchange()
         self.accelerator.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
+        if self.scheduled and not self.optimizer.step_was_skipped:  # type: ignore[attr-defined]
+            after_step(self.model, update.number)
         self.optimizer.zero_grad()
         return total / update.tokens
 
@@ -139,6 +148,8 @@ class Updater:
                     loss = self.loss(self.model if engine is None else engine, batch)
                 (self.accelerator if engine is None else engine).backward(loss * scale)
                 sums[0] += float(loss.detach())
+            if self.scheduled and rank == 0:  # once over all processes, whose gradients are summed
+                self.accelerator.backward(extra_loss(self.model))
         except (RuntimeError, MemoryError) as error:
             if self.sharded or engine is not None or not is_out_of_memory(error):
                 raise

@@ -1,0 +1,66 @@
+"""A base that is cut up over processes is known again all the same: its samples are taken before."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import gpt2
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import minipeft
+from minipeft import CheckpointError, LoraConfig, StateError
+from minipeft.adapter_file import open_adapter
+from minipeft.same_base import base_samples, remember_base
+from minipeft.training.checkpoints import Checkpoints
+from minipeft.training.run_state import TrainingState
+from minipeft.training.sharding import is_sharded, shard
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of one process, which fully_shard makes shards for as it does for many."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def adapted(seed=0):
+    torch.manual_seed(0)
+    return minipeft.get_lora_model(gpt2(seed=seed), LoraConfig(r=2, target_modules=["c_attn", "c_fc"]))
+
+
+def state_of(model):
+    return TrainingState(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+
+
+def sharded(model, remembered):
+    if remembered:
+        remember_base(model)
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+def test_an_adapter_saved_from_shards_refuses_another_base(group, tmp_path):
+    expected = base_samples(adapted(), "default")
+    model = sharded(adapted(), True)
+    assert is_sharded(model)
+    state = state_of(model)
+    state.save_adapter(tmp_path / "adapter")
+    folder = state.save(Checkpoints(tmp_path), 1)
+    for directory in (tmp_path / "adapter", folder):
+        assert open_adapter(directory).base == expected
+        assert all(len(values) == 8 for values in expected.values())
+        with pytest.raises(CheckpointError, match="trained on another base"):
+            minipeft.load_adapter(gpt2(seed=1), directory)
+        minipeft.load_adapter(gpt2(), directory, is_trainable=True)
+    state.restore(folder)
+    with pytest.raises(CheckpointError, match="trained on another base"):
+        state_of(sharded(adapted(seed=1), True)).restore(folder)
+
+
+def test_shards_have_no_samples_to_take(group):
+    assert set(map(len, base_samples(sharded(adapted(), False), "default").values())) == {0}
+
+
+def test_one_process_is_not_sharded():
+    with pytest.raises(StateError, match="start more"):
+        shard(adapted(), "cpu")

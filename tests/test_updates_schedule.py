@@ -1,0 +1,149 @@
+"""AdaLoRA in `Updater`: its own loss counts once an update, and its ranks go, on any number of processes."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import gpt2
+from tiny_rows import Rows
+
+pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState, GradientState
+from test_updates import mean_loss, no_room_for, updater_of
+
+import minipeft
+from minipeft import AdaLoraConfig, StateError
+from minipeft.training.order import UpdateOrder
+from minipeft.training.updates import Updater
+
+STEPS = 6
+SCHEDULE = {"total_step": STEPS, "tinit": 1, "tfinal": 2, "init_r": 4, "target_r": 1, "orth_reg_weight": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A process has one accelerator state; each test starts without."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def adapted():
+    torch.manual_seed(0)
+    config = AdaLoraConfig(target_modules=["c_attn", "c_fc"], init_lora_weights=False, **SCHEDULE)
+    return minipeft.get_adapter_model(gpt2(), config).double().train()  # one rounding may decide which rank goes
+
+
+def ranks(model):
+    return sum(int((t != 0).sum()) for key, t in model.adapter_state_dict().items() if key.endswith("lora_E"))
+
+
+def by_hand(model):
+    """Plain SGD on the mean over all tokens and the method's own loss, clipped; the ranks after each step."""
+    order, left, losses = UpdateOrder(Rows(), 7, seed=0), [], []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for number in range(STEPS):
+        loss = mean_loss(model, Rows().rows(order[number].indices))
+        optimizer.zero_grad()
+        (loss + minipeft.extra_loss(model)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        minipeft.after_step(model, number)
+        losses.append(loss.item())
+        left.append(ranks(model))
+    return losses, left
+
+
+def assert_alike(model, reference):
+    expected = reference.adapter_state_dict()
+    for key, tensor in model.adapter_state_dict().items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [7, 2])
+def test_updates_are_the_loop_written_by_hand(micro_batch):
+    model = adapted()
+    reference = copy.deepcopy(model)
+    losses, left = by_hand(reference)
+    update, order, found = updater_of(model, micro_batch=micro_batch, clip=0.5), UpdateOrder(Rows(), 7, seed=0), []
+    for number in range(STEPS):
+        assert update(order[number]) == pytest.approx(losses[number], rel=1e-5)
+        found.append(ranks(model))
+    assert found == left
+    assert (left[0], left[-1]) == (16, 4)
+    assert_alike(model, reference)
+
+
+def test_where_memory_runs_out_it_is_still_counted_once(capsys):
+    model = adapted()
+    reference = copy.deepcopy(model)
+    by_hand(reference)
+    update = updater_of(model, micro_batch=4, clip=0.5, auto_batch=True, loss=no_room_for(1))
+    for number in range(STEPS):
+        update(UpdateOrder(Rows(), 7, seed=0)[number])
+    assert update.micro_batch == 1
+    assert_alike(model, reference)
+
+
+def test_a_skipped_step_is_left_out():
+    update, order = updater_of(adapted(), clip=0.5), UpdateOrder(Rows(), 7, seed=0)
+    for number in range(STEPS):
+        update.optimizer._is_overflow = number == 4  # of the last allocation
+        update(order[number])
+        assert ranks(update.model) == 4 or number < 5
+
+
+def test_an_engine_that_cuts_tensors_up_is_refused():
+    engine = SimpleNamespace(gradient_clipping=float, gradient_accumulation_steps=int)
+    with pytest.raises(StateError, match="needs its tensors whole"):
+        Updater(SimpleNamespace(), adapted(), None, micro_batch=1, clip=1.0, engine=engine)
+
+
+RANKS = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch, torch.distributed as dist
+from accelerate import Accelerator
+from test_updates_schedule import Rows, STEPS, UpdateOrder, adapted, ranks, updater_of
+
+torch.set_num_threads(1)
+accelerator = Accelerator(cpu=True)
+update, order = updater_of(adapted(), accelerator, micro_batch=2, clip=0.5), UpdateOrder(Rows(), 7, seed=0)
+losses = [update(order[number]) for number in range(STEPS)]
+state = {{key: tensor.detach() for key, tensor in update.model.adapter_state_dict().items()}}
+torch.save([losses, state], f"{{sys.argv[1]}}/{{accelerator.process_index}}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent)), "utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    env |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path], env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE
+        )
+        for r in "01"
+    ]
+    errors = [process.communicate(timeout=60)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    reference = adapted()
+    losses, _ = by_hand(reference)
+    for rank in "01":
+        found, state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found == pytest.approx(losses, rel=1e-5)
+        for key, tensor in reference.adapter_state_dict().items():
+            torch.testing.assert_close(state[key], tensor.detach(), rtol=1e-4, atol=1e-6)
