@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft import batch_parts, gemm, heap, recompute
-from minipeft.fused import can_fuse, frozen_linear
+from minipeft.frozen import can_fuse, frozen_linear
 from minipeft.layers.base import LayerOps
 from minipeft.mixing import SameFunction
 
