@@ -47,7 +47,10 @@ class Int8TensorOps(QuantizedLinearOps):
     @classmethod
     @torch.no_grad()
     def dequantized_in(cls, base: Any, dtype: torch.dtype) -> Tensor:
-        weight: Tensor = base.weight.dequantize(dtype)
+        packed = base.weight
+        row_by_row = packed.scale.shape == (len(packed), 1)
+        # As torchao's own product has it, which passes over the zero points: they are 0. `dequantize` makes three arrays.
+        weight: Tensor = packed.qdata.to(dtype).mul_(packed.scale) if row_by_row else packed.dequantize(dtype)
         return weight
 
     @staticmethod
