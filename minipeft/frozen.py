@@ -39,28 +39,39 @@ def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
     )
 
 
-def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def frozen_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, call: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """``x @ weight.T + bias`` for a frozen weight and bias, by the faster matrix library; shapes as for `lora_linear`.
 
-    Under autocast x is cast, and the result has the dtype that x had.
+    Under autocast x is cast, and the result has the dtype that x had. Where `call` is given, it computes the result,
+    with what it has of its own rounding, and `weight` is for the gradient alone.
     """
     device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype is not torch.float64:
+    if torch.is_autocast_enabled(device) and dtype is not torch.float64 and call is None:
         x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return frozen_linear(x, weight, bias).to(dtype)
     if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        result: Tensor = _FrozenLinear.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
         return result
-    return gemm.linear(x, held_or_made(weight, dtype), None if bias is None else bias.to(dtype))
+    return _forward(x, weight, bias, call)
+
+
+def _forward(x: Tensor, weight: Weight, bias: Tensor | None, call: Callable[[Tensor], Tensor] | None) -> Tensor:
+    if call is not None:
+        return call(x)
+    return gemm.linear(x, held_or_made(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, call: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
         ctx.save_for_backward(weight if isinstance(weight, Tensor) else None)
         ctx.make = None if isinstance(weight, Tensor) else weight
-        return gemm.linear(x, held_or_made(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        return _forward(x, weight, bias, call)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,4 +79,4 @@ class _FrozenLinear(torch.autograd.Function):
             with torch.autocast(dy.device.type, enabled=False):
                 return _FrozenLinear.backward(ctx, dy)
         weight = held_or_made(ctx.make or ctx.saved_tensors[0], dy.dtype)
-        return (dy @ weight if torch.is_grad_enabled() else gemm.linear(dy, weight.t())), None, None
+        return (dy @ weight if torch.is_grad_enabled() else gemm.linear(dy, weight.t())), None, None, None

@@ -243,6 +243,24 @@ def test_kept_are_the_input_and_the_few_columns_of_its_projection(kind, rows, fr
 
 
 # ------------------------------------------------------------------------------------------- where it is another map
+@every_kind
+def test_in_eval_mode_every_bit_is_the_layers_own_and_still_no_weight_is_kept(kind):
+    model = adapted(quantised(kind, lambda: nn.Linear(IN, 78))).eval()
+    x, kept = torch.randn(6, IN, requires_grad=True), []
+    with torch.no_grad():
+        own, expected = model.layer.base_layer(x), model(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(x)
+    assert torch.equal(y, expected)
+    assert not [t for t in kept if t.numel() == IN * 78 and t.is_floating_point()]
+    with model.disable_adapter():
+        y = model(x)
+    assert torch.equal(y, own)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sum(), x)[0][0], read(model.layer.base_layer).sum(0), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_int8_in_eval_mode_rounds_its_input_and_is_left_to_itself():
     model = adapted(quantised("int8"))
     x = torch.randn(6, IN, requires_grad=True)

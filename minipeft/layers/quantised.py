@@ -45,6 +45,11 @@ class QuantizedLinearOps(LayerOps):
 
     @classmethod
     def weight_of_call(cls, base: Any, x: Tensor) -> Weight | None:
+        # Evaluation is the layer's own, to the bit, whether or not a gradient could be wanted.
+        return cls._maker(base, x) if base.training else None
+
+    @classmethod
+    def _maker(cls, base: Any, x: Tensor) -> Weight | None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not cls.is_float_call(base, x):
             return None  # without a gradient there is nothing to keep, and the layer's own kernels may be better
         return functools.partial(_made, cls, base)
@@ -52,9 +57,9 @@ class QuantizedLinearOps(LayerOps):
     @classmethod
     def run(cls, base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and not kwargs and x.requires_grad:
-            weight, bias = cls.weight_of_call(base, x), cls.read_bias(base)
+            weight, bias = cls._maker(base, x), cls.read_bias(base)
             if weight is not None and can_fuse(x, weight, bias):
-                return frozen_linear(x, weight, bias)
+                return frozen_linear(x, weight, bias, None if base.training else base)
         return base(x, *args, **kwargs)
 
     @staticmethod
