@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minipeft import gemm, recompute
 from minipeft.errors import StateError
+from minipeft.frozen import Weight, held_or_made
 from minipeft.functional import is_column_major
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, A and B
@@ -29,7 +30,7 @@ DROPOUT_ROWS = 512  # rows to a seed: fixed, since the backward pass must draw w
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -40,7 +41,8 @@ def lora_linear(
 
     Args:
         x: shape (..., in_features), any layout. Under autocast it is cast once, for weight and factors together.
-        weight: shape (out_features, in_features), any layout, such as the transposed view of a Conv1D's.
+        weight: shape (out_features, in_features), any layout, such as the transposed view of a Conv1D's; or what makes
+            it. It is then made in the forward and again in the backward pass, and is not kept.
         bias: shape (out_features,), or None.
         lora_A: shape (r, in_features); cast to the dtype of x, never x to its.
         lora_B: shape (out_features, r); likewise.
@@ -50,15 +52,17 @@ def lora_linear(
 
     Returns:
         Shape (..., out_features), no view of anything. Where a gradient is wanted it is exact, also that of the gradient.
+        Under autocast in its dtype, or, as quantised layers have it, in that of x where the weight is made.
     """
-    device = x.device.type
+    device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
-        x = x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(device))
+        x = x if dtype is torch.float64 else x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
+            y = lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
+        return y if isinstance(weight, Tensor) else y.to(dtype)
     lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
-    if learns and dropout == 0 and x.numel() == x.shape[-1]:
+    if learns and dropout == 0 and x.numel() == x.shape[-1] and isinstance(weight, Tensor):
         # One row: there is nothing to save, and a node of our own costs more than it does.
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return y + F.linear(F.linear(x, lora_A) * scaling, lora_B)
@@ -77,27 +81,6 @@ def lora_linear(
         return result
     # Where nothing is learned, an adapter that changes nothing leaves every bit as the base has it.
     return _product(x, weight, bias, lora_A, lora_B, scaling, mask, gemm.torch_linear)[0]
-
-
-def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether these may go through `lora_linear` now: plain frozen tensors that match, no nested x, no tracing, no functorch transform."""
-    plain = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
-    return (
-        plain
-        and (bias is None or not bias.requires_grad)
-        and not x.is_nested
-        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` for a frozen weight and bias, by the faster matrix library; shapes as for `lora_linear`."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return gemm.linear(x, weight, bias)
-    result: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return result
 
 
 # -------------------------------------------------------------------------------------------------------- arithmetic
@@ -136,7 +119,7 @@ class _Mask:
 
 def _product(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -146,15 +129,15 @@ def _product(
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and h of shape (rows, r); None where the backward pass had better make it."""
     rows = x.reshape(-1, x.shape[-1])
-    weight = weight.to(x.dtype)
-    merged = mask is None and _merging_pays(rows, weight)
+    W = held_or_made(weight, x.dtype)
+    merged = mask is None and _merging_pays(rows, W)
     if merged:
-        weight = _merged(weight, lora_A, lora_B, scaling)
-    y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+        W = _merged(W, lora_A, lora_B, scaling, in_place=W is not weight)
+    y = linear(x, W, None if bias is None else bias.to(x.dtype))
     if merged:
         return y, None
     h = _down(rows, lora_A, mask)
-    y.view(-1, weight.shape[0]).addmm_(h, lora_B.t(), alpha=scaling)
+    y.view(-1, W.shape[0]).addmm_(h, lora_B.t(), alpha=scaling)
     return y, h
 
 
@@ -174,10 +157,11 @@ def _merging_pays(rows: Tensor, weight: Tensor) -> bool:
     return full and len(rows) * (in_features + out_features) >= 2 * in_features * out_features
 
 
-def _merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    if is_column_major(weight):
-        return torch.addmm(weight.t(), lora_A.t(), lora_B.t(), alpha=scaling).t()
-    return torch.addmm(weight, lora_B, lora_A, alpha=scaling)
+def _merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, in_place: bool) -> Tensor:
+    across = is_column_major(weight)
+    W, left, right = (weight.t(), lora_A.t(), lora_B.t()) if across else (weight, lora_B, lora_A)
+    W = W.addmm_(left, right, alpha=scaling) if in_place else torch.addmm(W, left, right, alpha=scaling)
+    return W.t() if across else W
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -191,7 +175,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         entry: Tensor,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -203,7 +187,9 @@ class _LoraLinear(torch.autograd.Function):
         y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask, gemm.linear)
         if kept is None and h is None:
             h = _down(x.reshape(-1, x.shape[-1]), lora_A, mask)
-        ctx.save_for_backward(kept, weight, lora_A, lora_B, h)
+        held = isinstance(weight, Tensor)
+        ctx.save_for_backward(kept, weight if held else None, lora_A, lora_B, h)
+        ctx.make = None if held else weight
         ctx.scaling, ctx.mask, ctx.module, ctx.goes_through = scaling, mask, module, entry is not x
         return y
 
@@ -215,28 +201,28 @@ class _LoraLinear(torch.autograd.Function):
         gradients: Callable[..., Gradients] = _in_parts if ctx.goes_through else _at_once
         if torch.is_grad_enabled():
             gradients = _second_order
-        dx, dA, dB = gradients(dy, *ctx.saved_tensors, ctx)
+        kept, weight, *others = ctx.saved_tensors
+        dx, dA, dB = gradients(dy, kept, ctx.make or weight, *others, ctx)
         return dx, None, None, None, dA, dB, *[None] * 4
 
 
 def _at_once(
-    dy: Tensor, kept: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+    dy: Tensor, kept: Tensor | None, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
 ) -> Gradients:
     x = kept if kept is None or ctx.module is None else recompute.output(ctx.module, kept)
-    shape, weight = (*dy.shape[:-1], weight.shape[1]), weight.to(dy.dtype)
+    shape = (*dy.shape[:-1], lora_A.shape[1])
     rows, dy = None if x is None else x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    merged = _merged_for_backward(dy, weight, lora_A, lora_B, ctx)
-    dx, dA, dB = _first_order(dy, rows, weight, merged, lora_A, lora_B, h, ctx)
+    W, merged = _for_backward(dy, weight, lora_A, lora_B, ctx)
+    dx, dA, dB = _first_order(dy, rows, W, merged, lora_A, lora_B, h, ctx)
     return None if dx is None else dx.view(shape), dA, dB
 
 
 def _in_parts(
-    dy: Tensor, kept: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+    dy: Tensor, kept: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
 ) -> Gradients:
     """Through the activation before, whose arrays are the widest of all: never whole, but some rows at a time."""
     into, dy = kept.reshape(-1, kept.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    weight = weight.to(kept.dtype)
-    merged = _merged_for_backward(into, weight, lora_A, lora_B, ctx)
+    W, merged = _for_backward(into, weight, lora_A, lora_B, ctx)
     gradient, sums = torch.empty_like(into), [torch.zeros_like(lora_A), torch.zeros_like(lora_B)]
     for start in range(0, len(into), PART_ROWS):
         some = slice(start, start + PART_ROWS)
@@ -244,7 +230,7 @@ def _in_parts(
         with torch.enable_grad():
             rows = recompute.output(ctx.module, part)
         found = _first_order(
-            dy[some], rows.detach(), weight, merged, lora_A, lora_B, None if h is None else h[some], ctx, start
+            dy[some], rows.detach(), W, merged, lora_A, lora_B, None if h is None else h[some], ctx, start
         )
         for total, more in zip(sums, found[1:], strict=True):
             if more is not None:
@@ -255,17 +241,21 @@ def _in_parts(
     return gradient.view(kept.shape), sums[0] if wants_A else None, sums[1] if wants_B else None
 
 
-def _merged_for_backward(rows: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> Tensor | None:
-    if not ctx.needs_input_grad[0] or ctx.mask is not None or not _merging_pays(rows, weight):
-        return None
-    return _merged(weight, lora_A, lora_B, ctx.scaling)
+def _for_backward(rows: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> tuple[Tensor | None, bool]:
+    """What the gradient of the output is multiplied by, if that of x is wanted, and whether it is W + s B A."""
+    if not ctx.needs_input_grad[0]:
+        return None, False
+    W = held_or_made(weight, rows.dtype)
+    if ctx.mask is not None or not _merging_pays(rows, W):
+        return W, False
+    return _merged(W, lora_A, lora_B, ctx.scaling, in_place=W is not weight), True
 
 
 def _first_order(
     dy: Tensor,
     rows: Tensor | None,
-    weight: Tensor,
-    merged: Tensor | None,
+    W: Tensor | None,
+    merged: bool,
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor | None,
@@ -281,10 +271,10 @@ def _first_order(
             h = _down(rows, lora_A, mask)
         assert h is not None
         dB = gemm.narrow(dy.t(), h).mul(s).contiguous()
-    g = gemm.narrow(dy, lora_B) if wants_A or (wants_x and merged is None) else None  # (rows, r)
-    if wants_x:
-        dx = gemm.linear(dy, (weight if merged is None else merged).t())
-        if mask is None and g is not None and merged is None:
+    g = gemm.narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
+    if wants_x and W is not None:
+        dx = gemm.linear(dy, W.t())
+        if mask is None and g is not None and not merged:
             dx.addmm_(g, lora_A, alpha=s)
     if mask is None:
         if wants_A and g is not None and rows is not None:
@@ -302,7 +292,7 @@ def _first_order(
 
 
 def _second_order(
-    dy: Tensor, kept: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+    dy: Tensor, kept: Tensor | None, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
 ) -> Gradients:
     """The same as differentiable operations: a gradient of the gradient is wanted, and the h that was kept has no history.
 
@@ -312,8 +302,8 @@ def _second_order(
     x = kept if kept is None or ctx.module is None else recompute.output(ctx.module, kept)
     if x is None and ctx.needs_input_grad[5]:
         raise StateError("with lora_A frozen the input is not kept, and a gradient of the gradient of lora_B needs it.")
-    shape, dy = (*dy.shape[:-1], weight.shape[1]), dy.reshape(-1, dy.shape[-1])
-    rows = dy.new_empty(len(dy), weight.shape[1]) if x is None else x.reshape(-1, x.shape[-1])
+    shape, dy = (*dy.shape[:-1], lora_A.shape[1]), dy.reshape(-1, dy.shape[-1])
+    rows = dy.new_empty(len(dy), lora_A.shape[1]) if x is None else x.reshape(-1, x.shape[-1])
     passes = None
     if ctx.mask is not None:
         passes = torch.empty_like(rows)
@@ -321,22 +311,10 @@ def _second_order(
             passes[block] = bits * ctx.mask.gain
     g = dy @ lora_B * ctx.scaling
     through_A = g @ lora_A
-    dx = (dy @ weight.to(dy.dtype) + (through_A if passes is None else through_A * passes)).view(shape)
+    dx = (dy @ held_or_made(weight, dy.dtype) + (through_A if passes is None else through_A * passes)).view(shape)
     if x is None:
         return dx, None, None
     if ctx.goes_through and kept is not None:
         (dx,) = torch.autograd.grad(x, kept, dx, create_graph=True)
     into_A = rows if passes is None else rows * passes
     return dx, g.t() @ into_A, ctx.scaling * dy.t() @ (into_A @ lora_A.t())
-
-
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return gemm.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return (dy @ weight if torch.is_grad_enabled() else gemm.linear(dy, weight.t())), None, None

@@ -65,7 +65,8 @@ def lean(
             parts: ever less memory, and more time. Non-reentrant, and not below the lowest adapter. "none" keeps it
             all. By default "last" where the model can be run in parts, which dropout rules out, and else "none".
         chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
-        fast_linear: let frozen layers without adapter use the faster library too, where there is one.
+        fast_linear: let frozen layers without adapter use the faster library too, where there is one; quantised ones
+            then keep nothing for the backward pass.
 
     Raises:
         LeanError: loss or gradients would differ, or something asked for does not exist in this model; nothing has changed.
@@ -154,9 +155,9 @@ def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> N
             _mix(module, FusedGelu, state)
         elif name in CHEAP or name.endswith("RMSNorm") or type(module) in CHEAP_TYPES:
             _mix(module, Recomputed, state)
-        elif fast_linear and gemm.onednn_is_faster() and id(module) not in adapted:
+        elif fast_linear and id(module) not in adapted:
             ops = next((ops for _, ops in registry.layer_candidates(type(module)) if ops.accepts(module)), None)
-            if ops is not None and ops.is_linear_call(module):
+            if ops is not None and (ops.is_quantized or (gemm.onednn_is_faster() and ops.is_linear_call(module))):
                 _mix(module, FastLinear, state)
                 module.__dict__["lean_ops"] = ops
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minipeft import registry
+from minipeft import heap, registry
 from minipeft.adapted import TensorIndex, Wrapper
 from minipeft.errors import ConfigError, StateError, TargetError, hint, shown
 from minipeft.layers.base import LayerOps
@@ -105,4 +105,5 @@ def _replacement(candidate: Candidate, ops: type[LayerOps], packer: type[LayerOp
     # What stood here, in transformers' words: whoever makes it float again knows what to make of it.
     packed.source_cls = type(layer)  # type: ignore[assignment]
     packer.prepare(packed)
+    heap.trim(weight.device.type)  # the peak is here, and packing leaves holes
     return packed.requires_grad_(False).train(layer.training)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft import batch_parts, gemm, heap, recompute
-from minipeft.fused import can_fuse, frozen_linear
+from minipeft.frozen import Weight, can_fuse, frozen_linear
 from minipeft.layers.base import LayerOps
 from minipeft.mixing import SameFunction
 
@@ -41,17 +41,26 @@ class Recomputed(SameFunction):
 
 
 class FastLinear(SameFunction):
-    """A frozen linear layer that trains what lies around it through the faster matrix library."""
+    """A frozen linear layer that trains what lies around it through the faster matrix library.
+
+    A quantised one keeps nothing for the backward pass here; its own call may keep its input, or its weight in float.
+    """
 
     lean_ops: type[LayerOps]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            weight, bias = self.lean_ops.read_weight(self), self.lean_ops.read_bias(self)
-            if can_fuse(x, weight, bias) and gemm.through_onednn(x, weight):
+        if self.training and torch.is_grad_enabled():
+            weight, bias = self.lean_ops.weight_of_call(self, x), self.lean_ops.read_bias(self)
+            if weight is not None and can_fuse(x, weight, bias) and _is_leaner(x, weight):
                 return frozen_linear(x, weight, bias)
         y: Tensor = super().forward(x)
         return y
+
+
+def _is_leaner(x: Tensor, weight: Weight) -> bool:
+    if isinstance(weight, Tensor):
+        return not torch.is_autocast_enabled(x.device.type) and gemm.through_onednn(x, weight)
+    return x.requires_grad
 
 
 class Checkpointed(SameFunction):

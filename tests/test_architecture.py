@@ -24,6 +24,7 @@ FLOORS = (
         "heap",
         "batch_parts",
         "gemm",
+        "frozen",
         "fused",
         "chunked_loss",
         "files",

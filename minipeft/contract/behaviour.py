@@ -23,6 +23,7 @@ from minipeft.contract.case import (
     relative_error,
 )
 from minipeft.errors import MinipeftError
+from minipeft.frozen import held_or_made
 from minipeft.model import get_adapter_model
 
 
@@ -40,6 +41,10 @@ def layer_facts(case: Case) -> str | None:
         if ops.is_linear_call(base):
             wanted = F.linear(x, weight, ops.read_bias(base))
             case.same("layer_facts", "what is_linear_call calls the output", base(x), wanted)
+        made = ops.weight_of_call(base.train(), x)
+        if made is not None:
+            wanted = F.linear(x, held_or_made(made, x.dtype), ops.read_bias(base))
+            case.same("layer_facts", "what weight_of_call multiplies by", base(x), wanted)
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.frozen import Weight
 from minipeft.mixing import plain_class
 
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -162,6 +163,17 @@ class LayerOps(ABC):
         A method may then compute the layer's output itself, together with its own. Hooks and patched forwards rule it out.
         """
         return False
+
+    @classmethod
+    def weight_of_call(cls, base: Any, x: Tensor) -> Weight | None:
+        """The weight, if calling this instance on x now does ``F.linear(x, weight, read_bias(base))`` and nothing beside.
+
+        None says that it may do something else. A layer that has to make the weight, as quantised ones have, gives what
+        makes it, in the dtype it is called with (see `minipeft.frozen`); that is called in the forward and again in the
+        backward pass, so that the weight is never kept. It holds where a gradient is wanted, and the output is in the
+        dtype of x then, also under autocast.
+        """
+        return cls.read_weight(base) if cls.is_linear_call(base) else None
 
     @staticmethod
     def parts(base: Any) -> Mapping[str, type[LayerOps]]:

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.layers.base import runs_only
 from minipeft.layers.quantised import QuantizedLinearOps, with_bias
 from minipeft.registry import register_layer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that it unpacks to
 
 
 @register_layer("bitsandbytes.nn.Linear4bit")
@@ -33,12 +36,24 @@ class Linear4bitOps(QuantizedLinearOps):
     @staticmethod
     @torch.no_grad()
     def dequantized(base: Any) -> Tensor:
-        bnb: Any = importlib.import_module("bitsandbytes.functional")
-        data, state = base.weight.data, _state(base)
-        if _is_repacked(state):
-            data, state = _unpacked(data, copy.copy(state))
-        weight: Tensor = bnb.dequantize_4bit(data, state)
-        return weight
+        return _dequantized(base, None)
+
+    @classmethod
+    @torch.no_grad()
+    def dequantized_in(cls, base: Any, dtype: torch.dtype) -> Tensor:
+        # Not by way of the dtype of the layer it was made from, which may be a narrower one.
+        return _dequantized(base, dtype)
+
+    @staticmethod
+    def is_float_call(base: Any, x: Tensor) -> bool:
+        bnb: Any = importlib.import_module("bitsandbytes.nn")
+        if not runs_only(base, bnb.Linear4bit.forward) or x.dtype not in DTYPES:
+            return False
+        state, device = _state(base), x.device.type
+        if state is None or _is_repacked(state):
+            return False
+        dtypes = [x.dtype, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])]
+        return not base.compute_type_is_set or base.compute_dtype in dtypes
 
     @staticmethod
     def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -107,6 +122,16 @@ def _warn_of_misreading(in_features: int, blocksize: int) -> None:
 def _state(base: Any) -> Any:
     """How the weight is packed, or None of a weight that is not packed yet."""
     return getattr(base.weight, "quant_state", None) or base.quant_state
+
+
+def _dequantized(base: Any, dtype: torch.dtype | None) -> Tensor:
+    bnb: Any = importlib.import_module("bitsandbytes.functional")
+    data, state = base.weight.data, copy.copy(_state(base))
+    if _is_repacked(state):
+        data, state = _unpacked(data, state)
+    state.dtype = dtype or state.dtype
+    weight: Tensor = bnb.dequantize_4bit(data, state)
+    return weight
 
 
 def _is_repacked(state: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.layers.base import runs_only
 from minipeft.layers.quantised import QuantizedLinearOps, with_bias
 from minipeft.registry import register_layer
 
@@ -16,7 +17,10 @@ OUTLIER = 6.0  # input features beyond it stay in half precision; the paper's th
 
 @register_layer("bitsandbytes.nn.Linear8bitLt")
 class Linear8bitLtOps(QuantizedLinearOps):
-    """W = C s / 127 row by row. In eval mode, and on a GPU, the layer rounds its input to int8 as well."""
+    """W = C s / 127 row by row. In eval mode, and on a GPU, the layer rounds its input to int8 as well.
+
+    So its call is a map by W in training on a CPU alone. There its own backward pass would keep the input besides.
+    """
 
     kinds = ("int8",)
 
@@ -24,13 +28,26 @@ class Linear8bitLtOps(QuantizedLinearOps):
     def accepts(base: Any) -> bool:
         return base.weight.dtype is torch.int8 and _scales(base) is not None
 
-    @staticmethod
+    @classmethod
+    def dequantized(cls, base: Any) -> Tensor:
+        return cls.dequantized_in(base, torch.float32)
+
+    @classmethod
     @torch.no_grad()
-    def dequantized(base: Any) -> Tensor:
+    def dequantized_in(cls, base: Any, dtype: torch.dtype) -> Tensor:
         scales = _scales(base)
         assert scales is not None
-        weight: Tensor = base.weight.data.float()
-        return weight.mul_(scales.float().unsqueeze(1) / 127)
+        weight: Tensor = base.weight.data.to(dtype)
+        return weight.mul_(scales.float().unsqueeze(1).mul(1 / 127))  # as bitsandbytes rounds it
+
+    @staticmethod
+    def is_float_call(base: Any, x: Tensor) -> bool:
+        bnb: Any = importlib.import_module("bitsandbytes.nn")
+        device = x.device.type
+        if not runs_only(base, bnb.Linear8bitLt.forward) or not x.is_floating_point():
+            return False
+        # Under autocast its output is not in the dtype of x.
+        return base.training and device in ("cpu", "xpu") and not torch.is_autocast_enabled(device)
 
     @staticmethod
     def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:

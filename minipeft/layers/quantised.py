@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import registry
+from minipeft.frozen import Weight, can_fuse, frozen_linear
 from minipeft.layers.base import LayerOps
 
 
@@ -26,6 +28,39 @@ class QuantizedLinearOps(LayerOps):
     @abstractmethod
     def dequantized(base: Any) -> Tensor:
         """The weight unpacked, shape (out, in): a fresh tensor of a dtype that loses nothing."""
+
+    @classmethod
+    def dequantized_in(cls, base: Any, dtype: torch.dtype) -> Tensor:
+        """The weight in this dtype, as the layer's own call multiplies by it: a fresh tensor."""
+        return cls.dequantized(base).to(dtype)
+
+    @staticmethod
+    def is_float_call(base: Any, x: Tensor) -> bool:
+        """Whether calling this instance on x now does ``F.linear(x, dequantized_in(base, x.dtype), b)`` and nothing beside.
+
+        Where it rounds its input, or computes in another dtype than that of x, it does not. Under autocast, in whose
+        dtype it then computes, its output has to have the dtype of x all the same.
+        """
+        return False
+
+    @classmethod
+    def weight_of_call(cls, base: Any, x: Tensor) -> Weight | None:
+        # Evaluation is the layer's own, to the bit, whether or not a gradient could be wanted.
+        return cls._maker(base, x) if base.training else None
+
+    @classmethod
+    def _maker(cls, base: Any, x: Tensor) -> Weight | None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not cls.is_float_call(base, x):
+            return None  # without a gradient there is nothing to keep, and the layer's own kernels may be better
+        return functools.partial(_made, cls, base)
+
+    @classmethod
+    def run(cls, base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs and x.requires_grad:
+            weight, bias = cls._maker(base, x), cls.read_bias(base)
+            if weight is not None and can_fuse(x, weight, bias):
+                return frozen_linear(x, weight, bias, None if base.training else base)
+        return base(x, *args, **kwargs)
 
     @staticmethod
     def shape(base: Any) -> tuple[int, int]:
@@ -68,6 +103,11 @@ class QuantizedLinearOps(LayerOps):
     def example(cls, in_features: int, out_features: int) -> nn.Module | None:
         linear = nn.Linear(8 * in_features, 8 * out_features)  # whole blocks of 64 weights
         return cls.pack(cls.kinds[0], linear.weight.detach(), linear.bias.detach())
+
+
+@torch.no_grad()
+def _made(ops: type[QuantizedLinearOps], base: nn.Module, dtype: torch.dtype) -> Tensor:
+    return ops.dequantized_in(base, dtype)
 
 
 def with_bias(layer: nn.Module, bias: Tensor | None) -> nn.Module:

@@ -6,7 +6,6 @@ import importlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.layers.base import runs_only
@@ -16,7 +15,10 @@ from minipeft.registry import register_layer
 
 @register_layer(nn.Linear, weight="torchao.quantization.Int8Tensor")
 class Int8TensorOps(QuantizedLinearOps):
-    """W = C s with a scale for each output feature or group; only where the input stays as it is."""
+    """W = C s with a scale for each output feature or group; only where the input stays as it is.
+
+    torchao's own backward pass would be kept waiting with the weight in float.
+    """
 
     kinds = ("int8_weight_only",)
 
@@ -25,7 +27,7 @@ class Int8TensorOps(QuantizedLinearOps):
         weight: Any = base._parameters.get("weight")
         cls = type(weight)
         known = cls.__name__ == "Int8Tensor" and cls.__module__.startswith("torchao.")
-        return known and weight.act_quant_kwargs is None and weight.ndim == 2
+        return known and weight.act_quant_kwargs is None and weight.act_pre_scale is None and weight.ndim == 2
 
     @staticmethod
     @torch.no_grad()
@@ -42,24 +44,17 @@ class Int8TensorOps(QuantizedLinearOps):
         torchao.quantize_(with_bias(layer, bias), torchao.Int8WeightOnlyConfig())
         return layer
 
-    @staticmethod
-    def run(base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = runs_only(base, nn.Linear.forward) and not args and not kwargs and not torch.compiler.is_compiling()
-        frozen = base.bias is None or not base.bias.requires_grad
-        packed = type(base.weight) is not nn.Parameter  # and not the float layer that an adapter was merged into
-        if plain and frozen and packed and torch.is_grad_enabled() and x.requires_grad:
-            return _FrozenInt8.apply(x, base.weight, base.bias)  # type: ignore[no-untyped-call]
-        return base(x, *args, **kwargs)
-
-
-class _FrozenInt8(torch.autograd.Function):
-    """torchao's product, whose own backward pass would be kept waiting with the weight in float."""
+    @classmethod
+    @torch.no_grad()
+    def dequantized_in(cls, base: Any, dtype: torch.dtype) -> Tensor:
+        packed = base.weight
+        row_by_row = packed.scale.shape == (len(packed), 1)
+        # As torchao's own product has it, which passes over the zero points: they are 0. `dequantize` makes three arrays.
+        weight: Tensor = packed.qdata.to(dtype).mul_(packed.scale) if row_by_row else packed.dequantize(dtype)
+        return weight
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        ctx.weight, ctx.dtype = weight, x.dtype  # it is frozen and stays the layer's own
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (dy @ ctx.weight.dequantize().to(dy.dtype)).to(ctx.dtype), None, None
+    def is_float_call(base: Any, x: Tensor) -> bool:
+        # An adapter may be merged, and `base` the float layer that then stands there.
+        packed = type(base._parameters.get("weight")) is not nn.Parameter
+        return packed and runs_only(base, nn.Linear.forward) and x.is_floating_point()

@@ -13,8 +13,8 @@ from torch.amp import is_autocast_available
 
 from minipeft.config import flag
 from minipeft.errors import ConfigError
+from minipeft.frozen import can_fuse, frozen_linear
 from minipeft.functional import accumulation_dtype, is_column_major
-from minipeft.fused import can_fuse, frozen_linear
 from minipeft.layers.base import LayerOps
 from minipeft.methods.lora import Lora, LoraConfig
 from minipeft.registry import register_method
@@ -136,9 +136,9 @@ def _of_base(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_layer(base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor:
     """What the layer makes of x, by the faster matrix library where it can."""
-    if ops.is_linear_call(base) and not torch.is_autocast_enabled(x.device.type):
-        weight, bias = ops.read_weight(base), ops.read_bias(base)
-        if can_fuse(x, weight, bias):
+    if not torch.is_autocast_enabled(x.device.type):
+        weight, bias = ops.weight_of_call(base, x), ops.read_bias(base)
+        if weight is not None and can_fuse(x, weight, bias):
             return frozen_linear(x, weight, bias)
     y: Tensor = ops.run(base, x)
     return y

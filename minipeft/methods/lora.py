@@ -15,8 +15,9 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, names, number, one_of, pattern_table
 from minipeft.errors import ConfigError, MergeError, StateError
+from minipeft.frozen import can_fuse
 from minipeft.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta
-from minipeft.fused import can_fuse, lora_linear
+from minipeft.fused import lora_linear
 from minipeft.initial import olora_factors, orthogonal_factors, pissa_factors
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
@@ -267,9 +268,9 @@ class Lora(Adapter):
     def low_rank(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
         """``y + scaling * B A dropout(x)``; without y, that of the base."""
         dropout, (lora_A, lora_B) = self.dropout if self.training else 0.0, self.pair()
-        if y is None and ops.is_linear_call(base):
-            weight, bias = ops.read_weight(base), ops.read_bias(base)
-            if can_fuse(x, weight, bias):
+        if y is None:
+            weight, bias = ops.weight_of_call(base, x), ops.read_bias(base)
+            if weight is not None and can_fuse(x, weight, bias):
                 return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, dropout)
         if y is None:
             y = ops.run(base, x)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.fused import can_fuse, lora_linear
+from minipeft.frozen import can_fuse
+from minipeft.fused import lora_linear
 from minipeft.layers.base import LayerOps
 
 
@@ -31,9 +32,9 @@ def low_rank_forward(
         scaling: dimensionless.
         dropout: probability of dropping an input feature, or of a lookup, whose input is one-hot, the token's update.
     """
-    if y is None and ops.is_linear_call(base):
-        weight, bias = ops.read_weight(base), ops.read_bias(base)
-        if can_fuse(x, weight, bias):
+    if y is None:
+        weight, bias = ops.weight_of_call(base, x), ops.read_bias(base)
+        if weight is not None and can_fuse(x, weight, bias):
             return lora_linear(x, weight, bias, down, up, scaling, dropout)
     y = ops.run(base, x) if y is None else y
     assert isinstance(y, Tensor)
