@@ -398,7 +398,9 @@ def test_a_killed_process_ends_the_run_within_a_minute(flags, tmp_path):
                        "--output_dir", directory, MINIPEFT_FAULT="after_prune:2")  # fmt: skip
     assert code != 0, output
     assert time.monotonic() - began < 60
-    assert Checkpoints(directory).latest().name == "step-00000004"
+    latest = Checkpoints(directory).latest()
+    assert latest is not None, output
+    assert latest.name == "step-00000004"
 
 
 @pytest.mark.slow
