@@ -1,4 +1,4 @@
-"""Adapt a causal language model to a text with LoRA, and show that it worked.
+"""Adapt a causal language model to a text, with LoRA or another method, and show that it worked.
 
     accelerate launch examples/train.py                  # the embedded GPT-2 learns to write Python; needs no network
     accelerate launch examples/train.py --quick          # the same in 30 updates
@@ -14,6 +14,7 @@ It leaves in --output_dir: the adapter, metrics.jsonl, training_loss_curve.png, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -41,6 +42,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import minipeft
+from minipeft import registry
 from minipeft.training import deepspeed
 from minipeft.training.checkpoints import Checkpoints
 from minipeft.training.curve import plot_losses
@@ -67,6 +69,9 @@ CORPUS = ASSETS / "corpus"
 EMBEDDED_TEXT = {"train": CORPUS / "code-train.txt.gz", "eval": CORPUS / "code-eval.txt.gz"}
 EMBEDDED_TEXT["docs"] = CORPUS / "docs-eval.txt.gz"  # held out from what the base was trained on
 EMBEDDED_PROMPTS = ("def read(self", "class Reader", "The file")
+# What methods call that which a flag says, the first that there is.
+NAMES = {"rank": ("target_r", "r"), "alpha": ("lora_alpha", "alpha"), "dropout": ("lora_dropout", "vera_dropout")}
+UNKNOWN_UPDATES = 2**31  # until the text has been counted
 WARMUP, CLIP = 0.1, 1.0  # share of the updates; gradient norm
 QUICK_UPDATES, QUICK_EVAL_EXAMPLES = 30, 48
 SAMPLE_TOKENS = 64
@@ -105,29 +110,33 @@ def one_line_errors() -> Iterator[None]:
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    config = lora_config(args)
+    config = adapter_config(args)
     accelerator = make_accelerator(args)
     datasets.disable_progress_bars()  # one progress bar is enough: ours
     transformers.utils.logging.disable_progress_bar()
 
     set_seed(args.seed)
     tokenizer, model = load_base(args)
-    model = minipeft.get_lora_model(model, config)
     with accelerator.main_process_first():  # the others find what the first has cached
         texts = load_texts(args, tokenizer, model)
+    updates = count_updates(args, accelerator, texts["train"])
+    if hasattr(config, "total_step") and "total_step" not in (args.method_options or ""):
+        config = dataclasses.replace(config, total_step=updates)  # what the method's schedule is made for
+    model = minipeft.get_adapter_model(model, config)
     accelerator.print(describe(args, model, texts))
 
     with the_only_run(args, accelerator):
         prompts = choose_prompts(args, tokenizer, texts["eval"])
         before = sample(args, model.to(accelerator.device), tokenizer, prompts)
-        run = Run(args, accelerator, model, tokenizer, texts)
+        run = Run(args, accelerator, model, tokenizer, texts, updates)
         run.train()
         run.save_adapter()
         after = sample(args, model, tokenizer, prompts)
         if accelerator.is_main_process:
             show_samples(args, prompts, before, after)
             show_perplexities(run.metrics.rows)
-            title = f"{Path(args.model_name).name} on {args.text}, LoRA of rank {args.rank}"
+            method = f"LoRA of rank {args.rank}" if args.method == "lora" else args.method
+            title = f"{Path(args.model_name).name} on {args.text}, {method}"
             plot_losses(run.metrics.rows, args.output_dir / "training_loss_curve.png", title)
         check_adapter(args, accelerator, model, texts["eval"])
         accelerator.print(
@@ -150,9 +159,13 @@ def make_parser() -> Parser:
     flag = parser.add_argument
     flag("--config", type=Path, help="YAML file of flags by name; flags given here override it")
     flag("--model_name", help="Hub name or local directory (default: the embedded GPT-2 of 1 M parameters)")
-    flag("--rank", type=int, default=8)
-    flag("--alpha", type=float, default=16, help="the update is scaled by alpha / rank (%(default)s)")
-    flag("--dropout", type=float, default=0.0, help="of the adapter's input; the base keeps its own")
+    flag("--method", default="lora", help=f"{', '.join(registry.method_names())} (%(default)s)")
+    flag("--method_options", help="more of its options as YAML, such as '{tinit: 20, tfinal: 50}' of adalora")
+    flag("--rank", type=int, help="(default: 8 for LoRA, else the method's own)")
+    flag(
+        "--alpha", type=float, help="the update is scaled by alpha / rank (default: 16 for LoRA, else the method's own)"
+    )
+    flag("--dropout", type=float, help="of the adapter's input (default: none); the base keeps its own")
     flag("--target_modules", help=f"a,b,c or all-linear (default: minipeft's; the embedded model: {EMBEDDED_TARGETS})")
     flag("--num_epochs", type=int, default=3)
     flag("--max_steps", type=int, default=0, help="number of updates; if > 0 it overrides --num_epochs")
@@ -267,7 +280,15 @@ def fill_in(args: Namespace) -> None:
     args.lean = args.lean or args.checkpointing is not None
     if args.model_name is None:
         args.model_name = str(EMBEDDED_MODEL)
-        args.target_modules = EMBEDDED_TARGETS if args.target_modules is None else args.target_modules
+        if (
+            args.target_modules is None and args.method != "ia3"
+        ):  # which treats these layers in two ways, and knows GPT-2's
+            args.target_modules = EMBEDDED_TARGETS
+    if args.method == "lora":
+        args.rank, args.alpha, args.dropout = (
+            default if value is None else value
+            for value, default in ((args.rank, 8), (args.alpha, 16.0), (args.dropout, 0.0))
+        )
     if args.quick and args.max_steps <= 0:
         args.max_steps = QUICK_UPDATES
     if args.output_dir is None:
@@ -287,13 +308,34 @@ def check_writable(directory: Path) -> None:
         )
 
 
-def lora_config(args: Namespace) -> minipeft.LoraConfig:
+def adapter_config(args: Namespace) -> minipeft.AdapterConfig:
+    """The method's configuration, with the names that it has for what flags say."""
+    registry.load_plugins()
+    cls = registry.method_class(args.method).config_class
+    known = {field.name for field in dataclasses.fields(cls)}
     targets = args.target_modules
     if targets is not None and targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]
-    return minipeft.LoraConfig(
-        r=args.rank, lora_alpha=args.alpha, lora_dropout=args.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    options = {"target_modules": targets, "task_type": "CAUSAL_LM"}
+    if "total_step" in known:
+        options["total_step"] = args.max_steps or UNKNOWN_UPDATES
+    for flag, names in NAMES.items():
+        name = next((name for name in names if name in known), None)
+        if name is None and getattr(args, flag) is not None:
+            fail(f"--{flag}: {args.method} has no such option; leave it out.")
+        if name is not None and getattr(args, flag) is not None:
+            options[name] = getattr(args, flag)
+    return cls(**options | method_options(args))
+
+
+def method_options(args: Namespace) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(args.method_options or "{}")
+    except yaml.YAMLError as error:
+        fail(f"--method_options {args.method_options}: no YAML ({reason(error)}).")
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        fail(f"--method_options {args.method_options}: give a mapping, such as '{{init_r: 12}}'.")
+    return options
 
 
 # ------------------------------------------------------------------------------------------ accelerator, model, text
@@ -390,6 +432,17 @@ def load_texts(args: Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTr
     return texts
 
 
+def update_size(args: Namespace, accelerator: Accelerator) -> int:
+    """Examples that an update takes, on all processes."""
+    return args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def count_updates(args: Namespace, accelerator: Accelerator, text: Examples | Source) -> int:
+    if args.max_steps or not isinstance(text, Examples):
+        return args.max_steps
+    return args.num_epochs * math.ceil(len(text) / update_size(args, accelerator))
+
+
 def reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
@@ -447,18 +500,20 @@ class Run:
         model: minipeft.AdaptedModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: Texts,
+        updates: int,
     ) -> None:
+        self.updates = updates
         self.args, self.accelerator, self.model = args, accelerator, model
         if args.lean:
             minipeft.lean(model, args.checkpointing)
         if args.fsdp:
             shard(model, accelerator.device)
-        groups = lora_plus_groups(model, args.learning_rate, args.lora_plus_ratio, args.weight_decay)
-        if args.lora_plus_ratio == 1:
-            groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        if args.lora_plus_ratio != 1:
+            groups = lora_plus_groups(model, args.learning_rate, args.lora_plus_ratio, args.weight_decay)
         optimizer = AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay)
 
-        size = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        size = update_size(args, accelerator)
         train = texts.pop("train")
         self.texts = {part: text for part, text in texts.items() if isinstance(text, Examples)}
         if isinstance(train, Examples):
@@ -468,7 +523,6 @@ class Run:
             encoding = Encoding(args.max_length, args.packing, args.overlong)
             self.order = StreamOrder(train, tokenizer, encoding, size, args.seed)
             self.epoch_updates = 0
-        self.updates = args.max_steps or args.num_epochs * self.epoch_updates
         self.eval_every = args.eval_every or self.epoch_updates or self.updates
 
         # The schedule counts updates, so it is not prepared: accelerate would step it once a process.

@@ -269,7 +269,7 @@ def test_a_step_that_a_gradient_scaler_skips_is_left_out(tmp_path):
             super()._after_step()
             self.optimizer._is_overflow = False
 
-    trainer = Skips(adapted(), sgd(tmp_path), train_dataset=uneven())
+    trainer = Skips(adapted(deltaT=3), sgd(tmp_path), train_dataset=uneven())
     trained(trainer)
     assert trainer.left[5] > 4
     assert trainer.left[6:] == [4, 4]

@@ -163,7 +163,7 @@ def test_the_evaluations_are_those_of_the_base_and_of_the_saved_adapter(quick):
 )
 def test_target_modules_are_what_was_asked_for(train, tmp_path, flags, targets):
     args = train.parse_args(["--output_dir", str(tmp_path), *flags])
-    found = train.lora_config(args).target_modules
+    found = train.adapter_config(args).target_modules
     assert found == targets or tuple(found) == targets
 
 
