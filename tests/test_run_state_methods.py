@@ -63,7 +63,8 @@ class Run:
 
 def test_every_method_is_among_them():
     tried = {config.adapter_method for config in METHODS.values()}
-    assert tried == set(minipeft.registry.method_names())
+    classes = {name: minipeft.registry.method_class(name) for name in minipeft.registry.method_names()}
+    assert tried == {name for name, cls in classes.items() if cls.__module__.startswith("minipeft.")}
     assert {name.split()[0] for name in CASES} <= tried
 
 

@@ -1,7 +1,6 @@
 """examples/train.py with other methods than LoRA: their options, their schedule, and runs that go on."""
 
 import gzip
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 
 from minipeft import registry
 
@@ -22,21 +21,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 ADALORA = ["--method", "adalora", "--rank", "2", "--method_options", "{init_r: 4, tfinal: 2}", "--dropout", "0.1"]
 
 
-@pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("train_example", ROOT / "examples" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.SAMPLE_TOKENS = 2
-    return module
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process has one accelerator state; each test starts without."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture(scope="module")

@@ -55,8 +55,7 @@ class LoraConfig(AdapterConfig):
         target_parameters: suffixes of the names of bare parameters to adapt beside `target_modules` (which may then be
             empty): of shape (out, in), (experts, out, in) or, in a module that says `is_transposed`, (experts, in, out).
             `exclude_modules` and `layers_to_transform` do not concern them.
-        trainable_token_indices: train the rows of these tokens as well, see `minipeft.methods.trainable_tokens`: ids for
-            the input embedding, or a mapping from module names to ids. Layers tied to it follow.
+        trainable_token_indices: train these tokens' rows as well: ids for the input embedding, or module name -> ids.
         fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
     """
 
