@@ -529,7 +529,7 @@ def test_training_equals_the_composed_way_step_by_step(monkeypatch):
             yield loss.item()
 
     found = list(losses(model))
-    monkeypatch.setattr("minipeft.methods.lora.can_fuse", lambda *arguments: False)
+    monkeypatch.setattr("minipeft.methods.low_rank.can_fuse", lambda *arguments: False)
     assert found == pytest.approx(list(losses(other)), rel=1e-5)
     assert found[-1] < found[0]
 

@@ -9,18 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, names, number, one_of, pattern_table
 from minipeft.errors import ConfigError, MergeError, StateError
-from minipeft.frozen import can_fuse
 from minipeft.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta
-from minipeft.fused import lora_linear
 from minipeft.initial import olora_factors, orthogonal_factors, pissa_factors
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
+from minipeft.methods.low_rank import low_rank_forward
 from minipeft.methods.trainable_tokens import token_option, tokens_beside
 from minipeft.patterns import first_keys
 from minipeft.registry import register_method
@@ -55,7 +53,8 @@ class LoraConfig(AdapterConfig):
         target_parameters: suffixes of the names of bare parameters to adapt beside `target_modules` (which may then be
             empty): of shape (out, in), (experts, out, in) or, in a module that says `is_transposed`, (experts, in, out).
             `exclude_modules` and `layers_to_transform` do not concern them.
-        trainable_token_indices: train these tokens' rows as well: ids for the input embedding, or module name -> ids.
+        trainable_token_indices: train the rows of these tokens as well, see `minipeft.methods.trainable_tokens`: ids for
+            the input embedding, or a mapping from module names to ids. Layers tied to it follow.
         fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
     """
 
@@ -267,25 +266,11 @@ class Lora(Adapter):
     def low_rank(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
         """``y + scaling * B A dropout(x)``; without y, that of the base."""
         dropout, (lora_A, lora_B) = self.dropout if self.training else 0.0, self.pair()
-        if y is None:
-            weight, bias = ops.weight_of_call(base, x), ops.read_bias(base)
-            if weight is not None and can_fuse(x, weight, bias):
-                return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, dropout)
-        if y is None:
-            y = ops.run(base, x)
-        assert isinstance(y, Tensor)
-        # The factors follow the activations' dtype, never the other way round: no copy of x is made or kept.
-        dtype = y.dtype if self.is_lookup else x.dtype
         if dropout and ops.reads:
             raise StateError(
                 f"lora_dropout cannot act on {ops.reads} of {type(base).__name__}, which is read and not called; train with 0."
             )
-        if dropout and not self.is_lookup:
-            x = F.dropout(x, dropout)
-        h = ops.project_in(base, x, lora_A.to(dtype)) * self.scaling
-        if dropout and self.is_lookup:
-            h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
-        return y + ops.project_out(base, h, lora_B.to(dtype)).to(y.dtype)
+        return low_rank_forward(base, ops, x, y, lora_A, lora_B, self.scaling, dropout)
 
     def with_bias(self, base: nn.Module, ops: type[LayerOps], y: Tensor) -> Tensor:
         """The output with what the training of biases has changed."""
