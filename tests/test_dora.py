@@ -77,6 +77,7 @@ def test_output_and_gradients_are_those_of_the_formula_with_a_constant_norm(name
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_factored_norm_is_the_norm(dtype, transposed, cached, monkeypatch):
     monkeypatch.setattr(dora, "CACHED", cached)
+    monkeypatch.setattr(dora, "MULTIPLIED", cached)
     weight = (torch.randn(8, 11).t() if transposed else torch.randn(11, 8)).to(dtype)
     A, B = torch.randn(3, 8), torch.randn(11, 3)
     found = row_norms(weight, A, B, 0.7)
@@ -89,6 +90,7 @@ def test_the_factored_norm_is_the_norm(dtype, transposed, cached, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_makes_nothing_of_the_weights_size(dtype, transposed, monkeypatch):
     monkeypatch.setattr(dora, "CACHED", 2**12)
+    monkeypatch.setattr(dora, "MULTIPLIED", 2**12)
     weight = torch.randn(256, 256).to(dtype)
     weight, A, B = weight.t() if transposed else weight, torch.randn(4, 256), torch.randn(256, 4)
     made = []
@@ -107,6 +109,43 @@ def test_the_norm_makes_nothing_of_the_weights_size(dtype, transposed, monkeypat
         row_norms(weight, A, B, 1.0)
     assert made
     assert max(made) <= 4 * 2**12
+
+
+WRITES = {
+    "copy_": lambda layer: layer.weight.copy_(torch.randn(layer.weight.shape)),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
+    "one value": lambda layer: layer.weight[3, 2].add_(1),
+    "by way of data": lambda layer: layer.weight.data.mul_(2),
+    "other data": lambda layer: setattr(layer.weight, "data", torch.randn(layer.weight.shape)),
+    "another parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(layer.weight.shape), False)),
+    "rounded": lambda layer: layer.bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_base_s_own_norm_is_kept_until_the_base_is_written(write, transposed, monkeypatch):
+    calls = []
+    real = dora.squared_rows
+    monkeypatch.setattr(dora, "squared_rows", lambda *arguments: calls.append(1) or real(*arguments))
+    layer = conv1d(9, 7) if transposed else nn.Linear(7, 9)
+    model = disturb(get_lora_model(OneLayer(layer), LoraConfig(r=3, target_modules=["layer"], use_dora=True)))
+    x = torch.randn(5, 7)
+    calls.clear()
+    for _ in range(3):
+        model(x).sum().backward()
+    assert len(calls) <= 1
+    calls.clear()
+    with torch.no_grad():
+        WRITES[write](layer)
+    lora = model.layer.adapters["default"]
+    for _ in range(2):
+        torch.testing.assert_close(model(x), formula(layer, lora, x))
+    assert len(calls) == 1
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        WRITES[write](twin.layer.base_layer)
+    torch.testing.assert_close(twin(x), formula(twin.layer.base_layer, twin.layer.adapters["default"], x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

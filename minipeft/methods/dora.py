@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
+from minipeft import gemm
 from minipeft.config import flag
 from minipeft.errors import ConfigError
 from minipeft.frozen import can_fuse, frozen_linear
@@ -19,7 +21,9 @@ from minipeft.layers.base import LayerOps
 from minipeft.methods.lora import Lora, LoraConfig
 from minipeft.registry import register_method
 
-CACHED, WIDENED = 2**17, 2**24  # values of a weight in a block: on a CPU, and where each call costs more
+# Values of a weight in a block: to square on a CPU, to multiply there, and where each call costs more.
+CACHED, MULTIPLIED, WIDENED = 2**17, 2**20, 2**24
+SEEN = 6  # rows and columns, about, by whose values a weight is known again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class Dora(Lora):
     config_class = DoraConfig
     reads_base = True
     runs_base = True
+    kept: tuple[object, Tensor, Tensor] | None = None  # of the base weight: where it is, a few values, |W|^2
 
     def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
@@ -79,7 +84,24 @@ class Dora(Lora):
         device = weight.device.type
         exact = torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext()
         with torch.no_grad(), exact:
-            return row_norms(weight.detach(), *self._matrices(), self.scaling)
+            weight = weight.detach()
+            return row_norms(weight, *self._matrices(), self.scaling, self._squares_of(weight))
+
+    def _squares_of(self, weight: Tensor) -> Tensor | None:
+        """``|W|^2`` of each row, kept from the last call if this is the same weight, and made anew if it is not.
+
+        The same is what lies in the same place, was not written since by anything that torch counts, and has the same
+        values in a few places, for the sake of writes through ``.data``, which torch does not count.
+        """
+        if torch.compiler.is_compiling() or weight.is_meta or type(weight) is not Tensor or weight.numel() == 0:
+            return None
+        dtype = _norm_dtype(weight, self.lora_A, self.lora_B)
+        rows, columns = (max(1, size // SEEN) for size in weight.shape)
+        seen = weight[::rows, ::columns].clone()
+        place = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, dtype)
+        if self.kept is None or self.kept[0] != place or not torch.equal(self.kept[1], seen):
+            self.kept = (place, seen, squared_rows(weight, dtype))
+        return self.kept[2]
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.merge_after(weight, bias, weight)
@@ -95,7 +117,7 @@ class Dora(Lora):
         return {**super().file_tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
 
 
-def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, squares: Tensor | None = None) -> Tensor:
     """The length of each row of ``W + s B A``, without making that matrix.
 
     ``|W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, row by row: no array is larger than (out, r), but
@@ -106,32 +128,56 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
         lora_A: shape (r, in).
         lora_B: shape (out, r).
         scaling: s, dimensionless.
+        squares: ``|W|^2`` of each row, shape (out,), where that is known.
 
     Returns:
         Shape (out,), in float32, or float64 where an argument is.
     """
-    dtype = torch.promote_types(accumulation_dtype(weight), torch.promote_types(lora_A.dtype, lora_B.dtype))
+    dtype = _norm_dtype(weight, lora_A, lora_B)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
-    squares, cross = _of_base(weight, A)
-    update = (2 * scaling * cross + scaling**2 * (B @ (A @ A.t()))) * B
-    return (squares + update.sum(1)).clamp_min(0).sqrt()
+    squares = squared_rows(weight, dtype) if squares is None else squares
+    update = (2 * scaling * _through(weight, A) + scaling**2 * (B @ (A @ A.t()))) * B
+    norms: Tensor = (squares + update.sum(1)).clamp_min(0).sqrt()
+    return norms
 
 
-def _of_base(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """``|W|^2`` of each row, shape (out,), and ``W A^T``, shape (out, r), in A's dtype."""
-    across = int(is_column_major(weight))
-    if weight.dtype == A.dtype and not across:
-        return torch.linalg.vector_norm(weight, dim=1).square(), weight @ A.t()
-    squares, cross = A.new_zeros(len(weight)), A.new_zeros(len(weight), len(A))
+def _norm_dtype(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
+    return torch.promote_types(accumulation_dtype(weight), torch.promote_types(lora_A.dtype, lora_B.dtype))
+
+
+def squared_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``|W|^2`` of each row in this dtype, shape (out,)."""
+    across = is_column_major(weight)
+    if weight.dtype == dtype and not across:
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=1)
+        return norms.square()
+    squares = weight.new_zeros(len(weight), dtype=dtype)
     # Blocks of what lies together in memory: summing across it is 25 times slower, and a block is widened in cache.
+    for rows, _, part in _blocks(weight, CACHED):
+        squares[rows] += part.to(dtype).square().sum(1)
+    return squares
+
+
+def _through(weight: Tensor, A: Tensor) -> Tensor:
+    """``W A^T``, shape (out, r), in A's dtype."""
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm if torch.compiler.is_compiling() else gemm.narrow
+    if weight.dtype == A.dtype:
+        return product(weight, A.t())
+    cross = A.new_zeros(len(weight), len(A))
+    for rows, columns, part in _blocks(weight, MULTIPLIED):
+        cross[rows] += product(part.to(A.dtype), A[:, columns].t())
+    return cross
+
+
+def _blocks(weight: Tensor, values: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, columns, part) of parts of about so many values, each of which lies together in memory."""
+    across = int(is_column_major(weight))
     small = weight.device.type == "cpu" and not torch.compiler.is_compiling()
-    step = max(1, (CACHED if small else WIDENED) // max(1, weight.shape[1 - across]))
+    step = max(1, (values if small else WIDENED) // max(1, weight.shape[1 - across]))
     for start in range(0, weight.shape[across], step):
-        part = weight.narrow(across, start, min(step, weight.shape[across] - start)).to(A.dtype)
-        rows = slice(None) if across else slice(start, start + step)
-        squares[rows] += part.square().sum(1)
-        cross[rows] += part @ (A[:, start : start + step] if across else A).t()
-    return squares, cross
+        some, every = slice(start, start + step), slice(None)
+        part = weight.narrow(across, start, min(step, weight.shape[across] - start))
+        yield (every, some, part) if across else (some, every, part)
 
 
 def _of_layer(base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor:
