@@ -1,4 +1,4 @@
-"""How fast: one adapted layer, a whole training step, decoding and merging, beside PEFT and the frozen base.
+"""How fast: one adapted layer, a training step, decoding, merging, and every method, beside PEFT and the frozen base.
 
     python benchmarks/speed.py                    # every part; the layers take most of the time
     python benchmarks/speed.py --part step
@@ -20,6 +20,7 @@ from common import RESULTS, Options, Rows, busy, device_name, settle, show, writ
 from decode import decode_part
 from layer import layer_part
 from merge import merge_part
+from methods import methods_part
 from step import step_part
 
 PARTS: dict[str, Callable[[Options], Iterator[Rows | None]]] = {
@@ -27,6 +28,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Rows | None]]] = {
     "step": step_part,
     "decode": decode_part,
     "merge": merge_part,
+    "methods": methods_part,
 }
 
 

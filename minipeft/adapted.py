@@ -115,7 +115,7 @@ class AdaptedLayer(Wrapper):
         x = inputs.pop()
         for adapter in acting:
             if y is None and (args or kwargs or not adapter.runs_base):
-                y = self.ops.run(self.base_layer, x, *args, **kwargs)
+                y = self.ops.output(self.base_layer, x, *args, **kwargs)
             y = adapter(self.base_layer, self.ops, inputs.pop(), y)
         result: Tensor = self.ops.run(self.base_layer, x, *args, **kwargs) if y is None else y
         return result

@@ -74,6 +74,32 @@ def test_the_decode_and_merge_benchmarks_run(main, capsys):
     assert output.count("merge_and_unload |") == 2
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_methods_benchmark_holds_every_method_of_both_libraries_against_peft(main, tmp_path):
+    main("speed")(["--quick", "--part", "methods", "--output", str(tmp_path)])
+    rows = read(tmp_path / "speed_methods.csv")
+    methods = {row["case"].split(",")[0] for row in rows}
+    assert methods >= {"LoRA", "DoRA", "IA3", "VeRA", "AdaLoRA", "LoHa", "LoKr", "OFT", "LoRA and 8 tokens"}
+    assert {row["measure"] for row in rows} == {"training step", "one token", "kept for backward"}
+    assert len(rows) == 3 * len(methods)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_time_is_reported_of_a_method_that_computes_something_else(main, tmp_path, monkeypatch):
+    methods = main("speed").__globals__["methods_part"].__globals__
+    monkeypatch.setitem(methods, "METHODS", {"LoRA": methods["METHODS"]["LoRA"]})
+    right = methods["ours"]
+
+    def wrong(base, adapter):
+        model = right(base, adapter)
+        next(p for p in model.parameters() if p.requires_grad).data.add_(0.1)
+        return model
+
+    monkeypatch.setitem(methods, "ours", wrong)
+    with pytest.raises(SystemExit, match="LoRA: loss or gradients differ"):
+        main("speed")(["--quick", "--part", "methods", "--output", str(tmp_path)])
+
+
 def test_a_refused_case_is_said_by_the_exit_code(main, monkeypatch, capsys):
     speed = main("speed")
     monkeypatch.setitem(speed.__globals__["PARTS"], "merge", lambda options: iter([None]))

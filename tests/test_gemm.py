@@ -90,3 +90,13 @@ def test_small_double_and_half_products_stay_with_torch(monkeypatch):
     assert not gemm.through_onednn(large.bfloat16(), weight.bfloat16())
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not gemm.through_onednn(large, weight)
+
+
+def test_a_weight_with_gaps_between_its_rows_goes_through_torch():
+    """Through oneDNN a product of half a millisecond would take a second."""
+    x, wide = torch.randn(512, 768), torch.randn(256, 2048)
+    for weight in (wide[:, :768], torch.randn(768, 512)[:, :256].t()):
+        assert not gemm.through_onednn(x, weight)
+        torch.testing.assert_close(gemm.linear(x, weight), x @ weight.t(), rtol=1e-4, atol=1e-4)
+    assert gemm.through_onednn(x, wide[:, :768].contiguous()) == gemm.onednn_is_faster()
+    assert gemm.through_onednn(x, wide[:, :768].t().contiguous().t()) == gemm.onednn_is_faster()

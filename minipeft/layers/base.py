@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.frozen import Weight
+from minipeft.frozen import Weight, can_fuse, frozen_linear
 from minipeft.mixing import plain_class
 
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -83,6 +83,16 @@ class LayerOps(ABC):
     def run(base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's own output; overridden where the layer's own call would keep a float weight for backward."""
         return base(x, *args, **kwargs)
+
+    @classmethod
+    def output(cls, base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """`run` beside an adapter: in training by the faster matrix library, where this is a linear call."""
+        if base.training and not args and not kwargs and torch.is_grad_enabled() and not cls.is_lookup:
+            weight = None if torch.is_autocast_enabled(x.device.type) else cls.weight_of_call(base, x)
+            bias = cls.read_bias(base)
+            if weight is not None and can_fuse(x, weight, bias):
+                return frozen_linear(x, weight, bias)
+        return cls.run(base, x, *args, **kwargs)
 
     @staticmethod
     def read_bias(base: Any) -> Tensor | None:

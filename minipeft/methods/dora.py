@@ -15,7 +15,6 @@ from torch.amp import is_autocast_available
 from minipeft import gemm
 from minipeft.config import flag
 from minipeft.errors import ConfigError
-from minipeft.frozen import can_fuse, frozen_linear
 from minipeft.functional import accumulation_dtype, is_column_major
 from minipeft.layers.base import LayerOps
 from minipeft.methods.lora import Lora, LoraConfig
@@ -66,12 +65,12 @@ class Dora(Lora):
         return self.with_bias(base, ops, _scaled(base, ops, y, y, c, whole=True))
 
     def _dropped(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None, c: Tensor) -> Tensor:
-        y = _of_layer(base, ops, x) if y is None else y
+        y = ops.output(base, x) if y is None else y
         x = F.dropout(x, self.dropout)
         lora_A, lora_B = self.pair()
         h = ops.project_in(base, x, lora_A.to(x.dtype)) * self.scaling
         low = ops.project_out(base, h, lora_B.to(x.dtype)).to(y.dtype)
-        return y + _scaled(base, ops, low, _of_layer(base, ops, x) + low, c, whole=False)
+        return y + _scaled(base, ops, low, ops.output(base, x) + low, c, whole=False)
 
     def scale(self, weight: Tensor) -> Tensor:
         """``m / |W + s B A|``, shape (out,), for the canonical base weight (out, in); differentiable in m."""
@@ -178,16 +177,6 @@ def _blocks(weight: Tensor, values: int) -> Iterator[tuple[slice, slice, Tensor]
         some, every = slice(start, start + step), slice(None)
         part = weight.narrow(across, start, min(step, weight.shape[across] - start))
         yield (every, some, part) if across else (some, every, part)
-
-
-def _of_layer(base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor:
-    """What the layer makes of x, by the faster matrix library where it can."""
-    if not torch.is_autocast_enabled(x.device.type):
-        weight, bias = ops.weight_of_call(base, x), ops.read_bias(base)
-        if weight is not None and can_fuse(x, weight, bias):
-            return frozen_linear(x, weight, bias)
-    y: Tensor = ops.run(base, x)
-    return y
 
 
 def _scaled(base: Any, ops: type[LayerOps], y: Tensor, linear: Tensor, c: Tensor, *, whole: bool) -> Tensor:

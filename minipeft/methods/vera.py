@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
+from minipeft.methods.low_rank import low_rank_forward
 from minipeft.registry import register_method
 
 DEFAULTS = {"phi": ("q_proj", "v_proj")}  # by model_type, where PEFT's is another than LoRA's
@@ -90,6 +90,7 @@ class Vera(Adapter):
     """
 
     config_class = VeraConfig
+    runs_base = True
     projections: Projections
 
     @classmethod
@@ -122,20 +123,16 @@ class Vera(Adapter):
         return A[:, : self.in_features].to(device), B[: self.out_features].to(device)
 
     def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
-        A, B = self._factors(y.device)
-        dtype = y.dtype if self.is_lookup else x.dtype
-        dropout = self.dropout if self.training else 0.0
-        if dropout and not self.is_lookup:
-            x = F.dropout(x, dropout)
-        if self.is_lookup or ops.takes_vectors():
-            # The first vector scales h, so x is not kept for its gradient; the second one B, so nothing as large as y is.
-            h = (ops.project_in(base, x, A.to(dtype)) * self.vera_lambda_d).to(dtype)
-        else:  # only the layer knows where in h the r features are
-            h = ops.project_in(base, x, (self.vera_lambda_d.unsqueeze(1) * A).to(dtype))
-        if dropout and self.is_lookup:
-            h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
-        result: Tensor = y + ops.project_out(base, h, (self.vera_lambda_b.unsqueeze(1) * B).to(dtype)).to(y.dtype)
-        return result
+        A, B = self._factors(x.device)
+        if not torch.is_grad_enabled() and ops.takes_vectors() and not self.is_lookup:  # nothing to keep: scale vectors
+            y = ops.run(base, x) if y is None else y
+            h = ops.project_in(base, x, A.to(x.dtype)) * self.vera_lambda_d
+            more = ops.project_out(base, h.to(x.dtype), B.to(x.dtype)) * self.vera_lambda_b
+            assert isinstance(y, Tensor)
+            return y + more.to(y.dtype)
+        # Both vectors scale B: A is frozen then, so that of x nothing but A x is kept, and nothing as large as y.
+        up = self.vera_lambda_b.unsqueeze(1) * B * self.vera_lambda_d
+        return low_rank_forward(base, ops, x, y, A, up, 1.0, self.dropout if self.training else 0.0)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         update = self.delta(weight)
