@@ -60,12 +60,14 @@ def lora_linear(
         with torch.autocast(device, enabled=False):
             y = lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
         return y if isinstance(weight, Tensor) else y.to(dtype)
-    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    if lora_A.dtype is not x.dtype or lora_B.dtype is not x.dtype:
+        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
-    if learns and dropout == 0 and x.numel() == x.shape[-1] and isinstance(weight, Tensor):
+    if dropout == 0 and x.numel() == x.shape[-1] and isinstance(weight, Tensor):
         # One row: there is nothing to save, and a node of our own costs more than it does.
-        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return y + F.linear(F.linear(x, lora_A) * scaling, lora_B)
+        if weight.dtype is not x.dtype:
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, lora_A), lora_B), alpha=scaling)
     mask = _Mask(dropout) if dropout > 0 else None
     if learns:
         # For the gradient of A alone is x wanted again: a frozen A keeps nothing but h (LoRA-FA, arXiv:2308.03303).

@@ -210,7 +210,9 @@ class Lora(Adapter):
         self.lora_bias = None if start is None else nn.Parameter(start.clone())
         # Kept, since another adapter may be merged into the base's own later.
         self.register_buffer("original_bias", None if start is None else start.clone(), persistent=False)
+        self.trains_bias = self.lora_bias is not None or self.lora_B_bias is not None
         of_weight = OF_WEIGHT.fullmatch(str(config.init_lora_weights))
+        self.starts_from_weight = of_weight is not None
         if self.maps > 1 and (of_weight or config.init_lora_weights == "orthogonal"):
             raise ConfigError(
                 f"init_lora_weights {config.init_lora_weights!r} is for one matrix, and {type(base).__name__} has {self.maps} in "
@@ -255,13 +257,16 @@ class Lora(Adapter):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the whole update, shapes (r, in) and (out, r); with what is taken off, of twice the rank."""
-        if self.initial_A is None or self.initial_B is None:
+        if not self.starts_from_weight:
             return self.lora_A, self.lora_B
+        assert self.initial_A is not None
+        assert self.initial_B is not None
         A, B = self.initial_A.to(self.lora_A.dtype), self.initial_B.to(self.lora_B.dtype)
         return torch.cat([self.lora_A, A]), torch.cat([self.lora_B, -B], 1)
 
     def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
-        return self.with_bias(base, ops, self.low_rank(base, ops, x, y))
+        y = self.low_rank(base, ops, x, y)
+        return self.with_bias(base, ops, y) if self.trains_bias else y
 
     def low_rank(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
         """``y + scaling * B A dropout(x)``; without y, that of the base."""
