@@ -71,6 +71,8 @@ EMBEDDED_TEXT["docs"] = CORPUS / "docs-eval.txt.gz"  # held out from what the ba
 EMBEDDED_PROMPTS = ("def read(self", "class Reader", "The file")
 # What methods call that which a flag says, the first that there is.
 NAMES = {"rank": ("target_r", "r"), "alpha": ("lora_alpha", "alpha"), "dropout": ("lora_dropout", "vera_dropout")}
+# The first treats the embedded model's layers in two ways, and knows GPT-2's; the second is for its embedding.
+WITH_OWN_TARGETS = ("ia3", "trainable_tokens")
 UNKNOWN_UPDATES = 2**31  # until the text has been counted
 WARMUP, CLIP = 0.1, 1.0  # share of the updates; gradient norm
 QUICK_UPDATES, QUICK_EVAL_EXAMPLES = 30, 48
@@ -280,9 +282,7 @@ def fill_in(args: Namespace) -> None:
     args.lean = args.lean or args.checkpointing is not None
     if args.model_name is None:
         args.model_name = str(EMBEDDED_MODEL)
-        if (
-            args.target_modules is None and args.method != "ia3"
-        ):  # which treats these layers in two ways, and knows GPT-2's
+        if args.target_modules is None and args.method not in WITH_OWN_TARGETS:
             args.target_modules = EMBEDDED_TARGETS
     if args.method == "lora":
         args.rank, args.alpha, args.dropout = (
