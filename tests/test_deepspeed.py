@@ -261,3 +261,4 @@ def test_deepspeed_is_told_what_the_flags_say(train, tmp_path):
 
 if __name__ == "__main__":
     process(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # whose threads a process that ends may not leave running
