@@ -80,7 +80,7 @@ def with_tables(
         save: "auto": the rows that the base lacks, where the vocabulary was resized; True: whole tables; False: nothing.
 
     Raises:
-        ConfigError: `save` is something else, or rows of a table that is to be saved whole train.
+        ConfigError: `save` is something else, or rows of a table that is to be saved whole train, or there is no table.
     """
     if save is True:
         return {**tensors, **_whole_tables(model, adapter_name)}, dict(config)
@@ -95,7 +95,7 @@ def with_tables(
         weight = innermost(module).weight
         assert isinstance(weight, Tensor)
         assert known is not None
-        missing = [row for row in range(known, len(weight)) if row not in set(trained.get(name, ()))]
+        missing = sorted(set(range(known, len(weight))) - set(trained.get(name, ())))
         is_copied = isinstance(module, SavedModule) and adapter_name in module.adapters
         if not missing or is_copied or _holds_them(config, missing):
             continue
@@ -118,7 +118,7 @@ def _ids_by_name(model: nn.Module, config: Mapping[str, Any]) -> dict[str, list[
     option, names = config.get(OPTION), list(tables(model))
     if isinstance(option, Mapping):
         return {next((name for name in names if is_suffix(entry, name)), entry): ids for entry, ids in option.items()}
-    return {names[0]: option} if option else {}
+    return {names[0]: option} if option and names else {}
 
 
 def _holds_them(config: Mapping[str, Any], missing: list[int]) -> bool:
@@ -136,8 +136,13 @@ def _is_taken(model: nn.Module, weight: Tensor, adapter_name: str) -> bool:
 
 
 def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    whole = {}
-    for name, module in tables(model).items():
+    whole, found = {}, tables(model)
+    if not found:
+        raise ConfigError(
+            f"save_embedding_layers=True: {type(model).__name__} names no input embedding (get_input_embeddings); leave it "
+            "at 'auto'. Nothing was saved."
+        )
+    for name, module in found.items():
         adapts = _adapts(module, adapter_name)
         if isinstance(module, AdaptedLayer) and adapts and module.adapter(adapter_name).follows_ties:
             raise ConfigError(

@@ -149,6 +149,14 @@ def test_wrong_requests_are_refused_before_anything_is_written(base, make, tmp_p
     assert not (tmp_path / "adapter").exists()
 
 
+def test_whole_tables_of_a_model_that_names_none_are_refused(tmp_path):
+    net = get_lora_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ConfigError, match="names no input embedding"):
+        net.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert not (tmp_path / "adapter").exists()
+    net.save_pretrained(tmp_path / "adapter")
+
+
 def test_a_file_that_cannot_hold_the_new_rows_says_so_and_an_adapter_beside_it_can(tmp_path):
     with foreign_code():
         gpt2().save_pretrained(tmp_path / "base")
