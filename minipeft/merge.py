@@ -70,13 +70,14 @@ def merge(
     names, index = tuple(adapter_names), TensorIndex(model)
     if dequantize:
         check_replaceable(model)
-    steps: list[Step] = []
+    steps, riding = [], set[AdaptedLayer]()
     tied = [layer for _, layer in adapted_layers(model) if follows_ties(layer)]
     for path, layer in adapted_layers(model):
         here = tuple(name for name in names if name in layer.adapters)
-        if here and not layer.merged and not any(layer is rider for step in steps for rider in step.riders):
-            dtype = dtype_to_merge_in(path, layer, model, dequantize)
-            steps.append(_check(path, layer, here, riders(layer, names, tied), index, untie, dtype))
+        if here and not layer.merged and layer not in riding:
+            dtype, along = dtype_to_merge_in(path, layer, model, dequantize), riders(layer, names, tied)
+            steps.append(_check(path, layer, here, along, index, untie, dtype))
+            riding.update(along)
     begun: list[Step] = []
     in_place: list[Step] = []
     errors: dict[str, float] = {}

@@ -14,6 +14,8 @@ from minipeft.saved_module import SavedModule
 def riders(layer: AdaptedLayer, names: tuple[str, ...], others: Iterable[AdaptedLayer]) -> tuple[AdaptedLayer, ...]:
     """The other layers that hold the same weight and, of these adapters, the same: what is merged into one is in all."""
     weight = layer.owner._parameters.get("weight")
+    if weight is None:
+        return ()
     return tuple(
         other
         for other in others
