@@ -13,6 +13,7 @@ from torch import nn
 
 from minipeft import batch_parts, gemm, registry
 from minipeft.adapted import AdaptedLayer, Wrapper
+from minipeft.embeddings import output_head
 from minipeft.errors import LeanError, StateError, hint, shown
 from minipeft.lean_loss import HandsThrough, LeanLoss, after_forward, before_forward, is_frozen
 from minipeft.mixing import SameFunction, mixed_class, plain_class
@@ -145,7 +146,7 @@ def describe(state: LeanState) -> str:
 # ---------------------------------------------------------------------------------------------------------- the parts
 def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> None:
     adapted = {id(wrapper.base_layer) for wrapper in model.modules() if isinstance(wrapper, Wrapper)}
-    head = _head(model)
+    head = output_head(model)
     for module in model.modules():
         frozen = not any(p.requires_grad for p in module.parameters())
         if "forward" in module.__dict__ or not frozen or module is head:
@@ -215,7 +216,7 @@ def _is_mlp(name: str, module: nn.Module) -> bool:
 
 
 def _check_loss(model: nn.Module) -> None:
-    head, why = _head(model), None
+    head, why = output_head(model), None
     loss = getattr(model, "loss_function", None)
     rows_only = isinstance(head, AdaptedLayer) and head.changed_rows() is not None
     if head is None or plain_class(type(head.base_layer if rows_only else head)) is not nn.Linear:
@@ -238,7 +239,7 @@ def _with_base(head: nn.Module) -> list[nn.Module]:
 
 
 def _chunk_loss(model: nn.Module, state: LeanState) -> None:
-    head, loss = _head(model), model.loss_function
+    head, loss = output_head(model), model.loss_function
     assert head is not None
     _mix(head, HandsThrough, state)
     set_before = "_loss_function" in model.__dict__
@@ -248,9 +249,3 @@ def _chunk_loss(model: nn.Module, state: LeanState) -> None:
         model.register_forward_pre_hook(before_forward, with_kwargs=True),
         model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
     ]
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return head if isinstance(head, nn.Module) else None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minipeft import heap, registry
 from minipeft.adapted import TensorIndex, Wrapper
+from minipeft.embeddings import output_head
 from minipeft.errors import ConfigError, StateError, TargetError, hint, shown
 from minipeft.layers.base import LayerOps
 from minipeft.patterns import is_suffix
@@ -51,8 +52,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
 
 def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candidate, type[LayerOps]]]:
     found, index = candidates(model), TensorIndex(model)
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
+    head = output_head(model)
     skipped: set[int] = set()
     for entry in [skip_modules] if isinstance(skip_modules, str) else skip_modules:
         hits = [c.module for c in found.values() if any(is_suffix(entry, name) for name in c.names)]

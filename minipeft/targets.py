@@ -11,6 +11,7 @@ from torch import nn
 from minipeft import registry
 from minipeft.adapted import Wrapper, innermost
 from minipeft.config import ALL_LINEAR, HEADS_OF_TASK, AdapterConfig
+from minipeft.embeddings import output_head
 from minipeft.errors import TargetError, hint, nearest, shown
 from minipeft.layers.base import LayerOps
 from minipeft.patterns import endings, full_matches, is_suffix
@@ -197,14 +198,13 @@ def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind:
 
 
 def _all_linear(model: nn.Module, found: dict[str, Candidate], eligible: list[str]) -> list[str]:
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
+    head, names_its_head = output_head(model), hasattr(model, "get_output_embeddings")
     chosen = []
     for name in eligible:
         candidate = found.get(name)  # a module's other names are the same module
         if candidate is None or candidate.module is head:
             continue
-        if callable(get_head) and name.rpartition(".")[2] in HEAD_NAMES and head is None:
+        if names_its_head and name.rpartition(".")[2] in HEAD_NAMES and head is None:
             continue
         ops = layer_ops(candidate.base)
         if ops is not None and ops.in_all_linear:

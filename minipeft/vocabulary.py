@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from minipeft.adapted import AdaptedLayer, innermost, wrappers
 from minipeft.adapter_file import MAX_CONFIG_BYTES, AdapterFile
 from minipeft.config import AdapterConfig
+from minipeft.embeddings import input_embedding, output_head
 from minipeft.errors import CheckpointError, ConfigError, told
 from minipeft.files import read_limited
 from minipeft.hub import is_hub_id
@@ -36,16 +37,14 @@ OPTION, ROWS = "trainable_token_indices", "token_adapter.trainable_tokens_delta"
 def tables(model: nn.Module) -> dict[str, nn.Module]:
     """The input embedding and the output head of a transformers model, by name, each weight once; as they are wrapped."""
     found: dict[int, tuple[str, nn.Module]] = {}
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, get, lambda: None)()
-        except NotImplementedError:  # what transformers raises for a model without one
-            module = None
-        weight = getattr(innermost(module), "weight", None) if isinstance(module, nn.Module) else None
-        name = next((name for name, other in model.named_modules() if other is module), None)
+    for module in (input_embedding(model), output_head(model)):
+        weight = None if module is None else getattr(innermost(module), "weight", None)
         is_table = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
-        if is_table and isinstance(module, nn.Module) and name is not None:
-            found.setdefault(id(weight), (name, module))
+        if module is None or not is_table or id(weight) in found:
+            continue
+        name = next((name for name, other in model.named_modules() if other is module), None)
+        if name is not None:
+            found[id(weight)] = (name, module)
     return dict(found.values())
 
 
@@ -89,12 +88,13 @@ def with_tables(
     if save != "auto":
         raise ConfigError(f'save_embedding_layers must be True, False or "auto", not {told(save)}. Nothing was saved.')
     known = base_vocabulary(model)
+    if known is None:
+        return dict(tensors), dict(config)
     all_tensors, trained = dict(tensors), _ids_by_name(model, config)
     ids = dict(trained)
-    for name, module in tables(model).items() if known is not None else ():
+    for name, module in tables(model).items():
         weight = innermost(module).weight
         assert isinstance(weight, Tensor)
-        assert known is not None
         missing = sorted(set(range(known, len(weight))) - set(trained.get(name, ())))
         is_copied = isinstance(module, SavedModule) and adapter_name in module.adapters
         if not missing or is_copied or _holds_them(config, missing):
@@ -172,6 +172,8 @@ def brought(file: AdapterFile, model: nn.Module) -> Brought:
         CheckpointError: a table has another number of rows than the model's, or is damaged, or two that are tied differ.
     """
     known = {name: innermost(module).weight for name, module in tables(model).items()}
+    if not known:
+        return Brought(file.config)
     modules = model.named_modules(remove_duplicate=False)
     trained = file.config.modules_to_save or ()
     every = {name: getattr(innermost(module), "weight", None) for name, module in modules}

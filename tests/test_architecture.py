@@ -30,6 +30,7 @@ FLOORS = (
         "files",
         "config",
         "families",
+        "embeddings",
     ),
     ("layers", "methods", "swaps", "lean_loss", "probe"),
     ("adapted", "saved_module", "targets", "parameters", "undo", "ties", "merge_report", "dequantize", "merge"),

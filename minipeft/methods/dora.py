@@ -90,9 +90,15 @@ class Dora(Lora):
         """``|W|^2`` of each row, kept from the last call if this is the same weight, and made anew if it is not.
 
         The same is what lies in the same place, was not written since by anything that torch counts, and has the same
-        values in a few places, for the sake of writes through ``.data``, which torch does not count.
+        values in a few places, for the sake of writes through ``.data``, which torch does not count. On a CPU only:
+        elsewhere that comparison would wait for the device at every call, and the norm is soon made.
         """
-        if torch.compiler.is_compiling() or weight.is_meta or type(weight) is not Tensor or weight.numel() == 0:
+        if (
+            torch.compiler.is_compiling()
+            or weight.device.type != "cpu"
+            or type(weight) is not Tensor
+            or weight.numel() == 0
+        ):
             return None
         dtype = _norm_dtype(weight, self.lora_A, self.lora_B)
         rows, columns = (max(1, size // SEEN) for size in weight.shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer
+from minipeft.embeddings import input_embedding
 from minipeft.errors import ConfigError, TargetError, told
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
@@ -44,11 +45,7 @@ class TrainableTokensConfig(AdapterConfig):
         flag("init_weights", self.init_weights)
 
     def default_modules(self, model: nn.Module) -> Sequence[str] | None:
-        get: Any = getattr(model, "get_input_embeddings", None)
-        try:
-            embedding = get() if callable(get) else None
-        except NotImplementedError:  # what transformers raises for a model without one
-            embedding = None
+        embedding = input_embedding(model)
         names = [name for name, module in model.named_modules() if module is embedding]
         if not names:
             raise TargetError(
