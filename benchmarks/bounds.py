@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from minipeft import gemm
-from minipeft.adapted import adapted_layers
-from minipeft.chunked_loss import CHUNK_BYTES
+from minipeft.injection.adapted_layer import adapted_layers
+from minipeft.kernels import matmul as gemm
+from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
 
 
 def matrix_products(

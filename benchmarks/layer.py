@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import minipeft
-from minipeft import gemm
+from minipeft.kernels import matmul as gemm
 
 FROZEN_FAST = "frozen layer, same products"
 CALL_MS = 10.0  # a timed region is at least this long

@@ -8,7 +8,7 @@ import torch
 from common import Options, Row, Rows, compare, race
 from torch import Tensor
 
-from minipeft import gemm
+from minipeft.kernels import matmul as gemm
 
 
 def rate_rows(options: Options) -> Rows:
@@ -28,7 +28,7 @@ def rate(options: Options, shape: str, products: int, ours: Any, theirs: Any, *i
     with torch.no_grad():
         times = race(calls, options.rounds_or(20), device=options.device, repeats=5)
     rates = [[2e-6 * products / ms for ms in times[name]] for name in calls]
-    return compare("speed_step", shape, "matrix product", "GFLOP/s", *rates, "torch", "minipeft.gemm")
+    return compare("speed_step", shape, "matrix product", "GFLOP/s", *rates, "torch", "minipeft.kernels.matmul")
 
 
 def copy_rates(options: Options) -> Row:

@@ -43,22 +43,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import minipeft
 from minipeft import registry
-from minipeft.training import deepspeed
-from minipeft.training.checkpoints import Checkpoints
-from minipeft.training.curve import plot_losses
-from minipeft.training.encoding import Encoding, check_fit
-from minipeft.training.examples import Examples, encode
-from minipeft.training.interrupt import EXIT_CODE, Interrupt
-from minipeft.training.launch import check_processes, join_after_restart, must_use_cpu, restarts
-from minipeft.training.lock import RunLock
+from minipeft.training.data.encoding import Encoding, check_fit
+from minipeft.training.data.examples import Examples, encode
+from minipeft.training.data.order import Update, UpdateOrder
+from minipeft.training.data.sources import Source, held_out_split, open_source
+from minipeft.training.data.stream import StreamOrder
+from minipeft.training.distributed import deepspeed
+from minipeft.training.distributed.launch import check_processes, join_after_restart, must_use_cpu, restarts
+from minipeft.training.distributed.ranks import agree
+from minipeft.training.distributed.sharding import is_sharded, shard
 from minipeft.training.lora_plus import lora_plus_groups
-from minipeft.training.metrics import Metrics
-from minipeft.training.order import Update, UpdateOrder
-from minipeft.training.ranks import agree
-from minipeft.training.run_state import Progress, TrainingState
-from minipeft.training.sharding import is_sharded, shard
-from minipeft.training.sources import Source, held_out_split, open_source
-from minipeft.training.stream import StreamOrder
+from minipeft.training.runs.checkpoints import Checkpoints
+from minipeft.training.runs.curve import plot_losses
+from minipeft.training.runs.interrupt import EXIT_CODE, Interrupt
+from minipeft.training.runs.lock import RunLock
+from minipeft.training.runs.metrics import Metrics
+from minipeft.training.runs.run_state import Progress, TrainingState
 from minipeft.training.updates import Updater, evaluate
 
 Texts = dict[str, Examples | Source]  # by part: "train", "eval", perhaps "docs"; a Source where it is streaming

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from minipeft import families, layers, methods
+from minipeft import layers, methods
 from minipeft.config import AdapterConfig
-from minipeft.dequantize import dequantize
 from minipeft.errors import (
     CheckpointError,
     ConfigError,
@@ -19,9 +18,10 @@ from minipeft.errors import (
     StateError,
     TargetError,
 )
+from minipeft.injection import default_targets as families
 from minipeft.layers.base import LayerOps
-from minipeft.lean_model import lean, unlean
-from minipeft.merge_report import MergeReport
+from minipeft.memory.lean import lean, unlean
+from minipeft.merging.report import MergeReport
 from minipeft.methods.adalora import AdaLoraConfig
 from minipeft.methods.base import Adapter
 from minipeft.methods.dora import DoraConfig
@@ -33,9 +33,10 @@ from minipeft.methods.oft import OFTConfig
 from minipeft.methods.trainable_tokens import TrainableTokensConfig
 from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
-from minipeft.quantize import quantize
+from minipeft.quantization.dequantize import dequantize
+from minipeft.quantization.quantize import quantize
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
-from minipeft.schedule import after_step, extra_loss
+from minipeft.step_hooks import after_step, extra_loss
 
 __version__ = "0.1.0"
 

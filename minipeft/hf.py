@@ -17,14 +17,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from minipeft import checkpoint, schedule
-from minipeft.adapter_file import CONFIG_FILE, PROVENANCE, WEIGHTS_FILE, open_adapter
+from minipeft import step_hooks as schedule
 from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, StateError, shown
-from minipeft.files import write_files
+from minipeft.files import save_and_load as checkpoint
+from minipeft.files.atomic import write_files
+from minipeft.files.base_samples import base_samples, check_samples
+from minipeft.files.format import CONFIG_FILE, PROVENANCE, WEIGHTS_FILE, open_adapter
+from minipeft.files.save_pretrained import DEFAULT, directory_of
 from minipeft.model import AdaptedModel
-from minipeft.same_base import base_samples, check_samples
-from minipeft.sharing import DEFAULT, directory_of
 
 RECORD = "minipeft"  # our place in trainer_state.json, among the states of callbacks
 TRAINER_STATE = "trainer_state.json"

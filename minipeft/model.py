@@ -9,21 +9,24 @@ from typing import Any, cast
 
 from torch import nn
 
-from minipeft import checkpoint, inject, merge, registry
-from minipeft.adapted import wrappers
+from minipeft import registry
+from minipeft.class_swap import reduced
 from minipeft.config import AdapterConfig
-from minipeft.dequantize import dequantize as make_float
 from minipeft.errors import ConfigError, StateError, shown
-from minipeft.hub import adapter_directory
-from minipeft.merge_report import MergeReport
-from minipeft.mixing import reduced
-from minipeft.parts import build
-from minipeft.planning import Plan
-from minipeft.planning import plan as plan_injection
-from minipeft.saved_module import SavedModule
-from minipeft.sharing import DEFAULT, SharedModel
-from minipeft.state import STATE, attach, check_name, detach, switch_to
-from minipeft.ties import check_trained_copies, mark_untied
+from minipeft.files import save_and_load as checkpoint
+from minipeft.files.hub import adapter_directory
+from minipeft.files.save_pretrained import DEFAULT, SharedModel
+from minipeft.injection import apply as inject
+from minipeft.injection.adapted_layer import wrappers
+from minipeft.injection.attach import STATE, attach, check_name, detach, switch_to
+from minipeft.injection.build import build
+from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.plan import Plan
+from minipeft.injection.plan import plan as plan_injection
+from minipeft.merging import merge
+from minipeft.merging.report import MergeReport
+from minipeft.merging.tied_weights import check_trained_copies, mark_untied
+from minipeft.quantization.dequantize import dequantize as make_float
 
 WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
 
@@ -79,7 +82,7 @@ def load_adapter(
         strict: insist on exactly the expected tensors. False: report missing and unexpected ones in a warning;
             what is missing keeps its starting value. A wrong shape is an error in any case.
         allow_base_mismatch: skip the comparison of the base weights.
-        revision, token, subfolder, local_files_only: see `minipeft.hub.adapter_directory`.
+        revision, token, subfolder, local_files_only: see `minipeft.files.hub.adapter_directory`.
 
     Raises:
         MinipeftError: anything does not fit; the model is bit for bit what it was.
@@ -115,7 +118,7 @@ def _check_adaptable(model: object) -> None:
 
 # ------------------------------------------------------------------------------------------------- the class family
 class AdaptedModel(SharedModel):
-    """What an adapted model can do beside what its own class does. Never built, but mixed in (see `minipeft.state`)."""
+    """What an adapted model can do beside what its own class does. Never built, but mixed in (see `minipeft.injection.attach`)."""
 
     @property
     def adapter_configs(self) -> dict[str, AdapterConfig]:

@@ -9,8 +9,9 @@ from tiny_models import gpt2, llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from minipeft import LeanError, batch_parts, lean
-from minipeft.batch_parts import ROWS, runs_in_parts
+from minipeft import LeanError, lean
+from minipeft.memory import sample_slices as batch_parts
+from minipeft.memory.sample_slices import ROWS, runs_in_parts
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 
 from minipeft import CheckpointError, ConfigError
-from minipeft.training.checkpoints import FOREIGN_LEFTOVER_SECONDS, Checkpoints, verify
-from minipeft.training.faults import EXIT_CODE, FAULT_POINTS, VARIABLE, fault_point
-from minipeft.training.snapshot import Snapshot
+from minipeft.training.runs.checkpoints import FOREIGN_LEFTOVER_SECONDS, Checkpoints, verify
+from minipeft.training.runs.faults import EXIT_CODE, FAULT_POINTS, VARIABLE, fault_point
+from minipeft.training.runs.snapshot import Snapshot
 
 SIZE = 1000
 KILLS = 8
@@ -60,7 +60,7 @@ def names(directory):
 def processes():
     """Starts processes that have torch imported already, so that one takes milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "minipeft", "safetensors.torch", "minipeft.training.snapshot"])
+    context.set_forkserver_preload(["pytest", "minipeft", "safetensors.torch", "minipeft.training.runs.snapshot"])
     return context
 
 
@@ -463,7 +463,7 @@ def test_finding_a_checkpoint_needs_no_torch():
         "package = types.ModuleType('minipeft')\n"
         "package.__path__ = list(importlib.util.find_spec('minipeft').submodule_search_locations)\n"
         "sys.modules['minipeft'] = package\n"
-        "import minipeft.training.checkpoints, minipeft.training.lock\n"
+        "import minipeft.training.runs.checkpoints, minipeft.training.runs.lock\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

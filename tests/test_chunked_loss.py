@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from minipeft import LeanError, chunked_loss
-from minipeft.chunked_loss import causal_lm_loss
+from minipeft import LeanError
+from minipeft.kernels import chunked_cross_entropy as chunked_loss
+from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 
 VOCABULARY, FEATURES = 53, 11
 

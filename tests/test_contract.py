@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from minipeft import Adapter, AdapterConfig, ContractError, LayerOps, RegistryError, TargetError, registry
-from minipeft.contract.checks import CHECKS
 from minipeft.layers.linear import LinearOps
 from minipeft.methods.lora import Lora, LoraConfig
 from minipeft.testing import check_layer, check_method, check_pair
+from minipeft.testing.checks import CHECKS
 
 ALL = {check.__name__ for check in CHECKS}
 MERGES = {"merge_float64", "merge_float32", "merge_bfloat16"}

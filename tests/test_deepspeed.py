@@ -29,8 +29,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 
 import minipeft
-from minipeft.adapter_file import open_adapter
-from minipeft.training.order import UpdateOrder
+from minipeft.files.format import open_adapter
+from minipeft.training.data.order import UpdateOrder
 from minipeft.training.updates import Updater
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from minipeft import CheckpointError, LoraConfig, MergeError, StateError, TargetError, get_lora_model, load_adapter
-from minipeft.adapted import AdaptedLayer, adapted_layers
+from minipeft.injection.adapted_layer import AdaptedLayer, adapted_layers
 from minipeft.methods.lora import Lora
 
 

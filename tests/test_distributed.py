@@ -18,7 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from minipeft import LoraConfig, fused, get_lora_model, recompute
+from minipeft import LoraConfig, get_lora_model
+from minipeft.kernels import lora_linear as fused
+from minipeft.kernels import recompute
 
 WORLD = 2
 LAYERS = 8  # adapted ones in the tiny GPT-2: four a block

@@ -9,8 +9,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from minipeft import LoraConfig, get_lora_model
-from minipeft.families import DEFAULTS
-from minipeft.planning import plan
+from minipeft.injection.default_targets import DEFAULTS
+from minipeft.injection.plan import plan
 
 MODEL_TYPES = [model_type for _, types in DEFAULTS for model_type in types.split()]
 COMMON = (

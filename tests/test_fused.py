@@ -8,8 +8,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from minipeft import LoraConfig, fused, get_lora_model, recompute
-from minipeft.fused import lora_linear
+from minipeft import LoraConfig, get_lora_model
+from minipeft.kernels import lora_linear as fused
+from minipeft.kernels import recompute
+from minipeft.kernels.lora_linear import lora_linear
 
 S = 0.7
 

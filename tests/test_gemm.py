@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minipeft import gemm
+from minipeft.kernels import matmul as gemm
 
 
 @pytest.fixture(params=["oneDNN", "MKL"])

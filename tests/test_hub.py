@@ -119,7 +119,7 @@ def test_what_is_not_in_the_cache_is_told_in_one_line(cache, monkeypatch):
     ["absent", "./absent/x", "absent/deep/er", "/absent/x", "user/..", "-user/repo", "user/repo.git", "user\\x"],
 )
 def test_what_can_be_no_repository_is_not_asked_for(cache, monkeypatch, place):
-    monkeypatch.setattr("minipeft.hub.hf_hub_download", None)  # calling it would be another error
+    monkeypatch.setattr("minipeft.files.hub.hf_hub_download", None)  # calling it would be another error
     refused("is no directory; an adapter is a directory with", place)
 
 
@@ -367,7 +367,7 @@ def test_what_the_hub_refuses_is_told_in_one_line(hub, monkeypatch):
     def unplugged(*args, **options):
         raise ConnectionError("first line\nsecond line")
 
-    monkeypatch.setattr("minipeft.hub.hf_hub_download", unplugged)
+    monkeypatch.setattr("minipeft.files.hub.hf_hub_download", unplugged)
     refused(r"the hub does not give its adapter_model.safetensors \(ConnectionError: first line\)", "user/repo")
 
 

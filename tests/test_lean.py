@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from minipeft import LeanError, LoraConfig, StateError, get_lora_model, lean, unlean
-from minipeft.gemm import onednn_is_faster
-from minipeft.lean_model import describe
-from minipeft.swaps import Checkpointed, FastLinear, FusedGelu, Recomputed
+from minipeft.kernels.matmul import onednn_is_faster
+from minipeft.memory.lean import describe
+from minipeft.memory.modules import Checkpointed, FastLinear, FusedGelu, Recomputed
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -327,7 +327,7 @@ def test_names_files_and_merging_are_untouched(tmp_path):
 
 
 def test_layers_made_fast_before_adapting_are_still_fused(monkeypatch):
-    monkeypatch.setattr("minipeft.gemm.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("minipeft.kernels.matmul.onednn_is_faster", lambda: True)
     base = gpt2().requires_grad_(False)
     lean(base)
     assert "FastLinear" in mixins(base)
@@ -535,8 +535,10 @@ def test_a_block_of_gpt2_keeps_so_many_arrays_of_its_width(subject, units):
 def test_frozen_layers_take_the_faster_library_in_training_only(monkeypatch):
     calls = []
     real = torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr("minipeft.gemm._onednn", lambda: lambda *args: calls.append(min(args[1].shape)) or real(*args))
-    monkeypatch.setattr("minipeft.gemm.WORTH_IT", 0)
+    monkeypatch.setattr(
+        "minipeft.kernels.matmul._onednn", lambda: lambda *args: calls.append(min(args[1].shape)) or real(*args)
+    )
+    monkeypatch.setattr("minipeft.kernels.matmul.WORTH_IT", 0)
     model = lean(adapted(target_modules=["c_attn"]))
     calls.clear()
     with torch.no_grad():
@@ -547,7 +549,7 @@ def test_frozen_layers_take_the_faster_library_in_training_only(monkeypatch):
 
 
 def test_memory_is_handed_back_by_glibc_and_nowhere_else(monkeypatch):
-    from minipeft import heap
+    from minipeft.kernels import malloc_trim as heap
 
     heap.trim("cpu")
     heap._malloc_trim.cache_clear()

@@ -10,7 +10,7 @@ from tiny_layers import OneLayer, canonical_weight, conv1d, example
 from torch import nn
 
 from minipeft import LoraConfig, get_lora_model
-from minipeft.functional import lora_delta
+from minipeft.kernels.functional import lora_delta
 
 LAYERS = {
     "linear": lambda: nn.Linear(5, 7),

@@ -13,12 +13,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import minipeft
-from minipeft import LoraConfig, fused, get_lora_model
-from minipeft.checkpoint import save_adapter
-from minipeft.convert import as_lora
-from minipeft.fused import lora_linear
-from minipeft.initial import pissa_factors
-from minipeft.same_base import base_samples
+from minipeft import LoraConfig, get_lora_model
+from minipeft.files.base_samples import base_samples
+from minipeft.files.save_and_load import save_adapter
+from minipeft.files.to_lora import as_lora
+from minipeft.kernels import lora_linear as fused
+from minipeft.kernels.lora_linear import lora_linear
+from minipeft.methods.lora_init import pissa_factors
 
 with foreign_code():
     peft = pytest.importorskip("peft")
@@ -105,7 +106,7 @@ def test_starts_and_residuals_are_pefts(factory, init):
     ours = get_lora_model(factory(), LoraConfig(**options))
     with foreign_code():
         theirs = peft.get_peft_model(factory(), peft.LoraConfig(**options)).base_model.model
-    for path, layer in minipeft.adapted.adapted_layers(ours):
+    for path, layer in minipeft.injection.adapted_layer.adapted_layers(ours):
         lora, other = layer.adapter("default"), theirs.get_submodule(path)
         A, B = other.lora_A["default"].weight, other.lora_B["default"].weight
         assert lora.scaling == other.scaling["default"]

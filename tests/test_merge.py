@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from minipeft import LoraConfig, MergeError, get_lora_model
-from minipeft.adapted import adapted_layers
-from minipeft.functional import lora_delta
+from minipeft.injection.adapted_layer import adapted_layers
+from minipeft.kernels.functional import lora_delta
 
 
 def adapted(model=None, scale=0.1, **options):

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minipeft import Adapter, AdapterConfig, LoraConfig, MergeError, get_adapter_model, get_lora_model, register_method
-from minipeft import merge as merging
-from minipeft.adapted import adapted_layers
-from minipeft.functional import largest, low_rank_additions, low_rank_bound, low_rank_product
+from minipeft.injection.adapted_layer import adapted_layers
+from minipeft.kernels.functional import largest, low_rank_additions, low_rank_bound, low_rank_product
 from minipeft.layers.linear import LinearOps
+from minipeft.merging import merge as merging
 from minipeft.methods.lora import Lora
 
 WIDE = 96  # no other tensor of the model below has 96 x 96 values
@@ -72,7 +72,7 @@ def test_a_merge_for_good_reads_the_weight_once_and_adds_once():
 
 
 def test_half_precision_is_merged_without_a_wide_copy(monkeypatch):
-    monkeypatch.setattr("minipeft.functional.BLOCK", 10 * WIDE)  # the last block is a shorter one
+    monkeypatch.setattr("minipeft.kernels.functional.BLOCK", 10 * WIDE)  # the last block is a shorter one
     model = wide_model(torch.bfloat16)
     weight = model[0].weight.detach().double()
     adapter = model[0].adapter("default")

@@ -1,6 +1,6 @@
 """The rows of a run: in a file where a directory is given, else in memory alone."""
 
-from minipeft.training.metrics import Metrics, read_rows
+from minipeft.training.runs.metrics import Metrics, read_rows
 
 ROWS = [{"step": step, "loss": 1 / (step + 1)} for step in range(4)]
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import minipeft
 from minipeft import AdaptedModel, LoraConfig, StateError, get_lora_model
-from minipeft.adapted import AdaptedLayer, wrappers
-from minipeft.saved_module import SavedModule
+from minipeft.injection.adapted_layer import AdaptedLayer, wrappers
+from minipeft.injection.modules_to_save import SavedModule
 
 
 def adapted(model=None, **options):

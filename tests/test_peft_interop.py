@@ -24,8 +24,8 @@ from tiny_models import (
 )
 
 import minipeft
-from minipeft.adapted import adapted_layers, wrappers
-from minipeft.saved_module import SavedModule
+from minipeft.injection.adapted_layer import adapted_layers, wrappers
+from minipeft.injection.modules_to_save import SavedModule
 
 with foreign_code():
     peft = pytest.importorskip("peft")

@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, MergeError, RegistryError, StateError, TargetError, registry
+from minipeft.injection.targets import layer_ops
 from minipeft.layers.bitsandbytes_4bit import _warn_of_misreading, reads_back
 from minipeft.layers.linear import LinearOps
-from minipeft.layers.quantised import QuantizedLinearOps
+from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.registry import layer_type_names
-from minipeft.targets import layer_ops
 
 with foreign_code():
     bnb = pytest.importorskip("bitsandbytes")

@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import minipeft
-from minipeft import LoraConfig, fused
+from minipeft import LoraConfig
+from minipeft.injection.targets import layer_ops
+from minipeft.kernels import lora_linear as fused
 from minipeft.layers.base import LayerOps
-from minipeft.layers.quantised import QuantizedLinearOps
-from minipeft.lean_model import STATE
-from minipeft.swaps import FastLinear
-from minipeft.targets import layer_ops
+from minipeft.layers.quantized import QuantizedLinearOps
+from minipeft.memory.lean import STATE
+from minipeft.memory.modules import FastLinear
 
 with foreign_code():
     bnb = pytest.importorskip("bitsandbytes")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minipeft import families, registry
+from minipeft import registry
+from minipeft.injection import default_targets as families
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

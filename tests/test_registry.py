@@ -10,9 +10,9 @@ from torch import nn
 
 import minipeft
 from minipeft import Adapter, LoraConfig, RegistryError, get_lora_model, registry
+from minipeft.injection.targets import layer_ops
 from minipeft.layers.linear import LinearOps
 from minipeft.methods.lora import Lora
-from minipeft.targets import layer_ops
 
 
 @pytest.fixture(autouse=True)

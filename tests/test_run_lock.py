@@ -14,13 +14,13 @@ import filelock
 import pytest
 
 from minipeft import CheckpointError
-from minipeft.training.lock import LOCK_FILE, OWNER_FILE, RunLock
+from minipeft.training.runs.lock import LOCK_FILE, OWNER_FILE, RunLock
 
 
 @pytest.fixture(scope="module")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "safetensors.torch", "minipeft.training.lock"])
+    context.set_forkserver_preload(["pytest", "safetensors.torch", "minipeft.training.runs.lock"])
     return context
 
 

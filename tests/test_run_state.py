@@ -27,14 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import minipeft
 from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_lora_model
-from minipeft.training import run_state
-from minipeft.training.checkpoints import Checkpoints
-from minipeft.training.differences import config_differences
-from minipeft.training.optimizer_state import load_exactly, optimizer_from_plain, optimizer_to_plain
-from minipeft.training.plain import checked_json, from_plain, same, to_plain
-from minipeft.training.ranks import agree
-from minipeft.training.rng import check_rng_state, gathered_rng_states, rng_state, set_rng_state
-from minipeft.training.run_state import Progress, TrainingState
+from minipeft.training.distributed.ranks import agree
+from minipeft.training.runs import run_state
+from minipeft.training.runs.checkpoints import Checkpoints
+from minipeft.training.runs.differences import config_differences
+from minipeft.training.runs.optimizer_state import load_exactly, optimizer_from_plain, optimizer_to_plain
+from minipeft.training.runs.plain import checked_json, from_plain, same, to_plain
+from minipeft.training.runs.rng import check_rng_state, gathered_rng_states, rng_state, set_rng_state
+from minipeft.training.runs.run_state import Progress, TrainingState
 
 WORLD = 2
 STEPS = 6

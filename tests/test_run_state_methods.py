@@ -11,8 +11,8 @@ from tiny_models import gpt2, llama, token_ids
 
 import minipeft
 from minipeft import AdaLoraConfig, CheckpointError
-from minipeft.training.checkpoints import Checkpoints
-from minipeft.training.run_state import TrainingState
+from minipeft.training.runs.checkpoints import Checkpoints
+from minipeft.training.runs.run_state import TrainingState
 
 STEPS = 6
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -156,11 +156,11 @@ def test_a_schedule_that_does_not_fit_is_refused_and_nothing_has_changed(change,
     run = Run(METHODS["adalora"])
     run.steps(0, 1)
     before = copy.deepcopy([run.model.state_dict(), run.optimizer.state_dict()])
-    means = {k: t.clone() for k, t in minipeft.schedule.schedule_state(run.model, "default").items()}
+    means = {k: t.clone() for k, t in minipeft.step_hooks.schedule_state(run.model, "default").items()}
     with pytest.raises(CheckpointError, match=said):
         run.state.restore(folder)
     assert str(before) == str([run.model.state_dict(), run.optimizer.state_dict()])
-    now = minipeft.schedule.schedule_state(run.model, "default")
+    now = minipeft.step_hooks.schedule_state(run.model, "default")
     assert means.keys() == now.keys()
     assert all(torch.equal(means[key], now[key]) for key in means)
 
@@ -169,6 +169,6 @@ def test_a_method_that_keeps_no_state_takes_none(tmp_path):
     torch.manual_seed(0)
     model = minipeft.get_lora_model(gpt2(), minipeft.LoraConfig(r=2, target_modules=["c_attn"]))
     path = "transformer.h.0.attn.c_attn"
-    minipeft.schedule.check_schedule_state(model, "default", None)
+    minipeft.step_hooks.check_schedule_state(model, "default", None)
     with pytest.raises(CheckpointError, match="keeps no training state, and 'left' came"):
-        minipeft.schedule.check_schedule_state(model, "default", {f"{path}/left": torch.ones(2)})
+        minipeft.step_hooks.check_schedule_state(model, "default", {f"{path}/left": torch.ones(2)})

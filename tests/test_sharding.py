@@ -9,11 +9,11 @@ from torch.distributed.fsdp import fully_shard
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, StateError
-from minipeft.adapter_file import open_adapter
-from minipeft.same_base import base_samples, remember_base
-from minipeft.training.checkpoints import Checkpoints
-from minipeft.training.run_state import TrainingState
-from minipeft.training.sharding import is_sharded, shard
+from minipeft.files.base_samples import base_samples, remember_base
+from minipeft.files.format import open_adapter
+from minipeft.training.distributed.sharding import is_sharded, shard
+from minipeft.training.runs.checkpoints import Checkpoints
+from minipeft.training.runs.run_state import TrainingState
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from minipeft import MinipeftError, StateError, TargetError, registry, table
+from minipeft import MinipeftError, StateError, TargetError, registry
 from minipeft.methods.lora import Lora
-from minipeft.table import BEGIN, END, code_lines, main, refusals, with_table
+from minipeft.testing import table
+from minipeft.testing.table import BEGIN, END, code_lines, main, refusals, with_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -119,6 +120,6 @@ def test_the_readme_holds_what_the_command_prints():
     if BEGIN not in text:
         pytest.skip(f"README.md has no line {BEGIN!r} yet")
     try:
-        assert with_table(text, table.table()) == text, "run: python -m minipeft.table --write README.md"
+        assert with_table(text, table.table()) == text, "run: python -m minipeft.testing.table --write README.md"
     except TargetError as error:
         pytest.skip(str(error))

@@ -23,10 +23,10 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import minipeft
-from minipeft.adapter_file import open_adapter
-from minipeft.training.checkpoints import Checkpoints
-from minipeft.training.launch import check_processes, must_use_cpu
-from minipeft.training.lock import RunLock
+from minipeft.files.format import open_adapter
+from minipeft.training.distributed.launch import check_processes, must_use_cpu
+from minipeft.training.runs.checkpoints import Checkpoints
+from minipeft.training.runs.lock import RunLock
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,13 +19,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minipeft.errors import MinipeftError
-from minipeft.training import encoding as encoding_module
-from minipeft.training import readers
-from minipeft.training.collate import Example, collate
-from minipeft.training.encoding import IGNORED, Encoding, Fate, check_fit, padding_id
-from minipeft.training.examples import encode
-from minipeft.training.packing import TokenStream, cut
-from minipeft.training.sources import Source, held_out_split, open_source, split_names
+from minipeft.training.data import encoding as encoding_module
+from minipeft.training.data import readers
+from minipeft.training.data.collate import Example, collate
+from minipeft.training.data.encoding import IGNORED, Encoding, Fate, check_fit, padding_id
+from minipeft.training.data.examples import encode
+from minipeft.training.data.packing import TokenStream, cut
+from minipeft.training.data.sources import Source, held_out_split, open_source, split_names
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TINY = Path(__file__).resolve().parents[1] / "examples" / "assets" / "tiny"

@@ -16,13 +16,13 @@ from test_training_data import CHAT, CODE, PLAIN, chatty, letters, write
 from tiny_models import gpt2
 
 from minipeft.errors import MinipeftError, StateError
-from minipeft.training import readers
-from minipeft.training.collate import Example, eval_batches
-from minipeft.training.encoding import IGNORED, Encoding, Fate
-from minipeft.training.examples import encode
-from minipeft.training.order import UpdateOrder
-from minipeft.training.sources import Source, open_source
-from minipeft.training.stream import StreamOrder, Window
+from minipeft.training.data import readers
+from minipeft.training.data.collate import Example, eval_batches
+from minipeft.training.data.encoding import IGNORED, Encoding, Fate
+from minipeft.training.data.examples import encode
+from minipeft.training.data.order import UpdateOrder
+from minipeft.training.data.sources import Source, open_source
+from minipeft.training.data.stream import StreamOrder, Window
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -15,7 +15,7 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 
 import minipeft
-from minipeft.training.order import UpdateOrder
+from minipeft.training.data.order import UpdateOrder
 from minipeft.training.updates import Updater, evaluate, is_out_of_memory, loss_sum
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

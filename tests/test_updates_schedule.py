@@ -20,7 +20,7 @@ from test_updates import mean_loss, no_room_for, updater_of
 
 import minipeft
 from minipeft import AdaLoraConfig, StateError
-from minipeft.training.order import UpdateOrder
+from minipeft.training.data.order import UpdateOrder
 from minipeft.training.updates import Updater
 
 STEPS = 6

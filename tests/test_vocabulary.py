@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import disturb, foreign_code, gpt2, llama, state_digest
 
 from minipeft import IA3Config, LoraConfig, TrainableTokensConfig, get_adapter_model, get_lora_model, load_adapter
-from minipeft.adapter_file import WEIGHTS_FILE
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError
-from minipeft.vocabulary import base_vocabulary
+from minipeft.files.format import WEIGHTS_FILE
+from minipeft.files.resized_vocabulary import base_vocabulary
 
 NEW = [100, 101, 102]
 IDS = torch.tensor([[1, 100, 2, 101, 102, 3, 100, 4]])

@@ -3,7 +3,7 @@
 import numpy as np
 from tiny_models import VOCABULARY
 
-from minipeft.training.collate import Example
+from minipeft.training.data.collate import Example
 
 
 class Rows:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.class_swap import plain_class
 from minipeft.layers.base import LayerOps
-from minipeft.layers.read import ReadOps
-from minipeft.mixing import plain_class
+from minipeft.layers.uncalled import ReadOps
 from minipeft.registry import register_layer
 
 

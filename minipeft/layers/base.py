@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.frozen import Weight, can_fuse, frozen_linear
-from minipeft.mixing import plain_class
+from minipeft.class_swap import plain_class
+from minipeft.kernels.frozen_linear import Weight, can_fuse, frozen_linear
 
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -31,7 +31,7 @@ class LayerOps(ABC):
     can_merge: ClassVar[bool] = True
     is_quantized: ClassVar[bool] = False  # `read_weight` makes a float copy, `write_weight` a float layer (see there)
     kinds: ClassVar[tuple[str, ...]] = ()  # what `minipeft.quantize` calls the layers that `pack` makes
-    # The name of a parameter that the module reads, where there is no call to follow (see `minipeft.layers.read`).
+    # The name of a parameter that the module reads, where there is no call to follow (see `minipeft.layers.uncalled`).
     reads: ClassVar[str] = ""
 
     @staticmethod
@@ -120,7 +120,7 @@ class LayerOps(ABC):
         """How many maps of one shape lie below each other in the canonical weight, each with factors of its own.
 
         For more than one, `down_shape` is (r * maps, in) and `up_shape` (out / maps, r * maps), in the order that
-        `minipeft.functional.stacked_delta` knows.
+        `minipeft.kernels.functional.stacked_delta` knows.
         """
         return 1
 
@@ -179,7 +179,7 @@ class LayerOps(ABC):
         """The weight, if calling this instance on x now does ``F.linear(x, weight, read_bias(base))`` and nothing beside.
 
         None says that it may do something else. A layer that has to make the weight, as quantised ones have, gives what
-        makes it, in the dtype it is called with (see `minipeft.frozen`); that is called in the forward and again in the
+        makes it, in the dtype it is called with (see `minipeft.kernels.frozen_linear`); that is called in the forward and again in the
         backward pass, so that the weight is never kept. It holds where a gradient is wanted, and the output is in the
         dtype of x then, also under autocast.
         """

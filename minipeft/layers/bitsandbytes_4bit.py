@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.layers.base import runs_only
-from minipeft.layers.quantised import QuantizedLinearOps, with_bias
+from minipeft.layers.quantized import QuantizedLinearOps, with_bias
 from minipeft.registry import register_layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that it unpacks to

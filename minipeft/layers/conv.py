@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.class_swap import plain_class
 from minipeft.errors import TargetError
 from minipeft.layers.base import LayerOps, has_plain_weight
-from minipeft.mixing import plain_class
 from minipeft.registry import register_layer
 
 FORWARDS = frozenset({nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward})

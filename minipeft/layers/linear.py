@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.class_swap import plain_class
 from minipeft.layers.base import LayerOps, has_plain_weight, runs_only
-from minipeft.mixing import plain_class
 from minipeft.registry import register_layer
 
 

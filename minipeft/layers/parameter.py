@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.functional import split_columns, split_rows
+from minipeft.kernels.functional import split_columns, split_rows
 from minipeft.layers.base import FLOAT_DTYPES, LayerOps
-from minipeft.layers.read import ReadOps
+from minipeft.layers.uncalled import ReadOps
 from minipeft.registry import register_layer
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.layers.base import runs_only
-from minipeft.layers.quantised import QuantizedLinearOps, with_bias
+from minipeft.layers.quantized import QuantizedLinearOps, with_bias
 from minipeft.registry import register_layer
 
 

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of
 from minipeft.errors import CheckpointError, ConfigError, StateError, shown, told
-from minipeft.functional import is_column_major, lora_factors, low_rank_product
+from minipeft.kernels.functional import is_column_major, lora_factors, low_rank_product
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.methods.low_rank import low_rank_forward

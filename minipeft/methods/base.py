@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError, shown
-from minipeft.functional import is_column_major, low_rank_product
+from minipeft.kernels.functional import is_column_major, low_rank_product
 from minipeft.layers.base import LayerOps
 
 # What a class says of one of its methods does not hold for another one, written in a subclass: (method, what is said).

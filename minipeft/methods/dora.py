@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
-from minipeft import gemm
 from minipeft.config import flag
 from minipeft.errors import ConfigError
-from minipeft.functional import accumulation_dtype, is_column_major
+from minipeft.kernels import matmul as gemm
+from minipeft.kernels.functional import accumulation_dtype, is_column_major
 from minipeft.layers.base import LayerOps
 from minipeft.methods.lora import Lora, LoraConfig
 from minipeft.registry import register_method

@@ -14,10 +14,10 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, names, number, one_of, pattern_table
 from minipeft.errors import ConfigError, MergeError, StateError
-from minipeft.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta
-from minipeft.initial import olora_factors, orthogonal_factors, pissa_factors
+from minipeft.kernels.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
+from minipeft.methods.lora_init import olora_factors, orthogonal_factors, pissa_factors
 from minipeft.methods.low_rank import low_rank_forward
 from minipeft.methods.trainable_tokens import token_option, tokens_beside
 from minipeft.patterns import first_keys
@@ -44,7 +44,7 @@ class LoraConfig(AdapterConfig):
         init_lora_weights: True: A Kaiming-uniform, B zero (an embedding: A zero, B normal). "gaussian": A normal with
             standard deviation 1/r, B zero. False: B random too, so the model differs from the base at once (for tests).
             "orthogonal": neither is zero, and ``B A = 0``. "pissa", "pissa_niter_N", "olora": parts of the weight, see
-            `minipeft.initial`. The weight stays as it is, and ``scaling * B_0 A_0``, kept beside, is taken off the update.
+            `minipeft.methods.lora_init`. The weight stays as it is, and ``scaling * B_0 A_0``, kept beside, is taken off the update.
             "pissa_kept" and so on are what files say that bring these factors along.
         lora_bias: B has a bias, which scaled is added to the layer's; only with `init_lora_weights` True or False.
         freeze_lora_A: train B alone (LoRA-FA, arXiv:2308.03303), so that of a layer's input nothing but A x is kept for

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.frozen import can_fuse
-from minipeft.fused import lora_linear
+from minipeft.kernels.frozen_linear import can_fuse
+from minipeft.kernels.lora_linear import lora_linear
 from minipeft.layers.base import LayerOps
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer
-from minipeft.embeddings import input_embedding
 from minipeft.errors import ConfigError, TargetError, told
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.registry import register_method
+from minipeft.transformers_model import input_embedding
 
 
 @dataclass(frozen=True, kw_only=True)

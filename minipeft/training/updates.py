@@ -21,9 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from minipeft.errors import StateError
-from minipeft.schedule import after_step, extra_loss, has_schedule
-from minipeft.training.collate import Batch, Store, eval_batches
-from minipeft.training.order import Update
+from minipeft.step_hooks import after_step, extra_loss, has_schedule
+from minipeft.training.data.collate import Batch, Store, eval_batches
+from minipeft.training.data.order import Update
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -36,7 +36,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
 
     Args:
         model: a causal language model, lean or not.
-        batch: see `minipeft.training.collate`.
+        batch: see `minipeft.training.data.collate`.
     """
     labels = batch["labels"]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -58,7 +58,7 @@ class Updater:
 
     Args:
         accelerator: of the run; its own accumulation stays at 1.
-        model: on its device, perhaps sharded by `minipeft.training.sharding.shard`; not wrapped.
+        model: on its device, perhaps sharded by `minipeft.training.distributed.sharding.shard`; not wrapped.
         optimizer: prepared by the accelerator.
         micro_batch: examples a process takes through the model at a time.
         clip: the norm that the gradient is scaled down to, if larger.
@@ -224,7 +224,7 @@ def evaluate(
     Args:
         accelerator: of the run.
         model: not wrapped; left in evaluation mode.
-        store: the examples, see `minipeft.training.examples.Examples`.
+        store: the examples, see `minipeft.training.data.examples.Examples`.
         micro_batch: examples a process takes through the model at a time.
         loss: sum of the losses of a batch.
     """

@@ -1,0 +1,1 @@
+"""Adapters to and from disk and the hub, in PEFT's format."""

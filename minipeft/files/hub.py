@@ -1,0 +1,157 @@
+"""Adapters to and from the Hugging Face Hub: two files by name come down, one folder goes up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from minipeft.errors import CheckpointError, ConfigError
+from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.model_card import CARD_FILE, MARK, is_repo_id
+
+Result = TypeVar("Result")
+
+
+def adapter_directory(
+    place: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local directory of an adapter. What is a directory here is never asked for elsewhere.
+
+    Else a string ``owner/name`` is a repository on the hub: of it the two files of an adapter come, at one commit, into
+    the cache that ``HF_HUB_CACHE`` names, and nothing else; never a pickle.
+
+    Args:
+        place: a directory, or a hub id. A `Path` is always a directory.
+        revision: branch, tag or commit on the hub.
+        token: for a private repository; None: the one you are logged in with.
+        subfolder: where in it the adapter lies; minipeft and PEFT put one that is not called "default" in its own.
+        local_files_only: take it from the cache, or fail.
+
+    Raises:
+        CheckpointError: the hub has no such adapter, or cannot be reached.
+        ConfigError: a revision of a local directory, or a subfolder that leaves the directory.
+    """
+    if subfolder is not None and (os.path.isabs(subfolder) or ".." in Path(subfolder).parts):
+        raise ConfigError(
+            f"subfolder {subfolder!r:.100} must be a path within the adapter's directory, such as 'other'."
+        )
+    if os.path.isdir(place) or not is_hub_id(place):
+        if revision is not None:
+            raise ConfigError(f"{place} is no repository on the hub, so it has no revision {revision!r}.")
+        return Path(place) / (subfolder or "")
+    commit, path = revision, Path()
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        path = Path(_download(str(place), name, commit, token, subfolder, local_files_only))
+        commit = path.parents[len(Path(subfolder or "").parts)].name  # a snapshot is called by its commit
+    return path.parent
+
+
+def is_hub_id(place: str | os.PathLike[str]) -> bool:
+    """Whether this can only be the name of a repository: ``owner/name``."""
+    return isinstance(place, str) and place.count("/") == 1 and is_repo_id(place)
+
+
+def _download(
+    repo_id: str,
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    subfolder: str | None,
+    local_files_only: bool,
+) -> str:
+    try:
+        return hf_hub_download(
+            repo_id,
+            name,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            local_files_only=local_files_only,
+            library_name="minipeft",
+        )
+    except Exception as error:  # of huggingface_hub, and of what it speaks HTTP with, which differs by version
+        raise CheckpointError(f"{repo_id!r} is no directory here, and {_why(error, name, local_files_only)}") from None
+
+
+def _why(error: Exception, name: str, local_files_only: bool) -> str:
+    if constants.HF_HUB_OFFLINE or local_files_only:
+        setting = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
+        return f"its {name} is not in {constants.HF_HUB_CACHE}, the only place to look with {setting} set; nothing was loaded."
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return f"the repository on the hub has no {name}; nothing was loaded."
+    return f"the hub does not give its {name} ({_first_line(error)}); nothing was loaded."
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str,
+    commit_description: str | None,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+) -> CommitInfo:
+    """Upload the files of a folder as one commit, to a repository that is made if need be.
+
+    A model card that stands there and somebody has written stays as it is.
+
+    Raises:
+        CheckpointError: the hub refuses, or cannot be reached.
+        ConfigError: a pull request and a branch at once.
+    """
+    if create_pr and revision is not None:
+        raise ConfigError(f"create_pr opens a pull request against the main branch; leave out revision={revision!r}.")
+    api = HfApi(token=token, library_name="minipeft")
+    repo_id = _tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id, repo_id)
+    if revision is not None and not revision.startswith("refs/"):
+        _tried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
+    own_card = _tried(lambda: _has_card_of_its_own(api, repo_id, revision), repo_id)
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    operations = [
+        CommitOperationAdd(name, path) for name, path in paths.items() if not (own_card and name == CARD_FILE)
+    ]
+
+    def commit() -> CommitInfo:
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    return _tried(commit, repo_id)
+
+
+def _has_card_of_its_own(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    if not api.file_exists(repo_id, CARD_FILE, revision=revision):
+        return False
+    path = api.hf_hub_download(repo_id, CARD_FILE, revision=revision)
+    return MARK not in Path(path).read_text("utf-8", errors="replace")
+
+
+def _tried(call: Callable[[], Result], repo_id: str) -> Result:
+    try:
+        return call()
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"the adapter was not pushed to {repo_id!r} ({_first_line(error)}); the model is as it was."
+        ) from error

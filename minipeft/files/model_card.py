@@ -1,0 +1,90 @@
+"""The model card beside an adapter, written through ``huggingface_hub``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from minipeft.files.atomic import write_files
+
+CARD_FILE = "README.md"
+MARK = "<!-- written by minipeft; remove this line to keep your own text -->"
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+
+
+def public_base(config: Mapping[str, Any]) -> str | None:
+    """The base model's name on the hub; None where the configuration names a place on this machine, or none."""
+    base = config.get("base_model_name_or_path")
+    return base if isinstance(base, str) and is_repo_id(base) and not Path(base).exists() else None
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether this can be the name of a repository on the hub, ``owner/name`` or an old ``name``."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    base, pipeline = public_base(config), PIPELINES.get(str(config.get("task_type")))
+    tags = ["minipeft", str(config["peft_type"]).lower()]
+    facts: dict[str, Any] = {"library_name": "peft"}  # the format is PEFT's, and this makes the hub show how to load it
+    if base is not None:
+        tags.append(f"base_model:adapter:{base}")
+        facts |= {"base_model": base, "base_model_relation": "adapter"}
+    return {**facts, "tags": tags, **({"pipeline_tag": pipeline} if pipeline else {})}
+
+
+def update_card(directory: Path, config: Mapping[str, Any]) -> None:
+    """Put into a card that something else has written what tells the hub that here lies an adapter, and of what.
+
+    Args:
+        directory: has a ``README.md``; its text stays, and its tags do.
+        config: the contents of ``adapter_config.json``.
+    """
+    card = ModelCard((directory / CARD_FILE).read_text("utf-8"), ignore_metadata_errors=True)
+    facts = _facts(config)
+    facts["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *facts["tags"]]))
+    for key, value in facts.items():
+        card.data[key] = value
+    write_files(directory, {CARD_FILE: str(card).encode("utf-8")})
+
+
+def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> None:
+    """Write ``README.md`` unless somebody's own stands there. A local path as base is not published in it.
+
+    Args:
+        directory: the adapter's.
+        config: the contents of ``adapter_config.json``.
+        parameters: number of saved parameters.
+    """
+    target = directory / CARD_FILE
+    if target.exists() and MARK not in target.read_text("utf-8", errors="replace"):
+        return
+    method = str(config["peft_type"]).lower()
+    data = ModelCardData(**_facts(config))
+    options = "\n".join(
+        f"| `{key}` | `{config[key]}` |"
+        for key in ("r", "lora_alpha", "target_modules", "lora_dropout")
+        if key in config
+    )
+    card = ModelCard(
+        f"---\n{data.to_yaml()}\n---\n{MARK}\n\n# {method.upper()} adapter\n\n{parameters:,} parameters, in PEFT's format.\n\n"
+        f"| option | value |\n|---|---|\n{options}\n\n"
+        '```python\nimport minipeft\n\nmodel = minipeft.load_adapter(base_model, "path/to/this/directory")\n```\n'
+    )
+    write_files(directory, {CARD_FILE: str(card).encode("utf-8")})

@@ -1,0 +1,319 @@
+"""Adapter tensors to and from a directory in PEFT's format: what is written, and whether what is read fits the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from minipeft import registry
+from minipeft.config import ALL_LINEAR, AdapterConfig
+from minipeft.errors import CheckpointError, nearest, shown
+from minipeft.files.atomic import read_limited, write_files
+from minipeft.files.base_samples import check_base
+from minipeft.files.format import (
+    CONFIG_FILE,
+    MAX_HEADER_BYTES,
+    WEIGHTS_FILE,
+    AdapterFile,
+    open_adapter,
+    own_metadata,
+    with_sorted_metadata,
+)
+from minipeft.files.resized_vocabulary import brought, resize_hint
+from minipeft.injection.adapted_layer import AdaptedLayer, adapted_layers, wrappers
+from minipeft.injection.build import PREFIX, Parts, build, build_from, shared_tensors
+from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.plan import Plan
+from minipeft.injection.plan import plan as plan_injection
+from minipeft.injection.targets import candidates
+from minipeft.methods.base import Adapter
+from minipeft.patterns import is_suffix
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter under PEFT's keys, ``base_model.model.<path>.lora_A.weight``; the live ones."""
+    own = {
+        f"{PREFIX}{name}.{key}": tensor
+        for name, wrapper in wrappers(model)
+        for key, tensor in wrapper.file_tensors(adapter_name).items()
+    }
+    return own | shared_tensors(adapters_of(model, adapter_name).values())
+
+
+def adapters_of(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
+    """The parts of one adapter, by the name of the module they are on; not those of a companion of its configuration."""
+    return {name: layer.adapter(adapter_name) for name, layer in _layers_of(model, adapter_name)}
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, AdaptedLayer]]:
+    for name, layer in adapted_layers(model):
+        if layer.leads(adapter_name) and not layer.adapter(adapter_name).key_prefix:
+            yield name, layer
+
+
+def tensors_from_state(
+    model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The values that `state`, a state of `model`, holds for these live tensors."""
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    found = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
+    missing = [name for name in found.values() if name not in state]
+    if missing:
+        raise CheckpointError(f"state_dict lacks {shown(missing, 3)} of this model; nothing was written.")
+    # What no state of the model holds does not change: the live tensor is right.
+    return {key: state[found[key]] if key in found else tensor for key, tensor in tensors.items()}
+
+
+def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, packed: bool = True) -> dict[str, Any]:
+    """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules.
+
+    `packed` False: for a file that training goes on from, see `Adapter.packing`.
+    """
+    values = config.to_dict()
+    layers = dict(_layers_of(model, adapter_name))
+    targets, targeted = config.target_modules, [name for name, layer in layers.items() if layer.targeted]
+    if targets is None or targets == ALL_LINEAR:
+        values["target_modules"] = _shortest(targeted, model)
+    elif any(
+        adapter_name in layer.following and not layer.adapter(adapter_name).key_prefix
+        for _, layer in adapted_layers(model)
+    ):
+        values["target_modules"] = targeted  # other readers would take a tied layer that is named for another one
+    elif not isinstance(targets, str) and not all(any(is_suffix(t, name) for t in targets) for name in targeted):
+        values["target_modules"] = targeted  # a shared module was meant by another name than its first
+    if any(getattr(config, name) is not None for name in config.not_in_files):
+        values["target_modules"] = targeted  # says what those options say
+    if config.modules_to_save is not None:
+        # An entry for a part of another entry's module would name nothing to a reader.
+        saved = [
+            name
+            for name, wrapper in wrappers(model)
+            if adapter_name in wrapper.adapters and isinstance(wrapper, SavedModule)
+        ]
+        entries = [entry for entry in config.modules_to_save if any(is_suffix(entry, name) for name in saved)]
+        values["modules_to_save"] = entries or None
+    if "fan_in_fan_out" in values:
+        values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
+    method, adapters = registry.method_class(config.method), adapters_of(model, adapter_name)
+    values |= method.file_options(values, adapters) | (method.packing(values, adapters) if packed else {})
+    if config.base_model_name_or_path is None:
+        name = getattr(model, "name_or_path", None)
+        values["base_model_name_or_path"] = name if isinstance(name, str) and name else None
+    return values
+
+
+def _shortest(names: list[str], model: nn.Module) -> list[str]:
+    """The last parts of these module names, where they select these modules and no other, else the names themselves."""
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    everything = [name for candidate in candidates(model).values() for name in candidate.names]
+    selected = {name for name in everything if name.rpartition(".")[2] in endings}
+    return endings if selected == set(names) else names
+
+
+def save_adapter(
+    directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Any]
+) -> None:
+    """Write an adapter, both files or neither (see `minipeft.files.atomic`).
+
+    Args:
+        directory: made if need be.
+        tensors: as `adapter_tensors` gives them.
+        config: as `file_config` gives it.
+        base: as `minipeft.files.base_samples.base_samples` gives it.
+
+    Raises:
+        CheckpointError: the directory cannot be written, or holds a whole model, which an adapter beside it would alter.
+    """
+    if os.path.exists(directory / "config.json") and any(directory.glob("model*.safetensors")):
+        raise CheckpointError(
+            f"{directory} holds a whole model; with an adapter beside it, transformers would load the two as one. "
+            "Save the adapter to a directory of its own."
+        )
+    detached = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+    }
+    detached = registry.method_class(config["peft_type"].lower()).packed(detached, config)
+    weights = with_sorted_metadata(safetensors.torch.save(detached, own_metadata(config, base, directory)))
+    # Sorted at the top only: within rank_pattern the first key that fits decides, so its order means something.
+    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
+    write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class Fit:
+    """How a file's tensors compare with what a model expects."""
+
+    expected: frozenset[str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    copies_of_base: Mapping[str, Tensor]  # keys that hold a base tensor, as PEFT writes for embedding tables
+    repeated: Mapping[str, str]  # keys that repeat another, as PEFT writes for the bias of a trained head
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{what} {shown(keys)}"
+            for what, keys in (("missing", self.missing), ("unexpected", self.unexpected))
+            if keys
+        )
+
+
+def compare(
+    file: AdapterFile,
+    expected: Mapping[str, Tensor],
+    model: nn.Module,
+    followers: Mapping[str, str] | None = None,
+    done: Collection[str] = (),
+) -> Fit:
+    """Hold a file's header against the tensors (of any device, meta too) that a plan for this model makes.
+
+    `followers` says which modules are adapted along with which: PEFT may write the same tensor for both. The keys in
+    `done` have been looked at.
+
+    Raises:
+        CheckpointError: a shape differs, or no key fits at all.
+    """
+    wrong = [
+        f"{key}: {list(shape)} in the file, {list(expected[key].shape)} here"
+        for key, shape in file.shapes.items()
+        if key in expected and expected[key].shape != shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        hints = {resize_hint(model, s, tuple(expected[k].shape)) for k, s in file.shapes.items() if k in expected}
+        raise CheckpointError(
+            f"{file.path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}; nothing was loaded. "
+            f"Is it for another base?{max(hints)}"
+        )
+    base = _base_tensors(model)
+    extra = [key for key in file.shapes if key not in expected and key not in done]
+    copies = {key: base[key] for key in extra if key in base and base[key].shape == file.shapes[key]}
+    plain = {key: _leading(key.replace(".modules_to_save.", "."), followers or {}) for key in extra}
+    repeated = {
+        key: other for key, other in plain.items() if other != key and file.shapes.get(other) == file.shapes[key]
+    }
+    missing = tuple(key for key in expected if key not in file.shapes)
+    fit = Fit(
+        frozenset(expected),
+        missing,
+        tuple(key for key in extra if key not in copies and key not in repeated),
+        copies,
+        repeated,
+    )
+    if len(fit.missing) == len(expected):
+        raise CheckpointError(
+            f"{file.path} does not fit {type(model).__name__}: none of its {len(file.shapes)} keys is expected"
+            f"{closest(fit)}; nothing was loaded."
+        )
+    return fit
+
+
+def _leading(key: str, followers: Mapping[str, str]) -> str:
+    """The key under which the same tensor stands with the layer that leads."""
+    for follower, leader in followers.items():
+        if key.startswith(f"{PREFIX}{follower}."):
+            rest = key.removeprefix(f"{PREFIX}{follower}.").removeprefix("base_layer.")
+            return f"{PREFIX}{leader}.{rest}"
+    return key
+
+
+def check_strict(file: AdapterFile, fit: Fit, strict: bool) -> None:
+    """Raise for missing and unexpected tensors, or warn about them.
+
+    Raises:
+        CheckpointError: there are such and `strict` is True.
+    """
+    if not fit.missing and not fit.unexpected:
+        return
+    message = f"{file.path} does not fit this model: {fit}{closest(fit)}"
+    if strict:
+        raise CheckpointError(f"{message}; nothing was loaded.")
+    warnings.warn(f"{message}; the rest was loaded.", stacklevel=4)
+
+
+def closest(fit: Fit) -> str:
+    """A guess at what an unexpected key was meant to be."""
+    if not fit.unexpected or not fit.missing:
+        return ""
+    match = nearest(fit.unexpected[0], fit.missing) or fit.missing[0]
+    return f" ({fit.unexpected[0]!r} came; {match!r} is expected)"
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Base parameters under every key that PEFT may give them: with and without the wrapper's infix."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = name.replace(".base_layer.", ".")
+        owner, _, last = plain.rpartition(".")
+        for key in (plain, f"{owner}.base_layer.{last}", f"{owner}.original_module.{last}"):
+            tensors[PREFIX + key] = parameter
+    return tensors
+
+
+def read_tensors(file: AdapterFile, fit: Fit) -> dict[str, Tensor]:
+    """Read the tensors that are expected, by key.
+
+    Raises:
+        CheckpointError: the file is damaged, has changed since its header was read, holds NaN or infinity, or brings
+            base weights that are not this model's.
+    """
+    expected_size = MAX_HEADER_BYTES + sum(math.prod(shape) * 8 for shape in file.shapes.values())
+    try:
+        tensors = safetensors.torch.load(read_limited(file.path, expected_size))
+    except SafetensorError as error:
+        raise CheckpointError(f"{file.path} is damaged ({error}); nothing was loaded.") from None
+    if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != dict(file.shapes):
+        raise CheckpointError(f"{file.path} changed while it was being read; nothing was loaded.")
+    broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{file.path} holds NaN or infinity in {shown(broken, 3)}; nothing was loaded.")
+    for key, parameter in fit.copies_of_base.items():
+        if not torch.allclose(tensors[key].float(), parameter.detach().float().cpu(), rtol=1e-2, atol=1e-6):
+            raise CheckpointError(
+                f"{file.path} brings its own {key!r}, which differs from this model's; nothing was loaded. Use the base it was trained on."
+            )
+    for key, other in fit.repeated.items():
+        if not torch.equal(tensors[key], tensors[other]):
+            raise CheckpointError(f"{file.path}: {key!r} and {other!r} say different things; nothing was loaded.")
+    return {key: tensor for key, tensor in tensors.items() if key in fit.expected}
+
+
+def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mismatch: bool) -> tuple[Plan, Parts]:
+    """Read an adapter directory and build what it says for this model; the model is only read.
+
+    The shapes are compared before anything is allocated for them, and everything is checked before it is built.
+
+    Raises:
+        MinipeftError: see `minipeft.load_adapter`.
+    """
+    file = open_adapter(directory)
+    along = brought(file, model)
+    plan = plan_injection(model, along.config, every_pattern=False)
+    shapes = build(plan, on_meta=True)
+    followers = {site.name: site.follows for site in plan.adapters if site.follows is not None}
+    expected = {key: tensor for key, tensor in shapes.file_tensors(plan).items() if key not in along.rows}
+    fit = compare(file, expected, model, followers, done=along.keys)
+    if not allow_base_mismatch:
+        check_base(file, plan, shapes)
+    check_strict(file, fit, strict)
+    return plan, build_from(plan, {**read_tensors(file, fit), **along.rows})
+
+
+def warn_if_idle(directory: Path, parts: Parts) -> None:
+    """Warn about an adapter that was loaded to be used and leaves the model as it is."""
+    if not parts.copies and all(adapter.changes_nothing() for adapter in parts.adapters):
+        warnings.warn(
+            f"{directory}: every update is zero, so this adapter changes nothing; was it ever trained?", stacklevel=3
+        )

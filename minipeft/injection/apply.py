@@ -1,0 +1,89 @@
+"""Injection: put built parts in their places (a few assignments), and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from minipeft.injection.adapted_layer import AdaptedLayer, AdaptedWeight, Switch, Wrapper, wrappers
+from minipeft.injection.build import Parts
+from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.plan import Plan
+from minipeft.injection.target_parameters import occupants
+from minipeft.injection.targets import Candidate
+
+
+def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
+    """Put the built parts of a plan in place; an error on the way takes back what was done."""
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    added: list[Wrapper] = []
+    sites: list[tuple[Candidate, nn.Module, object, Callable[[nn.Module], Wrapper], bool]] = []
+    for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
+        kind: type[AdaptedLayer] = AdaptedWeight if site.ops.reads else AdaptedLayer
+        own = partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
+        sites.append((site.candidate, adapter, site.ops, own, site.follows is not None))
+    for saved, module in zip(plan.saved, parts.copies, strict=True):
+        sites.append((saved.candidate, module, None, partial(SavedModule, switch=switch, only=saved.only), False))
+    for prepared, base in plan.prepared:
+        prepared.prepare(base)
+    try:
+        for candidate, part, ops, wrap, follows in sites:
+            parent, attribute = candidate.places[0]
+            occupant = parent.get_submodule(attribute)
+            wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) is ops), None)
+            if wrapper is None:
+                wrapper = wrap(occupant)
+                _replace(candidate, occupant, wrapper, done)
+            wrapper.adapters[adapter_name] = part
+            added.append(wrapper)
+            if follows:
+                wrapper.following.add(adapter_name)
+    except BaseException:
+        for wrapper in added:
+            wrapper.drop(adapter_name)
+        for parent, attribute, original in reversed(done):
+            setattr(parent, attribute, original)
+        raise
+
+
+def _replace(
+    candidate: Candidate, occupant: nn.Module, wrapper: Wrapper, done: list[tuple[nn.Module, str, nn.Module]]
+) -> None:
+    for parent, attribute in candidate.places:
+        setattr(parent, attribute, wrapper)
+        done.append((parent, attribute, occupant))
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its inference fast path reads the weights and calls no layer, unless a hook is attached somewhere below.
+            wrapper.register_forward_pre_hook(_keeps_the_fast_path_away)
+
+
+def _keeps_the_fast_path_away(module: nn.Module, args: tuple[object, ...]) -> None:
+    return None
+
+
+def discard(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter out; a wrapper that holds none any more gives its place back to its base layer."""
+    for _, wrapper in list(wrappers(model)):
+        if adapter_name in wrapper.adapters:
+            wrapper.drop(adapter_name)
+    _unwrap(model, lambda wrapper: wrapper.base_layer if not wrapper.adapters else wrapper)
+
+
+def eject(model: nn.Module, *, keep_trained: bool) -> None:
+    """Put every base layer back in its place; with `keep_trained`, a module trained in full stays as it was trained."""
+    _unwrap(
+        model,
+        lambda wrapper: wrapper.current() if keep_trained and isinstance(wrapper, SavedModule) else wrapper.base_layer,
+    )
+
+
+def _unwrap(model: nn.Module, replacement: Callable[[Wrapper], nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            left: nn.Module | None = child
+            while isinstance(left, Wrapper) and (inner := replacement(left)) is not left:
+                left = inner
+            if left is not child:
+                setattr(parent, attribute, left)

@@ -1,0 +1,126 @@
+"""What makes a model an adapted one: its state, its class, and which of its parameters train."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from minipeft.class_swap import mixed_class, original_class
+from minipeft.config import AdapterConfig
+from minipeft.errors import ConfigError, StateError
+from minipeft.injection import apply as inject
+from minipeft.injection.adapted_layer import Switch, wrappers
+from minipeft.injection.build import Parts
+from minipeft.injection.plan import Plan
+
+STATE = "_minipeft"  # where a model keeps its state: in its __dict__, so that it is copied and pickled along
+
+
+@dataclass
+class AdapterState:
+    """What an adapted model knows beyond its modules: plain data, so that copies and pickles of the model carry it."""
+
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
+    trainable: set[str] = field(default_factory=set)
+    resting: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # what an idle adapter would train
+    merged: tuple[str, ...] = ()
+    trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
+    samples: dict[str, dict[str, list[float]]] = field(
+        default_factory=dict
+    )  # see `minipeft.files.base_samples.remember_base`
+
+
+def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
+    """Refuse an adapter name that is taken, or that could leave its directory.
+
+    Raises:
+        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', or it is the name of a module's attribute.
+        StateError: it is taken.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict, name):
+        raise ConfigError(
+            f"adapter name {name!r:.100} is not allowed: 1 to 64 letters, digits, '_' and '-', and no module attribute; such as 'default'."
+        )
+    if name in taken:
+        raise StateError(
+            f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name."
+        )
+
+
+def attach(
+    model: nn.Module,
+    mixin: type[nn.Module],
+    plan: Plan,
+    parts: Parts,
+    adapter_name: str,
+    *,
+    trainable: bool,
+) -> None:
+    """Put built parts into a model; the first time, also freeze its base and mix the adapter verbs into its class.
+
+    Raises:
+        StateError: the class of the model cannot be changed; nothing was.
+    """
+    first, old_class = STATE not in model.__dict__, type(model)
+    state = model.__dict__.get(STATE) or AdapterState()
+    if first:
+        state.trained_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        try:
+            model.__class__ = mixed_class(mixin, old_class)
+        except TypeError as error:
+            raise StateError(
+                f"{old_class.__name__} does not allow the change of class that adapting makes ({error})."
+            ) from None
+    try:
+        inject.apply(plan, parts, adapter_name, state.switch)
+    except BaseException:
+        model.__class__ = old_class
+        raise
+    if first:
+        model.__dict__[STATE] = state
+        model.requires_grad_(False)
+    state.configs[adapter_name] = plan.config
+    state.resting[adapter_name] = set()
+    for path, wrapper in wrappers(model):
+        for index, parameter in enumerate(wrapper.trainable_parameters(adapter_name)):
+            parameter.requires_grad_(False)
+            if trainable:
+                state.resting[adapter_name].add((path, index))
+    if trainable:
+        state.trainable.add(adapter_name)
+    if first:
+        switch_to(model, (adapter_name,))
+
+
+def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Let these adapters act. An idle adapter wants no gradient, which would stall DDP; it wants the same ones again later.
+
+    Only adapters that train, and start or stop acting, have their parameters looked at; otherwise it is one assignment.
+    """
+    state: AdapterState = model.__dict__[STATE]
+    starting, stopping = set(names) - set(state.switch.active), set(state.switch.active) - set(names)
+    state.switch.active = names
+    if not (starting | stopping) & state.trainable:
+        return
+    for name in stopping & state.trainable:
+        state.resting[name] = set()
+    for path, wrapper in wrappers(model):
+        for name in (starting | stopping) & state.trainable:
+            for index, parameter in enumerate(wrapper.trainable_parameters(name)):
+                if name in stopping and parameter.requires_grad:
+                    state.resting[name].add((path, index))
+                parameter.requires_grad_(name in starting and (path, index) in state.resting[name])
+
+
+def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
+    """Give a model its base layers, its class and its trainable parameters back; see `inject.eject`."""
+    inject.eject(model, keep_trained=keep_trained)
+    trained_before = model.__dict__.pop(STATE).trained_before
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained_before)
+    model.__class__ = original_class(mixin, type(model))

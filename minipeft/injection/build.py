@@ -1,0 +1,100 @@
+"""What a plan puts into a model: adapters and trained copies, built beside it, and their tensors' names in a file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.injection.modules_to_save import copy_tensors, trained_copy
+from minipeft.injection.plan import Plan
+from minipeft.methods.base import Adapter
+
+HALF = frozenset({torch.bfloat16, torch.float16})
+ROOT = "base_model."  # what PEFT's keys begin with, and what those of a module do:
+PREFIX = f"{ROOT}model."
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a plan puts into a model: one adapter an adapter site, one trained copy a saved site."""
+
+    adapters: tuple[Adapter, ...]
+    copies: tuple[nn.Module, ...]
+
+    def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
+        """Key in a file -> the live tensor."""
+        pairs = [
+            (f"{site.name}.{site.prefix}", adapter.file_tensors())
+            for site, adapter in zip(plan.adapters, self.adapters, strict=True)
+            if site.follows is None
+        ]
+        pairs += [
+            (f"{site.name}.", copy_tensors(module, site.only))
+            for site, module in zip(plan.saved, self.copies, strict=True)
+        ]
+        own = {f"{PREFIX}{name}{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
+        return own | shared_tensors(self.adapters)
+
+
+def shared_tensors(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
+    """What these adapters save once for all of them: key in a file -> the live tensor."""
+    return {f"{ROOT}{key}": tensor for adapter in adapters for key, tensor in adapter.shared_tensors().items()}
+
+
+def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = False) -> Parts:
+    """Create the adapters and copies of a plan, on their layers' devices; nothing in the model changes.
+
+    Args:
+        plan: what to create.
+        autocast_adapter_dtype: hold adapter parameters in float32 where the base is half precision.
+        on_meta: create shapes without memory, to hold a file against before anything is allocated for it.
+    """
+    bases = [_on_meta(site.candidate.base) if on_meta else site.candidate.base for site in plan.adapters]
+    shared: dict[type[Adapter], object | None] = {}
+    for cls in dict.fromkeys(site.adapter_class for site in plan.adapters):
+        shared[cls] = cls.share(
+            [(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls], plan.config
+        )
+    adapters: dict[str, Adapter] = {}
+    for base, site in zip(bases, plan.adapters, strict=True):
+        if site.follows is not None:
+            adapters[site.name] = adapters[site.follows].for_tied(base, site.ops)
+            continue
+        adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
+        for parameter in adapter.parameters():
+            if autocast_adapter_dtype and parameter.dtype in HALF:
+                parameter.data = parameter.data.float()
+        adapter.key_prefix = site.prefix
+        adapters[site.name] = adapter.train(base.training)
+    copies = [trained_copy(s.candidate.base, s.only, on_meta=on_meta) for s in plan.saved]
+    return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies))
+
+
+def build_from(plan: Plan, tensors: Mapping[str, Tensor]) -> Parts:
+    """Create the parts of a plan with these values, by key in a file; torch's generator stays where it is."""
+    with torch.random.fork_rng(devices=_cuda_devices(site.candidate.base for site in plan.adapters)):
+        parts = build(plan)
+    with torch.no_grad():
+        for name, live in parts.file_tensors(plan).items():
+            if name in tensors:
+                live.copy_(tensors[name])
+    return parts
+
+
+def _cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
+    indices = {p.device.index for module in modules for p in module.parameters() if p.device.type == "cuda"}
+    return sorted(index for index in indices if index is not None)
+
+
+def _on_meta(base: nn.Module) -> nn.Module:
+    stand_in = copy.copy(base)
+    stand_in._parameters = {
+        # Not moved there: a packed weight, a subclass of Tensor, need not know how.
+        k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), False)
+        for k, p in base._parameters.items()
+    }
+    return stand_in

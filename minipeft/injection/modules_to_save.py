@@ -1,0 +1,58 @@
+"""Modules trained in full beside the adapters: ``modules_to_save``, and the biases of ``bias="all"``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft.injection.adapted_layer import Switch, Wrapper
+
+
+class SavedModule(Wrapper):
+    """The original module and, for each adapter, a copy that trains; the active adapter's copy does the work.
+
+    Args:
+        base_layer: the original; it stays as it is, so switching off or unloading restores it exactly.
+        switch: shared by all wrappers of the model.
+        only: names of the parameters to copy; the others are shared with the original. None: all of them.
+    """
+
+    def __init__(self, base_layer: nn.Module, switch: Switch, only: tuple[str, ...] | None = None) -> None:
+        super().__init__(base_layer, switch)
+        self.only = only
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current()(*args, **kwargs)
+
+    def current(self) -> nn.Module:
+        """The module that does the work now."""
+        if self.switch.enabled:
+            for name in self.switch.active:
+                if name in self.adapters:
+                    return self.adapters[name]
+        return self.base_layer
+
+    def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        return copy_tensors(self.adapters[adapter_name], self.only) if adapter_name in self.adapters else {}
+
+    def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        return (tensor for tensor in self.file_tensors(adapter_name).values() if isinstance(tensor, nn.Parameter))
+
+
+def trained_copy(original: nn.Module, only: tuple[str, ...] | None, *, on_meta: bool = False) -> nn.Module:
+    """A copy of a module to train for one adapter; parameters not named in `only` are shared with the original."""
+    memo: dict[int, Any] = {}
+    for name, parameter in original.named_parameters():
+        if only is not None and name not in only:
+            memo[id(parameter)] = parameter
+        elif on_meta:
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), False)
+    return copy.deepcopy(original, memo)
+
+
+def copy_tensors(module: nn.Module, only: tuple[str, ...] | None) -> dict[str, Tensor]:
+    """What of a trained copy is saved: its state, or the part named in `only`."""
+    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if only is None or name in only}

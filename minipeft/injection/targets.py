@@ -1,0 +1,284 @@
+"""From name patterns to module names: what ``target_modules`` and its companions select."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from minipeft import registry
+from minipeft.config import ALL_LINEAR, HEADS_OF_TASK, AdapterConfig
+from minipeft.errors import TargetError, hint, nearest, shown
+from minipeft.injection.adapted_layer import Wrapper, innermost
+from minipeft.layers.base import LayerOps
+from minipeft.patterns import endings, full_matches, is_suffix
+from minipeft.transformers_model import output_head
+
+HEAD_NAMES = ("score", "classifier", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that could be adapted: all the names it stands under, and the (parent, attribute) places it hangs at."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    places: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer itself, without the wrappers that an earlier adapter put around it."""
+        return innermost(self.module)
+
+
+def candidates(model: nn.Module) -> dict[str, Candidate]:
+    """Every module below the model, by its first name. What is inside a wrapper is not looked at."""
+    names: dict[int, list[str]] = {}
+    places: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, parent, attribute, module in _walk(model, ""):
+        modules[id(module)] = module
+        names.setdefault(id(module), []).append(name)
+        places.setdefault(id(module), {})[id(parent), attribute] = (parent, attribute)
+    return {
+        names[key][0]: Candidate(module, tuple(names[key]), tuple(places[key].values()))
+        for key, module in modules.items()
+    }
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    for attribute, child in module._modules.items():
+        if child is not None:
+            name = f"{prefix}{attribute}"
+            yield name, module, attribute, child
+            if not isinstance(child, Wrapper):
+                yield from _walk(child, f"{name}.")
+
+
+def layer_ops(base: nn.Module) -> type[LayerOps] | None:
+    """The registered ops that accept this layer, the most derived type first, or None."""
+    return next((ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base)), None)
+
+
+def select_targets(
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
+) -> list[str]:
+    """Names of the modules to adapt, in the model's order.
+
+    Args:
+        model: the model, for its ``model_type`` and its output head.
+        config: what to select; modules that `modules_to_save` trains in full are never adapted.
+        found: the model's candidates.
+        every_pattern: insist that each pattern matches something. A file says by its tensors what it adapts, so there
+            the patterns need not.
+
+    Raises:
+        TargetError: a pattern matches nothing, nothing is left, or there is no default for this model.
+    """
+    saved = set(select_saved(model, config, found, every_pattern=every_pattern))
+    names = {name: first for first, candidate in found.items() for name in candidate.names}
+    excluded = (
+        set(_matching(config.exclude_modules, names, "exclude_modules", model, every_pattern))
+        if config.exclude_modules
+        else set()
+    )
+    eligible = [name for name in names if name not in excluded and not within(name, saved)]
+    if config.target_modules == ALL_LINEAR:
+        chosen = _all_linear(model, found, eligible)
+    else:
+        patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
+        chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
+    chosen = _in_layers(config, chosen, every_pattern)
+    if not chosen and not config.parameters_to_adapt:
+        raise TargetError(
+            f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt; nothing was changed."
+        )
+    return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
+
+
+def select_saved(
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
+) -> list[str]:
+    """Names of the modules to train in full: those of ``modules_to_save``, and the head that the task brings along.
+
+    Raises:
+        TargetError: an entry matches no module, or the task's head is missing.
+    """
+    of_task = HEADS_OF_TASK.get(config.task_type or "", ())
+    wanted = tuple(dict.fromkeys((*(config.modules_to_save or ()), *of_task)))
+    hits = {
+        entry: [first for first, candidate in found.items() if any(is_suffix(entry, name) for name in candidate.names)]
+        for entry in wanted
+    }
+    for entry in config.modules_to_save or ():
+        if not hits[entry] and entry not in of_task and every_pattern:
+            raise TargetError(_no_match("modules_to_save", entry, list(found), model))
+    chosen = {name for names in hits.values() for name in names}
+    if of_task and not chosen and every_pattern:
+        raise TargetError(
+            f"task_type {config.task_type!r} trains the head ({shown(of_task)}), and {type(model).__name__} has none; "
+            "nothing was changed. Name the head in modules_to_save, or leave task_type out."
+        )
+    return [
+        name
+        for name in found
+        if name in chosen and not any(name != other and within(name, {other}) for other in chosen)
+    ]
+
+
+def select_parameters(
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
+) -> dict[str, list[str]]:
+    """The bare parameters to adapt: module name -> names of its own parameters, in the order it declares them.
+
+    Raises:
+        TargetError: an entry matches no parameter of a module below the model.
+    """
+    wanted, names = set(config.parameters_to_adapt), []
+    chosen: dict[str, list[str]] = {}
+    unused = set(wanted)
+    for first, candidate in found.items() if wanted else ():
+        for parameter in (name for name, value in candidate.base._parameters.items() if value is not None):
+            names.append(f"{first}.{parameter}")
+            hits = wanted.intersection(e for name in candidate.names for e in endings(f"{name}.{parameter}"))
+            if hits:
+                chosen.setdefault(first, []).append(parameter)
+                unused -= hits
+    if unused and every_pattern:
+        raise TargetError(_no_match("target_parameters", min(unused), names, model, "parameter"))
+    return chosen
+
+
+def within(name: str, roots: Collection[str]) -> bool:
+    """Whether a module is one of these or stands in one of them."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))
+
+
+def _matching(
+    patterns: Sequence[str] | str,
+    eligible: Iterable[str],
+    option: str,
+    model: nn.Module,
+    every_pattern: bool,
+    all_names: Iterable[str] = (),
+) -> list[str]:
+    """The eligible names that fit; each pattern of a list must fit one of `all_names`, or of the eligible ones."""
+    names = list(eligible)
+    if isinstance(patterns, str):
+        chosen = full_matches(patterns, names, option)
+        if not chosen and every_pattern:
+            is_ending = any(is_suffix(patterns, name) for name in names)
+            fix = (
+                f" A string is a regular expression for the whole name; for the suffix give the list [{patterns!r}]."
+                if is_ending
+                else ""
+            )
+            raise TargetError(
+                f"{option}: the regular expression {patterns!r} matches no module of {type(model).__name__}; nothing was changed.{fix}"
+            )
+        return chosen
+    entries = set(patterns)
+    unused = entries.difference(*(endings(name) for name in (all_names or names)))
+    if unused and every_pattern:
+        raise TargetError(_no_match(option, next(entry for entry in patterns if entry in unused), names, model))
+    return [name for name in names if not entries.isdisjoint(endings(name))]
+
+
+def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind: str = "module") -> str:
+    depth = entry.count(".") + 1
+    close = nearest(entry, sorted({".".join(name.split(".")[-depth:]) for name in names}))
+    where = ""
+    if close:
+        count = sum(is_suffix(close, name) for name in names)
+        where = f" (closest: {close!r}, {count} {kind}{'s' if count != 1 else ''})"
+    return f"{option}: {entry!r} matches no {kind} of {type(model).__name__}{where}; nothing was changed."
+
+
+def _all_linear(model: nn.Module, found: dict[str, Candidate], eligible: list[str]) -> list[str]:
+    head, names_its_head = output_head(model), hasattr(model, "get_output_embeddings")
+    chosen = []
+    for name in eligible:
+        candidate = found.get(name)  # a module's other names are the same module
+        if candidate is None or candidate.module is head:
+            continue
+        if names_its_head and name.rpartition(".")[2] in HEAD_NAMES and head is None:
+            continue
+        ops = layer_ops(candidate.base)
+        if ops is not None and ops.in_all_linear:
+            chosen.append(name)
+    return chosen
+
+
+def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) -> list[str]:
+    """Keep the modules whose layer index is asked for; a module without an index is in no layer."""
+    if config.layers_to_transform is None:
+        return chosen
+    wanted = set(config.layers_to_transform)  # type: ignore[arg-type]
+    kept, seen = [], set()
+    for name in chosen:
+        index = _layer_index(name, config.layers_pattern)
+        if index is not None:
+            seen.add(index)
+        if index in wanted:
+            kept.append(name)
+    missing = sorted(wanted - seen)
+    if missing and every_pattern:
+        have = f"0 to {max(seen)}" if seen else "none; check layers_pattern"
+        raise TargetError(
+            f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have}); nothing was changed."
+        )
+    for entry in config.target_modules or () if every_pattern else ():
+        if any(is_suffix(entry, name) for name in chosen) and not any(is_suffix(entry, name) for name in kept):
+            raise TargetError(
+                f"target_modules: {entry!r} stands in none of the layers {shown(sorted(wanted))}; nothing was changed."
+            )
+    return kept
+
+
+def _layer_index(name: str, layers_pattern: Sequence[str] | str | None) -> int | None:
+    if layers_pattern is None:
+        match = re.match(r".*?\.(\d+)\.", f".{name}.")
+        return int(match[1]) if match else None
+    for pattern in layers_pattern:
+        match = re.match(rf".*?\.{re.escape(pattern)}\.(\d+)\.", f".{name}.")
+        if match:
+            return int(match[1])
+    return None
+
+
+def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConfig) -> Sequence[str] | str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    patterns = config.default_modules(model)
+    if patterns is None:
+        patterns = registry.default_targets(model_type) if isinstance(model_type, str) else None
+    if patterns is not None or config.parameters_to_adapt:
+        return patterns or ()
+    counts: dict[str, int] = {}
+    for name, candidate in found.items():
+        ops = layer_ops(candidate.base)
+        if ops is not None and ops.in_all_linear:
+            ending = next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
+            counts[ending] = counts.get(ending, 0) + 1
+    common = sorted(counts, key=lambda ending: -counts[ending])
+    known = hint(model_type, registry.known_model_types()) if isinstance(model_type, str) else ""
+    raise TargetError(
+        f"no default target_modules for {f'model_type {model_type!r}' if model_type else type(model).__name__}{known}; "
+        f"give target_modules, from this model's own: {shown((f'{e} ({counts[e]})' for e in common), 8)}, or 'all-linear'."
+    )
+
+
+def _shown(patterns: Sequence[str] | str | None) -> str:
+    return repr(list(patterns)) if isinstance(patterns, tuple) else repr(patterns)
+
+
+def to_prepare(found: dict[str, Candidate]) -> Iterator[tuple[type[LayerOps], nn.Module]]:
+    """Every (ops, layer) whose ops have something to do to a layer before adapters come, targeted or not."""
+    types = {type(candidate.base) for candidate in found.values()}
+    concerned = {t for t in types if any(o.prepare is not LayerOps.prepare for _, o in registry.layer_candidates(t))}
+    for candidate in found.values():
+        ops = layer_ops(candidate.base) if type(candidate.base) in concerned else None
+        if ops is not None:
+            yield ops, candidate.base

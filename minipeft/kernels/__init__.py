@@ -1,0 +1,1 @@
+"""Tensor maths that knows no model, layer type or method: products, autograd nodes, the chunked loss."""

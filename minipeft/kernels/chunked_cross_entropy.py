@@ -1,0 +1,122 @@
+"""The loss of a causal language model from its last hidden states, a few rows of logits at a time.
+
+The logits of a batch are often the largest array of a training step, and four of their size are alive at its peak.
+Nobody needs them: the gradient of the hidden states is made in the forward pass, chunk by chunk, as in Liger-Kernel
+(arXiv:2410.10989), and rows whose label is ignored never meet the output head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft.errors import LeanError
+from minipeft.kernels import matmul as gemm
+
+CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}  # of logits; under 32 MiB glibc gives the same memory again
+
+
+def causal_lm_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    changed_rows: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Cross entropy of ``hidden @ weight.T + bias`` against the labels, as transformers' ``ForCausalLMLoss`` has it.
+
+    Args:
+        hidden: shape (..., tokens, features).
+        weight: the frozen output head, shape (vocabulary, features).
+        bias: shape (vocabulary,), frozen, or None.
+        labels: shape (..., tokens); position t is predicted from the hidden state t - 1.
+        num_items_in_batch: what the sum is divided by; None: the number of labels that are not ignored.
+        ignore_index: the label of rows that do not count.
+        shift_labels: labels that are shifted already, in the place of `labels`.
+        changed_rows: (indices (n,), change (n, features)), added to those rows of the weight; the change may train.
+
+    Returns:
+        A scalar, float32 or wider. Its gradient is exact.
+
+    Raises:
+        LeanError: labels and hidden states differ in shape; or in a backward pass with ``create_graph=True``.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if shift_labels.shape != hidden.shape[:-1]:
+        raise LeanError(
+            f"the labels have the shape {tuple(shift_labels.shape)}, and the tokens {tuple(hidden.shape[:-1])}; "
+            "one label a token is expected."
+        )
+    targets = shift_labels.reshape(-1).to(hidden.device)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        rows, change = (None, None) if changed_rows is None else changed_rows
+        total: Tensor = _Summed.apply(hidden, weight, bias, targets, ignore_index, rows, change)  # type: ignore[no-untyped-call]
+    count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over all tokens. Kept for the backward pass are the gradients, which then are only scaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ignore_index: int,
+        rows_changed: Tensor | None,
+        change: Tensor | None,
+    ) -> Tensor:
+        wanted, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
+        rows, weight = hidden.reshape(-1, hidden.shape[-1]), weight.to(hidden.dtype)
+        kept = (targets != ignore_index).nonzero().flatten()
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        gradient = torch.zeros_like(rows) if wanted else None
+        added = None if change is None else change.to(hidden.dtype)
+        of_change = torch.zeros_like(change, dtype=exact) if change is not None and trains else None
+        for some in torch.split(kept, _rows_a_chunk(hidden, weight)):
+            x, target = rows[some], targets[some, None]
+            logs = gemm.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(exact)
+            if rows_changed is not None and added is not None:
+                logs.index_add_(1, rows_changed, F.linear(x, added).to(exact))
+            torch.log_softmax(logs, 1, out=logs)
+            total -= logs.gather(1, target).sum(dtype=torch.float64)
+            if gradient is None and of_change is None:
+                continue
+            probabilities = logs.exp_()
+            probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1))
+            of_rows = None if rows_changed is None else probabilities[:, rows_changed]
+            if gradient is not None:
+                gradient[some] = gemm.linear(probabilities.to(x.dtype), weight.t())
+                if of_rows is not None and added is not None:
+                    gradient[some] += of_rows.to(x.dtype) @ added
+            if of_change is not None and of_rows is not None:
+                of_change += of_rows.t() @ x.to(exact)
+        ctx.save_for_backward(None if gradient is None else gradient.view(hidden.shape), of_change)
+        return total.to(exact)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise LeanError("the loss in chunks has no second derivative; for create_graph=True, unlean(model) first.")
+        of_hidden, of_change = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return of_hidden, None, None, None, None, None, of_change
+
+
+def _rows_a_chunk(hidden: Tensor, weight: Tensor) -> int:
+    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    return max(1, budget // (4 * len(weight)))

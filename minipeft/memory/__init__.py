@@ -1,0 +1,1 @@
+"""Training in less memory: minipeft.lean and what it puts in place."""

@@ -1,0 +1,146 @@
+"""How a model comes to compute its loss in chunks: the output head hands its input through, the loss does the rest.
+
+Any causal language model of transformers calls its head and then ``self.loss_function``. In a training call with
+labels the head gives back what it got, and the loss function, which gets that in the place of logits, knows the head.
+Should anything happen to the tensor in between (a soft cap, a scale), it is not what was handed through, and the
+call is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.class_swap import SameFunction
+from minipeft.errors import LeanError
+from minipeft.kernels import malloc_trim as heap
+from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
+
+
+class HandsThrough(SameFunction):
+    """An output head that, while its model's loss is made in chunks, gives back its input."""
+
+    handing: Handing | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.handing is not None:
+            self.handing.hidden, self.handing.version = hidden, hidden._version
+            return hidden
+        logits: Tensor = super().forward(hidden)
+        return logits
+
+
+@dataclass
+class Handing:
+    """What goes from the head to the loss within one call of the model."""
+
+    hidden: Tensor | None = None
+    version: int = 0
+    used: bool = False
+
+
+@dataclass(eq=False)
+class LeanLoss:
+    """In the place of a model's loss function. Plain data, so that copies and pickles of the model carry it."""
+
+    head: nn.Module
+    original: Any
+    set_before: bool
+    takes_use_cache: bool
+
+    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss: in chunks, where the head has handed its input through, and else the model's own."""
+        handing: Handing | None = self.head.handing  # type: ignore[assignment]
+        if handing is None:
+            loss: Tensor = self.original(logits, labels, *args, **kwargs)
+            return loss
+        self._check_untouched(handing, logits)
+        handing.used = True
+        head: Any = self.head
+        bias = None if head.bias is None else _whole(head.bias)
+        rows = _changed_rows(head)
+        changed = (torch.cat([i for i, _ in rows]), torch.cat([change for _, change in rows])) if rows else None
+        known = {
+            name: kwargs[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in kwargs
+        }
+        heap.trim(logits.device.type)
+        loss = causal_lm_loss(logits, _whole(head.weight), bias, labels, changed_rows=changed, **known)
+        heap.trim(logits.device.type)  # the peak of the step is near
+        return loss
+
+    def _check_untouched(self, handing: Handing, logits: Tensor) -> None:
+        hidden = handing.hidden
+        same = (
+            hidden is not None
+            and hidden.data_ptr() == logits.data_ptr()
+            and hidden.shape == logits.shape
+            and hidden.dtype == logits.dtype
+            and logits._version == handing.version
+        )
+        if not same:
+            raise LeanError(
+                "the model changes its logits between the head and the loss (a soft cap, a scale, a slice or a cast); "
+                "pass chunked_loss=False."
+            )
+
+
+def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Pre-hook of the model: whether this call's loss is made in chunks is decided here."""
+    loss: LeanLoss = model._loss_function  # type: ignore[assignment]
+    if not model.training or torch.compiler.is_compiling() or not _still_fits(model, loss.head):
+        return None
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+    if given.get("labels") is None and kwargs.get("shift_labels") is None:
+        return None
+    heap.trim(next(model.parameters()).device.type)
+    loss.head.handing = Handing()  # type: ignore[assignment]
+    # Nobody reads the cache of a training step, which copies all keys and values.
+    free = given.get("use_cache") is None and ("use_cache" in kwargs or "use_cache" not in given)
+    if loss.takes_use_cache and free and given.get("past_key_values") is None:
+        kwargs = {**kwargs, "use_cache": False}
+    return args, kwargs
+
+
+def _still_fits(model: nn.Module, head: nn.Module) -> bool:
+    """A head that trains by now, or is adapted in other ways than by rows, gets whole logits again."""
+    return model.get_output_embeddings() is head and is_frozen(head) and _changed_rows(head) is not None  # type: ignore[operator]
+
+
+def is_frozen(head: nn.Module) -> bool:
+    """Whether nothing in it trains but adapters."""
+    base = getattr(head, "base_layer", head)
+    return not any(p.requires_grad for p in base.parameters())
+
+
+def _changed_rows(head: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
+    """What adapters add to rows of the head's weight: nothing where it is not adapted, None where they do more."""
+    adapted = getattr(head, "changed_rows", None)
+    rows: list[tuple[Tensor, Tensor]] | None = adapted() if callable(adapted) else []
+    return rows
+
+
+def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Hook of the model: what stands for logits in its output are none."""
+    loss: LeanLoss = model._loss_function  # type: ignore[assignment]
+    handing: Handing | None = loss.head.handing  # type: ignore[assignment]
+    if handing is None:
+        return None
+    del loss.head.handing
+    if output is None:  # the call has failed
+        return None
+    if not handing.used:
+        raise LeanError(f"{type(model).__name__} did not compute its loss by loss_function; pass chunked_loss=False.")
+    if isinstance(output, tuple):
+        return (output[0], None, *output[2:])
+    return type(output)(**{**output, "logits": None})
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter that FSDP2 holds in shards, gathered."""
+    full: Any = getattr(parameter, "full_tensor", None)
+    whole: Tensor = parameter if full is None else full()
+    return whole

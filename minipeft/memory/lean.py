@@ -1,0 +1,253 @@
+"""One call that makes training a transformers model lean: the same loss and gradients, in less memory and time."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from minipeft import registry
+from minipeft.class_swap import SameFunction, mixed_class, plain_class
+from minipeft.errors import LeanError, StateError, hint, shown
+from minipeft.injection.adapted_layer import AdaptedLayer, Wrapper
+from minipeft.kernels import matmul as gemm
+from minipeft.memory import sample_slices as batch_parts
+from minipeft.memory.chunked_loss import HandsThrough, LeanLoss, after_forward, before_forward, is_frozen
+from minipeft.memory.modules import (
+    CHEAP,
+    CHEAP_TYPES,
+    TANH_GELUS,
+    Checkpointed,
+    FastLinear,
+    FusedGelu,
+    Recomputed,
+    checkpoint_block,
+    trim_before,
+)
+from minipeft.memory.probe import Probe
+from minipeft.transformers_model import output_head
+
+logger = logging.getLogger("minipeft")
+Model = TypeVar("Model", bound=nn.Module)
+CHECKPOINTING = ("none", "last", "mlp", "block")
+MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
+STATE = "_minipeft_lean"
+
+
+@dataclass
+class LeanState:
+    """What `unlean` has to take back: plain data in the model's __dict__, so that copies and pickles carry it."""
+
+    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # as they were
+    blocks: list[nn.Module] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    chunked_loss: bool = False
+
+
+def lean(
+    model: Model, checkpointing: str | None = None, *, chunked_loss: bool = True, fast_linear: bool = True
+) -> Model:
+    """Train this transformers model in less memory and time, with the loss and gradients that it has now. In place.
+
+    GELUs composed from single operations become one kernel; norm and GELU outputs are computed again for the adapters
+    instead of kept; the loss of a causal language model is made from a few rows of logits at a time; frozen layers use
+    the faster matrix library. All this acts in training mode; evaluation and generation stay as they are.
+
+    A tiny batch is run before and after, and the call is refused where loss or gradients differ. Call it after adapting
+    the model, and again, with all options, after adding adapters or to change an option.
+
+    Args:
+        model: a plain or adapted transformers model, not yet wrapped by DDP or the like.
+        checkpointing: "last" computes the last block again in the backward pass, a part of the batch at a time, since
+            memory peaks where that pass begins; "mlp" the feed-forward half of each block; "block" all of each, in
+            parts: ever less memory, and more time. Non-reentrant, and not below the lowest adapter. "none" keeps it
+            all. By default "last" where the model can be run in parts, which dropout rules out, and else "none".
+        chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
+        fast_linear: let frozen layers without adapter use the faster library too, where there is one; quantised ones
+            then keep nothing for the backward pass.
+
+    Raises:
+        LeanError: loss or gradients would differ, or something asked for does not exist in this model; nothing has changed.
+        StateError: `model` is no transformers model.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise StateError(f"lean() takes a transformers model, adapted or plain, not {type(model).__name__}.")
+    if checkpointing is not None and checkpointing not in CHECKPOINTING:
+        raise LeanError(
+            f"checkpointing must be one of {shown(CHECKPOINTING)}, not {checkpointing!r}{hint(str(checkpointing), CHECKPOINTING)}."
+        )
+    unlean(model)
+    if chunked_loss:
+        _check_loss(model)
+    probe = Probe(model, with_labels=chunked_loss)
+    state = LeanState()
+    model.__dict__[STATE] = state
+    try:
+        _swap_modules(model, state, fast_linear=fast_linear)
+        _checkpoint(model, state, checkpointing)
+        if chunked_loss:
+            _chunk_loss(model, state)
+        probe.compare(model)
+        if checkpointing is None and not all(batch_parts.runs_in_parts(block) for block in state.blocks):
+            _keep(state)
+        with batch_parts.of_one_sample(state.blocks) as some:
+            if some:
+                probe.compare(model)
+    except BaseException:
+        unlean(model)
+        raise
+    if not (state.classes or state.blocks or state.chunked_loss):
+        unlean(model)
+        raise LeanError(f"there is nothing in {type(model).__name__} that lean() could improve with these options.")
+    logger.info("lean: %s", describe(state))
+    return model
+
+
+def unlean(model: nn.Module) -> None:
+    """Take back what `lean` did to a model, exactly; nothing to do where it was not called."""
+    state: LeanState | None = model.__dict__.pop(STATE, None)
+    if state is None:
+        return
+    for module, cls in state.classes:
+        module.__class__ = cls
+        module.__dict__.pop("lean_ops", None)
+    _keep(state)
+    for hook in state.hooks:
+        hook.remove()
+    if state.chunked_loss:
+        loss: LeanLoss = model.__dict__.pop("_loss_function")
+        if loss.set_before:
+            model._loss_function = loss.original
+
+
+def _keep(state: LeanState) -> None:
+    """Checkpoint no block any more."""
+    for block in state.blocks:
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func", batch_parts.ROWS):
+            block.__dict__.pop(name, None)
+    state.blocks.clear()
+
+
+def describe(state: LeanState) -> str:
+    """What was done, in a line."""
+    counts: dict[str, int] = {}
+    for module, _ in state.classes:
+        mixin = next(base.__name__ for base in type(module).__mro__ if SameFunction in base.__bases__)
+        counts[mixin] = counts.get(mixin, 0) + 1
+    said = [f"{count} {name}" for name, count in counts.items()]
+    if state.blocks:
+        said.append(f"{len(state.blocks)} blocks checkpointed")
+    return ", ".join([*said, *(["loss in chunks"] if state.chunked_loss else [])])
+
+
+# ---------------------------------------------------------------------------------------------------------- the parts
+def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> None:
+    adapted = {id(wrapper.base_layer) for wrapper in model.modules() if isinstance(wrapper, Wrapper)}
+    head = output_head(model)
+    for module in model.modules():
+        frozen = not any(p.requires_grad for p in module.parameters())
+        if "forward" in module.__dict__ or not frozen or module is head:
+            continue  # patched by someone, or training itself, or see _chunk_loss
+        name = type(module).__name__
+        if name in TANH_GELUS:
+            _mix(module, FusedGelu, state)
+        elif name in CHEAP or name.endswith("RMSNorm") or type(module) in CHEAP_TYPES:
+            _mix(module, Recomputed, state)
+        elif fast_linear and id(module) not in adapted:
+            ops = next((ops for _, ops in registry.layer_candidates(type(module)) if ops.accepts(module)), None)
+            if ops is not None and (ops.is_quantized or (gemm.onednn_is_faster() and ops.is_linear_call(module))):
+                _mix(module, FastLinear, state)
+                module.__dict__["lean_ops"] = ops
+
+
+def _mix(module: nn.Module, mixin: type[nn.Module], state: LeanState) -> None:
+    state.classes.append((module, type(module)))
+    module.__class__ = mixed_class(mixin, type(module))
+
+
+def _checkpoint(model: nn.Module, state: LeanState, checkpointing: str | None) -> None:
+    if checkpointing == "none":
+        return
+    blocks = list(_blocks(model))
+    on = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    if on and checkpointing is None:
+        return
+    if on:
+        raise LeanError("gradient checkpointing is on already; call model.gradient_checkpointing_disable() first.")
+    if not blocks and checkpointing is not None:
+        raise LeanError(
+            f'checkpointing="{checkpointing}": {type(model).__name__} has no layers that transformers could checkpoint.'
+        )
+    if checkpointing == "mlp":
+        _checkpoint_mlps(model, state, blocks, needed=True)
+        return
+    state.blocks = blocks if checkpointing == "block" else blocks[-1:]
+    for block in state.blocks:
+        block.gradient_checkpointing = True  # type: ignore[assignment]
+        block._gradient_checkpointing_func = checkpoint_block  # type: ignore[assignment]
+    if checkpointing == "block":
+        _checkpoint_mlps(model, state, blocks, needed=False)
+    elif len(blocks) > 1:
+        state.hooks.append(blocks[-2].register_forward_pre_hook(trim_before))
+
+
+def _checkpoint_mlps(model: nn.Module, state: LeanState, blocks: list[nn.Module], *, needed: bool) -> None:
+    mlps = [child for block in blocks for name, child in block.named_children() if _is_mlp(name, child)]
+    if not mlps and needed:
+        raise LeanError(
+            f'checkpointing="mlp": the layers of {type(model).__name__} have no feed-forward module of their own; '
+            'use checkpointing="block".'
+        )
+    for mlp in dict.fromkeys(mlps):  # blocks may share one
+        _mix(mlp, Checkpointed, state)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
+            yield module
+
+
+def _is_mlp(name: str, module: nn.Module) -> bool:
+    return any(module.children()) and bool(MLP.search(name) or MLP.search(type(module).__name__))
+
+
+def _check_loss(model: nn.Module) -> None:
+    head, why = output_head(model), None
+    loss = getattr(model, "loss_function", None)
+    rows_only = isinstance(head, AdaptedLayer) and head.changed_rows() is not None
+    if head is None or plain_class(type(head.base_layer if rows_only else head)) is not nn.Linear:
+        why = "its output head is no plain linear layer" if head is not None else "it has no output head"
+        why = "its output head is adapted" if isinstance(head, AdaptedLayer) and not rows_only else why
+    elif not is_frozen(head):
+        why = "its output head trains"
+    elif getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        why = "its loss is not transformers' ForCausalLMLoss"
+    elif any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in _with_base(head)):
+        why = "its output head is patched or hooked"
+    if why is not None:
+        raise LeanError(
+            f"{type(model).__name__}: the loss cannot be made in chunks, since {why}; pass chunked_loss=False."
+        )
+
+
+def _with_base(head: nn.Module) -> list[nn.Module]:
+    return [head, head.base_layer] if isinstance(head, AdaptedLayer) else [head]
+
+
+def _chunk_loss(model: nn.Module, state: LeanState) -> None:
+    head, loss = output_head(model), model.loss_function
+    assert head is not None
+    _mix(head, HandsThrough, state)
+    set_before = "_loss_function" in model.__dict__
+    model._loss_function = LeanLoss(head, loss, set_before, "use_cache" in inspect.signature(model.forward).parameters)  # type: ignore[assignment]
+    state.chunked_loss = True
+    state.hooks += [
+        model.register_forward_pre_hook(before_forward, with_kwargs=True),
+        model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
+    ]

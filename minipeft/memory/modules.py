@@ -1,0 +1,119 @@
+"""Mixins for the modules of a model: the same function, in less memory or time. `minipeft.memory.lean` puts them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minipeft.class_swap import SameFunction
+from minipeft.kernels import malloc_trim as heap
+from minipeft.kernels import matmul as gemm
+from minipeft.kernels import recompute
+from minipeft.kernels.frozen_linear import Weight, can_fuse, frozen_linear
+from minipeft.layers.base import LayerOps
+from minipeft.memory import sample_slices as batch_parts
+
+# Activations that transformers composes from single operations, each of which keeps an array for the backward pass.
+TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}
+# Cheap functions of one tensor, and of nothing that changes within a step.
+CHEAP = {"GELUActivation", "GELUTanh", "SiLUActivation", "QuickGELUActivation", "ReLUSquaredActivation"}
+CHEAP_TYPES = (nn.LayerNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid)
+
+
+class FusedGelu(SameFunction):
+    """The tanh approximation of GELU (arXiv:1606.08415) as one kernel: it keeps its input, and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(x, approximate="tanh")
+        return recompute.mark(y, self, x, pointwise=True) if torch.is_grad_enabled() else y
+
+
+class Recomputed(SameFunction):
+    """A norm or activation whose output an adapter behind it need not keep."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        activation = not any(True for _ in self.parameters())
+        return recompute.mark(y, self, x, pointwise=activation) if torch.is_grad_enabled() else y
+
+
+class FastLinear(SameFunction):
+    """A frozen linear layer that trains what lies around it through the faster matrix library.
+
+    A quantised one keeps nothing for the backward pass here; its own call may keep its input, or its weight in float.
+    """
+
+    lean_ops: type[LayerOps]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            weight, bias = self.lean_ops.weight_of_call(self, x), self.lean_ops.read_bias(self)
+            if weight is not None and can_fuse(x, weight, bias) and _is_leaner(x, weight):
+                return frozen_linear(x, weight, bias)
+        y: Tensor = super().forward(x)
+        return y
+
+
+def _is_leaner(x: Tensor, weight: Weight) -> bool:
+    if isinstance(weight, Tensor):
+        return not torch.is_autocast_enabled(x.device.type) and gemm.through_onednn(x, weight)
+    return x.requires_grad
+
+
+class Checkpointed(SameFunction):
+    """A feed-forward module that keeps its input only, and is computed again in the backward pass.
+
+    Inside a block that is checkpointed as a whole this costs no time, since computing the block again stops before it.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = partial(super().forward, **kwargs)
+        if not self.training or not torch.is_grad_enabled() or not wants_gradient(self, args, kwargs):
+            return run(*args)
+        source = recompute.source_of(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
+        if source is None:
+            return checkpoint(run, *args, use_reentrant=False)
+        # What is kept is then the input of the norm before, which that keeps anyway.
+        return checkpoint(_after(run, source.module), source.input, use_reentrant=False)
+
+
+def _after(run: Callable[[Tensor], Any], norm: nn.Module) -> Callable[[Tensor], Any]:
+    """``run(norm(x))``; it must not hold the input, which a checkpoint around may have let go."""
+    return lambda x: run(recompute.output(norm, x))
+
+
+def checkpoint_block(function: Any, *args: Any) -> Any:
+    """The checkpointing function for transformers' layers: not re-entrant, and none below the lowest adapter."""
+    module = function.args[0] if isinstance(function, partial) and function.args else None
+    if not isinstance(module, nn.Module):
+        return _checkpoint(function, *args)
+    if not wants_gradient(module, args, function.keywords):
+        return function(*args)
+    return batch_parts.run(module, function, args, _checkpoint)
+
+
+def _checkpoint(function: Any, *args: Any) -> Any:
+    return checkpoint(partial(_trimmed, function), *args, use_reentrant=False)
+
+
+def _trimmed(function: Any, *args: Any) -> Any:
+    trim_before(None, args)
+    return function(*args)
+
+
+def trim_before(module: nn.Module | None, args: tuple[Any, ...]) -> None:
+    """Give the memory that lies free between living arrays back, before a call; also a forward pre-hook."""
+    if args and isinstance(args[0], Tensor):
+        heap.trim(args[0].device.type)
+
+
+def wants_gradient(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a gradient has to come through this call, so that there is something to keep."""
+    inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return any(value.requires_grad for value in inputs) or any(p.requires_grad for p in module.parameters())

@@ -1,0 +1,1 @@
+"""Folding adapters into base weights, and back."""

@@ -1,0 +1,83 @@
+"""Weights that several modules hold: what merging into one of them would do to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from minipeft.errors import MergeError, shown
+from minipeft.injection.adapted_layer import AdaptedLayer, TensorIndex, wrappers
+from minipeft.injection.modules_to_save import SavedModule
+
+
+def riders(layer: AdaptedLayer, names: tuple[str, ...], others: Iterable[AdaptedLayer]) -> tuple[AdaptedLayer, ...]:
+    """The other layers that hold the same weight and, of these adapters, the same: what is merged into one is in all."""
+    weight = layer.owner._parameters.get("weight")
+    if weight is None:
+        return ()
+    return tuple(
+        other
+        for other in others
+        if other is not layer
+        and other.owner._parameters.get("weight") is weight
+        and all(_held(other, name) == _held(layer, name) for name in names)
+    )
+
+
+def _held(layer: AdaptedLayer, name: str) -> set[int] | None:
+    return {id(p) for p in layer.adapter(name).parameters()} if name in layer.adapters else None
+
+
+def follows_ties(layer: AdaptedLayer) -> bool:
+    """Whether an adapter here may be another layer's too."""
+    return any(layer.adapter(name).follows_ties for name in layer.adapters)
+
+
+def shared_parameters(
+    path: str, owners: Sequence[nn.Module], written: list[Tensor], index: TensorIndex, untie: bool
+) -> dict[str, nn.Parameter]:
+    """The parameters of the first of these modules that its merge would write, and that others than these use too.
+
+    Raises:
+        MergeError: there are such and `untie` is False.
+    """
+    pointers = {tensor.data_ptr() for tensor in written}
+    shared = {}
+    for name, parameter in owners[0].named_parameters(recurse=False):
+        users = index.also_used_by(parameter, *owners) if parameter.data_ptr() in pointers else []
+        if users and not untie:
+            raise MergeError(
+                f"{path}.{name} is tied to {shown(users)}, which merging would change as well; nothing was merged. "
+                "Pass untie=True to give this layer a weight of its own."
+            )
+        if users:
+            shared[name] = parameter
+    return shared
+
+
+def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
+    """Look at the modules trained in full; returns whether putting one in place parts it from a tensor it was tied to.
+
+    Raises:
+        MergeError: a trained value is not finite.
+    """
+    index, parts_ties = TensorIndex(model), False
+    for path, wrapper in wrappers(model):
+        for name in names if isinstance(wrapper, SavedModule) else ():
+            for key, tensor in wrapper.file_tensors(name).items():
+                if not tensor.isfinite().all():
+                    raise MergeError(f"{path}.{key}: the trained values are not finite; nothing was merged.")
+                original = wrapper.base_layer.state_dict(keep_vars=True)[key]
+                owner = wrapper.base_layer.get_submodule(key.rpartition(".")[0])
+                parts_ties |= bool(index.also_used_by(original, owner))
+    return parts_ties
+
+
+def mark_untied(model: nn.Module) -> bool:
+    """Tell a transformers config that the output head has a weight of its own now; returns whether it said otherwise."""
+    config = getattr(model, "config", None)
+    said_tied = getattr(config, "tie_word_embeddings", None) is True
+    if said_tied:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return said_tied

@@ -1,0 +1,110 @@
+"""Quantising the frozen linear layers of a model in memory, GPT-2's Conv1D included, before adapters are put on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minipeft import registry
+from minipeft.errors import ConfigError, StateError, TargetError, hint, shown
+from minipeft.injection.adapted_layer import TensorIndex, Wrapper
+from minipeft.injection.targets import HEAD_NAMES, Candidate, candidates, layer_ops
+from minipeft.kernels import malloc_trim as heap
+from minipeft.layers.base import LayerOps
+from minipeft.patterns import is_suffix
+from minipeft.transformers_model import output_head
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str] = ()) -> nn.Module:
+    """Replace the linear layers of a float model by quantised, frozen ones, in place; returns the model.
+
+    Left in float are the output head and task heads, embeddings, layers that share their weight with another module,
+    and whatever has a forward of its own. The float weights go when the last reference to them does.
+
+    Args:
+        model: any float model without adapters, on any device; its weights in float32, bfloat16 or float16.
+        kind: "nf4", QLoRA's 4-bit normal float (arXiv:2305.14314), in blocks of 64 with 8-bit scales, 4.13 bits a weight
+            (blocks of 32 where the input features are no multiple of 64), or "fp4"; "int8", LLM.int8() (arXiv:2208.07339);
+            these need bitsandbytes. "int8_weight_only" needs torchao. A registered `LayerOps` may bring more.
+        skip_modules: names, or dotted ends of names, of further modules to leave in float with all that is in them.
+
+    Raises:
+        ConfigError: no such kind, or its package is missing.
+        StateError: the model has adapters.
+        TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantise. In any case nothing was
+            changed.
+    """
+    registry.load_plugins()
+    packers: dict[str, type[LayerOps]] = {name: ops for ops in registry.layer_classes() for name in ops.kinds}
+    if kind not in packers:
+        raise ConfigError(f"quantize: no kind {kind!r}{hint(str(kind), packers)}; there are: {shown(packers)}.")
+    if any(isinstance(module, Wrapper) for module in model.modules()):
+        raise StateError("quantize: this model has adapters; quantise it first, then adapt it. Nothing was changed.")
+    chosen = _chosen(model, skip_modules)
+    replacements = [(candidate, _replacement(candidate, ops, packers[kind], kind)) for candidate, ops in chosen]
+    for candidate, layer in replacements:
+        for parent, attribute in candidate.places:
+            setattr(parent, attribute, layer)
+    return model
+
+
+def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candidate, type[LayerOps]]]:
+    found, index = candidates(model), TensorIndex(model)
+    head = output_head(model)
+    skipped: set[int] = set()
+    for entry in [skip_modules] if isinstance(skip_modules, str) else skip_modules:
+        hits = [c.module for c in found.values() if any(is_suffix(entry, name) for name in c.names)]
+        if not hits:
+            raise TargetError(
+                f"skip_modules: {entry!r} matches no module of {type(model).__name__}"
+                f"{hint(entry, {name.rpartition('.')[2] for name in found})}; nothing was changed."
+            )
+        skipped |= {id(module) for hit in hits for module in hit.modules()}
+    chosen = []
+    for name, candidate in found.items():
+        layer, ops = candidate.base, layer_ops(candidate.base)
+        if ops is None or not ops.in_all_linear or ops.is_quantized or not ops.is_linear_call(layer):
+            continue
+        is_head = layer is head or name.rpartition(".")[2] in HEAD_NAMES
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if is_head or id(layer) in skipped or index.also_used_by(weight, layer):
+            continue
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.is_meta:
+            raise TargetError(
+                f"{name}: a weight of {weight.dtype} on {weight.device.type} cannot be quantised; nothing was changed. "
+                "Convert the model to float32, bfloat16 or float16."
+            )
+        chosen.append((candidate, ops))
+    if not chosen:
+        raise TargetError(f"quantize: {type(model).__name__} has no linear layer to quantise; nothing was changed.")
+    return chosen
+
+
+def _replacement(candidate: Candidate, ops: type[LayerOps], packer: type[LayerOps], kind: str) -> nn.Module:
+    name, layer = candidate.names[0], candidate.base
+    weight, bias = ops.read_weight(layer).detach().contiguous(), ops.read_bias(layer)
+    try:
+        packed = packer.pack(kind, weight, None if bias is None else bias.detach())
+    except ImportError as error:
+        raise ConfigError(
+            f"quantize: {kind!r} needs {error.name or 'a package'}, which is not installed; pip install 'minipeft[quant]'. "
+            "Nothing was changed."
+        ) from None
+    except ValueError as error:
+        raise TargetError(
+            f"{name}: {error}; nothing was changed. Leave it in float by skip_modules, or take another kind."
+        ) from None
+    if not packer.accepts(packed):
+        raise TargetError(
+            f"{name}: the installed package packs {kind!r} in a way that {packer.__name__} does not know; nothing was changed. "
+            "Take the version that the extra minipeft[quant] names."
+        )
+    # What stood here, in transformers' words: whoever makes it float again knows what to make of it.
+    packed.source_cls = type(layer)  # type: ignore[assignment]
+    packer.prepare(packed)
+    heap.trim(weight.device.type)  # the peak is here, and packing leaves holes
+    return packed.requires_grad_(False).train(layer.training)

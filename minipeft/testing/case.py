@@ -1,0 +1,236 @@
+"""One method on one layer, made for trial: the tiny model that holds the layer, its inputs, and what is measured on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft import registry
+from minipeft.config import AdapterConfig
+from minipeft.errors import ContractError, TargetError, shown
+from minipeft.injection.adapted_layer import AdaptedLayer, Wrapper, adapted_layers
+from minipeft.injection.targets import layer_ops
+from minipeft.layers.base import LayerOps
+from minipeft.model import AdaptedModel, get_adapter_model
+
+SIZES, SQUARE = (16, 8), (16, 16)
+MOVED = 0.3  # standard deviation by which training is imitated: large, so that a wrong update cannot pass as rounding
+ROUNDINGS = {torch.float64: 32, torch.float32: 32, torch.bfloat16: 8}  # tolerance in units of the dtype's own rounding
+OWN_NOISE = 0.05  # what a layer may differ from its own weight, as a fraction of its output: int8 rounds its input
+
+
+class Holder(nn.Module):
+    """The model of a trial: one layer, and how it is called."""
+
+    def __init__(self, layer: nn.Module, ops: type[LayerOps]) -> None:
+        super().__init__()
+        self.ops = ops
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.example_call(self.layer, x)
+
+
+class Stubborn(Holder):
+    """A holder that does not let its layer be wrapped: an injection fails here when all before it is done."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Wrapper):
+            raise MemoryError("a part of the model that cannot be replaced")
+        super().__setattr__(name, value)
+
+
+class Pair(nn.Module):
+    """Two holders, one behind the other in the order of injection."""
+
+    def __init__(self, first: Holder, second: Holder) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, a layer type and how to make both.
+
+    Args:
+        method: name of the method.
+        adapter: its registered class.
+        layer: name of the layer type, for messages.
+        ops: what is registered for it.
+        make: (in_features, out_features) -> a small layer.
+        options: further options of the method's configuration.
+    """
+
+    method: str
+    adapter: type[Any]
+    layer: str
+    ops: type[LayerOps]
+    make: Callable[[int, int], nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def base(self, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = SIZES, kind: Any = Holder) -> Any:
+        """A model that holds a layer, in eval mode; always the same one, and no value of a plain weight is zero."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            layer = self.make(*sizes)
+            for parameter in layer.parameters():
+                if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            model = kind(layer, self.ops).to(dtype).eval()
+            self.ops.prepare(layer)  # as an injection does
+            return model
+
+    def config(self, **more: list[str]) -> AdapterConfig:
+        """The method's configuration for the layer of a holder; `more` is added to its lists."""
+        selection = self.ops.example_selection("layer")
+        selection = {name: values + more.get("also", []) for name, values in selection.items()}
+        config: AdapterConfig = self.adapter.example_config(**selection, **self.options)
+        return config
+
+    def adapted(
+        self, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = SIZES, *, moved: bool = True
+    ) -> AdaptedModel:
+        """The adapted model, in eval mode; `moved`: with its adapter away from where it starts."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = get_adapter_model(self.base(dtype, sizes), self.config())
+        return move(model) if moved else model
+
+    def input(self, model: nn.Module, seed: int = 2) -> Tensor:
+        """An input for the layer of a plain model."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.ops.example_input(model.layer)
+
+    def no(self, dtype: torch.dtype) -> str | None:
+        """Why the layer itself cannot be tried in this dtype, or None."""
+        try:
+            model = self.base(dtype)
+            with torch.no_grad():
+                computed = model(self.input(model)).dtype
+                read = {layer.ops.read_weight(layer.base_layer).dtype for layer in layers_of(self.adapted(dtype))}
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+            return f"{self.layer} itself does not run in {dtype} ({type(error).__name__})"
+        other = (read | {computed}) - {dtype}
+        return f"{self.layer} itself holds or computes in {shown(other)}, not {dtype}" if other else None
+
+    def fail(self, check: str, reason: str) -> ContractError:
+        return ContractError(self.method, self.layer, check, reason)
+
+    def same(self, check: str, what: str, got: Tensor, wanted: Tensor, noise: float = 0.0) -> None:
+        """Insist on equal outputs up to the rounding of their dtype, and `noise` as a fraction of the largest value.
+
+        Raises:
+            ContractError: they differ by more.
+        """
+        if got.shape != wanted.shape or got.dtype != wanted.dtype:
+            seen = f"{list(got.shape)} of {got.dtype}, not {list(wanted.shape)} of {wanted.dtype}"
+            raise self.fail(check, f"{what} is {seen}")
+        off = relative_error(got, wanted)
+        allowed = ROUNDINGS[wanted.dtype] * torch.finfo(wanted.dtype).eps + noise
+        if not off <= allowed:
+            raise self.fail(check, f"{what} is off by {off:.2g} of its largest value, where {allowed:.2g} is rounding")
+
+
+def case_of(
+    method: str,
+    layer: str,
+    ops: type[LayerOps] | None,
+    make: Callable[[int, int], nn.Module] | None,
+    options: Mapping[str, Any],
+) -> Case:
+    """Put a case together; `ops` None: those that the made layer resolves to.
+
+    Raises:
+        RegistryError: no such method.
+        TargetError: no layer can be made, or it is not served by these ops.
+    """
+    registered = ops
+    if make is None:
+        assert ops is not None
+        make = _example(ops, layer)
+    with torch.random.fork_rng(devices=[]):
+        instance = make(*SIZES)
+    found = layer_ops(instance)
+    if registered is None and found is None:
+        raise TargetError(f"no LayerOps accept a {type(instance).__name__}; see register_layer.")
+    if registered is not None and isinstance(found, type) and not issubclass(found, registered):
+        raise TargetError(
+            f"{layer}: {registered.__name__}.example gives a {type(instance).__name__}, which {found.__name__} serves; "
+            "override example, or pass make=..."
+        )
+    resolved: Any = registered or found
+    return Case(method, registry.method_class(method), layer, resolved, make, options)
+
+
+def _example(ops: type[LayerOps], layer: str) -> Callable[[int, int], nn.Module]:
+    def made(in_features: int, out_features: int) -> nn.Module:
+        try:
+            example = ops.example(in_features, out_features)
+        except ImportError as error:
+            raise TargetError(f"{layer}: {error.name or error} is not installed.") from None
+        if example is None:
+            raise TargetError(f"{layer}: {ops.__name__}.example gives no layer to try; override it, or pass make=...")
+        return example
+
+    return made
+
+
+# -------------------------------------------------------------------------------------------------- measurements
+def layers_of(model: nn.Module) -> list[AdaptedLayer]:
+    """The adapted layers of a model."""
+    return [layer for _, layer in adapted_layers(model)]
+
+
+@torch.no_grad()
+def move(model: AdaptedModel, seed: int = 3, scale: float = MOVED) -> AdaptedModel:
+    """Move every trainable parameter at random, as training would; torch's generator stays where it is."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise.to(parameter), alpha=scale)
+    return model
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a fraction of the largest value wanted; NaN where one is not finite."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+def read_and_written(layer: AdaptedLayer) -> nn.Module:
+    """A copy of the base layer after its own weight has been read and written back; it may be a replacement."""
+    base = copy.deepcopy(layer.base_layer)
+    bias = layer.ops.read_bias(base)
+    return layer.ops.write_weight(
+        base, layer.ops.read_weight(base).detach().clone(), None if bias is None else bias.detach().clone()
+    )
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """All that a failed call must leave alone: modules, classes, modes, parameters and their bits, and what trains."""
+    seen: list[Any] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        seen.append((name, id(module), type(module), module.training, hooks, sorted(module.__dict__)))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        seen.append((name, id(parameter), parameter.requires_grad, bits(parameter)))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        seen.append((name, id(buffer), bits(buffer)))
+    return seen
+
+
+def bits(tensor: Tensor) -> Any:
+    """A tensor's type, shape and bit pattern; of a packed one, those of its parts."""
+    tensor = tensor.detach()
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        return type(tensor), [bits(getattr(tensor, name)) for name in flatten()[0]]
+    flat = tensor.cpu().contiguous().flatten()
+    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -1,0 +1,116 @@
+"""Merged, the output is the same; unmerged, every bit is; and what makes merging cheaper says the truth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import MergeError
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.kernels.functional import accumulation_dtype
+from minipeft.model import AdaptedModel
+from minipeft.testing.case import (
+    OWN_NOISE,
+    SIZES,
+    SQUARE,
+    Case,
+    Holder,
+    bits,
+    fingerprint,
+    layers_of,
+    read_and_written,
+    relative_error,
+)
+
+
+def merges(dtype: torch.dtype) -> Callable[[Case], str | None]:
+    """The check of merging in one dtype, ``merge_float32`` say."""
+    name = f"merge_{str(dtype).removeprefix('torch.')}"
+
+    def check(case: Case) -> str | None:
+        if not case.ops.can_merge:
+            return _refuses_to_merge(case, name)
+        reason = case.no(dtype)
+        if reason is not None:
+            return reason
+        for sizes in (SIZES, SQUARE):
+            _merge(case, name, dtype, sizes)
+        return None
+
+    check.__doc__ = f"Merged, the output is the same up to the rounding of {dtype}; unmerged, every bit is as before."
+    check.__name__ = name
+    return check
+
+
+def _refuses_to_merge(case: Case, name: str) -> str:
+    model = case.adapted()
+    before = fingerprint(model)
+    try:
+        model.merge_adapter()
+    except MergeError:
+        if fingerprint(model) == before:
+            return f"{case.ops.__name__}.can_merge is False, and merging is refused"
+    raise case.fail(name, "can_merge is False, but merging is not refused, or not without a trace")
+
+
+def _merge(case: Case, name: str, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    model, base = case.adapted(dtype, sizes), case.base(dtype, sizes)
+    x = case.input(base)
+    for layer in layers_of(model):
+        _algebra(case, name, layer)
+    before, expected, plain = fingerprint(model), model(x), base(x)
+    noise = _own_noise(case, name, model, x, plain)
+    options = _merge_options(case)
+    model.merge_adapter(**options)
+    case.same(name, "the merged output", model(x), expected, noise)
+    model.unmerge_adapter()
+    if fingerprint(model) != before or not torch.equal(model(x), expected):
+        raise case.fail(name, "unmerging does not bring back every bit")
+    merged = model.merge_and_unload(**options)
+    if type(merged) is not Holder or layers_of(merged):
+        raise case.fail(name, "merge_and_unload leaves something of the adapter in the model")
+    case.same(name, "the output after merge_and_unload", merged(x), expected, noise)
+    restored = case.adapted(dtype, sizes)
+    wanted = [bits(tensor) for tensor in base.state_dict().values()]
+    if [bits(tensor) for tensor in restored.unload().state_dict().values()] != wanted:
+        raise case.fail(name, "unload does not bring back the base")
+
+
+@torch.no_grad()
+def _algebra(case: Case, name: str, layer: AdaptedLayer) -> None:
+    """What an adapter says to make merging cheaper, its delta and its factors, is what its merge does."""
+    adapter, weight = layer.adapter("default"), layer.ops.read_weight(layer.base_layer).detach()
+    weight, bias = weight.to(accumulation_dtype(weight)), layer.ops.read_bias(layer.base_layer)
+    kept = weight.clone()
+    merged, _ = adapter.merge(weight, None if bias is None else bias.detach().to(weight))
+    if not torch.equal(weight, kept):
+        raise case.fail(name, "merge writes the weight that it is given")
+    delta, factors = adapter.delta(weight), adapter.factors()
+    if delta is not None:
+        case.same(name, "W + delta(W)", weight + delta.to(weight), merged)
+    if factors is not None:
+        case.same(name, "W + up @ down, its factors", weight + (factors[0] @ factors[1]).to(weight), merged)
+
+
+def _merge_options(case: Case) -> dict[str, Any]:
+    # A quantised layer is merged into a float layer in its place, and only where that is asked for.
+    return {"dequantize": True} if case.ops.is_quantized else {}
+
+
+def _own_noise(case: Case, name: str, model: AdaptedModel, x: Tensor, plain: Tensor) -> float:
+    """How far the layers' outputs are from those of the weights they are read as; of an ordinary layer, 0."""
+    trial = copy.deepcopy(model)
+    replaced = False
+    for layer in layers_of(trial):
+        base = layer.base_layer
+        layer.base_layer = read_and_written(layer)
+        replaced |= type(layer.base_layer) is not type(base)
+    with trial.disable_adapter():
+        noise = relative_error(trial(x), plain) if replaced else 0.0
+    if noise > OWN_NOISE:
+        raise case.fail(name, f"the layer that write_weight gives is off by {noise:.2g} with the weight it had")
+    return 3 * noise

@@ -1,0 +1,216 @@
+"""Rows to token ids and labels: what is predicted, where a document ends, and what happens to what is too long."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from minipeft.errors import ConfigError, DataError, shown
+from minipeft.training.data.chat import ChatTemplate
+from minipeft.training.data.rows import check_row
+
+VERSION = 1  # of what encoding makes of a row; caches depend on it
+IGNORED = -100  # torch.nn.functional.cross_entropy leaves these labels out
+LINES_A_RUN = 1000
+PROBE = "a"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become examples.
+
+    Attributes:
+        max_length: tokens an example has at most.
+        packing: join texts and cut them into blocks of `max_length`. None: do so for text, and never for prompts and
+            chats, which would see each other.
+        overlong: for a prompt with completion or a chat of more tokens: ``"error"``, ``"truncate"`` its end away or
+            ``"drop"`` it. Text is cut into blocks in any case.
+        empty: for one in which there is nothing to predict: ``"error"`` or ``"drop"``.
+    """
+
+    max_length: int
+    packing: bool | None = None
+    overlong: str = "error"
+    empty: str = "error"
+
+    def __post_init__(self) -> None:
+        if type(self.max_length) is not int or self.max_length < 2:
+            raise ConfigError(
+                f"max_length must be an integer from 2, not {self.max_length!r}: one token predicts none."
+            )
+        for name, allowed in (("overlong", ("error", "truncate", "drop")), ("empty", ("error", "drop"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {shown(allowed)}, not {getattr(self, name)!r}.")
+
+
+class Fate(IntEnum):
+    """What became of a row."""
+
+    KEPT = 0
+    TRUNCATED = 1
+    OVERLONG = 2  # and dropped
+    EMPTY = 3  # and dropped
+
+
+class Encoded(NamedTuple):
+    """A row in tokens; `labels` is None where every token is predicted, both are empty where it is dropped."""
+
+    input_ids: list[int]
+    labels: list[int] | None
+    fate: Fate
+
+
+class Encoder:
+    """Encodes rows of one kind with one tokenizer.
+
+    Text: its tokens; a document (kind ``"text"``) between what the tokenizer puts before a text, if anything, and eos.
+    Prompt and completion: tokenised each on its own and joined, so that the boundary falls between two tokens and is
+    the one that generation from the prompt meets; then eos. Chat: see `ChatTemplate`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kind: str, encoding: Encoding):
+        self.tokenizer, self.kind, self.encoding = tokenizer, kind, encoding
+        self.is_text = kind in ("run", "line", "text")
+        self.packing = self.is_text if encoding.packing is None else encoding.packing
+        if self.packing and not self.is_text:
+            raise ConfigError(
+                f"packing=True is for text: examples of kind {kind!r} would see each other; leave it out."
+            )
+        self.template = ChatTemplate(tokenizer) if kind == "chat" else None
+        self.before = _prefix(tokenizer) if kind in ("text", "prompt") else []
+        if kind in ("text", "prompt") and tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer has no eos token, which ends an example of kind {kind!r}; set tokenizer.eos_token."
+            )
+        self.rows_at_once = LINES_A_RUN if kind == "line" else 1
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Encoded]:
+        """Encode rows; lines become one run, all others one example each.
+
+        Raises:
+            DataError: a row is of the wrong type, too long or empty, as `Encoding` says; the message names it.
+        """
+        text = "text" if self.is_text else self.kind
+        checked = [check_row(text, row, name) for row, name in zip(rows, names, strict=True)]
+        if self.kind == "line":
+            lines = [row["text"] if row["text"].endswith("\n") else row["text"] + "\n" for row in checked]
+            return [self._text("".join(lines))]
+        if self.is_text:
+            return [self._text(row["text"]) for row in checked] if len(rows) == 1 else self._texts(checked)
+        if self.kind == "prompt":
+            return self._prompts(checked, names)
+        return [self._chat(json.loads(row["messages"]), name) for row, name in zip(checked, names, strict=True)]
+
+    def fingerprint(self) -> str:
+        """Digest of all that decides what a row becomes, the same on every machine."""
+        parts = [VERSION, self.kind, asdict(self.encoding), tokenizer_digest(self.tokenizer)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # Not verbose: it would warn that a text is longer than the model's context; what is, is cut or refused next.
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def _text(self, text: str) -> Encoded:
+        return self._texts([{"text": text}])[0]
+
+    def _texts(self, rows: list[dict[str, str]]) -> list[Encoded]:
+        runs = self._ids([row["text"] for row in rows])
+        if self.kind == "text":
+            runs = [self._ended(self.before + ids) if ids else [] for ids in runs]
+        return [Encoded(ids, None, Fate.KEPT if ids else Fate.EMPTY) for ids in runs]
+
+    def _prompts(self, rows: list[dict[str, str]], names: Sequence[str]) -> list[Encoded]:
+        prompts = self._ids([row["prompt"] for row in rows])
+        completions = self._ids([row["completion"] for row in rows])
+        examples = []
+        for prompt, completion, name in zip(prompts, completions, names, strict=True):
+            start = len(self.before) + len(prompt)
+            ids = self.before + prompt + (self._ended(completion) if completion else [])
+            examples.append(self._fitted(ids, [number >= start for number in range(len(ids))], name))
+        return examples
+
+    def _chat(self, messages: list[dict[str, Any]], name: str) -> Encoded:
+        assert self.template is not None
+        return self._fitted(*self.template.encode(messages, name), name)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+
+    def _fitted(self, ids: list[int], predicted: list[bool], name: str) -> Encoded:
+        length, allowed = len(ids), self.encoding.max_length
+        if not any(predicted[1:]):  # there is nothing before the first token to predict it from
+            if self.encoding.empty == "error":
+                raise DataError(
+                    f"{name} has no token to predict: its completion or the assistant's part is empty; "
+                    'correct it, or drop such rows with empty="drop".'
+                )
+            return Encoded([], [], Fate.EMPTY)
+        fate = Fate.KEPT
+        if length > allowed:
+            if self.encoding.overlong == "error":
+                raise DataError(
+                    f"{name} has {length} tokens and max_length is {allowed}; raise it, shorten the row, "
+                    'or choose overlong="truncate" or "drop".'
+                )
+            if self.encoding.overlong == "drop" or not any(predicted[1:allowed]):
+                return Encoded([], [], Fate.OVERLONG)
+            ids, predicted, fate = ids[:allowed], predicted[:allowed], Fate.TRUNCATED
+        labels = [token if own else IGNORED for token, own in zip(ids, predicted, strict=True)]
+        return Encoded(ids, labels, fate)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill rows up with. Any will do, eos too: it is masked, and labels are told apart by position."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in known if token is not None))
+
+
+def check_fit(max_length: int, largest_id: int, config: Any) -> None:
+    """Refuse examples that a model cannot take.
+
+    Args:
+        max_length: tokens an example has at most.
+        largest_id: the largest token id; see `Examples.largest_id`, or ``len(tokenizer) - 1``.
+        config: a transformers configuration.
+
+    Raises:
+        ConfigError: it has fewer positions or a smaller vocabulary.
+    """
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if max_length > positions:
+        raise ConfigError(f"max_length {max_length}: the model has {positions} positions; give at most that.")
+    if largest_id >= config.vocab_size:
+        raise ConfigError(
+            f"token id {largest_id} is outside the model's vocabulary of {config.vocab_size}; "
+            "use the tokenizer that belongs to the model."
+        )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what a tokenizer does to a text. Its pickle would not do: the first call changes it."""
+    content: Any = sorted(tokenizer.get_vocab().items())
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content.update(truncation=None, padding=None)
+    special = [tokenizer.eos_token_id, tokenizer.bos_token_id, _prefix(tokenizer), str(tokenizer.chat_template)]
+    parts = [type(tokenizer).__name__, content, special, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts before a text, such as bos."""
+    plain = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(PROBE, add_special_tokens=True)["input_ids"]
+    start = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+    return list(whole[:start])

@@ -1,0 +1,223 @@
+"""Where rows come from: files, folders, data sets on disk or on the Hub; whole or as a stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets  # type: ignore[import-untyped]
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
+
+from minipeft.errors import DataError, MinipeftError, hint, shown
+from minipeft.training.data.readers import VERSION, columns_of, is_json, json_rows, text_runs
+from minipeft.training.data.rows import COLUMNS, kind_of
+
+Rows: TypeAlias = "Dataset | IterableDataset"
+TABLES = {".parquet": "parquet", ".csv": "csv"}
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+SPLITS |= {"dev": "validation", "eval": "validation", "test": "test"}
+HELD_OUT_SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows, and what they are.
+
+    Attributes:
+        name: what to call them in a message.
+        rows: with the columns of the kind; others may stand beside them.
+        kind: ``"run"`` for pieces of a text, ``"line"`` for its lines, ``"text"`` for documents, ``"prompt"`` for
+            prompts with completions, ``"chat"`` for conversations.
+        ignored: columns that are not used.
+    """
+
+    name: str
+    rows: Rows
+    kind: str
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are used."""
+        return COLUMNS.get(self.kind, ("text",))
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the rows come one after the other, in unknown number."""
+        return isinstance(self.rows, IterableDataset)
+
+
+def open_source(
+    data: str | os.PathLike[str],
+    config: str | None = None,
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    lines: bool = False,
+) -> Source:
+    """Rows to train or to evaluate on.
+
+    Args:
+        data: a file, a folder or the name of a data set on the Hub. A file is JSON (``.json``, ``.jsonl``), a table
+            (``.parquet``, ``.csv``) or else plain text; any of these may be compressed (``.gz``), tables excepted.
+            A folder is what ``save_to_disk`` wrote, or holds files of one kind; their names or those of their folders
+            may tell the split (train, validation, test).
+        config: of a data set on the Hub that has several.
+        split: which part to read.
+        streaming: read on while training, for data larger than memory and disk.
+        lines: the rows of a data set with ``text`` are lines that follow each other, not documents.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, lacks the split, or its columns make no example.
+    """
+    path = Path(data)
+    if config is not None and path.exists():
+        raise DataError(f"{data} is a path, which has no configurations such as {config!r}; leave it out.")
+    if path.is_file():
+        source = _from_files([path], str(data), streaming)
+    elif path.is_dir() and not _is_saved(path):
+        source = _from_files(_pick(_files_by_split(path), split, str(data)), str(data), streaming)
+    elif path.is_dir():
+        found: Any = _attempt(partial(datasets.load_from_disk, str(path)), str(data))
+        rows = _pick(found, split, str(data)) if isinstance(found, DatasetDict) else found
+        source = _from_rows(rows.to_iterable_dataset() if streaming else rows, str(data))
+    else:
+        _pick(dict.fromkeys(split_names(data, config)), split, str(data))
+        load = partial(datasets.load_dataset, str(data), config, split=split, streaming=streaming)
+        source = _from_rows(_attempt(load, str(data)), str(data))
+    if lines and source.kind == "text":
+        return Source(source.name, source.rows, "line", source.ignored)
+    if lines and source.kind != "run":
+        raise DataError(
+            f"{data}: lines=True is for a column 'text', but the columns make examples of kind {source.kind}."
+        )
+    return source
+
+
+def split_names(data: str | os.PathLike[str], config: str | None = None) -> list[str]:
+    """Names of the parts that `open_source` would find; a file and a single saved data set are their own ``train``."""
+    path = Path(data)
+    if path.is_file() or (path / "dataset_info.json").is_file():
+        return ["train"]
+    if (path / "dataset_dict.json").is_file():
+        splits: list[str] = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+        return splits
+    if path.is_dir():
+        return list(_files_by_split(path))
+    return list(_attempt(partial(datasets.get_dataset_split_names, str(data), config), str(data)))
+
+
+def held_out_split(data: str | os.PathLike[str], config: str | None = None) -> str | None:
+    """The part meant for evaluation, validation before test, if there is one."""
+    names = split_names(data, config)
+    return next((name for name in HELD_OUT_SPLITS if name in names), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+def _from_files(paths: list[Path], name: str, streaming: bool) -> Source:
+    kinds = {_file_kind(path) for path in paths}
+    if len(kinds) > 1:
+        raise DataError(f"{name} holds files of more than one kind ({', '.join(sorted(kinds))}); give one kind.")
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty; give a file with text in it.")
+    kind = kinds.pop()
+    if kind in TABLES.values():
+        # csv: an empty or "NA" cell is text, not a missing value.
+        options = {"keep_default_na": False} if kind == "csv" else {}
+        files = [str(path) for path in paths]
+        load = partial(datasets.load_dataset, kind, data_files=files, split="train", streaming=streaming, **options)
+        return _from_rows(_attempt(load, name), name)
+    files = [str(path.resolve()) for path in paths]
+    stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    values: dict[str, Any] = {"files": files, "stamps": (VERSION, *stamps)}
+    if kind == "text":
+        return Source(name, _generated(text_runs, ("text",), values, name, streaming), "run")
+    keys = columns_of(paths[0])
+    row_kind = kind_of(keys, name)
+    rows = _generated(json_rows, COLUMNS[row_kind], values | {"kind": row_kind}, name, streaming)
+    return Source(name, rows, row_kind, _unused(keys, row_kind))
+
+
+def _generated(
+    generator: Callable[..., Any], columns: Iterable[str], values: dict[str, Any], name: str, streaming: bool
+) -> Rows:
+    features = Features({column: Value("string") for column in columns})
+    if streaming:
+        return IterableDataset.from_generator(generator, features=features, gen_kwargs=values)
+    rows: Rows = _attempt(partial(Dataset.from_generator, generator, features=features, gen_kwargs=values), name)
+    return rows
+
+
+def _file_kind(path: Path) -> str:
+    return "JSON" if is_json(path) else TABLES.get(path.suffix.lower(), "text")
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """Files of a folder and those under it, hidden ones and a README excepted, by the split that their path names."""
+    splits: dict[str, list[Path]] = {}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        parts = path.relative_to(folder).parts
+        if any(part.startswith(".") for part in parts) or path.name.upper().startswith(("README", "LICENSE")):
+            continue
+        words = [word for part in parts for word in re.split(r"[^a-z]+", part.lower())]
+        named = next((SPLITS[word] for word in words if word in SPLITS), "")
+        splits.setdefault(named, []).append(path)
+    if not splits:
+        raise DataError(f"{folder} holds no file to read; name a file, or a folder that has some.")
+    if "" in splits and len(splits) > 1:
+        raise DataError(
+            f"{folder}: {splits[''][0].name} does not tell its split, as other files there do; name one file or rename it."
+        )
+    return {name or "train": files for name, files in splits.items()}
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+# -------------------------------------------------------------------------------------------------------- data sets
+def _from_rows(rows: Rows, name: str) -> Source:
+    columns = rows.column_names or list(next(iter(rows), {}))
+    if not columns or (isinstance(rows, Dataset) and len(rows) == 0):
+        raise DataError(f"{name} is empty; give data with at least one row.")
+    kind = kind_of(columns, name)
+    return Source(name, rows, kind, _unused(columns, kind))
+
+
+def _unused(columns: Iterable[str], kind: str) -> tuple[str, ...]:
+    return tuple(column for column in columns if column not in COLUMNS[kind])
+
+
+def _pick(splits: Any, split: str, name: str) -> Any:
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}{hint(split, splits)}; it has {shown(splits)}.")
+    return splits[split]
+
+
+def _attempt(read: Callable[[], Any], name: str) -> Any:
+    """Do what may fail in datasets, pyarrow, the Hub or the file system, with one message for all of that."""
+    try:
+        return read()
+    except Exception as error:
+        for cause in _causes(error):
+            if isinstance(cause, MinipeftError):
+                raise cause from None
+        deepest = error.__cause__ or error
+        reason = (str(deepest).strip() or type(deepest).__name__).splitlines()[0].rstrip(".")
+        advice = "no such file or folder; for the Hub, check the name, the configuration and the network"
+        advice = "check what it holds" if Path(name).exists() else advice
+        raise DataError(f"{name} cannot be read ({reason}); {advice}.") from None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

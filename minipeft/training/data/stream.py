@@ -1,0 +1,247 @@
+"""The updates of a run on rows that stream by, for data larger than memory and disk; resumed exactly.
+
+The rows are read in order, and shuffled a window of examples at a time. Every process reads and tokenises all rows
+and takes its part of each update, so the processes need not talk, at the price of doing this work on each of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import IterableDataset  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
+
+from minipeft.errors import DataError, StateError
+from minipeft.training.data.collate import Example, Ints, check_type
+from minipeft.training.data.encoding import IGNORED, Encoded, Encoder, Encoding, Fate, padding_id
+from minipeft.training.data.order import BUCKET, Update, shuffled
+from minipeft.training.data.sources import Source
+
+WINDOW = 64  # updates
+
+
+class StreamOrder:
+    """An iterator over the updates of a run, without end: a stream that ends starts a new epoch.
+
+    The examples of `window` updates are held in memory and shuffled by `shuffled` with the key (seed, epoch, window).
+    `state` says in a few numbers where the run is: after `restore`, the rows of one window are encoded again, at most.
+
+    Args:
+        source: rows, streaming or not.
+        tokenizer: of the model.
+        encoding: as for `encode`.
+        update_size: examples an update takes over all processes and accumulation steps.
+        seed: of the order, at least 0.
+        window: updates to shuffle at a time.
+        bucket: as for `UpdateOrder`.
+
+    Raises:
+        ConfigError: a number is out of range. DataError: tokenizer and rows do not fit.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase,
+        encoding: Encoding,
+        update_size: int,
+        seed: int,
+        window: int = WINDOW,
+        bucket: int = BUCKET,
+    ):
+        self.source, self.encoder, self.pad_id = (
+            source,
+            Encoder(tokenizer, source.kind, encoding),
+            padding_id(tokenizer),
+        )
+        self.size, self.update_window = check_type(update_size, "update_size", 1), check_type(window, "window", 1)
+        self.seed, self.bucket = check_type(seed, "seed", 0), check_type(bucket, "bucket", 0)
+        self._key: dict[str, object] = {"size": self.size, "window": self.update_window, "seed": self.seed}
+        self._key |= {"bucket": self.bucket, "encoding": self.encoder.fingerprint()}
+        self._number, self._epoch = 0, 0  # of the next update
+        self._window, self._place = -1, 0  # number of the window that is held; of the next update in it
+        self._start = Position()  # of the window that is held, or of the next one where none is
+        self._reader = _Reader(source, self.encoder, self._start)
+        self._held, self._updates = Window([], self.pad_id), list[Ints]()
+
+    def __iter__(self) -> StreamOrder:
+        return self
+
+    def __next__(self) -> Update:
+        """The next update.
+
+        Raises:
+            DataError: a row does not fit, or no example comes of all rows.
+        """
+        while self._place == len(self._updates):
+            self._fill()
+        update = Update(self._number, self._epoch, self._updates[self._place], self._held)
+        self._number, self._place = self._number + 1, self._place + 1
+        return update
+
+    @property
+    def counts(self) -> dict[Fate, int]:
+        """What became of the rows of this epoch that have been read."""
+        return {fate: self._reader.counts[fate] for fate in Fate}
+
+    def state(self) -> dict[str, Any]:
+        """Where the run is, after the update that was taken last; for JSON."""
+        numbers = {"number": self._number, "epoch": self._epoch, "window": self._window, "place": self._place}
+        return {"order": dict(self._key), **numbers, "position": copy.deepcopy(asdict(self._start))}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on after the update after which `state` was taken.
+
+        Raises:
+            StateError: it is of a run with another order, encoding or data.
+        """
+        if changed := [name for name, value in self._key.items() if state["order"].get(name) != value]:
+            raise StateError(
+                f"the state of the data is of a run with another {' and '.join(changed)}, whose order cannot be "
+                "resumed; give the same values, or start anew. Nothing was changed."
+            )
+        window, place = state["window"], state["place"]
+        position = Position(**copy.deepcopy(state["position"]))
+        if window < 0:
+            self._move(state["number"], state["epoch"], window, position)
+            return
+        self._move(state["number"], state["epoch"], window - 1, position)
+        self._fill()
+        if self._epoch != state["epoch"] or place > len(self._updates):
+            raise StateError(f"{self.source.name} has fewer rows than when the state was taken; give the same data.")
+        self._place = place
+
+    def _move(self, number: int, epoch: int, window: int, position: Position) -> None:
+        self._number, self._epoch, self._window, self._place, self._start = number, epoch, window, 0, position
+        self._reader = _Reader(self.source, self.encoder, position)
+        self._held, self._updates = Window([], self.pad_id), []
+
+    def _fill(self) -> None:
+        """Read the next window of this epoch; at its end, move to the next epoch."""
+        start = self._reader.here()
+        examples = list(islice(self._reader, self.size * self.update_window))
+        if not examples:
+            if self._window < 0:
+                raise DataError(f"{self.source.name}: no example of at least 2 tokens comes of it; give more rows.")
+            self._move(self._number, self._epoch + 1, -1, Position())
+            return
+        self._start, self._held = start, Window(examples, self.pad_id)
+        self._window, self._place = self._window + 1, 0
+        key = (self.seed, self._epoch, self._window)
+        self._updates = shuffled(self._held.lengths, self.size, self.bucket, key)
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Examples held in memory: a `Store`."""
+
+    examples: list[Example]
+    pad_id: int
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """Tokens of each example, shape (examples,)."""
+        return np.array([len(example.input_ids) for example in self.examples], np.int64)
+
+    @cached_property
+    def targets(self) -> Ints:
+        """Predicted tokens of each example, shape (examples,)."""
+        return np.array([(example.labels[1:] != IGNORED).sum() for example in self.examples], np.int64)
+
+    def rows(self, indices: Sequence[int] | Ints) -> list[Example]:
+        """The examples of these numbers."""
+        return [self.examples[index] for index in indices]
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the examples of one epoch: before a group of rows, and some of its examples further on.
+
+    Attributes:
+        rows: number of rows before it.
+        stream: what datasets says of this place, where that is JSON; else the rows are read and skipped.
+        carry: tokens before it that have not filled a block, for packing.
+        given: examples of the group that lie before the place.
+        counts: what became of the rows before it, by `Fate`.
+    """
+
+    rows: int = 0
+    stream: dict[str, Any] | None = None
+    carry: list[int] = field(default_factory=list)
+    given: int = 0
+    counts: list[int] = field(default_factory=lambda: [0] * len(Fate))
+
+
+class _Reader:
+    """An iterator over the examples of one epoch, from a position on."""
+
+    def __init__(self, source: Source, encoder: Encoder, position: Position):
+        self.source, self.encoder = source, encoder
+        self.rows = source.rows.select_columns(list(source.columns))  # a copy, with a state of its own
+        self.before = position
+        self.carry, self.counts = list(position.carry), list(position.counts)
+        self._examples = self._read(position)
+
+    def here(self) -> Position:
+        """The position of the next example."""
+        return self.before
+
+    def __iter__(self) -> _Reader:
+        return self
+
+    def __next__(self) -> Example:
+        example = next(self._examples)
+        self.before = replace(self.before, given=self.before.given + 1)
+        return example
+
+    def _read(self, position: Position) -> Iterator[Example]:
+        rows, number, skip = self._rows_from(position), position.rows, position.given
+        while group := list(islice(rows, self.encoder.rows_at_once)):
+            names = [f"{self.source.name}, row {number + place}" for place in range(len(group))]
+            for encoded in self.encoder.encode(group, names):
+                self.counts[encoded.fate] += 1
+                examples = self._examples_of(encoded)
+                yield from examples[skip:]
+            number, skip = number + len(group), 0
+            self.before = Position(number, self._stream_state(), list(self.carry), 0, list(self.counts))
+        if len(self.carry) > 1:
+            yield _example(self.carry, None)
+
+    def _rows_from(self, position: Position) -> Iterator[dict[str, Any]]:
+        if position.stream is None or not isinstance(self.rows, IterableDataset):
+            return islice(iter(self.rows), position.rows, None)
+        self.rows.load_state_dict(copy.deepcopy(position.stream))
+        return iter(self.rows)
+
+    def _stream_state(self) -> dict[str, Any] | None:
+        if not isinstance(self.rows, IterableDataset):
+            return None
+        state: dict[str, Any] = self.rows.state_dict()
+        try:
+            json.dumps(state)
+        except TypeError:
+            return None
+        return state
+
+    def _examples_of(self, encoded: Encoded) -> list[Example]:
+        ids, length = encoded.input_ids, self.encoder.encoding.max_length
+        if encoded.labels is not None:
+            return [_example(ids, encoded.labels)] if ids else []
+        if self.encoder.packing:
+            ids = self.carry + ids
+            self.carry = ids[len(ids) // length * length :]
+            ids = ids[: len(ids) // length * length]
+        blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
+        return [_example(block, None) for block in blocks if len(block) > 1]
+
+
+def _example(ids: list[int], labels: list[int] | None) -> Example:
+    tokens = np.array(ids, np.int32)
+    return Example(tokens, tokens if labels is None else np.array(labels, np.int32))

@@ -1,0 +1,1 @@
+"""Several processes: ranks, launchers, FSDP2, DeepSpeed."""

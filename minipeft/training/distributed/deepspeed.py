@@ -1,0 +1,90 @@
+"""DeepSpeed's ZeRO (arXiv:1910.02054) under `Updater`: what accelerate has to be told of it, and what does not go with it.
+
+DeepSpeed itself is imported where it is in use, and only there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from minipeft.errors import ConfigError
+from minipeft.files.base_samples import remember_base
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+
+
+def asked_for(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether ``accelerate launch`` was told to use DeepSpeed."""
+    environment = os.environ if environment is None else environment
+    return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def process_group_options() -> list[Any]:
+    """`kwargs_handlers` for an Accelerator with DeepSpeed: on a CPU it counts one process where no backend is named."""
+    from accelerate.utils import InitProcessGroupKwargs  # type: ignore[import-untyped]
+
+    return [] if torch.accelerator.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+
+
+def configure(accelerator: Accelerator, micro_batch: int, clip: float) -> None:
+    """Tell DeepSpeed what the run does, in the one configuration that it has; to be called before a model is loaded.
+
+    Args:
+        accelerator: told to use DeepSpeed.
+        micro_batch: examples a process takes through the model at a time.
+        clip: norm that the gradient is scaled down to, if larger.
+
+    Raises:
+        ConfigError: DeepSpeed's configuration says otherwise, or it would not be used, or would round the weights.
+    """
+    if accelerator.deepspeed_plugin is None:
+        raise ConfigError("accelerate is told to use DeepSpeed, and the CPU without it; unset ACCELERATE_USE_CPU.")
+    if accelerator.mixed_precision != "no":
+        raise ConfigError(
+            f"mixed_precision {accelerator.mixed_precision}: DeepSpeed would round the weights themselves; give no."
+        )
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise ConfigError(f"DeepSpeed's configuration has its own {name}; leave it out, the run has one.")
+    meant = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": clip}
+    meant |= {"train_batch_size": micro_batch * accelerator.num_processes}
+    meant |= {"gradient_accumulation_steps": 1}  # the Updater accumulates
+    meant |= {"zero_force_ds_cpu_optimizer": False}  # torch's AdamW will do
+    for name, value in meant.items():
+        if config.get(name, "auto") not in ("auto", value):
+            raise ConfigError(
+                f"DeepSpeed's {name} is {config[name]}, and must be {value} here; leave it out of its configuration."
+            )
+    config.update(meant)
+    # Under ZeRO-3 transformers would load every base in pieces, also one that a saved adapter is to be checked with.
+    from transformers.integrations import deepspeed as of_transformers
+
+    of_transformers.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
+    """DeepSpeed's engine of a model, and its optimizer. The model may be in pieces afterwards, and knows its base still."""
+    remember_base(model)
+    engine, optimizer = accelerator.prepare(model, optimizer)
+    return engine, optimizer
+
+
+@contextlib.contextmanager
+def whole_adapter(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Under ZeRO-3 no process has an adapter whole, but within this context; without DeepSpeed it always is."""
+    if accelerator.deepspeed_plugin is None:
+        yield
+        return
+    import deepspeed  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    with deepspeed.zero.GatheredParameters([parameter for parameter in model.parameters() if parameter.requires_grad]):
+        yield

@@ -1,0 +1,1 @@
+"""A run's state, checkpoints, lock and metrics."""

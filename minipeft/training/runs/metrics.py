@@ -1,0 +1,72 @@
+"""metrics.jsonl: a row an update or evaluation, written at once, read back when a run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from minipeft.errors import CheckpointError
+from minipeft.files.atomic import write_files
+
+FILE = "metrics.jsonl"
+Row = dict[str, Any]
+
+
+class Metrics:
+    """The rows of a run, over all its interruptions.
+
+    Args:
+        directory: of the run; None: keep the rows in memory, as processes do which are not the first.
+        step: updates that the run has done; rows of later ones, which an interruption has undone, are removed.
+
+    Raises:
+        CheckpointError: the file that is there is no such file, or cannot be written.
+    """
+
+    def __init__(self, directory: Path | None, step: int = 0) -> None:
+        self.rows: list[Row] = []
+        self._file: TextIO | None = None
+        if directory is not None:
+            path = directory / FILE
+            self.rows = [row for row in read_rows(path) if row["step"] <= step] if step and path.exists() else []
+            write_files(directory, {FILE: "".join(map(_line, self.rows)).encode()})
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add a row; it has a ``step``."""
+        self.rows.append(dict(row))
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()  # to be read while the training runs
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics file; a last one that was cut off is left out.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    rows = []
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines) and not line.endswith("\n"):
+                return rows[: number - 1]
+            raise CheckpointError(
+                f"{path}, line {number} is no row of metrics; move the file away to begin a new one."
+            ) from None
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

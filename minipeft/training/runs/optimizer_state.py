@@ -1,0 +1,121 @@
+"""The state of any torch optimizer, by the names of the parameters instead of their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from minipeft.errors import CheckpointError, StateError, shown
+from minipeft.training.runs.plain import from_plain, to_plain
+
+PLAIN = (type(None), bool, int, float)  # what an optimizer may keep for a parameter, beside tensors
+
+
+def named_groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """Names of the parameters of each group of an optimizer.
+
+    Args:
+        optimizer: a torch optimizer, or Accelerate's wrapper of one.
+        names: by the identity (``id``) of a parameter; these are the ones that a checkpoint holds.
+
+    Raises:
+        StateError: the optimizer moves a parameter that is not among these.
+    """
+    groups = [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
+    strangers = sum(group.count("") for group in groups)
+    if strangers:
+        raise StateError(
+            f"the optimizer trains {strangers} parameters that are not the adapter's, and would be in no checkpoint; "
+            "give it the adapter's alone (those that require a gradient), and build it after the model is wrapped."
+        )
+    return groups
+
+
+def optimizer_to_plain(
+    optimizer: Optimizer, groups: list[list[str]], put: Callable[[str, Tensor], None]
+) -> dict[str, Any]:
+    """An optimizer's state and groups as JSON can hold them; the tensors go to `put`, as ``<parameter>.<what it is>``.
+
+    Raises:
+        CheckpointError: it keeps something that is no tensor, number, bool or None.
+    """
+    saved = optimizer.state_dict()
+    if saved.keys() != {"state", "param_groups"}:
+        raise CheckpointError(
+            f"the optimizer's state has {shown(saved)}; what can be saved are 'state', 'param_groups'."
+        )
+    state = {}
+    names = [name for group in groups for name in group]
+    for index, values in sorted(saved["state"].items()):
+        for key, value in values.items():
+            if not isinstance(value, (*PLAIN, Tensor)):
+                raise CheckpointError(
+                    f"the optimizer keeps a {type(value).__name__} as {key!r} of {names[index]}, which cannot be saved; "
+                    "what can are tensors, numbers, bools and None."
+                )
+        state[names[index]] = to_plain(values, names[index], put)
+    options = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
+    return {"groups": groups, "options": to_plain(options, "param_groups", put), "state": state}
+
+
+def optimizer_from_plain(
+    saved: Mapping[str, Any], optimizer: Optimizer, groups: list[list[str]], get: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    """What `load_exactly` takes, from what `optimizer_to_plain` gave; the optimizer is only read.
+
+    Raises:
+        CheckpointError: its groups hold other parameters or have other options.
+    """
+    if len(saved["groups"]) != len(groups):
+        raise CheckpointError(f"the optimizer has {len(groups)} groups, and {len(saved['groups'])} were saved.")
+    options = from_plain(saved["options"], get)
+    for index, (then, now) in enumerate(zip(saved["groups"], groups, strict=True)):
+        if set(then) != set(now):
+            gone, new = sorted(set(then) - set(now)), sorted(set(now) - set(then))
+            raise CheckpointError(f"group {index} of the optimizer lacks {shown(gone, 3)} and adds {shown(new, 3)}.")
+        other = options[index].keys() ^ (optimizer.param_groups[index].keys() - {"params"})
+        if other:
+            raise CheckpointError(f"group {index} of the optimizer is of another kind: {shown(sorted(other))} differ.")
+    numbers = {name: number for number, name in enumerate(name for group in groups for name in group)}
+    return {
+        "state": {numbers[name]: from_plain(values, get) for name, values in saved["state"].items()},
+        "param_groups": [
+            {**values, "params": [numbers[name] for name in names]}
+            for values, names in zip(options, groups, strict=True)
+        ],
+    }
+
+
+def load_exactly(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Load a state, sharded as the parameters are, and without the rounding to their dtype that torch does on the way."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {key: _sharded_like(parameters[index], value) for key, value in values.items()}
+        for index, values in state_dict["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
+    for index, values in state.items():
+        loaded = optimizer.state[parameters[index]]
+        for key, value in values.items():
+            if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(loaded[key].device)
+
+
+def _sharded_like(parameter: nn.Parameter, value: Any) -> Any:
+    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+        return sharded_like(parameter, value)
+    return value
+
+
+def sharded_like(live: Tensor, whole: Tensor) -> Tensor:
+    """This process's share of a whole tensor, where `live` is a share of one; else the whole, on its device.
+
+    Every process calls it; the first one's values count.
+    """
+    if isinstance(live, DTensor):
+        return distribute_tensor(whole.to(live.device), live.device_mesh, live.placements)
+    return whole.to(live.device)
