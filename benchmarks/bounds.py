@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from minipeft.injection.adapted_layer import adapted_layers
-from minipeft.kernels import matmul as gemm
+from minipeft.kernels import matmul
 from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
 
 
@@ -93,9 +93,9 @@ def other_work(model: nn.Module, batch: int, tokens: int) -> Callable[[], None]:
             A, B = layer.adapter("default").lora_A, layer.adapter("default").lora_B
             for _ in range(2):
                 torch.addmm(layer.base_layer.weight, A.t(), B.t())
-            h, g = gemm.narrow(x[in_features], A.t()), gemm.narrow(x[out_features], B)
-            gemm.narrow(x[in_features].t(), g)
-            gemm.narrow(x[out_features].t(), h)
+            h, g = matmul.narrow(x[in_features], A.t()), matmul.narrow(x[out_features], B)
+            matmul.narrow(x[in_features].t(), g)
+            matmul.narrow(x[out_features].t(), h)
         for some in x[width][: batch * (tokens - 1)].split(chunk):
             probabilities = torch.softmax(logits[: len(some)], 1)
             probabilities.scatter_add_(1, labels[: len(some)], new(len(some), 1).fill_(-1.0))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import minipeft
-from minipeft.kernels import matmul as gemm
+from minipeft.kernels import matmul
 
 FROZEN_FAST = "frozen layer, same products"
 CALL_MS = 10.0  # a timed region is at least this long
@@ -64,12 +64,12 @@ class _SameProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return gemm.linear(x, weight, bias)
+        return matmul.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return gemm.linear(dy, weight.t()), None, None
+        return matmul.linear(dy, weight.t()), None, None
 
 
 class SameProducts(nn.Module):

@@ -37,7 +37,7 @@ from subjects import (
     PEFT,
     PEFT_CHECKPOINTED,
     PEFT_NF4,
-    QUANTISED,
+    QUANTIZED,
     SUBJECTS,
     TUNED,
     base_bytes,
@@ -98,7 +98,7 @@ def status_mib(field: str) -> float:
 def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
     """Two optimizer steps: peak memory in MiB, gross and net of the interpreter, losses, and ms of the second step."""
     cuda = work.device == "cuda"
-    if subject in QUANTISED:
+    if subject in QUANTIZED:
         importlib.import_module("bitsandbytes")  # the interpreter's, not the model's
     interpreter = 0.0 if cuda else status_mib("VmRSS")
     model = work.model(subject, adapter)

@@ -8,7 +8,7 @@ import torch
 from common import Options, Row, Rows, compare, race
 from torch import Tensor
 
-from minipeft.kernels import matmul as gemm
+from minipeft.kernels import matmul
 
 
 def rate_rows(options: Options) -> Rows:
@@ -16,10 +16,10 @@ def rate_rows(options: Options) -> Rows:
     m, k, n = (64, 48, 96) if options.quick else (4096, 768, 2304)
     new = torch.empty(0, device=options.device, dtype=options.dtype).new_empty
     x, weight = new(m, k).normal_(), new(n, k).normal_()
-    rows = [rate(options, f"{m}x{k}x{n}", m * k * n, gemm.linear, torch.nn.functional.linear, x, weight)]
+    rows = [rate(options, f"{m}x{k}x{n}", m * k * n, matmul.linear, torch.nn.functional.linear, x, weight)]
     for r in (8, 16, 64):
         narrow = new(k, r).normal_()
-        rows.append(rate(options, f"{m}x{k}x{r}", m * k * r, gemm.narrow, torch.mm, x, narrow))
+        rows.append(rate(options, f"{m}x{k}x{r}", m * k * r, matmul.narrow, torch.mm, x, narrow))
     return [*rows, copy_rates(options)]
 
 

@@ -29,7 +29,7 @@ from subjects import (
 )
 from torch import Tensor, nn
 
-from minipeft.kernels import matmul as gemm
+from minipeft.kernels import matmul
 
 STEP_SUBJECTS = (FROZEN, FULL, PEFT, TUNED, TUNED_FAST, CORE, LEAN, LEAN_BLOCK)
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, Frobenius norm of each tensor
@@ -90,7 +90,7 @@ def measure_step(models: dict[str, nn.Module], batch: int, tokens: int, options:
     check_steps(models, steps, GRADIENT_TOLERANCE[options.dtype])
     bounds = {
         f"matrix products, {name}": matrix_products(models[FROZEN], batch, tokens, linear)
-        for name, linear in (("minipeft.kernels.matmul", gemm.linear), ("torch.mm", gemm.torch_linear))
+        for name, linear in (("minipeft.kernels.matmul", matmul.linear), ("torch.mm", matmul.torch_linear))
     }
 
     products, others = bounds["matrix products, minipeft.kernels.matmul"], other_work(models[LEAN], batch, tokens)

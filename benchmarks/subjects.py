@@ -114,7 +114,7 @@ def ours_lean_block(base: nn.Module, adapter: Path) -> nn.Module:
 
 
 def nf4(base: nn.Module) -> nn.Module:
-    """QLoRA's base: every linear layer but the head in NF4 with double quantisation; the same for both libraries."""
+    """QLoRA's base: every linear layer but the head in NF4 with double quantization; the same for both libraries."""
     return minipeft.quantize(base, "nf4")
 
 
@@ -148,7 +148,7 @@ SUBJECTS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     CORE_NF4: ours_nf4,
     LEAN_NF4: ours_lean_nf4,
 }
-QUANTISED = (PEFT_NF4, CORE_NF4, LEAN_NF4)
+QUANTIZED = (PEFT_NF4, CORE_NF4, LEAN_NF4)
 
 
 def is_lora(subject: str) -> bool:
@@ -157,7 +157,7 @@ def is_lora(subject: str) -> bool:
 
 def peer(subject: str) -> str:
     """PEFT's subject that computes the same function."""
-    return PEFT_NF4 if subject in QUANTISED else PEFT
+    return PEFT_NF4 if subject in QUANTIZED else PEFT
 
 
 def base_bytes(model: nn.Module) -> int:

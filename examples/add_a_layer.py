@@ -26,27 +26,22 @@ class Readout(nn.Module):
 
 @register_layer(Readout)
 class ReadoutOps(LayerOps):
-    @staticmethod
-    def shape(base):
+    def shape(self, base):
         return base.weight.shape[1], base.weight.shape[0]
 
-    @staticmethod
-    def read_weight(base):  # always (out, in); this layer stores (in, out)
+    def read_weight(self, base):  # always (out, in); this layer stores (in, out)
         return base.weight.t()
 
-    @staticmethod
     @torch.no_grad()
-    def write_weight(base, weight, bias):
+    def write_weight(self, base, weight, bias):
         base.weight.copy_(weight.t())
         base.bias.copy_(bias)
         return base
 
-    @staticmethod
-    def project_out(base, h, B):
+    def project_out(self, base, h, B):
         return base.multiplier * nn.functional.linear(h, B)
 
-    @classmethod
-    def example(cls, in_features, out_features):  # what check_layer, and check_method after it, try
+    def example(self, in_features, out_features):  # what check_layer, and check_method after it, try
         return Readout(in_features, out_features)
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from minipeft import step_hooks as schedule
+from minipeft import step_hooks
 from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, StateError, shown
 from minipeft.files import save_and_load as checkpoint
@@ -30,7 +30,7 @@ from minipeft.model import AdaptedModel
 RECORD = "minipeft"  # our place in trainer_state.json, among the states of callbacks
 TRAINER_STATE = "trainer_state.json"
 SCHEDULE_FILE = "adapter_schedule.safetensors"
-Schedules = Mapping[str, Mapping[str, Tensor] | None]  # by adapter, see `schedule.schedule_state`
+Schedules = Mapping[str, Mapping[str, Tensor] | None]  # by adapter, see `step_hooks.schedule_state`
 
 
 class _AfterStep(TrainerCallback):
@@ -94,11 +94,11 @@ class AdapterTrainerMixin:
     def _scheduled(self) -> AdaptedModel | None:
         """The model, where an adapter in training asks for a loss of its own, or for a call after each step."""
         adapted = self._adapted()
-        return adapted if adapted is not None and schedule.has_schedule(adapted) else None
+        return adapted if adapted is not None and step_hooks.has_schedule(adapted) else None
 
     def _check_schedule(self) -> None:
         model = self._unwrapped()
-        if model is not None and self._adapted() is None and schedule.has_schedule(model):
+        if model is not None and self._adapted() is None and step_hooks.has_schedule(model):
             raise StateError(
                 f"{shown(model.active_adapters)} trains by a schedule of its own, which needs its tensors whole; "
                 "use DDP instead of FSDP or DeepSpeed."
@@ -107,7 +107,7 @@ class AdapterTrainerMixin:
     def _after_step(self) -> None:
         model = self._scheduled()
         if model is not None and not self.accelerator.optimizer_step_was_skipped:  # as after an overflow in float16
-            schedule.after_step(model, self.state.global_step)
+            step_hooks.after_step(model, self.state.global_step)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -120,7 +120,7 @@ class AdapterTrainerMixin:
             return result
         self._extra_loss_added = True
         loss, *outputs = result if return_outputs else (result,)
-        loss = loss + schedule.extra_loss(adapted).to(loss.device) / self._losses_to_a_step(num_items_in_batch)
+        loss = loss + step_hooks.extra_loss(adapted).to(loss.device) / self._losses_to_a_step(num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +245,7 @@ def _adapters_in(root: Path) -> set[str]:
 def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Tensor]:
     """What a directory holds for an adapter of this model, after every check."""
     file = open_adapter(directory)
-    here = config_from_dict(checkpoint.file_config(model, model.adapter_configs[name], name, packed=False)).to_dict()
+    here = config_from_dict(checkpoint.file_config(model, model.adapter_configs[name], name, compact=False)).to_dict()
     there = file.config.to_dict()
     differ = [key for key in here if key not in PROVENANCE and here[key] != there.get(key)]
     if differ:
@@ -260,11 +260,11 @@ def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Ten
 def _save_to_go_on(model: AdaptedModel, root: Path, with_schedule: bool) -> None:
     """Save again what `save_pretrained` has left out as of no more use; and the state of the schedules."""
     for name, config in model.adapter_configs.items():
-        whole = checkpoint.file_config(model, config, name, packed=False)
+        whole = checkpoint.file_config(model, config, name, compact=False)
         if whole != checkpoint.file_config(model, config, name):
             model._write_adapter(directory_of(root, name), name, model.adapter_state_dict(name), whole)
-    if with_schedule and any(schedule.keeps_state(model, name) for name in model.adapter_configs):
-        states = {name: schedule.schedule_state(model, name) for name in model.adapter_configs}
+    if with_schedule and any(step_hooks.keeps_state(model, name) for name in model.adapter_configs):
+        states = {name: step_hooks.schedule_state(model, name) for name in model.adapter_configs}
         found = {
             f"{name}/{key}": t.detach().cpu().contiguous() for name, part in states.items() for key, t in part.items()
         }
@@ -282,7 +282,7 @@ def _read_schedules(model: AdaptedModel, root: Path) -> Schedules:
                 prefix = f"{name}/"
                 states[name] = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
         for name, state in states.items():
-            schedule.check_schedule_state(model, name, state)
+            step_hooks.check_schedule_state(model, name, state)
     except (CheckpointError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not what this run can go on from: {error} Nothing was restored.") from None
     return states
@@ -290,7 +290,7 @@ def _read_schedules(model: AdaptedModel, root: Path) -> Schedules:
 
 def _load_schedules(model: AdaptedModel, schedules: Schedules) -> None:
     for name, state in schedules.items():
-        schedule.load_schedule_state(model, name, state)
+        step_hooks.load_schedule_state(model, name, state)
 
 
 def _check_active(model: AdaptedModel, directory: Path) -> None:

@@ -223,7 +223,7 @@ class AdaptedModel(SharedModel):
         Args:
             adapter_names: None: the active ones.
             untie: give a weight that is tied elsewhere (GPT-2's embedding and head) an own copy, instead of refusing.
-            dequantize: put a float layer in the place of a quantised one, until it is unmerged, instead of refusing.
+            dequantize: put a float layer in the place of a quantized one, until it is unmerged, instead of refusing.
 
         Raises:
             MergeError: a check failed; nothing was merged.

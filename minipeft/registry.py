@@ -37,8 +37,8 @@ def qualified(cls: type) -> str:
 
 @dataclass
 class _Tables:
-    layers: dict[str, type[Any]] = field(default_factory=dict)
-    layers_by_weight: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
+    layers: dict[str, Any] = field(default_factory=dict)
+    layers_by_weight: dict[tuple[str, str], Any] = field(default_factory=dict)
     methods: dict[str, type[Any]] = field(default_factory=dict)
     targets: dict[str, tuple[str, ...] | str] = field(default_factory=dict)
     by_layer: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
@@ -116,15 +116,16 @@ def register_targets(model_type: str, patterns: Sequence[str] | str) -> None:
         )
 
 
-def _registering(table: dict[Any, type[Any]], key: Any, contract: str, what: str) -> Callable[[Class], Class]:
+def _registering(table: dict[Any, Any], key: Any, contract: str, what: str) -> Callable[[Class], Class]:
     def register(cls: Class) -> Class:
         _check_contract(cls, contract)
         known = table.get(key)
-        if known is not None and qualified(known) != qualified(cls):
+        owner = known if known is None or isinstance(known, type) else type(known)
+        if owner is not None and qualified(owner) != qualified(cls):
             raise RegistryError(
-                f"{what} is already registered to {qualified(known)}; {qualified(cls)} was not registered."
+                f"{what} is already registered to {qualified(owner)}; {qualified(cls)} was not registered."
             )
-        table[key] = cls
+        table[key] = cls() if contract == "LayerOps" else cls
         return cls
 
     return register
@@ -163,7 +164,7 @@ def _public_functions(root: type) -> Iterator[str]:
 
 
 # --------------------------------------------------------------------------------------------------- resolution
-def layer_candidates(layer_type: type) -> Iterator[tuple[type, type[Any]]]:
+def layer_candidates(layer_type: type) -> Iterator[tuple[type, Any]]:
     """(registered type, its ops) for a layer type and its bases, the most derived first."""
     _settle_dotted_names()
     for cls in layer_type.__mro__:
@@ -176,7 +177,7 @@ def layer_candidates(layer_type: type) -> Iterator[tuple[type, type[Any]]]:
                 yield cls, ops
 
 
-def layer_classes() -> list[type[Any]]:
+def layer_classes() -> list[Any]:
     """Every registered `LayerOps`."""
     return [*_tables.layers.values(), *_tables.layers_by_weight.values()]
 
@@ -187,7 +188,7 @@ def layer_type_names() -> list[str]:
     return sorted({key.rsplit(".", 1)[-1] for key in _tables.layers} | packed)
 
 
-def layers() -> dict[str, type[Any]]:
+def layers() -> dict[str, Any]:
     """Every registered layer type, as ``module.qualname`` or, for a packed weight, ``module.qualname[Weight]``; and its ops."""
     _settle_dotted_names()
     packed = {f"{layer}[{key.rpartition('.')[2]}]": ops for (layer, key), ops in _tables.layers_by_weight.items()}

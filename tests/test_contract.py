@@ -71,7 +71,7 @@ class Trial(Adapter):
         super().__init__(base, ops, config, shared)
         out_features, in_features = ops.shape(base)
         weight = ops.read_weight(base)
-        self.is_lookup = ops.is_lookup
+        self.is_embedding = ops.is_embedding
         self.v = nn.Parameter(weight.new_ones(out_features))
         self.A = nn.Parameter(torch.randn(3, in_features).to(weight) / 4)
         self.B = nn.Parameter(weight.new_zeros(out_features, 3))
@@ -198,7 +198,9 @@ class LooksAtValues(Trial):
 
 class KnowsOnlyRows(Trial):
     def forward(self, base, ops, x, y):
-        return super().forward(base, ops, x.view(4, -1), y) if not ops.is_lookup else super().forward(base, ops, x, y)
+        return (
+            super().forward(base, ops, x.view(4, -1), y) if not ops.is_embedding else super().forward(base, ops, x, y)
+        )
 
 
 class OwnsTheBase(Trial):
@@ -291,9 +293,9 @@ def test_a_broken_method_fails_the_check_that_says_so(method, check, tables):
     assert (raised.value.method, raised.value.layer) == ("trial", "torch.nn.modules.linear.Linear")
 
 
-class RefusesLookups(Trial):
+class RefusesEmbeddings(Trial):
     def __init__(self, base, ops, config, shared):
-        if ops.is_lookup:
+        if ops.is_embedding:
             raise TargetError(f"trial needs vectors, and {type(base).__name__} looks indices up; nothing was changed.")
         super().__init__(base, ops, config, shared)
 
@@ -310,7 +312,7 @@ class RefusesTooLate(Trial):
 
 
 def test_a_refusal_is_reported_with_its_words(tables):
-    registry.register_method("trial")(RefusesLookups)
+    registry.register_method("trial")(RefusesEmbeddings)
     report = check_method("trial")
     refused = {layer.rpartition(".")[2]: why for (_, layer), why in report.refused.items()}
     assert refused["Embedding"] == "trial needs vectors, and Embedding looks indices up; nothing was changed."
@@ -370,23 +372,19 @@ class Flipped(nn.Module):
 
 
 class FlippedOps(LayerOps):
-    @staticmethod
-    def shape(base):
+    def shape(self, base):
         return tuple(reversed(base.weight.shape))
 
-    @staticmethod
-    def read_weight(base):
+    def read_weight(self, base):
         return base.weight.t()
 
-    @staticmethod
     @torch.no_grad()
-    def write_weight(base, weight, bias):
+    def write_weight(self, base, weight, bias):
         base.weight.copy_(weight.t())
         base.bias.copy_(bias)
         return base
 
-    @classmethod
-    def example(cls, in_features, out_features):
+    def example(self, in_features, out_features):
         return Flipped(in_features, out_features)
 
 
@@ -395,56 +393,48 @@ def guess(weight):
 
 
 class GuessesTheOrientation(FlippedOps):
-    @staticmethod
-    def read_weight(base):
+    def read_weight(self, base):
         return guess(base.weight)
 
-    @staticmethod
     @torch.no_grad()
-    def write_weight(base, weight, bias):
+    def write_weight(self, base, weight, bias):
         base.weight.copy_(guess(weight))
         base.bias.copy_(bias)
         return base
 
 
 class WritesTheOtherWayRound(FlippedOps):
-    @staticmethod
     @torch.no_grad()
-    def write_weight(base, weight, bias):
+    def write_weight(self, base, weight, bias):
         base.weight.copy_(weight.reshape(base.weight.shape))
         base.bias.copy_(bias)
         return base
 
 
 class SwapsTheShape(FlippedOps):
-    @staticmethod
-    def shape(base):
+    def shape(self, base):
         return tuple(base.weight.shape)
 
 
 class LosesTheBias(FlippedOps):
-    @staticmethod
     @torch.no_grad()
-    def write_weight(base, weight, bias):
+    def write_weight(self, base, weight, bias):
         base.weight.copy_(weight.t())
         return base
 
 
 class FollowsWrongly(FlippedOps):
-    @staticmethod
-    def project_in(base, x, A):
+    def project_in(self, base, x, A):
         return nn.functional.linear(x.flip(-1), A)
 
 
 class ScalesTheInput(FlippedOps):
-    @staticmethod
-    def scale_out(base, y, v):
+    def scale_out(self, base, y, v):
         return y * v.flip(0)
 
 
 class ClaimsALinearCall(FlippedOps):
-    @staticmethod
-    def is_linear_call(base):
+    def is_linear_call(self, base):
         return True
 
 
@@ -537,16 +527,13 @@ class Packed(nn.Module):
 
 
 class PackedOps(LayerOps):
-    @staticmethod
-    def shape(base):
+    def shape(self, base):
         return tuple(base.packed.shape)
 
-    @staticmethod
-    def read_weight(base):
+    def read_weight(self, base):
         return base.packed * base.scale if isinstance(base, Packed) else base.weight
 
-    @staticmethod
-    def write_weight(base, weight, bias):
+    def write_weight(self, base, weight, bias):
         linear = nn.Linear(*reversed(weight.shape)).to(base.bias.dtype)
         linear.load_state_dict({"weight": weight, "bias": bias})
         return linear

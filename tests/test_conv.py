@@ -192,7 +192,7 @@ def test_a_flat_3d_kernel_merges_where_peft_crashes(tmp_path):
 
 def test_loftq_is_refused_by_name_before_it_can_miss_an_argument():
     """Defect 14: PEFT's conv calls loftq_init without an argument that it needs."""
-    with pytest.raises(ConfigError, match="init_lora_weights .loftq. starts from the quantisation error"):
+    with pytest.raises(ConfigError, match="init_lora_weights .loftq. starts from the quantization error"):
         config(init_lora_weights="loftq")
 
 
@@ -246,7 +246,7 @@ def test_the_verbs_scale_outputs_as_scaled_rows_of_the_weight_do(name):
     make, shape = LAYERS[name]
     layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
     ops, y = layer_ops(layer), layer(x)
-    gain = torch.randn(ops.gain_shape(layer), dtype=torch.float64)
+    gain = torch.randn(ops.magnitude_shape(layer), dtype=torch.float64)
     scaled = with_weight(layer, layer.weight * gain.reshape(-1, *[1] * (layer.weight.ndim - 1)), x)
     bias = ops.along_out(layer, layer.bias, y.ndim)
     torch.testing.assert_close(ops.scale_out(layer, y - bias, gain) + bias, scaled)

@@ -549,14 +549,14 @@ def test_frozen_layers_take_the_faster_library_in_training_only(monkeypatch):
 
 
 def test_memory_is_handed_back_by_glibc_and_nowhere_else(monkeypatch):
-    from minipeft.kernels import malloc_trim as heap
+    from minipeft.kernels import malloc_trim
 
-    heap.trim("cpu")
-    heap._malloc_trim.cache_clear()
+    malloc_trim.trim("cpu")
+    malloc_trim._malloc_trim.cache_clear()
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
-    assert heap._malloc_trim() is None
-    heap.trim("cpu")
-    heap._malloc_trim.cache_clear()
+    assert malloc_trim._malloc_trim() is None
+    malloc_trim.trim("cpu")
+    malloc_trim._malloc_trim.cache_clear()
 
 
 @pytest.mark.parametrize("checkpointing", ["mlp", "block"])

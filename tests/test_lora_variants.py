@@ -198,7 +198,7 @@ def test_half_precision_starts_as_its_base_within_its_rounding():
         ({"init_lora_weights": "orthogonal", "r": 3}, "r = 3 is odd"),
         ({"init_lora_weights": "eva"}, "'eva' starts from the inputs"),
         ({"init_lora_weights": "corda"}, "'corda' starts from the inputs"),
-        ({"init_lora_weights": "loftq"}, "'loftq' starts from the quantisation error"),
+        ({"init_lora_weights": "loftq"}, "'loftq' starts from the quantization error"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' starts from the gradients"),
         ({"init_lora_weights": "pissa_niter_0"}, "must be one of"),
         ({"init_lora_weights": "pissa_niter_x"}, "must be one of"),

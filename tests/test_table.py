@@ -17,7 +17,7 @@ class Picky(Lora):
     """A method with an empty cell."""
 
     def __init__(self, base, ops, config, shared):
-        if ops.is_lookup:
+        if ops.is_embedding:
             raise TargetError(f"picky needs vectors, not {type(base).__name__}'s indices; nothing was changed.")
         super().__init__(base, ops, config, shared)
 
@@ -73,7 +73,7 @@ def none(cls, in_features, out_features):
 def test_plugins_are_left_out(monkeypatch):
     monkeypatch.setattr(registry, "_tables", registry._tables.copy())
     registry.register_method("foreign")(Picky)
-    registry.register_layer(nn.Bilinear)(type("Ops", (registry.layers()["torch.nn.modules.linear.Linear"],), {}))
+    registry.register_layer(nn.Bilinear)(type("Ops", (type(registry.layers()["torch.nn.modules.linear.Linear"]),), {}))
     assert "foreign" not in table._built_in()[0]
     assert "torch.nn.modules.linear.Bilinear" not in table._built_in()[1]
 

@@ -352,7 +352,7 @@ def test_leaner_ways_of_training_follow_the_same_course(train, flags, text, tmp_
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_quantised_base_trains_and_the_merged_model_is_checked(train, flags, tmp_path, capsys):
+def test_a_quantized_base_trains_and_the_merged_model_is_checked(train, flags, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     train.main([*flags, "--quantize", "nf4", "--learning_rate", "0.005", "--output_dir", str(tmp_path / "run")])
     losses = [row["eval_loss"] for row in rows_of(tmp_path / "run") if "eval_loss" in row]

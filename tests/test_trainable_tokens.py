@@ -226,7 +226,7 @@ def test_the_changes_of_two_adapters_add_up():
     torch.testing.assert_close(logits(model, ids_with_tokens()), logits(plain, ids_with_tokens()), rtol=1e-5, atol=1e-5)
     model.set_adapter("default")
     model.delete_adapter("more")
-    assert not model.lm_head.following - {"default"}
+    assert not model.lm_head.tied_adapters - {"default"}
     model.unload()
     assert type(model.lm_head) is nn.Linear
     assert torch.equal(logits(model), logits(gpt2()))

@@ -1,4 +1,4 @@
-"""LoRA's variants where they meet other parts: convolutions, quantised bases, and files of plain LoRA."""
+"""LoRA's variants where they meet other parts: convolutions, quantized bases, and files of plain LoRA."""
 
 import copy
 import json
@@ -77,7 +77,7 @@ def test_files_of_a_convolution_are_those_of_peft(tmp_path):
     torch.testing.assert_close(ours(x), model["conv"](x), atol=1e-5, rtol=1e-5)
 
 
-def test_a_quantised_base_is_dora_of_its_dequantised_weight():
+def test_a_quantized_base_is_dora_of_its_dequantized_weight():
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
@@ -133,7 +133,7 @@ def test_a_model_that_started_from_its_weights_is_saved_as_plain_lora_that_peft_
     assert not (tmp_path / "no").exists()
 
 
-def test_a_report_on_dequantising_knows_of_adapters_that_change_the_input():
+def test_a_report_on_dequantizing_knows_of_adapters_that_change_the_input():
     pytest.importorskip("bitsandbytes")
     model = minipeft.quantize(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8)), "nf4")
     model = minipeft.get_adapter_model(model, minipeft.OFTConfig(oft_block_size=8, target_modules=["0"]))

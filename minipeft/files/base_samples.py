@@ -19,7 +19,7 @@ from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 
 SAMPLES = 8
-QUANTISED = 0.5  # of their norm, for all samples together; 4 bits cost about 0.1, and an unrelated weight is off by 1.4
+QUANTIZED = 0.5  # of their norm, for all samples together; 4 bits cost about 0.1, and an unrelated weight is off by 1.4
 
 
 def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
@@ -28,7 +28,7 @@ def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
     return {
         name: sample(layer.ops, layer.base_layer, layer.adapter(adapter_name)) or remembered.get(name, [])
         for name, layer in adapted_layers(model)
-        if layer.leads(adapter_name) and not layer.merged
+        if layer.owns(adapter_name) and not layer.merged
     }
 
 
@@ -39,10 +39,10 @@ def remember_base(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def sample(ops: type[LayerOps], base: nn.Module, adapter: Adapter) -> list[float]:
+def sample(ops: LayerOps, base: nn.Module, adapter: Adapter) -> list[float]:
     """Eight elements of the canonical weight, evenly spread; rounded to 6 digits. None where they cannot be had.
 
-    Of a quantised layer a ninth number, the tolerance, says that these are not the float weight's own.
+    Of a quantized layer a ninth number, the tolerance, says that these are not the float weight's own.
     """
     weight = ops.read_weight(base)
     if weight.is_meta or weight.numel() == 0 or type(weight) not in (Tensor, nn.Parameter):
@@ -52,7 +52,7 @@ def sample(ops: type[LayerOps], base: nn.Module, adapter: Adapter) -> list[float
         return []
     rows, columns = _places(*weight.shape)
     values = [float(f"{value:.6g}") for value in weight[rows, columns].tolist()]
-    values += [QUANTISED] if ops.is_quantized else []
+    values += [QUANTIZED] if ops.is_quantized else []
     return values if all(map(is_sample, values)) else []  # a broken base is not known again, and JSON has no NaN
 
 
@@ -93,13 +93,13 @@ def check_samples(file: AdapterFile, here: Mapping[str, list[float]], fix: str =
 def _alike(saved: list[float], here: list[float]) -> bool:
     """Equal up to a conversion to half precision: 1 % of a value, or of the values' root mean square.
 
-    Where one of the two is of a quantised layer, up to what that costs.
+    Where one of the two is of a quantized layer, up to what that costs.
     """
     rough = len(saved) > SAMPLES or len(here) > SAMPLES
     saved, here = saved[:SAMPLES], here[:SAMPLES]
     if len(saved) != len(here):
         return True
     if rough:
-        return math.dist(saved, here) <= QUANTISED * max(math.hypot(*saved), math.hypot(*here))
+        return math.dist(saved, here) <= QUANTIZED * max(math.hypot(*saved), math.hypot(*here))
     size = math.sqrt(sum(value * value for value in saved) / len(saved)) if saved else 0.0
     return all(abs(a - b) <= 0.01 * max(abs(a), size) for a, b in zip(saved, here, strict=True))

@@ -59,7 +59,7 @@ def adapters_of(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
 
 def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, AdaptedLayer]]:
     for name, layer in adapted_layers(model):
-        if layer.leads(adapter_name) and not layer.adapter(adapter_name).key_prefix:
+        if layer.owns(adapter_name) and not layer.adapter(adapter_name).key_prefix:
             yield name, layer
 
 
@@ -76,10 +76,10 @@ def tensors_from_state(
     return {key: state[found[key]] if key in found else tensor for key, tensor in tensors.items()}
 
 
-def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, packed: bool = True) -> dict[str, Any]:
+def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, compact: bool = True) -> dict[str, Any]:
     """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules.
 
-    `packed` False: for a file that training goes on from, see `Adapter.packing`.
+    `compact` False: for a file that training goes on from, see `Adapter.compact_options`.
     """
     values = config.to_dict()
     layers = dict(_layers_of(model, adapter_name))
@@ -87,7 +87,7 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, p
     if targets is None or targets == ALL_LINEAR:
         values["target_modules"] = _shortest(targeted, model)
     elif any(
-        adapter_name in layer.following and not layer.adapter(adapter_name).key_prefix
+        adapter_name in layer.tied_adapters and not layer.adapter(adapter_name).key_prefix
         for _, layer in adapted_layers(model)
     ):
         values["target_modules"] = targeted  # other readers would take a tied layer that is named for another one
@@ -107,7 +107,7 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, p
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
     method, adapters = registry.method_class(config.method), adapters_of(model, adapter_name)
-    values |= method.file_options(values, adapters) | (method.packing(values, adapters) if packed else {})
+    values |= method.file_options(values, adapters) | (method.compact_options(values, adapters) if compact else {})
     if config.base_model_name_or_path is None:
         name = getattr(model, "name_or_path", None)
         values["base_model_name_or_path"] = name if isinstance(name, str) and name else None
@@ -144,7 +144,7 @@ def save_adapter(
     detached = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
     }
-    detached = registry.method_class(config["peft_type"].lower()).packed(detached, config)
+    detached = registry.method_class(config["peft_type"].lower()).compacted(detached, config)
     weights = with_sorted_metadata(safetensors.torch.save(detached, own_metadata(config, base, directory)))
     # Sorted at the top only: within rank_pattern the first key that fits decides, so its order means something.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
@@ -174,12 +174,12 @@ def compare(
     file: AdapterFile,
     expected: Mapping[str, Tensor],
     model: nn.Module,
-    followers: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
     done: Collection[str] = (),
 ) -> Fit:
     """Hold a file's header against the tensors (of any device, meta too) that a plan for this model makes.
 
-    `followers` says which modules are adapted along with which: PEFT may write the same tensor for both. The keys in
+    `tied` says which modules are adapted along with which: PEFT may write the same tensor for both. The keys in
     `done` have been looked at.
 
     Raises:
@@ -200,7 +200,7 @@ def compare(
     base = _base_tensors(model)
     extra = [key for key in file.shapes if key not in expected and key not in done]
     copies = {key: base[key] for key in extra if key in base and base[key].shape == file.shapes[key]}
-    plain = {key: _leading(key.replace(".modules_to_save.", "."), followers or {}) for key in extra}
+    plain = {key: _leading(key.replace(".modules_to_save.", "."), tied or {}) for key in extra}
     repeated = {
         key: other for key, other in plain.items() if other != key and file.shapes.get(other) == file.shapes[key]
     }
@@ -220,11 +220,11 @@ def compare(
     return fit
 
 
-def _leading(key: str, followers: Mapping[str, str]) -> str:
+def _leading(key: str, tied: Mapping[str, str]) -> str:
     """The key under which the same tensor stands with the layer that leads."""
-    for follower, leader in followers.items():
-        if key.startswith(f"{PREFIX}{follower}."):
-            rest = key.removeprefix(f"{PREFIX}{follower}.").removeprefix("base_layer.")
+    for tied_name, leader in tied.items():
+        if key.startswith(f"{PREFIX}{tied_name}."):
+            rest = key.removeprefix(f"{PREFIX}{tied_name}.").removeprefix("base_layer.")
             return f"{PREFIX}{leader}.{rest}"
     return key
 
@@ -302,9 +302,9 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
     along = brought(file, model)
     plan = plan_injection(model, along.config, every_pattern=False)
     shapes = build(plan, on_meta=True)
-    followers = {site.name: site.follows for site in plan.adapters if site.follows is not None}
+    tied = {site.name: site.tied_to for site in plan.adapters if site.tied_to is not None}
     expected = {key: tensor for key, tensor in shapes.file_tensors(plan).items() if key not in along.rows}
-    fit = compare(file, expected, model, followers, done=along.keys)
+    fit = compare(file, expected, model, tied, done=along.keys)
     if not allow_base_mismatch:
         check_base(file, plan, shapes)
     check_strict(file, fit, strict)

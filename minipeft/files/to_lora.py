@@ -45,7 +45,7 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
                     f"{path}: what {type(wrapper.adapter(adapter_name)).__name__} does here is more than a low-rank "
                     "update of the weight, so it is no plain LoRA; nothing was written. Save it as it is."
                 )
-            lookup = wrapper.ops.is_lookup
+            lookup = wrapper.ops.is_embedding
             pairs[f"{path}.lora_embedding_{{}}" if lookup else f"{path}.lora_{{}}.weight"] = factors
         else:
             tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in wrapper.file_tensors(adapter_name).items()}

@@ -82,13 +82,13 @@ class AdaptedLayer(Wrapper):
     `following` is saved and trained with the layer that leads.
     """
 
-    def __init__(self, base_layer: nn.Module, switch: Switch, ops: type[LayerOps], targeted: bool = True) -> None:
+    def __init__(self, base_layer: nn.Module, switch: Switch, ops: LayerOps, targeted: bool = True) -> None:
         super().__init__(base_layer, switch)
         self.ops = ops
         self.targeted = targeted
         self.merged: tuple[str, ...] = ()
         self.undo: Any = None
-        self.following: set[str] = set()  # adapters that are another layer's, whose weight this one holds too
+        self.tied_adapters: set[str] = set()  # adapters that are another layer's, whose weight this one holds too
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.run_with(self.acting(), x, *args, **kwargs)
@@ -136,16 +136,16 @@ class AdaptedLayer(Wrapper):
         assert isinstance(adapter, Adapter)
         return adapter
 
-    def leads(self, adapter_name: str) -> bool:
+    def owns(self, adapter_name: str) -> bool:
         """Whether the adapter is here, and as this layer's own."""
-        return adapter_name in self.adapters and adapter_name not in self.following
+        return adapter_name in self.adapters and adapter_name not in self.tied_adapters
 
     def drop(self, adapter_name: str) -> None:
         super().drop(adapter_name)
-        self.following.discard(adapter_name)
+        self.tied_adapters.discard(adapter_name)
 
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        if self.leads(adapter_name):
+        if self.owns(adapter_name):
             yield from self.adapter(adapter_name).trainable_parameters()
 
     def check_separable(self, path: str, names: tuple[str, ...]) -> None:
@@ -163,7 +163,7 @@ class AdaptedLayer(Wrapper):
             )
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        if not self.leads(adapter_name):
+        if not self.owns(adapter_name):
             return {}
         adapter = self.adapter(adapter_name)
         return {f"{adapter.key_prefix}{key}": tensor for key, tensor in adapter.file_tensors().items()}
@@ -176,12 +176,12 @@ class AdaptedWeight(AdaptedLayer):
     """A module that reads its weight: it is run with the adapted weight in place of its own, which stays as it is.
 
     Two parameters of one module are two of these, one around the other, as PEFT's files have it. The weights that
-    `LayerOps.parts` names are handed in along with the module's own.
+    `LayerOps.read_children` names are handed in along with the module's own.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self.adapted_weights("")
-        for attribute in self.ops.parts(self.owner):
+        for attribute in self.ops.read_children(self.owner):
             part = self.owner._modules[attribute]
             if isinstance(part, AdaptedWeight):
                 weights.update(part.adapted_weights(f"{attribute}."))
@@ -189,7 +189,7 @@ class AdaptedWeight(AdaptedLayer):
 
     def adapted_weights(self, prefix: str) -> dict[str, Tensor]:
         """The weight as the acting adapters make it, by the name it has below `prefix`; empty where none acts."""
-        assert issubclass(self.ops, ReadOps)
+        assert isinstance(self.ops, ReadOps)
         owner, acting = self.owner, self.acting()
         if not acting:
             return {}

@@ -23,7 +23,7 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
         kind: type[AdaptedLayer] = AdaptedWeight if site.ops.reads else AdaptedLayer
         own = partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
-        sites.append((site.candidate, adapter, site.ops, own, site.follows is not None))
+        sites.append((site.candidate, adapter, site.ops, own, site.tied_to is not None))
     for saved, module in zip(plan.saved, parts.copies, strict=True):
         sites.append((saved.candidate, module, None, partial(SavedModule, switch=switch, only=saved.only), False))
     for prepared, base in plan.prepared:
@@ -32,14 +32,14 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
         for candidate, part, ops, wrap, follows in sites:
             parent, attribute = candidate.places[0]
             occupant = parent.get_submodule(attribute)
-            wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) is ops), None)
+            wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) == ops), None)
             if wrapper is None:
                 wrapper = wrap(occupant)
                 _replace(candidate, occupant, wrapper, done)
             wrapper.adapters[adapter_name] = part
             added.append(wrapper)
             if follows:
-                wrapper.following.add(adapter_name)
+                wrapper.tied_adapters.add(adapter_name)
     except BaseException:
         for wrapper in added:
             wrapper.drop(adapter_name)

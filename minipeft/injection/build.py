@@ -30,7 +30,7 @@ class Parts:
         pairs = [
             (f"{site.name}.{site.prefix}", adapter.file_tensors())
             for site, adapter in zip(plan.adapters, self.adapters, strict=True)
-            if site.follows is None
+            if site.tied_to is None
         ]
         pairs += [
             (f"{site.name}.", copy_tensors(module, site.only))
@@ -61,8 +61,8 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
         )
     adapters: dict[str, Adapter] = {}
     for base, site in zip(bases, plan.adapters, strict=True):
-        if site.follows is not None:
-            adapters[site.name] = adapters[site.follows].for_tied(base, site.ops)
+        if site.tied_to is not None:
+            adapters[site.name] = adapters[site.tied_to].for_tied(base, site.ops)
             continue
         adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
         for parameter in adapter.parameters():

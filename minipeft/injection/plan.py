@@ -41,12 +41,12 @@ class AdapterSite:
 
     name: str
     candidate: Candidate
-    ops: type[LayerOps]
+    ops: LayerOps
     adapter_class: type[Adapter]
     config: AdapterConfig
     targeted: bool = True  # by its name, and not by a parameter's or along with the module that reads its weight
     prefix: str = ""  # before its keys in a file, if a companion of the configuration adapts it
-    follows: str | None = None  # the module with whose adapter it is adapted along, since they share their weight
+    tied_to: str | None = None  # the module with whose adapter it is adapted along, since they share their weight
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
     config: AdapterConfig
     adapters: tuple[AdapterSite, ...]
     saved: tuple[SavedSite, ...]
-    prepared: tuple[tuple[type[LayerOps], nn.Module], ...] = ()  # layers, adapted or not, that need `LayerOps.prepare`
+    prepared: tuple[tuple[LayerOps, nn.Module], ...] = ()  # layers, adapted or not, that need `LayerOps.prepare`
 
 
 def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True) -> Plan:
@@ -127,7 +127,7 @@ def _module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_
     if ops.reads and every_pattern:
         check_no_call(name, type(base).__name__, config)
     yield _site(name, candidate, ops, config)
-    for attribute, part_ops in ops.parts(base).items():
+    for attribute, part_ops in ops.read_children(base).items():
         part_name, child = f"{name}.base_layer.{attribute}", base.get_submodule(attribute)
         part = Candidate(child, (part_name,), ((base, attribute),))
         check_occupants(part_name, child, [part_ops])
@@ -135,7 +135,7 @@ def _module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_
 
 
 def _site(
-    name: str, candidate: Candidate, ops: type[LayerOps], config: AdapterConfig, *, targeted: bool = True
+    name: str, candidate: Candidate, ops: LayerOps, config: AdapterConfig, *, targeted: bool = True
 ) -> AdapterSite:
     adapter_class = registry.adapter_class(config.adapter_method, name, type(candidate.base))
     check_reads(name, ops, adapter_class)
@@ -144,13 +144,13 @@ def _site(
 
 def _with_followers(model: nn.Module, found: dict[str, Candidate], sites: list[AdapterSite]) -> list[AdapterSite]:
     """These sites and, behind each whose method follows ties, the other layers that hold the very weight."""
-    if not any(site.adapter_class.follows_ties for site in sites):
+    if not any(site.adapter_class.adapts_tied_layers for site in sites):
         return sites
     index, names = TensorIndex(model), {id(candidate.base): name for name, candidate in found.items()}
     leaders: dict[int, AdapterSite] = {}
     complete = []
     for site in sites:
-        leader = leaders.get(id(site.candidate.base)) if site.adapter_class.follows_ties else None
+        leader = leaders.get(id(site.candidate.base)) if site.adapter_class.adapts_tied_layers else None
         if leader is not None and _apart_from_targets(leader.config) == _apart_from_targets(site.config):
             continue  # a tied layer that is named too
         if leader is not None:
@@ -159,7 +159,7 @@ def _with_followers(model: nn.Module, found: dict[str, Candidate], sites: list[A
                 "changed. Say the same of both, or name one of them."
             )
         complete.append(site)
-        weight = site.candidate.base._parameters.get("weight") if site.adapter_class.follows_ties else None
+        weight = site.candidate.base._parameters.get("weight") if site.adapter_class.adapts_tied_layers else None
         for owner, module in index.owners(weight) if weight is not None else []:
             if module is site.candidate.base:
                 continue
@@ -167,7 +167,7 @@ def _with_followers(model: nn.Module, found: dict[str, Candidate], sites: list[A
                 raise TargetError(f"{site.name} shares its weight with {owner}, which cannot be adapted along.")
             name = names[id(module)]
             ops = _ops_for(name, found[name])
-            complete.append(replace(site, name=name, candidate=found[name], ops=ops, targeted=False, follows=site.name))
+            complete.append(replace(site, name=name, candidate=found[name], ops=ops, targeted=False, tied_to=site.name))
             leaders[id(module)] = site
     return complete
 
@@ -180,9 +180,9 @@ def _check_shared(config: AdapterConfig, sites: list[AdapterSite], saved: list[s
     """See that what a companion adapts, or an adapter follows to, is not adapted or trained otherwise as well."""
     counts = Counter(id(site.candidate.base) for site in sites)
     for site in sites:
-        if not site.prefix and site.follows is None:
+        if not site.prefix and site.tied_to is None:
             continue
-        why = f", which {site.follows} shares," if site.follows else ""
+        why = f", which {site.tied_to} shares," if site.tied_to else ""
         if counts[id(site.candidate.base)] > 1 or within(site.name, saved):
             raise TargetError(
                 f"{site.name}: {site.adapter_class.__name__} trains parts of its weight{why} so this adapter cannot also adapt or "
@@ -226,7 +226,7 @@ def _warn_of_twins(model: nn.Module, sites: list[AdapterSite]) -> None:
             )
 
 
-def _ops_for(name: str, candidate: Candidate) -> type[LayerOps]:
+def _ops_for(name: str, candidate: Candidate) -> LayerOps:
     module, base = candidate.module, candidate.base
     if isinstance(module, SavedModule):
         raise TargetError(
@@ -251,8 +251,8 @@ def _check_saveable(site: SavedSite) -> None:
         ops = layer_ops(module)
         if ops is not None and ops.is_quantized:
             raise TargetError(
-                f"{site.name} holds a quantised {type(module).__name__}, which cannot be trained in full; nothing was changed. "
-                "Keep it out of the quantisation, or adapt it."
+                f"{site.name} holds a quantized {type(module).__name__}, which cannot be trained in full; nothing was changed. "
+                "Keep it out of the quantization, or adapt it."
             )
     if isinstance(site.candidate.module, AdaptedLayer) or any(
         isinstance(m, AdaptedLayer) for m in site.candidate.module.modules()

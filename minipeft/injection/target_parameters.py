@@ -15,7 +15,7 @@ from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 
 
-def parameter_sites(name: str, candidate: Candidate, owned: Sequence[str]) -> list[tuple[str, type[LayerOps]]]:
+def parameter_sites(name: str, candidate: Candidate, owned: Sequence[str]) -> list[tuple[str, LayerOps]]:
     """For each of these parameters of one module, as it declares them: the wrapper's name, and the ops.
 
     Each wrapper goes around those of the parameters before it, as in PEFT's files: of two, the first is
@@ -25,7 +25,7 @@ def parameter_sites(name: str, candidate: Candidate, owned: Sequence[str]) -> li
         TargetError: a parameter cannot be adapted, or nothing would come of it.
     """
     for parent, attribute in candidate.places:
-        if any(attribute in ops.parts(parent) for _, ops in registry.layer_candidates(type(parent))):
+        if any(attribute in ops.read_children(parent) for _, ops in registry.layer_candidates(type(parent))):
             raise TargetError(
                 f"{name}: {type(parent).__name__} reads it and never calls it, so an adapter there would do nothing; "
                 "nothing was changed. Target the module around it."
@@ -36,14 +36,14 @@ def parameter_sites(name: str, candidate: Candidate, owned: Sequence[str]) -> li
     return [(name + ".base_layer" * height, ops) for height, ops in zip(heights, every_ops, strict=True)]
 
 
-def _ops_of(name: str, base: nn.Module, parameter: str) -> type[LayerOps]:
+def _ops_of(name: str, base: nn.Module, parameter: str) -> LayerOps:
     kinds = registry.layer_candidates(type(base._parameters[parameter]))
     ops = next((ops for ops in (ops.of_parameter(parameter) for _, ops in kinds) if ops.accepts(base)), None)
     if ops is None:
         raise TargetError(
             f"target_parameters: {name}.{parameter} is no plain floating-point parameter of 2 or 3 dimensions; nothing was changed."
         )
-    found: type[LayerOps] = ops
+    found: LayerOps = ops
     return found
 
 
@@ -54,7 +54,7 @@ def occupants(module: nn.Module) -> Iterator[Wrapper]:
         module = module.base_layer
 
 
-def check_occupants(name: str, module: nn.Module, ops: Sequence[type[LayerOps]]) -> None:
+def check_occupants(name: str, module: nn.Module, ops: Sequence[LayerOps]) -> None:
     """Adapters of one module must adapt the same of it, since the place of a wrapper says in a file which parameter it is.
 
     Raises:
@@ -96,7 +96,7 @@ def check_alone(name: str, parameters: Mapping[str, object], others: Sequence[st
         )
 
 
-def check_reads(name: str, ops: type[LayerOps], adapter_class: type[Adapter]) -> None:
+def check_reads(name: str, ops: LayerOps, adapter_class: type[Adapter]) -> None:
     """Refuse a method that changes what goes into a layer, where a weight is read and there is no call.
 
     Raises:

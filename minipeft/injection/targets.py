@@ -57,7 +57,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str,
                 yield from _walk(child, f"{name}.")
 
 
-def layer_ops(base: nn.Module) -> type[LayerOps] | None:
+def layer_ops(base: nn.Module) -> LayerOps | None:
     """The registered ops that accept this layer, the most derived type first, or None."""
     return next((ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base)), None)
 
@@ -274,10 +274,12 @@ def _shown(patterns: Sequence[str] | str | None) -> str:
     return repr(list(patterns)) if isinstance(patterns, tuple) else repr(patterns)
 
 
-def to_prepare(found: dict[str, Candidate]) -> Iterator[tuple[type[LayerOps], nn.Module]]:
+def to_prepare(found: dict[str, Candidate]) -> Iterator[tuple[LayerOps, nn.Module]]:
     """Every (ops, layer) whose ops have something to do to a layer before adapters come, targeted or not."""
     types = {type(candidate.base) for candidate in found.values()}
-    concerned = {t for t in types if any(o.prepare is not LayerOps.prepare for _, o in registry.layer_candidates(t))}
+    concerned = {
+        t for t in types if any(type(o).prepare is not LayerOps.prepare for _, o in registry.layer_candidates(t))
+    }
     for candidate in found.values():
         ops = layer_ops(candidate.base) if type(candidate.base) in concerned else None
         if ops is not None:

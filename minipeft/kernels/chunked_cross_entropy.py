@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.errors import LeanError
-from minipeft.kernels import matmul as gemm
+from minipeft.kernels import matmul
 
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}  # of logits; under 32 MiB glibc gives the same memory again
 
@@ -90,7 +90,7 @@ class _Summed(torch.autograd.Function):
         of_change = torch.zeros_like(change, dtype=exact) if change is not None and trains else None
         for some in torch.split(kept, _rows_a_chunk(hidden, weight)):
             x, target = rows[some], targets[some, None]
-            logs = gemm.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(exact)
+            logs = matmul.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(exact)
             if rows_changed is not None and added is not None:
                 logs.index_add_(1, rows_changed, F.linear(x, added).to(exact))
             torch.log_softmax(logs, 1, out=logs)
@@ -101,7 +101,7 @@ class _Summed(torch.autograd.Function):
             probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1))
             of_rows = None if rows_changed is None else probabilities[:, rows_changed]
             if gradient is not None:
-                gradient[some] = gemm.linear(probabilities.to(x.dtype), weight.t())
+                gradient[some] = matmul.linear(probabilities.to(x.dtype), weight.t())
                 if of_rows is not None and added is not None:
                     gradient[some] += of_rows.to(x.dtype) @ added
             if of_change is not None and of_rows is not None:

@@ -1,6 +1,6 @@
 """Frozen weights, as a layer holds them or as it makes them anew for each use, and the linear map by one of them.
 
-A quantised layer's float weight is made when it is multiplied by, and again in the backward pass; it is never kept.
+A quantized layer's float weight is made when it is multiplied by, and again in the backward pass; it is never kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from minipeft.kernels import matmul as gemm
+from minipeft.kernels import matmul
 
 # A tensor (out, in), or what makes it in the dtype it is given: without history, and nobody else's to read or write.
 Weight: TypeAlias = "Tensor | Callable[[torch.dtype], Tensor]"
@@ -61,7 +61,7 @@ def frozen_linear(
 def _forward(x: Tensor, weight: Weight, bias: Tensor | None, call: Callable[[Tensor], Tensor] | None) -> Tensor:
     if call is not None:
         return call(x)
-    return gemm.linear(x, held_or_made(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    return matmul.linear(x, held_or_made(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -79,4 +79,4 @@ class _FrozenLinear(torch.autograd.Function):
             with torch.autocast(dy.device.type, enabled=False):
                 return _FrozenLinear.backward(ctx, dy)
         weight = held_or_made(ctx.make or ctx.saved_tensors[0], dy.dtype)
-        return (dy @ weight if torch.is_grad_enabled() else gemm.linear(dy, weight.t())), None, None, None
+        return (dy @ weight if torch.is_grad_enabled() else matmul.linear(dy, weight.t())), None, None, None

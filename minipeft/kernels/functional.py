@@ -48,20 +48,20 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, column_major: 
     return low_rank_product(*lora_factors(lora_A, lora_B, scaling), column_major=column_major)
 
 
-def split_rows(lora_A: Tensor, maps: int) -> Tensor:
-    """The down projections of a stack of maps, (r * maps, in) -> (maps, r, in): PEFT keeps them map after map."""
-    return lora_A.view(maps, -1, lora_A.shape[1])
+def split_rows(lora_A: Tensor, num_experts: int) -> Tensor:
+    """The down projections of a stack of num_experts, (r * num_experts, in) -> (num_experts, r, in): PEFT keeps them map after map."""
+    return lora_A.view(num_experts, -1, lora_A.shape[1])
 
 
-def split_columns(lora_B: Tensor, maps: int) -> Tensor:
-    """The up projections of a stack of maps, (out, r * maps) -> (maps, out, r): PEFT keeps them rank after rank."""
-    return lora_B.view(len(lora_B), -1, maps).permute(2, 0, 1)
+def split_columns(lora_B: Tensor, num_experts: int) -> Tensor:
+    """The up projections of a stack of num_experts, (out, r * num_experts) -> (num_experts, out, r): PEFT keeps them rank after rank."""
+    return lora_B.view(len(lora_B), -1, num_experts).permute(2, 0, 1)
 
 
-def stacked_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, maps: int) -> Tensor:
-    """The updates of a stack of maps below each other, shape (maps * out, in), from what `split_rows` and the other split."""
+def stacked_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, num_experts: int) -> Tensor:
+    """The updates of a stack of num_experts below each other, shape (num_experts * out, in), from what `split_rows` and the other split."""
     up, down = lora_factors(lora_A, lora_B, scaling)
-    return torch.bmm(split_columns(up, maps), split_rows(down, maps)).flatten(0, 1)
+    return torch.bmm(split_columns(up, num_experts), split_rows(down, num_experts)).flatten(0, 1)
 
 
 def low_rank_product(up: Tensor, down: Tensor, *, column_major: bool = False) -> Tensor:

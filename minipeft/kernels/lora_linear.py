@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.errors import StateError
-from minipeft.kernels import matmul as gemm
-from minipeft.kernels import recompute
+from minipeft.kernels import matmul, recompute
 from minipeft.kernels.frozen_linear import Weight, held_or_made
 from minipeft.kernels.functional import is_column_major
 
@@ -53,7 +52,7 @@ def lora_linear(
 
     Returns:
         Shape (..., out_features), no view of anything. Where a gradient is wanted it is exact, also that of the gradient.
-        Under autocast in its dtype, or, as quantised layers have it, in that of x where the weight is made.
+        Under autocast in its dtype, or, as quantized layers have it, in that of x where the weight is made.
     """
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
@@ -83,7 +82,7 @@ def lora_linear(
         )
         return result
     # Where nothing is learned, an adapter that changes nothing leaves every bit as the base has it.
-    return _product(x, weight, bias, lora_A, lora_B, scaling, mask, gemm.torch_linear)[0]
+    return _product(x, weight, bias, lora_A, lora_B, scaling, mask, matmul.torch_linear)[0]
 
 
 # -------------------------------------------------------------------------------------------------------- arithmetic
@@ -147,10 +146,10 @@ def _product(
 def _down(rows: Tensor, lora_A: Tensor, mask: _Mask | None) -> Tensor:
     """``drop(x) A^T``, shape (rows, r)."""
     if mask is None:
-        return gemm.narrow(rows, lora_A.t())
+        return matmul.narrow(rows, lora_A.t())
     h = rows.new_empty(len(rows), len(lora_A))
     for block, _, dropped in mask.blocks(rows):
-        h[block] = gemm.narrow(dropped, lora_A.t())
+        h[block] = matmul.narrow(dropped, lora_A.t())
     return h.mul_(mask.gain)
 
 
@@ -187,7 +186,7 @@ class _LoraLinear(torch.autograd.Function):
         kept: Tensor | None,
         module: nn.Module | None,
     ) -> Tensor:
-        y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask, gemm.linear)
+        y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask, matmul.linear)
         if kept is None and h is None:
             h = _down(x.reshape(-1, x.shape[-1]), lora_A, mask)
         held = isinstance(weight, Tensor)
@@ -273,15 +272,15 @@ def _first_order(
         if h is None and rows is not None:
             h = _down(rows, lora_A, mask)
         assert h is not None
-        dB = gemm.narrow(dy.t(), h).mul(s).contiguous()
-    g = gemm.narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
+        dB = matmul.narrow(dy.t(), h).mul(s).contiguous()
+    g = matmul.narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
     if wants_x and W is not None:
-        dx = gemm.linear(dy, W.t())
+        dx = matmul.linear(dy, W.t())
         if mask is None and g is not None and not merged:
             dx.addmm_(g, lora_A, alpha=s)
     if mask is None:
         if wants_A and g is not None and rows is not None:
-            dA = gemm.narrow(rows.t(), g).t().mul(s).contiguous()
+            dA = matmul.narrow(rows.t(), g).t().mul(s).contiguous()
     elif g is not None:
         dA = torch.zeros_like(lora_A)
         shaped = dx if rows is None else rows

@@ -20,6 +20,9 @@ class OutProjectionOps(ReadOps):
     reads = "weight"
 
 
+OUT_PROJECTION = OutProjectionOps()
+
+
 @register_layer(nn.MultiheadAttention)
 class MultiheadAttentionOps(ReadOps):
     """W is ``in_proj_weight``, (3 * embed_dim, embed_dim), for query, key and value together, as in PEFT.
@@ -32,25 +35,20 @@ class MultiheadAttentionOps(ReadOps):
 
     reads = "in_proj_weight"
 
-    @classmethod
-    def accepts(cls, base: Any) -> bool:
+    def accepts(self, base: Any) -> bool:
         own_forward = getattr(plain_class(type(base)), "forward", None) is not nn.MultiheadAttention.forward
-        return not own_forward and super().accepts(base) and OutProjectionOps.accepts(base.out_proj)
+        return not own_forward and super().accepts(base) and OUT_PROJECTION.accepts(base.out_proj)
 
-    @staticmethod
-    def parts(base: Any) -> Mapping[str, type[LayerOps]]:
-        return {"out_proj": OutProjectionOps}
+    def read_children(self, base: Any) -> Mapping[str, LayerOps]:
+        return {"out_proj": OUT_PROJECTION}
 
-    @classmethod
-    def example_input(cls, base: Any) -> Tensor:
-        weight = cls.read_weight(base)
+    def example_input(self, base: Any) -> Tensor:
+        weight = self.read_weight(base)
         return torch.randn(3, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
 
-    @classmethod
-    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+    def example(self, in_features: int, out_features: int) -> nn.Module | None:
         return nn.MultiheadAttention(in_features, 2)
 
-    @classmethod
-    def example_call(cls, layer: nn.Module, x: Tensor) -> Tensor:
+    def example_call(self, layer: nn.Module, x: Tensor) -> Tensor:
         output: Tensor = layer(x, x.flip(0), x)[0]
         return output

@@ -1,4 +1,4 @@
-"""bitsandbytes' ``Linear4bit``: NF4 and FP4, with and without double quantisation (QLoRA, arXiv:2305.14314)."""
+"""bitsandbytes' ``Linear4bit``: NF4 and FP4, with and without double quantization (QLoRA, arXiv:2305.14314)."""
 
 from __future__ import annotations
 
@@ -21,31 +21,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that it unpacks to
 
 @register_layer("bitsandbytes.nn.Linear4bit")
 class Linear4bitOps(QuantizedLinearOps):
-    """Two weights a byte, with a scale for each block of 64, which double quantisation stores in 8 bits.
+    """Two weights a byte, with a scale for each block of 64, which double quantization stores in 8 bits.
 
-    The layer's own call keeps nothing of the size of a float weight: its backward pass dequantises again.
+    The layer's own call keeps nothing of the size of a float weight: its backward pass dequantizes again.
     """
 
     kinds = ("nf4", "fp4")
 
-    @staticmethod
-    def accepts(base: Any) -> bool:
+    def accepts(self, base: Any) -> bool:
         state = _state(base)
         return state is not None and tuple(state.shape) == (base.out_features, base.in_features)
 
-    @staticmethod
     @torch.no_grad()
-    def dequantized(base: Any) -> Tensor:
+    def dequantized(self, base: Any) -> Tensor:
         return _dequantized(base, None)
 
-    @classmethod
     @torch.no_grad()
-    def dequantized_in(cls, base: Any, dtype: torch.dtype) -> Tensor:
+    def dequantized_in(self, base: Any, dtype: torch.dtype) -> Tensor:
         # Not by way of the dtype of the layer it was made from, which may be a narrower one.
         return _dequantized(base, dtype)
 
-    @staticmethod
-    def is_float_call(base: Any, x: Tensor) -> bool:
+    def is_float_call(self, base: Any, x: Tensor) -> bool:
         bnb: Any = importlib.import_module("bitsandbytes.nn")
         if not runs_only(base, bnb.Linear4bit.forward) or x.dtype not in DTYPES:
             return False
@@ -55,8 +51,7 @@ class Linear4bitOps(QuantizedLinearOps):
         dtypes = [x.dtype, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])]
         return not base.compute_type_is_set or base.compute_dtype in dtypes
 
-    @staticmethod
-    def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    def quantize(self, kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         bnb: Any = importlib.import_module("bitsandbytes.nn")
         out_features, in_features = weight.shape
         blocksize = 64 if in_features % 64 == 0 else 32  # so that a block does not straddle two rows, if possible
@@ -69,8 +64,7 @@ class Linear4bitOps(QuantizedLinearOps):
         layer.weight = packed.to(weight.device)
         return with_bias(layer, bias)
 
-    @staticmethod
-    def prepare(base: Any) -> None:
+    def prepare(self, base: Any) -> None:
         """Keep bitsandbytes from repacking the weight, and take it back where that has happened.
 
         On a processor with AVX512-BF16, bitsandbytes 0.49 and 0.50 store the weight anew in the first call in eval mode
@@ -113,7 +107,7 @@ def reads_back(in_features: int, blocksize: int, quant_type: str, dtype: torch.d
 def _warn_of_misreading(in_features: int, blocksize: int) -> None:
     warnings.warn(
         f"bitsandbytes misreads 4-bit layers with {in_features} input features in blocks of {blocksize} on this processor: "
-        "the base is not what it was quantised from, and differs from the same base on a GPU. minipeft.quantize makes "
+        "the base is not what it was quantized from, and differs from the same base on a GPU. minipeft.quantize makes "
         "layers that are read rightly.",
         stacklevel=2,
     )
@@ -141,7 +135,7 @@ def _is_repacked(state: Any) -> bool:
 def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """The usual layout of a repacked weight, with exactly the values that it has; `state` is changed."""
     bnb: Any = importlib.import_module("bitsandbytes.functional")
-    # Its own way back quantises the scales anew if they were, and else leaves them transposed: a wrong weight.
+    # Its own way back quantizes the scales anew if they were, and else leaves them transposed: a wrong weight.
     scales = state.absmax.t().reshape(-1).float()
     state.original_nested = False
     data, state = bnb._convert_weight_packed_for_cpu_inverse(data, state)

@@ -24,24 +24,20 @@ class Linear8bitLtOps(QuantizedLinearOps):
 
     kinds = ("int8",)
 
-    @staticmethod
-    def accepts(base: Any) -> bool:
+    def accepts(self, base: Any) -> bool:
         return base.weight.dtype is torch.int8 and _scales(base) is not None
 
-    @classmethod
-    def dequantized(cls, base: Any) -> Tensor:
-        return cls.dequantized_in(base, torch.float32)
+    def dequantized(self, base: Any) -> Tensor:
+        return self.dequantized_in(base, torch.float32)
 
-    @classmethod
     @torch.no_grad()
-    def dequantized_in(cls, base: Any, dtype: torch.dtype) -> Tensor:
+    def dequantized_in(self, base: Any, dtype: torch.dtype) -> Tensor:
         scales = _scales(base)
         assert scales is not None
         weight: Tensor = base.weight.data.to(dtype)
         return weight.mul_(scales.float().unsqueeze(1).mul(1 / 127))  # as bitsandbytes rounds it
 
-    @staticmethod
-    def is_float_call(base: Any, x: Tensor) -> bool:
+    def is_float_call(self, base: Any, x: Tensor) -> bool:
         bnb: Any = importlib.import_module("bitsandbytes.nn")
         device = x.device.type
         if not runs_only(base, bnb.Linear8bitLt.forward) or not x.is_floating_point():
@@ -49,8 +45,7 @@ class Linear8bitLtOps(QuantizedLinearOps):
         # Under autocast its output is not in the dtype of x.
         return base.training and device in ("cpu", "xpu") and not torch.is_autocast_enabled(device)
 
-    @staticmethod
-    def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    def quantize(self, kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         bnb: Any = importlib.import_module("bitsandbytes.nn")
         out_features, in_features = weight.shape
         layer: nn.Module = bnb.Linear8bitLt(

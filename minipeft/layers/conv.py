@@ -27,61 +27,50 @@ class ConvOps(LayerOps):
     A subclass with a ``forward`` of its own is refused: what it does around the convolution, the update would miss.
     """
 
-    @staticmethod
-    def accepts(base: Any) -> bool:
+    def accepts(self, base: Any) -> bool:
         kernel = (base.out_channels, base.in_channels // base.groups, *base.kernel_size)
         own_forward = getattr(plain_class(type(base)), "forward", None) not in FORWARDS
         return not own_forward and has_plain_weight(base, kernel)
 
-    @staticmethod
-    def shape(base: Any) -> tuple[int, int]:
+    def shape(self, base: Any) -> tuple[int, int]:
         return base.out_channels, base.weight[0].numel()
 
-    @classmethod
-    def down_shape(cls, base: Any, r: int) -> tuple[int, ...]:
+    def down_shape(self, base: Any, r: int) -> tuple[int, ...]:
         return r, *base.weight.shape[1:]
 
-    @classmethod
-    def up_shape(cls, base: Any, r: int) -> tuple[int, ...]:
+    def up_shape(self, base: Any, r: int) -> tuple[int, ...]:
         return base.out_channels, r, *_ones(base)
 
-    @classmethod
-    def gain_shape(cls, base: Any) -> tuple[int, ...]:
+    def magnitude_shape(self, base: Any) -> tuple[int, ...]:
         return 1, base.out_channels, *_ones(base)
 
-    @staticmethod
-    def read_weight(base: Any) -> Tensor:
+    def read_weight(self, base: Any) -> Tensor:
         weight: Tensor = base.weight.flatten(1)
         return weight
 
-    @staticmethod
     @torch.no_grad()
-    def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         base.weight.copy_(weight.view(base.weight.shape))
         if bias is not None:
             base.bias.copy_(bias)
         module: nn.Module = base
         return module
 
-    @staticmethod
-    def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
+    def project_in(self, base: Any, x: Tensor, A: Tensor) -> Tensor:
         """Shape (batch, groups * r, *positions)."""
         kernel = A.reshape(len(A), *base.weight.shape[1:])
         # The layer's own method, since it knows every padding mode.
         h: Tensor = base._conv_forward(x, kernel.repeat(base.groups, *(1 for _ in kernel.shape[1:])), None)
         return h
 
-    @staticmethod
-    def project_out(base: Any, h: Tensor, B: Tensor) -> Tensor:
+    def project_out(self, base: Any, h: Tensor, B: Tensor) -> Tensor:
         ones = _ones(base)
         return POINTWISE[len(ones)](h, B.reshape(len(B), -1, *ones), groups=base.groups)
 
-    @staticmethod
-    def scale_out(base: Any, y: Tensor, v: Tensor) -> Tensor:
+    def scale_out(self, base: Any, y: Tensor, v: Tensor) -> Tensor:
         return y * v.reshape(-1, *_ones(base))
 
-    @classmethod
-    def in_channels(cls, base: Any) -> int:
+    def in_channels(self, base: Any) -> int:
         if base.groups > 1:
             raise TargetError(
                 f"{type(base).__name__} with groups={base.groups}: its input features cannot be scaled one by one in the "
@@ -90,12 +79,10 @@ class ConvOps(LayerOps):
         channels: int = base.in_channels
         return channels
 
-    @staticmethod
-    def scale_in(base: Any, x: Tensor, v: Tensor) -> Tensor:
+    def scale_in(self, base: Any, x: Tensor, v: Tensor) -> Tensor:
         return x * v.reshape(-1, *_ones(base))
 
-    @classmethod
-    def example_input(cls, base: Any) -> Tensor:
+    def example_input(self, base: Any) -> Tensor:
         weight: Tensor = base.weight
         reach = [d * (k - 1) + 2 for d, k in zip(base.dilation, base.kernel_size, strict=True)]
         return torch.randn(2, base.in_channels, *reach, dtype=weight.dtype, device=weight.device)
@@ -110,8 +97,7 @@ def _ones(base: Any) -> tuple[int, ...]:
 class Conv1dOps(ConvOps):
     """``nn.Conv1d``."""
 
-    @classmethod
-    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+    def example(self, in_features: int, out_features: int) -> nn.Module | None:
         return nn.Conv1d(in_features, out_features, 2, stride=1, padding=1, groups=2)
 
 
@@ -119,8 +105,7 @@ class Conv1dOps(ConvOps):
 class Conv2dOps(ConvOps):
     """``nn.Conv2d``."""
 
-    @classmethod
-    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+    def example(self, in_features: int, out_features: int) -> nn.Module | None:
         return nn.Conv2d(in_features, out_features, 2, stride=2, padding=1, groups=2)
 
 
@@ -128,6 +113,5 @@ class Conv2dOps(ConvOps):
 class Conv3dOps(ConvOps):
     """``nn.Conv3d``."""
 
-    @classmethod
-    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+    def example(self, in_features: int, out_features: int) -> nn.Module | None:
         return nn.Conv3d(in_features, out_features, 2, stride=1, padding=1, groups=2)

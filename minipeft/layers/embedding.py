@@ -20,49 +20,40 @@ class EmbeddingOps(LayerOps):
     shift their indices inside, so an update looked up by the outer input would hit the wrong rows.
     """
 
-    is_lookup = True
+    is_embedding = True
 
-    @staticmethod
-    def accepts(base: Any) -> bool:
+    def accepts(self, base: Any) -> bool:
         own_forward = type(base).forward is not nn.Embedding.forward
         known = not own_forward or _scale(base) is not None
         return known and base.max_norm is None and has_plain_weight(base, (base.num_embeddings, base.embedding_dim))
 
-    @staticmethod
-    def shape(base: Any) -> tuple[int, int]:
+    def shape(self, base: Any) -> tuple[int, int]:
         return base.embedding_dim, base.num_embeddings
 
-    @staticmethod
-    def read_weight(base: Any) -> Tensor:
+    def read_weight(self, base: Any) -> Tensor:
         transposed: Tensor = base.weight.t()
         return transposed
 
-    @staticmethod
     @torch.no_grad()
-    def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         base.weight.copy_(weight.t())
         module: nn.Module = base
         return module
 
-    @staticmethod
-    def project_in(base: Any, x: Tensor, A: Tensor) -> Tensor:
+    def project_in(self, base: Any, x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.t(), padding_idx=base.padding_idx)
 
-    @classmethod
-    def project_out(cls, base: Any, h: Tensor, B: Tensor) -> Tensor:
-        return cls.scaled(base, F.linear(h, B))
+    def project_out(self, base: Any, h: Tensor, B: Tensor) -> Tensor:
+        return self.scaled(base, F.linear(h, B))
 
-    @staticmethod
-    def scaled(base: Any, y: Tensor) -> Tensor:
+    def scaled(self, base: Any, y: Tensor) -> Tensor:
         scale = _scale(base)
         return y if scale is None else y * scale
 
-    @classmethod
-    def example_input(cls, base: Any) -> Tensor:
+    def example_input(self, base: Any) -> Tensor:
         return torch.randint(base.num_embeddings, (8,), device=base.weight.device)
 
-    @classmethod
-    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+    def example(self, in_features: int, out_features: int) -> nn.Module | None:
         return nn.Embedding(in_features, out_features)
 
 

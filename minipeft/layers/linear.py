@@ -19,69 +19,56 @@ class LinearOps(LayerOps):
 
     in_all_linear = True
 
-    @staticmethod
-    def accepts(base: Any) -> bool:
+    def accepts(self, base: Any) -> bool:
         # nn.MultiheadAttention reads the weight of its out_proj and never calls it, so an adapter there would do nothing.
         read_not_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
         return not read_not_called and has_plain_weight(base, (base.out_features, base.in_features))
 
-    @staticmethod
-    def is_linear_call(base: Any) -> bool:
+    def is_linear_call(self, base: Any) -> bool:
         return runs_only(base, nn.Linear.forward)
 
-    @staticmethod
-    def shape(base: Any) -> tuple[int, int]:
+    def shape(self, base: Any) -> tuple[int, int]:
         return base.out_features, base.in_features
 
-    @staticmethod
-    def read_weight(base: Any) -> Tensor:
+    def read_weight(self, base: Any) -> Tensor:
         weight: Tensor = base.weight
         return weight
 
-    @staticmethod
     @torch.no_grad()
-    def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         base.weight.copy_(weight)
         if bias is not None:
             base.bias.copy_(bias)
         module: nn.Module = base
         return module
 
-    @classmethod
-    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+    def example(self, in_features: int, out_features: int) -> nn.Module | None:
         return nn.Linear(in_features, out_features)
 
 
 @register_layer("transformers.pytorch_utils.Conv1D")
-class Conv1DOps(LayerOps):
+class Conv1DOps(LinearOps):
     """The ``Conv1D`` of GPT-2's family: y = x W + b with W stored as (in, out)."""
 
-    in_all_linear = True
     fan_in_fan_out = True
 
-    @staticmethod
-    def accepts(base: Any) -> bool:
+    def accepts(self, base: Any) -> bool:
         return has_plain_weight(base, (base.nx, base.nf))
 
-    @staticmethod
-    def is_linear_call(base: Any) -> bool:
+    def is_linear_call(self, base: Any) -> bool:
         cls: Any = plain_class(type(base))
         return cls.__module__ == "transformers.pytorch_utils" and runs_only(base, cls.forward)
 
-    @staticmethod
-    def shape(base: Any) -> tuple[int, int]:
+    def shape(self, base: Any) -> tuple[int, int]:
         return base.nf, base.nx
 
-    @staticmethod
-    def read_weight(base: Any) -> Tensor:
+    def read_weight(self, base: Any) -> Tensor:
         transposed: Tensor = base.weight.t()
         return transposed
 
-    @staticmethod
-    def write_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        return LinearOps.write_weight(base, weight.t(), bias)
+    def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return super().write_weight(base, weight.t(), bias)
 
-    @classmethod
-    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+    def example(self, in_features: int, out_features: int) -> nn.Module | None:
         layer: nn.Module = importlib.import_module("transformers.pytorch_utils").Conv1D(out_features, in_features)
         return layer

@@ -1,4 +1,4 @@
-"""What quantised linear layers have in common: frozen, read by dequantising, and replaced by a float layer to be written."""
+"""What quantized linear layers have in common: frozen, read by dequantizing, and replaced by a float layer to be written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minipeft.layers.base import LayerOps
 
 
 class QuantizedLinearOps(LayerOps):
-    """A linear map with a packed weight, y = dequantised(W) x + b; a subclass says how to tell one and how to unpack it.
+    """A linear map with a packed weight, y = dequantized(W) x + b; a subclass says how to tell one and how to unpack it.
 
     Where one stands in the place of a layer that stores (in, out), as GPT-2's Conv1D does, its attribute ``source_cls``
     says so: transformers and `minipeft.quantize` set it, and the float layer that replaces it is of that type again.
@@ -24,18 +24,15 @@ class QuantizedLinearOps(LayerOps):
     in_all_linear = True
     is_quantized = True
 
-    @staticmethod
     @abstractmethod
-    def dequantized(base: Any) -> Tensor:
+    def dequantized(self, base: Any) -> Tensor:
         """The weight unpacked, shape (out, in): a fresh tensor of a dtype that loses nothing."""
 
-    @classmethod
-    def dequantized_in(cls, base: Any, dtype: torch.dtype) -> Tensor:
+    def dequantized_in(self, base: Any, dtype: torch.dtype) -> Tensor:
         """The weight in this dtype, as the layer's own call multiplies by it: a fresh tensor."""
-        return cls.dequantized(base).to(dtype)
+        return self.dequantized(base).to(dtype)
 
-    @staticmethod
-    def is_float_call(base: Any, x: Tensor) -> bool:
+    def is_float_call(self, base: Any, x: Tensor) -> bool:
         """Whether calling this instance on x now does ``F.linear(x, dequantized_in(base, x.dtype), b)`` and nothing beside.
 
         Where it rounds its input, or computes in another dtype than that of x, it does not. Under autocast, in whose
@@ -43,41 +40,35 @@ class QuantizedLinearOps(LayerOps):
         """
         return False
 
-    @classmethod
-    def weight_of_call(cls, base: Any, x: Tensor) -> Weight | None:
+    def weight_of_call(self, base: Any, x: Tensor) -> Weight | None:
         # Evaluation is the layer's own, to the bit, whether or not a gradient could be wanted.
-        return cls._maker(base, x) if base.training else None
+        return self._maker(base, x) if base.training else None
 
-    @classmethod
-    def _maker(cls, base: Any, x: Tensor) -> Weight | None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not cls.is_float_call(base, x):
+    def _maker(self, base: Any, x: Tensor) -> Weight | None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self.is_float_call(base, x):
             return None  # without a gradient there is nothing to keep, and the layer's own kernels may be better
-        return functools.partial(_made, cls, base)
+        return functools.partial(_made, self, base)
 
-    @classmethod
-    def run(cls, base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self, base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and not kwargs and x.requires_grad:
-            weight, bias = cls._maker(base, x), cls.read_bias(base)
+            weight, bias = self._maker(base, x), self.read_bias(base)
             if weight is not None and can_fuse(x, weight, bias):
                 return frozen_linear(x, weight, bias, None if base.training else base)
         return base(x, *args, **kwargs)
 
-    @staticmethod
-    def shape(base: Any) -> tuple[int, int]:
+    def shape(self, base: Any) -> tuple[int, int]:
         return base.out_features, base.in_features
 
-    @classmethod
-    def read_weight(cls, base: Any) -> Tensor:
+    def read_weight(self, base: Any) -> Tensor:
         if next(base.parameters()).is_meta:
-            return torch.empty(cls.shape(base), device="meta")
+            return torch.empty(self.shape(base), device="meta")
         ops = next(ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base))
         # The base may be the float layer that `write_weight` gave, while an adapter is merged.
-        weight: Tensor = cls.dequantized(base) if ops is cls else ops.read_weight(base)
+        weight: Tensor = self.dequantized(base) if ops == self else ops.read_weight(base)
         return weight
 
-    @classmethod
     @torch.no_grad()
-    def write_weight(cls, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         out_features, in_features = weight.shape
         source: Any = getattr(base, "source_cls", nn.Linear)
         transposed = any(ops.fan_in_fan_out for _, ops in registry.layer_candidates(source))
@@ -93,20 +84,18 @@ class QuantizedLinearOps(LayerOps):
             layer.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), False)
         return layer.train(base.training)
 
-    @classmethod
-    def example_input(cls, base: Any) -> Tensor:
-        bias = cls.read_bias(base)
+    def example_input(self, base: Any) -> Tensor:
+        bias = self.read_bias(base)
         dtype = torch.float32 if bias is None else bias.dtype
-        return torch.randn(4, cls.shape(base)[1], dtype=dtype, device=next(base.parameters()).device)
+        return torch.randn(4, self.shape(base)[1], dtype=dtype, device=next(base.parameters()).device)
 
-    @classmethod
-    def example(cls, in_features: int, out_features: int) -> nn.Module | None:
+    def example(self, in_features: int, out_features: int) -> nn.Module | None:
         linear = nn.Linear(8 * in_features, 8 * out_features)  # whole blocks of 64 weights
-        return cls.pack(cls.kinds[0], linear.weight.detach(), linear.bias.detach())
+        return self.quantize(self.kinds[0], linear.weight.detach(), linear.bias.detach())
 
 
 @torch.no_grad()
-def _made(ops: type[QuantizedLinearOps], base: nn.Module, dtype: torch.dtype) -> Tensor:
+def _made(ops: QuantizedLinearOps, base: nn.Module, dtype: torch.dtype) -> Tensor:
     return ops.dequantized_in(base, dtype)
 
 

@@ -22,21 +22,18 @@ class Int8TensorOps(QuantizedLinearOps):
 
     kinds = ("int8_weight_only",)
 
-    @staticmethod
-    def accepts(base: Any) -> bool:
+    def accepts(self, base: Any) -> bool:
         weight: Any = base._parameters.get("weight")
         cls = type(weight)
         known = cls.__name__ == "Int8Tensor" and cls.__module__.startswith("torchao.")
         return known and weight.act_quant_kwargs is None and weight.act_pre_scale is None and weight.ndim == 2
 
-    @staticmethod
     @torch.no_grad()
-    def dequantized(base: Any) -> Tensor:
+    def dequantized(self, base: Any) -> Tensor:
         weight: Tensor = base.weight.dequantize()
         return weight
 
-    @staticmethod
-    def pack(kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    def quantize(self, kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         torchao: Any = importlib.import_module("torchao.quantization")
         out_features, in_features = weight.shape
         layer = nn.Linear(in_features, out_features, bias is not None, device="meta")
@@ -44,17 +41,15 @@ class Int8TensorOps(QuantizedLinearOps):
         torchao.quantize_(with_bias(layer, bias), torchao.Int8WeightOnlyConfig())
         return layer
 
-    @classmethod
     @torch.no_grad()
-    def dequantized_in(cls, base: Any, dtype: torch.dtype) -> Tensor:
+    def dequantized_in(self, base: Any, dtype: torch.dtype) -> Tensor:
         packed = base.weight
         row_by_row = packed.scale.shape == (len(packed), 1)
         # As torchao's own product has it, which passes over the zero points: they are 0. `dequantize` makes three arrays.
         weight: Tensor = packed.qdata.to(dtype).mul_(packed.scale) if row_by_row else packed.dequantize(dtype)
         return weight
 
-    @staticmethod
-    def is_float_call(base: Any, x: Tensor) -> bool:
+    def is_float_call(self, base: Any, x: Tensor) -> bool:
         # An adapter may be merged, and `base` the float layer that then stands there.
         packed = type(base._parameters.get("weight")) is not nn.Parameter
         return packed and runs_only(base, nn.Linear.forward) and x.is_floating_point()

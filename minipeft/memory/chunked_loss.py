@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minipeft.class_swap import SameFunction
 from minipeft.errors import LeanError
-from minipeft.kernels import malloc_trim as heap
+from minipeft.kernels import malloc_trim
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 
 
@@ -67,9 +67,9 @@ class LeanLoss:
         known = {
             name: kwargs[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in kwargs
         }
-        heap.trim(logits.device.type)
+        malloc_trim.trim(logits.device.type)
         loss = causal_lm_loss(logits, _whole(head.weight), bias, labels, changed_rows=changed, **known)
-        heap.trim(logits.device.type)  # the peak of the step is near
+        malloc_trim.trim(logits.device.type)  # the peak of the step is near
         return loss
 
     def _check_untouched(self, handing: Handing, logits: Tensor) -> None:
@@ -96,7 +96,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
     if given.get("labels") is None and kwargs.get("shift_labels") is None:
         return None
-    heap.trim(next(model.parameters()).device.type)
+    malloc_trim.trim(next(model.parameters()).device.type)
     loss.head.handing = Handing()  # type: ignore[assignment]
     # Nobody reads the cache of a training step, which copies all keys and values.
     free = given.get("use_cache") is None and ("use_cache" in kwargs or "use_cache" not in given)

@@ -15,8 +15,8 @@ from minipeft import registry
 from minipeft.class_swap import SameFunction, mixed_class, plain_class
 from minipeft.errors import LeanError, StateError, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer, Wrapper
-from minipeft.kernels import matmul as gemm
-from minipeft.memory import sample_slices as batch_parts
+from minipeft.kernels import matmul
+from minipeft.memory import sample_slices
 from minipeft.memory.chunked_loss import HandsThrough, LeanLoss, after_forward, before_forward, is_frozen
 from minipeft.memory.modules import (
     CHEAP,
@@ -68,7 +68,7 @@ def lean(
             parts: ever less memory, and more time. Non-reentrant, and not below the lowest adapter. "none" keeps it
             all. By default "last" where the model can be run in parts, which dropout rules out, and else "none".
         chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
-        fast_linear: let frozen layers without adapter use the faster library too, where there is one; quantised ones
+        fast_linear: let frozen layers without adapter use the faster library too, where there is one; quantized ones
             then keep nothing for the backward pass.
 
     Raises:
@@ -93,9 +93,9 @@ def lean(
         if chunked_loss:
             _chunk_loss(model, state)
         probe.compare(model)
-        if checkpointing is None and not all(batch_parts.runs_in_parts(block) for block in state.blocks):
+        if checkpointing is None and not all(sample_slices.runs_in_parts(block) for block in state.blocks):
             _keep(state)
-        with batch_parts.of_one_sample(state.blocks) as some:
+        with sample_slices.of_one_sample(state.blocks) as some:
             if some:
                 probe.compare(model)
     except BaseException:
@@ -128,7 +128,7 @@ def unlean(model: nn.Module) -> None:
 def _keep(state: LeanState) -> None:
     """Checkpoint no block any more."""
     for block in state.blocks:
-        for name in ("gradient_checkpointing", "_gradient_checkpointing_func", batch_parts.ROWS):
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func", sample_slices.ROWS):
             block.__dict__.pop(name, None)
     state.blocks.clear()
 
@@ -160,7 +160,7 @@ def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> N
             _mix(module, Recomputed, state)
         elif fast_linear and id(module) not in adapted:
             ops = next((ops for _, ops in registry.layer_candidates(type(module)) if ops.accepts(module)), None)
-            if ops is not None and (ops.is_quantized or (gemm.onednn_is_faster() and ops.is_linear_call(module))):
+            if ops is not None and (ops.is_quantized or (matmul.onednn_is_faster() and ops.is_linear_call(module))):
                 _mix(module, FastLinear, state)
                 module.__dict__["lean_ops"] = ops
 

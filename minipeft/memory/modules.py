@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.class_swap import SameFunction
-from minipeft.kernels import malloc_trim as heap
-from minipeft.kernels import matmul as gemm
-from minipeft.kernels import recompute
+from minipeft.kernels import malloc_trim, matmul, recompute
 from minipeft.kernels.frozen_linear import Weight, can_fuse, frozen_linear
 from minipeft.layers.base import LayerOps
-from minipeft.memory import sample_slices as batch_parts
+from minipeft.memory import sample_slices
 
 # Activations that transformers composes from single operations, each of which keeps an array for the backward pass.
 TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}
@@ -46,10 +44,10 @@ class Recomputed(SameFunction):
 class FastLinear(SameFunction):
     """A frozen linear layer that trains what lies around it through the faster matrix library.
 
-    A quantised one keeps nothing for the backward pass here; its own call may keep its input, or its weight in float.
+    A quantized one keeps nothing for the backward pass here; its own call may keep its input, or its weight in float.
     """
 
-    lean_ops: type[LayerOps]
+    lean_ops: LayerOps
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
@@ -62,7 +60,7 @@ class FastLinear(SameFunction):
 
 def _is_leaner(x: Tensor, weight: Weight) -> bool:
     if isinstance(weight, Tensor):
-        return not torch.is_autocast_enabled(x.device.type) and gemm.through_onednn(x, weight)
+        return not torch.is_autocast_enabled(x.device.type) and matmul.through_onednn(x, weight)
     return x.requires_grad
 
 
@@ -95,7 +93,7 @@ def checkpoint_block(function: Any, *args: Any) -> Any:
         return _checkpoint(function, *args)
     if not wants_gradient(module, args, function.keywords):
         return function(*args)
-    return batch_parts.run(module, function, args, _checkpoint)
+    return sample_slices.run(module, function, args, _checkpoint)
 
 
 def _checkpoint(function: Any, *args: Any) -> Any:
@@ -110,7 +108,7 @@ def _trimmed(function: Any, *args: Any) -> Any:
 def trim_before(module: nn.Module | None, args: tuple[Any, ...]) -> None:
     """Give the memory that lies free between living arrays back, before a call; also a forward pre-hook."""
     if args and isinstance(args[0], Tensor):
-        heap.trim(args[0].device.type)
+        malloc_trim.trim(args[0].device.type)
 
 
 def wants_gradient(module: nn.Module, args: Any, kwargs: Any) -> bool:

@@ -18,7 +18,7 @@ from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer, TensorIndex, adapted_layers
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_additions, low_rank_bound
 from minipeft.merging.report import MergeReport, relative_error
-from minipeft.merging.tied_weights import follows_ties, mark_untied, riders, shared_parameters
+from minipeft.merging.tied_weights import adapts_tied_layers, mark_untied, shared_parameters, tied_layers
 from minipeft.merging.unmerge import Undo, is_merged, original_weight, put_back, remember, total_delta
 from minipeft.quantization.dequantize import check_replaceable, dtype_to_merge_in, output_error
 
@@ -34,7 +34,7 @@ class Step:
     path: str
     layer: AdaptedLayer
     names: tuple[str, ...]
-    riders: tuple[AdaptedLayer, ...]  # other layers that hold the same weight, and want the same of it
+    tied_layers: tuple[AdaptedLayer, ...]  # other layers that hold the same weight, and want the same of it
     undo: Undo
     factors: tuple[Tensor, Tensor] | None  # (up, down) of the whole update, if proved to keep every value finite
     dtype: torch.dtype  # to round the merged weight to
@@ -57,27 +57,27 @@ def merge(
     the merge is no sum, or its update dwarfs the weight, a layer written by then stays merged. It is marked as merged
     and acts as before, and another call does the rest.
 
-    With `dequantize`, a float layer takes the place of a quantised one; the quantised one stays as it is, and comes back
+    With `dequantize`, a float layer takes the place of a quantized one; the quantized one stays as it is, and comes back
     when the merge is undone.
 
     Returns:
-        What rounding cost; of a merge for good only where a layer was dequantised or the logger "minipeft" is to hear it.
+        What rounding cost; of a merge for good only where a layer was dequantized or the logger "minipeft" is to hear it.
 
     Raises:
         MergeError: a layer cannot be merged, a value is not finite, a weight is tied elsewhere and `untie` is False, or
-            a layer is quantised and `dequantize` is False.
+            a layer is quantized and `dequantize` is False.
     """
     names, index = tuple(adapter_names), TensorIndex(model)
     if dequantize:
         check_replaceable(model)
-    steps, riding = [], set[AdaptedLayer]()
-    tied = [layer for _, layer in adapted_layers(model) if follows_ties(layer)]
+    steps, tied_already = [], set[AdaptedLayer]()
+    tied = [layer for _, layer in adapted_layers(model) if adapts_tied_layers(layer)]
     for path, layer in adapted_layers(model):
         here = tuple(name for name in names if name in layer.adapters)
-        if here and not layer.merged and layer not in riding:
-            dtype, along = dtype_to_merge_in(path, layer, model, dequantize), riders(layer, names, tied)
+        if here and not layer.merged and layer not in tied_already:
+            dtype, along = dtype_to_merge_in(path, layer, model, dequantize), tied_layers(layer, names, tied)
             steps.append(_check(path, layer, here, along, index, untie, dtype))
-            riding.update(along)
+            tied_already.update(along)
     begun: list[Step] = []
     in_place: list[Step] = []
     errors: dict[str, float] = {}
@@ -92,8 +92,8 @@ def merge(
                 if reported:
                     errors[step.path] = relative_error(*_computed(step), step.dtype)
             else:
-                quantised = step.layer.ops.is_quantized
-                error, output = _write(step, undoable=undoable, reported=reported or quantised)
+                quantized = step.layer.ops.is_quantized
+                error, output = _write(step, undoable=undoable, reported=reported or quantized)
                 errors.update({} if error is None else {step.path: error})
                 output_errors.update({} if output is None else {step.path: output})
         _add_in_place(in_place)
@@ -138,7 +138,7 @@ def _check(
     base, ops = layer.base_layer, layer.ops
     if not ops.can_merge:
         raise MergeError(
-            f"{path}: {ops.__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged."
+            f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged."
         )
     layer.check_separable(path, names)
     weight, bias = ops.read_weight(base).detach().to(dtype), ops.read_bias(base)
@@ -155,7 +155,7 @@ def _check(
         if bias is not None and rounded_bias is not None and not torch.equal(bias, rounded_bias):
             written.append(bias)
     kept = None if bias is None else bias.detach().clone()
-    owners = [layer.owner, *(rider.owner for rider in along)]
+    owners = [layer.owner, *(tied_layer.owner for tied_layer in along)]
     undo = Undo(base, kept, untied=shared_parameters(path, owners, written, index, untie))
     for holder in (layer, *along):
         _check_own_forward(path, holder, names)
@@ -186,7 +186,7 @@ def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) 
 def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> None:
     """A subclass may use its weight in its own way: try the merge on a copy of such a layer, with a random input."""
     base = layer.base_layer
-    registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops is layer.ops), type(base))
+    registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops == layer.ops), type(base))
     if layer.ops.reads or _forward(type(base)) is _forward(registered):
         return  # a weight that is read is the merged one at every call
     trial = copy.deepcopy(layer).eval()
@@ -240,7 +240,7 @@ def _computed(step: Step) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _write(step: Step, *, undoable: bool, reported: bool) -> tuple[float | None, float | None]:
-    """Compute one layer's merged weight and write it; returns what rounding and what dequantising cost, if that is wanted."""
+    """Compute one layer's merged weight and write it; returns what rounding and what dequantizing cost, if that is wanted."""
     layer, undo, output = step.layer, step.undo, None
     weight, merged, bias, update = _computed(step)
     error = relative_error(weight, merged, bias, update, step.dtype) if reported else None
@@ -262,9 +262,9 @@ def _write(step: Step, *, undoable: bool, reported: bool) -> tuple[float | None,
 
 def _mark_riders(step: Step) -> None:
     """The layers that hold the weight too are merged as the step's own layer is, or are not."""
-    for rider in step.riders:
-        rider.merged = step.layer.merged
-        rider.undo = Undo(rider.base_layer, None, rides=True) if step.layer.undo is not None else None
+    for tied_layer in step.tied_layers:
+        tied_layer.merged = step.layer.merged
+        tied_layer.undo = Undo(tied_layer.base_layer, None, tied=True) if step.layer.undo is not None else None
 
 
 def _add_in_place(steps: list[Step]) -> None:

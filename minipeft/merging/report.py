@@ -15,7 +15,7 @@ class MergeReport:
     Args:
         relative_error: what rounding to the layer's own dtype cost: ``|realised - wanted| / |wanted|`` of each update,
             Frobenius norms.
-        output_error: for each quantised layer that a float one replaced, how far the two outputs lie apart at most, on
+        output_error: for each quantized layer that a float one replaced, how far the two outputs lie apart at most, on
             a random input, as a share of the largest value: the layer with its adapters, and the merged one.
     """
 
@@ -35,7 +35,7 @@ class MergeReport:
         if self.output_error:
             where = max(self.output_error, key=self.output_error.__getitem__)
             text += (
-                f"; {len(self.output_error)} of them were dequantised, which changed an output by at most "
+                f"; {len(self.output_error)} of them were dequantized, which changed an output by at most "
                 f"{self.output_error[where]:.2g} of the largest ({where})"
             )
         return text

@@ -11,7 +11,9 @@ from minipeft.injection.adapted_layer import AdaptedLayer, TensorIndex, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 
 
-def riders(layer: AdaptedLayer, names: tuple[str, ...], others: Iterable[AdaptedLayer]) -> tuple[AdaptedLayer, ...]:
+def tied_layers(
+    layer: AdaptedLayer, names: tuple[str, ...], others: Iterable[AdaptedLayer]
+) -> tuple[AdaptedLayer, ...]:
     """The other layers that hold the same weight and, of these adapters, the same: what is merged into one is in all."""
     weight = layer.owner._parameters.get("weight")
     if weight is None:
@@ -29,9 +31,9 @@ def _held(layer: AdaptedLayer, name: str) -> set[int] | None:
     return {id(p) for p in layer.adapter(name).parameters()} if name in layer.adapters else None
 
 
-def follows_ties(layer: AdaptedLayer) -> bool:
+def adapts_tied_layers(layer: AdaptedLayer) -> bool:
     """Whether an adapter here may be another layer's too."""
-    return any(layer.adapter(name).follows_ties for name in layer.adapters)
+    return any(layer.adapter(name).adapts_tied_layers for name in layer.adapters)
 
 
 def shared_parameters(

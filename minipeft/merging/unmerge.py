@@ -35,7 +35,7 @@ class Undo:
     threads: int = 1
     untied: dict[str, nn.Parameter] = field(default_factory=dict)  # the shared parameters, to be put back as they are
     retie: bool = False  # whether the model's config said that they are tied
-    rides: bool = False  # on the merge into another layer, whose weight this one holds
+    tied: bool = False  # on the merge into another layer, whose weight this one holds
 
     @property
     def is_enough(self) -> bool:
@@ -83,7 +83,7 @@ def original_weight(path: str, layer: AdaptedLayer, undo: Undo) -> Tensor | None
     Raises:
         MergeError: the merged weight was written or converted in the meantime.
     """
-    if undo.base_layer is not layer.base_layer or undo.untied or undo.rides:
+    if undo.base_layer is not layer.base_layer or undo.untied or undo.tied:
         return None
     now = layer.ops.read_weight(layer.base_layer).detach()
     if _same_sums(now, undo.merged_sums):

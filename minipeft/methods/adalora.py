@@ -168,7 +168,7 @@ class AdaLora(Adapter):
     def example_config(cls, **options: Any) -> AdapterConfig:
         return AdaLoraConfig(**{"total_step": 10, **options})
 
-    def __init__(self, base: nn.Module, ops: type[LayerOps], config: AdaLoraConfig, shared: object | None) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: AdaLoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         (out_features, in_features), weight = ops.shape(base), ops.read_weight(base)
         self.kept = config.kept  # of the init_r components, those that this adapter was made with
@@ -194,7 +194,7 @@ class AdaLora(Adapter):
             0.0,
         )  # training passes, how often one found another Lambda, and the sum of the last one found
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         if self.training and self.step < 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._miss_schedule()
         dropout, down = self.dropout if self.training else 0.0, self.lora_A * self.lora_E
@@ -317,12 +317,12 @@ class AdaLora(Adapter):
         return [was and next(left) for was in self.kept]
 
     @classmethod
-    def packing(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
+    def compact_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
         patterns = {name + RANKS_SUFFIX: adapter._pattern() for name, adapter in adapters.items()}
         return {"rank_pattern": patterns if not all(map(all, patterns.values())) else None}
 
     @classmethod
-    def packed(cls, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
+    def compacted(cls, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
         for name, pattern in (values["rank_pattern"] or {}).items():
             prefix = min((key for key in tensors if key.endswith(f".{name}")), key=len).removesuffix(RANKS_SUFFIX)
             values_of = tensors[prefix + RANKS_SUFFIX].flatten()

@@ -41,7 +41,9 @@ class Adapter(nn.Module, ABC):
     reads_base: ClassVar[bool] = False  # what `forward` does depends on the values of the base weight, not on y alone
     runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the base's output itself
     acts_before: ClassVar[bool] = False  # whether `before` does anything; found out, not said
-    follows_ties: ClassVar[bool] = False  # other layers that hold the very weight are adapted along, by `for_tied`
+    adapts_tied_layers: ClassVar[bool] = (
+        False  # other layers that hold the very weight are adapted along, by `for_tied`
+    )
     config_class: ClassVar[type[AdapterConfig]]
     # What stands before its keys in a file, where it comes along with another method (see `AdapterConfig.companions`).
     key_prefix: str = ""
@@ -54,7 +56,7 @@ class Adapter(nn.Module, ABC):
                 setattr(cls, said, getattr(Adapter, said))
 
     @classmethod
-    def share(cls, sites: Sequence[tuple[nn.Module, type[LayerOps]]], config: AdapterConfig) -> object | None:
+    def share(cls, sites: Sequence[tuple[nn.Module, LayerOps]], config: AdapterConfig) -> object | None:
         """Make what all adapters of one injection have in common, from the (layer, ops) of each; by default nothing."""
         return None
 
@@ -67,14 +69,14 @@ class Adapter(nn.Module, ABC):
         return cls.config_class(**options)
 
     @abstractmethod
-    def __init__(self, base: nn.Module, ops: type[LayerOps], config: Any, shared: object | None) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: Any, shared: object | None) -> None:
         super().__init__()
 
     @abstractmethod
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         """The adapted output, from the layer's input x and output y (..., out), a tensor; never in place on y."""
 
-    def before(self, base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor:
+    def before(self, base: nn.Module, ops: LayerOps, x: Tensor) -> Tensor:
         """What the layer, and every adapter in front of this one, sees of the input x; by default x itself.
 
         For a method that changes the input instead of the output, so that adapters compose as their merges do:
@@ -129,10 +131,10 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
-    def for_tied(self, base: nn.Module, ops: type[LayerOps]) -> Self:
+    def for_tied(self, base: nn.Module, ops: LayerOps) -> Self:
         """The same adapter, its parameters the same objects, for another layer that holds the very same weight.
 
-        To be overridden where `follows_ties` is True.
+        To be overridden where `adapts_tied_layers` is True.
         """
         raise NotImplementedError(f"{type(self).__name__} does not follow ties")
 
@@ -201,11 +203,11 @@ class Adapter(nn.Module, ABC):
         return {}
 
     @classmethod
-    def packing(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
-        """Options that say what `packed` leaves out; a run's checkpoints, from which training goes on, leave nothing out."""
+    def compact_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
+        """Options that say what `compacted` leaves out; a run's checkpoints, from which training goes on, leave nothing out."""
         return {}
 
     @classmethod
-    def packed(cls, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
+    def compacted(cls, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
         """What is written of copies of the saved tensors, by key, given the contents of ``adapter_config.json``."""
         return tensors

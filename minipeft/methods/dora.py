@@ -14,7 +14,7 @@ from torch.amp import is_autocast_available
 
 from minipeft.config import flag
 from minipeft.errors import ConfigError
-from minipeft.kernels import matmul as gemm
+from minipeft.kernels import matmul
 from minipeft.kernels.functional import accumulation_dtype, is_column_major
 from minipeft.layers.base import LayerOps
 from minipeft.methods.lora import Lora, LoraConfig
@@ -41,7 +41,7 @@ class DoraConfig(LoraConfig):
 class Dora(Lora):
     """y = m / |W + s B A| (W + s B A) x + b, eq. (5) of arXiv:2402.09353, with |.| the norm of each row.
 
-    `lora_magnitude_vector` m is (out,), in the layer's `gain_shape`, at first ``|W + s B A|``, so that the model starts
+    `lora_magnitude_vector` m is (out,), in the layer's `magnitude_shape`, at first ``|W + s B A|``, so that the model starts
     as its base; in float32 at least, since a rounded length would be another one. The norm gets no gradient (section
     4.3), and the bias is not scaled. Where dropout acts, W x stays whole and what DoRA adds to it sees dropout(x), as in PEFT:
     ``y = W x + b + (c - 1) W d + c s B A d`` with ``c = m / |W + s B A|`` and ``d = dropout(x)``. A row without length
@@ -53,18 +53,18 @@ class Dora(Lora):
     runs_base = True
     kept: tuple[object, Tensor, Tensor] | None = None  # of the base weight: where it is, a few values, |W|^2
 
-    def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoraConfig, shared: object | None) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
-        self.lora_magnitude_vector = nn.Parameter(self._norm(ops.read_weight(base)).view(ops.gain_shape(base)))
+        self.lora_magnitude_vector = nn.Parameter(self._norm(ops.read_weight(base)).view(ops.magnitude_shape(base)))
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         c = self.scale(ops.read_weight(base))
-        if self.training and self.dropout and not self.is_lookup:
+        if self.training and self.dropout and not self.is_embedding:
             return self.with_bias(base, ops, self._dropped(base, ops, x, y, c))
         y = self.low_rank(base, ops, x, y)
         return self.with_bias(base, ops, _scaled(base, ops, y, y, c, whole=True))
 
-    def _dropped(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None, c: Tensor) -> Tensor:
+    def _dropped(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None, c: Tensor) -> Tensor:
         y = ops.output(base, x) if y is None else y
         x = F.dropout(x, self.dropout)
         lora_A, lora_B = self.pair()
@@ -165,7 +165,7 @@ def squared_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _through(weight: Tensor, A: Tensor) -> Tensor:
     """``W A^T``, shape (out, r), in A's dtype."""
-    product: Callable[[Tensor, Tensor], Tensor] = torch.mm if torch.compiler.is_compiling() else gemm.narrow
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm if torch.compiler.is_compiling() else matmul.narrow
     if weight.dtype == A.dtype:
         return product(weight, A.t())
     cross = A.new_zeros(len(weight), len(A))
@@ -185,7 +185,7 @@ def _blocks(weight: Tensor, values: int) -> Iterator[tuple[slice, slice, Tensor]
         yield (every, some, part) if across else (some, every, part)
 
 
-def _scaled(base: Any, ops: type[LayerOps], y: Tensor, linear: Tensor, c: Tensor, *, whole: bool) -> Tensor:
+def _scaled(base: Any, ops: LayerOps, y: Tensor, linear: Tensor, c: Tensor, *, whole: bool) -> Tensor:
     """``y + (c - 1) (linear - b)``, all of the output's shape but c and b; `whole` says that y is `linear`.
 
     A half-precision c would lose what it differs from 1 by, and in full precision c itself saves a pass over y.

@@ -121,23 +121,23 @@ class IA3(Adapter):
 
     config_class = IA3Config
 
-    def __init__(self, base: nn.Module, ops: type[LayerOps], config: IA3Config, shared: object | None) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: IA3Config, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
-        self.is_feedforward, self.is_lookup = config.is_feedforward, ops.is_lookup
+        self.is_feedforward, self.is_embedding = config.is_feedforward, ops.is_embedding
         shape = (1, ops.in_channels(base)) if self.is_feedforward else (ops.shape(base)[0], 1)
         self.ia3_l = nn.Parameter(ops.read_weight(base).new_ones(shape))
         if not config.init_ia3_weights:
             nn.init.normal_(self.ia3_l)
 
-    def before(self, base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor:
+    def before(self, base: nn.Module, ops: LayerOps, x: Tensor) -> Tensor:
         # Multiplied in the wider dtype and rounded once: near 1 a half-precision vector could hardly move.
-        outside = not self.is_feedforward or self.is_lookup
+        outside = not self.is_feedforward or self.is_embedding
         return x if outside else ops.scale_in(base, x, self.ia3_l.flatten()).to(x.dtype)
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         if not self.is_feedforward:
             y = ops.scale_out(base, y, self.ia3_l.flatten()).to(y.dtype)
-        elif self.is_lookup:  # a one-hot input scaled is the looked-up column scaled
+        elif self.is_embedding:  # a one-hot input scaled is the looked-up column scaled
             y = (y * ops.project_in(base, x, self.ia3_l)).to(y.dtype)
         assert isinstance(y, Tensor)
         return y

@@ -49,7 +49,7 @@ class LoHa(Lycoris):
     hada_w2_a: nn.Parameter
     hada_w2_b: nn.Parameter
 
-    def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoHaConfig, shared: object | None) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: LoHaConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared, rescales=True)
         weight = ops.read_weight(base)
         for which in ("1", "2"):
@@ -66,7 +66,7 @@ class LoHa(Lycoris):
         down = self.hada_w1_b.unsqueeze(1) * self.hada_w2_b.unsqueeze(0)
         return up.flatten(1), down.flatten(0, 1)
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         up, down = self._pair()
         passes = self.passes(up)
         up = up if passes is None else passes.unsqueeze(1) * up

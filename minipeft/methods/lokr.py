@@ -63,7 +63,7 @@ class LoKr(Lycoris):
 
     config_class = LoKrConfig
 
-    def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoKrConfig, shared: object | None) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: LoKrConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared, rescales=config.rank_dropout_scale)
         (l, k), (m, n) = (factorise(s, config.decompose_factor) for s in (self.out_features, self.in_features))  # noqa: E741
         weight = ops.read_weight(base)
@@ -85,11 +85,11 @@ class LoKr(Lycoris):
             return self.get_parameter(name)
         return self.get_parameter(f"{name}_a") @ self.get_parameter(f"{name}_b")
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         C, D = self._factor("lokr_w1"), self._factor("lokr_w2") * self.scaling
         passes = self.passes(C)
-        dtype = y.dtype if ops.is_lookup else x.dtype
-        if ops.is_lookup:  # the looked-up column is the Kronecker product of two columns
+        dtype = y.dtype if ops.is_embedding else x.dtype
+        if ops.is_embedding:  # the looked-up column is the Kronecker product of two columns
             columns = C.t()[x // D.shape[1]].unsqueeze(-1) * D.t()[x % D.shape[1]].unsqueeze(-2)
             unit = ops.project_out(base, C.new_ones(1), C.new_ones(self.out_features, 1))
             update = columns.flatten(-2) * unit

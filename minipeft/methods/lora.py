@@ -26,7 +26,7 @@ from minipeft.registry import register_method
 MAX_RANK = 2**16
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 OF_WEIGHT = re.compile(r"(pissa(?:_niter_([1-9]\d{0,2}))?|olora)(_kept)?")  # they start from parts of the weight
-NOT_HERE = {"eva": "inputs", "corda": "inputs", "lora_ga": "gradients", "loftq": "quantisation error", "mica": "tail"}
+NOT_HERE = {"eva": "inputs", "corda": "inputs", "lora_ga": "gradients", "loftq": "quantization error", "mica": "tail"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,21 +189,21 @@ class Lora(Adapter):
     initial_A: Tensor | None
     initial_B: Tensor | None
 
-    def __init__(self, base: nn.Module, ops: type[LayerOps], config: LoraConfig, shared: object | None) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         weight, bias = ops.read_weight(base), ops.read_bias(base)
-        self.is_lookup, self.maps = ops.is_lookup, ops.maps(base)
+        self.is_embedding, self.num_experts = ops.is_embedding, ops.num_experts(base)
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
         self.freeze_lora_A = config.freeze_lora_A
-        if config.freeze_lora_A and ops.is_lookup:
+        if config.freeze_lora_A and ops.is_embedding:
             raise ConfigError(
                 f"freeze_lora_A on {type(base).__name__}: its lora_A starts at zero, so nothing would ever be learned; "
                 "nothing was changed."
             )
         self.lora_A = nn.Parameter(weight.new_empty(ops.down_shape(base, config.r)), not config.freeze_lora_A)
         self.lora_B = nn.Parameter(weight.new_empty(ops.up_shape(base, config.r)))
-        if config.lora_bias and ops.is_lookup:
+        if config.lora_bias and ops.is_embedding:
             raise ConfigError(f"lora_bias is not for {type(base).__name__}, which has no bias; nothing was changed.")
         self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0])) if config.lora_bias else None
         start = bias.detach() if config.bias != "none" and bias is not None else None
@@ -213,9 +213,9 @@ class Lora(Adapter):
         self.trains_bias = self.lora_bias is not None or self.lora_B_bias is not None
         of_weight = OF_WEIGHT.fullmatch(str(config.init_lora_weights))
         self.starts_from_weight = of_weight is not None
-        if self.maps > 1 and (of_weight or config.init_lora_weights == "orthogonal"):
+        if self.num_experts > 1 and (of_weight or config.init_lora_weights == "orthogonal"):
             raise ConfigError(
-                f"init_lora_weights {config.init_lora_weights!r} is for one matrix, and {type(base).__name__} has {self.maps} in "
+                f"init_lora_weights {config.init_lora_weights!r} is for one matrix, and {type(base).__name__} has {self.num_experts} in "
                 "one parameter; nothing was changed. Use True or 'gaussian' there."
             )
         self.register_buffer("initial_A", torch.zeros_like(self.lora_A.detach()) if of_weight else None)
@@ -229,7 +229,7 @@ class Lora(Adapter):
         if init_lora_weights == "orthogonal" or (match and not match[3]):
             if not weight.is_meta:
                 self._start_from(init_lora_weights, match, weight)
-        elif self.is_lookup:  # as PEFT: what is looked up starts at zero, and B is what the zeros are multiplied by
+        elif self.is_embedding:  # as PEFT: what is looked up starts at zero, and B is what the zeros are multiplied by
             self.lora_A.normal_() if init_lora_weights is False else self.lora_A.zero_()
             self.lora_B.normal_()
         else:
@@ -264,11 +264,11 @@ class Lora(Adapter):
         A, B = self.initial_A.to(self.lora_A.dtype), self.initial_B.to(self.lora_B.dtype)
         return torch.cat([self.lora_A, A]), torch.cat([self.lora_B, -B], 1)
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         y = self.low_rank(base, ops, x, y)
         return self.with_bias(base, ops, y) if self.trains_bias else y
 
-    def low_rank(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+    def low_rank(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         """``y + scaling * B A dropout(x)``; without y, that of the base."""
         dropout, (lora_A, lora_B) = self.dropout if self.training else 0.0, self.pair()
         if dropout and ops.reads:
@@ -277,7 +277,7 @@ class Lora(Adapter):
             )
         return low_rank_forward(base, ops, x, y, lora_A, lora_B, self.scaling, dropout)
 
-    def with_bias(self, base: nn.Module, ops: type[LayerOps], y: Tensor) -> Tensor:
+    def with_bias(self, base: nn.Module, ops: LayerOps, y: Tensor) -> Tensor:
         """The output with what the training of biases has changed."""
         update = self.bias_update()
         return y if update is None else y + ops.along_out(base, update.to(y.dtype), y.ndim)
@@ -300,7 +300,7 @@ class Lora(Adapter):
         return weight + self._update(weight).to(weight.dtype), bias
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        if self.lora_bias is not None or self.lora_B_bias is not None or self.maps > 1:
+        if self.lora_bias is not None or self.lora_B_bias is not None or self.num_experts > 1:
             return None  # the merge changes more than the weight, or one product is not all
         return lora_factors(*self._matrices(), self.scaling)
 
@@ -308,8 +308,8 @@ class Lora(Adapter):
         return self._update(weight)
 
     def _update(self, weight: Tensor) -> Tensor:
-        if self.maps > 1:
-            return stacked_delta(*self._matrices(), self.scaling, self.maps)
+        if self.num_experts > 1:
+            return stacked_delta(*self._matrices(), self.scaling, self.num_experts)
         return lora_delta(*self._matrices(), self.scaling, column_major=is_column_major(weight))
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
@@ -329,7 +329,7 @@ class Lora(Adapter):
         return not (self.lora_A.any() and self.lora_B.any())
 
     def file_tensors(self) -> dict[str, Tensor]:
-        names = ("lora_embedding_A", "lora_embedding_B") if self.is_lookup else ("lora_A.weight", "lora_B.weight")
+        names = ("lora_embedding_A", "lora_embedding_B") if self.is_embedding else ("lora_A.weight", "lora_B.weight")
         tensors: dict[str, Tensor] = {names[0]: self.lora_A, names[1]: self.lora_B}
         more = {
             f"initial_{names[0]}": self.initial_A,

@@ -12,7 +12,7 @@ from minipeft.layers.base import LayerOps
 
 def low_rank_forward(
     base: nn.Module,
-    ops: type[LayerOps],
+    ops: LayerOps,
     x: Tensor,
     y: Tensor | None,
     down: Tensor,
@@ -38,10 +38,10 @@ def low_rank_forward(
             return lora_linear(x, weight, bias, down, up, scaling, dropout)
     y = ops.run(base, x) if y is None else y
     assert isinstance(y, Tensor)
-    dtype = y.dtype if ops.is_lookup else x.dtype
-    if dropout and not ops.is_lookup:
+    dtype = y.dtype if ops.is_embedding else x.dtype
+    if dropout and not ops.is_embedding:
         x = F.dropout(x, dropout)
     h = ops.project_in(base, x, down.to(dtype)) * scaling
-    if dropout and ops.is_lookup:
+    if dropout and ops.is_embedding:
         h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), dropout)
     return y + ops.project_out(base, h, up.to(dtype)).to(y.dtype)

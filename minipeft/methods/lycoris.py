@@ -79,7 +79,7 @@ class Lycoris(Adapter):
     """
 
     def __init__(
-        self, base: nn.Module, ops: type[LayerOps], config: LycorisConfig, shared: object | None, rescales: bool
+        self, base: nn.Module, ops: LayerOps, config: LycorisConfig, shared: object | None, rescales: bool
     ) -> None:
         super().__init__(base, ops, config, shared)
         self.out_features, self.in_features = ops.shape(base)

@@ -85,12 +85,12 @@ class OFT(Adapter):
 
     config_class = OFTConfig
 
-    def __init__(self, base: nn.Module, ops: type[LayerOps], config: OFTConfig, shared: object | None) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: OFTConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
-        if not ops.is_lookup and not ops.takes_vectors():
+        if not ops.is_embedding and not ops.takes_vectors():
             raise TargetError(f"OFT rotates vectors, which {type(base).__name__} does not take; nothing was changed.")
-        self.config, self.is_lookup = config, ops.is_lookup
-        self.size = ops.shape(base)[0 if ops.is_lookup else 1]
+        self.config, self.is_embedding = config, ops.is_embedding
+        self.size = ops.shape(base)[0 if ops.is_embedding else 1]
         self.block = config.block_size(self.size)
         blocks = 1 if config.block_share else self.size // self.block
         self.weight = nn.Parameter(ops.read_weight(base).new_zeros(blocks, self.block * (self.block - 1) // 2))
@@ -137,16 +137,16 @@ class OFT(Adapter):
         return torch.bmm(rows, R).transpose(0, 1).reshape(x.shape).to(x.dtype)
 
     # --------------------------------------------------------------------------------------------------------- contract
-    def before(self, base: nn.Module, ops: type[LayerOps], x: Tensor) -> Tensor:
-        return x if self.is_lookup else self._rotated(x)
+    def before(self, base: nn.Module, ops: LayerOps, x: Tensor) -> Tensor:
+        return x if self.is_embedding else self._rotated(x)
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
-        result: Tensor = self._rotated(y) if self.is_lookup else y
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
+        result: Tensor = self._rotated(y) if self.is_embedding else y
         return result
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         R, (out, into) = self.rotations().detach().to(weight.dtype), weight.shape
-        if self.is_lookup:
+        if self.is_embedding:
             return torch.bmm(R.transpose(1, 2), weight.reshape(len(R), self.block, into)).reshape(out, into), bias
         blocks = weight.reshape(out, len(R), self.block).transpose(0, 1)
         return torch.bmm(blocks, R.transpose(1, 2)).transpose(0, 1).reshape(out, into), bias
@@ -155,7 +155,7 @@ class OFT(Adapter):
         return not self.weight.any()
 
     def file_tensors(self) -> dict[str, Tensor]:
-        return {f"oft_{'embedding_' if self.is_lookup else ''}R.weight": self.weight}
+        return {f"oft_{'embedding_' if self.is_embedding else ''}R.weight": self.weight}
 
 
 def _series(one: Tensor, Q: Tensor, terms: int) -> Tensor:

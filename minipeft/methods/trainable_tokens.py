@@ -107,7 +107,7 @@ class TrainableTokens(Adapter):
 
     config_class = TrainableTokensConfig
     runs_base = True
-    follows_ties = True
+    adapts_tied_layers = True
     original: Tensor
     indices: Tensor
     ascending: Tensor
@@ -117,15 +117,13 @@ class TrainableTokens(Adapter):
     def example_config(cls, **options: Any) -> AdapterConfig:
         return cls.config_class(**{"token_indices": [6, 0, 3, 4], **options})
 
-    def __init__(
-        self, base: nn.Module, ops: type[LayerOps], config: TrainableTokensConfig, shared: object | None
-    ) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: TrainableTokensConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
-        if not ops.is_lookup and (ops.reads or not ops.takes_vectors()):
+        if not ops.is_embedding and (ops.reads or not ops.takes_vectors()):
             raise ConfigError(
                 f"{type(base).__name__} has no rows of tokens: they are trained in embeddings and linear output heads; nothing was changed."
             )
-        self.is_lookup = ops.is_lookup
+        self.is_embedding = ops.is_embedding
         rows, ids = self._table(ops.read_weight(base).detach()), tuple(config.token_indices)
         self.ids = ids
         beyond = max(ids) - len(rows) + 1
@@ -146,18 +144,18 @@ class TrainableTokens(Adapter):
 
     def _table(self, weight: Tensor) -> Tensor:
         """The canonical weight with a token a row."""
-        return weight.t() if self.is_lookup else weight
+        return weight.t() if self.is_embedding else weight
 
     def change(self) -> Tensor:
         """What is added to the tokens' rows, (tokens, width)."""
         return self.trainable_tokens_delta - self.original.to(self.trainable_tokens_delta.dtype)
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         fresh = y is None and ops.is_linear_call(base)
         if y is None:
             y = ops.run(base, x)
         assert isinstance(y, Tensor)
-        if not ops.is_lookup:
+        if not ops.is_embedding:
             more = ops.scaled(base, ops.project_in(base, x, self.change().to(x.dtype))).to(y.dtype)
             # Into an output that nobody else holds: for a head it is the largest array there is.
             return y.index_add_(-1, self.indices, more) if fresh else y.index_add(-1, self.indices, more)
@@ -182,13 +180,13 @@ class TrainableTokens(Adapter):
         return update
 
     def changed_rows(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.is_lookup else (self.indices, self.change())
+        return None if self.is_embedding else (self.indices, self.change())
 
-    def for_tied(self, base: nn.Module, ops: type[LayerOps]) -> Self:
+    def for_tied(self, base: nn.Module, ops: LayerOps) -> Self:
         twin = copy.copy(self)
         for name in ("_parameters", "_buffers", "_modules"):
             setattr(twin, name, dict(getattr(self, name)))
-        twin.is_lookup = ops.is_lookup
+        twin.is_embedding = ops.is_embedding
         return twin
 
     def untouched(self, weight: Tensor) -> Tensor:

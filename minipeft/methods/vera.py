@@ -94,18 +94,18 @@ class Vera(Adapter):
     projections: Projections
 
     @classmethod
-    def share(cls, sites: Sequence[tuple[nn.Module, type[LayerOps]]], config: AdapterConfig) -> Projections:
+    def share(cls, sites: Sequence[tuple[nn.Module, LayerOps]], config: AdapterConfig) -> Projections:
         assert isinstance(config, VeraConfig)
         shapes = [ops.shape(base) for base, ops in sites]
         base, ops = sites[0]
         sizes = max(out for out, _ in shapes), max(into for _, into in shapes)
         return Projections(config.r, *sizes, config.projection_prng_key, ops.read_weight(base).device)
 
-    def __init__(self, base: nn.Module, ops: type[LayerOps], config: VeraConfig, shared: object | None) -> None:
+    def __init__(self, base: nn.Module, ops: LayerOps, config: VeraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         assert isinstance(shared, Projections)
         self.out_features, self.in_features = ops.shape(base)
-        self.is_lookup = ops.is_lookup
+        self.is_embedding = ops.is_embedding
         self.dropout, self.saves_projections = config.vera_dropout, config.save_projection
         self.projections = shared
         weight = ops.read_weight(base)
@@ -122,9 +122,11 @@ class Vera(Adapter):
         assert isinstance(B, Tensor)
         return A[:, : self.in_features].to(device), B[: self.out_features].to(device)
 
-    def forward(self, base: nn.Module, ops: type[LayerOps], x: Tensor, y: Any) -> Tensor:
+    def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         A, B = self._factors(x.device)
-        if not torch.is_grad_enabled() and ops.takes_vectors() and not self.is_lookup:  # nothing to keep: scale vectors
+        if (
+            not torch.is_grad_enabled() and ops.takes_vectors() and not self.is_embedding
+        ):  # nothing to keep: scale vectors
             y = ops.run(base, x) if y is None else y
             h = ops.project_in(base, x, A.to(x.dtype)) * self.vera_lambda_d
             more = ops.project_out(base, h.to(x.dtype), B.to(x.dtype)) * self.vera_lambda_b

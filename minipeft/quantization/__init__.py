@@ -1,1 +1,1 @@
-"""Quantised bases: making them, and making them float again."""
+"""Quantized bases: making them, and making them float again."""

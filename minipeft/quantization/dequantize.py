@@ -1,4 +1,4 @@
-"""From quantised layers to float ones: in a whole model, and what it costs in one layer."""
+"""From quantized layers to float ones: in a whole model, and what it costs in one layer."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from minipeft.errors import MergeError, StateError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.targets import candidates, layer_ops
 
-# What transformers keeps of a quantisation: on the model, and in its config.
+# What transformers keeps of a quantization: on the model, and in its config.
 NOTES = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 @torch.no_grad()
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every quantised layer of a model by a float one that holds the dequantised weight; returns the model.
+    """Replace every quantized layer of a model by a float one that holds the dequantized weight; returns the model.
 
     The layers take the dtype of the model's other parameters. One that replaced a GPT-2 ``Conv1D`` becomes a Conv1D
     again, so that the model is what its class says and can be saved by transformers.
 
     Raises:
         StateError: the model has adapters (merge or unload them first).
-        MergeError: hooks or a patched forward sit on a quantised layer, and would be lost; nothing was changed.
+        MergeError: hooks or a patched forward sit on a quantized layer, and would be lost; nothing was changed.
     """
     found, dtype = candidates(model), float_dtype(model)
-    quantised = {name: candidate for name, candidate in found.items() if _is_quantized(candidate.base)}
-    for name, candidate in quantised.items():
+    quantized = {name: candidate for name, candidate in found.items() if _is_quantized(candidate.base)}
+    for name, candidate in quantized.items():
         if candidate.module is not candidate.base:
             raise StateError(f"{name} has adapters; merge_and_unload(dequantize=True) or unload() them first.")
     check_replaceable(model)
-    for candidate in quantised.values():
+    for candidate in quantized.values():
         ops = layer_ops(candidate.base)
         assert ops is not None
         weight, bias = ops.read_weight(candidate.base).to(dtype), ops.read_bias(candidate.base)
@@ -50,7 +50,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def check_replaceable(model: nn.Module) -> None:
-    """Refuse to replace quantised layers to which something is attached that their replacements would not have.
+    """Refuse to replace quantized layers to which something is attached that their replacements would not have.
 
     Raises:
         MergeError: so it is.
@@ -74,17 +74,17 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def dtype_to_merge_in(path: str, layer: AdaptedLayer, model: nn.Module, dequantize: bool) -> torch.dtype:
-    """The dtype a layer's merged weight is rounded to: its own, or for a quantised layer that of the float one to come.
+    """The dtype a layer's merged weight is rounded to: its own, or for a quantized layer that of the float one to come.
 
     Raises:
-        MergeError: the layer is quantised and `dequantize` is False.
+        MergeError: the layer is quantized and `dequantize` is False.
     """
     base = layer.base_layer
     if not layer.ops.is_quantized:
         return layer.ops.read_weight(base).dtype
     if not dequantize:
         raise MergeError(
-            f"{path}: {type(base).__name__} is quantised, and rounding to its few values would lose most of an update; nothing "
+            f"{path}: {type(base).__name__} is quantized, and rounding to its few values would lose most of an update; nothing "
             "was merged. Keep the adapter beside it, or pass dequantize=True for float layers."
         )
     return float_dtype(model)

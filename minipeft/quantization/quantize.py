@@ -1,4 +1,4 @@
-"""Quantising the frozen linear layers of a model in memory, GPT-2's Conv1D included, before adapters are put on it."""
+"""Quantizing the frozen linear layers of a model in memory, GPT-2's Conv1D included, before adapters are put on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minipeft import registry
 from minipeft.errors import ConfigError, StateError, TargetError, hint, shown
 from minipeft.injection.adapted_layer import TensorIndex, Wrapper
 from minipeft.injection.targets import HEAD_NAMES, Candidate, candidates, layer_ops
-from minipeft.kernels import malloc_trim as heap
+from minipeft.kernels import malloc_trim
 from minipeft.layers.base import LayerOps
 from minipeft.patterns import is_suffix
 from minipeft.transformers_model import output_head
@@ -19,7 +19,7 @@ from minipeft.transformers_model import output_head
 
 @torch.no_grad()
 def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str] = ()) -> nn.Module:
-    """Replace the linear layers of a float model by quantised, frozen ones, in place; returns the model.
+    """Replace the linear layers of a float model by quantized, frozen ones, in place; returns the model.
 
     Left in float are the output head and task heads, embeddings, layers that share their weight with another module,
     and whatever has a forward of its own. The float weights go when the last reference to them does.
@@ -34,24 +34,24 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
     Raises:
         ConfigError: no such kind, or its package is missing.
         StateError: the model has adapters.
-        TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantise. In any case nothing was
+        TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantize. In any case nothing was
             changed.
     """
     registry.load_plugins()
-    packers: dict[str, type[LayerOps]] = {name: ops for ops in registry.layer_classes() for name in ops.kinds}
-    if kind not in packers:
-        raise ConfigError(f"quantize: no kind {kind!r}{hint(str(kind), packers)}; there are: {shown(packers)}.")
+    quantizers: dict[str, LayerOps] = {name: ops for ops in registry.layer_classes() for name in ops.kinds}
+    if kind not in quantizers:
+        raise ConfigError(f"quantize: no kind {kind!r}{hint(str(kind), quantizers)}; there are: {shown(quantizers)}.")
     if any(isinstance(module, Wrapper) for module in model.modules()):
-        raise StateError("quantize: this model has adapters; quantise it first, then adapt it. Nothing was changed.")
+        raise StateError("quantize: this model has adapters; quantize it first, then adapt it. Nothing was changed.")
     chosen = _chosen(model, skip_modules)
-    replacements = [(candidate, _replacement(candidate, ops, packers[kind], kind)) for candidate, ops in chosen]
+    replacements = [(candidate, _replacement(candidate, ops, quantizers[kind], kind)) for candidate, ops in chosen]
     for candidate, layer in replacements:
         for parent, attribute in candidate.places:
             setattr(parent, attribute, layer)
     return model
 
 
-def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candidate, type[LayerOps]]]:
+def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candidate, LayerOps]]:
     found, index = candidates(model), TensorIndex(model)
     head = output_head(model)
     skipped: set[int] = set()
@@ -75,20 +75,20 @@ def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candida
             continue
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.is_meta:
             raise TargetError(
-                f"{name}: a weight of {weight.dtype} on {weight.device.type} cannot be quantised; nothing was changed. "
+                f"{name}: a weight of {weight.dtype} on {weight.device.type} cannot be quantized; nothing was changed. "
                 "Convert the model to float32, bfloat16 or float16."
             )
         chosen.append((candidate, ops))
     if not chosen:
-        raise TargetError(f"quantize: {type(model).__name__} has no linear layer to quantise; nothing was changed.")
+        raise TargetError(f"quantize: {type(model).__name__} has no linear layer to quantize; nothing was changed.")
     return chosen
 
 
-def _replacement(candidate: Candidate, ops: type[LayerOps], packer: type[LayerOps], kind: str) -> nn.Module:
+def _replacement(candidate: Candidate, ops: LayerOps, quantizer: LayerOps, kind: str) -> nn.Module:
     name, layer = candidate.names[0], candidate.base
     weight, bias = ops.read_weight(layer).detach().contiguous(), ops.read_bias(layer)
     try:
-        packed = packer.pack(kind, weight, None if bias is None else bias.detach())
+        packed = quantizer.quantize(kind, weight, None if bias is None else bias.detach())
     except ImportError as error:
         raise ConfigError(
             f"quantize: {kind!r} needs {error.name or 'a package'}, which is not installed; pip install 'minipeft[quant]'. "
@@ -98,13 +98,13 @@ def _replacement(candidate: Candidate, ops: type[LayerOps], packer: type[LayerOp
         raise TargetError(
             f"{name}: {error}; nothing was changed. Leave it in float by skip_modules, or take another kind."
         ) from None
-    if not packer.accepts(packed):
+    if not quantizer.accepts(packed):
         raise TargetError(
-            f"{name}: the installed package packs {kind!r} in a way that {packer.__name__} does not know; nothing was changed. "
+            f"{name}: the installed package packs {kind!r} in a way that {type(quantizer).__name__} does not know; nothing was changed. "
             "Take the version that the extra minipeft[quant] names."
         )
     # What stood here, in transformers' words: whoever makes it float again knows what to make of it.
     packed.source_cls = type(layer)  # type: ignore[assignment]
-    packer.prepare(packed)
-    heap.trim(weight.device.type)  # the peak is here, and packing leaves holes
+    quantizer.prepare(packed)
+    malloc_trim.trim(weight.device.type)  # the peak is here, and packing leaves holes
     return packed.requires_grad_(False).train(layer.training)

@@ -27,7 +27,7 @@ OWN_NOISE = 0.05  # what a layer may differ from its own weight, as a fraction o
 class Holder(nn.Module):
     """The model of a trial: one layer, and how it is called."""
 
-    def __init__(self, layer: nn.Module, ops: type[LayerOps]) -> None:
+    def __init__(self, layer: nn.Module, ops: LayerOps) -> None:
         super().__init__()
         self.ops = ops
         self.layer = layer
@@ -69,7 +69,7 @@ class Case:
     method: str
     adapter: type[Any]
     layer: str
-    ops: type[LayerOps]
+    ops: LayerOps
     make: Callable[[int, int], nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -140,7 +140,7 @@ class Case:
 def case_of(
     method: str,
     layer: str,
-    ops: type[LayerOps] | None,
+    ops: LayerOps | None,
     make: Callable[[int, int], nn.Module] | None,
     options: Mapping[str, Any],
 ) -> Case:
@@ -159,23 +159,25 @@ def case_of(
     found = layer_ops(instance)
     if registered is None and found is None:
         raise TargetError(f"no LayerOps accept a {type(instance).__name__}; see register_layer.")
-    if registered is not None and isinstance(found, type) and not issubclass(found, registered):
+    if registered is not None and found is not None and not isinstance(found, type(registered)):
         raise TargetError(
-            f"{layer}: {registered.__name__}.example gives a {type(instance).__name__}, which {found.__name__} serves; "
+            f"{layer}: {type(registered).__name__}.example gives a {type(instance).__name__}, which {type(found).__name__} serves; "
             "override example, or pass make=..."
         )
     resolved: Any = registered or found
     return Case(method, registry.method_class(method), layer, resolved, make, options)
 
 
-def _example(ops: type[LayerOps], layer: str) -> Callable[[int, int], nn.Module]:
+def _example(ops: LayerOps, layer: str) -> Callable[[int, int], nn.Module]:
     def made(in_features: int, out_features: int) -> nn.Module:
         try:
             example = ops.example(in_features, out_features)
         except ImportError as error:
             raise TargetError(f"{layer}: {error.name or error} is not installed.") from None
         if example is None:
-            raise TargetError(f"{layer}: {ops.__name__}.example gives no layer to try; override it, or pass make=...")
+            raise TargetError(
+                f"{layer}: {type(ops).__name__}.example gives no layer to try; override it, or pass make=..."
+            )
         return example
 
     return made

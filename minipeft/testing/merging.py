@@ -53,7 +53,7 @@ def _refuses_to_merge(case: Case, name: str) -> str:
         model.merge_adapter()
     except MergeError:
         if fingerprint(model) == before:
-            return f"{case.ops.__name__}.can_merge is False, and merging is refused"
+            return f"{type(case.ops).__name__}.can_merge is False, and merging is refused"
     raise case.fail(name, "can_merge is False, but merging is not refused, or not without a trace")
 
 
@@ -97,7 +97,7 @@ def _algebra(case: Case, name: str, layer: AdaptedLayer) -> None:
 
 
 def _merge_options(case: Case) -> dict[str, Any]:
-    # A quantised layer is merged into a float layer in its place, and only where that is asked for.
+    # A quantized layer is merged into a float layer in its place, and only where that is asked for.
     return {"dequantize": True} if case.ops.is_quantized else {}
 
 

@@ -214,7 +214,7 @@ def _check_example_config(case: Case) -> None:
 
 
 def _serves(case: Case, layer: AdaptedLayer) -> bool:
-    return issubclass(layer.ops, case.ops)
+    return isinstance(layer.ops, type(case.ops))
 
 
 __all__ = ["CHECKS", "PairReport", "Report", "check_layer", "check_method", "check_pair", "refusal"]

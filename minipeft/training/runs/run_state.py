@@ -167,7 +167,7 @@ class TrainingState:
         if rank != 0:
             return None
         name = self.adapter_name
-        config = checkpoint.file_config(self.model, self.model.adapter_configs[name], name, packed=False)
+        config = checkpoint.file_config(self.model, self.model.adapter_configs[name], name, compact=False)
         base = base_samples(self.model, name)
         return Snapshot(adapter.tensors, config, base, others.tensors, rng, state)
 

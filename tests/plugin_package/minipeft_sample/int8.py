@@ -23,20 +23,16 @@ class Int8Linear(nn.Module):
 class Int8Ops(LayerOps):
     """W = packed * scale."""
 
-    @staticmethod
-    def shape(base):
+    def shape(self, base):
         return tuple(base.packed.shape)
 
-    @staticmethod
-    def read_weight(base):
+    def read_weight(self, base):
         return base.packed * base.scale if isinstance(base, Int8Linear) else base.weight
 
-    @staticmethod
-    def write_weight(base, weight, bias):
+    def write_weight(self, base, weight, bias):
         linear = nn.Linear(*reversed(weight.shape), bias=bias is not None).to(base.scale)
         linear.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
         return linear
 
-    @classmethod
-    def example(cls, in_features, out_features):
+    def example(self, in_features, out_features):
         return Int8Linear(nn.Linear(in_features, out_features))

@@ -1,4 +1,4 @@
-"""The fused low-rank map on quantised bases: the same function as without, and no float weight kept for it."""
+"""The fused low-rank map on quantized bases: the same function as without, and no float weight kept for it."""
 
 import copy
 import gc
@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from test_lora import OneLayer
-from test_quantised import EPS, KINDS, adapted, gpt2, quantised, read
+from test_quantized import EPS, KINDS, adapted, gpt2, quantized, read
 from tiny_models import disturb, foreign_code, token_ids
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +48,7 @@ def is_fused(y):
 
 
 def float_twin(model):
-    """The same adapted layer on the float layer that the quantised one stands for."""
+    """The same adapted layer on the float layer that the quantized one stands for."""
     base = model.layer.base_layer
     plain = nn.Linear(IN, OUT, base.bias is not None)
     plain.load_state_dict({"weight": read(base)} | ({} if base.bias is None else {"bias": base.bias}))
@@ -72,7 +72,7 @@ def made(monkeypatch):
 
         return dequantized_in
 
-    for ops in {layer_ops(quantised(kind).layer) for kind in KINDS}:
+    for ops in {layer_ops(quantized(kind).layer) for kind in KINDS}:
         monkeypatch.setattr(ops, "dequantized_in", spied(ops.dequantized_in))
     return references
 
@@ -88,7 +88,7 @@ def route(request, monkeypatch):
 @pytest.mark.parametrize("dtype", EPS)
 @every_kind
 def test_output_and_gradients_are_those_of_the_formula_in_float64(kind, dtype, bias):
-    model = adapted(quantised(kind, lambda: nn.Linear(IN, OUT, bias), dtype))
+    model = adapted(quantized(kind, lambda: nn.Linear(IN, OUT, bias), dtype))
     base, (A, B) = model.layer.base_layer, factors(model)
     x = torch.randn(2, 5, IN, dtype=dtype, requires_grad=True)
     y = model(x)
@@ -111,7 +111,7 @@ def test_output_and_gradients_are_those_of_the_formula_in_float64(kind, dtype, b
 @every_kind
 def test_every_option_gives_what_it_gives_on_the_float_layer(kind, dropout, options):
     """Whose masks, drawn from the same seed, are the same."""
-    model = adapted(quantised(kind), lora_dropout=dropout, **options)
+    model = adapted(quantized(kind), lora_dropout=dropout, **options)
     x, results = torch.randn(6, IN, requires_grad=True), []
     for one in (model, float_twin(model)):
         torch.manual_seed(1)
@@ -123,7 +123,7 @@ def test_every_option_gives_what_it_gives_on_the_float_layer(kind, dropout, opti
 
 @every_kind
 def test_a_method_that_is_no_lora_takes_the_fused_path_too(kind):
-    model = minipeft.get_adapter_model(quantised(kind), minipeft.LoHaConfig(target_modules=["layer"], r=4))
+    model = minipeft.get_adapter_model(quantized(kind), minipeft.LoHaConfig(target_modules=["layer"], r=4))
     disturb(model)
     x = torch.randn(6, IN, requires_grad=True)
     results = [(y, *torch.autograd.grad(y.sum(), x)) for y in (model(x), float_twin(model)(x))]
@@ -133,7 +133,7 @@ def test_a_method_that_is_no_lora_takes_the_fused_path_too(kind):
 
 @every_kind
 def test_the_gradient_of_the_gradient_is_that_of_the_float_layer(kind):
-    model, results = adapted(quantised(kind)), []
+    model, results = adapted(quantized(kind)), []
     x = torch.randn(6, IN, requires_grad=True)
     for one in (model, float_twin(model)):
         A, B = factors(one)
@@ -144,7 +144,7 @@ def test_the_gradient_of_the_gradient_is_that_of_the_float_layer(kind):
 
 @every_kind
 def test_checkpointing_replays_the_dropout(kind):
-    model = adapted(quantised(kind), lora_dropout=0.5)
+    model = adapted(quantized(kind), lora_dropout=0.5)
     x, results = torch.randn(6, IN, requires_grad=True), []
     for call in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
         torch.manual_seed(3)
@@ -155,7 +155,7 @@ def test_checkpointing_replays_the_dropout(kind):
 
 @every_kind
 def test_compiled_it_is_the_same(kind):
-    model = adapted(quantised(kind))
+    model = adapted(quantized(kind))
     x = torch.randn(6, IN, requires_grad=True)
     expected = model(x)
     with foreign_code():
@@ -167,7 +167,7 @@ def test_compiled_it_is_the_same(kind):
 @every_kind
 def test_a_fresh_adapter_and_a_disabled_one_leave_the_layers_own_output(kind, training):
     torch.manual_seed(0)
-    model = minipeft.get_lora_model(quantised(kind), LoraConfig(target_modules=["layer"], r=4)).train(training)
+    model = minipeft.get_lora_model(quantized(kind), LoraConfig(target_modules=["layer"], r=4)).train(training)
     x = torch.randn(6, IN, requires_grad=True)
     own = model.layer.base_layer(x)
     same((model(x),), (own,), 1e-6)
@@ -182,7 +182,7 @@ def test_a_fresh_adapter_and_a_disabled_one_leave_the_layers_own_output(kind, tr
 
 @every_kind
 def test_an_adapter_beside_a_merged_one_acts_on_the_float_layer(kind):
-    model = adapted(quantised(kind))
+    model = adapted(quantized(kind))
     model.add_adapter("other", LoraConfig(target_modules=["layer"], init_lora_weights=False, r=2))
     model.set_adapter(["default", "other"])
     x = torch.randn(6, IN, requires_grad=True)
@@ -196,7 +196,7 @@ def test_an_adapter_beside_a_merged_one_acts_on_the_float_layer(kind):
 @pytest.mark.parametrize("recomputed", [True, False])
 @every_kind
 def test_the_weight_is_made_once_forward_once_backward_and_gone_in_between(kind, recomputed, made):
-    model = adapted(quantised(kind))
+    model = adapted(quantized(kind))
     made.clear()
     x = torch.randn(6, IN, requires_grad=True)
     y = checkpoint(model, x, use_reentrant=False) if recomputed else model(x)
@@ -209,7 +209,7 @@ def test_the_weight_is_made_once_forward_once_backward_and_gone_in_between(kind,
 
 @every_kind
 def test_where_no_gradient_goes_on_the_backward_pass_makes_no_weight(kind, made):
-    model = adapted(quantised(kind))
+    model = adapted(quantized(kind))
     made.clear()
     model(torch.randn(6, IN)).sum().backward()
     assert len(made) == 1
@@ -221,7 +221,7 @@ def test_where_no_gradient_goes_on_the_backward_pass_makes_no_weight(kind, made)
 @every_kind
 def test_kept_are_the_input_and_the_few_columns_of_its_projection(kind, rows, freeze):
     """With A frozen not even the input: bitsandbytes' int8 layer, left to itself, would hold on to it unseen."""
-    model = adapted(quantised(kind), freeze_lora_A=freeze)
+    model = adapted(quantized(kind), freeze_lora_A=freeze)
     x, kept = torch.randn(rows, IN, requires_grad=True), {}
     z = x * 1  # nobody else keeps it
     z_lives = weakref.ref(z)
@@ -246,7 +246,7 @@ def test_kept_are_the_input_and_the_few_columns_of_its_projection(kind, rows, fr
 # ------------------------------------------------------------------------------------------- where it is another map
 @every_kind
 def test_in_eval_mode_every_bit_is_the_layers_own_and_still_no_weight_is_kept(kind):
-    model = adapted(quantised(kind, lambda: nn.Linear(IN, 78))).eval()
+    model = adapted(quantized(kind, lambda: nn.Linear(IN, 78))).eval()
     x, kept = torch.randn(6, IN, requires_grad=True), []
     with torch.no_grad():
         own, expected = model.layer.base_layer(x), model(x)
@@ -263,7 +263,7 @@ def test_in_eval_mode_every_bit_is_the_layers_own_and_still_no_weight_is_kept(ki
 
 
 def test_int8_in_eval_mode_rounds_its_input_and_is_left_to_itself():
-    model = adapted(quantised("int8"))
+    model = adapted(quantized("int8"))
     x = torch.randn(6, IN, requires_grad=True)
     assert is_fused(model.train()(x))
     y, own = model.eval()(x), model.layer.base_layer(x)
@@ -282,7 +282,7 @@ def test_a_layer_that_computes_in_another_dtype_is_left_to_itself(compute):
 
 def test_a_weight_that_was_packed_from_a_narrower_dtype_is_not_rounded_to_it():
     """As after prepare_model_for_kbit_training; bitsandbytes multiplies by one weight and, backward, by another."""
-    model = adapted(quantised("nf4", dtype=torch.bfloat16))
+    model = adapted(quantized("nf4", dtype=torch.bfloat16))
     model.float()
     base, x = model.layer.base_layer, torch.randn(6, IN, requires_grad=True)
     base.compute_dtype = torch.float32
@@ -297,7 +297,7 @@ def test_a_weight_that_was_packed_from_a_narrower_dtype_is_not_rounded_to_it():
 @pytest.mark.parametrize("where", ["hook", "forward"])
 @every_kind
 def test_what_is_attached_to_a_layer_is_not_passed_over(kind, where):
-    model = adapted(quantised(kind))
+    model = adapted(quantized(kind))
     base, calls = model.layer.base_layer, []
     if where == "hook":
         base.register_forward_hook(lambda module, args, output: calls.append(1))
@@ -311,7 +311,7 @@ def test_what_is_attached_to_a_layer_is_not_passed_over(kind, where):
 @pytest.mark.parametrize("dtype", EPS)
 @every_kind
 def test_under_autocast_the_output_keeps_its_dtype_and_is_right(kind, dtype):
-    model = adapted(quantised(kind, dtype=dtype))
+    model = adapted(quantized(kind, dtype=dtype))
     x, results = torch.randn(6, IN, dtype=dtype, requires_grad=True), []
     with torch.autocast("cpu", torch.bfloat16):
         own = model.layer.base_layer(x)
@@ -330,9 +330,9 @@ def adapted_float(model, x):
     return x.float() @ weight.T + base.bias.float()
 
 
-def test_a_quantised_layer_that_says_nothing_of_its_call_is_called():
+def test_a_quantized_layer_that_says_nothing_of_its_call_is_called():
     assert LayerOps.weight_of_call.__func__ is not QuantizedLinearOps.weight_of_call.__func__
-    assert not QuantizedLinearOps.is_float_call(nn.Linear(2, 2), torch.ones(2))
+    assert not QuantizedLinearOps.is_float_call(None, nn.Linear(2, 2), torch.ones(2))
 
 
 # -------------------------------------------------------------------------------------------------------------- lean
@@ -353,7 +353,7 @@ def test_lean_changes_neither_loss_nor_gradients(kind, checkpointing):
 
 
 @every_kind
-def test_under_lean_a_quantised_layer_without_adapter_keeps_nothing(kind):
+def test_under_lean_a_quantized_layer_without_adapter_keeps_nothing(kind):
     config = LoraConfig(target_modules=["c_attn"], init_lora_weights=False, r=4)
     model, ids = minipeft.get_lora_model(minipeft.quantize(gpt2(), kind), config).train(), token_ids()
     classes, expected = [type(m) for m in model.modules()], gradients(model, ids)

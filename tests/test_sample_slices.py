@@ -10,14 +10,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from minipeft import LeanError, lean
-from minipeft.memory import sample_slices as batch_parts
+from minipeft.memory import sample_slices
 from minipeft.memory.sample_slices import ROWS, runs_in_parts
 
 
 @pytest.fixture(autouse=True)
 def one_sample_is_enough(monkeypatch):
     """A part of one sample, for batches as small as the tests'."""
-    monkeypatch.setitem(batch_parts.DEFAULT_ROWS, "cpu", 2 * IDS.shape[1] - 1)
+    monkeypatch.setitem(sample_slices.DEFAULT_ROWS, "cpu", 2 * IDS.shape[1] - 1)
 
 
 def blocks_of(model):
@@ -117,7 +117,7 @@ def test_a_layer_whose_output_is_not_by_sample_is_run_whole():
 
     layer, x = Sums(), torch.ones(4, 5, 2)
     for _ in range(2):
-        batch_parts.run(layer, partial(Sums.forward, layer), [x], lambda function, *args: function(*args))
+        sample_slices.run(layer, partial(Sums.forward, layer), [x], lambda function, *args: function(*args))
         assert layer.__dict__[ROWS] == 0
 
 
@@ -133,7 +133,7 @@ def test_parts_are_as_even_as_can_be_and_outputs_come_in_order():
     layer.__dict__[ROWS] = 15
     mask, positions = torch.arange(7.0).reshape(7, 1, 1), (torch.ones(1, 5, 2), torch.ones(7, 5, 2))
     function = partial(Double.forward, layer, attention_mask=mask, position_embeddings=positions)
-    output = batch_parts.run(layer, function, [x], lambda function, *args: function(*args))
+    output = sample_slices.run(layer, function, [x], lambda function, *args: function(*args))
     assert torch.equal(output[0], 2 * x + mask)
     assert output[1] is None
     assert sizes == [(3, 3, [1, 3]), (2, 2, [1, 2]), (2, 2, [1, 2])]

@@ -1,4 +1,4 @@
-"""QLoRA end to end: models that transformers quantised, files to and from PEFT on the same base, and a training run."""
+"""QLoRA end to end: models that transformers quantized, files to and from PEFT on the same base, and a training run."""
 
 import copy
 import gzip
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quantised import gpt2, llama
+from test_quantized import gpt2, llama
 from tiny_models import VOCABULARY, disturb, foreign_code, logits, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,7 +37,7 @@ every_family = pytest.mark.parametrize("family", TARGETS)
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """A function: the model of a family as transformers loads it from a directory, quantised; a new one at each call."""
+    """A function: the model of a family as transformers loads it from a directory, quantized; a new one at each call."""
     made = {}
 
     def load(family, loading, **options):
@@ -68,7 +68,7 @@ def our_config(family):
 
 @every_family
 @every_loading
-def test_what_transformers_quantised_is_read_in_the_right_orientation(family, loading, loaded):
+def test_what_transformers_quantized_is_read_in_the_right_orientation(family, loading, loaded):
     """GPT-2's Conv1D is transposed on the way into bitsandbytes' layer."""
     model, plain = loaded(family, loading), {"gpt2": gpt2, "llama": llama}[family]()
     for name, layer in plain.named_modules():
@@ -81,7 +81,7 @@ def test_what_transformers_quantised_is_read_in_the_right_orientation(family, lo
 
 @every_family
 @every_loading
-def test_a_file_of_ours_means_the_same_to_peft_on_its_own_quantised_base(family, loading, loaded, tmp_path):
+def test_a_file_of_ours_means_the_same_to_peft_on_its_own_quantized_base(family, loading, loaded, tmp_path):
     model = minipeft.get_lora_model(loaded(family, loading), our_config(family))
     model.save_pretrained(tmp_path)
     with foreign_code():
@@ -92,7 +92,7 @@ def test_a_file_of_ours_means_the_same_to_peft_on_its_own_quantised_base(family,
 
 @every_family
 @every_loading
-def test_a_file_of_peft_means_the_same_to_us_on_the_quantised_base(family, loading, loaded, tmp_path):
+def test_a_file_of_peft_means_the_same_to_us_on_the_quantized_base(family, loading, loaded, tmp_path):
     with foreign_code():
         theirs = peft.get_peft_model(loaded(family, loading), their_config(family))
         theirs.save_pretrained(tmp_path)
@@ -132,7 +132,7 @@ def test_gradients_are_those_of_peft(family, loading, loaded, tmp_path):
 
 @every_family
 @pytest.mark.parametrize("loading", LOADING)
-def test_a_model_that_transformers_quantised_becomes_plain_again(family, loading, loaded, tmp_path):
+def test_a_model_that_transformers_quantized_becomes_plain_again(family, loading, loaded, tmp_path):
     """Type by type: transformers' and PEFT's own ways leave nn.Linear with a transposed weight where a Conv1D was."""
     plain = {"gpt2": gpt2, "llama": llama}[family]()
     model = disturb(minipeft.get_lora_model(loaded(family, loading), our_config(family)))
@@ -167,7 +167,7 @@ def test_generating_while_training_gives_the_tokens_of_the_training_model(loaded
         assert found[0, position] == model.train()(input_ids=found[:, :position]).logits[0, -1].argmax()
 
 
-def test_the_base_is_known_again_across_quantisation(tmp_path):
+def test_the_base_is_known_again_across_quantization(tmp_path):
     saved = {"float": gpt2(), **{kind: minipeft.quantize(gpt2(), kind) for kind in ("nf4", "int8")}}
     for name, model in saved.items():
         minipeft.get_lora_model(model, our_config("gpt2")).save_pretrained(tmp_path / name)
@@ -222,7 +222,7 @@ def test_the_embedded_model_learns_is_saved_and_comes_back(kind, tmp_path):
     assert error < (0.02 if kind == "int8" else 1e-5)
 
 
-def test_lean_works_on_a_quantised_base():
+def test_lean_works_on_a_quantized_base():
     model = minipeft.get_lora_model(minipeft.quantize(gpt2(), "nf4"), our_config("gpt2")).train()
     ids = token_ids()
 

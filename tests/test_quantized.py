@@ -1,4 +1,4 @@
-"""LoRA on quantised bases, against the dequantised float model: bitsandbytes' and torchao's own layers, on a CPU."""
+"""LoRA on quantized bases, against the dequantized float model: bitsandbytes' and torchao's own layers, on a CPU."""
 
 import copy
 import gc
@@ -47,8 +47,8 @@ def llama(seed=0):
     return _made(LlamaForCausalLM, config, seed)
 
 
-def quantised(kind, make=lambda: nn.Linear(128, 64), dtype=torch.float32):
-    """One quantised layer in a model, in training mode: there bitsandbytes' int8 layer leaves its input as it is."""
+def quantized(kind, make=lambda: nn.Linear(128, 64), dtype=torch.float32):
+    """One quantized layer in a model, in training mode: there bitsandbytes' int8 layer leaves its input as it is."""
     return minipeft.quantize(OneLayer(make().to(dtype)), kind)
 
 
@@ -63,9 +63,9 @@ def read(layer):
 # -------------------------------------------------------------------------------------------------------- the layers
 @every_kind
 def test_each_kind_has_its_own_ops_and_the_float_ops_refuse_it(kind):
-    layer = quantised(kind).layer
+    layer = quantized(kind).layer
     assert layer_ops(layer).__name__ == OPS[kind]
-    assert not LinearOps.accepts(layer)
+    assert not LinearOps().accepts(layer)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
@@ -75,7 +75,7 @@ def test_each_kind_has_its_own_ops_and_the_float_ops_refuse_it(kind):
 def test_the_weight_that_is_read_is_the_float_weight_up_to_its_rounding(kind, error):
     layer = nn.Linear(128, 64)
     weight = layer.weight.detach().clone()
-    found = read(quantised(kind, lambda: layer).layer)
+    found = read(quantized(kind, lambda: layer).layer)
     assert torch.equal(layer.weight, weight)
     assert found.dtype is torch.float32
     assert 0 < (found - weight).abs().max() <= error * weight.abs().max()
@@ -86,8 +86,8 @@ def test_the_weight_that_is_read_is_the_float_weight_up_to_its_rounding(kind, er
     "make", [lambda: nn.Linear(128, 64), lambda: nn.Linear(128, 64, False), lambda: conv1d(64, 128)]
 )
 @every_kind
-def test_output_and_gradients_are_those_of_the_dequantised_layer(kind, make, dtype):
-    model = adapted(quantised(kind, make, dtype))
+def test_output_and_gradients_are_those_of_the_dequantized_layer(kind, make, dtype):
+    model = adapted(quantized(kind, make, dtype))
     base, lora = model.layer.base_layer, model.layer.adapters["default"]
     weight, bias = read(base).double(), 0 if base.bias is None else base.bias.double()
     x = torch.randn(2, 5, 128, dtype=dtype, requires_grad=True)
@@ -120,7 +120,7 @@ def test_a_compute_dtype_other_than_that_of_the_model_is_followed(compute, dtype
 
 @every_kind
 def test_no_float_weight_is_kept_for_the_backward_pass(kind):
-    model = adapted(quantised(kind, lambda: nn.Linear(124, 78)))
+    model = adapted(quantized(kind, lambda: nn.Linear(124, 78)))
     x, kept = torch.randn(8, 124, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()) or t, lambda t: t):
         y = model(x)
@@ -134,7 +134,7 @@ def test_no_float_weight_is_kept_for_the_backward_pass(kind):
 @pytest.mark.parametrize(("double", "bits"), [(True, 4.127), (False, 4.5)])
 def test_nf4_takes_as_many_bits_a_weight_as_the_paper_says(double, bits):
     if double:
-        layer = quantised("nf4", lambda: nn.Linear(512, 1024)).layer
+        layer = quantized("nf4", lambda: nn.Linear(512, 1024)).layer
     else:
         layer = bnb.nn.Linear4bit(512, 1024, compress_statistics=False, quant_type="nf4").to("cpu")
     state = layer.weight.quant_state
@@ -157,7 +157,7 @@ def test_a_kernel_that_misreads_is_noticed(monkeypatch):
     _warn_of_misreading.cache_clear()
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", wrong)
     with pytest.raises(TargetError, match=r"^layer: bitsandbytes misreads rows of 128.*skip_modules"):
-        quantised("nf4")
+        quantized("nf4")
     packed = bnb.nn.Linear4bit(128, 64, quant_type="nf4").to("cpu")
     with pytest.warns(UserWarning, match="misreads 4-bit layers with 128 input features in blocks of 64"):
         adapted(OneLayer(packed))
@@ -216,7 +216,7 @@ def test_evaluation_leaves_every_layer_fit_for_training():
 # ------------------------------------------------------------------------------------------------------ whole models
 @pytest.mark.parametrize("factory", [gpt2, llama])
 @every_kind
-def test_what_is_quantised_is_every_linear_layer_but_the_head(kind, factory):
+def test_what_is_quantized_is_every_linear_layer_but_the_head(kind, factory):
     model, plain = minipeft.quantize(factory(), kind), factory()
     for name, layer in plain.named_modules():
         if type(layer) in (nn.Linear, Conv1D):
@@ -237,12 +237,12 @@ def test_names_that_are_skipped_stay_float():
     [
         (lambda m: minipeft.quantize(m, "nf5"), ConfigError, "closest: 'nf4'"),
         (lambda m: minipeft.quantize(m, skip_modules=["mpl"]), TargetError, "closest: 'mlp'"),
-        (lambda m: minipeft.quantize(m.double()), TargetError, "float64 on cpu cannot be quantised"),
+        (lambda m: minipeft.quantize(m.double()), TargetError, "float64 on cpu cannot be quantized"),
         (lambda m: minipeft.quantize(m.transformer.wte), TargetError, "no linear layer"),
-        (lambda m: minipeft.quantize(minipeft.get_lora_model(m)), StateError, "quantise it first"),
+        (lambda m: minipeft.quantize(minipeft.get_lora_model(m)), StateError, "quantize it first"),
     ],
 )
-def test_a_quantisation_that_cannot_be_is_refused(call, error, message):
+def test_a_quantization_that_cannot_be_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(gpt2())
 
@@ -270,16 +270,13 @@ def test_a_kind_may_come_from_a_registered_layer(monkeypatch):
     class HalfOps(QuantizedLinearOps):
         kinds = ("half",)
 
-        @staticmethod
-        def accepts(base):
+        def accepts(self, base):
             return base.weight.dtype is torch.float16
 
-        @staticmethod
-        def dequantized(base):
+        def dequantized(self, base):
             return base.weight.float()
 
-        @staticmethod
-        def pack(kind, weight, bias):
+        def quantize(self, kind, weight, bias):
             layer = HalfLinear(*weight.T.shape, bias=False, device="meta")
             layer.weight = nn.Parameter(weight.half() if len(weight) < 100 else weight.clone(), False)
             return layer
@@ -295,7 +292,7 @@ def test_a_kind_may_come_from_a_registered_layer(monkeypatch):
 
 
 @every_kind
-def test_all_linear_means_the_quantised_layers_too(kind):
+def test_all_linear_means_the_quantized_layers_too(kind):
     config = LoraConfig(target_modules="all-linear")
     model, plain = (minipeft.get_lora_model(m, config) for m in (minipeft.quantize(gpt2(), kind), gpt2()))
     assert list(model.adapter_state_dict()) == list(plain.adapter_state_dict())
@@ -329,11 +326,11 @@ def test_the_state_of_an_adapted_model_is_that_of_its_base_and_the_adapters(kind
 
 # ----------------------------------------------------------------------------------------------------------- merging
 @every_kind
-def test_a_merge_asks_before_it_gives_up_the_quantised_weight(kind):
+def test_a_merge_asks_before_it_gives_up_the_quantized_weight(kind):
     model = disturb(minipeft.get_lora_model(minipeft.quantize(gpt2(), kind)))
     expected = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(MergeError, match=r"c_attn: \w+ is quantised.*nothing was merged.*dequantize=True"):
+        with pytest.raises(MergeError, match=r"c_attn: \w+ is quantized.*nothing was merged.*dequantize=True"):
             merge()
     assert torch.equal(logits(model), expected)
     report = model.merge_adapter(dequantize=True)
@@ -350,14 +347,14 @@ def test_a_merge_asks_before_it_gives_up_the_quantised_weight(kind):
 
 
 def test_the_report_says_how_far_an_output_is_off(caplog):
-    model = adapted(quantised("int8")).eval()
+    model = adapted(quantized("int8")).eval()
     x = torch.randn(4096, 128)
     with torch.no_grad():
         before = model(x)
         report = model.merge_adapter(dequantize=True)
         off = float((model(x) - before).abs().max() / before.abs().max())
     assert off / 4 < report.output_error["layer"] < 2 * off
-    assert "1 of them were dequantised" in caplog.text
+    assert "1 of them were dequantized" in caplog.text
     assert not model.layer.adapters["default"].training
 
 
@@ -381,8 +378,8 @@ def test_the_merged_model_is_a_plain_one_that_transformers_saves(kind, factory, 
         assert torch.equal(saved, tensor), name
 
 
-def test_a_float_dtype_raised_after_quantising_is_that_of_the_merged_layers():
-    """As prepare_model_for_kbit_training does it: then float32 activations come into a layer quantised from bfloat16."""
+def test_a_float_dtype_raised_after_quantizing_is_that_of_the_merged_layers():
+    """As prepare_model_for_kbit_training does it: then float32 activations come into a layer quantized from bfloat16."""
     model = minipeft.quantize(llama().bfloat16(), "nf4")
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -394,7 +391,7 @@ def test_a_float_dtype_raised_after_quantising_is_that_of_the_merged_layers():
     assert (logits(merged) - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
-def test_a_hook_on_a_quantised_layer_is_not_lost_unseen():
+def test_a_hook_on_a_quantized_layer_is_not_lost_unseen():
     model = minipeft.get_lora_model(minipeft.quantize(gpt2(), "nf4"))
     model.transformer.h[0].mlp.c_fc.register_forward_hook(print)
     with pytest.raises(MergeError, match=r"h.0.mlp.c_fc: hooks or a patched forward"):
@@ -407,8 +404,8 @@ def test_dequantize_wants_no_adapters():
         minipeft.dequantize(minipeft.get_lora_model(minipeft.quantize(gpt2(), "nf4")))
 
 
-def test_an_update_that_overflows_is_refused_and_the_quantised_layers_stay():
-    model = adapted(quantised("nf4"))
+def test_an_update_that_overflows_is_refused_and_the_quantized_layers_stay():
+    model = adapted(quantized("nf4"))
     with torch.no_grad():
         model.layer.adapters["default"].lora_B.fill_(float("inf"))
     with pytest.raises(MergeError, match="not finite"):
@@ -448,14 +445,14 @@ def test_what_is_packed_in_another_way_is_refused_by_name(make, message):
 
 
 @every_kind
-def test_a_quantised_layer_is_not_trained_in_full(kind):
+def test_a_quantized_layer_is_not_trained_in_full(kind):
     model = minipeft.quantize(gpt2(), kind)
-    with pytest.raises(TargetError, match=r"mlp holds a quantised \w+, which cannot be trained in full"):
+    with pytest.raises(TargetError, match=r"mlp holds a quantized \w+, which cannot be trained in full"):
         minipeft.get_lora_model(model, LoraConfig(modules_to_save=["h.0.mlp"]))
 
 
 @every_kind
-def test_the_biases_of_quantised_layers_train(kind):
+def test_the_biases_of_quantized_layers_train(kind):
     model = minipeft.get_lora_model(minipeft.quantize(gpt2(), kind).train(), LoraConfig(bias="all"))
     ids = torch.arange(12).view(1, -1)
     model(input_ids=ids, labels=ids).loss.backward()

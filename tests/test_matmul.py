@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minipeft.kernels import matmul as gemm
+from minipeft.kernels import matmul
 
 
 @pytest.fixture(params=["oneDNN", "MKL"])
@@ -11,8 +11,8 @@ def library(request, monkeypatch):
     """Every product goes through this library, however small."""
     if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(gemm, "WORTH_IT", 0)
-    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(matmul, "WORTH_IT", 0)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: request.param == "oneDNN")
     return request.param
 
 
@@ -30,7 +30,7 @@ def test_linear_is_the_product_in_float64_for_any_layout(bias):
         for weight in layouts(31, 24):
             b = torch.randn(31) if bias else None
             expected = x.double() @ weight.double().t() + (0 if b is None else b)
-            for function in (gemm.linear, gemm.torch_linear):
+            for function in (matmul.linear, matmul.torch_linear):
                 y = function(x, weight, b)
                 torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
                 assert y.is_contiguous()
@@ -42,7 +42,7 @@ def test_narrow_is_the_product_in_float64_for_any_layout(few):
     for left in layouts(40, 24):
         for right in layouts(24, few):
             expected = (left.double() @ right.double()).float()
-            torch.testing.assert_close(gemm.narrow(left, right), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(matmul.narrow(left, right), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("library")
@@ -50,7 +50,7 @@ def test_narrow_is_the_product_in_float64_for_any_layout(few):
 @torch.no_grad()
 def test_linear_keeps_the_leading_shape_and_gives_no_view(shape):
     x, weight = torch.randn(*shape, 5), torch.randn(7, 5)
-    y = gemm.linear(x, weight)
+    y = matmul.linear(x, weight)
     assert y.shape == (*shape, 7)
     assert not y._is_view()
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
@@ -58,7 +58,7 @@ def test_linear_keeps_the_leading_shape_and_gives_no_view(shape):
 
 def test_torch_linear_has_the_bits_of_torch():
     x, weight, bias = torch.randn(300, 96), torch.randn(160, 96), torch.randn(160)
-    assert torch.equal(gemm.torch_linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(matmul.torch_linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize(
@@ -72,31 +72,31 @@ def test_torch_linear_has_the_bits_of_torch():
 def test_the_rule_is_avx512_of_another_maker(maker, capability, faster, monkeypatch, tmp_path):
     info = tmp_path / "cpuinfo"
     info.write_text(maker)
-    monkeypatch.setattr(gemm, "CPU_INFO", info)
+    monkeypatch.setattr(matmul, "CPU_INFO", info)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    gemm.onednn_is_faster.cache_clear()
-    assert gemm.onednn_is_faster() is (faster and torch.backends.mkldnn.is_available())
-    gemm.onednn_is_faster.cache_clear()
+    matmul.onednn_is_faster.cache_clear()
+    assert matmul.onednn_is_faster() is (faster and torch.backends.mkldnn.is_available())
+    matmul.onednn_is_faster.cache_clear()
 
 
 def test_small_double_and_half_products_stay_with_torch(monkeypatch):
-    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     large, small = torch.randn(256, 128), torch.randn(8, 128)
     weight = torch.randn(64, 128)
-    assert gemm.through_onednn(large, weight)
-    assert not gemm.through_onednn(small, weight)
-    assert not gemm.through_onednn(large.double(), weight.double())
-    assert not gemm.through_onednn(large.bfloat16(), weight.bfloat16())
+    assert matmul.through_onednn(large, weight)
+    assert not matmul.through_onednn(small, weight)
+    assert not matmul.through_onednn(large.double(), weight.double())
+    assert not matmul.through_onednn(large.bfloat16(), weight.bfloat16())
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not gemm.through_onednn(large, weight)
+    assert not matmul.through_onednn(large, weight)
 
 
 def test_a_weight_with_gaps_between_its_rows_goes_through_torch():
     """Through oneDNN a product of half a millisecond would take a second."""
     x, wide = torch.randn(512, 768), torch.randn(256, 2048)
     for weight in (wide[:, :768], torch.randn(768, 512)[:, :256].t()):
-        assert not gemm.through_onednn(x, weight)
-        torch.testing.assert_close(gemm.linear(x, weight), x @ weight.t(), rtol=1e-4, atol=1e-4)
-    assert gemm.through_onednn(x, wide[:, :768].contiguous()) == gemm.onednn_is_faster()
-    assert gemm.through_onednn(x, wide[:, :768].t().contiguous().t()) == gemm.onednn_is_faster()
+        assert not matmul.through_onednn(x, weight)
+        torch.testing.assert_close(matmul.linear(x, weight), x @ weight.t(), rtol=1e-4, atol=1e-4)
+    assert matmul.through_onednn(x, wide[:, :768].contiguous()) == matmul.onednn_is_faster()
+    assert matmul.through_onednn(x, wide[:, :768].t().contiguous().t()) == matmul.onednn_is_faster()
