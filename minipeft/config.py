@@ -198,9 +198,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.jso
     foreign = {key: value for key, value in values.items() if key not in known | _METADATA and not asks_nothing(value)}
     if foreign:
         asked = ", ".join(f"{key} = {told(value, 60)}" for key, value in foreign.items())
-        raise ConfigError(
-            f"{where} asks for {asked}, which minipeft does not implement for {peft_type}; nothing was loaded."
-        )
+        raise ConfigError(f"{where} asks for {asked}, which minipeft does not implement for {peft_type}.")
     try:
         return cls.from_dict({key: value for key, value in values.items() if key in known - _METADATA})
     except ConfigError as error:

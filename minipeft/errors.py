@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+UNCHANGED = "Nothing was changed."
 
 
 class MinipeftError(Exception):
@@ -59,6 +65,22 @@ class ContractError(MinipeftError, AssertionError):
     def __str__(self) -> str:
         where = " on ".join(part for part in (self.method, self.layer) if part)
         return f"{where} fails {self.check!r}: {self.reason}"
+
+
+def all_or_nothing(verb: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public call that does all it says or nothing: its errors then end with ``Nothing was changed.``"""
+
+    @functools.wraps(verb)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return verb(*args, **kwargs)
+        except MinipeftError as error:
+            message = str(error)
+            if not message.endswith(UNCHANGED):  # one such call may make another
+                error.args = (f"{message} {UNCHANGED}",)
+            raise
+
+    return call
 
 
 def shown(values: Iterable[object], limit: int = 5) -> str:

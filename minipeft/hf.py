@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from minipeft import step_hooks
 from minipeft.config import config_from_dict
-from minipeft.errors import CheckpointError, StateError, shown
+from minipeft.errors import CheckpointError, StateError, all_or_nothing, shown
 from minipeft.files import save_and_load as checkpoint
 from minipeft.files.atomic import write_files
 from minipeft.files.base_samples import base_samples, check_samples
@@ -203,6 +203,7 @@ class AdapterTrainer(AdapterTrainerMixin, Trainer):
     """transformers' Trainer for adapted models; see `AdapterTrainerMixin`."""
 
 
+@all_or_nothing
 def restore_adapters(model: AdaptedModel, directory: str | Path) -> None:
     """Give the adapters of a model the values that `save_pretrained` wrote; the parameters stay the same objects.
 
@@ -222,7 +223,7 @@ def restore_adapters(model: AdaptedModel, directory: str | Path) -> None:
     found, wanted = _adapters_in(root), model.adapter_configs
     if found != wanted.keys():
         raise CheckpointError(
-            f"{root} holds the adapters {shown(sorted(found))}, and the model has {shown(sorted(wanted))}; nothing was restored."
+            f"{root} holds the adapters {shown(sorted(found))}, and the model has {shown(sorted(wanted))}."
         )
     values = {name: _values(model, name, directory_of(root, name)) for name in wanted}
     with torch.no_grad():
@@ -250,7 +251,7 @@ def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Ten
     differ = [key for key in here if key not in PROVENANCE and here[key] != there.get(key)]
     if differ:
         said = "; ".join(f"{key} is {there.get(key)!r:.100} there and {here[key]!r:.100} here" for key in differ[:3])
-        raise CheckpointError(f"{directory} was written with another configuration: {said}; nothing was restored.")
+        raise CheckpointError(f"{directory} was written with another configuration: {said}.")
     check_samples(file, base_samples(model, name))
     fit = checkpoint.compare(file, model.adapter_state_dict(name), model)
     checkpoint.check_strict(file, fit, strict=True)
@@ -284,7 +285,7 @@ def _read_schedules(model: AdaptedModel, root: Path) -> Schedules:
         for name, state in states.items():
             step_hooks.check_schedule_state(model, name, state)
     except (CheckpointError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not what this run can go on from: {error} Nothing was restored.") from None
+        raise CheckpointError(f"{path} is not what this run can go on from: {error}") from None
     return states
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from minipeft import registry
 from minipeft.class_swap import reduced
 from minipeft.config import AdapterConfig
-from minipeft.errors import ConfigError, StateError, shown
+from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files import save_and_load as checkpoint
 from minipeft.files.hub import adapter_directory
 from minipeft.files.save_pretrained import DEFAULT, SharedModel
@@ -31,6 +31,7 @@ from minipeft.quantization.dequantize import dequantize as make_float
 WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
 
 
+@all_or_nothing
 def get_adapter_model(
     model: nn.Module, config: AdapterConfig, adapter_name: str = DEFAULT, *, autocast_adapter_dtype: bool = True
 ) -> AdaptedModel:
@@ -56,6 +57,7 @@ def get_adapter_model(
     return cast(AdaptedModel, model)
 
 
+@all_or_nothing
 def load_adapter(
     model: nn.Module,
     directory: str | PathLike[str],
@@ -143,6 +145,7 @@ class AdaptedModel(SharedModel):
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}"
         )
 
+    @all_or_nothing
     def add_adapter(self, adapter_name: str, config: AdapterConfig, *, autocast_adapter_dtype: bool = True) -> None:
         """Add another adapter; it waits for `set_adapter`.
 
@@ -166,6 +169,7 @@ class AdaptedModel(SharedModel):
         """Read another adapter into this model; see `minipeft.load_adapter`, which has the same options."""
         return load_adapter(self, directory, adapter_name, is_trainable, strict, **options)
 
+    @all_or_nothing
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Let these adapters act and no other; several add up. What is trainable stays trainable, what is not does not.
 
@@ -179,6 +183,7 @@ class AdaptedModel(SharedModel):
         self._check_compatible(names)
         switch_to(self, names)
 
+    @all_or_nothing
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out.
 
@@ -215,6 +220,7 @@ class AdaptedModel(SharedModel):
                 self._merge(merged, untie=True, dequantize=True)  # what was allowed once is allowed again
 
     # ------------------------------------------------------------------------------------------------------- merging
+    @all_or_nothing
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, *, untie: bool = False, dequantize: bool = False
     ) -> MergeReport:
@@ -226,21 +232,23 @@ class AdaptedModel(SharedModel):
             dequantize: put a float layer in the place of a quantized one, until it is unmerged, instead of refusing.
 
         Raises:
-            MergeError: a check failed; nothing was merged.
+            MergeError: a check failed.
         """
         names = self._active_or(adapter_names)
         return self._merge(tuple(dict.fromkeys((*self._state.merged, *names))), untie=untie, dequantize=dequantize)
 
+    @all_or_nothing
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out of the base weights again, bit for bit.
 
         Raises:
-            MergeError: a merged weight was written or converted in the meantime; nothing was changed.
+            MergeError: a merged weight was written or converted in the meantime.
         """
         if self._state.merged:
             merge.unmerge(self)
             self._state.merged = ()
 
+    @all_or_nothing
     def merge_and_unload(
         self, adapter_names: Sequence[str] | None = None, *, untie: bool = False, dequantize: bool = False
     ) -> nn.Module:
@@ -258,6 +266,7 @@ class AdaptedModel(SharedModel):
         detach(self, AdaptedModel, keep_trained=True)
         return make_float(self) if dequantize else self
 
+    @all_or_nothing
     def unload(self) -> nn.Module:
         """Take all adapters out and hand back the base, bit for bit, in its original class."""
         self.unmerge_adapter()

@@ -296,13 +296,13 @@ def test_a_broken_method_fails_the_check_that_says_so(method, check, tables):
 class RefusesEmbeddings(Trial):
     def __init__(self, base, ops, config, shared):
         if ops.is_embedding:
-            raise TargetError(f"trial needs vectors, and {type(base).__name__} looks indices up; nothing was changed.")
+            raise TargetError(f"trial needs vectors, and {type(base).__name__} looks indices up.")
         super().__init__(base, ops, config, shared)
 
 
 class RefusesAll(Trial):
     def __init__(self, base, ops, config, shared):
-        raise TargetError("trial is never content; nothing was changed.")
+        raise TargetError("trial is never content.")
 
 
 class RefusesTooLate(Trial):
@@ -315,7 +315,7 @@ def test_a_refusal_is_reported_with_its_words(tables):
     registry.register_method("trial")(RefusesEmbeddings)
     report = check_method("trial")
     refused = {layer.rpartition(".")[2]: why for (_, layer), why in report.refused.items()}
-    assert refused["Embedding"] == "trial needs vectors, and Embedding looks indices up; nothing was changed."
+    assert refused["Embedding"] == "trial needs vectors, and Embedding looks indices up. Nothing was changed."
     assert "Linear" not in refused
     assert "trial on Embedding: refused: trial needs vectors" in str(report)
 

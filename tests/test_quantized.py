@@ -64,7 +64,7 @@ def read(layer):
 @every_kind
 def test_each_kind_has_its_own_ops_and_the_float_ops_refuse_it(kind):
     layer = quantized(kind).layer
-    assert layer_ops(layer).__name__ == OPS[kind]
+    assert type(layer_ops(layer)).__name__ == OPS[kind]
     assert not LinearOps().accepts(layer)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
@@ -282,7 +282,7 @@ def test_a_kind_may_come_from_a_registered_layer(monkeypatch):
             return layer
 
     model = minipeft.quantize(OneLayer(nn.Linear(8, 9, bias=False)), "half")
-    assert layer_ops(model.layer) is HalfOps
+    assert layer_ops(model.layer) == HalfOps()
     assert "HalfLinear[Halves]" in layer_type_names()
     assert type(minipeft.dequantize(model).layer) is nn.Linear
     with pytest.raises(TargetError, match="packs 'half' in a way that HalfOps does not know"):
@@ -330,7 +330,7 @@ def test_a_merge_asks_before_it_gives_up_the_quantized_weight(kind):
     model = disturb(minipeft.get_lora_model(minipeft.quantize(gpt2(), kind)))
     expected = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(MergeError, match=r"c_attn: \w+ is quantized.*nothing was merged.*dequantize=True"):
+        with pytest.raises(MergeError, match=r"c_attn: \w+ is quantized.*dequantize=True.*Nothing was changed"):
             merge()
     assert torch.equal(logits(model), expected)
     report = model.merge_adapter(dequantize=True)

@@ -18,7 +18,7 @@ class Picky(Lora):
 
     def __init__(self, base, ops, config, shared):
         if ops.is_embedding:
-            raise TargetError(f"picky needs vectors, not {type(base).__name__}'s indices; nothing was changed.")
+            raise TargetError(f"picky needs vectors, not {type(base).__name__}'s indices.")
         super().__init__(base, ops, config, shared)
 
 
@@ -50,17 +50,16 @@ def test_a_refused_pair_is_an_empty_cell_and_its_words_are_to_be_had(picky, caps
         f"| `picky` | ✓ |  | ✓ | {lines} |\n"
         f"| lines | {lines} | {lines} | {lines} |  |\n"
     )
-    assert list(refusals().values()) == ["picky needs vectors, not Embedding's indices; nothing was changed."]
+    assert list(refusals().values()) == ["picky needs vectors, not Embedding's indices. Nothing was changed."]
     assert main(["--why"]) == 0
     assert capsys.readouterr().out == f"picky on Embedding: {next(iter(refusals().values()))}\n"
 
 
 def test_a_layer_type_without_an_example_is_an_error_not_an_empty_column(picky):
+    linear = type(registry._tables.layers["torch.nn.modules.linear.Linear"])
     registry._tables.layers["a_package_that_is_not_there.Layer"] = type(
-        "Ops",
-        (registry._tables.layers["torch.nn.modules.linear.Linear"],),
-        {"__module__": "minipeft.layers.there", "example": none},
-    )
+        "Ops", (linear,), {"__module__": "minipeft.layers.there", "example": none}
+    )()
     with pytest.raises(TargetError, match="Ops.example gives no layer to try"):
         table.table()
 

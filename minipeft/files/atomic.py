@@ -27,9 +27,7 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         _remove_orphans(directory, files)
         needed, free = sum(map(len, files.values())), shutil.disk_usage(directory).free
         if needed > free:
-            raise CheckpointError(
-                f"{directory}: {needed:,} bytes are needed and {free:,} are free; nothing was written."
-            )
+            raise CheckpointError(f"{directory}: {needed:,} bytes are needed and {free:,} are free.")
         for name, payload in files.items():
             target = Path(os.path.realpath(directory / name))
             temporary[target] = hidden_beside(target, "tmp")
@@ -107,5 +105,5 @@ def read_limited(path: Path, limit: int) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
     if len(payload) > limit:
-        raise CheckpointError(f"{path} is larger than {limit:,} bytes, which is no adapter's; nothing was loaded.")
+        raise CheckpointError(f"{path} is larger than {limit:,} bytes, which is no adapter's.")
     return payload

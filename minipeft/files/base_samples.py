@@ -85,8 +85,8 @@ def check_samples(file: AdapterFile, here: Mapping[str, list[float]], fix: str =
         saved = file.base.get(name)
         if saved and values and not _alike(saved, values):
             raise CheckpointError(
-                f"{file.path} was trained on another base: the weights of {name} differ (first {saved[0]:g} there, {values[0]:g} here); "
-                f"nothing was loaded.{fix}"
+                f"{file.path} was trained on another base: the weights of {name} differ (first {saved[0]:g} there, "
+                f"{values[0]:g} here).{fix}"
             )
 
 

@@ -100,7 +100,7 @@ def open_adapter(directory: Path) -> AdapterFile:
         if saved is not None and _digest(values) != _digest(saved):
             if _digest(values) != own.get("previous"):
                 raise CheckpointError(
-                    f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} are of different saves; nothing was loaded. Copy both from one save."
+                    f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} are of different saves. Copy both from one save."
                 )
             values = saved  # the save was interrupted between the two renames; the weights know what they are
     elif saved is not None:
@@ -116,9 +116,9 @@ def _parse_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is no valid JSON ({str(error)[:100]}); nothing was loaded.") from None
+        raise CheckpointError(f"{path} is no valid JSON ({str(error)[:100]}).") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object; nothing was loaded.")
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object.")
     return values
 
 
@@ -179,4 +179,4 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]
             raise ValueError(f"its minipeft metadata is damaged, or of another version than {VERSION}")
         return shapes, own
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise CheckpointError(f"{path} is no readable adapter ({str(error)[:200]}); nothing was loaded.") from None
+        raise CheckpointError(f"{path} is no readable adapter ({str(error)[:200]}).") from None

@@ -86,10 +86,10 @@ def _download(
 def _why(error: Exception, name: str, local_files_only: bool) -> str:
     if constants.HF_HUB_OFFLINE or local_files_only:
         setting = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
-        return f"its {name} is not in {constants.HF_HUB_CACHE}, the only place to look with {setting} set; nothing was loaded."
+        return f"its {name} is not in {constants.HF_HUB_CACHE}, the only place to look with {setting} set."
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"the repository on the hub has no {name}; nothing was loaded."
-    return f"the hub does not give its {name} ({_first_line(error)}); nothing was loaded."
+        return f"the repository on the hub has no {name}."
+    return f"the hub does not give its {name} ({_first_line(error)})."
 
 
 def _first_line(error: Exception) -> str:

@@ -86,7 +86,7 @@ def with_tables(
     if save is False:
         return dict(tensors), dict(config)
     if save != "auto":
-        raise ConfigError(f'save_embedding_layers must be True, False or "auto", not {told(save)}. Nothing was saved.')
+        raise ConfigError(f'save_embedding_layers must be True, False or "auto", not {told(save)}.')
     known = base_vocabulary(model)
     if known is None:
         return dict(tensors), dict(config)
@@ -140,13 +140,13 @@ def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     if not found:
         raise ConfigError(
             f"save_embedding_layers=True: {type(model).__name__} names no input embedding (get_input_embeddings); leave it "
-            "at 'auto'. Nothing was saved."
+            "at 'auto'."
         )
     for name, module in found.items():
         adapts = _adapts(module, adapter_name)
         if isinstance(module, AdaptedLayer) and adapts and module.adapter(adapter_name).adapts_tied_layers:
             raise ConfigError(
-                f"save_embedding_layers=True: rows of {name} train, and the file holds those; leave it at 'auto'. Nothing was saved."
+                f"save_embedding_layers=True: rows of {name} train, and the file holds those; leave it at 'auto'."
             )
         if not isinstance(module, SavedModule) or adapter_name not in module.adapters:
             weight = innermost(module).weight
@@ -190,13 +190,13 @@ def brought(file: AdapterFile, model: nn.Module) -> Brought:
         if shape != tuple(weight.shape):
             if shape[1:] == weight.shape[1:]:
                 raise CheckpointError(
-                    f"{file.path} is for a vocabulary of {shape[0]} rows, and {name} has {len(weight)}; nothing was loaded. First "
+                    f"{file.path} is for a vocabulary of {shape[0]} rows, and {name} has {len(weight)}. First "
                     f"model.resize_token_embeddings({shape[0]})."
                 )
             continue
         table, owner = _read(file.path, key), owners[id(weight)]
         if owner in found and not torch.equal(found[owner], table):
-            raise CheckpointError(f"{file.path}: {name} differs from {owner}, to which it is tied; nothing was loaded.")
+            raise CheckpointError(f"{file.path}: {name} differs from {owner}, to which it is tied.")
         found[owner] = table
         keys.add(key)
     ids = {name: _differing(table, known[name]) for name, table in found.items()}
@@ -216,9 +216,9 @@ def _read(path: Path, key: str) -> Tensor:
         with safe_open(path, "pt") as file:
             table: Tensor = file.get_tensor(key)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); nothing was loaded.") from None
+        raise CheckpointError(f"{path} is damaged ({error}).") from None
     if not table.isfinite().all():
-        raise CheckpointError(f"{path} holds NaN or infinity in {key!r}; nothing was loaded.")
+        raise CheckpointError(f"{path} holds NaN or infinity in {key!r}.")
     return table
 
 

@@ -71,7 +71,7 @@ def tensors_from_state(
     found = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
     missing = [name for name in found.values() if name not in state]
     if missing:
-        raise CheckpointError(f"state_dict lacks {shown(missing, 3)} of this model; nothing was written.")
+        raise CheckpointError(f"state_dict lacks {shown(missing, 3)} of this model.")
     # What no state of the model holds does not change: the live tensor is right.
     return {key: state[found[key]] if key in found else tensor for key, tensor in tensors.items()}
 
@@ -194,7 +194,7 @@ def compare(
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         hints = {resize_hint(model, s, tuple(expected[k].shape)) for k, s in file.shapes.items() if k in expected}
         raise CheckpointError(
-            f"{file.path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}; nothing was loaded. "
+            f"{file.path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}. "
             f"Is it for another base?{max(hints)}"
         )
     base = _base_tensors(model)
@@ -215,7 +215,7 @@ def compare(
     if len(fit.missing) == len(expected):
         raise CheckpointError(
             f"{file.path} does not fit {type(model).__name__}: none of its {len(file.shapes)} keys is expected"
-            f"{closest(fit)}; nothing was loaded."
+            f"{closest(fit)}."
         )
     return fit
 
@@ -239,7 +239,7 @@ def check_strict(file: AdapterFile, fit: Fit, strict: bool) -> None:
         return
     message = f"{file.path} does not fit this model: {fit}{closest(fit)}"
     if strict:
-        raise CheckpointError(f"{message}; nothing was loaded.")
+        raise CheckpointError(f"{message}.")
     warnings.warn(f"{message}; the rest was loaded.", stacklevel=4)
 
 
@@ -273,20 +273,20 @@ def read_tensors(file: AdapterFile, fit: Fit) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load(read_limited(file.path, expected_size))
     except SafetensorError as error:
-        raise CheckpointError(f"{file.path} is damaged ({error}); nothing was loaded.") from None
+        raise CheckpointError(f"{file.path} is damaged ({error}).") from None
     if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != dict(file.shapes):
-        raise CheckpointError(f"{file.path} changed while it was being read; nothing was loaded.")
+        raise CheckpointError(f"{file.path} changed while it was being read.")
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise CheckpointError(f"{file.path} holds NaN or infinity in {shown(broken, 3)}; nothing was loaded.")
+        raise CheckpointError(f"{file.path} holds NaN or infinity in {shown(broken, 3)}.")
     for key, parameter in fit.copies_of_base.items():
         if not torch.allclose(tensors[key].float(), parameter.detach().float().cpu(), rtol=1e-2, atol=1e-6):
             raise CheckpointError(
-                f"{file.path} brings its own {key!r}, which differs from this model's; nothing was loaded. Use the base it was trained on."
+                f"{file.path} brings its own {key!r}, which differs from this model's. Use the base it was trained on."
             )
     for key, other in fit.repeated.items():
         if not torch.equal(tensors[key], tensors[other]):
-            raise CheckpointError(f"{file.path}: {key!r} and {other!r} say different things; nothing was loaded.")
+            raise CheckpointError(f"{file.path}: {key!r} and {other!r} say different things.")
     return {key: tensor for key, tensor in tensors.items() if key in fit.expected}
 
 

@@ -74,9 +74,7 @@ class SharedModel(nn.Module):
         names = self._all_or(adapter_name)
         check_trainer()
         if convert_to_lora and state_dict is not None:
-            raise ConfigError(
-                "convert_to_lora saves the live tensors; give it or state_dict, not both. Nothing was saved."
-            )
+            raise ConfigError("convert_to_lora saves the live tensors; give it or state_dict, not both.")
         for name in names if is_main_process else ():
             tensors = self.adapter_state_dict(name)
             if state_dict is not None:

@@ -43,7 +43,7 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
             if factors is None:
                 raise CheckpointError(
                     f"{path}: what {type(wrapper.adapter(adapter_name)).__name__} does here is more than a low-rank "
-                    "update of the weight, so it is no plain LoRA; nothing was written. Save it as it is."
+                    "update of the weight, so it is no plain LoRA. Save it as it is."
                 )
             lookup = wrapper.ops.is_embedding
             pairs[f"{path}.lora_embedding_{{}}" if lookup else f"{path}.lora_{{}}.weight"] = factors

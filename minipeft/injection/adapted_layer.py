@@ -159,7 +159,7 @@ class AdaptedLayer(Wrapper):
         if left_out and readers:
             raise MergeError(
                 f"{path}: what {shown(readers)} does depends on the base weight, so {shown(names)} cannot be merged "
-                f"without {shown(left_out)}; nothing was merged."
+                f"without {shown(left_out)}."
             )
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:

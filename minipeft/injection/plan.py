@@ -79,9 +79,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     found = candidates(model)
     for name, candidate in found.items():
         if type(candidate.module).__module__.startswith("peft."):
-            raise TargetError(
-                f"{name}: PEFT has adapted this layer already; unload that adapter first. Nothing was changed."
-            )
+            raise TargetError(f"{name}: PEFT has adapted this layer already; unload that adapter first.")
     saved = [
         SavedSite(name, found[name], None) for name in select_saved(model, config, found, every_pattern=every_pattern)
     ]
@@ -92,7 +90,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     if unused:
         raise TargetError(
             f"{shown(unused)} fits none of the {len(targets)} targeted modules (such as {targets[0]!r}), or none that an earlier "
-            "key leaves it; nothing was changed."
+            "key leaves it."
         )
     configs = config.for_modules(targets)
     sites: list[AdapterSite] = []
@@ -155,8 +153,8 @@ def _with_followers(model: nn.Module, found: dict[str, Candidate], sites: list[A
             continue  # a tied layer that is named too
         if leader is not None:
             raise TargetError(
-                f"{site.name} and {leader.name} share their weight, and are to be adapted in different ways; nothing was "
-                "changed. Say the same of both, or name one of them."
+                f"{site.name} and {leader.name} share their weight, and are to be adapted in different ways. "
+                "Say the same of both, or name one of them."
             )
         complete.append(site)
         weight = site.candidate.base._parameters.get("weight") if site.adapter_class.adapts_tied_layers else None
@@ -186,12 +184,12 @@ def _check_shared(config: AdapterConfig, sites: list[AdapterSite], saved: list[s
         if counts[id(site.candidate.base)] > 1 or within(site.name, saved):
             raise TargetError(
                 f"{site.name}: {site.adapter_class.__name__} trains parts of its weight{why} so this adapter cannot also adapt or "
-                "train it otherwise; nothing was changed. Choose one of the two."
+                "train it otherwise. Choose one of the two."
             )
         if config.trains_all_biases and site.candidate.base._parameters.get("bias") is not None:
             raise TargetError(
-                f"{site.name}: bias='all' would leave out its bias, since {site.adapter_class.__name__} trains parts of its weight; "
-                "nothing was changed. Use bias='none' or 'lora_only'."
+                f"{site.name}: bias='all' would leave out its bias, since {site.adapter_class.__name__} trains parts of its weight. "
+                "Use bias='none' or 'lora_only'."
             )
 
 
@@ -203,9 +201,7 @@ def _bias_sites(found: dict[str, Candidate], sites: list[AdapterSite], saved: li
     for name, candidate in found.items():
         if candidate.base._parameters.get("bias") is not None and id(candidate.module) not in taken:
             if candidate.base._modules:
-                raise TargetError(
-                    f"{name} has a bias beside modules of its own, which bias='all' cannot train; nothing was changed."
-                )
+                raise TargetError(f"{name} has a bias beside modules of its own, which bias='all' cannot train.")
             biased.append(SavedSite(name, candidate, ("bias",)))
     return biased
 
@@ -229,9 +225,7 @@ def _warn_of_twins(model: nn.Module, sites: list[AdapterSite]) -> None:
 def _ops_for(name: str, candidate: Candidate) -> LayerOps:
     module, base = candidate.module, candidate.base
     if isinstance(module, SavedModule):
-        raise TargetError(
-            f"{name}: already trained in full by another adapter's modules_to_save or bias='all'; nothing was changed."
-        )
+        raise TargetError(f"{name}: already trained in full by another adapter's modules_to_save or bias='all'.")
     ops = layer_ops(base)
     if ops is not None:
         return ops
@@ -241,9 +235,9 @@ def _ops_for(name: str, candidate: Candidate) -> LayerOps:
         holds = f", weight {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise TargetError(
             f"{name}: {kind} is registered, but this instance is refused (packed or unusual weight, or a layer that is read and not "
-            f"called{holds}); nothing was changed. See register_layer."
+            f"called{holds}). See register_layer."
         )
-    raise TargetError(f"{name}: no LayerOps for {kind}; registered: {known}. Nothing was changed; see register_layer.")
+    raise TargetError(f"{name}: no LayerOps for {kind}; registered: {known}. See register_layer.")
 
 
 def _check_saveable(site: SavedSite) -> None:
@@ -251,14 +245,12 @@ def _check_saveable(site: SavedSite) -> None:
         ops = layer_ops(module)
         if ops is not None and ops.is_quantized:
             raise TargetError(
-                f"{site.name} holds a quantized {type(module).__name__}, which cannot be trained in full; nothing was changed. "
+                f"{site.name} holds a quantized {type(module).__name__}, which cannot be trained in full. "
                 "Keep it out of the quantization, or adapt it."
             )
     if isinstance(site.candidate.module, AdaptedLayer) or any(
         isinstance(m, AdaptedLayer) for m in site.candidate.module.modules()
     ):
-        raise TargetError(f"{site.name}: adapted already, so it cannot also be trained in full; nothing was changed.")
+        raise TargetError(f"{site.name}: adapted already, so it cannot also be trained in full.")
     if isinstance(site.candidate.module, SavedModule) and site.candidate.module.only != site.only:
-        raise TargetError(
-            f"{site.name}: another adapter trains {site.candidate.module.only or 'all of it'} here; nothing was changed."
-        )
+        raise TargetError(f"{site.name}: another adapter trains {site.candidate.module.only or 'all of it'} here.")

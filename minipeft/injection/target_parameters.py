@@ -27,8 +27,8 @@ def parameter_sites(name: str, candidate: Candidate, owned: Sequence[str]) -> li
     for parent, attribute in candidate.places:
         if any(attribute in ops.read_children(parent) for _, ops in registry.layer_candidates(type(parent))):
             raise TargetError(
-                f"{name}: {type(parent).__name__} reads it and never calls it, so an adapter there would do nothing; "
-                "nothing was changed. Target the module around it."
+                f"{name}: {type(parent).__name__} reads it and never calls it, so an adapter there would do nothing. "
+                "Target the module around it."
             )
     every_ops = [_ops_of(name, candidate.base, parameter) for parameter in owned]
     check_occupants(name, candidate.module, every_ops)
@@ -41,7 +41,7 @@ def _ops_of(name: str, base: nn.Module, parameter: str) -> LayerOps:
     ops = next((ops for ops in (ops.of_parameter(parameter) for _, ops in kinds) if ops.accepts(base)), None)
     if ops is None:
         raise TargetError(
-            f"target_parameters: {name}.{parameter} is no plain floating-point parameter of 2 or 3 dimensions; nothing was changed."
+            f"target_parameters: {name}.{parameter} is no plain floating-point parameter of 2 or 3 dimensions."
         )
     found: LayerOps = ops
     return found
@@ -63,8 +63,7 @@ def check_occupants(name: str, module: nn.Module, ops: Sequence[LayerOps]) -> No
     there = {getattr(wrapper, "ops", None) for wrapper in occupants(module)}
     if there and there != set(ops):
         raise TargetError(
-            f"{name}: another adapter adapts other weights of this module, or all of it, and they must do alike; "
-            "nothing was changed."
+            f"{name}: another adapter adapts other weights of this module, or all of it, and they must do alike."
         )
 
 
@@ -76,9 +75,7 @@ def check_no_call(name: str, what: str, config: AdapterConfig) -> None:
     """
     options = config.needs_a_call()
     if options:
-        raise TargetError(
-            f"{name}: the weight of {what} is read and not called, so {shown(options)} cannot act there; nothing was changed."
-        )
+        raise TargetError(f"{name}: the weight of {what} is read and not called, so {shown(options)} cannot act there.")
 
 
 def check_alone(name: str, parameters: Mapping[str, object], others: Sequence[str]) -> None:
@@ -91,8 +88,8 @@ def check_alone(name: str, parameters: Mapping[str, object], others: Sequence[st
     around += [other for other in parameters if other != name and within(other, [name])]
     if around:
         raise TargetError(
-            f"target_parameters: {name} has parameters to adapt, and {around[0]} is to be adapted or trained as well; "
-            "nothing was changed. Choose one of the two (target_modules=[] selects no module)."
+            f"target_parameters: {name} has parameters to adapt, and {around[0]} is to be adapted or trained as well. "
+            "Choose one of the two (target_modules=[] selects no module)."
         )
 
 
@@ -104,6 +101,6 @@ def check_reads(name: str, ops: LayerOps, adapter_class: type[Adapter]) -> None:
     """
     if ops.reads and adapter_class.acts_before:
         raise TargetError(
-            f"{name}: its weight is read and not called, and {adapter_class.__name__} changes what a layer is given; "
-            "nothing was changed. Use another method there, such as LoRA."
+            f"{name}: its weight is read and not called, and {adapter_class.__name__} changes what a layer is given. "
+            "Use another method there, such as LoRA."
         )

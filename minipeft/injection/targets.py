@@ -93,7 +93,7 @@ def select_targets(
     chosen = _in_layers(config, chosen, every_pattern)
     if not chosen and not config.parameters_to_adapt:
         raise TargetError(
-            f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt; nothing was changed."
+            f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt."
         )
     return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
 
@@ -118,8 +118,8 @@ def select_saved(
     chosen = {name for names in hits.values() for name in names}
     if of_task and not chosen and every_pattern:
         raise TargetError(
-            f"task_type {config.task_type!r} trains the head ({shown(of_task)}), and {type(model).__name__} has none; "
-            "nothing was changed. Name the head in modules_to_save, or leave task_type out."
+            f"task_type {config.task_type!r} trains the head ({shown(of_task)}), and {type(model).__name__} has none. "
+            "Name the head in modules_to_save, or leave task_type out."
         )
     return [
         name
@@ -177,7 +177,7 @@ def _matching(
                 else ""
             )
             raise TargetError(
-                f"{option}: the regular expression {patterns!r} matches no module of {type(model).__name__}; nothing was changed.{fix}"
+                f"{option}: the regular expression {patterns!r} matches no module of {type(model).__name__}.{fix}"
             )
         return chosen
     entries = set(patterns)
@@ -194,7 +194,7 @@ def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind:
     if close:
         count = sum(is_suffix(close, name) for name in names)
         where = f" (closest: {close!r}, {count} {kind}{'s' if count != 1 else ''})"
-    return f"{option}: {entry!r} matches no {kind} of {type(model).__name__}{where}; nothing was changed."
+    return f"{option}: {entry!r} matches no {kind} of {type(model).__name__}{where}."
 
 
 def _all_linear(model: nn.Module, found: dict[str, Candidate], eligible: list[str]) -> list[str]:
@@ -227,14 +227,10 @@ def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) ->
     missing = sorted(wanted - seen)
     if missing and every_pattern:
         have = f"0 to {max(seen)}" if seen else "none; check layers_pattern"
-        raise TargetError(
-            f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have}); nothing was changed."
-        )
+        raise TargetError(f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have}).")
     for entry in config.target_modules or () if every_pattern else ():
         if any(is_suffix(entry, name) for name in chosen) and not any(is_suffix(entry, name) for name in kept):
-            raise TargetError(
-                f"target_modules: {entry!r} stands in none of the layers {shown(sorted(wanted))}; nothing was changed."
-            )
+            raise TargetError(f"target_modules: {entry!r} stands in none of the layers {shown(sorted(wanted))}.")
     return kept
 
 

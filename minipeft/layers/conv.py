@@ -74,7 +74,7 @@ class ConvOps(LayerOps):
         if base.groups > 1:
             raise TargetError(
                 f"{type(base).__name__} with groups={base.groups}: its input features cannot be scaled one by one in the "
-                "weight, of which a column is for one feature of each group; nothing was changed."
+                "weight, of which a column is for one feature of each group."
             )
         channels: int = base.in_channels
         return channels

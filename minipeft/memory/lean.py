@@ -13,7 +13,7 @@ from torch import nn
 
 from minipeft import registry
 from minipeft.class_swap import SameFunction, mixed_class, plain_class
-from minipeft.errors import LeanError, StateError, hint, shown
+from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer, Wrapper
 from minipeft.kernels import matmul
 from minipeft.memory import sample_slices
@@ -49,6 +49,7 @@ class LeanState:
     chunked_loss: bool = False
 
 
+@all_or_nothing
 def lean(
     model: Model, checkpointing: str | None = None, *, chunked_loss: bool = True, fast_linear: bool = True
 ) -> Model:

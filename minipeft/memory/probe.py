@@ -31,7 +31,7 @@ class Probe:
         except Exception as error:
             raise LeanError(
                 f"{type(model).__name__} cannot be run on a tiny batch of token ids{' with labels' * with_labels} "
-                f"({type(error).__name__}: {error}), and lean() proves itself on one; nothing was changed."
+                f"({type(error).__name__}: {error}), and lean() proves itself on one."
             ) from error
 
     def compare(self, model: nn.Module) -> None:
@@ -51,8 +51,8 @@ class Probe:
         for what, size in errors.items():
             if not size <= tolerance:
                 raise LeanError(
-                    f"{type(model).__name__}: with lean() the {what} would differ by {size:.2g} of their size on a probe; "
-                    "nothing was changed. chunked_loss=False or fast_linear=False may do."
+                    f"{type(model).__name__}: with lean() the {what} would differ by {size:.2g} of their size on a probe. "
+                    "chunked_loss=False or fast_linear=False may do."
                 )
 
 

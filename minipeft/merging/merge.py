@@ -137,9 +137,7 @@ def _check(
     """Whatever can be wrong with one layer's merge; nothing is written."""
     base, ops = layer.base_layer, layer.ops
     if not ops.can_merge:
-        raise MergeError(
-            f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}; nothing was merged."
-        )
+        raise MergeError(f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}.")
     layer.check_separable(path, names)
     weight, bias = ops.read_weight(base).detach().to(dtype), ops.read_bias(base)
     written, factors = [weight], _proved_finite(layer, names, weight)
@@ -149,7 +147,7 @@ def _check(
         for what, tensor in (("weight", merged.to(weight.dtype)), ("bias", rounded_bias)):
             if tensor is not None and not _all_finite(tensor):
                 raise MergeError(
-                    f"{path}: the merged {what} is not finite in {weight.dtype} (adapter {shown(names)}); nothing was merged. "
+                    f"{path}: the merged {what} is not finite in {weight.dtype} (adapter {shown(names)}). "
                     "Check the adapter for NaN, or merge in a wider dtype."
                 )
         if bias is not None and rounded_bias is not None and not torch.equal(bias, rounded_bias):
@@ -199,8 +197,8 @@ def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -
     error = float((merged - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not error <= PROBE_TOLERANCE[layer.ops.read_weight(base).dtype]:
         raise MergeError(
-            f"{path}: {type(base).__name__} has a forward of its own, and with the merged weight its output is off by {error:.2g}; "
-            "nothing was merged. Keep the adapter unmerged, or register_layer a LayerOps that knows this layer."
+            f"{path}: {type(base).__name__} has a forward of its own, and with the merged weight its output is off by {error:.2g}. "
+            "Keep the adapter unmerged, or register_layer a LayerOps that knows this layer."
         )
 
 

@@ -50,7 +50,7 @@ def shared_parameters(
         users = index.also_used_by(parameter, *owners) if parameter.data_ptr() in pointers else []
         if users and not untie:
             raise MergeError(
-                f"{path}.{name} is tied to {shown(users)}, which merging would change as well; nothing was merged. "
+                f"{path}.{name} is tied to {shown(users)}, which merging would change as well. "
                 "Pass untie=True to give this layer a weight of its own."
             )
         if users:
@@ -69,7 +69,7 @@ def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
         for name in names if isinstance(wrapper, SavedModule) else ():
             for key, tensor in wrapper.file_tensors(name).items():
                 if not tensor.isfinite().all():
-                    raise MergeError(f"{path}.{key}: the trained values are not finite; nothing was merged.")
+                    raise MergeError(f"{path}.{key}: the trained values are not finite.")
                 original = wrapper.base_layer.state_dict(keep_vars=True)[key]
                 owner = wrapper.base_layer.get_submodule(key.rpartition(".")[0])
                 parts_ties |= bool(index.also_used_by(original, owner))

@@ -97,8 +97,7 @@ def original_weight(path: str, layer: AdaptedLayer, undo: Undo) -> Tensor | None
         if _same_sums(original, undo.weight_sums):
             return original
     raise MergeError(
-        f"{path}: the merged weight was written or converted after the merge, so it cannot be undone exactly; "
-        "nothing was changed."
+        f"{path}: the merged weight was written or converted after the merge, so it cannot be undone exactly."
     )
 
 

@@ -198,13 +198,12 @@ class Lora(Adapter):
         self.freeze_lora_A = config.freeze_lora_A
         if config.freeze_lora_A and ops.is_embedding:
             raise ConfigError(
-                f"freeze_lora_A on {type(base).__name__}: its lora_A starts at zero, so nothing would ever be learned; "
-                "nothing was changed."
+                f"freeze_lora_A on {type(base).__name__}: its lora_A starts at zero, so nothing would ever be learned."
             )
         self.lora_A = nn.Parameter(weight.new_empty(ops.down_shape(base, config.r)), not config.freeze_lora_A)
         self.lora_B = nn.Parameter(weight.new_empty(ops.up_shape(base, config.r)))
         if config.lora_bias and ops.is_embedding:
-            raise ConfigError(f"lora_bias is not for {type(base).__name__}, which has no bias; nothing was changed.")
+            raise ConfigError(f"lora_bias is not for {type(base).__name__}, which has no bias.")
         self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0])) if config.lora_bias else None
         start = bias.detach() if config.bias != "none" and bias is not None else None
         self.lora_bias = None if start is None else nn.Parameter(start.clone())
@@ -216,7 +215,7 @@ class Lora(Adapter):
         if self.num_experts > 1 and (of_weight or config.init_lora_weights == "orthogonal"):
             raise ConfigError(
                 f"init_lora_weights {config.init_lora_weights!r} is for one matrix, and {type(base).__name__} has {self.num_experts} in "
-                "one parameter; nothing was changed. Use True or 'gaussian' there."
+                "one parameter. Use True or 'gaussian' there."
             )
         self.register_buffer("initial_A", torch.zeros_like(self.lora_A.detach()) if of_weight else None)
         self.register_buffer("initial_B", torch.zeros_like(self.lora_B.detach()) if of_weight else None)
@@ -295,7 +294,7 @@ class Lora(Adapter):
         update = self.bias_update()
         if update is not None:
             if bias is None:
-                raise MergeError("lora_bias trains a bias, and a layer without one cannot hold it; nothing was merged.")
+                raise MergeError("lora_bias trains a bias, and a layer without one cannot hold it.")
             bias = bias + update.detach().to(bias.dtype)
         return weight + self._update(weight).to(weight.dtype), bias
 

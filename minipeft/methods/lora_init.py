@@ -58,9 +58,7 @@ def orthogonal_factors(weight: Tensor, r: int) -> Factors:
         ConfigError: r is odd.
     """
     if r % 2:
-        raise ConfigError(
-            f"init_lora_weights='orthogonal' splits the rank in two, and r = {r} is odd; nothing was changed."
-        )
+        raise ConfigError(f"init_lora_weights='orthogonal' splits the rank in two, and r = {r} is odd.")
     out_features, in_features = weight.shape
     options = {"dtype": accumulation_dtype(weight), "device": weight.device}
     Q, _ = torch.linalg.qr(torch.randn(r, r, **options))  # type: ignore[call-overload]
@@ -72,7 +70,7 @@ def orthogonal_factors(weight: Tensor, r: int) -> Factors:
 def _of_rank(weight: Tensor, r: int) -> Tensor:
     if r > min(weight.shape):
         raise ConfigError(
-            f"r = {r} exceeds the rank of a weight of shape {tuple(weight.shape)}, whose parts init_lora_weights asks for; "
-            "nothing was changed. Lower r, by rank_pattern for single modules."
+            f"r = {r} exceeds the rank of a weight of shape {tuple(weight.shape)}, whose parts init_lora_weights asks for. "
+            "Lower r, by rank_pattern for single modules."
         )
     return weight.detach().to(accumulation_dtype(weight))

@@ -88,7 +88,7 @@ class OFT(Adapter):
     def __init__(self, base: nn.Module, ops: LayerOps, config: OFTConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         if not ops.is_embedding and not ops.takes_vectors():
-            raise TargetError(f"OFT rotates vectors, which {type(base).__name__} does not take; nothing was changed.")
+            raise TargetError(f"OFT rotates vectors, which {type(base).__name__} does not take.")
         self.config, self.is_embedding = config, ops.is_embedding
         self.size = ops.shape(base)[0 if ops.is_embedding else 1]
         self.block = config.block_size(self.size)

@@ -50,7 +50,7 @@ class TrainableTokensConfig(AdapterConfig):
         if not names:
             raise TargetError(
                 f"{type(model).__name__} names no input embedding (get_input_embeddings), so say by name which module "
-                "holds the tokens' rows; nothing was changed."
+                "holds the tokens' rows."
             )
         return names
 
@@ -121,7 +121,7 @@ class TrainableTokens(Adapter):
         super().__init__(base, ops, config, shared)
         if not ops.is_embedding and (ops.reads or not ops.takes_vectors()):
             raise ConfigError(
-                f"{type(base).__name__} has no rows of tokens: they are trained in embeddings and linear output heads; nothing was changed."
+                f"{type(base).__name__} has no rows of tokens: they are trained in embeddings and linear output heads."
             )
         self.is_embedding = ops.is_embedding
         rows, ids = self._table(ops.read_weight(base).detach()), tuple(config.token_indices)
@@ -129,7 +129,7 @@ class TrainableTokens(Adapter):
         beyond = max(ids) - len(rows) + 1
         if beyond > 0:
             raise ConfigError(
-                f"token {max(ids)} is beyond the {len(rows)} rows of {type(base).__name__}; nothing was changed. First "
+                f"token {max(ids)} is beyond the {len(rows)} rows of {type(base).__name__}. First "
                 f"model.resize_token_embeddings({max(ids) + 1}), as where the tokens were added."
             )
         indices = torch.tensor(ids, device=rows.device)

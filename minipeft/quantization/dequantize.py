@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from minipeft.errors import MergeError, StateError
+from minipeft.errors import MergeError, StateError, all_or_nothing
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.targets import candidates, layer_ops
 
@@ -13,6 +13,7 @@ from minipeft.injection.targets import candidates, layer_ops
 NOTES = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
+@all_or_nothing
 @torch.no_grad()
 def dequantize(model: nn.Module) -> nn.Module:
     """Replace every quantized layer of a model by a float one that holds the dequantized weight; returns the model.
@@ -22,7 +23,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 
     Raises:
         StateError: the model has adapters (merge or unload them first).
-        MergeError: hooks or a patched forward sit on a quantized layer, and would be lost; nothing was changed.
+        MergeError: hooks or a patched forward sit on a quantized layer, and would be lost.
     """
     found, dtype = candidates(model), float_dtype(model)
     quantized = {name: candidate for name, candidate in found.items() if _is_quantized(candidate.base)}
@@ -61,7 +62,7 @@ def check_replaceable(model: nn.Module) -> None:
         if (hooks or "forward" in vars(base)) and _is_quantized(base):
             raise MergeError(
                 f"{name}: hooks or a patched forward are attached to this {type(base).__name__}, and a float layer in its "
-                "place would lose them; nothing was changed. Remove them first (accelerate: remove_hook_from_submodules)."
+                "place would lose them. Remove them first (accelerate: remove_hook_from_submodules)."
             )
 
 
@@ -84,8 +85,8 @@ def dtype_to_merge_in(path: str, layer: AdaptedLayer, model: nn.Module, dequanti
         return layer.ops.read_weight(base).dtype
     if not dequantize:
         raise MergeError(
-            f"{path}: {type(base).__name__} is quantized, and rounding to its few values would lose most of an update; nothing "
-            "was merged. Keep the adapter beside it, or pass dequantize=True for float layers."
+            f"{path}: {type(base).__name__} is quantized, and rounding to its few values would lose most of an update. "
+            "Keep the adapter beside it, or pass dequantize=True for float layers."
         )
     return float_dtype(model)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import registry
-from minipeft.errors import ConfigError, StateError, TargetError, hint, shown
+from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing, hint, shown
 from minipeft.injection.adapted_layer import TensorIndex, Wrapper
 from minipeft.injection.targets import HEAD_NAMES, Candidate, candidates, layer_ops
 from minipeft.kernels import malloc_trim
@@ -17,6 +17,7 @@ from minipeft.patterns import is_suffix
 from minipeft.transformers_model import output_head
 
 
+@all_or_nothing
 @torch.no_grad()
 def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str] = ()) -> nn.Module:
     """Replace the linear layers of a float model by quantized, frozen ones, in place; returns the model.
@@ -42,7 +43,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
     if kind not in quantizers:
         raise ConfigError(f"quantize: no kind {kind!r}{hint(str(kind), quantizers)}; there are: {shown(quantizers)}.")
     if any(isinstance(module, Wrapper) for module in model.modules()):
-        raise StateError("quantize: this model has adapters; quantize it first, then adapt it. Nothing was changed.")
+        raise StateError("quantize: this model has adapters; quantize it first, then adapt it.")
     chosen = _chosen(model, skip_modules)
     replacements = [(candidate, _replacement(candidate, ops, quantizers[kind], kind)) for candidate, ops in chosen]
     for candidate, layer in replacements:
@@ -60,7 +61,7 @@ def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candida
         if not hits:
             raise TargetError(
                 f"skip_modules: {entry!r} matches no module of {type(model).__name__}"
-                f"{hint(entry, {name.rpartition('.')[2] for name in found})}; nothing was changed."
+                f"{hint(entry, {name.rpartition('.')[2] for name in found})}."
             )
         skipped |= {id(module) for hit in hits for module in hit.modules()}
     chosen = []
@@ -75,12 +76,12 @@ def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candida
             continue
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.is_meta:
             raise TargetError(
-                f"{name}: a weight of {weight.dtype} on {weight.device.type} cannot be quantized; nothing was changed. "
+                f"{name}: a weight of {weight.dtype} on {weight.device.type} cannot be quantized. "
                 "Convert the model to float32, bfloat16 or float16."
             )
         chosen.append((candidate, ops))
     if not chosen:
-        raise TargetError(f"quantize: {type(model).__name__} has no linear layer to quantize; nothing was changed.")
+        raise TargetError(f"quantize: {type(model).__name__} has no linear layer to quantize.")
     return chosen
 
 
@@ -92,15 +93,12 @@ def _replacement(candidate: Candidate, ops: LayerOps, quantizer: LayerOps, kind:
     except ImportError as error:
         raise ConfigError(
             f"quantize: {kind!r} needs {error.name or 'a package'}, which is not installed; pip install 'minipeft[quant]'. "
-            "Nothing was changed."
         ) from None
     except ValueError as error:
-        raise TargetError(
-            f"{name}: {error}; nothing was changed. Leave it in float by skip_modules, or take another kind."
-        ) from None
+        raise TargetError(f"{name}: {error}. Leave it in float by skip_modules, or take another kind.") from None
     if not quantizer.accepts(packed):
         raise TargetError(
-            f"{name}: the installed package packs {kind!r} in a way that {type(quantizer).__name__} does not know; nothing was changed. "
+            f"{name}: the installed package packs {kind!r} in a way that {type(quantizer).__name__} does not know. "
             "Take the version that the extra minipeft[quant] names."
         )
     # What stood here, in transformers' words: whoever makes it float again knows what to make of it.

@@ -33,7 +33,7 @@ def table() -> str:
     for method, cls in methods.items():
         cells = ["" if (method, layer) in refused else "✓" for layer in layers]
         rows.append([f"`{method}`", *cells, str(code_lines(inspect.getfile(cls)))])
-    rows.append(["lines", *(str(code_lines(inspect.getfile(ops))) for ops in layers.values()), ""])
+    rows.append(["lines", *(str(code_lines(inspect.getfile(type(ops)))) for ops in layers.values()), ""])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -98,7 +98,7 @@ def _built_in() -> tuple[dict[str, type[Any]], dict[str, type[Any]]]:
     own = "minipeft."
     return (
         {name: cls for name, cls in methods.items() if cls.__module__.startswith(own)},
-        {name: ops for name, ops in layers.items() if ops.__module__.startswith(own)},
+        {name: ops for name, ops in layers.items() if type(ops).__module__.startswith(own)},
     )
 
 
