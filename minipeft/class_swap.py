@@ -50,5 +50,4 @@ def reduced(mixin: type[nn.Module], model: nn.Module, plain: Any) -> Any:
 
 def _new(mixin: type[nn.Module], cls: type[nn.Module], *args: Any) -> nn.Module:
     mixed = mixed_class(mixin, cls)
-    module: nn.Module = mixed.__new__(mixed, *args)
-    return module
+    return mixed.__new__(mixed, *args)

@@ -230,8 +230,7 @@ def _differing(table: Tensor, weight: Any) -> list[int]:
     """
     here = weight.detach().cpu()
     narrow = min(table.dtype, here.dtype, key=lambda dtype: dtype.itemsize)
-    rows: list[int] = (table.to(narrow) != here.to(narrow)).any(1).nonzero().flatten().tolist()
-    return rows
+    return (table.to(narrow) != here.to(narrow)).any(1).nonzero().flatten().tolist()
 
 
 def resize_hint(model: nn.Module, there: tuple[int, ...], here: tuple[int, ...]) -> str:

@@ -112,8 +112,7 @@ class AdaptedLayer(Wrapper):
         here = self.adapters._modules
         acting: list[Any] = [here[name] for name in names]
         if len(acting) == 1 and acting[0].runs_base and not (acting[0].acts_before or args or kwargs):
-            alone: Tensor = acting[0](self.base_layer, self.ops, x, None)  # a shorter way to the same, for few rows
-            return alone
+            return acting[0](self.base_layer, self.ops, x, None)  # a shorter way to the same, for few rows
         inputs = [x]  # what each adapter sees, the last one first: it decides what those before it see
         for adapter in reversed(acting):
             inputs.append(adapter.before(self.base_layer, self.ops, inputs[-1]) if adapter.acts_before else inputs[-1])
@@ -122,8 +121,7 @@ class AdaptedLayer(Wrapper):
             if y is None and (args or kwargs or not adapter.runs_base):
                 y = self.ops.output(self.base_layer, x, *args, **kwargs)
             y = adapter(self.base_layer, self.ops, inputs.pop(), y)
-        result: Tensor = self.ops.run(self.base_layer, x, *args, **kwargs) if y is None else y
-        return result
+        return self.ops.run(self.base_layer, x, *args, **kwargs) if y is None else y
 
     @property
     def owner(self) -> nn.Module:

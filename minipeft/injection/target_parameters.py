@@ -43,8 +43,7 @@ def _ops_of(name: str, base: nn.Module, parameter: str) -> LayerOps:
         raise TargetError(
             f"target_parameters: {name}.{parameter} is no plain floating-point parameter of 2 or 3 dimensions."
         )
-    found: LayerOps = ops
-    return found
+    return ops
 
 
 def occupants(module: nn.Module) -> Iterator[Wrapper]:

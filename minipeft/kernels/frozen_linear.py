@@ -53,8 +53,7 @@ def frozen_linear(
         with torch.autocast(device, enabled=False):
             return frozen_linear(x, weight, bias).to(dtype)
     if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _FrozenLinear.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
-        return result
+        return _FrozenLinear.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
     return _forward(x, weight, bias, call)
 
 

@@ -77,10 +77,9 @@ def lora_linear(
             kept, module = source.input, source.module
         entry = kept if source is not None and recompute.leads_back(x, source) else x
         given = x if entry is x else x.detach()
-        result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        return _LoraLinear.apply(  # type: ignore[no-untyped-call]
             entry, given, weight, bias, lora_A, lora_B, scaling, mask, kept, module
         )
-        return result
     # Where nothing is learned, an adapter that changes nothing leaves every bit as the base has it.
     return _product(x, weight, bias, lora_A, lora_B, scaling, mask, matmul.torch_linear)[0]
 

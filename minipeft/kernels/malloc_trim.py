@@ -25,5 +25,4 @@ def trim(device_type: str) -> None:
 def _malloc_trim() -> Callable[[int], int] | None:
     if platform.libc_ver()[0] != "glibc":
         return None
-    found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return found
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -57,5 +57,4 @@ def leads_back(tensor: Tensor, source: Source) -> bool:
 
 def output(module: nn.Module, input: Tensor) -> Tensor:
     """The tensor again; differentiable where gradients are on."""
-    result: Tensor = type(module).forward(module, input)
-    return result
+    return type(module).forward(module, input)

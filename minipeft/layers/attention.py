@@ -50,5 +50,4 @@ class MultiheadAttentionOps(ReadOps):
         return nn.MultiheadAttention(in_features, 2)
 
     def example_call(self, layer: nn.Module, x: Tensor) -> Tensor:
-        output: Tensor = layer(x, x.flip(0), x)[0]
-        return output
+        return layer(x, x.flip(0), x)[0]

@@ -96,8 +96,7 @@ class LayerOps(ABC):
 
     def read_bias(self, base: Any) -> Tensor | None:
         """The bias, shape (out,), or None."""
-        bias: Tensor | None = getattr(base, "bias", None)
-        return bias
+        return getattr(base, "bias", None)
 
     def down_shape(self, base: Any, r: int) -> tuple[int, ...]:
         """The shape in which a down projection is kept and saved; ``A.flatten(1)`` of it is (r, in)."""
@@ -191,8 +190,7 @@ class LayerOps(ABC):
 
     def example_call(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The output of an example, adapted or not, for an `example_input`; where a call takes or gives more than one."""
-        output: Tensor = layer(x)
-        return output
+        return layer(x)
 
     def example_selection(self, name: str) -> dict[str, list[str]]:
         """The options of a configuration that select an example which stands under this name in its model."""

@@ -124,8 +124,7 @@ def _dequantized(base: Any, dtype: torch.dtype | None) -> Tensor:
     if _is_repacked(state):
         data, state = _unpacked(data, state)
     state.dtype = dtype or state.dtype
-    weight: Tensor = bnb.dequantize_4bit(data, state)
-    return weight
+    return bnb.dequantize_4bit(data, state)
 
 
 def _is_repacked(state: Any) -> bool:

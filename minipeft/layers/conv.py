@@ -45,23 +45,20 @@ class ConvOps(LayerOps):
         return 1, base.out_channels, *_ones(base)
 
     def read_weight(self, base: Any) -> Tensor:
-        weight: Tensor = base.weight.flatten(1)
-        return weight
+        return base.weight.flatten(1)
 
     @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         base.weight.copy_(weight.view(base.weight.shape))
         if bias is not None:
             base.bias.copy_(bias)
-        module: nn.Module = base
-        return module
+        return base
 
     def project_in(self, base: Any, x: Tensor, A: Tensor) -> Tensor:
         """Shape (batch, groups * r, *positions)."""
         kernel = A.reshape(len(A), *base.weight.shape[1:])
         # The layer's own method, since it knows every padding mode.
-        h: Tensor = base._conv_forward(x, kernel.repeat(base.groups, *(1 for _ in kernel.shape[1:])), None)
-        return h
+        return base._conv_forward(x, kernel.repeat(base.groups, *(1 for _ in kernel.shape[1:])), None)
 
     def project_out(self, base: Any, h: Tensor, B: Tensor) -> Tensor:
         ones = _ones(base)
@@ -76,8 +73,7 @@ class ConvOps(LayerOps):
                 f"{type(base).__name__} with groups={base.groups}: its input features cannot be scaled one by one in the "
                 "weight, of which a column is for one feature of each group."
             )
-        channels: int = base.in_channels
-        return channels
+        return base.in_channels
 
     def scale_in(self, base: Any, x: Tensor, v: Tensor) -> Tensor:
         return x * v.reshape(-1, *_ones(base))

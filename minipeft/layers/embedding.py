@@ -31,14 +31,12 @@ class EmbeddingOps(LayerOps):
         return base.embedding_dim, base.num_embeddings
 
     def read_weight(self, base: Any) -> Tensor:
-        transposed: Tensor = base.weight.t()
-        return transposed
+        return base.weight.t()
 
     @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         base.weight.copy_(weight.t())
-        module: nn.Module = base
-        return module
+        return base
 
     def project_in(self, base: Any, x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.t(), padding_idx=base.padding_idx)

@@ -31,16 +31,14 @@ class LinearOps(LayerOps):
         return base.out_features, base.in_features
 
     def read_weight(self, base: Any) -> Tensor:
-        weight: Tensor = base.weight
-        return weight
+        return base.weight
 
     @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         base.weight.copy_(weight)
         if bias is not None:
             base.bias.copy_(bias)
-        module: nn.Module = base
-        return module
+        return base
 
     def example(self, in_features: int, out_features: int) -> nn.Module | None:
         return nn.Linear(in_features, out_features)
@@ -63,12 +61,10 @@ class Conv1DOps(LinearOps):
         return base.nf, base.nx
 
     def read_weight(self, base: Any) -> Tensor:
-        transposed: Tensor = base.weight.t()
-        return transposed
+        return base.weight.t()
 
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return super().write_weight(base, weight.t(), bias)
 
     def example(self, in_features: int, out_features: int) -> nn.Module | None:
-        layer: nn.Module = importlib.import_module("transformers.pytorch_utils").Conv1D(out_features, in_features)
-        return layer
+        return importlib.import_module("transformers.pytorch_utils").Conv1D(out_features, in_features)

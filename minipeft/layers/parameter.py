@@ -22,8 +22,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.experts
-        y: Tensor = x @ first.t() + torch.tanh(x @ second.t())
-        return y
+        return x @ first.t() + torch.tanh(x @ second.t())
 
 
 @register_layer(nn.Parameter)
@@ -71,8 +70,7 @@ class ParameterOps(ReadOps):
         parameter: Tensor = getattr(base, self.reads)
         turned = self._turned(base, parameter)
         turned.copy_(weight.reshape(turned.shape))
-        module: nn.Module = base
-        return module
+        return base
 
     def as_call(self, base: Any) -> tuple[Tensor, Tensor]:
         """An x that has no rows, since only `project_in` has to make something of it, and the parameter as it is."""

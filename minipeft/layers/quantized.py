@@ -64,8 +64,7 @@ class QuantizedLinearOps(LayerOps):
             return torch.empty(self.shape(base), device="meta")
         ops = next(ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base))
         # The base may be the float layer that `write_weight` gave, while an adapter is merged.
-        weight: Tensor = self.dequantized(base) if ops == self else ops.read_weight(base)
-        return weight
+        return self.dequantized(base) if ops == self else ops.read_weight(base)
 
     @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -30,8 +30,7 @@ class Int8TensorOps(QuantizedLinearOps):
 
     @torch.no_grad()
     def dequantized(self, base: Any) -> Tensor:
-        weight: Tensor = base.weight.dequantize()
-        return weight
+        return base.weight.dequantize()
 
     def quantize(self, kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         torchao: Any = importlib.import_module("torchao.quantization")
@@ -46,8 +45,7 @@ class Int8TensorOps(QuantizedLinearOps):
         packed = base.weight
         row_by_row = packed.scale.shape == (len(packed), 1)
         # As torchao's own product has it, which passes over the zero points: they are 0. `dequantize` makes three arrays.
-        weight: Tensor = packed.qdata.to(dtype).mul_(packed.scale) if row_by_row else packed.dequantize(dtype)
-        return weight
+        return packed.qdata.to(dtype).mul_(packed.scale) if row_by_row else packed.dequantize(dtype)
 
     def is_float_call(self, base: Any, x: Tensor) -> bool:
         # An adapter may be merged, and `base` the float layer that then stands there.

@@ -28,14 +28,12 @@ class ReadOps(LayerOps):
         return out_features, in_features
 
     def read_weight(self, base: Any) -> Tensor:
-        weight: Tensor = getattr(base, self.reads)
-        return weight
+        return getattr(base, self.reads)
 
     @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         getattr(base, self.reads).copy_(weight)
-        module: nn.Module = base
-        return module
+        return base
 
     def read_bias(self, base: Any) -> Tensor | None:
         return None  # what is adapted is the weight alone

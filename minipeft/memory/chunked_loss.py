@@ -30,8 +30,7 @@ class HandsThrough(SameFunction):
         if self.handing is not None:
             self.handing.hidden, self.handing.version = hidden, hidden._version
             return hidden
-        logits: Tensor = super().forward(hidden)
-        return logits
+        return super().forward(hidden)
 
 
 @dataclass
@@ -56,8 +55,7 @@ class LeanLoss:
         """The loss: in chunks, where the head has handed its input through, and else the model's own."""
         handing: Handing | None = self.head.handing  # type: ignore[assignment]
         if handing is None:
-            loss: Tensor = self.original(logits, labels, *args, **kwargs)
-            return loss
+            return self.original(logits, labels, *args, **kwargs)
         self._check_untouched(handing, logits)
         handing.used = True
         head: Any = self.head
@@ -119,8 +117,7 @@ def is_frozen(head: nn.Module) -> bool:
 def _changed_rows(head: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
     """What adapters add to rows of the head's weight: nothing where it is not adapted, None where they do more."""
     adapted = getattr(head, "changed_rows", None)
-    rows: list[tuple[Tensor, Tensor]] | None = adapted() if callable(adapted) else []
-    return rows
+    return adapted() if callable(adapted) else []
 
 
 def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -142,5 +139,4 @@ def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 def _whole(parameter: Tensor) -> Tensor:
     """A parameter that FSDP2 holds in shards, gathered."""
     full: Any = getattr(parameter, "full_tensor", None)
-    whole: Tensor = parameter if full is None else full()
-    return whole
+    return parameter if full is None else full()

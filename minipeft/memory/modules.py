@@ -54,8 +54,7 @@ class FastLinear(SameFunction):
             weight, bias = self.lean_ops.weight_of_call(self, x), self.lean_ops.read_bias(self)
             if weight is not None and can_fuse(x, weight, bias) and _is_leaner(x, weight):
                 return frozen_linear(x, weight, bias)
-        y: Tensor = super().forward(x)
-        return y
+        return super().forward(x)
 
 
 def _is_leaner(x: Tensor, weight: Weight) -> bool:

@@ -142,8 +142,7 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, sq
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     squares = squared_rows(weight, dtype) if squares is None else squares
     update = (2 * scaling * _through(weight, A) + scaling**2 * (B @ (A @ A.t()))) * B
-    norms: Tensor = (squares + update.sum(1)).clamp_min(0).sqrt()
-    return norms
+    return (squares + update.sum(1)).clamp_min(0).sqrt()
 
 
 def _norm_dtype(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:

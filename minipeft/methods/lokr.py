@@ -101,8 +101,7 @@ class LoKr(Lycoris):
             update = ops.project_out(base, h, torch.eye(self.out_features, dtype=dtype, device=x.device))
         if passes is not None:
             update = ops.scale_out(base, update, passes)
-        result: Tensor = y + update.to(y.dtype)
-        return result
+        return y + update.to(y.dtype)
 
     def delta(self, weight: Tensor) -> Tensor:
         C, D = (self._factor(name).detach() for name in ("lokr_w1", "lokr_w2"))
@@ -123,8 +122,7 @@ def _kronecker_linear(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
     C, D = C.to(x.dtype), D.to(x.dtype)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _product(x, C, D)  # a compiler decides itself what it keeps
-    result: Tensor = _KroneckerLinear.apply(x, C, D)  # type: ignore[no-untyped-call]
-    return result
+    return _KroneckerLinear.apply(x, C, D)  # type: ignore[no-untyped-call]
 
 
 def _product(x: Tensor, C: Tensor, D: Tensor) -> Tensor:

@@ -114,8 +114,7 @@ class OFT(Adapter):
             inside = upper * torch.where(norms <= most * slack, 1.0, most / norms)
             if self.training and upper.requires_grad:  # as PEFT, for which the next step starts from there
                 self.weight.copy_(inside)
-        result: Tensor = upper + (inside - upper).detach()
-        return result
+        return upper + (inside - upper).detach()
 
     def rotations(self) -> Tensor:
         """The blocks by which vectors are multiplied from the right, shape (size / k, k, k), in float32 or float64."""
@@ -141,8 +140,7 @@ class OFT(Adapter):
         return x if self.is_embedding else self._rotated(x)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
-        result: Tensor = self._rotated(y) if self.is_embedding else y
-        return result
+        return self._rotated(y) if self.is_embedding else y
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         R, (out, into) = self.rotations().detach().to(weight.dtype), weight.shape

@@ -89,8 +89,7 @@ class Case:
         """The method's configuration for the layer of a holder; `more` is added to its lists."""
         selection = self.ops.example_selection("layer")
         selection = {name: values + more.get("also", []) for name, values in selection.items()}
-        config: AdapterConfig = self.adapter.example_config(**selection, **self.options)
-        return config
+        return self.adapter.example_config(**selection, **self.options)
 
     def adapted(
         self, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = SIZES, *, moved: bool = True

@@ -44,8 +44,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     if model.training and getattr(model, "_minipeft_lean", None) is not None and bool((labels[:, 1:] != -100).any()):
         output = model(**inputs, labels=labels, num_items_in_batch=1)
         if output.logits is None:  # else the loss is transformers' own, in its own precision
-            total: Tensor = output.loss
-            return total
+            return output.loss
         logits = output.logits
     else:
         logits = model(**inputs).logits

@@ -73,8 +73,7 @@ class ChatTemplate:
         return whole, spans
 
     def _text(self, messages: Messages, where: str, **options: Any) -> str:
-        text: str = self._render(messages, where, **options)[0][0]
-        return text
+        return self._render(messages, where, **options)[0][0]
 
     def _render(self, messages: Messages, where: str, **options: Any) -> tuple[Any, Any]:
         values = {**self.tokenizer.special_tokens_map, **options}

@@ -116,8 +116,7 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # Not verbose: it would warn that a text is longer than the model's context; what is, is cut or refused next.
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        return encoded["input_ids"]
 
     def _text(self, text: str) -> Encoded:
         return self._texts([{"text": text}])[0]

@@ -166,7 +166,7 @@ def _encoded(rows: Dataset, source: Source, encoder: Encoder, processes: int | N
     rows = rows.select_columns(list(source.columns)).with_format(None)
     # datasets would hash the tokenizer's pickle, which its first call changes.
     parts = f"{rows._fingerprint} {encoder.fingerprint()}"
-    mapped: Dataset = rows.map(
+    return rows.map(
         _Call(encoder, source),
         batched=True,
         batch_size=max(ROWS_A_CALL, encoder.rows_at_once),
@@ -178,7 +178,6 @@ def _encoded(rows: Dataset, source: Source, encoder: Encoder, processes: int | N
         new_fingerprint=hashlib.sha256(parts.encode()).hexdigest()[:32],
         desc="encoding",
     )
-    return mapped
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,7 @@ def split_names(data: str | os.PathLike[str], config: str | None = None) -> list
     if path.is_file() or (path / "dataset_info.json").is_file():
         return ["train"]
     if (path / "dataset_dict.json").is_file():
-        splits: list[str] = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
-        return splits
+        return json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
     if path.is_dir():
         return list(_files_by_split(path))
     return list(_attempt(partial(datasets.get_dataset_split_names, str(data), config), str(data)))
@@ -151,8 +150,7 @@ def _generated(
     features = Features({column: Value("string") for column in columns})
     if streaming:
         return IterableDataset.from_generator(generator, features=features, gen_kwargs=values)
-    rows: Rows = _attempt(partial(Dataset.from_generator, generator, features=features, gen_kwargs=values), name)
-    return rows
+    return _attempt(partial(Dataset.from_generator, generator, features=features, gen_kwargs=values), name)
 
 
 def _file_kind(path: Path) -> str:
