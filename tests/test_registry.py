@@ -99,8 +99,10 @@ def test_an_incomplete_class_is_refused_by_the_name_of_what_it_lacks():
 
 
 def test_a_method_with_other_parameters_than_the_contract_is_refused():
-    wrong = type("Wrong", (LinearOps,), {"project_in": staticmethod(lambda layer, x, A: x)})
-    with pytest.raises(RegistryError, match=r"Wrong.project_in\(layer, x, A\) does not fit .*project_in\(base, x, A\)"):
+    wrong = type("Wrong", (LinearOps,), {"project_in": lambda self, layer, x, A: x})
+    with pytest.raises(
+        RegistryError, match=r"Wrong.project_in\(self, layer, x, A\) does not fit .*project_in\(self, base, x, A\)"
+    ):
         registry.register_layer(Special)(wrong)
 
 
