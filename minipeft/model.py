@@ -17,9 +17,9 @@ from minipeft.files import save_and_load as checkpoint
 from minipeft.files.hub import adapter_directory
 from minipeft.files.save_pretrained import DEFAULT, SharedModel
 from minipeft.injection import apply as inject
-from minipeft.injection.adapted_layer import wrappers
 from minipeft.injection.attach import STATE, attach, check_name, detach, switch_to
 from minipeft.injection.build import build
+from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft import CheckpointError, ConfigError, LoraConfig, TargetError, get_lora_model, load_adapter
-from minipeft.injection.targets import layer_ops
+from minipeft.layers.base import layer_ops
 
 with foreign_code():
     peft = pytest.importorskip("peft")

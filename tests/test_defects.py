@@ -18,7 +18,8 @@ from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from minipeft import CheckpointError, LoraConfig, MergeError, StateError, TargetError, get_lora_model, load_adapter
-from minipeft.injection.adapted_layer import AdaptedLayer, adapted_layers
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.module_tree import adapted_layers
 from minipeft.methods.lora import Lora
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from minipeft import LoraConfig, MergeError, get_lora_model
-from minipeft.injection.adapted_layer import adapted_layers
+from minipeft.injection.module_tree import adapted_layers
 from minipeft.kernels.functional import lora_delta
 
 

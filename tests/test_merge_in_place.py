@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minipeft import Adapter, AdapterConfig, LoraConfig, MergeError, get_adapter_model, get_lora_model, register_method
-from minipeft.injection.adapted_layer import adapted_layers
+from minipeft.injection.module_tree import adapted_layers
 from minipeft.kernels.functional import largest, low_rank_additions, low_rank_bound, low_rank_product
 from minipeft.layers.linear import LinearOps
 from minipeft.merging import merge as merging

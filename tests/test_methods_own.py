@@ -14,7 +14,7 @@ from torch import nn
 import minipeft
 from minipeft import ConfigError, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, TargetError, VeraConfig
 from minipeft import get_adapter_model as adapt
-from minipeft.injection.adapted_layer import adapted_layers
+from minipeft.injection.module_tree import adapted_layers
 from minipeft.methods import adalora, ia3, vera
 from minipeft.methods.lokr import factorise
 from minipeft.methods.oft import _series

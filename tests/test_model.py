@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import minipeft
 from minipeft import AdaptedModel, LoraConfig, StateError, get_lora_model
-from minipeft.injection.adapted_layer import AdaptedLayer, wrappers
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 
 

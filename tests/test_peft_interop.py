@@ -24,7 +24,7 @@ from tiny_models import (
 )
 
 import minipeft
-from minipeft.injection.adapted_layer import adapted_layers, wrappers
+from minipeft.injection.module_tree import adapted_layers, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 
 with foreign_code():

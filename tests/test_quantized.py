@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, MergeError, RegistryError, StateError, TargetError, registry
-from minipeft.injection.targets import layer_ops
+from minipeft.layers.base import layer_ops
 from minipeft.layers.bitsandbytes_4bit import _warn_of_misreading, reads_back
 from minipeft.layers.linear import LinearOps
 from minipeft.layers.quantized import QuantizedLinearOps

@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import minipeft
 from minipeft import LoraConfig
-from minipeft.injection.targets import layer_ops
 from minipeft.kernels import lora_linear as fused
-from minipeft.layers.base import LayerOps
+from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.memory.lean import STATE
 from minipeft.memory.modules import FastLinear

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig
-from minipeft.injection.targets import layer_ops
+from minipeft.layers.base import layer_ops
 
 with foreign_code():
     bnb = pytest.importorskip("bitsandbytes")

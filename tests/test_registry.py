@@ -10,7 +10,7 @@ from torch import nn
 
 import minipeft
 from minipeft import Adapter, LoraConfig, RegistryError, get_lora_model, registry
-from minipeft.injection.targets import layer_ops
+from minipeft.layers.base import layer_ops
 from minipeft.layers.linear import LinearOps
 from minipeft.methods.lora import Lora
 

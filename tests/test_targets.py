@@ -6,7 +6,8 @@ from tiny_models import gpt2, gpt2_classifier, llama, logits, state_digest, t5
 from torch import nn
 
 from minipeft import ConfigError, LoraConfig, StateError, TargetError, get_lora_model, load_adapter
-from minipeft.injection.adapted_layer import AdaptedLayer, adapted_layers, wrappers
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.module_tree import adapted_layers, wrappers
 
 
 def chosen(model, **options):

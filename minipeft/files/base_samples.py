@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile, is_sample
-from minipeft.injection.adapted_layer import adapted_layers
 from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.build import Parts
+from minipeft.injection.module_tree import adapted_layers
 from minipeft.injection.plan import Plan
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter

@@ -25,9 +25,11 @@ from minipeft.errors import CheckpointError, ConfigError, told
 from minipeft.files.atomic import read_limited
 from minipeft.files.format import MAX_CONFIG_BYTES, AdapterFile
 from minipeft.files.hub import is_hub_id
-from minipeft.injection.adapted_layer import AdaptedLayer, innermost, wrappers
+from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import PREFIX
+from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.wrapper import innermost
 from minipeft.patterns import is_suffix
 from minipeft.transformers_model import input_embedding, output_head
 

@@ -31,12 +31,12 @@ from minipeft.files.format import (
     with_sorted_metadata,
 )
 from minipeft.files.resized_vocabulary import brought, resize_hint
-from minipeft.injection.adapted_layer import AdaptedLayer, adapted_layers, wrappers
+from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import PREFIX, Parts, build, build_from, shared_tensors
+from minipeft.injection.module_tree import adapted_layers, candidates, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
-from minipeft.injection.targets import candidates
 from minipeft.methods.base import Adapter
 from minipeft.patterns import is_suffix
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError
 from minipeft.files.save_and_load import adapters_of, file_config
-from minipeft.injection.adapted_layer import AdaptedLayer, wrappers
+from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import PREFIX
+from minipeft.injection.module_tree import wrappers
 
 
 @torch.no_grad()

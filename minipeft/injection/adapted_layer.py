@@ -1,8 +1,7 @@
-"""The wrapper layer: a base layer with its adapters beside it, and the switch that says which of them act."""
+"""A frozen layer and its adapters, each of which takes its turn on the output."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,67 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minipeft.errors import MergeError, shown
+from minipeft.injection.wrapper import Switch, Wrapper, innermost
 from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import ReadOps
 from minipeft.methods.base import Adapter
-
-
-class Switch:
-    """Which adapters act. All wrappers of a model share one, so switching costs the same for any number of layers."""
-
-    def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
-        self.enabled = True
-
-
-class Wrapper(nn.Module, ABC):
-    """A module that stands in the place of `base_layer` and holds one thing a named adapter.
-
-    What it does not have itself it takes from the base layer, so code that reads ``layer.weight`` or
-    ``layer.in_features`` keeps working; a parameter assigned to it (as tying weights does) goes to the base layer.
-    """
-
-    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self.switch = switch
-        self.training = base_layer.training
-
-    @abstractmethod
-    def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """What is saved of one adapter: the key after this module's name in a file -> the live tensor."""
-
-    def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """The parameters that training this adapter moves."""
-        if adapter_name in self.adapters:
-            yield from self.adapters[adapter_name].parameters()
-
-    def drop(self, adapter_name: str) -> None:
-        """Take an adapter out."""
-        del self.adapters[adapter_name]
-
-    def __getattr__(self, name: str) -> Any:
-        modules = self.__dict__.get("_modules", {})
-        if name in modules:
-            return modules[name]
-        if "base_layer" not in modules:  # still being built, or being unpickled
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(modules["base_layer"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter):
-            setattr(self.base_layer, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also accept the base model's own keys: ``c_attn.weight`` for ``c_attn.base_layer.weight``."""
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            rest = key[len(prefix) :]
-            if rest.partition(".")[0] not in ("base_layer", "adapters"):
-                state_dict[f"{prefix}base_layer.{rest}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class AdaptedLayer(Wrapper):
@@ -200,65 +142,3 @@ class AdaptedWeight(AdaptedLayer):
         while isinstance(inner, Wrapper):
             path, inner = f"{path}base_layer.", inner.base_layer
         return {f"{prefix}{path}{self.ops.reads}": self.ops.from_call(owner, y)}
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    """The module itself, without the wrappers around it."""
-    while isinstance(module, Wrapper):
-        module = module.base_layer
-    return module
-
-
-def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
-    """Every (name, wrapper) of a model, each once, under the name that its tensors have in a file."""
-    for name, module in model.named_modules():
-        if isinstance(module, Wrapper):
-            yield name, module
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Every (name, adapted layer) of a model."""
-    for name, module in wrappers(model):
-        if isinstance(module, AdaptedLayer):
-            yield name, module
-
-
-class TensorIndex:
-    """Which parameters of a model live where in memory, so that ties are found without comparing all with all."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._by_storage: dict[tuple[str, int], list[tuple[nn.Module, str, nn.Parameter]]] = {}
-        for name, module in model.named_modules():
-            for parameter_name, parameter in module._parameters.items():
-                if parameter is not None:
-                    full_name = f"{name}.{parameter_name}" if name else parameter_name
-                    self._by_storage.setdefault(_storage(parameter), []).append((module, full_name, parameter))
-
-    def owners(self, tensor: Tensor) -> list[tuple[str, nn.Module]]:
-        """(parameter name, module) of every parameter that is `tensor` or lies exactly where it lies."""
-        entries = self._by_storage.get(_storage(tensor), [])
-        return [(name, module) for module, name, parameter in entries if _span(parameter) == _span(tensor)]
-
-    def also_used_by(self, tensor: Tensor, *owners: nn.Module) -> list[str]:
-        """Names of the parameters of other modules than `owners` that change when `tensor` is written."""
-        start, end = _span(tensor)
-        users = []
-        for module, name, parameter in self._by_storage.get(_storage(tensor), []):
-            other_start, other_end = _span(parameter)
-            if all(module is not owner for owner in owners) and start < other_end and other_start < end:
-                users.append(name)
-        return users
-
-
-def _storage(tensor: Tensor) -> tuple[str, int]:
-    # Without memory of its own, on the meta device or wrapped around other tensors (torchao's), it is only itself.
-    return str(tensor.device), tensor.untyped_storage().data_ptr() if tensor.data_ptr() else id(tensor)
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First and one-past-last byte of a tensor within its storage; (0, 0) for an empty one."""
-    if tensor.numel() == 0:
-        return 0, 0
-    last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = int(tensor.storage_offset())
-    return start * tensor.element_size(), (start + last + 1) * tensor.element_size()

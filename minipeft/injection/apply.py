@@ -7,12 +7,12 @@ from functools import partial
 
 from torch import nn
 
-from minipeft.injection.adapted_layer import AdaptedLayer, AdaptedWeight, Switch, Wrapper, wrappers
+from minipeft.injection.adapted_layer import AdaptedLayer, AdaptedWeight
 from minipeft.injection.build import Parts
+from minipeft.injection.module_tree import Candidate, occupants, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
-from minipeft.injection.target_parameters import occupants
-from minipeft.injection.targets import Candidate
+from minipeft.injection.wrapper import Switch, Wrapper
 
 
 def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:

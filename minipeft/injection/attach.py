@@ -13,9 +13,10 @@ from minipeft.class_swap import mixed_class, original_class
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError
 from minipeft.injection import apply as inject
-from minipeft.injection.adapted_layer import Switch, wrappers
 from minipeft.injection.build import Parts
+from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
+from minipeft.injection.wrapper import Switch
 
 STATE = "_minipeft"  # where a model keeps its state: in its __dict__, so that it is copied and pickled along
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.injection.adapted_layer import Switch, Wrapper
+from minipeft.injection.wrapper import Switch, Wrapper
 
 
 class SavedModule(Wrapper):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from minipeft import registry
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
-from minipeft.injection.adapted_layer import AdaptedLayer, TensorIndex
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.module_tree import Candidate, TensorIndex, candidates
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.target_parameters import (
     check_alone,
@@ -21,17 +22,8 @@ from minipeft.injection.target_parameters import (
     check_reads,
     parameter_sites,
 )
-from minipeft.injection.targets import (
-    Candidate,
-    candidates,
-    layer_ops,
-    select_parameters,
-    select_saved,
-    select_targets,
-    to_prepare,
-    within,
-)
-from minipeft.layers.base import LayerOps
+from minipeft.injection.targets import select_parameters, select_saved, select_targets, to_prepare, within
+from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.methods.base import Adapter
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from minipeft import registry
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
-from minipeft.injection.adapted_layer import Wrapper
-from minipeft.injection.targets import Candidate, within
+from minipeft.injection.module_tree import Candidate, occupants
+from minipeft.injection.targets import within
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 
@@ -44,13 +44,6 @@ def _ops_of(name: str, base: nn.Module, parameter: str) -> LayerOps:
             f"target_parameters: {name}.{parameter} is no plain floating-point parameter of 2 or 3 dimensions."
         )
     return ops
-
-
-def occupants(module: nn.Module) -> Iterator[Wrapper]:
-    """The wrappers that stand in a module's place, from the outermost in."""
-    while isinstance(module, Wrapper):
-        yield module
-        module = module.base_layer
 
 
 def check_occupants(name: str, module: nn.Module, ops: Sequence[LayerOps]) -> None:

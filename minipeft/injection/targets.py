@@ -4,62 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
 from minipeft import registry
 from minipeft.config import ALL_LINEAR, HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import TargetError, hint, nearest, shown
-from minipeft.injection.adapted_layer import Wrapper, innermost
-from minipeft.layers.base import LayerOps
+from minipeft.injection.module_tree import Candidate
+from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.patterns import endings, full_matches, is_suffix
 from minipeft.transformers_model import output_head
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A module that could be adapted: all the names it stands under, and the (parent, attribute) places it hangs at."""
-
-    module: nn.Module
-    names: tuple[str, ...]
-    places: tuple[tuple[nn.Module, str], ...]
-
-    @property
-    def base(self) -> nn.Module:
-        """The layer itself, without the wrappers that an earlier adapter put around it."""
-        return innermost(self.module)
-
-
-def candidates(model: nn.Module) -> dict[str, Candidate]:
-    """Every module below the model, by its first name. What is inside a wrapper is not looked at."""
-    names: dict[int, list[str]] = {}
-    places: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
-    modules: dict[int, nn.Module] = {}
-    for name, parent, attribute, module in _walk(model, ""):
-        modules[id(module)] = module
-        names.setdefault(id(module), []).append(name)
-        places.setdefault(id(module), {})[id(parent), attribute] = (parent, attribute)
-    return {
-        names[key][0]: Candidate(module, tuple(names[key]), tuple(places[key].values()))
-        for key, module in modules.items()
-    }
-
-
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    for attribute, child in module._modules.items():
-        if child is not None:
-            name = f"{prefix}{attribute}"
-            yield name, module, attribute, child
-            if not isinstance(child, Wrapper):
-                yield from _walk(child, f"{name}.")
-
-
-def layer_ops(base: nn.Module) -> LayerOps | None:
-    """The registered ops that accept this layer, the most derived type first, or None."""
-    return next((ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base)), None)
 
 
 def select_targets(

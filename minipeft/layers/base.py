@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft import registry
 from minipeft.class_swap import plain_class
 from minipeft.kernels.frozen_linear import Weight, can_fuse, frozen_linear
 
@@ -195,6 +196,11 @@ class LayerOps(ABC):
     def example_selection(self, name: str) -> dict[str, list[str]]:
         """The options of a configuration that select an example which stands under this name in its model."""
         return {"target_modules": [name]}
+
+
+def layer_ops(base: nn.Module) -> LayerOps | None:
+    """The registered ops that accept this layer, the most derived type first, or None."""
+    return next((ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base)), None)
 
 
 def runs_only(base: nn.Module, forward: object) -> bool:

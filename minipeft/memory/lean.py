@@ -14,7 +14,8 @@ from torch import nn
 from minipeft import registry
 from minipeft.class_swap import SameFunction, mixed_class, plain_class
 from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown
-from minipeft.injection.adapted_layer import AdaptedLayer, Wrapper
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels import matmul
 from minipeft.memory import sample_slices
 from minipeft.memory.chunked_loss import HandsThrough, LeanLoss, after_forward, before_forward, is_frozen

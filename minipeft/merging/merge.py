@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.errors import MergeError, shown
-from minipeft.injection.adapted_layer import AdaptedLayer, TensorIndex, adapted_layers
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.module_tree import TensorIndex, adapted_layers
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_additions, low_rank_bound
 from minipeft.merging.report import MergeReport, relative_error
 from minipeft.merging.tied_weights import adapts_tied_layers, mark_untied, shared_parameters, tied_layers

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from minipeft.errors import MergeError, shown
-from minipeft.injection.adapted_layer import AdaptedLayer, TensorIndex, wrappers
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.module_tree import TensorIndex, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from minipeft.errors import MergeError, StateError, all_or_nothing
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.targets import candidates, layer_ops
+from minipeft.injection.module_tree import candidates
+from minipeft.layers.base import layer_ops
 
 # What transformers keeps of a quantization: on the model, and in its config.
 NOTES = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")

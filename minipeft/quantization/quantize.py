@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing, hint, shown
-from minipeft.injection.adapted_layer import TensorIndex, Wrapper
-from minipeft.injection.targets import HEAD_NAMES, Candidate, candidates, layer_ops
+from minipeft.injection.module_tree import Candidate, TensorIndex, candidates
+from minipeft.injection.targets import HEAD_NAMES
+from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels import malloc_trim
-from minipeft.layers.base import LayerOps
+from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.patterns import is_suffix
 from minipeft.transformers_model import output_head
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from minipeft import registry
 from minipeft.config import AdapterConfig
 from minipeft.errors import ContractError, TargetError, shown
-from minipeft.injection.adapted_layer import AdaptedLayer, Wrapper, adapted_layers
-from minipeft.injection.targets import layer_ops
-from minipeft.layers.base import LayerOps
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.module_tree import adapted_layers
+from minipeft.injection.wrapper import Wrapper
+from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.model import AdaptedModel, get_adapter_model
 
 SIZES, SQUARE = (16, 8), (16, 16)

@@ -9,7 +9,7 @@ from torch import nn
 
 from minipeft.config import number
 from minipeft.errors import StateError, shown
-from minipeft.injection.adapted_layer import adapted_layers
+from minipeft.injection.module_tree import adapted_layers
 
 # The words that PEFT's file format has for a pair of factors, whatever the method: (down, up).
 PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))

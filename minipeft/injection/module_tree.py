@@ -1,0 +1,111 @@
+"""Walking a model: its modules by name and place, the wrappers among them, and who holds which tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.wrapper import Wrapper, innermost
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that could be adapted: all the names it stands under, and the (parent, attribute) places it hangs at."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    places: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer itself, without the wrappers that an earlier adapter put around it."""
+        return innermost(self.module)
+
+
+def candidates(model: nn.Module) -> dict[str, Candidate]:
+    """Every module below the model, by its first name. What is inside a wrapper is not looked at."""
+    names: dict[int, list[str]] = {}
+    places: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, parent, attribute, module in _walk(model, ""):
+        modules[id(module)] = module
+        names.setdefault(id(module), []).append(name)
+        places.setdefault(id(module), {})[id(parent), attribute] = (parent, attribute)
+    return {
+        names[key][0]: Candidate(module, tuple(names[key]), tuple(places[key].values()))
+        for key, module in modules.items()
+    }
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    for attribute, child in module._modules.items():
+        if child is not None:
+            name = f"{prefix}{attribute}"
+            yield name, module, attribute, child
+            if not isinstance(child, Wrapper):
+                yield from _walk(child, f"{name}.")
+
+
+def occupants(module: nn.Module) -> Iterator[Wrapper]:
+    """The wrappers that stand in a module's place, from the outermost in."""
+    while isinstance(module, Wrapper):
+        yield module
+        module = module.base_layer
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    """Every (name, wrapper) of a model, each once, under the name that its tensors have in a file."""
+    for name, module in model.named_modules():
+        if isinstance(module, Wrapper):
+            yield name, module
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Every (name, adapted layer) of a model."""
+    for name, module in wrappers(model):
+        if isinstance(module, AdaptedLayer):
+            yield name, module
+
+
+class TensorIndex:
+    """Which parameters of a model live where in memory, so that ties are found without comparing all with all."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._by_storage: dict[tuple[str, int], list[tuple[nn.Module, str, nn.Parameter]]] = {}
+        for name, module in model.named_modules():
+            for parameter_name, parameter in module._parameters.items():
+                if parameter is not None:
+                    full_name = f"{name}.{parameter_name}" if name else parameter_name
+                    self._by_storage.setdefault(_storage(parameter), []).append((module, full_name, parameter))
+
+    def owners(self, tensor: Tensor) -> list[tuple[str, nn.Module]]:
+        """(parameter name, module) of every parameter that is `tensor` or lies exactly where it lies."""
+        entries = self._by_storage.get(_storage(tensor), [])
+        return [(name, module) for module, name, parameter in entries if _span(parameter) == _span(tensor)]
+
+    def also_used_by(self, tensor: Tensor, *owners: nn.Module) -> list[str]:
+        """Names of the parameters of other modules than `owners` that change when `tensor` is written."""
+        start, end = _span(tensor)
+        users = []
+        for module, name, parameter in self._by_storage.get(_storage(tensor), []):
+            other_start, other_end = _span(parameter)
+            if all(module is not owner for owner in owners) and start < other_end and other_start < end:
+                users.append(name)
+        return users
+
+
+def _storage(tensor: Tensor) -> tuple[str, int]:
+    # Without memory of its own, on the meta device or wrapped around other tensors (torchao's), it is only itself.
+    return str(tensor.device), tensor.untyped_storage().data_ptr() if tensor.data_ptr() else id(tensor)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and one-past-last byte of a tensor within its storage; (0, 0) for an empty one."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start * tensor.element_size(), (start + last + 1) * tensor.element_size()

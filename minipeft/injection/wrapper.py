@@ -1,0 +1,74 @@
+"""The module that stands in the place of a base layer, and the switch that says which adapters act."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Switch:
+    """Which adapters act. All wrappers of a model share one, so switching costs the same for any number of layers."""
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+
+
+class Wrapper(nn.Module, ABC):
+    """A module that stands in the place of `base_layer` and holds one thing a named adapter.
+
+    What it does not have itself it takes from the base layer, so code that reads ``layer.weight`` or
+    ``layer.in_features`` keeps working; a parameter assigned to it (as tying weights does) goes to the base layer.
+    """
+
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.switch = switch
+        self.training = base_layer.training
+
+    @abstractmethod
+    def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """What is saved of one adapter: the key after this module's name in a file -> the live tensor."""
+
+    def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """The parameters that training this adapter moves."""
+        if adapter_name in self.adapters:
+            yield from self.adapters[adapter_name].parameters()
+
+    def drop(self, adapter_name: str) -> None:
+        """Take an adapter out."""
+        del self.adapters[adapter_name]
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        if "base_layer" not in modules:  # still being built, or being unpickled
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(modules["base_layer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Also accept the base model's own keys: ``c_attn.weight`` for ``c_attn.base_layer.weight``."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            rest = key[len(prefix) :]
+            if rest.partition(".")[0] not in ("base_layer", "adapters"):
+                state_dict[f"{prefix}base_layer.{rest}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module itself, without the wrappers around it."""
+    while isinstance(module, Wrapper):
+        module = module.base_layer
+    return module
