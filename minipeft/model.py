@@ -27,8 +27,7 @@ from minipeft.merging import merge
 from minipeft.merging.report import MergeReport
 from minipeft.merging.tied_weights import check_trained_copies, mark_untied
 from minipeft.quantization.dequantize import dequantize as make_float
-
-WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
+from minipeft.transformers_model import wrapping_class
 
 
 @all_or_nothing
@@ -112,7 +111,7 @@ def _plan(model: nn.Module, config: AdapterConfig) -> Plan:
 def _check_adaptable(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    wrapping = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in WRAPPING), None)
+    wrapping = wrapping_class(model)
     if wrapping is not None:
         raise StateError(f"{wrapping} wraps the model; adapt the model itself, then wrap it.")
     registry.load_plugins()

@@ -1,24 +1,85 @@
-"""The two ends of a language model, where it names them as transformers' models do; else None."""
+"""What minipeft knows of transformers' models, all by duck typing: nothing here imports transformers.
+
+Every function also takes a model that is not one of transformers'; it then answers None, False or nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
+
+# Modules around a model: adapt what is inside, then wrap it.
+WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
+# What transformers keeps of a quantization on a model, besides `quantization_config` in its config.
+QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def model_type(model: nn.Module) -> str | None:
+    """``config.model_type``, such as "llama"."""
+    found = getattr(getattr(model, "config", None), "model_type", None)
+    return found if isinstance(found, str) else None
+
+
+def name_or_path(model: nn.Module) -> str | None:
+    """Where the model was loaded from: a name on the Hub or a directory."""
+    found = getattr(model, "name_or_path", None)
+    return found if isinstance(found, str) and found else None
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that ``get_input_embeddings`` gives, as it is wrapped."""
-    return _given_by(model, "get_input_embeddings")
+    """The module that ``get_input_embeddings`` returns: the wrapper, if it is adapted."""
+    return _returned_by(model, "get_input_embeddings")
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that ``get_output_embeddings`` gives, as it is wrapped."""
-    return _given_by(model, "get_output_embeddings")
+    """The module that ``get_output_embeddings`` returns: the wrapper, if it is adapted."""
+    return _returned_by(model, "get_output_embeddings")
 
 
-def _given_by(model: nn.Module, method: str) -> nn.Module | None:
+def knows_its_head(model: nn.Module) -> bool:
+    """Whether the model has ``get_output_embeddings``, even if that returns None."""
+    return hasattr(model, "get_output_embeddings")
+
+
+def wrapping_class(model: nn.Module) -> str | None:
+    """The name of the class that wraps a model, such as DDP's, if `model` is such a wrapper."""
+    return next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in WRAPPING), None)
+
+
+def recomputable_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that transformers can recompute in the backward pass, in the model's order."""
+    for module in model.modules():
+        if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
+            yield module
+
+
+def mark_untied(model: nn.Module) -> bool:
+    """Record in the config that the output head has its own weight; returns whether the config said it was tied."""
+    config = getattr(model, "config", None)
+    said_tied = getattr(config, "tie_word_embeddings", None) is True
+    if said_tied:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return said_tied
+
+
+def mark_tied(model: nn.Module) -> None:
+    """Record in the config that the output head shares the weight of the input embedding: undoes `mark_untied`."""
+    model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Remove what transformers noted about a quantization, so that the model saves and loads as a float model."""
+    for module in model.modules():
+        for name in QUANTIZATION:
+            vars(module).pop(name, None)
+        vars(getattr(module, "config", module)).pop("quantization_config", None)
+
+
+def _returned_by(model: nn.Module, method: str) -> nn.Module | None:
     get = getattr(model, method, None)
     try:
         module = get() if callable(get) else None
-    except NotImplementedError:  # what transformers raises for a model without one
+    except NotImplementedError:  # transformers raises it for a model that has none
         return None
     return module if isinstance(module, nn.Module) else None

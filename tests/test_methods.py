@@ -224,7 +224,7 @@ def test_no_extra_loss_and_nothing_to_do_after_a_step_is_nothing():
 def test_a_method_that_changes_the_input_is_refused_where_a_weight_is_read():
     model = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(8, 2)})
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(minipeft.TargetError, match="attn: its weight is read and not called, and OFT"):
+    with pytest.raises(minipeft.TargetError, match="attn: its weight is read without calling the layer, and OFT"):
         minipeft.get_adapter_model(model, minipeft.OFTConfig(oft_block_size=2, target_modules=["attn"]))
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -350,13 +350,13 @@ class Outer(nn.Module):
     [
         (["inner.lst"], {}, r"'inner.lst' matches no parameter of Outer \(closest: 'inner.last', 1 parameter\)"),
         (["own"], {}, "'own' matches no parameter of Outer"),  # the model's own: it has no place to be wrapped in
-        (["block.vector"], {}, "block.vector is no plain floating-point parameter of 2 or 3 dimensions"),
-        (["whole"], {}, "block.whole is no plain floating-point parameter"),
+        (["block.vector"], {}, "block.vector is not a plain floating-point parameter of 2 or 3 dimensions"),
+        (["whole"], {}, "block.whole is not a plain floating-point parameter"),
         (["inner.last"], {"lora_dropout": 0.1}, "block.inner.last: .*lora_dropout = 0.1' cannot act"),
         (["inner.last"], {"bias": "all"}, "bias = 'all'\" cannot act"),
         (["linear.weight"], {"target_modules": ["linear"]}, "block.linear has parameters to adapt, and block.linear"),
         (["linear.weight"], {"modules_to_save": ["block"]}, "block.linear has parameters to adapt, and block is"),
-        (["inner.last"], {"rank_pattern": {"lst": 3}}, "rank_pattern: lst' fits none of the 1 targeted"),
+        (["inner.last"], {"rank_pattern": {"lst": 3}}, "rank_pattern: lst' matches none of the 1 targeted"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_and_nothing_is_changed(targets, options, message):

@@ -76,7 +76,7 @@ def test_all_linear_leaves_the_head_out_also_a_classifier_without_a_task():
         ({"modules_to_save": ["head"]}, r"modules_to_save: 'head' matches no module .*\(closest: 'lm_head'"),
         ({"modules_to_save": ["c_attn"]}, "leaves no module"),
         ({"rank_pattern": {"c_atn": 4}}, "rank_pattern: c_atn"),
-        ({"rank_pattern": {"c_proj": 4}}, "'rank_pattern: c_proj' fits none of the 2 targeted modules"),
+        ({"rank_pattern": {"c_proj": 4}}, "'rank_pattern: c_proj' matches none of the 2 targeted modules"),
         ({"alpha_pattern": {"h.9": 4}}, "alpha_pattern"),
         ({"task_type": "SEQ_CLS"}, "trains the head .*'score'"),
         ({"target_modules": "(a+)+x|(.*)*y" + "(.*)*" * 12 + "z"}, "takes more than|matches no module"),

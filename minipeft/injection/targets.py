@@ -13,7 +13,7 @@ from minipeft.errors import TargetError, hint, nearest, shown
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.patterns import endings, full_matches, is_suffix
-from minipeft.transformers_model import output_head
+from minipeft.transformers_model import knows_its_head, model_type, output_head
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs")
 
@@ -154,7 +154,7 @@ def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind:
 
 
 def _all_linear(model: nn.Module, found: dict[str, Candidate], eligible: list[str]) -> list[str]:
-    head, names_its_head = output_head(model), hasattr(model, "get_output_embeddings")
+    head, names_its_head = output_head(model), knows_its_head(model)
     chosen = []
     for name in eligible:
         candidate = found.get(name)  # a module's other names are the same module
@@ -202,10 +202,10 @@ def _layer_index(name: str, layers_pattern: Sequence[str] | str | None) -> int |
 
 
 def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConfig) -> Sequence[str] | str:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    kind = model_type(model)
     patterns = config.default_modules(model)
-    if patterns is None:
-        patterns = registry.default_targets(model_type) if isinstance(model_type, str) else None
+    if patterns is None and kind is not None:
+        patterns = registry.default_targets(kind)
     if patterns is not None or config.parameters_to_adapt:
         return patterns or ()
     counts: dict[str, int] = {}
@@ -215,9 +215,9 @@ def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConf
             ending = next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
             counts[ending] = counts.get(ending, 0) + 1
     common = sorted(counts, key=lambda ending: -counts[ending])
-    known = hint(model_type, registry.known_model_types()) if isinstance(model_type, str) else ""
+    known = hint(kind, registry.known_model_types()) if kind is not None else ""
     raise TargetError(
-        f"no default target_modules for {f'model_type {model_type!r}' if model_type else type(model).__name__}{known}; "
+        f"no default target_modules for {f'model_type {kind!r}' if kind else type(model).__name__}{known}; "
         f"give target_modules, from this model's own: {shown((f'{e} ({counts[e]})' for e in common), 8)}, or 'all-linear'."
     )
 

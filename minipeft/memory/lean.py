@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,7 +30,7 @@ from minipeft.memory.modules import (
     trim_before,
 )
 from minipeft.memory.probe import Probe
-from minipeft.transformers_model import output_head
+from minipeft.transformers_model import output_head, recomputable_blocks
 
 logger = logging.getLogger("minipeft")
 Model = TypeVar("Model", bound=nn.Module)
@@ -175,7 +174,7 @@ def _mix(module: nn.Module, mixin: type[nn.Module], state: LeanState) -> None:
 def _checkpoint(model: nn.Module, state: LeanState, checkpointing: str | None) -> None:
     if checkpointing == "none":
         return
-    blocks = list(_blocks(model))
+    blocks = list(recomputable_blocks(model))
     on = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
     if on and checkpointing is None:
         return
@@ -207,12 +206,6 @@ def _checkpoint_mlps(model: nn.Module, state: LeanState, blocks: list[nn.Module]
         )
     for mlp in dict.fromkeys(mlps):  # blocks may share one
         _mix(mlp, Checkpointed, state)
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
-            yield module
 
 
 def _is_mlp(name: str, module: nn.Module) -> bool:

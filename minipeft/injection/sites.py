@@ -1,0 +1,123 @@
+"""Where adapters go: a module with the class and configuration that adapt it, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from minipeft import registry
+from minipeft.config import AdapterConfig
+from minipeft.errors import TargetError, shown
+from minipeft.injection.module_tree import Candidate, occupants
+from minipeft.injection.modules_to_save import SavedModule
+from minipeft.layers.base import LayerOps, layer_ops
+from minipeft.methods.base import Adapter
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    """A module to adapt, with the class and the configuration that will adapt it."""
+
+    name: str
+    candidate: Candidate
+    ops: LayerOps
+    adapter_class: type[Adapter]
+    config: AdapterConfig
+    targeted: bool = True  # by its own name; False for a bare parameter, or a child that its parent reads
+    prefix: str = ""  # goes before its keys in a file, if a companion of the configuration adapts it
+    tied_to: str | None = None  # the site whose adapter this one shares, since the two layers share a weight
+
+
+@dataclass(frozen=True)
+class SavedSite:
+    """A module to train in full, or only those of its parameters that `only` names."""
+
+    name: str
+    candidate: Candidate
+    only: tuple[str, ...] | None
+
+
+def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_pattern: bool) -> Iterator[AdapterSite]:
+    """A site for the module itself and one for each child whose weight it reads.
+
+    Raises:
+        TargetError: the module cannot be adapted, or not by this method with these options.
+    """
+    ops, base = ops_for(name, candidate), candidate.base
+    check_occupants(name, candidate.module, [ops])
+    if ops.reads and every_pattern:
+        check_needs_no_call(name, type(base).__name__, config)
+    yield site(name, candidate, ops, config)
+    for attribute, child_ops in ops.read_children(base).items():
+        child_name, child = f"{name}.base_layer.{attribute}", base.get_submodule(attribute)
+        check_occupants(child_name, child, [child_ops])
+        yield site(child_name, Candidate(child, (child_name,), ((base, attribute),)), child_ops, config, targeted=False)
+
+
+def site(
+    name: str, candidate: Candidate, ops: LayerOps, config: AdapterConfig, *, targeted: bool = True
+) -> AdapterSite:
+    """One site, with the class that the registry has for it.
+
+    Raises:
+        TargetError: the method changes a layer's input, and this weight is read without a call.
+    """
+    adapter_class = registry.adapter_class(config.adapter_method, name, type(candidate.base))
+    if ops.reads and adapter_class.acts_before:
+        raise TargetError(
+            f"{name}: its weight is read without calling the layer, and {adapter_class.__name__} changes what a layer "
+            "is given. Use another method there, such as LoRA."
+        )
+    return AdapterSite(name, candidate, ops, adapter_class, config, targeted)
+
+
+def ops_for(name: str, candidate: Candidate) -> LayerOps:
+    """The ops of a targeted layer.
+
+    Raises:
+        TargetError: there are none, or another adapter trains the module in full.
+    """
+    base = candidate.base
+    if isinstance(candidate.module, SavedModule):
+        raise TargetError(f"{name}: already trained in full by another adapter's modules_to_save or bias='all'.")
+    ops = layer_ops(base)
+    if ops is not None:
+        return ops
+    kind, known = registry.qualified(type(base)), ", ".join(registry.layer_type_names())
+    if any(True for _ in registry.layer_candidates(type(base))):
+        weight = getattr(base, "weight", None)
+        holds = f", weight {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
+        raise TargetError(
+            f"{name}: {kind} is registered, but this instance is refused (an unusual weight, or a layer that is read "
+            f"and not called{holds}). See register_layer."
+        )
+    raise TargetError(f"{name}: no LayerOps for {kind}; registered: {known}. See register_layer.")
+
+
+def check_occupants(name: str, module: nn.Module, ops: Sequence[LayerOps]) -> None:
+    """Check that all adapters of one module adapt the same weights of it.
+
+    In a file the nesting of the wrappers says which parameter each one adapts, so they must agree.
+
+    Raises:
+        TargetError: another adapter there adapts something else.
+    """
+    present = {getattr(wrapper, "ops", None) for wrapper in occupants(module)}
+    if present and present != set(ops):
+        raise TargetError(
+            f"{name}: another adapter adapts other weights of this module, or all of it. All adapters of one module must "
+            "adapt the same weights."
+        )
+
+
+def check_needs_no_call(name: str, what: str, config: AdapterConfig) -> None:
+    """Refuse options that act on a layer's input or output, for a weight that is read without calling the layer.
+
+    Raises:
+        TargetError: the configuration has such options.
+    """
+    options = config.needs_a_call()
+    if options:
+        raise TargetError(f"{name}: the weight of {what} is read and not called, so {shown(options)} cannot act there.")
