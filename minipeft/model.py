@@ -16,7 +16,7 @@ from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files import save_and_load as checkpoint
 from minipeft.files.hub import adapter_directory
 from minipeft.files.save_pretrained import DEFAULT, SharedModel
-from minipeft.injection import apply as inject
+from minipeft.injection.apply import discard
 from minipeft.injection.attach import STATE, attach, check_name, detach, switch_to
 from minipeft.injection.build import build
 from minipeft.injection.module_tree import wrappers
@@ -192,7 +192,7 @@ class AdaptedModel(SharedModel):
         self._check_known((adapter_name,))
         if adapter_name in self._state.switch.active or adapter_name in self._state.merged:
             raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one, or unload().")
-        inject.discard(self, adapter_name)
+        discard(self, adapter_name)
         del self._state.configs[adapter_name], self._state.resting[adapter_name]
         self._state.trainable.discard(adapter_name)
 

@@ -70,7 +70,7 @@ def test_all_linear_leaves_the_head_out_also_a_classifier_without_a_task():
         ),
         (
             {"target_modules": ["c_attn", "lm_head"], "layers_to_transform": [1]},
-            "'lm_head' stands in none of the layers 1",
+            "'lm_head' is in none of the layers 1",
         ),
         ({"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": "layers"}, "check layers_pattern"),
         ({"modules_to_save": ["head"]}, r"modules_to_save: 'head' matches no module .*\(closest: 'lm_head'"),

@@ -19,9 +19,9 @@ from minipeft.methods.base import Adapter
 class AdaptedLayer(Wrapper):
     """A frozen layer and its adapters: ``y = base_layer(x)``, then each active adapter's turn on y.
 
-    Adapters that are merged are in the base weight already and take no turn. `undo` (see `minipeft.merging.merge`) is what
-    brings the base weight back. `targeted` says whether ``target_modules`` selects the module. An adapter in
-    `following` is saved and trained with the layer that leads.
+    Merged adapters are in the base weight already and take no turn; `undo` (see `minipeft.merging`) brings the base
+    weight back. `targeted` says whether ``target_modules`` selects the module. An adapter in `tied_adapters` belongs to
+    another layer that shares this weight, and is saved and trained there.
     """
 
     def __init__(self, base_layer: nn.Module, switch: Switch, ops: LayerOps, targeted: bool = True) -> None:
@@ -30,32 +30,32 @@ class AdaptedLayer(Wrapper):
         self.targeted = targeted
         self.merged: tuple[str, ...] = ()
         self.undo: Any = None
-        self.tied_adapters: set[str] = set()  # adapters that are another layer's, whose weight this one holds too
+        self.tied_adapters: set[str] = set()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.run_with(self.acting(), x, *args, **kwargs)
 
     def acting(self) -> tuple[str, ...]:
-        """The adapters that take their turn now."""
+        """Names of the adapters that take their turn now."""
         if not self.switch.enabled:
             return ()
         here = self.adapters._modules
         return tuple([n for n in self.switch.active if n in here and n not in self.merged])
 
     def changed_rows(self) -> list[tuple[Tensor, Tensor]] | None:
-        """What the acting adapters add to rows of the weight (see `Adapter.changed_rows`); None where one does more."""
+        """What the acting adapters add to rows of the weight (see `Adapter.changed_rows`); None if one does more than that."""
         changed = [self.adapter(name).changed_rows() for name in self.acting()]
         known = [rows for rows in changed if rows is not None]
         return known if len(known) == len(changed) else None
 
     def run_with(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output with these adapters and no other, each taking its turn."""
+        """The output with exactly these adapters, each taking its turn."""
         y: Any = None
         here = self.adapters._modules
         acting: list[Any] = [here[name] for name in names]
         if len(acting) == 1 and acting[0].runs_base and not (acting[0].acts_before or args or kwargs):
-            return acting[0](self.base_layer, self.ops, x, None)  # a shorter way to the same, for few rows
-        inputs = [x]  # what each adapter sees, the last one first: it decides what those before it see
+            return acting[0](self.base_layer, self.ops, x, None)  # the usual case, kept short for single tokens
+        inputs = [x]  # of each adapter, the last one first: its `before` decides what those in front of it see
         for adapter in reversed(acting):
             inputs.append(adapter.before(self.base_layer, self.ops, inputs[-1]) if adapter.acts_before else inputs[-1])
         x = inputs.pop()
@@ -71,13 +71,13 @@ class AdaptedLayer(Wrapper):
         return innermost(self.base_layer)
 
     def adapter(self, name: str) -> Adapter:
-        """The adapter of that name on this layer."""
+        """The adapter with this name on this layer."""
         adapter = self.adapters[name]
         assert isinstance(adapter, Adapter)
         return adapter
 
     def owns(self, adapter_name: str) -> bool:
-        """Whether the adapter is here, and as this layer's own."""
+        """Whether the adapter is here and belongs to this layer, not to one it is tied to."""
         return adapter_name in self.adapters and adapter_name not in self.tied_adapters
 
     def drop(self, adapter_name: str) -> None:
@@ -89,16 +89,16 @@ class AdaptedLayer(Wrapper):
             yield from self.adapter(adapter_name).trainable_parameters()
 
     def check_separable(self, path: str, names: tuple[str, ...]) -> None:
-        """See that merging these adapters and no other leaves what the active ones do together as it is.
+        """Check that merging only these adapters leaves the combined effect of all active ones unchanged.
 
         Raises:
-            MergeError: one of them reads the base weight, and another acts and is not to be merged.
+            MergeError: one of them reads the base weight, and another acts without being merged.
         """
         left_out = tuple(name for name in self.switch.active if name in self.adapters and name not in names)
         readers = [name for name in names + left_out if self.adapter(name).reads_base]
         if left_out and readers:
             raise MergeError(
-                f"{path}: what {shown(readers)} does depends on the base weight, so {shown(names)} cannot be merged "
+                f"{path}: {shown(readers)} depends on the base weight, so {shown(names)} cannot be merged "
                 f"without {shown(left_out)}."
             )
 
@@ -113,10 +113,10 @@ class AdaptedLayer(Wrapper):
 
 
 class AdaptedWeight(AdaptedLayer):
-    """A module that reads its weight: it is run with the adapted weight in place of its own, which stays as it is.
+    """A module that reads its weight instead of calling a layer: it runs with the adapted weight in place of its own.
 
-    Two parameters of one module are two of these, one around the other, as PEFT's files have it. The weights that
-    `LayerOps.read_children` names are handed in along with the module's own.
+    Two adapted parameters of one module are two of these, one around the other, as in PEFT's files. The adapted
+    weights of the children that `LayerOps.read_children` names are passed in along with the module's own.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ class AdaptedWeight(AdaptedLayer):
         return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
 
     def adapted_weights(self, prefix: str) -> dict[str, Tensor]:
-        """The weight as the acting adapters make it, by the name it has below `prefix`; empty where none acts."""
+        """The weight with the acting adapters, by its name below `prefix`; empty if none acts."""
         assert isinstance(self.ops, ReadOps)
         owner, acting = self.owner, self.acting()
         if not acting:

@@ -55,7 +55,7 @@ def _replace(
         setattr(parent, attribute, wrapper)
         done.append((parent, attribute, occupant))
         if isinstance(parent, nn.TransformerEncoderLayer):
-            # Its inference fast path reads the weights and calls no layer, unless a hook is attached somewhere below.
+            # Its inference fast path reads the weights without calling the layers, unless some module inside has a hook.
             wrapper.register_forward_pre_hook(_keeps_the_fast_path_away)
 
 
@@ -64,7 +64,7 @@ def _keeps_the_fast_path_away(module: nn.Module, args: tuple[object, ...]) -> No
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:
-    """Take one adapter out; a wrapper that holds none any more gives its place back to its base layer."""
+    """Remove one adapter; a wrapper left without adapters is replaced by its base layer."""
     for _, wrapper in list(wrappers(model)):
         if adapter_name in wrapper.adapters:
             wrapper.drop(adapter_name)
@@ -72,7 +72,7 @@ def discard(model: nn.Module, adapter_name: str) -> None:
 
 
 def eject(model: nn.Module, *, keep_trained: bool) -> None:
-    """Put every base layer back in its place; with `keep_trained`, a module trained in full stays as it was trained."""
+    """Put every base layer back in its place; with `keep_trained`, a module trained in full keeps its trained values."""
     _unwrap(
         model,
         lambda wrapper: wrapper.current() if keep_trained and isinstance(wrapper, SavedModule) else wrapper.base_layer,

@@ -12,23 +12,25 @@ from torch import nn
 from minipeft.class_swap import mixed_class, original_class
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError
-from minipeft.injection import apply as inject
+from minipeft.injection.apply import apply, eject
 from minipeft.injection.build import Parts
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Switch
 
-STATE = "_minipeft"  # where a model keeps its state: in its __dict__, so that it is copied and pickled along
+STATE = "_minipeft"  # the state's name in the model's __dict__, which is copied and pickled with the model
 
 
 @dataclass
 class AdapterState:
-    """What an adapted model knows beyond its modules: plain data, so that copies and pickles of the model carry it."""
+    """What an adapted model knows besides its modules: plain data, so copies and pickles of the model carry it."""
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     switch: Switch = field(default_factory=Switch)
     trainable: set[str] = field(default_factory=set)
-    resting: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # what an idle adapter would train
+    resting: dict[str, set[tuple[str, int]]] = field(
+        default_factory=dict
+    )  # (module, index) of the parameters an idle adapter would train
     merged: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
     samples: dict[str, dict[str, list[float]]] = field(
@@ -37,15 +39,16 @@ class AdapterState:
 
 
 def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
-    """Refuse an adapter name that is taken, or that could leave its directory.
+    """Refuse an adapter name that is taken, or that could point outside its directory.
 
     Raises:
-        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', or it is the name of a module's attribute.
+        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', or it is the name of an attribute of ModuleDict.
         StateError: it is taken.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict, name):
         raise ConfigError(
-            f"adapter name {name!r:.100} is not allowed: 1 to 64 letters, digits, '_' and '-', and no module attribute; such as 'default'."
+            f"adapter name {name!r:.100} is not allowed: use 1 to 64 letters, digits, '_' and '-' that do not name a module "
+            "attribute, such as 'default'."
         )
     if name in taken:
         raise StateError(
@@ -62,10 +65,10 @@ def attach(
     *,
     trainable: bool,
 ) -> None:
-    """Put built parts into a model; the first time, also freeze its base and mix the adapter verbs into its class.
+    """Put built parts into a model; the first time, also freeze its base and add the adapter verbs to its class.
 
     Raises:
-        StateError: the class of the model cannot be changed; nothing was.
+        StateError: the class of the model cannot be changed.
     """
     first, old_class = STATE not in model.__dict__, type(model)
     state = model.__dict__.get(STATE) or AdapterState()
@@ -75,10 +78,10 @@ def attach(
             model.__class__ = mixed_class(mixin, old_class)
         except TypeError as error:
             raise StateError(
-                f"{old_class.__name__} does not allow the change of class that adapting makes ({error})."
+                f"{old_class.__name__} does not allow changing its class, which adapting does ({error})."
             ) from None
     try:
-        inject.apply(plan, parts, adapter_name, state.switch)
+        apply(plan, parts, adapter_name, state.switch)
     except BaseException:
         model.__class__ = old_class
         raise
@@ -99,9 +102,10 @@ def attach(
 
 
 def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Let these adapters act. An idle adapter wants no gradient, which would stall DDP; it wants the same ones again later.
+    """Let exactly these adapters act.
 
-    Only adapters that train, and start or stop acting, have their parameters looked at; otherwise it is one assignment.
+    The parameters of an idle adapter must not require gradients, or DDP would wait for them; they do again when it
+    acts. Only adapters that train, and start or stop acting, have their parameters visited.
     """
     state: AdapterState = model.__dict__[STATE]
     starting, stopping = set(names) - set(state.switch.active), set(state.switch.active) - set(names)
@@ -119,8 +123,8 @@ def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
-    """Give a model its base layers, its class and its trainable parameters back; see `inject.eject`."""
-    inject.eject(model, keep_trained=keep_trained)
+    """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
+    eject(model, keep_trained=keep_trained)
     trained_before = model.__dict__.pop(STATE).trained_before
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained_before)

@@ -1,4 +1,4 @@
-"""What a plan puts into a model: adapters and trained copies, built beside it, and their tensors' names in a file."""
+"""Building what a plan puts into a model: adapters and trained copies, with the names of their tensors in a file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from minipeft.injection.plan import Plan
 from minipeft.methods.base import Adapter
 
 HALF = frozenset({torch.bfloat16, torch.float16})
-ROOT = "base_model."  # what PEFT's keys begin with, and what those of a module do:
-PREFIX = f"{ROOT}model."
+ROOT = "base_model."  # every key in PEFT's files starts so
+PREFIX = f"{ROOT}model."  # and every key of a module
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a plan puts into a model: one adapter an adapter site, one trained copy a saved site."""
+    """What a plan puts into a model: one adapter per adapter site, one trained copy per saved site."""
 
     adapters: tuple[Adapter, ...]
     copies: tuple[nn.Module, ...]
@@ -41,7 +41,7 @@ class Parts:
 
 
 def shared_tensors(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
-    """What these adapters save once for all of them: key in a file -> the live tensor."""
+    """The tensors that these adapters share and save once: key in a file -> the live tensor."""
     return {f"{ROOT}{key}": tensor for adapter in adapters for key, tensor in adapter.shared_tensors().items()}
 
 
@@ -50,8 +50,8 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
 
     Args:
         plan: what to create.
-        autocast_adapter_dtype: hold adapter parameters in float32 where the base is half precision.
-        on_meta: create shapes without memory, to hold a file against before anything is allocated for it.
+        autocast_adapter_dtype: hold adapter parameters in float32 if the base is in half precision.
+        on_meta: create shapes without memory, to compare a file with before anything is allocated for it.
     """
     bases = [_on_meta(site.candidate.base) if on_meta else site.candidate.base for site in plan.adapters]
     shared: dict[type[Adapter], object | None] = {}
@@ -75,7 +75,7 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
 
 
 def build_from(plan: Plan, tensors: Mapping[str, Tensor]) -> Parts:
-    """Create the parts of a plan with these values, by key in a file; torch's generator stays where it is."""
+    """Create the parts of a plan with these values, by key in a file, without advancing torch's random generator."""
     with torch.random.fork_rng(devices=_cuda_devices(site.candidate.base for site in plan.adapters)):
         parts = build(plan)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def _cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
 def _on_meta(base: nn.Module) -> nn.Module:
     stand_in = copy.copy(base)
     stand_in._parameters = {
-        # Not moved there: a packed weight, a subclass of Tensor, need not know how.
+        # Made anew: a quantized weight, a subclass of Tensor, may not be able to move to the meta device.
         k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), False)
         for k, p in base._parameters.items()
     }

@@ -13,7 +13,7 @@ from minipeft.injection.wrapper import Wrapper, innermost
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that could be adapted: all the names it stands under, and the (parent, attribute) places it hangs at."""
+    """A module that could be adapted: all its names, and the (parent, attribute) places that refer to it."""
 
     module: nn.Module
     names: tuple[str, ...]
@@ -21,12 +21,12 @@ class Candidate:
 
     @property
     def base(self) -> nn.Module:
-        """The layer itself, without the wrappers that an earlier adapter put around it."""
+        """The layer itself, without wrappers around it."""
         return innermost(self.module)
 
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
-    """Every module below the model, by its first name. What is inside a wrapper is not looked at."""
+    """Every module below the model, by its first name, without those inside a wrapper."""
     names: dict[int, list[str]] = {}
     places: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
     modules: dict[int, nn.Module] = {}
@@ -50,14 +50,14 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str,
 
 
 def occupants(module: nn.Module) -> Iterator[Wrapper]:
-    """The wrappers that stand in a module's place, from the outermost in."""
+    """The wrappers in a module's place, the outermost first."""
     while isinstance(module, Wrapper):
         yield module
         module = module.base_layer
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
-    """Every (name, wrapper) of a model, each once, under the name that its tensors have in a file."""
+    """Every (name, wrapper) of a model, each once, under the name its tensors have in a file."""
     for name, module in model.named_modules():
         if isinstance(module, Wrapper):
             yield name, module
@@ -71,7 +71,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
 
 
 class TensorIndex:
-    """Which parameters of a model live where in memory, so that ties are found without comparing all with all."""
+    """Which parameters of a model lie where in memory, so that ties are found without comparing every pair."""
 
     def __init__(self, model: nn.Module) -> None:
         self._by_storage: dict[tuple[str, int], list[tuple[nn.Module, str, nn.Parameter]]] = {}
@@ -82,12 +82,12 @@ class TensorIndex:
                     self._by_storage.setdefault(_storage(parameter), []).append((module, full_name, parameter))
 
     def owners(self, tensor: Tensor) -> list[tuple[str, nn.Module]]:
-        """(parameter name, module) of every parameter that is `tensor` or lies exactly where it lies."""
+        """(parameter name, module) of every parameter that is `tensor` or occupies exactly the same memory."""
         entries = self._by_storage.get(_storage(tensor), [])
         return [(name, module) for module, name, parameter in entries if _span(parameter) == _span(tensor)]
 
     def also_used_by(self, tensor: Tensor, *owners: nn.Module) -> list[str]:
-        """Names of the parameters of other modules than `owners` that change when `tensor` is written."""
+        """Names of the parameters of modules other than `owners` that change when `tensor` is written."""
         start, end = _span(tensor)
         users = []
         for module, name, parameter in self._by_storage.get(_storage(tensor), []):
@@ -98,7 +98,7 @@ class TensorIndex:
 
 
 def _storage(tensor: Tensor) -> tuple[str, int]:
-    # Without memory of its own, on the meta device or wrapped around other tensors (torchao's), it is only itself.
+    # A tensor without memory of its own (on the meta device, or a wrapper such as torchao's) equals only itself.
     return str(tensor.device), tensor.untyped_storage().data_ptr() if tensor.data_ptr() else id(tensor)
 
 

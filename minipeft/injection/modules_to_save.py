@@ -1,4 +1,4 @@
-"""Modules trained in full beside the adapters: ``modules_to_save``, and the biases of ``bias="all"``."""
+"""Modules trained in full along with the adapters: ``modules_to_save``, and the biases of ``bias="all"``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from minipeft.injection.wrapper import Switch, Wrapper
 
 
 class SavedModule(Wrapper):
-    """The original module and, for each adapter, a copy that trains; the active adapter's copy does the work.
+    """The original module and, for each adapter, a copy that trains; the copy of the active adapter is called.
 
     Args:
-        base_layer: the original; it stays as it is, so switching off or unloading restores it exactly.
+        base_layer: the original; it never changes, so switching off or unloading restores it exactly.
         switch: shared by all wrappers of the model.
         only: names of the parameters to copy; the others are shared with the original. None: all of them.
     """
@@ -28,7 +28,7 @@ class SavedModule(Wrapper):
         return self.current()(*args, **kwargs)
 
     def current(self) -> nn.Module:
-        """The module that does the work now."""
+        """The module that is called now."""
         if self.switch.enabled:
             for name in self.switch.active:
                 if name in self.adapters:
@@ -54,5 +54,5 @@ def trained_copy(original: nn.Module, only: tuple[str, ...] | None, *, on_meta: 
 
 
 def copy_tensors(module: nn.Module, only: tuple[str, ...] | None) -> dict[str, Tensor]:
-    """What of a trained copy is saved: its state, or the part named in `only`."""
+    """The tensors of a trained copy that are saved: its state, or only those named in `only`."""
     return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if only is None or name in only}

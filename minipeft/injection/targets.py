@@ -1,4 +1,4 @@
-"""From name patterns to module names: what ``target_modules`` and its companions select."""
+"""From name patterns to module names: what ``target_modules`` and the options next to it select."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def select_targets(
         model: the model, for its ``model_type`` and its output head.
         config: what to select; modules that `modules_to_save` trains in full are never adapted.
         found: the model's candidates.
-        every_pattern: insist that each pattern matches something. A file says by its tensors what it adapts, so there
-            the patterns need not.
+        every_pattern: see `minipeft.injection.plan.plan`.
 
     Raises:
         TargetError: a pattern matches nothing, nothing is left, or there is no default for this model.
@@ -57,7 +56,7 @@ def select_targets(
 def select_saved(
     model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
 ) -> list[str]:
-    """Names of the modules to train in full: those of ``modules_to_save``, and the head that the task brings along.
+    """Names of the modules to train in full: those of ``modules_to_save``, and the head of a classification task.
 
     Raises:
         TargetError: an entry matches no module, or the task's head is missing.
@@ -108,7 +107,7 @@ def select_parameters(
 
 
 def within(name: str, roots: Collection[str]) -> bool:
-    """Whether a module is one of these or stands in one of them."""
+    """Whether a module is one of these or inside one of them."""
     parts = name.split(".")
     return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))
 
@@ -121,7 +120,7 @@ def _matching(
     every_pattern: bool,
     all_names: Iterable[str] = (),
 ) -> list[str]:
-    """The eligible names that fit; each pattern of a list must fit one of `all_names`, or of the eligible ones."""
+    """The eligible names that match; each pattern of a list must match one of `all_names` (default: the eligible ones)."""
     names = list(eligible)
     if isinstance(patterns, str):
         chosen = full_matches(patterns, names, option)
@@ -169,7 +168,7 @@ def _all_linear(model: nn.Module, found: dict[str, Candidate], eligible: list[st
 
 
 def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) -> list[str]:
-    """Keep the modules whose layer index is asked for; a module without an index is in no layer."""
+    """Keep the modules with one of the wanted layer indices; a module without an index is in no layer."""
     if config.layers_to_transform is None:
         return chosen
     wanted = set(config.layers_to_transform)  # type: ignore[arg-type]
@@ -186,7 +185,7 @@ def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) ->
         raise TargetError(f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have}).")
     for entry in config.target_modules or () if every_pattern else ():
         if any(is_suffix(entry, name) for name in chosen) and not any(is_suffix(entry, name) for name in kept):
-            raise TargetError(f"target_modules: {entry!r} stands in none of the layers {shown(sorted(wanted))}.")
+            raise TargetError(f"target_modules: {entry!r} is in none of the layers {shown(sorted(wanted))}.")
     return kept
 
 
@@ -227,7 +226,7 @@ def _shown(patterns: Sequence[str] | str | None) -> str:
 
 
 def to_prepare(found: dict[str, Candidate]) -> Iterator[tuple[LayerOps, nn.Module]]:
-    """Every (ops, layer) whose ops have something to do to a layer before adapters come, targeted or not."""
+    """Every (ops, layer) whose ops prepare a layer for training, whether it is adapted or not."""
     types = {type(candidate.base) for candidate in found.values()}
     concerned = {
         t for t in types if any(type(o).prepare is not LayerOps.prepare for _, o in registry.layer_candidates(t))

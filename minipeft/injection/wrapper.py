@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Switch:
-    """Which adapters act. All wrappers of a model share one, so switching costs the same for any number of layers."""
+    """Which adapters act. All wrappers of a model share one, so switching takes the same time for any number of layers."""
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
@@ -18,10 +18,10 @@ class Switch:
 
 
 class Wrapper(nn.Module, ABC):
-    """A module that stands in the place of `base_layer` and holds one thing a named adapter.
+    """A module that stands in the place of `base_layer` and holds one module for each named adapter.
 
-    What it does not have itself it takes from the base layer, so code that reads ``layer.weight`` or
-    ``layer.in_features`` keeps working; a parameter assigned to it (as tying weights does) goes to the base layer.
+    Attributes it lacks come from the base layer, so code that reads ``layer.weight`` or ``layer.in_features`` keeps
+    working. A parameter assigned to it (as tying weights does) goes to the base layer.
     """
 
     def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
@@ -33,15 +33,15 @@ class Wrapper(nn.Module, ABC):
 
     @abstractmethod
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """What is saved of one adapter: the key after this module's name in a file -> the live tensor."""
+        """The tensors that are saved for one adapter: the key after this module's name in a file -> the live tensor."""
 
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """The parameters that training this adapter moves."""
+        """The parameters that training this adapter changes."""
         if adapter_name in self.adapters:
             yield from self.adapters[adapter_name].parameters()
 
     def drop(self, adapter_name: str) -> None:
-        """Take an adapter out."""
+        """Remove an adapter."""
         del self.adapters[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
@@ -59,7 +59,7 @@ class Wrapper(nn.Module, ABC):
             super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also accept the base model's own keys: ``c_attn.weight`` for ``c_attn.base_layer.weight``."""
+        """Also accept the keys of the plain base model: ``c_attn.weight`` for ``c_attn.base_layer.weight``."""
         for key in [key for key in state_dict if key.startswith(prefix)]:
             rest = key[len(prefix) :]
             if rest.partition(".")[0] not in ("base_layer", "adapters"):
