@@ -20,10 +20,11 @@ from transformers import Trainer, TrainerCallback
 from minipeft import step_hooks
 from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, StateError, all_or_nothing, shown
-from minipeft.files import save_and_load as checkpoint
 from minipeft.files.atomic import write_files
 from minipeft.files.base_samples import base_samples, check_samples
 from minipeft.files.format import CONFIG_FILE, PROVENANCE, WEIGHTS_FILE, open_adapter
+from minipeft.files.load import check_strict, compare, read_tensors
+from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, directory_of
 from minipeft.model import AdaptedModel
 
@@ -246,23 +247,23 @@ def _adapters_in(root: Path) -> set[str]:
 def _values(model: AdaptedModel, name: str, directory: Path) -> Mapping[str, Tensor]:
     """What a directory holds for an adapter of this model, after every check."""
     file = open_adapter(directory)
-    here = config_from_dict(checkpoint.file_config(model, model.adapter_configs[name], name, compact=False)).to_dict()
+    here = config_from_dict(file_config(model, model.adapter_configs[name], name, compact=False)).to_dict()
     there = file.config.to_dict()
     differ = [key for key in here if key not in PROVENANCE and here[key] != there.get(key)]
     if differ:
         said = "; ".join(f"{key} is {there.get(key)!r:.100} there and {here[key]!r:.100} here" for key in differ[:3])
         raise CheckpointError(f"{directory} was written with another configuration: {said}.")
     check_samples(file, base_samples(model, name))
-    fit = checkpoint.compare(file, model.adapter_state_dict(name), model)
-    checkpoint.check_strict(file, fit, strict=True)
-    return checkpoint.read_tensors(file, fit)
+    fit = compare(file, model.adapter_state_dict(name), model)
+    check_strict(file, fit, strict=True)
+    return read_tensors(file, fit)
 
 
 def _save_to_go_on(model: AdaptedModel, root: Path, with_schedule: bool) -> None:
     """Save again what `save_pretrained` has left out as of no more use; and the state of the schedules."""
     for name, config in model.adapter_configs.items():
-        whole = checkpoint.file_config(model, config, name, compact=False)
-        if whole != checkpoint.file_config(model, config, name):
+        whole = file_config(model, config, name, compact=False)
+        if whole != file_config(model, config, name):
             model._write_adapter(directory_of(root, name), name, model.adapter_state_dict(name), whole)
     if with_schedule and any(step_hooks.keeps_state(model, name) for name in model.adapter_configs):
         states = {name: step_hooks.schedule_state(model, name) for name in model.adapter_configs}

@@ -13,8 +13,8 @@ from minipeft import registry
 from minipeft.class_swap import reduced
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
-from minipeft.files import save_and_load as checkpoint
 from minipeft.files.hub import adapter_directory
+from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT, SharedModel
 from minipeft.injection.apply import discard
 from minipeft.injection.attach import STATE, attach, check_name, detach, switch_to
@@ -94,10 +94,10 @@ def load_adapter(
         directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     with model._unmerged() if isinstance(model, AdaptedModel) else contextlib.nullcontext():
-        plan, parts = checkpoint.load_parts(model, path, strict=strict, allow_base_mismatch=allow_base_mismatch)
+        plan, parts = load_parts(model, path, strict=strict, allow_base_mismatch=allow_base_mismatch)
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
         if not is_trainable:
-            checkpoint.warn_if_idle(path, parts)
+            warn_if_idle(path, parts)
     return cast(AdaptedModel, model)
 
 

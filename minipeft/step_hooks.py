@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.errors import CheckpointError, StateError, shown
-from minipeft.files.save_and_load import adapters_of
+from minipeft.files.save import adapters_of
 from minipeft.injection.attach import STATE, AdapterState
 from minipeft.methods.base import Adapter
 

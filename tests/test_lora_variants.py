@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import minipeft
 from minipeft import LoraConfig, get_lora_model
 from minipeft.files.base_samples import base_samples
-from minipeft.files.save_and_load import save_adapter
+from minipeft.files.save import save_adapter
 from minipeft.files.to_lora import as_lora
 from minipeft.kernels import lora_linear as fused
 from minipeft.kernels.lora_linear import lora_linear

@@ -76,8 +76,8 @@ def with_tables(
     Args:
         model: the adapted model.
         adapter_name: which of its adapters.
-        tensors: as `minipeft.files.save_and_load.adapter_tensors` gives them.
-        config: as `minipeft.files.save_and_load.file_config` gives it.
+        tensors: as `minipeft.files.save.adapter_tensors` gives them.
+        config: as `minipeft.files.save.file_config` gives it.
         save: "auto": the rows that the base lacks, where the vocabulary was resized; True: whole tables; False: nothing.
 
     Raises:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from minipeft.errors import ConfigError, StateError, hint, shown
 from minipeft.files import hub
-from minipeft.files import save_and_load as checkpoint
 from minipeft.files.base_samples import base_samples
 from minipeft.files.model_card import public_base, update_card, write_card
 from minipeft.files.resized_vocabulary import with_tables
+from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_trainer
 from minipeft.injection.attach import STATE, AdapterState
@@ -41,7 +41,7 @@ class SharedModel(nn.Module):
 
     def adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """The live tensors of one adapter (None: of the only one) under the keys they have in a file."""
-        return checkpoint.adapter_tensors(self, self._only_or(adapter_name))
+        return adapter_tensors(self, self._only_or(adapter_name))
 
     def save_pretrained(
         self,
@@ -78,7 +78,7 @@ class SharedModel(nn.Module):
         for name in names if is_main_process else ():
             tensors = self.adapter_state_dict(name)
             if state_dict is not None:
-                tensors = checkpoint.tensors_from_state(self, tensors, state_dict)
+                tensors = tensors_from_state(self, tensors, state_dict)
             config = self._file_config(name)
             if convert_to_lora:
                 tensors, config = as_lora(self, self._state.configs[name], name)
@@ -144,12 +144,12 @@ class SharedModel(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------- internals
     def _file_config(self, name: str) -> dict[str, Any]:
-        return checkpoint.file_config(self, self._state.configs[name], name)
+        return file_config(self, self._state.configs[name], name)
 
     def _write_adapter(
         self, directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> None:
-        checkpoint.save_adapter(directory, tensors, config, base_samples(self, name))
+        save_adapter(directory, tensors, config, base_samples(self, name))
         write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
 
     def _check_known(self, names: Sequence[str]) -> None:

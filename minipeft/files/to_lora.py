@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError
-from minipeft.files.save_and_load import adapters_of, file_config
+from minipeft.files.save import adapters_of, file_config
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import wrappers
@@ -29,7 +29,7 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
         adapter_name: which of its adapters.
 
     Returns:
-        Tensors and configuration as `minipeft.files.save_and_load.save_adapter` takes them; the update is the live one up to the
+        Tensors and configuration as `minipeft.files.save.save_adapter` takes them; the update is the live one up to the
         rounding of ``scaling * B``.
 
     Raises:

@@ -28,10 +28,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from minipeft.errors import CheckpointError, ConfigError, StateError, shown
-from minipeft.files import save_and_load as checkpoint
 from minipeft.files.base_samples import base_samples
 from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, open_adapter
 from minipeft.files.model_card import write_card
+from minipeft.files.save import file_config, save_adapter
 from minipeft.model import AdaptedModel
 from minipeft.step_hooks import check_schedule_state, load_schedule_state, schedule_state
 from minipeft.training.distributed.ranks import agree, rank_and_world_size
@@ -167,7 +167,7 @@ class TrainingState:
         if rank != 0:
             return None
         name = self.adapter_name
-        config = checkpoint.file_config(self.model, self.model.adapter_configs[name], name, compact=False)
+        config = file_config(self.model, self.model.adapter_configs[name], name, compact=False)
         base = base_samples(self.model, name)
         return Snapshot(adapter.tensors, config, base, others.tensors, rng, state)
 
@@ -181,9 +181,9 @@ class TrainingState:
         for key, tensor in self._live().items():
             adapter.put(key, tensor)
         if adapter.keep:
-            config = checkpoint.file_config(self.model, self.model.adapter_configs[name], name)
+            config = file_config(self.model, self.model.adapter_configs[name], name)
             try:
-                checkpoint.save_adapter(Path(directory), adapter.tensors, config, base_samples(self.model, name))
+                save_adapter(Path(directory), adapter.tensors, config, base_samples(self.model, name))
                 write_card(Path(directory), config, sum(tensor.numel() for tensor in adapter.tensors.values()))
             except Exception as caught:
                 error = caught

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minipeft.errors import CheckpointError
-from minipeft.files import save_and_load as checkpoint
+from minipeft.files.save import save_adapter
 from minipeft.training.runs.faults import fault_point
 
 OPTIMIZER_FILE, RNG_FILE, STATE_FILE = "optimizer.safetensors", "rng.safetensors", "state.json"
@@ -44,7 +44,7 @@ class Snapshot:
         Raises:
             OSError, SafetensorError, CheckpointError: they cannot be written; `Checkpoints.save` makes one of these.
         """
-        checkpoint.save_adapter(folder, self.adapter, self.adapter_config, self.base)
+        save_adapter(folder, self.adapter, self.adapter_config, self.base)
         fault_point("adapter_written")
         safetensors.torch.save_file(dict(self.optimizer), folder / OPTIMIZER_FILE)
         fault_point("optimizer_written")
