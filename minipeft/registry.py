@@ -21,6 +21,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -52,7 +53,25 @@ _tables = _Tables()
 _plugins_loaded = False
 
 
-# ------------------------------------------------------------------------------------------------- registration
+@contextmanager
+def isolated(*, empty: bool = False) -> Iterator[None]:
+    """Undo every registration made in the ``with`` block when it ends; for tests.
+
+    Installed plugins are loaded before it begins, so that they outlive it. Inside, `load_plugins` looks again.
+
+    Args:
+        empty: start with nothing registered instead of a copy of what is.
+    """
+    global _plugins_loaded, _tables
+    load_plugins()
+    before = _plugins_loaded, _tables
+    _plugins_loaded, _tables = False, _Tables() if empty else _tables.copy()
+    try:
+        yield
+    finally:
+        _plugins_loaded, _tables = before
+
+
 def register_layer(layer: type | str, *, weight: str | None = None) -> Callable[[Class], Class]:
     """Register the decorated `LayerOps` for a layer type, given as a class or as its dotted name.
 

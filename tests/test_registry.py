@@ -16,10 +16,10 @@ from minipeft.methods.lora import Lora
 
 
 @pytest.fixture(autouse=True)
-def clean_tables(monkeypatch):
+def isolated():
     """What a test registers is gone after it."""
-    monkeypatch.setattr(registry, "_tables", registry._tables.copy())
-    monkeypatch.setattr(registry, "_plugins_loaded", False)
+    with registry.isolated():
+        yield
 
 
 class Special(nn.Linear):
@@ -47,18 +47,36 @@ def test_a_subclass_is_served_by_its_base_until_it_has_ops_of_its_own():
     assert layer_ops(nn.Linear(2, 2)) == LinearOps()
 
 
-def test_the_most_derived_type_wins_in_either_order_of_registration(monkeypatch):
-    monkeypatch.setattr(registry, "_tables", registry._Tables())
-    registry.register_layer(Special)(SpecialOps)
-    registry.register_layer(nn.Linear)(LinearOps)
-    assert layer_ops(Special(2, 2)) == SpecialOps()
-    assert layer_ops(nn.Linear(2, 2)) == LinearOps()
+def test_the_most_derived_type_wins_in_either_order_of_registration():
+    with registry.isolated(empty=True):
+        registry.register_layer(Special)(SpecialOps)
+        registry.register_layer(nn.Linear)(LinearOps)
+        assert layer_ops(Special(2, 2)) == SpecialOps()
+        assert layer_ops(nn.Linear(2, 2)) == LinearOps()
 
 
-def test_a_dotted_name_may_be_an_alias_of_where_the_class_is_defined(monkeypatch):
-    monkeypatch.setattr(registry, "_tables", registry._Tables())
-    registry.register_layer("torch.nn.Linear")(LinearOps)
-    assert layer_ops(nn.Linear(2, 2)) == LinearOps()
+def test_a_dotted_name_may_be_an_alias_of_where_the_class_is_defined():
+    with registry.isolated(empty=True):
+        registry.register_layer("torch.nn.Linear")(LinearOps)
+        assert layer_ops(nn.Linear(2, 2)) == LinearOps()
+
+
+def register_and_fail():
+    with registry.isolated():
+        registry.register_method("short_lived")(Lora)
+        registry.register_layer(Special)(SpecialOps)
+        assert "short_lived" in registry.method_names()
+        raise ZeroDivisionError
+
+
+def test_what_is_registered_in_isolation_is_gone_afterwards_also_after_an_error():
+    known = registry.method_names(), registry.layers()
+    with pytest.raises(ZeroDivisionError):
+        register_and_fail()
+    assert (registry.method_names(), registry.layers()) == known
+    with registry.isolated(empty=True):
+        assert (registry.method_names(), registry.layers()) == ([], {})
+    assert (registry.method_names(), registry.layers()) == known
 
 
 def test_a_dotted_name_waits_for_a_package_that_is_not_there():
