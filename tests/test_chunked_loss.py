@@ -113,8 +113,8 @@ def test_autocast_computes_in_its_own_dtype_and_gives_the_gradient_in_the_inputs
 
 def test_rows_without_a_label_never_meet_the_head(monkeypatch):
     rows = []
-    real = chunked_loss.gemm.linear
-    monkeypatch.setattr(chunked_loss.gemm, "linear", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
+    real = chunked_loss.matmul.linear
+    monkeypatch.setattr(chunked_loss.matmul, "linear", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
     hidden, weight, b, labels = arguments(ignored=0.6)
     causal_lm_loss(hidden, weight, b, labels)
     assert rows == [int((labels[:, 1:] != -100).sum())] * 2

@@ -28,7 +28,7 @@ from transformers import (
 from minipeft import LeanError, LoraConfig, StateError, get_lora_model, lean, unlean
 from minipeft.kernels.matmul import onednn_is_faster
 from minipeft.memory.lean import describe
-from minipeft.memory.modules import Checkpointed, FastLinear, FusedGelu, Recomputed
+from minipeft.memory.modules import FastLinear, FusedGelu, Recomputed, RecomputedMlp
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -93,7 +93,7 @@ def assert_same_learning(found, expected, rtol=1e-5):
 def mixins(model):
     return {
         mixin.__name__
-        for mixin in (FusedGelu, Recomputed, FastLinear, Checkpointed)
+        for mixin in (FusedGelu, Recomputed, FastLinear, RecomputedMlp)
         for m in model.modules()
         if isinstance(m, mixin)
     }
@@ -115,7 +115,7 @@ def test_loss_and_gradients_are_what_they_were(make, dropout, checkpointing):
     assert_same_learning(found, expected)
     assert found[0].logits is None
     assert "logits" not in found[0]
-    assert ("Checkpointed" in mixins(model)) == (checkpointing in ("mlp", "block"))
+    assert ("RecomputedMlp" in mixins(model)) == (checkpointing in ("mlp", "block"))
     assert checkpoints_blocks(model) == (checkpointing in ("last", "block"))
 
 
@@ -459,7 +459,7 @@ def test_describe_counts_what_was_done():
     said = describe(model.__dict__["_minipeft_lean"])
     assert "2 FusedGelu" in said
     assert "5 Recomputed" in said
-    assert "2 blocks checkpointed" in said
+    assert "2 blocks recomputed" in said
     assert said.endswith("loss in chunks")
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from minipeft import LeanError, lean
 from minipeft.memory import sample_slices
-from minipeft.memory.sample_slices import ROWS, runs_in_parts
+from minipeft.memory.sample_slices import ROWS, runs_in_slices
 
 
 @pytest.fixture(autouse=True)
@@ -74,20 +74,20 @@ def test_dropout_rules_parts_out_since_they_would_draw_other_masks(where):
     assert_same_learning(loss_and_gradients(model), expected)
     lean(model, "block")
     assert_same_learning(loss_and_gradients(model), expected)
-    drawing = [not runs_in_parts(block) for block in blocks_of(model)]
+    drawing = [not runs_in_slices(block) for block in blocks_of(model)]
     assert drawing == ([True, True] if where == "adapter" else [False, True])
 
 
 def test_dropout_that_is_switched_on_later_is_noticed():
     model = lean(adapted(), "last")
     block = model.transformer.h[1]
-    assert runs_in_parts(block)
+    assert runs_in_slices(block)
     block.mlp.dropout.p = 0.1
     loss_and_gradients(model)
-    assert not runs_in_parts(block)
+    assert not runs_in_slices(block)
     block.mlp.dropout.p = 0.0
     loss_and_gradients(model)
-    assert runs_in_parts(block)
+    assert runs_in_slices(block)
 
 
 def test_an_argument_that_nobody_knows_is_not_cut():
@@ -137,7 +137,7 @@ def test_parts_are_as_even_as_can_be_and_outputs_come_in_order():
     assert torch.equal(output[0], 2 * x + mask)
     assert output[1] is None
     assert sizes == [(3, 3, [1, 3]), (2, 2, [1, 2]), (2, 2, [1, 2])]
-    assert runs_in_parts(layer)
+    assert runs_in_slices(layer)
 
 
 @pytest.mark.parametrize("labels", [IDS, LABELS])

@@ -1,9 +1,8 @@
-"""How a model comes to compute its loss in chunks: the output head hands its input through, the loss does the rest.
+"""Computing a model's loss in chunks: the output head passes its input through, and the loss applies the head.
 
-Any causal language model of transformers calls its head and then ``self.loss_function``. In a training call with
-labels the head gives back what it got, and the loss function, which gets that in the place of logits, knows the head.
-Should anything happen to the tensor in between (a soft cap, a scale), it is not what was handed through, and the
-call is refused.
+Every causal language model of transformers calls its head and then ``self.loss_function``. In a training call with
+labels the head returns its input, so the loss function, which knows the head, receives hidden states instead of
+logits. If the model changes the tensor in between (a soft cap, a scale), the call is refused.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from minipeft.kernels import malloc_trim
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 
 
-class HandsThrough(SameFunction):
-    """An output head that, while its model's loss is made in chunks, gives back its input."""
+class PassesThrough(SameFunction):
+    """An output head that returns its input while its model's loss is computed in chunks."""
 
-    handing: Handing | None = None
+    passing: Passing | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.handing is not None:
-            self.handing.hidden, self.handing.version = hidden, hidden._version
+        if self.passing is not None:
+            self.passing.hidden, self.passing.version = hidden, hidden._version
             return hidden
         return super().forward(hidden)
 
 
 @dataclass
-class Handing:
-    """What goes from the head to the loss within one call of the model."""
+class Passing:
+    """What the head passes to the loss within one call of the model."""
 
     hidden: Tensor | None = None
     version: int = 0
@@ -44,7 +43,7 @@ class Handing:
 
 @dataclass(eq=False)
 class LeanLoss:
-    """In the place of a model's loss function. Plain data, so that copies and pickles of the model carry it."""
+    """Replaces a model's loss function. Plain data, so copies and pickles of the model carry it."""
 
     head: nn.Module
     original: Any
@@ -52,12 +51,12 @@ class LeanLoss:
     takes_use_cache: bool
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss: in chunks, where the head has handed its input through, and else the model's own."""
-        handing: Handing | None = self.head.handing  # type: ignore[assignment]
-        if handing is None:
+        """The loss: in chunks if the head passed its input through, else the model's own."""
+        passing: Passing | None = self.head.passing  # type: ignore[assignment]
+        if passing is None:
             return self.original(logits, labels, *args, **kwargs)
-        self._check_untouched(handing, logits)
-        handing.used = True
+        self._check_untouched(passing, logits)
+        passing.used = True
         head: Any = self.head
         bias = None if head.bias is None else _whole(head.bias)
         rows = _changed_rows(head)
@@ -67,17 +66,17 @@ class LeanLoss:
         }
         malloc_trim.trim(logits.device.type)
         loss = causal_lm_loss(logits, _whole(head.weight), bias, labels, changed_rows=changed, **known)
-        malloc_trim.trim(logits.device.type)  # the peak of the step is near
+        malloc_trim.trim(logits.device.type)  # just before the step's peak of memory
         return loss
 
-    def _check_untouched(self, handing: Handing, logits: Tensor) -> None:
-        hidden = handing.hidden
+    def _check_untouched(self, passing: Passing, logits: Tensor) -> None:
+        hidden = passing.hidden
         same = (
             hidden is not None
             and hidden.data_ptr() == logits.data_ptr()
             and hidden.shape == logits.shape
             and hidden.dtype == logits.dtype
-            and logits._version == handing.version
+            and logits._version == passing.version
         )
         if not same:
             raise LeanError(
@@ -87,7 +86,7 @@ class LeanLoss:
 
 
 def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Pre-hook of the model: whether this call's loss is made in chunks is decided here."""
+    """Pre-hook of the model: decides whether this call's loss is computed in chunks."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
     if not model.training or torch.compiler.is_compiling() or not _still_fits(model, loss.head):
         return None
@@ -95,8 +94,8 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if given.get("labels") is None and kwargs.get("shift_labels") is None:
         return None
     malloc_trim.trim(next(model.parameters()).device.type)
-    loss.head.handing = Handing()  # type: ignore[assignment]
-    # Nobody reads the cache of a training step, which copies all keys and values.
+    loss.head.passing = Passing()  # type: ignore[assignment]
+    # A training step does not read the cache, which would copy all keys and values.
     free = given.get("use_cache") is None and ("use_cache" in kwargs or "use_cache" not in given)
     if loss.takes_use_cache and free and given.get("past_key_values") is None:
         kwargs = {**kwargs, "use_cache": False}
@@ -104,32 +103,32 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _still_fits(model: nn.Module, head: nn.Module) -> bool:
-    """A head that trains by now, or is adapted in other ways than by rows, gets whole logits again."""
+    """False for a head that trains by now, or whose adapter does more than change rows: it needs whole logits."""
     return model.get_output_embeddings() is head and is_frozen(head) and _changed_rows(head) is not None  # type: ignore[operator]
 
 
 def is_frozen(head: nn.Module) -> bool:
-    """Whether nothing in it trains but adapters."""
+    """Whether nothing but adapters trains in the head."""
     base = getattr(head, "base_layer", head)
     return not any(p.requires_grad for p in base.parameters())
 
 
 def _changed_rows(head: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
-    """What adapters add to rows of the head's weight: nothing where it is not adapted, None where they do more."""
+    """What adapters add to rows of the head's weight: [] if it is not adapted, None if they do more than that."""
     adapted = getattr(head, "changed_rows", None)
     return adapted() if callable(adapted) else []
 
 
 def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """Hook of the model: what stands for logits in its output are none."""
+    """Hook of the model: removes the hidden states that stand in the place of logits in its output."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
-    handing: Handing | None = loss.head.handing  # type: ignore[assignment]
-    if handing is None:
+    passing: Passing | None = loss.head.passing  # type: ignore[assignment]
+    if passing is None:
         return None
-    del loss.head.handing
-    if output is None:  # the call has failed
+    del loss.head.passing
+    if output is None:  # the call failed
         return None
-    if not handing.used:
+    if not passing.used:
         raise LeanError(f"{type(model).__name__} did not compute its loss by loss_function; pass chunked_loss=False.")
     if isinstance(output, tuple):
         return (output[0], None, *output[2:])
@@ -137,6 +136,6 @@ def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """A parameter that FSDP2 holds in shards, gathered."""
+    """The whole of a parameter, gathered if FSDP2 holds it in shards."""
     full: Any = getattr(parameter, "full_tensor", None)
     return parameter if full is None else full()

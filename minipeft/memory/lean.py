@@ -1,4 +1,4 @@
-"""One call that makes training a transformers model lean: the same loss and gradients, in less memory and time."""
+"""``lean(model)``: train a transformers model with the same loss and gradients in less memory and time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels import matmul
 from minipeft.memory import sample_slices
-from minipeft.memory.chunked_loss import HandsThrough, LeanLoss, after_forward, before_forward, is_frozen
+from minipeft.memory.chunked_loss import LeanLoss, PassesThrough, after_forward, before_forward, is_frozen
 from minipeft.memory.modules import (
     CHEAP,
     CHEAP_TYPES,
     TANH_GELUS,
-    Checkpointed,
     FastLinear,
     FusedGelu,
     Recomputed,
-    checkpoint_block,
+    RecomputedMlp,
+    recompute_block,
     trim_before,
 )
 from minipeft.memory.probe import Probe
@@ -41,9 +41,9 @@ STATE = "_minipeft_lean"
 
 @dataclass
 class LeanState:
-    """What `unlean` has to take back: plain data in the model's __dict__, so that copies and pickles carry it."""
+    """What `unlean` must undo: plain data in the model's __dict__, so copies and pickles carry it."""
 
-    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # as they were
+    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before the change
     blocks: list[nn.Module] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     chunked_loss: bool = False
@@ -53,28 +53,30 @@ class LeanState:
 def lean(
     model: Model, checkpointing: str | None = None, *, chunked_loss: bool = True, fast_linear: bool = True
 ) -> Model:
-    """Train this transformers model in less memory and time, with the loss and gradients that it has now. In place.
+    """Change a transformers model, in place, to train in less memory and time with the same loss and gradients.
 
-    GELUs composed from single operations become one kernel; norm and GELU outputs are computed again for the adapters
-    instead of kept; the loss of a causal language model is made from a few rows of logits at a time; frozen layers use
-    the faster matrix library. All this acts in training mode; evaluation and generation stay as they are.
+    GELUs composed of single operations become one kernel. The outputs of norms and GELUs are recomputed for the
+    adapters instead of kept. The loss of a causal language model is computed from a few rows of logits at a time.
+    Frozen layers use the faster matrix library. All this acts in training mode only; evaluation and generation do not
+    change.
 
-    A tiny batch is run before and after, and the call is refused where loss or gradients differ. Call it after adapting
+    A tiny batch is run before and after, and the call is refused if loss or gradients differ. Call it after adapting
     the model, and again, with all options, after adding adapters or to change an option.
 
     Args:
         model: a plain or adapted transformers model, not yet wrapped by DDP or the like.
-        checkpointing: "last" computes the last block again in the backward pass, a part of the batch at a time, since
-            memory peaks where that pass begins; "mlp" the feed-forward half of each block; "block" all of each, in
-            parts: ever less memory, and more time. Non-reentrant, and not below the lowest adapter. "none" keeps it
-            all. By default "last" where the model can be run in parts, which dropout rules out, and else "none".
+        checkpointing: what to recompute in the backward pass. "last": the last block, a slice of the batch at a time,
+            since memory peaks at the beginning of that pass. "mlp": the feed-forward half of each block. "block": every
+            block, in slices. Each takes less memory and more time than the one before. "none": nothing. The default is
+            "last" if the model can run in slices, which dropout prevents, else "none". Recomputation is non-reentrant
+            and stops below the lowest adapter.
         chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
-        fast_linear: let frozen layers without adapter use the faster library too, where there is one; quantized ones
-            then keep nothing for the backward pass.
+        fast_linear: also let frozen layers without an adapter use the faster library, if there is one; quantized
+            layers then keep nothing for the backward pass.
 
     Raises:
-        LeanError: loss or gradients would differ, or something asked for does not exist in this model; nothing has changed.
-        StateError: `model` is no transformers model.
+        LeanError: loss or gradients would differ, or an option asks for something that this model does not have.
+        StateError: `model` is not a transformers model.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise StateError(f"lean() takes a transformers model, adapted or plain, not {type(model).__name__}.")
@@ -90,12 +92,12 @@ def lean(
     model.__dict__[STATE] = state
     try:
         _swap_modules(model, state, fast_linear=fast_linear)
-        _checkpoint(model, state, checkpointing)
+        _recompute(model, state, checkpointing)
         if chunked_loss:
             _chunk_loss(model, state)
         probe.compare(model)
-        if checkpointing is None and not all(sample_slices.runs_in_parts(block) for block in state.blocks):
-            _keep(state)
+        if checkpointing is None and not all(sample_slices.runs_in_slices(block) for block in state.blocks):
+            _keep_blocks(state)
         with sample_slices.of_one_sample(state.blocks) as some:
             if some:
                 probe.compare(model)
@@ -110,14 +112,14 @@ def lean(
 
 
 def unlean(model: nn.Module) -> None:
-    """Take back what `lean` did to a model, exactly; nothing to do where it was not called."""
+    """Undo `lean` exactly; does nothing if it was not called."""
     state: LeanState | None = model.__dict__.pop(STATE, None)
     if state is None:
         return
     for module, cls in state.classes:
         module.__class__ = cls
         module.__dict__.pop("lean_ops", None)
-    _keep(state)
+    _keep_blocks(state)
     for hook in state.hooks:
         hook.remove()
     if state.chunked_loss:
@@ -126,8 +128,8 @@ def unlean(model: nn.Module) -> None:
             model._loss_function = loss.original
 
 
-def _keep(state: LeanState) -> None:
-    """Checkpoint no block any more."""
+def _keep_blocks(state: LeanState) -> None:
+    """Stop recomputing blocks."""
     for block in state.blocks:
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func", sample_slices.ROWS):
             block.__dict__.pop(name, None)
@@ -135,25 +137,24 @@ def _keep(state: LeanState) -> None:
 
 
 def describe(state: LeanState) -> str:
-    """What was done, in a line."""
+    """What `lean` changed, in one line."""
     counts: dict[str, int] = {}
     for module, _ in state.classes:
         mixin = next(base.__name__ for base in type(module).__mro__ if SameFunction in base.__bases__)
         counts[mixin] = counts.get(mixin, 0) + 1
     said = [f"{count} {name}" for name, count in counts.items()]
     if state.blocks:
-        said.append(f"{len(state.blocks)} blocks checkpointed")
+        said.append(f"{len(state.blocks)} blocks recomputed")
     return ", ".join([*said, *(["loss in chunks"] if state.chunked_loss else [])])
 
 
-# ---------------------------------------------------------------------------------------------------------- the parts
 def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> None:
     adapted = {id(wrapper.base_layer) for wrapper in model.modules() if isinstance(wrapper, Wrapper)}
     head = output_head(model)
     for module in model.modules():
         frozen = not any(p.requires_grad for p in module.parameters())
         if "forward" in module.__dict__ or not frozen or module is head:
-            continue  # patched by someone, or training itself, or see _chunk_loss
+            continue  # patched, trained itself, or left to _chunk_loss
         name = type(module).__name__
         if name in TANH_GELUS:
             _mix(module, FusedGelu, state)
@@ -171,7 +172,7 @@ def _mix(module: nn.Module, mixin: type[nn.Module], state: LeanState) -> None:
     module.__class__ = mixed_class(mixin, type(module))
 
 
-def _checkpoint(model: nn.Module, state: LeanState, checkpointing: str | None) -> None:
+def _recompute(model: nn.Module, state: LeanState, checkpointing: str | None) -> None:
     if checkpointing == "none":
         return
     blocks = list(recomputable_blocks(model))
@@ -185,19 +186,19 @@ def _checkpoint(model: nn.Module, state: LeanState, checkpointing: str | None) -
             f'checkpointing="{checkpointing}": {type(model).__name__} has no layers that transformers could checkpoint.'
         )
     if checkpointing == "mlp":
-        _checkpoint_mlps(model, state, blocks, needed=True)
+        _recompute_mlps(model, state, blocks, needed=True)
         return
     state.blocks = blocks if checkpointing == "block" else blocks[-1:]
     for block in state.blocks:
         block.gradient_checkpointing = True  # type: ignore[assignment]
-        block._gradient_checkpointing_func = checkpoint_block  # type: ignore[assignment]
+        block._gradient_checkpointing_func = recompute_block  # type: ignore[assignment]
     if checkpointing == "block":
-        _checkpoint_mlps(model, state, blocks, needed=False)
+        _recompute_mlps(model, state, blocks, needed=False)
     elif len(blocks) > 1:
         state.hooks.append(blocks[-2].register_forward_pre_hook(trim_before))
 
 
-def _checkpoint_mlps(model: nn.Module, state: LeanState, blocks: list[nn.Module], *, needed: bool) -> None:
+def _recompute_mlps(model: nn.Module, state: LeanState, blocks: list[nn.Module], *, needed: bool) -> None:
     mlps = [child for block in blocks for name, child in block.named_children() if _is_mlp(name, child)]
     if not mlps and needed:
         raise LeanError(
@@ -205,7 +206,7 @@ def _checkpoint_mlps(model: nn.Module, state: LeanState, blocks: list[nn.Module]
             'use checkpointing="block".'
         )
     for mlp in dict.fromkeys(mlps):  # blocks may share one
-        _mix(mlp, Checkpointed, state)
+        _mix(mlp, RecomputedMlp, state)
 
 
 def _is_mlp(name: str, module: nn.Module) -> bool:
@@ -217,7 +218,7 @@ def _check_loss(model: nn.Module) -> None:
     loss = getattr(model, "loss_function", None)
     rows_only = isinstance(head, AdaptedLayer) and head.changed_rows() is not None
     if head is None or plain_class(type(head.base_layer if rows_only else head)) is not nn.Linear:
-        why = "its output head is no plain linear layer" if head is not None else "it has no output head"
+        why = "its output head is not a plain linear layer" if head is not None else "it has no output head"
         why = "its output head is adapted" if isinstance(head, AdaptedLayer) and not rows_only else why
     elif not is_frozen(head):
         why = "its output head trains"
@@ -227,7 +228,7 @@ def _check_loss(model: nn.Module) -> None:
         why = "its output head is patched or hooked"
     if why is not None:
         raise LeanError(
-            f"{type(model).__name__}: the loss cannot be made in chunks, since {why}; pass chunked_loss=False."
+            f"{type(model).__name__}: the loss cannot be computed in chunks, since {why}; pass chunked_loss=False."
         )
 
 
@@ -238,7 +239,7 @@ def _with_base(head: nn.Module) -> list[nn.Module]:
 def _chunk_loss(model: nn.Module, state: LeanState) -> None:
     head, loss = output_head(model), model.loss_function
     assert head is not None
-    _mix(head, HandsThrough, state)
+    _mix(head, PassesThrough, state)
     set_before = "_loss_function" in model.__dict__
     model._loss_function = LeanLoss(head, loss, set_before, "use_cache" in inspect.signature(model.forward).parameters)  # type: ignore[assignment]
     state.chunked_loss = True

@@ -1,4 +1,4 @@
-"""Mixins for the modules of a model: the same function, in less memory or time. `minipeft.memory.lean` puts them in place."""
+"""Mixins that let a module compute the same function in less memory or time; `minipeft.memory.lean` applies them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from minipeft.kernels.frozen_linear import Weight, can_fuse, frozen_linear
 from minipeft.layers.base import LayerOps
 from minipeft.memory import sample_slices
 
-# Activations that transformers composes from single operations, each of which keeps an array for the backward pass.
+# Activations that transformers composes of single operations, each of which keeps an array for the backward pass.
 TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}
-# Cheap functions of one tensor, and of nothing that changes within a step.
+# Cheap functions of one tensor that depend on nothing that changes within a step.
 CHEAP = {"GELUActivation", "GELUTanh", "SiLUActivation", "QuickGELUActivation", "ReLUSquaredActivation"}
 CHEAP_TYPES = (nn.LayerNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid)
 
 
 class FusedGelu(SameFunction):
-    """The tanh approximation of GELU (arXiv:1606.08415) as one kernel: it keeps its input, and nothing else."""
+    """The tanh approximation of GELU (arXiv:1606.08415) as one kernel, which keeps only its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.gelu(x, approximate="tanh")
@@ -33,7 +33,7 @@ class FusedGelu(SameFunction):
 
 
 class Recomputed(SameFunction):
-    """A norm or activation whose output an adapter behind it need not keep."""
+    """A norm or activation whose output the next adapter recomputes instead of keeping it."""
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)
@@ -42,9 +42,9 @@ class Recomputed(SameFunction):
 
 
 class FastLinear(SameFunction):
-    """A frozen linear layer that trains what lies around it through the faster matrix library.
+    """A frozen linear layer that uses the faster matrix library in training.
 
-    A quantized one keeps nothing for the backward pass here; its own call may keep its input, or its weight in float.
+    A quantized layer keeps nothing for the backward pass here; its own call might keep its input or its float weight.
     """
 
     lean_ops: LayerOps
@@ -63,10 +63,10 @@ def _is_leaner(x: Tensor, weight: Weight) -> bool:
     return x.requires_grad
 
 
-class Checkpointed(SameFunction):
-    """A feed-forward module that keeps its input only, and is computed again in the backward pass.
+class RecomputedMlp(SameFunction):
+    """A feed-forward module that keeps only its input and is recomputed in the backward pass.
 
-    Inside a block that is checkpointed as a whole this costs no time, since computing the block again stops before it.
+    Inside a block that is recomputed as a whole this costs no time, since the block's recomputation stops before it.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,17 +76,17 @@ class Checkpointed(SameFunction):
         source = recompute.source_of(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
         if source is None:
             return checkpoint(run, *args, use_reentrant=False)
-        # What is kept is then the input of the norm before, which that keeps anyway.
+        # Keep the input of the preceding norm, which the norm keeps anyway.
         return checkpoint(_after(run, source.module), source.input, use_reentrant=False)
 
 
 def _after(run: Callable[[Tensor], Any], norm: nn.Module) -> Callable[[Tensor], Any]:
-    """``run(norm(x))``; it must not hold the input, which a checkpoint around may have let go."""
+    """``run(norm(x))``. It must not hold the input itself, which an outer recomputation may have freed."""
     return lambda x: run(recompute.output(norm, x))
 
 
-def checkpoint_block(function: Any, *args: Any) -> Any:
-    """The checkpointing function for transformers' layers: not re-entrant, and none below the lowest adapter."""
+def recompute_block(function: Any, *args: Any) -> Any:
+    """The checkpointing function for transformers' blocks: non-reentrant, and inactive below the lowest adapter."""
     module = function.args[0] if isinstance(function, partial) and function.args else None
     if not isinstance(module, nn.Module):
         return _checkpoint(function, *args)
@@ -105,12 +105,12 @@ def _trimmed(function: Any, *args: Any) -> Any:
 
 
 def trim_before(module: nn.Module | None, args: tuple[Any, ...]) -> None:
-    """Give the memory that lies free between living arrays back, before a call; also a forward pre-hook."""
+    """Return freed memory to the system before a call; can be used as a forward pre-hook."""
     if args and isinstance(args[0], Tensor):
         malloc_trim.trim(args[0].device.type)
 
 
 def wants_gradient(module: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether a gradient has to come through this call, so that there is something to keep."""
+    """Whether a gradient must flow through this call."""
     inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     return any(value.requires_grad for value in inputs) or any(p.requires_grad for p in module.parameters())

@@ -1,4 +1,4 @@
-"""A tiny batch, run before and after a change that must not change what a model learns."""
+"""A tiny batch, run before and after a change that must not affect what a model learns."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SEED = 20
 
 
 class Probe:
-    """Loss and gradients of a model as it is now, to hold those of the changed model against.
+    """Loss and gradients of a model as it is now, to compare with those of the changed model.
 
-    The model is run in training mode, with torch's generators seeded alike; they, its modes and its buffers are put
-    back. Nothing is written to ``.grad``.
+    The model runs in training mode with seeded random generators. The generators, the modules' modes and the buffers
+    are restored afterwards, and nothing is written to ``.grad``.
     """
 
     def __init__(self, model: nn.Module, *, with_labels: bool) -> None:
@@ -31,11 +31,11 @@ class Probe:
         except Exception as error:
             raise LeanError(
                 f"{type(model).__name__} cannot be run on a tiny batch of token ids{' with labels' * with_labels} "
-                f"({type(error).__name__}: {error}), and lean() proves itself on one."
+                f"({type(error).__name__}: {error}), which lean() needs to prove that it changes nothing."
             ) from error
 
     def compare(self, model: nn.Module) -> None:
-        """Raise a LeanError where the model's loss or gradients are not what they were."""
+        """Raise a LeanError if the model's loss or gradients differ from what they were."""
         try:
             loss, gradients = _run(model, self.with_labels)
         except LeanError:
@@ -51,8 +51,8 @@ class Probe:
         for what, size in errors.items():
             if not size <= tolerance:
                 raise LeanError(
-                    f"{type(model).__name__}: with lean() the {what} would differ by {size:.2g} of their size on a probe. "
-                    "chunked_loss=False or fast_linear=False may do."
+                    f"{type(model).__name__}: with lean() the {what} would differ by {size:.2g} of their size on a tiny batch. "
+                    "chunked_loss=False or fast_linear=False may help."
                 )
 
 

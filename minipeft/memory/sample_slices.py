@@ -1,4 +1,4 @@
-"""A layer run on a few samples of the batch at a time, so that running it again needs memory for those only."""
+"""Recomputing a block on a slice of the batch at a time, so the backward pass needs memory for that slice only."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROWS = "_minipeft_part_rows"  # in a layer's __dict__: tokens a part; 0 where its last run showed that it cannot be cut
+ROWS = "_minipeft_slice_rows"  # in a layer's __dict__: tokens per slice; 0 if its last run showed that it cannot be cut
 DEFAULT_ROWS = {"cpu": 1024, "cuda": 8192}  # enough for matrix products to run at full speed
-# Arguments of transformers' layers that have a row for each sample, where their first dimension says so.
+# Arguments of transformers' layers with one row per sample, if their first dimension is the batch size.
 BY_SAMPLE = {
     "hidden_states", "attention_mask", "causal_mask", "position_ids", "position_embeddings",
     "encoder_hidden_states", "encoder_attention_mask",
@@ -22,20 +22,20 @@ Call = Callable[..., Any]
 
 
 class NotBySample(Exception):
-    """An argument of which it is not known how it belongs to the samples."""
+    """It is not known how an argument belongs to the samples."""
 
 
 def run(layer: nn.Module, forward: Call, args: Sequence[Any], checkpointed: Call) -> Any:
-    """``checkpointed(forward, *args)``, a part of the batch at a time where that is known to give the same.
+    """``checkpointed(forward, *args)``, a slice of the batch at a time if that is known to give the same result.
 
-    That is where the layer's last run drew no random numbers, since parts would draw others, and gave nothing but
-    arrays of shape (batch, length, ...). The first run is always a whole one.
+    It is known if the layer's last run drew no random numbers (slices would draw others) and returned only arrays of
+    shape (batch, length, ...). The first run is always on the whole batch.
 
     Args:
-        layer: notes in its ``__dict__`` what was found.
+        layer: its ``__dict__`` remembers what was found.
         forward: its forward method, keyword arguments bound by `functools.partial`.
-        args: positional arguments, the first of them hidden states of shape (batch, length, width).
-        checkpointed: runs a function on arguments, to be run again in the backward pass.
+        args: positional arguments; the first is the hidden states, shape (batch, length, width).
+        checkpointed: calls a function on arguments and recomputes it in the backward pass.
     """
     x = args[0] if args else None
     if not isinstance(x, Tensor) or x.dim() != 3 or torch.compiler.is_compiling():
@@ -52,27 +52,27 @@ def run(layer: nn.Module, forward: Call, args: Sequence[Any], checkpointed: Call
     return output
 
 
-def runs_in_parts(layer: nn.Module) -> bool:
-    """Whether the layer's last run showed that it may be run in parts."""
+def runs_in_slices(layer: nn.Module) -> bool:
+    """Whether the layer's last run showed that it can run in slices."""
     return bool(layer.__dict__.get(ROWS))
 
 
 @contextlib.contextmanager
 def of_one_sample(layers: Sequence[nn.Module]) -> Iterator[bool]:
-    """Run those layers that can be one sample at a time, to prove that they may; yields whether there are any."""
-    found = {layer: layer.__dict__[ROWS] for layer in layers if runs_in_parts(layer)}
+    """Run the layers that can be cut one sample at a time, to prove that they may; yields whether there are any."""
+    found = {layer: layer.__dict__[ROWS] for layer in layers if runs_in_slices(layer)}
     for layer in found:
         layer.__dict__[ROWS] = 1
     try:
         yield bool(found)
     finally:
         for layer, rows in found.items():
-            if runs_in_parts(layer):
+            if runs_in_slices(layer):
                 layer.__dict__[ROWS] = rows
 
 
 def _calls(forward: Call, args: Sequence[Any], samples: int) -> list[tuple[Call, list[Any]]]:
-    """The call for each part of the batch; none where it has one part, or cannot be cut."""
+    """One call per slice of the batch; none if the batch fits in one slice or cannot be cut."""
     x: Tensor = args[0]
     batch, length = x.shape[:2]
     if batch <= samples or batch == length or not isinstance(forward, partial):
@@ -96,7 +96,7 @@ def _calls(forward: Call, args: Sequence[Any], samples: int) -> list[tuple[Call,
 
 
 def _split(name: str, value: Any, batch: int, count: int) -> Sequence[Any]:
-    """The value for each part of the batch."""
+    """The value for each slice of the batch."""
     if isinstance(value, Tensor):
         if value.dim() == 0 or value.shape[0] == 1:
             return [value] * count
