@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from minipeft import layers, methods
+from minipeft import layers, methods  # noqa: F401  (importing them registers the built-in classes)
 from minipeft.config import AdapterConfig
 from minipeft.errors import (
     CheckpointError,
@@ -18,7 +18,7 @@ from minipeft.errors import (
     StateError,
     TargetError,
 )
-from minipeft.injection import default_targets as families
+from minipeft.injection import default_targets  # noqa: F401  (registers the defaults)
 from minipeft.layers.base import LayerOps
 from minipeft.memory.lean import lean, unlean
 from minipeft.merging.report import MergeReport
@@ -48,15 +48,15 @@ def get_lora_model(
     *,
     autocast_adapter_dtype: bool = True,
 ) -> AdaptedModel:
-    """Adapt a model in place with LoRA and freeze its base; see `get_adapter_model`. No config: ``LoraConfig()``.
+    """Adapt a model in place with LoRA and freeze its base; see `get_adapter_model`. The default config is ``LoraConfig()``.
 
     Raises:
-        MinipeftError: a value, pattern or layer is not usable; the model is bit for bit what it was.
+        MinipeftError: a value, pattern or layer cannot be used; the model is unchanged, bit for bit.
     """
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
         raise ConfigError(
-            f"get_lora_model takes a LoraConfig, not {type(config).__name__}; get_adapter_model takes any method's."
+            f"get_lora_model takes a LoraConfig, not {type(config).__name__}; get_adapter_model takes the configuration of any method."
         )
     return get_adapter_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
@@ -89,13 +89,10 @@ __all__ = [
     "after_step",
     "dequantize",
     "extra_loss",
-    "families",
     "get_adapter_model",
     "get_lora_model",
-    "layers",
     "lean",
     "load_adapter",
-    "methods",
     "quantize",
     "register_adapter",
     "register_layer",

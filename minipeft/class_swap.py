@@ -1,4 +1,4 @@
-"""Changing the class of a live object: a mixin in front of its own class, and back."""
+"""Changing the class of a live object: putting a mixin in front of its own class, and undoing that."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _mixed: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 class SameFunction(nn.Module):
-    """Base of the mixins that change how a module computes, and not what."""
+    """Base of the mixins that change how a module computes but not what it computes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(_mixin_of(type(self)), self, super().__reduce_ex__(protocol))
 
 
 def plain_class(cls: type) -> type:
-    """A module's class without the mixins that leave its function as it is."""
+    """A module's class without the mixins that do not change what it computes."""
     while issubclass(cls, SameFunction):
         cls = original_class(_mixin_of(cls), cls)
     return cls
@@ -29,7 +29,7 @@ def _mixin_of(cls: type) -> type[nn.Module]:
 
 
 def mixed_class(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module class with a mixin; it keeps the name and module, since transformers goes by them."""
+    """The subclass of a module class with a mixin; it keeps the name and module, which transformers relies on."""
     if (mixin, cls) not in _mixed:
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         _mixed[mixin, cls] = type(cls.__name__, (mixin, cls), names)
@@ -37,12 +37,12 @@ def mixed_class(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]
 
 
 def original_class(mixin: type[nn.Module], cls: type) -> type[nn.Module]:
-    """The module class under a mixed one, also where something (FSDP2) has subclassed the mixed one again."""
+    """The class under a mixed one, even if something (FSDP2) has subclassed the mixed class again."""
     return next(mixed.__bases__[1] for mixed in cls.__mro__ if mixed.__bases__[:1] == (mixin,))
 
 
 def reduced(mixin: type[nn.Module], model: nn.Module, plain: Any) -> Any:
-    """`plain`, what ``__reduce_ex__`` gave, with the class named by its parts: it is made at run time, so no pickle finds it."""
+    """`plain`, the result of ``__reduce_ex__``, naming the class by mixin and original: pickle cannot find a class made at run time."""
     if plain[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
         return (_new, (mixin, original_class(mixin, type(model)), *plain[1][1:]), *plain[2:])
     return plain

@@ -1,4 +1,4 @@
-"""Errors: one family, each message saying what is wrong, where, what is allowed and the nearest fix."""
+"""Errors: one family, whose messages say what is wrong, where, what is allowed and the nearest fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNCHANGED = "Nothing was changed."
 
 
 class MinipeftError(Exception):
-    """Base of every error that minipeft raises on purpose; when it is raised, nothing has been changed."""
+    """Base of every error that minipeft raises on purpose. The call that raised it has changed nothing."""
 
 
 class ConfigError(MinipeftError, ValueError):
@@ -29,11 +29,11 @@ class TargetError(MinipeftError, ValueError):
 
 
 class StateError(MinipeftError, RuntimeError):
-    """The model is not in a state in which the call makes sense."""
+    """The call does not make sense in the current state of the model."""
 
 
 class CheckpointError(MinipeftError, ValueError):
-    """An adapter or a run's directory cannot be read, written or locked, or does not belong to this model or run."""
+    """An adapter file or a run's directory cannot be read, written or locked, or belongs to another model or run."""
 
 
 class MergeError(MinipeftError, RuntimeError):
@@ -45,14 +45,14 @@ class DataError(MinipeftError, ValueError):
 
 
 class LeanError(MinipeftError, RuntimeError):
-    """A leaner way of computing would not compute what the model computes."""
+    """`minipeft.lean` would change what the model computes."""
 
 
 class ContractError(MinipeftError, AssertionError):
-    """A method and a layer do not keep, together, what the contract promises of every pair of them.
+    """A method on a layer type breaks what the contract promises for every such pair.
 
     Args:
-        method: name of the method, or "" where the fault is the layer's alone.
+        method: name of the method, or "" if the fault is the layer's alone.
         layer: name of the layer type, or "".
         check: name of the check that failed.
         reason: what was seen.
@@ -92,7 +92,7 @@ def shown(values: Iterable[object], limit: int = 5) -> str:
 
 
 def told(value: object, limit: int = 50) -> str:
-    """A value of anybody's for a message, cut off; also an integer of more digits than Python writes out."""
+    """Any value for a message, cut off; even an integer with more digits than Python converts to text."""
     try:
         return f"{value!r:.{limit}}"
     except (ValueError, RecursionError):
@@ -100,12 +100,12 @@ def told(value: object, limit: int = 50) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, if any is close."""
+    """The known name most similar to `name`, if any is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def hint(name: str, known: Iterable[str], note: str = "") -> str:
-    """`` (closest: 'c_attn')`` for a message, or nothing where no known name is close."""
+    """`` (closest: 'c_attn')`` for a message, or "" if no known name is close."""
     match = nearest(name, known)
     return f" (closest: {match!r}{note})" if match else ""

@@ -1,4 +1,4 @@
-"""Adapted models: the same object and class family as before, with the adapter verbs mixed in."""
+"""Adapted models: the same object and class as before, plus the adapter verbs."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def get_adapter_model(
         model: any ``nn.Module``; it keeps its class family and its forward signature.
         config: the method's configuration, such as `LoraConfig`.
         adapter_name: letters, digits, '_' and '-'.
-        autocast_adapter_dtype: hold adapter parameters in float32 where the base is half precision.
+        autocast_adapter_dtype: hold adapter parameters in float32 if the base is in half precision.
 
     Raises:
-        MinipeftError: a value, pattern or layer is not usable; the model is bit for bit what it was.
+        MinipeftError: a value, pattern or layer cannot be used; the model is unchanged, bit for bit.
     """
     if isinstance(model, AdaptedModel):
         raise StateError(
@@ -76,17 +76,17 @@ def load_adapter(
 
     Args:
         model: the base the adapter was trained on, plain or adapted already.
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``; or, where there is no such directory,
-            ``"owner/name"`` on the Hugging Face Hub.
-        adapter_name: a name the model does not have yet.
+        directory: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``; if there is none of this
+            name, ``"owner/name"`` on the Hugging Face Hub.
+        adapter_name: a name that the model does not use yet.
         is_trainable: whether its parameters require gradients.
-        strict: insist on exactly the expected tensors. False: report missing and unexpected ones in a warning;
-            what is missing keeps its starting value. A wrong shape is an error in any case.
+        strict: require exactly the expected tensors. False: warn about missing and unexpected ones; missing ones keep
+            their starting values. A wrong shape is always an error.
         allow_base_mismatch: skip the comparison of the base weights.
         revision, token, subfolder, local_files_only: see `minipeft.files.hub.adapter_directory`.
 
     Raises:
-        MinipeftError: anything does not fit; the model is bit for bit what it was.
+        MinipeftError: something does not fit; the model is unchanged, bit for bit.
     """
     check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
     _check_adaptable(model)
@@ -103,7 +103,7 @@ def load_adapter(
 
 def _plan(model: nn.Module, config: AdapterConfig) -> Plan:
     if not isinstance(config, AdapterConfig) or not hasattr(type(config), "method"):
-        raise ConfigError(f"config must be a method's configuration such as LoraConfig, not {config!r:.100}.")
+        raise ConfigError(f"config must be the configuration of a method, such as LoraConfig, not {config!r:.100}.")
     _check_adaptable(model)
     return plan_injection(model, config)
 
@@ -117,23 +117,21 @@ def _check_adaptable(model: object) -> None:
     registry.load_plugins()
 
 
-# ------------------------------------------------------------------------------------------------- the class family
 class AdaptedModel(SharedModel):
-    """What an adapted model can do beside what its own class does. Never built, but mixed in (see `minipeft.injection.attach`)."""
+    """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property
     def adapter_configs(self) -> dict[str, AdapterConfig]:
-        """Configuration of each adapter, by name."""
+        """The configuration of each adapter, by name."""
         return dict(self._state.configs)
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that act."""
+        """Names of the adapters that act now."""
         return list(self._state.switch.active)
 
-    # ------------------------------------------------------------------------------------------- counting, switching
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters, adapters included, shared ones counted once."""
+        """(trainable, all) numbers of parameters, including adapters; shared parameters count once."""
         parameters = list(self.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
@@ -146,13 +144,13 @@ class AdaptedModel(SharedModel):
 
     @all_or_nothing
     def add_adapter(self, adapter_name: str, config: AdapterConfig, *, autocast_adapter_dtype: bool = True) -> None:
-        """Add another adapter; it waits for `set_adapter`.
+        """Add another adapter, inactive until `set_adapter`.
 
         Raises:
             MinipeftError: as `get_adapter_model`; or the name is taken.
         """
         check_name(adapter_name, self.adapter_configs)
-        with self._unmerged():  # what an adapter starts from is the base, not another adapter
+        with self._unmerged():  # an adapter starts from the base, not from other adapters
             plan = _plan(self, config)
             parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
             attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
@@ -170,10 +168,10 @@ class AdaptedModel(SharedModel):
 
     @all_or_nothing
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Let these adapters act and no other; several add up. What is trainable stays trainable, what is not does not.
+        """Let exactly these adapters act, one after the other. Whether they train does not change.
 
         Raises:
-            StateError: a name is unknown or twice there, an adapter is merged, or two train the same module in full.
+            StateError: a name is unknown or repeated, an adapter is merged, or two train the same module in full.
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._check_known(names)
@@ -184,10 +182,10 @@ class AdaptedModel(SharedModel):
 
     @all_or_nothing
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out.
+        """Remove an adapter.
 
         Raises:
-            StateError: the name is unknown, the adapter acts or is merged, or it is the only one (then: `unload`).
+            StateError: the name is unknown, or the adapter is active or merged (`unload` removes the last one).
         """
         self._check_known((adapter_name,))
         if adapter_name in self._state.switch.active or adapter_name in self._state.merged:
@@ -198,7 +196,7 @@ class AdaptedModel(SharedModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model computes exactly what its base does; merged weights are taken back meanwhile."""
+        """Within the context the model computes exactly what its base does; merged adapters are unmerged meanwhile."""
         switch, before = self._state.switch, self._state.switch.enabled
         with self._unmerged():
             switch.enabled = False
@@ -209,16 +207,15 @@ class AdaptedModel(SharedModel):
 
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
-        """Within the context the base weights are the base's own; after it, what was merged is merged again."""
+        """Within the context the base weights are the original ones; afterwards, merged adapters are merged again."""
         state, merged = self._state, self._state.merged
         self.unmerge_adapter()
         try:
             yield
         finally:
-            if merged and self.__dict__.get(STATE) is state:  # and not unloaded in the meantime
-                self._merge(merged, untie=True, dequantize=True)  # what was allowed once is allowed again
+            if merged and self.__dict__.get(STATE) is state:  # unless it was unloaded in the meantime
+                self._merge(merged, untie=True, dequantize=True)  # as allowed before
 
-    # ------------------------------------------------------------------------------------------------------- merging
     @all_or_nothing
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, *, untie: bool = False, dequantize: bool = False
@@ -272,7 +269,6 @@ class AdaptedModel(SharedModel):
         detach(self, AdaptedModel, keep_trained=False)
         return self
 
-    # ----------------------------------------------------------------------------------------------------- internals
     def _check_compatible(self, names: tuple[str, ...]) -> None:
         for path, wrapper in wrappers(self) if len(names) > 1 else ():
             owners = [name for name in names if name in wrapper.adapters]
