@@ -1,6 +1,5 @@
 """The house in order: lint, format, types, and imports that point down only."""
 
-import ast
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+from architecture import floors, graph, imported, modules, room, room_edges
 
 import minipeft
 
@@ -29,27 +29,6 @@ FLOORS = (
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 
 
-def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path, ".".join(path.relative_to(ROOT).with_suffix("").parts)
-
-
-def imported(path):
-    """The minipeft modules that a file imports, as dotted names."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minipeft":
-            if node.module == "minipeft":
-                yield from (f"minipeft.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "minipeft")
-
-
-def part(module):
-    return [*module.split("."), "__init__"][1]
-
-
 def run(*command):
     result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -67,29 +46,20 @@ def test_mypy_is_strict_and_content():
     run("mypy")
 
 
-def test_every_module_stands_on_a_floor():
-    assert {part(name) for _, name in modules()} == set(FLOOR)
+def test_every_room_stands_on_a_floor():
+    assert {*room_edges(), "__init__"} == set(FLOOR)
 
 
-@pytest.mark.parametrize(("path", "name"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
-def test_imports_point_down(path, name):
-    for other in imported(path):
-        here, there = part(name), part(other)
+@pytest.mark.parametrize(("name", "others"), graph().items(), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_point_down(name, others):
+    for other in others:
+        here, there = room(name), room(other)
         assert here == there or FLOOR[there] < FLOOR[here], f"{name} imports {other}, which is not below it"
 
 
-def test_there_is_no_import_cycle():
-    graph = {name.removesuffix(".__init__"): set(imported(path)) for path, name in modules()}
-    graph = {name: {other for other in others if other in graph} for name, others in graph.items()}
-    del graph["minipeft"]  # the front door imports everything, and nothing inside imports it
-    # A package imports its own modules to let them register, and they import siblings by full name.
-    for package in ("minipeft.layers", "minipeft.methods"):
-        graph[package] = set()
-    done: list[str] = []
-    while len(done) < len(graph):
-        free = [name for name in graph if name not in done and graph[name] <= set(done) | {"minipeft"}]
-        assert free, f"these import each other: {sorted(set(graph) - set(done))}"
-        done += free
+def test_there_is_no_import_cycle_and_the_rooms_stand_on_ten_floors_at_most():
+    floors(graph())
+    assert max(floors(room_edges()).values()) + 1 <= 10  # and the front door
 
 
 def test_the_core_names_no_concrete_method_or_layer():
