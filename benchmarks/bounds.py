@@ -23,7 +23,7 @@ def matrix_products(
     attention forward and backward, and the head in the loss's chunks. What the adapters add is not in it.
 
     Args:
-        model: where the weights are.
+        model: has the weights.
         batch: sequences in a step.
         tokens: tokens in a sequence, of which the last predicts nothing.
         linear: ``linear(x, weight, bias=None)`` for a weight (out, in): the matrix library.
@@ -56,7 +56,7 @@ def matrix_products(
 
 
 def other_work(model: nn.Module, batch: int, tokens: int) -> Callable[[], None]:
-    """A call that does what a LoRA training step needs beside `matrix_products`, in the fewest and fastest kernels at hand.
+    """A call that does what a LoRA training step needs besides `matrix_products`, in the fewest and fastest kernels at hand.
 
     In each block that is two norms and their gradients, GELU and its gradient, two residual sums and their gradients;
     for each adapter ``W + s B A`` in either pass, h = x A^T, g = dy B, and the gradients of A and B; and the softmax

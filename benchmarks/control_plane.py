@@ -1,4 +1,4 @@
-"""What one waits for around training: injecting, saving, loading, switching, disabling and merging, beside PEFT.
+"""Time around training: injecting, saving, loading, switching, disabling and merging, next to PEFT.
 
     python benchmarks/control_plane.py            # about three minutes on two cores
     python benchmarks/control_plane.py --quick
@@ -21,7 +21,9 @@ from typing import Any
 
 import peft
 import torch
-from common import Row, compare, hold_against, output, quietly, settle, timed, write_rows
+from options import hold_against, output, quietly
+from rows import Row, compare, write_rows
+from timing import settle, timed
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 

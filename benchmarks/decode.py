@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from common import Options, Rows, compare, quietly, refused
+from options import Options, quietly, refused
+from rows import Rows, compare
 from subjects import CORE, PEFT, SUBJECTS, gpt2, model_name, save_adapter
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""One adapted layer, forward and backward, beside the frozen layer and PEFT's: a part of speed.py."""
+"""One adapted layer, forward and backward, next to the frozen layer and PEFT's: a part of speed.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import peft
 import torch
-from common import Options, Rows, compare, milliseconds, quietly, refused
+from options import Options, quietly, refused
+from rows import Rows, compare
 from subjects import CORE, FROZEN, PEFT
+from timing import milliseconds
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

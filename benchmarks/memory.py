@@ -23,7 +23,7 @@ from typing import Any
 
 import plots
 import torch
-from common import RESULTS, Row, compare, device_name, show, write_rows
+from rows import RESULTS, Row, compare, device_name, show, write_rows
 from saved import saved_bytes
 from subjects import (
     CORE,
@@ -88,7 +88,6 @@ class Workload:
         return torch.randint(vocabulary, self.shape, device=self.device)
 
 
-# ------------------------------------------------------------------------------- one subject, in a process of its own
 def status_mib(field: str) -> float:
     """A size from /proc/self/status: VmRSS is the resident memory now, VmHWM its highest so far."""
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()
@@ -136,7 +135,6 @@ def check_losses(reports: dict[str, dict[str, Any]]) -> None:
                 raise SystemExit(f"{subject}: loss {loss} in step {step}, PEFT's is {expected}; nothing is reported")
 
 
-# ----------------------------------------------------------------------------------------- what is kept for backward
 def saved_for_backward(subject: str, adapter: Path, work: Workload) -> tuple[float, float]:
     """What one forward pass keeps: all of it in MiB, and what a further block adds, in u.
 
@@ -156,7 +154,6 @@ def forward(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
     return lambda: model(input_ids=ids, labels=ids).loss
 
 
-# --------------------------------------------------------------------------------------------------------------- main
 def peak_rows(reports: dict[str, dict[str, Any]], work: Workload) -> list[Row]:
     kind = "allocated" if work.device == "cuda" else "resident"
     measures = [("net", f"peak {kind} memory, net", "MiB"), ("gross", f"peak {kind} memory, gross", "MiB")]
@@ -209,7 +206,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1 if args.quick else args.threads)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # in the processes to come
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes started below
     rows = measure(args)
     for row in rows:
         row.device = device_name(args.device)

@@ -1,4 +1,4 @@
-"""`merge_and_unload`, beside PEFT's plain and checked ones: a part of speed.py."""
+"""`merge_and_unload`, next to PEFT's plain and checked ones: a part of speed.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MAX_DRIFT, Options, Rows, compare, drift, hold_against, output, quietly, refused, timed
+from options import Options, hold_against, output, quietly, refused
+from rows import Rows, compare
 from subjects import CORE, PEFT, SUBJECTS, gpt2, model_name, save_adapter
+from timing import MAX_DRIFT, drift, timed
 from torch import nn
 
 

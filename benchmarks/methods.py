@@ -13,7 +13,8 @@ from typing import Any
 
 import peft
 import torch
-from common import Options, Rows, compare, quietly, refused
+from options import Options, quietly, refused
+from rows import Rows, compare
 from saved import saved_bytes
 from subjects import CORE, PEFT, by_peft, ours
 from torch import Tensor, nn

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from common import RESULTS
+from rows import RESULTS
 from subjects import CORE, PEFT
 
 matplotlib.use("Agg")
@@ -36,7 +36,6 @@ def save(figure: Any, path: Path) -> None:
     print(path)
 
 
-# ------------------------------------------------------------------------------------------------------------- layers
 def draw_layers(records: Records, path: Path) -> None:
     """Overhead of our layer over the frozen one as a share of PEFT's, by rows, one panel a shape."""
     for record in records:
@@ -52,7 +51,7 @@ def draw_layers(records: Records, path: Path) -> None:
     panels[0][0].set_ylabel("overhead, ours / PEFT's")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    figure.suptitle("Time that the adapter adds to a frozen layer, forward and backward, beside PEFT")
+    figure.suptitle("Time that the adapter adds to a frozen layer, forward and backward, next to PEFT")
     save(figure, path)
 
 
@@ -82,7 +81,6 @@ def draw_shape(axes: Axes, shape: str, records: Records) -> None:
     axes.grid(alpha=0.25)
 
 
-# --------------------------------------------------------------------------------------------------------------- bars
 def bars(axes: Axes, records: Records, unit: str) -> None:
     """One horizontal bar a subject, labelled with its value and its share of the peer's."""
     subjects = [record["subject"] for record in records]
@@ -116,7 +114,7 @@ def draw_steps(records: Records, path: Path) -> None:
         for bound, style in zip(bounds, ("-", ":"), strict=False):
             axes.axvline(float(bound["ours"]), color="black", linestyle=style, linewidth=1.2, label=bound["subject"])
         axes.set_title(case)
-        axes.set_xlabel("ms a step, forward and backward (beside each bar: share of PEFT's)")
+        axes.set_xlabel("ms a step, forward and backward (next to each bar: share of PEFT's)")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     figure.suptitle(f"Training step with LoRA r=8 on c_attn, c_proj and c_fc, {records[0]['device']}")
@@ -130,7 +128,7 @@ def draw_memory(records: Records, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 4.4), layout="constrained")
     bars(axes, shown, "MiB")
     axes.set_title(f"Peak memory of two training steps, net of the interpreter\n{shown[0]['case']}, LoRA r=8")
-    axes.set_xlabel("MiB (beside each bar: share of PEFT's)")
+    axes.set_xlabel("MiB (next to each bar: share of PEFT's)")
     save(figure, path)
 
 

@@ -1,11 +1,13 @@
-"""What this machine can do: matrix products by both libraries, and copies; the rates beside the training steps."""
+"""What this machine can do: matrix products by both libraries, and copies; the rates that the training steps are compared with."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from common import Options, Row, Rows, compare, race
+from options import Options
+from rows import Row, Rows, compare
+from timing import race
 from torch import Tensor
 
 from minipeft.kernels import matmul

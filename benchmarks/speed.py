@@ -1,11 +1,11 @@
-"""How fast: one adapted layer, a training step, decoding, merging, and every method, beside PEFT and the frozen base.
+"""How fast: one adapted layer, a training step, decoding, merging, and every method, next to PEFT and the frozen base.
 
     python benchmarks/speed.py                    # every part; the layers take most of the time
     python benchmarks/speed.py --part step
     python benchmarks/speed.py --quick
 
-All subjects of a case run in one process, in an order shuffled anew each round, and no time is reported before they
-have been found to compute the same. What each measure means is said in the README beside this file.
+All subjects of a case run in one process, in a new random order each round, and no time is reported before they
+are found to compute the same. The README in this folder says what each measure means.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 
 import plots
 import torch
-from common import RESULTS, Options, Rows, busy, device_name, settle, show, write_rows
 from decode import decode_part
 from layer import layer_part
 from merge import merge_part
 from methods import methods_part
+from options import Options
+from rows import RESULTS, Rows, device_name, show, write_rows
 from step import step_part
+from timing import busy, settle
 
 PARTS: dict[str, Callable[[Options], Iterator[Rows | None]]] = {
     "layer": layer_part,
@@ -33,7 +35,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Rows | None]]] = {
 
 
 def run_part(part: str, options: Options, folder: Path | None) -> bool:
-    """Measure, print and write one part; False where a case was refused."""
+    """Measure, print and write one part; False if a case was refused."""
     rows: Rows = []
     complete = True
     for some in PARTS[part](options):

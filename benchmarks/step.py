@@ -1,4 +1,4 @@
-"""A whole training step, beside PEFT, the frozen base and what a step cannot do without: a part of speed.py."""
+"""A whole training step, next to PEFT, the frozen base and the least work that a step needs: a part of speed.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from bounds import matrix_products, other_work
-from common import Options, Rows, compare, quietly, refused
+from options import Options, quietly, refused
 from rates import rate_rows
+from rows import Rows, compare
 from subjects import (
     CORE,
     FROZEN,

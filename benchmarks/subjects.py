@@ -61,7 +61,6 @@ def save_adapter(base: nn.Module, folder: Path, r: int = 8, lora_alpha: float = 
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------- subjects
 def full(base: nn.Module, adapter: Path) -> nn.Module:
     return base
 

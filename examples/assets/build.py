@@ -46,7 +46,6 @@ VOCAB, POSITIONS, WIDTH, LAYERS, HEADS = 2048, 256, 128, 4, 4
 SEED = 20261123
 
 
-# ------------------------------------------------------------------------------------------------ the corpus
 def library_modules() -> Iterator[tuple[str, ast.Module]]:
     """Yield (relative path, syntax tree) of each module of the running Python's library, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -130,7 +129,6 @@ def read_corpus(assets: Path, name: str) -> str:
     return gzip.decompress((assets / "corpus" / f"{name}.txt.gz").read_bytes()).decode("utf-8")
 
 
-# ------------------------------------------------------------------------------------- tokenizer and pretraining
 def build_tokenizer(text: str):
     """Byte-level BPE, trained on the documentation only: the base has never seen the style it will be taught."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
