@@ -2,8 +2,8 @@
 
     y = s W x + b
 
-Its ops say where the weight is, how to write it, and that what an adapter adds to W x is multiplied by s too. Then
-every method works on it, those that are written later as well.
+Its ops say where the weight is, how to write it, and that the layer multiplies W x by s. Every method then works on it,
+including those written later.
 """
 
 import torch
@@ -38,14 +38,11 @@ class ReadoutOps(LayerOps):
         base.bias.copy_(bias)
         return base
 
-    def project_out(self, base, h, B):
-        return base.multiplier * nn.functional.linear(h, B)
-
-    def example(self, in_features, out_features):  # what check_layer, and check_method after it, try
-        return Readout(in_features, out_features)
+    def scaled(self, base, y):  # s y; a layer that computes W x + b needs only the three methods above
+        return base.multiplier * y
 
 
 if __name__ == "__main__":
-    print(check_layer(Readout))  # every promise, under every method that is registered
+    print(check_layer(Readout, make=Readout))  # every promise, under every registered method
     net = nn.Sequential(nn.Linear(64, 64), nn.GELU(), Readout(64, 10))
     get_lora_model(net, LoraConfig(r=4, target_modules=["0", "2"])).print_trainable_parameters()

@@ -1,21 +1,21 @@
 """The registry: which class adapts which layer, by method, layer type and name pattern.
 
-Four decorators fill it, for the built-in classes and for a stranger's plugin alike:
+Four functions fill it, for the built-in classes and for plugins alike:
 
-* ``register_layer(nn.Linear)`` or ``register_layer("bitsandbytes.nn.Linear8bitLt")``: a `LayerOps` for a layer type,
-  or with ``weight="torchao.quantization.Int8Tensor"`` for those layers of it that hold such a weight;
-* ``register_method("lora")``: an `Adapter` for a method;
+* ``register_layer(nn.Linear)`` or ``register_layer("bitsandbytes.nn.Linear8bitLt")``: the `LayerOps` of a layer type; with
+  ``weight="torchao.quantization.Int8Tensor"``, of the layers of that type that hold such a weight;
+* ``register_method("lora")``: the `Adapter` of a method;
 * ``register_targets("gpt2", ["c_attn"])``: default target patterns for a transformers ``model_type``;
-* ``register_adapter("lora", layer=nn.Linear, pattern="lm_head")``: an override for some layers or some names.
+* ``register_adapter("lora", layer=nn.Linear)`` or ``register_adapter("lora", pattern="lm_head")``: an override.
 
-Types resolve along the MRO, the most derived first, so the order of registration never matters. A dotted name keeps
-a heavy package out of ``import minipeft``. Plugins stand in the entry-point group ``minipeft.plugins``.
+Types are looked up along the MRO, the most derived first, so the order of registration never matters. A dotted name keeps
+a heavy package out of ``import minipeft``. Plugins are entry points in the group ``minipeft.plugins``.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
-import inspect
 import os
 import re
 import sys
@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from minipeft.contract import breach
 from minipeft.errors import RegistryError, hint, shown
 
 Class = TypeVar("Class", bound=type[Any])
@@ -38,15 +39,11 @@ def qualified(cls: type) -> str:
 
 @dataclass
 class _Tables:
-    layers: dict[str, Any] = field(default_factory=dict)
-    layers_by_weight: dict[tuple[str, str], Any] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # layer type -> weight type or "" -> ops
     methods: dict[str, type[Any]] = field(default_factory=dict)
     targets: dict[str, tuple[str, ...] | str] = field(default_factory=dict)
-    by_layer: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
+    by_layer: dict[str, dict[str, type[Any]]] = field(default_factory=dict)  # layer type -> method -> adapter
     by_pattern: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
-
-    def copy(self) -> _Tables:
-        return _Tables(**{name: dict(table) for name, table in vars(self).items()})
 
 
 _tables = _Tables()
@@ -55,17 +52,14 @@ _plugins_loaded = False
 
 @contextmanager
 def isolated(*, empty: bool = False) -> Iterator[None]:
-    """Undo every registration made in the ``with`` block when it ends; for tests.
+    """Undo every registration made in the ``with`` block when it ends; with `empty` it starts with none. For tests.
 
-    Installed plugins are loaded before it begins, so that they outlive it. Inside, `load_plugins` looks again.
-
-    Args:
-        empty: start with nothing registered instead of a copy of what is.
+    Installed plugins are loaded first, so that they outlive the block. Inside it, `load_plugins` looks for them again.
     """
     global _plugins_loaded, _tables
     load_plugins()
     before = _plugins_loaded, _tables
-    _plugins_loaded, _tables = False, _Tables() if empty else _tables.copy()
+    _plugins_loaded, _tables = False, _Tables() if empty else copy.deepcopy(_tables)
     try:
         yield
     finally:
@@ -73,27 +67,26 @@ def isolated(*, empty: bool = False) -> Iterator[None]:
 
 
 def register_layer(layer: type | str, *, weight: str | None = None) -> Callable[[Class], Class]:
-    """Register the decorated `LayerOps` for a layer type, given as a class or as its dotted name.
+    """Register the decorated `LayerOps` for a layer type, given as a class or by its dotted name.
 
     Args:
         layer: the layer type.
-        weight: dotted name of a tensor class: these ops are for layers with such a weight, beside those of the layer
-            type itself. Which ones take a layer is for their `accepts` to say.
+        weight: dotted name of a tensor class. These ops are then for layers with such a weight, in addition to the ops of
+            the layer type itself; `LayerOps.accepts` tells them apart.
 
     Raises:
-        RegistryError: the class breaks the `LayerOps` contract, or the type has other ops already.
+        RegistryError: the class breaks the `LayerOps` contract, or the type already has other ops.
     """
-    if weight is not None:
-        key = (_type_key(layer), _type_key(weight))
-        return _registering(_tables.layers_by_weight, key, "LayerOps", f"layer type {key[0]!r} with {key[1]!r} weights")
-    return _registering(_tables.layers, _type_key(layer), "LayerOps", f"layer type {_type_key(layer)!r}")
+    key, weight_key = _type_key(layer), "" if weight is None else _type_key(weight)
+    what = f"layer type {key!r}" + (f" with {weight_key!r} weights" if weight_key else "")
+    return _registering(_tables.layers.setdefault(key, {}), weight_key, "LayerOps", what)
 
 
 def register_method(name: str) -> Callable[[Class], Class]:
-    """Register the decorated `Adapter` as the method `name`, lower case; ``peft_type`` in files is its upper case.
+    """Register the decorated `Adapter` as the method `name`, in lower case; ``peft_type`` in files is its upper case.
 
     Raises:
-        RegistryError: the name is not an identifier, the contract is broken, or the name is taken.
+        RegistryError: the name is not an identifier or is taken, or the class breaks the `Adapter` contract.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise RegistryError(f"register_method: {name!r} is not a lower-case identifier such as 'lora'.")
@@ -103,29 +96,30 @@ def register_method(name: str) -> Callable[[Class], Class]:
 def register_adapter(
     method: str, *, layer: type | str | None = None, pattern: str | None = None
 ) -> Callable[[Class], Class]:
-    """Override the class a method uses: for one layer type, or for the modules whose name fits `pattern`.
+    """Override the class that a method uses, for one layer type or for modules whose name matches `pattern`.
 
-    The pattern is a regular expression for the whole name or a dotted suffix of it. A pattern goes before a layer
-    type, and a layer type before the method's own class.
+    The pattern is a regular expression for the whole name or a dotted suffix of it. It takes precedence over a layer type,
+    which takes precedence over the method's own class.
 
     Raises:
-        RegistryError: neither or both of `layer` and `pattern` are given, the contract is broken, or the place is taken.
+        RegistryError: neither or both of `layer` and `pattern` are given, the class breaks the `Adapter` contract, or
+            there is such an override already.
     """
     if (layer is None) == (pattern is None):
         raise RegistryError("register_adapter: give exactly one of layer=... and pattern=...")
-    if pattern is not None:
-        return _registering(
-            _tables.by_pattern, (method, pattern), "Adapter", f"method {method!r} at pattern {pattern!r}"
-        )
-    key = _type_key(layer)  # type: ignore[arg-type]
-    return _registering(_tables.by_layer, (method, key), "Adapter", f"method {method!r} on layer type {key!r}")
+    if layer is None:
+        what = f"method {method!r} at pattern {pattern!r}"
+        return _registering(_tables.by_pattern, (method, pattern), "Adapter", what)
+    key = _type_key(layer)
+    what = f"method {method!r} on layer type {key!r}"
+    return _registering(_tables.by_layer.setdefault(key, {}), method, "Adapter", what)
 
 
 def register_targets(model_type: str, patterns: Sequence[str] | str) -> None:
     """Set the default `target_modules` of a transformers ``model_type``: suffixes, or one full-match regex.
 
     Raises:
-        RegistryError: the model type has other patterns already.
+        RegistryError: the model type already has other patterns.
     """
     value = patterns if isinstance(patterns, str) else tuple(patterns)
     known = _tables.targets.setdefault(model_type, value)
@@ -137,8 +131,9 @@ def register_targets(model_type: str, patterns: Sequence[str] | str) -> None:
 
 def _registering(table: dict[Any, Any], key: Any, contract: str, what: str) -> Callable[[Class], Class]:
     def register(cls: Class) -> Class:
-        _check_contract(cls, contract)
-        known = table.get(key)
+        broken, known = breach(cls, contract), table.get(key)
+        if broken is not None:
+            raise RegistryError(broken)
         owner = known if known is None or isinstance(known, type) else type(known)
         if owner is not None and qualified(owner) != qualified(cls):
             raise RegistryError(
@@ -158,65 +153,32 @@ def _type_key(layer: type | str) -> str:
     raise RegistryError(f"{layer!r} is neither a layer class nor a dotted name such as 'torch.nn.Linear'.")
 
 
-def _check_contract(cls: type, contract: str) -> None:
-    """Hold a class to its contract when it registers: derived, complete, and with the contract's parameter names."""
-    name = getattr(cls, "__name__", repr(cls))
-    root = next((base for base in getattr(cls, "__mro__", ()) if vars(base).get("contract") == contract), None)
-    if root is None:
-        raise RegistryError(f"{name} does not derive from minipeft.{contract}, so it cannot be registered as one.")
-    missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    if missing:
-        raise RegistryError(f"{name} lacks {shown(missing)} of the {contract} contract.")
-    for method in _public_functions(root):
-        wanted, given = (list(inspect.signature(getattr(owner, method)).parameters) for owner in (root, cls))
-        if given[: len(wanted)] != wanted:
-            raise RegistryError(
-                f"{name}.{method}({', '.join(given)}) does not fit the {contract} contract: {method}({', '.join(wanted)})."
-            )
-
-
-def _public_functions(root: type) -> Iterator[str]:
-    for name, value in vars(root).items():
-        if isinstance(value, staticmethod | classmethod) or inspect.isfunction(value):
-            if not name.startswith("_") or name == "__init__":
-                yield name
-
-
-# --------------------------------------------------------------------------------------------------- resolution
 def layer_candidates(layer_type: type) -> Iterator[tuple[type, Any]]:
     """(registered type, its ops) for a layer type and its bases, the most derived first."""
     _settle_dotted_names()
     for cls in layer_type.__mro__:
-        name = qualified(cls)
-        ops = _tables.layers.get(name)
-        if ops is not None:
+        for ops in _tables.layers.get(qualified(cls), {}).values():
             yield cls, ops
-        for (layer, _), ops in _tables.layers_by_weight.items():
-            if layer == name:
-                yield cls, ops
 
 
-def layer_classes() -> list[Any]:
-    """Every registered `LayerOps`."""
-    return [*_tables.layers.values(), *_tables.layers_by_weight.values()]
+def layers() -> dict[str, Any]:
+    """Every registered layer type and its ops: ``module.qualname``, or ``module.qualname[Weight]`` for a weight type."""
+    _settle_dotted_names()
+    named = {
+        f"{layer}[{weight.rpartition('.')[2]}]" if weight else layer: ops
+        for layer, by_weight in _tables.layers.items()
+        for weight, ops in by_weight.items()
+    }
+    return dict(sorted(named.items()))
 
 
 def layer_type_names() -> list[str]:
     """Short names of the registered layer types, sorted."""
-    packed = {f"{layer.rsplit('.', 1)[-1]}[{weight.rsplit('.', 1)[-1]}]" for layer, weight in _tables.layers_by_weight}
-    return sorted({key.rsplit(".", 1)[-1] for key in _tables.layers} | packed)
-
-
-def layers() -> dict[str, Any]:
-    """Every registered layer type, as ``module.qualname`` or, for a packed weight, ``module.qualname[Weight]``; and its ops."""
-    _settle_dotted_names()
-    packed = {f"{layer}[{key.rpartition('.')[2]}]": ops for (layer, key), ops in _tables.layers_by_weight.items()}
-    return dict(sorted({**_tables.layers, **packed}.items()))
+    return sorted({name.rpartition(".")[2] for name in layers()})
 
 
 def layer_key(layer: type | str) -> str:
-    """The name under which `layers` has a layer type, given as a class or as any dotted name of it."""
-    _settle_dotted_names()
+    """The name that `layers` has for a layer type, given as a class or by any of its dotted names."""
     return _settled(_type_key(layer)) if isinstance(layer, type) or "[" not in layer else layer
 
 
@@ -224,7 +186,7 @@ def method_class(method: str) -> type[Any]:
     """The `Adapter` class of a method.
 
     Raises:
-        RegistryError: no such method; the message lists those there are.
+        RegistryError: there is no such method; the message lists the known ones.
     """
     cls = _tables.methods.get(method)
     if cls is None:
@@ -245,15 +207,12 @@ def adapter_class(method: str, module_name: str, layer_type: type) -> type[Any]:
         if owner == method and re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module_name):
             return cls
     _settle_dotted_names()
-    for base in layer_type.__mro__:
-        override = _tables.by_layer.get((method, qualified(base)))
-        if override is not None:
-            return override
-    return generic
+    overrides = (_tables.by_layer.get(qualified(base), {}).get(method) for base in layer_type.__mro__)
+    return next((cls for cls in overrides if cls is not None), generic)
 
 
 def default_targets(model_type: str) -> tuple[str, ...] | str | None:
-    """Default patterns of a transformers ``model_type``, or None where nothing is registered."""
+    """Default patterns of a transformers ``model_type``, or None if there are none."""
     return _tables.targets.get(model_type)
 
 
@@ -263,19 +222,13 @@ def known_model_types() -> list[str]:
 
 
 def _settle_dotted_names() -> None:
-    """Replace a dotted name that is an alias (``torch.nn.Linear``) by the class's own, once its package is loaded."""
-    for key in list(_tables.layers):
-        real = _settled(key)
-        if real != key:
-            _tables.layers.setdefault(real, _tables.layers.pop(key))
-    for key, weight in list(_tables.layers_by_weight):
-        real = _settled(key)
-        if real != key:
-            _tables.layers_by_weight.setdefault((real, weight), _tables.layers_by_weight.pop((key, weight)))
-    for method, key in list(_tables.by_layer):
-        real = _settled(key)
-        if real != key:
-            _tables.by_layer.setdefault((method, real), _tables.by_layer.pop((method, key)))
+    """Replace an alias (``torch.nn.Linear``) by the class's own name once its package is loaded."""
+    tables: tuple[dict[str, dict[str, Any]], ...] = (_tables.layers, _tables.by_layer)
+    for table in tables:
+        for key in list(table):
+            real = _settled(key)
+            if real != key:
+                table[real] = {**table.pop(key), **table.get(real, {})}
 
 
 def _settled(key: str) -> str:
@@ -284,23 +237,20 @@ def _settled(key: str) -> str:
     return qualified(target) if isinstance(target, type) else key
 
 
-# ------------------------------------------------------------------------------------------------------ plugins
 def load_plugins() -> None:
     """Import every entry point of the group ``minipeft.plugins``, once; ``MINIPEFT_DISABLE_PLUGINS=1`` skips them.
 
-    A plugin that fails is named in a warning, what it had registered is taken back, and the others load.
+    A plugin that fails is named in a warning and its registrations are undone; the others load.
     """
     global _plugins_loaded, _tables
     if _plugins_loaded or os.environ.get("MINIPEFT_DISABLE_PLUGINS") == "1":
         return
     _plugins_loaded = True
     for entry in sorted(importlib.metadata.entry_points(group=PLUGIN_GROUP), key=lambda e: e.name):
-        before = _tables.copy()
+        before = copy.deepcopy(_tables)
         try:
             entry.load()
-        except (Exception, SystemExit) as error:  # whatever foreign code raises must not take the host down
+        except (Exception, SystemExit) as error:  # whatever a plugin raises must not take the host down
             _tables = before
-            warnings.warn(
-                f"minipeft plugin {entry.name!r} ({entry.value}) failed to load and is left out: {error!r}",
-                stacklevel=2,
-            )
+            said = f"minipeft plugin {entry.name!r} ({entry.value}) failed to load and is left out: {error!r}"
+            warnings.warn(said, stacklevel=2)

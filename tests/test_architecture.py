@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minipeft"
 # The rooms of the package, one line a floor, the lowest first: a room imports from floors below it and from itself.
 FLOORS = (
-    ("errors", "class_swap", "transformers_model"),
+    ("errors", "class_swap", "transformers_model", "contract"),
     ("kernels", "registry", "patterns"),
     ("layers", "config"),
     ("methods",),
@@ -77,7 +77,7 @@ def test_nothing_is_unpickled_and_nothing_foreign_is_imported_at_once():
     assert not loaded & {"transformers", "peft", "datasets", "accelerate", "bitsandbytes", "torchao", "matplotlib"}
     for path, name in modules():
         text = path.read_text("utf-8")
-        if name != "minipeft.testing.behaviour":  # which reads back what it has just written
+        if name != "minipeft.testing.runtime":  # which reads back what it has just written
             assert "import pickle" not in text, name
         assert "torch.load" not in text.replace("safetensors.torch.load", ""), name
 

@@ -8,6 +8,7 @@ import pytest
 
 from minipeft import ConfigError, LoraConfig, registry
 from minipeft.config import config_from_dict
+from minipeft.testing.examples import options_of
 
 HUGE = 10**5000  # more digits than Python writes out
 VALUES = (
@@ -21,7 +22,7 @@ BESIDE = ({}, {"target_modules": ["a"], "layers_to_transform": [0]})  # options 
 
 
 def example(method):
-    config = registry.method_class(method).example_config()
+    config = registry.method_class(method).config_class(**options_of(method))
     return type(config), {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
 

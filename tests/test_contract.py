@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from minipeft import Adapter, AdapterConfig, ContractError, LayerOps, RegistryError, TargetError, registry
+from minipeft import Adapter, AdapterConfig, ConfigError, ContractError, LayerOps, RegistryError, TargetError, registry
 from minipeft.layers.linear import LinearOps
 from minipeft.methods.lora import Lora, LoraConfig
-from minipeft.testing import check_layer, check_method, check_pair
+from minipeft.testing import check_layer, check_method, check_pair, examples, register_example, register_options
 from minipeft.testing.checks import CHECKS
 
 ALL = {check.__name__ for check in CHECKS}
@@ -20,9 +20,10 @@ PAIRS = [(method, layer) for method in registry.method_names() for layer in regi
 
 
 @pytest.fixture
-def tables(monkeypatch):
+def isolated():
     """What a test registers is gone after it."""
-    monkeypatch.setattr(registry, "_tables", registry._tables.copy())
+    with registry.isolated():
+        yield
 
 
 # ------------------------------------------------------------------------------------------ registry x registry
@@ -81,7 +82,7 @@ class Trial(Adapter):
         return ops.project_out(base, h, self.B.to(dtype))
 
     def forward(self, base, ops, x, y):
-        return ops.scale_out(base, y + self.path(base, ops, x, y.dtype), self.v.to(y.dtype))
+        return (y + self.path(base, ops, x, y.dtype)) * ops.per_feature(base, self.v.to(y.dtype))
 
     def merge(self, weight, bias):
         merged = weight + self.scaling * (self.B @ self.A).to(weight.dtype)
@@ -278,14 +279,14 @@ BROKEN = {
 }
 
 
-def test_a_method_that_keeps_the_contract_passes(tables):
+def test_a_method_that_keeps_the_contract_passes(isolated):
     registry.register_method("trial")(Trial)
     report = check_method("trial")
     assert {pair.layer.rpartition(".")[2] for pair in report.pairs if pair.served} >= {"Linear", "Conv1D", "Embedding"}
 
 
 @pytest.mark.parametrize(("method", "check"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", value))
-def test_a_broken_method_fails_the_check_that_says_so(method, check, tables):
+def test_a_broken_method_fails_the_check_that_says_so(method, check, isolated):
     registry.register_method("trial")(method)
     with pytest.raises(ContractError, match="trial on .*Linear fails") as raised:
         check_pair("trial", nn.Linear)
@@ -311,7 +312,7 @@ class RefusesTooLate(Trial):
         raise TargetError("trial is never content; it says that nothing was changed.")
 
 
-def test_a_refusal_is_reported_with_its_words(tables):
+def test_a_refusal_is_reported_with_its_words(isolated):
     registry.register_method("trial")(RefusesEmbeddings)
     report = check_method("trial")
     refused = {layer.rpartition(".")[2]: why for (_, layer), why in report.refused.items()}
@@ -320,37 +321,35 @@ def test_a_refusal_is_reported_with_its_words(tables):
     assert "trial on Embedding: refused: trial needs vectors" in str(report)
 
 
-def test_a_method_that_refuses_every_layer_serves_nothing(tables):
+def test_a_method_that_refuses_every_layer_serves_nothing(isolated):
     registry.register_method("trial")(RefusesAll)
     with pytest.raises(ContractError, match="trial fails 'serves'") as raised:
         check_method("trial")
     assert raised.value.check == "serves"
 
 
-def test_a_refusal_that_changes_the_model_is_a_failure(tables):
+def test_a_refusal_that_changes_the_model_is_a_failure(isolated):
     registry.register_method("trial")(RefusesTooLate)
     with pytest.raises(ContractError, match="fails 'refusal': it is refused .* but changes the model"):
         check_pair("trial", nn.Linear)
 
 
 def test_options_that_are_not_allowed_are_no_refusal_of_the_layer():
-    with pytest.raises(ContractError, match="lora on .*Linear fails 'example_config': r must be an integer"):
+    with pytest.raises(ContractError, match="lora on .*Linear fails 'options': r must be an integer"):
         check_pair("lora", nn.Linear, r=-1)
 
 
 class AsksForAnother(Trial):
-    @classmethod
-    def example_config(cls, **options):
-        return LoraConfig(**options)
+    config_class = LoraConfig
 
 
-def test_the_method_that_is_tried_is_the_one_that_acts(tables):
+def test_the_method_that_is_tried_is_the_one_that_acts(isolated):
     registry.register_method("trial")(AsksForAnother)
-    with pytest.raises(ContractError, match="AsksForAnother should act, but 'Lora' does; see Adapter.example_config"):
+    with pytest.raises(ContractError, match="AsksForAnother should act, but 'Lora' does; see its config_class"):
         check_pair("trial", nn.Linear)
 
 
-def test_an_override_for_a_layer_type_is_what_is_tried(tables):
+def test_an_override_for_a_layer_type_is_what_is_tried(isolated):
     registry.register_method("trial")(Trial)
     registry.register_adapter("trial", layer=nn.Linear)(ForgetsScaling)
     assert check_pair("trial", nn.Embedding).served
@@ -383,9 +382,6 @@ class FlippedOps(LayerOps):
         base.weight.copy_(weight.t())
         base.bias.copy_(bias)
         return base
-
-    def example(self, in_features, out_features):
-        return Flipped(in_features, out_features)
 
 
 def guess(weight):
@@ -428,14 +424,14 @@ class FollowsWrongly(FlippedOps):
         return nn.functional.linear(x.flip(-1), A)
 
 
-class ScalesTheInput(FlippedOps):
-    def scale_out(self, base, y, v):
-        return y * v.flip(0)
+class ScalesOtherFeatures(FlippedOps):
+    def per_feature(self, base, v):
+        return v.flip(0)
 
 
 class ClaimsALinearCall(FlippedOps):
-    def is_linear_call(self, base):
-        return True
+    def linear_weight(self, base, x):
+        return self.read_weight(base)
 
 
 class ClaimsNoMerge(FlippedOps):
@@ -450,22 +446,22 @@ BROKEN_LAYERS = {
     SwapsTheShape: "layer_facts",
     LosesTheBias: "merge_float64",
     FollowsWrongly: "merge_float64",
-    ScalesTheInput: "merge_float64",
+    ScalesOtherFeatures: "merge_float64",
 }
 
 
 @pytest.fixture
-def two_methods(monkeypatch):
+def two_methods():
     """LoRA, and one that scales: between them they ask for everything that a layer can be asked."""
-    tables = registry._tables.copy()
-    tables.methods = {"lora": Lora}
-    monkeypatch.setattr(registry, "_tables", tables)
-    registry.register_method("trial")(Trial)
+    with registry.isolated(empty=True):
+        registry.register_method("lora")(Lora)
+        registry.register_method("trial")(Trial)
+        yield
 
 
 def test_a_layer_that_keeps_the_contract_passes_under_every_method(two_methods):
     registry.register_layer(Flipped)(FlippedOps)
-    report = check_layer(Flipped)
+    report = check_layer(Flipped, make=Flipped)
     assert [pair.method for pair in report.pairs] == ["lora", "trial"]
     assert report.skipped == {}
 
@@ -474,7 +470,7 @@ def test_a_layer_that_keeps_the_contract_passes_under_every_method(two_methods):
 def test_a_broken_layer_fails_the_check_that_says_so(ops, check, two_methods):
     registry.register_layer(Flipped)(ops)
     with pytest.raises(ContractError, match="Flipped fails") as raised:
-        check_layer(Flipped)
+        check_layer(Flipped, make=Flipped)
     assert raised.value.check == check, str(raised.value)
 
 
@@ -494,7 +490,7 @@ class InPlace(Flipped):
 
 def test_a_layer_that_does_more_than_a_linear_call_may_not_claim_to_be_one(two_methods):
     registry.register_layer(Halved)(ClaimsALinearCall)
-    with pytest.raises(ContractError, match="fails 'layer_facts': what is_linear_call calls the output is off by"):
+    with pytest.raises(ContractError, match="fails 'layer_facts': the product by linear_weight is off by"):
         check_layer(Halved, make=Halved)
 
 
@@ -506,7 +502,7 @@ def test_a_layer_that_writes_over_its_input_is_told_so(two_methods):
 
 def test_a_layer_that_cannot_merge_skips_that_and_says_so(two_methods):
     registry.register_layer(Flipped)(ClaimsNoMerge)
-    report = check_layer(Flipped)
+    report = check_layer(Flipped, make=Flipped)
     assert {check for _, _, check in report.skipped} == MERGES
     assert set(report.skipped.values()) == {"ClaimsNoMerge.can_merge is False, and merging is refused"}
     assert "skipped merge_float64, merge_float32, merge_bfloat16: ClaimsNoMerge.can_merge is False" in str(report)
@@ -578,31 +574,63 @@ def test_what_the_layer_itself_cannot_do_is_skipped_and_said(two_methods):
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be tried
-def test_a_layer_without_an_example_is_reported_as_not_tried(tables):
+def test_a_layer_without_an_example_is_reported_as_not_tried(isolated):
     registry.register_layer(Packed)(PackedOps)
     report = check_pair("lora", Packed)
     assert not report.served
     assert set(report.skipped) == ALL
-    assert "PackedOps.example gives no layer to try; override it, or pass make=..." in str(report)
-    with pytest.raises(TargetError, match="PackedOps.example gives no layer to try"):
+    assert "Packed: there is no example to try; pass make=..., or call testing.register_example." in str(report)
+    with pytest.raises(TargetError, match="Packed: there is no example to try"):
         check_layer(Packed)
 
 
 class Special(nn.Linear):
-    """A subclass whose ops inherit the example of its base."""
+    """A subclass of a layer type that has an example."""
 
 
 class SpecialOps(LinearOps):
     """Nothing of its own."""
 
 
-def test_an_example_that_other_ops_serve_is_no_example(tables):
+def test_an_example_that_other_ops_accept_is_refused(isolated):
     registry.register_layer(Special)(SpecialOps)
-    with pytest.raises(
-        TargetError, match="SpecialOps.example gives a Linear, which LinearOps serves; override example"
-    ):
-        check_layer(Special)
+    with pytest.raises(TargetError, match="the example is a Linear, which is adapted by LinearOps, not by SpecialOps"):
+        check_layer(Special, make=nn.Linear)
     assert check_pair("lora", Special, make=Special).served
+
+
+def test_a_registered_example_is_tried_as_it_is_called_and_selected(isolated, monkeypatch):
+    monkeypatch.setattr(examples, "_examples", dict(examples._examples))
+    registry.register_layer(Special)(SpecialOps)
+    register_example(Special, Special, call=call_twice)
+    assert check_pair("lora", Special).served
+
+
+def call_twice(layer, x):
+    return layer(x) + layer(x)
+
+
+def test_options_without_a_default_can_be_registered(isolated, monkeypatch):
+    monkeypatch.setattr(examples, "_options", dict(examples._options))
+    registry.register_method("trial")(NeedsAnOption)
+    with pytest.raises(ContractError, match="fails 'options': size must be given.*testing.register_options"):
+        check_pair("trial", nn.Linear)
+    register_options("trial", size=3)
+    assert check_pair("trial", nn.Linear).served
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizedConfig(TrialConfig):
+    size: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size is None:
+            raise ConfigError("size must be given.")
+
+
+class NeedsAnOption(Trial):
+    config_class = SizedConfig
 
 
 def test_a_subclass_that_its_base_serves_is_tried_with_an_instance_of_it():

@@ -242,31 +242,30 @@ def test_dropout_drops_inputs_in_training_only():
 
 
 @pytest.mark.parametrize("name", ["1d", "1d unbatched", "2d groups", "3d"])
-def test_the_verbs_scale_outputs_as_scaled_rows_of_the_weight_do(name):
+def test_a_factor_per_output_feature_scales_as_scaled_rows_of_the_weight_do(name):
     make, shape = LAYERS[name]
     layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
     ops, y = layer_ops(layer), layer(x)
-    gain = torch.randn(ops.magnitude_shape(layer), dtype=torch.float64)
-    scaled = with_weight(layer, layer.weight * gain.reshape(-1, *[1] * (layer.weight.ndim - 1)), x)
-    bias = ops.along_out(layer, layer.bias, y.ndim)
-    torch.testing.assert_close(ops.scale_out(layer, y - bias, gain) + bias, scaled)
-    assert torch.equal(ops.scale_out(layer, y, gain.flatten()), ops.scale_out(layer, y, gain))
+    factor = torch.randn(layer.out_channels, dtype=torch.float64)
+    scaled = with_weight(layer, layer.weight * factor.reshape(-1, *[1] * (layer.weight.ndim - 1)), x)
+    bias = ops.per_feature(layer, layer.bias)
+    torch.testing.assert_close((y - bias) * ops.per_feature(layer, factor) + bias, scaled)
     layer(ops.example_input(layer))
 
 
 @pytest.mark.parametrize("name", ["1d", "1d unbatched", "2d stride, no bias", "3d"])
-def test_the_verbs_scale_inputs_as_scaled_columns_of_the_weight_do(name):
+def test_a_factor_per_input_feature_scales_as_scaled_columns_of_the_weight_do(name):
     make, shape = LAYERS[name]
     layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
     ops = layer_ops(layer)
-    gain = torch.randn(ops.in_channels(layer), dtype=torch.float64)
-    kernel_size = ops.shape(layer)[1] // len(gain)
-    weight = ops.read_weight(layer) * gain.repeat_interleave(kernel_size)
+    factor = torch.randn(ops.in_features(layer), dtype=torch.float64)
+    kernel_size = ops.shape(layer)[1] // len(factor)
+    weight = ops.read_weight(layer) * factor.repeat_interleave(kernel_size)
     expected = with_weight(layer, weight.view_as(layer.weight).detach(), x)
-    torch.testing.assert_close(layer(ops.scale_in(layer, x, gain)), expected)
+    torch.testing.assert_close(layer(x * ops.per_feature(layer, factor)), expected)
 
 
 def test_inputs_of_groups_cannot_be_scaled_in_the_weight():
     layer = LAYERS["2d groups"][0]()
     with pytest.raises(TargetError, match="groups=2: its input features cannot be scaled one by one"):
-        layer_ops(layer).in_channels(layer)
+        layer_ops(layer).in_features(layer)

@@ -12,13 +12,12 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture
-def fresh_tables():
-    tables = registry._tables.copy()
-    yield
-    registry._tables = tables
+def isolated():
+    with registry.isolated():
+        yield
 
 
-@pytest.mark.usefixtures("fresh_tables")
+@pytest.mark.usefixtures("isolated")
 def test_query_key_and_value_in_one_layer_get_ranks_of_their_own():
     path = EXAMPLES / "fused_qkv.py"
     change, logits, loaded, merged = runpy.run_path(str(path))["main"]()

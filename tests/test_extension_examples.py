@@ -5,21 +5,26 @@ import runpy
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import minipeft
 from minipeft import registry, testing
+from minipeft.layers.embedding import EmbeddingOps
+from minipeft.layers.linear import Conv1DOps, LinearOps
+from minipeft.methods.lora import Lora
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture(autouse=True)
-def tables(monkeypatch):
-    """What an example registers is gone after it; LoRA alone is what a layer is tried with, for time's sake."""
-    tables = registry._tables.copy()
-    tables.methods, tables.layers_by_weight = {"lora": tables.methods["lora"]}, {}
-    keep = ("Linear", "Embedding", "Conv1D")
-    tables.layers = {key: ops for key, ops in tables.layers.items() if key.rpartition(".")[2] in keep}
-    monkeypatch.setattr(registry, "_tables", tables)
+def isolated():
+    """Only LoRA and three layer types are registered, to save time; what an example registers is gone after it."""
+    with registry.isolated(empty=True):
+        registry.register_method("lora")(Lora)
+        registry.register_layer(nn.Linear)(LinearOps)
+        registry.register_layer(nn.Embedding)(EmbeddingOps)
+        registry.register_layer("transformers.pytorch_utils.Conv1D")(Conv1DOps)
+        yield
 
 
 @pytest.mark.parametrize("name", ["add_a_method", "add_a_layer"])

@@ -27,6 +27,7 @@ from transformers import (
 
 from minipeft import LeanError, LoraConfig, StateError, get_lora_model, lean, unlean
 from minipeft.kernels.matmul import onednn_is_faster
+from minipeft.layers.base import is_plain_linear
 from minipeft.memory.lean import describe
 from minipeft.memory.modules import FastLinear, FusedGelu, Recomputed, RecomputedMlp
 
@@ -333,7 +334,7 @@ def test_layers_made_fast_before_adapting_are_still_fused(monkeypatch):
     assert "FastLinear" in mixins(base)
     model = get_lora_model(base, LoraConfig(r=2))
     layer = model.transformer.h[0].attn.c_attn
-    assert layer.ops.is_linear_call(layer.base_layer)
+    assert is_plain_linear(layer.ops, layer.base_layer)
     assert model.merge_adapter().worst < 1e-5
 
 

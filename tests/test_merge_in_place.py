@@ -208,7 +208,7 @@ class Plain(Adapter):
         self.v = nn.Parameter(torch.full((ops.shape(base)[0],), 1.5))
 
     def forward(self, base, ops, x, y):
-        return ops.scale_out(base, y, self.v)
+        return y * ops.per_feature(base, self.v)
 
     def merge(self, weight, bias):
         return weight * self.v[:, None], None if bias is None else bias * self.v

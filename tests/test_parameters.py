@@ -65,7 +65,7 @@ def case(kind, dtype=torch.float64, **options):
 
 
 def wrapper_of(model, parameter):
-    return next(m for m in model.modules() if isinstance(m, AdaptedWeight) and m.ops.reads == parameter)
+    return next(m for m in model.modules() if isinstance(m, AdaptedWeight) and m.ops.parameter == parameter)
 
 
 def updated_by_hand(base, model):

@@ -20,8 +20,12 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 import minipeft
 from minipeft import LoraConfig, get_adapter_model, load_adapter, registry
-from minipeft.testing import check_layer, check_method
+from minipeft.testing import check_layer, check_method, register_example
 
+def int8(in_features, out_features):
+    return sys.modules["minipeft_sample"].Int8Linear(nn.Linear(in_features, out_features))
+
+register_example("minipeft_sample.int8.Int8Linear", int8)
 said = {"pytest": "pytest" in sys.modules, "at import": "rank_one" in registry.method_names()}
 said["method"] = {pair.layer: pair.served for pair in check_method("rank_one").pairs}
 from minipeft_sample import Int8Linear, RankOneConfig

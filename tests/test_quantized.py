@@ -259,9 +259,15 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(kind, package,
     assert state_digest(model) == before
 
 
-def test_a_kind_may_come_from_a_registered_layer(monkeypatch):
-    """One file and one decorator: the ops say what they are called, how they pack and which weights are theirs."""
-    monkeypatch.setattr(registry, "_tables", registry._tables.copy())
+@pytest.fixture
+def isolated():
+    with registry.isolated():
+        yield
+
+
+@pytest.mark.usefixtures("isolated")
+def test_a_kind_may_come_from_a_registered_layer():
+    """One file and one decorator: the ops say what they are called, how they quantize and which weights are theirs."""
 
     class HalfLinear(nn.Linear):
         pass
@@ -273,8 +279,8 @@ def test_a_kind_may_come_from_a_registered_layer(monkeypatch):
         def accepts(self, base):
             return base.weight.dtype is torch.float16
 
-        def dequantized(self, base):
-            return base.weight.float()
+        def dequantized(self, base, dtype=None):
+            return base.weight.to(dtype or torch.float32)
 
         def quantize(self, kind, weight, bias):
             layer = HalfLinear(*weight.T.shape, bias=False, device="meta")

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import minipeft
 from minipeft import LoraConfig
 from minipeft.kernels import lora_linear as fused
-from minipeft.layers.base import LayerOps, layer_ops
+from minipeft.layers.base import layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.memory.lean import STATE
 from minipeft.memory.modules import FastLinear
@@ -64,15 +64,16 @@ def made(monkeypatch):
     references = []
 
     def spied(original):
-        def dequantized_in(base, dtype):
+        def dequantized(base, dtype=None):
             weight = original(base, dtype)
-            references.append(weakref.ref(weight))
+            if dtype is not None:
+                references.append(weakref.ref(weight))
             return weight
 
-        return dequantized_in
+        return dequantized
 
     for ops in {layer_ops(quantized(kind).layer) for kind in KINDS}:
-        monkeypatch.setattr(ops, "dequantized_in", spied(ops.dequantized_in))
+        monkeypatch.setattr(ops, "dequantized", spied(ops.dequantized))
     return references
 
 
@@ -96,7 +97,7 @@ def test_output_and_gradients_are_those_of_the_formula_in_float64(kind, dtype, b
     for _ in range(2):  # the second pass makes the weight anew: the first one's has been written into
         found = torch.autograd.grad(y, (x, A, B), dy, retain_graph=True)
         z, C, D = leaves(x, A, B)
-        weight = layer_ops(base).dequantized_in(base, dtype).double()
+        weight = layer_ops(base).dequantized(base, dtype).double()
         expected = z @ (weight + model.layer.adapters["default"].scaling * D @ C).T
         expected = expected if base.bias is None else expected + base.bias.double()
         same((y, *found), (expected, *torch.autograd.grad(expected, (z, C, D), dy.double())), EPS[dtype])
@@ -329,9 +330,18 @@ def adapted_float(model, x):
     return x.float() @ weight.T + base.bias.float()
 
 
+class Silent(QuantizedLinearOps):
+    """A quantized layer that only says how to dequantize it."""
+
+    def dequantized(self, base, dtype=None):
+        raise AssertionError
+
+
 def test_a_quantized_layer_that_says_nothing_of_its_call_is_called():
-    assert LayerOps.weight_of_call is not QuantizedLinearOps.weight_of_call
-    assert not QuantizedLinearOps.is_float_call(None, nn.Linear(2, 2), torch.ones(2))
+    layer, ops = nn.Linear(2, 2), Silent()
+    x = torch.ones(2, requires_grad=True)
+    assert ops.linear_weight(layer, x) is None
+    assert torch.equal(ops.call(layer, x), layer(x))
 
 
 # -------------------------------------------------------------------------------------------------------------- lean

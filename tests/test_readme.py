@@ -19,18 +19,17 @@ TRAINED = "[p.data.add_(0.01) for p in model.parameters() if p.requires_grad]"
 @pytest.fixture(scope="module")
 def namespace(tmp_path_factory):
     """All Python blocks of the README, run in order as one program; the hub's GPT-2 is the embedded small one."""
-    tables = registry._tables.copy()
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) == 5
     folder = tmp_path_factory.mktemp("readme")
     values = {"__name__": "readme"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for block in blocks:
-            code = block.replace(HUB_MODEL, str(ROOT / "examples/assets/tiny")).replace(TRAINING, TRAINED)
-            exec(compile(code, "README.md", "exec"), values)
-    yield values | {"folder": folder}
-    registry._tables = tables
+    with registry.isolated():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            for block in blocks:
+                code = block.replace(HUB_MODEL, str(ROOT / "examples/assets/tiny")).replace(TRAINING, TRAINED)
+                exec(compile(code, "README.md", "exec"), values)
+        yield values | {"folder": folder}
 
 
 def test_the_first_code_stands_in_the_first_ten_lines():

@@ -6,6 +6,8 @@ import pytest
 from torch import nn
 
 from minipeft import MinipeftError, StateError, TargetError, registry
+from minipeft.layers.embedding import EmbeddingOps
+from minipeft.layers.linear import Conv1DOps, LinearOps
 from minipeft.methods.lora import Lora
 from minipeft.testing import table
 from minipeft.testing.table import BEGIN, END, code_lines, main, refusals, with_table
@@ -13,8 +15,16 @@ from minipeft.testing.table import BEGIN, END, code_lines, main, refusals, with_
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
+class PickyConfig(Lora.config_class):
+    """Its configuration."""
+
+    method = "picky"
+
+
 class Picky(Lora):
     """A method with an empty cell."""
+
+    config_class = PickyConfig
 
     def __init__(self, base, ops, config, shared):
         if ops.is_embedding:
@@ -24,21 +34,16 @@ class Picky(Lora):
 
 @pytest.fixture
 def picky(monkeypatch):
-    """A second built-in method, that refuses lookups."""
-    monkeypatch.setattr(registry, "_tables", registry._tables.copy())
-    registry._tables.methods, registry._tables.layers_by_weight = {"lora": Lora}, {}
-    keep = ("Linear", "Embedding", "Conv1D")
-    registry._tables.layers = {k: v for k, v in registry._tables.layers.items() if k.rpartition(".")[2] in keep}
+    """LoRA and a second built-in method, which refuses embeddings, and three layer types."""
     monkeypatch.setattr(Picky, "__module__", "minipeft.methods.picky")
     monkeypatch.setattr(table.inspect, "getfile", lambda cls: __file__)
-    monkeypatch.setattr(Picky, "example_config", classmethod(lambda cls, **options: PickyConfig(**options)))
-    registry.register_method("picky")(Picky)
-
-
-class PickyConfig(Lora.config_class):
-    """Its configuration."""
-
-    method = "picky"
+    with registry.isolated(empty=True):
+        registry.register_method("lora")(Lora)
+        registry.register_method("picky")(Picky)
+        registry.register_layer(nn.Linear)(LinearOps)
+        registry.register_layer(nn.Embedding)(EmbeddingOps)
+        registry.register_layer("transformers.pytorch_utils.Conv1D")(Conv1DOps)
+        yield
 
 
 def test_a_refused_pair_is_an_empty_cell_and_its_words_are_to_be_had(picky, capsys):
@@ -56,25 +61,18 @@ def test_a_refused_pair_is_an_empty_cell_and_its_words_are_to_be_had(picky, caps
 
 
 def test_a_layer_type_without_an_example_is_an_error_not_an_empty_column(picky):
-    linear = type(registry._tables.layers["torch.nn.modules.linear.Linear"])
-    registry._tables.layers["a_package_that_is_not_there.Layer"] = type(
-        "Ops", (linear,), {"__module__": "minipeft.layers.there", "example": none}
-    )()
-    with pytest.raises(TargetError, match="Ops.example gives no layer to try"):
+    ops = type("Ops", (LinearOps,), {"__module__": "minipeft.layers.there"})
+    registry.register_layer("a_package_that_is_not_there.Layer")(ops)
+    with pytest.raises(TargetError, match="a_package_that_is_not_there.Layer: there is no example to try"):
         table.table()
 
 
-@classmethod
-def none(cls, in_features, out_features):
-    return None
-
-
-def test_plugins_are_left_out(monkeypatch):
-    monkeypatch.setattr(registry, "_tables", registry._tables.copy())
-    registry.register_method("foreign")(Picky)
-    registry.register_layer(nn.Bilinear)(type("Ops", (type(registry.layers()["torch.nn.modules.linear.Linear"]),), {}))
-    assert "foreign" not in table._built_in()[0]
-    assert "torch.nn.modules.linear.Bilinear" not in table._built_in()[1]
+def test_plugins_are_left_out():
+    with registry.isolated():
+        registry.register_method("foreign")(Picky)
+        registry.register_layer(nn.Bilinear)(type("Ops", (LinearOps,), {}))
+        assert "foreign" not in table._built_in()[0]
+        assert "torch.nn.modules.linear.Bilinear" not in table._built_in()[1]
 
 
 def test_lines_of_code_are_those_with_code(tmp_path):

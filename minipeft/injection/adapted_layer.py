@@ -12,7 +12,7 @@ from torch.func import functional_call
 from minipeft.errors import MergeError, shown
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
 from minipeft.layers.base import LayerOps
-from minipeft.layers.uncalled import ReadOps
+from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
 
 
@@ -61,9 +61,13 @@ class AdaptedLayer(Wrapper):
         x = inputs.pop()
         for adapter in acting:
             if y is None and (args or kwargs or not adapter.runs_base):
-                y = self.ops.output(self.base_layer, x, *args, **kwargs)
+                y = self.ops.call(self.base_layer, x, *args, **kwargs)
             y = adapter(self.base_layer, self.ops, inputs.pop(), y)
-        return self.ops.run(self.base_layer, x, *args, **kwargs) if y is None else y
+        if y is not None:
+            return y
+        if self.ops.is_quantized:  # its own backward pass may keep the weight in float
+            return self.ops.call(self.base_layer, x, *args, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
 
     @property
     def owner(self) -> nn.Module:
@@ -116,12 +120,14 @@ class AdaptedWeight(AdaptedLayer):
     """A module that reads its weight instead of calling a layer: it runs with the adapted weight in place of its own.
 
     Two adapted parameters of one module are two of these, one around the other, as in PEFT's files. The adapted
-    weights of the children that `LayerOps.read_children` names are passed in along with the module's own.
+    weights of the children that `UncalledOps.children` names are passed in along with the module's own.
     """
+
+    ops: UncalledOps
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self.adapted_weights("")
-        for attribute in self.ops.read_children(self.owner):
+        for attribute in self.ops.children:
             part = self.owner._modules[attribute]
             if isinstance(part, AdaptedWeight):
                 weights.update(part.adapted_weights(f"{attribute}."))
@@ -129,7 +135,6 @@ class AdaptedWeight(AdaptedLayer):
 
     def adapted_weights(self, prefix: str) -> dict[str, Tensor]:
         """The weight with the acting adapters, by its name below `prefix`; empty if none acts."""
-        assert isinstance(self.ops, ReadOps)
         owner, acting = self.owner, self.acting()
         if not acting:
             return {}
@@ -141,4 +146,4 @@ class AdaptedWeight(AdaptedLayer):
         inner = self.base_layer
         while isinstance(inner, Wrapper):
             path, inner = f"{path}base_layer.", inner.base_layer
-        return {f"{prefix}{path}{self.ops.reads}": self.ops.from_call(owner, y)}
+        return {f"{prefix}{path}{self.ops.parameter}": self.ops.from_call(owner, y)}

@@ -13,6 +13,7 @@ from minipeft.injection.module_tree import Candidate, occupants, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Switch, Wrapper
+from minipeft.layers.uncalled import UncalledOps
 
 
 def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
@@ -21,7 +22,7 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
     added: list[Wrapper] = []
     sites: list[tuple[Candidate, nn.Module, object, Callable[[nn.Module], Wrapper], bool]] = []
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
-        kind: type[AdaptedLayer] = AdaptedWeight if site.ops.reads else AdaptedLayer
+        kind: type[AdaptedLayer] = AdaptedWeight if isinstance(site.ops, UncalledOps) else AdaptedLayer
         own = partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
         sites.append((site.candidate, adapter, site.ops, own, site.tied_to is not None))
     for saved, module in zip(plan.saved, parts.copies, strict=True):

@@ -13,6 +13,7 @@ from minipeft.errors import TargetError, shown
 from minipeft.injection.module_tree import Candidate, occupants
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.layers.base import LayerOps, layer_ops
+from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
 
 
@@ -47,10 +48,11 @@ def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_p
     """
     ops, base = ops_for(name, candidate), candidate.base
     check_occupants(name, candidate.module, [ops])
-    if ops.reads and every_pattern:
+    children = ops.children if isinstance(ops, UncalledOps) else {}
+    if isinstance(ops, UncalledOps) and every_pattern:
         check_needs_no_call(name, type(base).__name__, config)
     yield site(name, candidate, ops, config)
-    for attribute, child_ops in ops.read_children(base).items():
+    for attribute, child_ops in children.items():
         child_name, child = f"{name}.base_layer.{attribute}", base.get_submodule(attribute)
         check_occupants(child_name, child, [child_ops])
         yield site(child_name, Candidate(child, (child_name,), ((base, attribute),)), child_ops, config, targeted=False)
@@ -65,7 +67,7 @@ def site(
         TargetError: the method changes a layer's input, and this weight is read without a call.
     """
     adapter_class = registry.adapter_class(config.adapter_method, name, type(candidate.base))
-    if ops.reads and adapter_class.acts_before:
+    if isinstance(ops, UncalledOps) and adapter_class.acts_before:
         raise TargetError(
             f"{name}: its weight is read without calling the layer, and {adapter_class.__name__} changes what a layer "
             "is given. Use another method there, such as LoRA."

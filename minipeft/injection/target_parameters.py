@@ -13,6 +13,7 @@ from minipeft.injection.module_tree import Candidate
 from minipeft.injection.sites import AdapterSite, check_needs_no_call, check_occupants, site
 from minipeft.injection.targets import within
 from minipeft.layers.base import LayerOps
+from minipeft.layers.uncalled import UncalledOps
 
 
 def parameter_sites(
@@ -27,7 +28,8 @@ def parameter_sites(
         TargetError: a parameter cannot be adapted, or the model would never use the adapted value.
     """
     for parent, attribute in candidate.places:
-        if any(attribute in ops.read_children(parent) for _, ops in registry.layer_candidates(type(parent))):
+        parent_ops = [ops for _, ops in registry.layer_candidates(type(parent)) if isinstance(ops, UncalledOps)]
+        if any(attribute in ops.children for ops in parent_ops):
             raise TargetError(
                 f"{name}: {type(parent).__name__} reads its weight and never calls it, so an adapter there would do "
                 "nothing. Target the module around it."
@@ -42,7 +44,8 @@ def parameter_sites(
 
 def _ops_of(name: str, base: nn.Module, parameter: str) -> LayerOps:
     kinds = registry.layer_candidates(type(base._parameters[parameter]))
-    ops = next((ops for ops in (ops.of_parameter(parameter) for _, ops in kinds) if ops.accepts(base)), None)
+    named = (type(ops)(parameter) for _, ops in kinds if isinstance(ops, UncalledOps))
+    ops = next((ops for ops in named if ops.accepts(base)), None)
     if ops is None:
         raise TargetError(
             f"target_parameters: {name}.{parameter} is not a plain floating-point parameter of 2 or 3 dimensions."

@@ -1,6 +1,6 @@
-"""Frozen weights, as a layer holds them or as it makes them anew for each use, and the linear map by one of them.
+"""The linear map by a frozen weight, which a layer either holds or makes anew for each use.
 
-A quantized layer's float weight is made when it is multiplied by, and again in the backward pass; it is never kept.
+A quantized layer makes its float weight to multiply by it, and makes it again in the backward pass; it is never kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minipeft.kernels import matmul
 
-# A tensor (out, in), or what makes it in the dtype it is given: without history, and nobody else's to read or write.
+# A tensor (out, in), or a function that makes it in a given dtype: a new tensor without history.
 Weight: TypeAlias = "Tensor | Callable[[torch.dtype], Tensor]"
 
 
@@ -23,9 +23,10 @@ def held_or_made(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
-    """Whether these may go through one autograd node now: plain frozen tensors that match, no nested x, no tracing, no functorch transform.
+    """Whether the product may be one autograd node of ours: weight and bias are frozen plain tensors that match x.
 
-    That a weight which is made goes with x, its maker has to know (see `LayerOps.weight_of_call`).
+    Nested tensors, compiling and functorch transforms rule it out. If the weight is made, its maker vouches for the dtype
+    (see `LayerOps.linear_weight`).
     """
     if isinstance(weight, Tensor):
         plain = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
@@ -39,13 +40,33 @@ def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
     )
 
 
+def lean_linear(x: Tensor, weight: Weight | None, bias: Tensor | None) -> Tensor | None:
+    """`frozen_linear`, or None if it cannot be used or saves nothing.
+
+    It saves time if oneDNN multiplies by the weight, and memory if the weight is made and x needs a gradient.
+    """
+    if weight is None or not can_fuse(x, weight, bias):
+        return None
+    if isinstance(weight, Tensor):
+        saves = not torch.is_autocast_enabled(x.device.type) and matmul.through_onednn(x, weight)
+    else:
+        saves = x.requires_grad
+    return frozen_linear(x, weight, bias) if saves else None
+
+
 def frozen_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, call: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """``x @ weight.T + bias`` for a frozen weight and bias, by the faster matrix library; shapes as for `lora_linear`.
+    """``x @ weight.T + bias`` for a frozen weight and bias, by the faster matrix library.
 
-    Under autocast x is cast, and the result has the dtype that x had. Where `call` is given, it computes the result,
-    with what it has of its own rounding, and `weight` is for the gradient alone.
+    Args:
+        x: shape (..., in). Under autocast it is cast, and the result has the dtype that x had.
+        weight: shape (out, in).
+        bias: shape (out,), or None.
+        call: computes the result instead, with its own rounding; the weight then serves the gradient only.
+
+    Returns:
+        Shape (..., out), not a view of anything.
     """
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device) and dtype is not torch.float64 and call is None:

@@ -1,4 +1,4 @@
-"""bitsandbytes' ``Linear8bitLt``: int8 with a scale for each output feature (LLM.int8(), arXiv:2208.07339)."""
+"""bitsandbytes' ``Linear8bitLt``: int8 with one scale per output feature (LLM.int8(), arXiv:2208.07339)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ OUTLIER = 6.0  # input features beyond it stay in half precision; the paper's th
 
 @register_layer("bitsandbytes.nn.Linear8bitLt")
 class Linear8bitLtOps(QuantizedLinearOps):
-    """W = C s / 127 row by row. In eval mode, and on a GPU, the layer rounds its input to int8 as well.
+    """W = C s / 127, row by row. In eval mode, and always on a GPU, the layer rounds its input to int8 too.
 
-    So its call is a map by W in training on a CPU alone. There its own backward pass would keep the input besides.
+    So its call is a plain product by W only in training on a CPU, and there its own backward pass would keep the input.
     """
 
     kinds = ("int8",)
@@ -27,22 +27,19 @@ class Linear8bitLtOps(QuantizedLinearOps):
     def accepts(self, base: Any) -> bool:
         return base.weight.dtype is torch.int8 and _scales(base) is not None
 
-    def dequantized(self, base: Any) -> Tensor:
-        return self.dequantized_in(base, torch.float32)
-
     @torch.no_grad()
-    def dequantized_in(self, base: Any, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, base: Any, dtype: torch.dtype | None = None) -> Tensor:
         scales = _scales(base)
         assert scales is not None
-        weight: Tensor = base.weight.data.to(dtype)
-        return weight.mul_(scales.float().unsqueeze(1).mul(1 / 127))  # as bitsandbytes rounds it
+        weight: Tensor = base.weight.data.to(dtype or torch.float32)
+        return weight.mul_(scales.float().unsqueeze(1).mul(1 / 127))  # rounded as bitsandbytes rounds it
 
-    def is_float_call(self, base: Any, x: Tensor) -> bool:
+    def calls_linear(self, base: Any, x: Tensor) -> bool:
         bnb: Any = importlib.import_module("bitsandbytes.nn")
         device = x.device.type
         if not runs_only(base, bnb.Linear8bitLt.forward) or not x.is_floating_point():
             return False
-        # Under autocast its output is not in the dtype of x.
+        # Under autocast its output does not have the dtype of x.
         return base.training and device in ("cpu", "xpu") and not torch.is_autocast_enabled(device)
 
     def quantize(self, kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -51,13 +48,12 @@ class Linear8bitLtOps(QuantizedLinearOps):
         layer: nn.Module = bnb.Linear8bitLt(
             in_features, out_features, bias is not None, has_fp16_weights=False, threshold=OUTLIER, device="meta"
         )
-        layer.weight = bnb.Int8Params(weight.cpu(), requires_grad=False).to(
-            weight.device
-        )  # packed as it leaves the CPU
+        # It is quantized when it leaves the CPU.
+        layer.weight = bnb.Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
         return with_bias(layer, bias)
 
 
 def _scales(base: Any) -> Tensor | None:
-    """Largest absolute value of each row, shape (out,); the first call moves it from the weight to the layer's state."""
+    """The largest absolute value of each row, shape (out,); the first call moves it from the weight to the layer's state."""
     scales: Tensor | None = getattr(base.weight, "SCB", None)
     return base.state.SCB if scales is None else scales

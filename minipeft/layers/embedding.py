@@ -1,4 +1,4 @@
-"""``torch.nn.Embedding``: a linear map of a one-hot input, looked up instead of multiplied."""
+"""``torch.nn.Embedding``: a linear map of a one-hot input, which is given as an index."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ from minipeft.registry import register_layer
 
 @register_layer(nn.Embedding)
 class EmbeddingOps(LayerOps):
-    """W is the table transposed, (embedding_dim, num_embeddings). Gemma's ``embed_scale`` scales the update as well.
+    """W is the transposed table, (embedding_dim, num_embeddings). Gemma's ``embed_scale`` scales the update too.
 
-    A subclass with a ``forward`` of its own is taken only if that scale explains it: OPT's positions, for example,
-    shift their indices inside, so an update looked up by the outer input would hit the wrong rows.
+    A subclass with its own ``forward`` is accepted only if that scale explains it. OPT's positions, for example, shift
+    their indices inside, so an update would be added at the wrong rows.
     """
 
     is_embedding = True
-
-    def accepts(self, base: Any) -> bool:
-        own_forward = type(base).forward is not nn.Embedding.forward
-        known = not own_forward or _scale(base) is not None
-        return known and base.max_norm is None and has_plain_weight(base, (base.num_embeddings, base.embedding_dim))
 
     def shape(self, base: Any) -> tuple[int, int]:
         return base.embedding_dim, base.num_embeddings
@@ -38,11 +33,13 @@ class EmbeddingOps(LayerOps):
         base.weight.copy_(weight.t())
         return base
 
+    def accepts(self, base: Any) -> bool:
+        own_forward = type(base).forward is not nn.Embedding.forward
+        known = not own_forward or _scale(base) is not None
+        return known and base.max_norm is None and has_plain_weight(base, (base.num_embeddings, base.embedding_dim))
+
     def project_in(self, base: Any, x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.t(), padding_idx=base.padding_idx)
-
-    def project_out(self, base: Any, h: Tensor, B: Tensor) -> Tensor:
-        return self.scaled(base, F.linear(h, B))
 
     def scaled(self, base: Any, y: Tensor) -> Tensor:
         scale = _scale(base)
@@ -51,12 +48,9 @@ class EmbeddingOps(LayerOps):
     def example_input(self, base: Any) -> Tensor:
         return torch.randint(base.num_embeddings, (8,), device=base.weight.device)
 
-    def example(self, in_features: int, out_features: int) -> nn.Module | None:
-        return nn.Embedding(in_features, out_features)
-
 
 def _scale(base: Any) -> Any:
-    """The factor by which a scaled embedding multiplies its rows, a number or a tensor with one element."""
+    """The factor by which a scaled embedding multiplies its rows, a number or a one-element tensor; else None."""
     scale = getattr(base, "embed_scale", None)
     if isinstance(scale, Tensor):
         return scale.to(base.weight.dtype) if scale.numel() == 1 else None

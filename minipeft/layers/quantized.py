@@ -1,60 +1,75 @@
-"""What quantized linear layers have in common: frozen, read by dequantizing, and replaced by a float layer to be written."""
+"""What quantized linear layers share: they are frozen, read by dequantizing, and replaced by a float layer when merged."""
 
 from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.kernels.frozen_linear import Weight, can_fuse, frozen_linear
-from minipeft.layers.base import LayerOps
+from minipeft.layers.base import LayerOps, layer_ops
 
 
 class QuantizedLinearOps(LayerOps):
-    """A linear map with a packed weight, y = dequantized(W) x + b; a subclass says how to tell one and how to unpack it.
+    """A linear layer with a quantized weight, y = dequantized(W) x + b.
 
-    Where one stands in the place of a layer that stores (in, out), as GPT-2's Conv1D does, its attribute ``source_cls``
-    says so: transformers and `minipeft.quantize` set it, and the float layer that replaces it is of that type again.
+    A subclass must have `dequantized`, and should have `accepts`. With `calls_linear` training never keeps a float weight,
+    and with `kinds` and `quantize` the layer can be made by `minipeft.quantize`.
+
+    If it stands in for a layer that stores (in, out), such as GPT-2's Conv1D, its attribute ``source_cls`` says so, which
+    transformers and `minipeft.quantize` set. The float layer that replaces it is then of that type.
     """
 
     in_all_linear = True
     is_quantized = True
+    kinds: ClassVar[tuple[str, ...]] = ()  # what `minipeft.quantize` calls the layers that `quantize` makes
 
     @abstractmethod
-    def dequantized(self, base: Any) -> Tensor:
-        """The weight unpacked, shape (out, in): a fresh tensor of a dtype that loses nothing."""
+    def dequantized(self, base: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor with the weight, shape (out, in), without history.
 
-    def dequantized_in(self, base: Any, dtype: torch.dtype) -> Tensor:
-        """The weight in this dtype, as the layer's own call multiplies by it: a fresh tensor."""
-        return self.dequantized(base).to(dtype)
+        Args:
+            base: the layer.
+            dtype: as the layer's own call multiplies by it in this dtype. None: in one that loses nothing.
+        """
 
-    def is_float_call(self, base: Any, x: Tensor) -> bool:
-        """Whether calling this instance on x now does ``F.linear(x, dequantized_in(base, x.dtype), b)`` and nothing beside.
+    def calls_linear(self, base: Any, x: Tensor) -> bool:
+        """Whether calling this layer on x now computes ``F.linear(x, dequantized(base, x.dtype), b)`` and nothing else.
 
-        Where it rounds its input, or computes in another dtype than that of x, it does not. Under autocast, in whose
-        dtype it then computes, its output has to have the dtype of x all the same.
+        That is not so if it rounds its input, or computes in another dtype than x's. Under autocast it may compute in
+        autocast's dtype, but its output must have the dtype of x.
         """
         return False
 
-    def weight_of_call(self, base: Any, x: Tensor) -> Weight | None:
-        # Evaluation is the layer's own, to the bit, whether or not a gradient could be wanted.
-        return self._maker(base, x) if base.training else None
+    def quantize(self, kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A quantized, frozen layer of one of the `kinds`, from a float weight (out, in) and bias (out,), left unchanged.
 
-    def _maker(self, base: Any, x: Tensor) -> Weight | None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self.is_float_call(base, x):
-            return None  # without a gradient there is nothing to keep, and the layer's own kernels may be better
-        return functools.partial(_made, self, base)
+        Raises:
+            ImportError: the package for it is missing.
+            ValueError: it cannot quantize such a weight.
+        """
+        raise ValueError(f"there is no quantized layer of the kind {kind!r}")
 
-    def run(self, base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not args and not kwargs and x.requires_grad:
+    def linear_weight(self, base: Any, x: Tensor) -> Weight | None:
+        return self._maker(base, x) if base.training else None  # evaluation is the layer's own, bit for bit
+
+    def call(self, base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not base.training and not args and not kwargs and x.requires_grad:
+            # The layer's own output, but its backward pass might keep the weight in float.
             weight, bias = self._maker(base, x), self.read_bias(base)
             if weight is not None and can_fuse(x, weight, bias):
-                return frozen_linear(x, weight, bias, None if base.training else base)
-        return base(x, *args, **kwargs)
+                return frozen_linear(x, weight, bias, base)
+        return super().call(base, x, *args, **kwargs)
+
+    def _maker(self, base: Any, x: Tensor) -> Weight | None:
+        # Without a gradient there is nothing to keep, and the layer's own kernels may be better.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self.calls_linear(base, x):
+            return None
+        return functools.partial(self.dequantized, base)
 
     def shape(self, base: Any) -> tuple[int, int]:
         return base.out_features, base.in_features
@@ -62,9 +77,8 @@ class QuantizedLinearOps(LayerOps):
     def read_weight(self, base: Any) -> Tensor:
         if next(base.parameters()).is_meta:
             return torch.empty(self.shape(base), device="meta")
-        ops = next(ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base))
-        # The base may be the float layer that `write_weight` gave, while an adapter is merged.
-        return self.dequantized(base) if ops == self else ops.read_weight(base)
+        ops = layer_ops(base)  # while an adapter is merged, the base is the float layer that `write_weight` returned
+        return self.dequantized(base) if ops is None or ops == self else ops.read_weight(base)
 
     @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -87,15 +101,6 @@ class QuantizedLinearOps(LayerOps):
         bias = self.read_bias(base)
         dtype = torch.float32 if bias is None else bias.dtype
         return torch.randn(4, self.shape(base)[1], dtype=dtype, device=next(base.parameters()).device)
-
-    def example(self, in_features: int, out_features: int) -> nn.Module | None:
-        linear = nn.Linear(8 * in_features, 8 * out_features)  # whole blocks of 64 weights
-        return self.quantize(self.kinds[0], linear.weight.detach(), linear.bias.detach())
-
-
-@torch.no_grad()
-def _made(ops: QuantizedLinearOps, base: nn.Module, dtype: torch.dtype) -> Tensor:
-    return ops.dequantized_in(base, dtype)
 
 
 def with_bias(layer: nn.Module, bias: Tensor | None) -> nn.Module:

@@ -15,9 +15,9 @@ from minipeft.registry import register_layer
 
 @register_layer(nn.Linear, weight="torchao.quantization.Int8Tensor")
 class Int8TensorOps(QuantizedLinearOps):
-    """W = C s with a scale for each output feature or group; only where the input stays as it is.
+    """W = C s with one scale per output feature or group; not if the input is quantized or scaled too.
 
-    torchao's own backward pass would be kept waiting with the weight in float.
+    torchao's own backward pass would keep the weight in float until then.
     """
 
     kinds = ("int8_weight_only",)
@@ -29,8 +29,19 @@ class Int8TensorOps(QuantizedLinearOps):
         return known and weight.act_quant_kwargs is None and weight.act_pre_scale is None and weight.ndim == 2
 
     @torch.no_grad()
-    def dequantized(self, base: Any) -> Tensor:
-        return base.weight.dequantize()
+    def dequantized(self, base: Any, dtype: torch.dtype | None = None) -> Tensor:
+        weight = base.weight
+        if dtype is None:
+            return weight.dequantize()
+        if weight.scale.shape != (len(weight), 1):
+            return weight.dequantize(dtype)
+        # As torchao's own product, which skips the zero points: they are 0. `dequantize` makes three arrays.
+        return weight.qdata.to(dtype).mul_(weight.scale)
+
+    def calls_linear(self, base: Any, x: Tensor) -> bool:
+        # While an adapter is merged, `base` is a float layer.
+        quantized = type(base._parameters.get("weight")) is not nn.Parameter
+        return quantized and runs_only(base, nn.Linear.forward) and x.is_floating_point()
 
     def quantize(self, kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         torchao: Any = importlib.import_module("torchao.quantization")
@@ -39,15 +50,3 @@ class Int8TensorOps(QuantizedLinearOps):
         layer.weight = nn.Parameter(weight, False)
         torchao.quantize_(with_bias(layer, bias), torchao.Int8WeightOnlyConfig())
         return layer
-
-    @torch.no_grad()
-    def dequantized_in(self, base: Any, dtype: torch.dtype) -> Tensor:
-        packed = base.weight
-        row_by_row = packed.scale.shape == (len(packed), 1)
-        # As torchao's own product has it, which passes over the zero points: they are 0. `dequantize` makes three arrays.
-        return packed.qdata.to(dtype).mul_(packed.scale) if row_by_row else packed.dequantize(dtype)
-
-    def is_float_call(self, base: Any, x: Tensor) -> bool:
-        # An adapter may be merged, and `base` the float layer that then stands there.
-        packed = type(base._parameters.get("weight")) is not nn.Parameter
-        return packed and runs_only(base, nn.Linear.forward) and x.is_floating_point()

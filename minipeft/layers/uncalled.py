@@ -1,13 +1,14 @@
-"""Weights that a module reads: there is no call to follow, so the module runs with the adapted weight in its place.
+"""Weights that a module reads without calling a layer; the module runs with the adapted weight in their place.
 
-The adapter still only sees `LayerOps`: it is given the identity as its input, and as the output what the weight makes
-of it, the transposed weight; what it returns is the adapted weight. So every method works, and computes the very weight
-that a merge would write, but for the rounding.
+The adapter still sees `LayerOps` only. Its input is the identity and the output it is given is the transposed weight, so
+what it returns is the transposed adapted weight. That way every method works, and computes the weight that a merge would
+write, up to rounding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +17,44 @@ from minipeft.kernels.functional import accumulation_dtype
 from minipeft.layers.base import FLOAT_DTYPES, LayerOps
 
 
-class ReadOps(LayerOps):
-    """Ops for the parameter `reads` of a module, a plain (out, in) tensor."""
+class UncalledOps(LayerOps):
+    """Ops for one parameter of a module, a plain (out, in) tensor.
+
+    Args:
+        parameter: its name in the module.
+    """
+
+    children: ClassVar[Mapping[str, UncalledOps]] = {}  # child modules that are read and adapted with it, by name
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
 
     def accepts(self, base: Any) -> bool:
-        weight = getattr(base, self.reads, None)
-        return type(weight) is nn.Parameter and weight.dtype in FLOAT_DTYPES and weight.ndim == 2
+        weight = getattr(base, self.parameter, None)
+        plain = type(weight) is nn.Parameter and weight.dtype in FLOAT_DTYPES and weight.ndim == 2
+        return plain and all(ops.accepts(getattr(base, child)) for child, ops in self.children.items())
 
     def shape(self, base: Any) -> tuple[int, int]:
-        out_features, in_features = getattr(base, self.reads).shape
+        out_features, in_features = getattr(base, self.parameter).shape
         return out_features, in_features
 
     def read_weight(self, base: Any) -> Tensor:
-        return getattr(base, self.reads)
+        return getattr(base, self.parameter)
 
     @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        getattr(base, self.reads).copy_(weight)
+        getattr(base, self.parameter).copy_(weight)
         return base
 
     def read_bias(self, base: Any) -> Tensor | None:
-        return None  # what is adapted is the weight alone
+        return None  # only the weight is adapted
 
     def as_call(self, base: Any) -> tuple[Tensor, Tensor]:
-        """(x, y), a call of the layer that shows its whole weight: the identity and the transposed weight."""
+        """(x, y) of a call that shows the whole weight: the identity (in, in) and the transposed weight (in, out)."""
         weight = self.read_weight(base)
         dtype = accumulation_dtype(weight)
         return torch.eye(weight.shape[1], dtype=dtype, device=weight.device), weight.t().to(dtype)
 
     def from_call(self, base: Any, y: Tensor) -> Tensor:
-        """The parameter whose `as_call` gives this y."""
+        """The parameter for which `as_call` gives this y."""
         return y.t().to(self.read_weight(base).dtype)

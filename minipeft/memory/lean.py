@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from minipeft import registry
 from minipeft.class_swap import SameFunction, mixed_class, plain_class
 from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels import matmul
+from minipeft.layers.base import is_plain_linear, layer_ops
 from minipeft.memory import sample_slices
 from minipeft.memory.chunked_loss import LeanLoss, PassesThrough, after_forward, before_forward, is_frozen
 from minipeft.memory.modules import (
@@ -161,8 +161,8 @@ def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> N
         elif name in CHEAP or name.endswith("RMSNorm") or type(module) in CHEAP_TYPES:
             _mix(module, Recomputed, state)
         elif fast_linear and id(module) not in adapted:
-            ops = next((ops for _, ops in registry.layer_candidates(type(module)) if ops.accepts(module)), None)
-            if ops is not None and (ops.is_quantized or (matmul.onednn_is_faster() and ops.is_linear_call(module))):
+            ops = layer_ops(module)
+            if ops is not None and (ops.is_quantized or (matmul.onednn_is_faster() and is_plain_linear(ops, module))):
                 _mix(module, FastLinear, state)
                 module.__dict__["lean_ops"] = ops
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.class_swap import SameFunction
-from minipeft.kernels import malloc_trim, matmul, recompute
-from minipeft.kernels.frozen_linear import Weight, can_fuse, frozen_linear
+from minipeft.kernels import malloc_trim, recompute
+from minipeft.kernels.frozen_linear import lean_linear
 from minipeft.layers.base import LayerOps
 from minipeft.memory import sample_slices
 
@@ -51,16 +51,10 @@ class FastLinear(SameFunction):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            weight, bias = self.lean_ops.weight_of_call(self, x), self.lean_ops.read_bias(self)
-            if weight is not None and can_fuse(x, weight, bias) and _is_leaner(x, weight):
-                return frozen_linear(x, weight, bias)
+            y = lean_linear(x, self.lean_ops.linear_weight(self, x), self.lean_ops.read_bias(self))
+            if y is not None:
+                return y
         return super().forward(x)
-
-
-def _is_leaner(x: Tensor, weight: Weight) -> bool:
-    if isinstance(weight, Tensor):
-        return not torch.is_autocast_enabled(x.device.type) and matmul.through_onednn(x, weight)
-    return x.requires_grad
 
 
 class RecomputedMlp(SameFunction):

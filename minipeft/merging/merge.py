@@ -18,6 +18,7 @@ from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, adapted_layers
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_additions, low_rank_bound
+from minipeft.layers.uncalled import UncalledOps
 from minipeft.merging.report import MergeReport, relative_error
 from minipeft.merging.tied_weights import adapts_tied_layers, mark_untied, shared_parameters, tied_layers
 from minipeft.merging.unmerge import Undo, is_merged, original_weight, put_back, remember, total_delta
@@ -186,7 +187,7 @@ def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -
     """A subclass may use its weight in its own way: try the merge on a copy of such a layer, with a random input."""
     base = layer.base_layer
     registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops == layer.ops), type(base))
-    if layer.ops.reads or _forward(type(base)) is _forward(registered):
+    if isinstance(layer.ops, UncalledOps) or _forward(type(base)) is _forward(registered):
         return  # a weight that is read is the merged one at every call
     trial = copy.deepcopy(layer).eval()
     trial.switch.active, trial.switch.enabled, trial.merged = names, True, ()

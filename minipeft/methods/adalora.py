@@ -164,10 +164,6 @@ class AdaLora(Adapter):
     runs_base = True
     left: Tensor | None
 
-    @classmethod
-    def example_config(cls, **options: Any) -> AdapterConfig:
-        return AdaLoraConfig(**{"total_step": 10, **options})
-
     def __init__(self, base: nn.Module, ops: LayerOps, config: AdaLoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         (out_features, in_features), weight = ops.shape(base), ops.read_weight(base)

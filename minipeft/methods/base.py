@@ -60,14 +60,6 @@ class Adapter(nn.Module, ABC):
         """Make what all adapters of one injection have in common, from the (layer, ops) of each; by default nothing."""
         return None
 
-    @classmethod
-    def example_config(cls, **options: Any) -> AdapterConfig:
-        """A configuration for tiny layers, with these options, for `minipeft.testing` to try the method with.
-
-        To be overridden where `config_class` needs more than what to adapt, or asks for another method by default.
-        """
-        return cls.config_class(**options)
-
     @abstractmethod
     def __init__(self, base: nn.Module, ops: LayerOps, config: Any, shared: object | None) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class DoraConfig(LoraConfig):
 class Dora(Lora):
     """y = m / |W + s B A| (W + s B A) x + b, eq. (5) of arXiv:2402.09353, with |.| the norm of each row.
 
-    `lora_magnitude_vector` m is (out,), in the layer's `magnitude_shape`, at first ``|W + s B A|``, so that the model starts
+    `lora_magnitude_vector` m is (out,), or (1, out, 1, ...) for a convolution, at first ``|W + s B A|``, so that the model starts
     as its base; in float32 at least, since a rounded length would be another one. The norm gets no gradient (section
     4.3), and the bias is not scaled. Where dropout acts, W x stays whole and what DoRA adds to it sees dropout(x), as in PEFT:
     ``y = W x + b + (c - 1) W d + c s B A d`` with ``c = m / |W + s B A|`` and ``d = dropout(x)``. A row without length
@@ -55,7 +55,9 @@ class Dora(Lora):
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
-        self.lora_magnitude_vector = nn.Parameter(self._norm(ops.read_weight(base)).view(ops.magnitude_shape(base)))
+        magnitude = self._norm(ops.read_weight(base))
+        positions = self.lora_B.shape[2:]  # of a convolution's kernel, for which PEFT's file has another shape
+        self.lora_magnitude_vector = nn.Parameter(magnitude.view(1, -1, *positions) if positions else magnitude)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         c = self.scale(ops.read_weight(base))
@@ -65,12 +67,12 @@ class Dora(Lora):
         return self.with_bias(base, ops, _scaled(base, ops, y, y, c, whole=True))
 
     def _dropped(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None, c: Tensor) -> Tensor:
-        y = ops.output(base, x) if y is None else y
+        y = ops.call(base, x) if y is None else y
         x = F.dropout(x, self.dropout)
         lora_A, lora_B = self.pair()
         h = ops.project_in(base, x, lora_A.to(x.dtype)) * self.scaling
         low = ops.project_out(base, h, lora_B.to(x.dtype)).to(y.dtype)
-        return y + _scaled(base, ops, low, ops.output(base, x) + low, c, whole=False)
+        return y + _scaled(base, ops, low, ops.call(base, x) + low, c, whole=False)
 
     def scale(self, weight: Tensor) -> Tensor:
         """``m / |W + s B A|``, shape (out,), for the canonical base weight (out, in); differentiable in m."""
@@ -190,8 +192,8 @@ def _scaled(base: Any, ops: LayerOps, y: Tensor, linear: Tensor, c: Tensor, *, w
     A half-precision c would lose what it differs from 1 by, and in full precision c itself saves a pass over y.
     """
     bias = ops.read_bias(base)
-    shift = None if bias is None else ops.along_out(base, ((1 - c) * bias.to(c.dtype)).to(y.dtype), y.ndim)
+    shift = None if bias is None else ops.per_feature(base, ((1 - c) * bias.to(c.dtype)).to(y.dtype))
     if whole and y.dtype.itemsize >= 4:
-        c = ops.along_out(base, c.to(y.dtype), y.ndim)
+        c = ops.per_feature(base, c.to(y.dtype))
         return y * c if shift is None else torch.addcmul(shift, y, c)
-    return torch.addcmul(y if shift is None else y + shift, linear, ops.along_out(base, (c - 1).to(y.dtype), y.ndim))
+    return torch.addcmul(y if shift is None else y + shift, linear, ops.per_feature(base, (c - 1).to(y.dtype)))

@@ -124,7 +124,7 @@ class IA3(Adapter):
     def __init__(self, base: nn.Module, ops: LayerOps, config: IA3Config, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         self.is_feedforward, self.is_embedding = config.is_feedforward, ops.is_embedding
-        shape = (1, ops.in_channels(base)) if self.is_feedforward else (ops.shape(base)[0], 1)
+        shape = (1, ops.in_features(base)) if self.is_feedforward else (ops.shape(base)[0], 1)
         self.ia3_l = nn.Parameter(ops.read_weight(base).new_ones(shape))
         if not config.init_ia3_weights:
             nn.init.normal_(self.ia3_l)
@@ -132,11 +132,11 @@ class IA3(Adapter):
     def before(self, base: nn.Module, ops: LayerOps, x: Tensor) -> Tensor:
         # Multiplied in the wider dtype and rounded once: near 1 a half-precision vector could hardly move.
         outside = not self.is_feedforward or self.is_embedding
-        return x if outside else ops.scale_in(base, x, self.ia3_l.flatten()).to(x.dtype)
+        return x if outside else (x * ops.per_feature(base, self.ia3_l.flatten())).to(x.dtype)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         if not self.is_feedforward:
-            y = ops.scale_out(base, y, self.ia3_l.flatten()).to(y.dtype)
+            y = (y * ops.per_feature(base, self.ia3_l.flatten())).to(y.dtype)
         elif self.is_embedding:  # a one-hot input scaled is the looked-up column scaled
             y = (y * ops.project_in(base, x, self.ia3_l)).to(y.dtype)
         assert isinstance(y, Tensor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.config import flag, integer, one_of
-from minipeft.layers.base import LayerOps
+from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.lycoris import Lycoris, LycorisConfig
 from minipeft.registry import register_method
 
@@ -91,16 +91,15 @@ class LoKr(Lycoris):
         dtype = y.dtype if ops.is_embedding else x.dtype
         if ops.is_embedding:  # the looked-up column is the Kronecker product of two columns
             columns = C.t()[x // D.shape[1]].unsqueeze(-1) * D.t()[x % D.shape[1]].unsqueeze(-2)
-            unit = ops.project_out(base, C.new_ones(1), C.new_ones(self.out_features, 1))
-            update = columns.flatten(-2) * unit
-        elif ops.takes_vectors():
-            update = _kronecker_linear(x, C, D)
+            update = ops.scaled(base, columns.flatten(-2))
+        elif takes_vectors(ops):
+            update = ops.scaled(base, _kronecker_linear(x, C, D))
         else:
             h = ops.project_in(base, x, torch.kron(C, D).to(dtype))
             # Of the features that a layer with groups makes for each of them, the rows of the identity take the group's.
             update = ops.project_out(base, h, torch.eye(self.out_features, dtype=dtype, device=x.device))
         if passes is not None:
-            update = ops.scale_out(base, update, passes)
+            update = update * ops.per_feature(base, passes)
         return y + update.to(y.dtype)
 
     def delta(self, weight: Tensor) -> Tensor:

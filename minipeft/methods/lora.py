@@ -16,6 +16,7 @@ from minipeft.config import AdapterConfig, flag, integer, names, number, one_of,
 from minipeft.errors import ConfigError, MergeError, StateError
 from minipeft.kernels.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta
 from minipeft.layers.base import LayerOps
+from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
 from minipeft.methods.lora_init import olora_factors, orthogonal_factors, pissa_factors
 from minipeft.methods.low_rank import low_rank_forward
@@ -192,7 +193,8 @@ class Lora(Adapter):
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         weight, bias = ops.read_weight(base), ops.read_bias(base)
-        self.is_embedding, self.num_experts = ops.is_embedding, ops.num_experts(base)
+        shape_A, shape_B = ops.factor_shapes(base, config.r)
+        self.is_embedding, self.num_experts = ops.is_embedding, shape_A[0] // config.r
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
         self.freeze_lora_A = config.freeze_lora_A
@@ -200,8 +202,8 @@ class Lora(Adapter):
             raise ConfigError(
                 f"freeze_lora_A on {type(base).__name__}: its lora_A starts at zero, so nothing would ever be learned."
             )
-        self.lora_A = nn.Parameter(weight.new_empty(ops.down_shape(base, config.r)), not config.freeze_lora_A)
-        self.lora_B = nn.Parameter(weight.new_empty(ops.up_shape(base, config.r)))
+        self.lora_A = nn.Parameter(weight.new_empty(shape_A), not config.freeze_lora_A)
+        self.lora_B = nn.Parameter(weight.new_empty(shape_B))
         if config.lora_bias and ops.is_embedding:
             raise ConfigError(f"lora_bias is not for {type(base).__name__}, which has no bias.")
         self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0])) if config.lora_bias else None
@@ -270,16 +272,16 @@ class Lora(Adapter):
     def low_rank(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         """``y + scaling * B A dropout(x)``; without y, that of the base."""
         dropout, (lora_A, lora_B) = self.dropout if self.training else 0.0, self.pair()
-        if dropout and ops.reads:
+        if dropout and isinstance(ops, UncalledOps):
             raise StateError(
-                f"lora_dropout cannot act on {ops.reads} of {type(base).__name__}, which is read and not called; train with 0."
+                f"lora_dropout cannot act on {ops.parameter} of {type(base).__name__}, which is read and not called; train with 0."
             )
         return low_rank_forward(base, ops, x, y, lora_A, lora_B, self.scaling, dropout)
 
     def with_bias(self, base: nn.Module, ops: LayerOps, y: Tensor) -> Tensor:
         """The output with what the training of biases has changed."""
         update = self.bias_update()
-        return y if update is None else y + ops.along_out(base, update.to(y.dtype), y.ndim)
+        return y if update is None else y + ops.per_feature(base, update.to(y.dtype))
 
     def bias_update(self) -> Tensor | None:
         """What is added to the layer's bias, shape (out,)."""

@@ -20,23 +20,23 @@ def low_rank_forward(
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """``y + scaling * up down dropout(x)``, with the layer's own output y computed along where it is None.
+    """``y + scaling * up down dropout(x)``, shape (..., out); without y, the layer's own output is computed with it.
 
     Args:
         base: the frozen layer.
-        ops: how to follow it.
-        x: its input.
-        y: its output, or None.
-        down: shape (r, in); cast to the dtype of the activations, never they to its.
+        ops: how to read and call it.
+        x: its input, shape (..., in), or indices for an embedding.
+        y: its output, shape (..., out), or None.
+        down: shape (r, in); cast to the dtype of the activations.
         up: shape (out, r); likewise.
         scaling: dimensionless.
-        dropout: probability of dropping an input feature, or of a lookup, whose input is one-hot, the token's update.
+        dropout: probability of dropping an input feature; for an embedding, of dropping a token's whole update.
     """
     if y is None:
-        weight, bias = ops.weight_of_call(base, x), ops.read_bias(base)
+        weight, bias = ops.linear_weight(base, x), ops.read_bias(base)
         if weight is not None and can_fuse(x, weight, bias):
             return lora_linear(x, weight, bias, down, up, scaling, dropout)
-    y = ops.run(base, x) if y is None else y
+        y = ops.call(base, x)
     assert isinstance(y, Tensor)
     dtype = y.dtype if ops.is_embedding else x.dtype
     if dropout and not ops.is_embedding:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of
 from minipeft.errors import ConfigError, TargetError
-from minipeft.layers.base import LayerOps
+from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.base import Adapter
 from minipeft.registry import register_method
 
@@ -87,7 +87,7 @@ class OFT(Adapter):
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: OFTConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
-        if not ops.is_embedding and not ops.takes_vectors():
+        if not ops.is_embedding and not takes_vectors(ops):
             raise TargetError(f"OFT rotates vectors, which {type(base).__name__} does not take.")
         self.config, self.is_embedding = config, ops.is_embedding
         self.size = ops.shape(base)[0 if ops.is_embedding else 1]

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer
 from minipeft.errors import ConfigError, TargetError, told
-from minipeft.layers.base import LayerOps
+from minipeft.layers.base import LayerOps, takes_vectors
+from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
 from minipeft.registry import register_method
 from minipeft.transformers_model import input_embedding
@@ -113,13 +114,9 @@ class TrainableTokens(Adapter):
     ascending: Tensor
     order: Tensor
 
-    @classmethod
-    def example_config(cls, **options: Any) -> AdapterConfig:
-        return cls.config_class(**{"token_indices": [6, 0, 3, 4], **options})
-
     def __init__(self, base: nn.Module, ops: LayerOps, config: TrainableTokensConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
-        if not ops.is_embedding and (ops.reads or not ops.takes_vectors()):
+        if not ops.is_embedding and (isinstance(ops, UncalledOps) or not takes_vectors(ops)):
             raise ConfigError(
                 f"{type(base).__name__} has no rows of tokens: they are trained in embeddings and linear output heads."
             )
@@ -151,9 +148,9 @@ class TrainableTokens(Adapter):
         return self.trainable_tokens_delta - self.original.to(self.trainable_tokens_delta.dtype)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
-        fresh = y is None and ops.is_linear_call(base)
+        fresh = y is None and isinstance(ops.linear_weight(base, x), Tensor)
         if y is None:
-            y = ops.run(base, x)
+            y = ops.call(base, x)
         assert isinstance(y, Tensor)
         if not ops.is_embedding:
             more = ops.scaled(base, ops.project_in(base, x, self.change().to(x.dtype))).to(y.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config import AdapterConfig, flag, integer, number, one_of
-from minipeft.layers.base import LayerOps
+from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.base import Adapter
 from minipeft.methods.low_rank import low_rank_forward
 from minipeft.registry import register_method
@@ -125,9 +125,9 @@ class Vera(Adapter):
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         A, B = self._factors(x.device)
         if (
-            not torch.is_grad_enabled() and ops.takes_vectors() and not self.is_embedding
+            not torch.is_grad_enabled() and takes_vectors(ops) and not self.is_embedding
         ):  # nothing to keep: scale vectors
-            y = ops.run(base, x) if y is None else y
+            y = ops.call(base, x) if y is None else y
             h = ops.project_in(base, x, A.to(x.dtype)) * self.vera_lambda_d
             more = ops.project_out(base, h.to(x.dtype), B.to(x.dtype)) * self.vera_lambda_b
             assert isinstance(y, Tensor)

@@ -13,7 +13,8 @@ from minipeft.injection.module_tree import Candidate, TensorIndex, candidates
 from minipeft.injection.targets import HEAD_NAMES
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels import malloc_trim
-from minipeft.layers.base import LayerOps, layer_ops
+from minipeft.layers.base import LayerOps, is_plain_linear, layer_ops
+from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.patterns import is_suffix
 from minipeft.transformers_model import output_head
 
@@ -40,7 +41,8 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
             changed.
     """
     registry.load_plugins()
-    quantizers: dict[str, LayerOps] = {name: ops for ops in registry.layer_classes() for name in ops.kinds}
+    known = [ops for ops in registry.layers().values() if isinstance(ops, QuantizedLinearOps)]
+    quantizers = {name: ops for ops in known for name in ops.kinds}
     if kind not in quantizers:
         raise ConfigError(f"quantize: no kind {kind!r}{hint(str(kind), quantizers)}; there are: {shown(quantizers)}.")
     if any(isinstance(module, Wrapper) for module in model.modules()):
@@ -68,7 +70,7 @@ def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candida
     chosen = []
     for name, candidate in found.items():
         layer, ops = candidate.base, layer_ops(candidate.base)
-        if ops is None or not ops.in_all_linear or ops.is_quantized or not ops.is_linear_call(layer):
+        if ops is None or not ops.in_all_linear or ops.is_quantized or not is_plain_linear(ops, layer):
             continue
         is_head = layer is head or name.rpartition(".")[2] in HEAD_NAMES
         weight = layer.weight
@@ -86,7 +88,7 @@ def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candida
     return chosen
 
 
-def _replacement(candidate: Candidate, ops: LayerOps, quantizer: LayerOps, kind: str) -> nn.Module:
+def _replacement(candidate: Candidate, ops: LayerOps, quantizer: QuantizedLinearOps, kind: str) -> nn.Module:
     name, layer = candidate.names[0], candidate.base
     weight, bias = ops.read_weight(layer).detach().contiguous(), ops.read_bias(layer)
     try:

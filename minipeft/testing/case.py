@@ -1,9 +1,9 @@
-"""One method on one layer, made for trial: the tiny model that holds the layer, its inputs, and what is measured on it."""
+"""One method on one layer, made to be tried: a tiny model that holds the layer, its inputs, and what is measured on it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,27 +18,28 @@ from minipeft.injection.module_tree import adapted_layers
 from minipeft.injection.wrapper import Wrapper
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.model import AdaptedModel, get_adapter_model
+from minipeft.testing.examples import Call, Example, Make, example_like, example_of, options_of
 
 SIZES, SQUARE = (16, 8), (16, 16)
-MOVED = 0.3  # standard deviation by which training is imitated: large, so that a wrong update cannot pass as rounding
+MOVED = 0.3  # standard deviation of an imitated training: large, so that a wrong update cannot pass for rounding
 ROUNDINGS = {torch.float64: 32, torch.float32: 32, torch.bfloat16: 8}  # tolerance in units of the dtype's own rounding
-OWN_NOISE = 0.05  # what a layer may differ from its own weight, as a fraction of its output: int8 rounds its input
+OWN_NOISE = 0.05  # how far a layer may be from its own weight's output, as a fraction of it: int8 rounds its input
 
 
 class Holder(nn.Module):
-    """The model of a trial: one layer, and how it is called."""
+    """The model to try: one layer, and how it is called."""
 
-    def __init__(self, layer: nn.Module, ops: LayerOps) -> None:
+    def __init__(self, layer: nn.Module, call: Call) -> None:
         super().__init__()
-        self.ops = ops
+        self.call = call
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.example_call(self.layer, x)
+        return self.call(self.layer, x)
 
 
 class Stubborn(Holder):
-    """A holder that does not let its layer be wrapped: an injection fails here when all before it is done."""
+    """A holder whose layer cannot be wrapped, so that an injection fails after all before it was done."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Wrapper):
@@ -47,7 +48,7 @@ class Stubborn(Holder):
 
 
 class Pair(nn.Module):
-    """Two holders, one behind the other in the order of injection."""
+    """Two holders, in the order of injection."""
 
     def __init__(self, first: Holder, second: Holder) -> None:
         super().__init__()
@@ -63,39 +64,39 @@ class Case:
         adapter: its registered class.
         layer: name of the layer type, for messages.
         ops: what is registered for it.
-        make: (in_features, out_features) -> a small layer.
-        options: further options of the method's configuration.
+        example: a small layer, and how to call and select it.
+        options: the method's options, besides what to adapt.
     """
 
     method: str
     adapter: type[Any]
     layer: str
     ops: LayerOps
-    make: Callable[[int, int], nn.Module]
+    example: Example
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def base(self, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = SIZES, kind: Any = Holder) -> Any:
-        """A model that holds a layer, in eval mode; always the same one, and no value of a plain weight is zero."""
+        """A model that holds a layer, in eval mode: the same at every call, and no value of a plain weight is zero."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            layer = self.make(*sizes)
+            layer = self.example.make(*sizes)
             for parameter in layer.parameters():
                 if type(parameter) is nn.Parameter and parameter.is_floating_point():
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            model = kind(layer, self.ops).to(dtype).eval()
+            model = kind(layer, self.example.call).to(dtype).eval()
             self.ops.prepare(layer)  # as an injection does
             return model
 
     def config(self, **more: list[str]) -> AdapterConfig:
         """The method's configuration for the layer of a holder; `more` is added to its lists."""
-        selection = self.ops.example_selection("layer")
+        selection = self.example.selection("layer")
         selection = {name: values + more.get("also", []) for name, values in selection.items()}
-        return self.adapter.example_config(**selection, **self.options)
+        return self.adapter.config_class(**selection, **self.options)
 
     def adapted(
         self, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = SIZES, *, moved: bool = True
     ) -> AdaptedModel:
-        """The adapted model, in eval mode; `moved`: with its adapter away from where it starts."""
+        """The adapted model, in eval mode; if `moved`, with its adapter changed as training would."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             model = get_adapter_model(self.base(dtype, sizes), self.config())
@@ -108,7 +109,7 @@ class Case:
             return self.ops.example_input(model.layer)
 
     def no(self, dtype: torch.dtype) -> str | None:
-        """Why the layer itself cannot be tried in this dtype, or None."""
+        """Why the layer cannot be tried in this dtype, or None."""
         try:
             model = self.base(dtype)
             with torch.no_grad():
@@ -123,7 +124,7 @@ class Case:
         return ContractError(self.method, self.layer, check, reason)
 
     def same(self, check: str, what: str, got: Tensor, wanted: Tensor, noise: float = 0.0) -> None:
-        """Insist on equal outputs up to the rounding of their dtype, and `noise` as a fraction of the largest value.
+        """Check that outputs are equal up to the rounding of their dtype, and `noise`, a fraction of the largest value.
 
         Raises:
             ContractError: they differ by more.
@@ -141,49 +142,34 @@ def case_of(
     method: str,
     layer: str,
     ops: LayerOps | None,
-    make: Callable[[int, int], nn.Module] | None,
+    make: Make | None,
     options: Mapping[str, Any],
 ) -> Case:
-    """Put a case together; `ops` None: those that the made layer resolves to.
+    """Put a case together; without `ops` they are those that accept the layer that `make` makes.
 
     Raises:
-        RegistryError: no such method.
-        TargetError: no layer can be made, or it is not served by these ops.
+        RegistryError: there is no such method.
+        TargetError: no layer can be made, or other ops accept it.
     """
-    registered = ops
-    if make is None:
-        assert ops is not None
-        make = _example(ops, layer)
-    with torch.random.fork_rng(devices=[]):
-        instance = make(*SIZES)
+    make = example_of(layer).make if make is None else make
+    try:
+        with torch.random.fork_rng(devices=[]):
+            instance = make(*SIZES)
+    except ImportError as error:
+        raise TargetError(f"{layer}: {error.name or error} is not installed.") from None
     found = layer_ops(instance)
-    if registered is None and found is None:
+    if ops is None and found is None:
         raise TargetError(f"no LayerOps accept a {type(instance).__name__}; see register_layer.")
-    if registered is not None and found is not None and not isinstance(found, type(registered)):
+    if ops is not None and found is not None and not isinstance(found, type(ops)):
         raise TargetError(
-            f"{layer}: {type(registered).__name__}.example gives a {type(instance).__name__}, which {type(found).__name__} serves; "
-            "override example, or pass make=..."
+            f"{layer}: the example is a {type(instance).__name__}, which is adapted by {type(found).__name__}, not by "
+            f"{type(ops).__name__}; pass make=... or register another example."
         )
-    resolved: Any = registered or found
-    return Case(method, registry.method_class(method), layer, resolved, make, options)
+    resolved: Any = ops or found
+    options = {**options_of(method), **options}
+    return Case(method, registry.method_class(method), layer, resolved, example_like(resolved, make), options)
 
 
-def _example(ops: LayerOps, layer: str) -> Callable[[int, int], nn.Module]:
-    def made(in_features: int, out_features: int) -> nn.Module:
-        try:
-            example = ops.example(in_features, out_features)
-        except ImportError as error:
-            raise TargetError(f"{layer}: {error.name or error} is not installed.") from None
-        if example is None:
-            raise TargetError(
-                f"{layer}: {type(ops).__name__}.example gives no layer to try; override it, or pass make=..."
-            )
-        return example
-
-    return made
-
-
-# -------------------------------------------------------------------------------------------------- measurements
 def layers_of(model: nn.Module) -> list[AdaptedLayer]:
     """The adapted layers of a model."""
     return [layer for _, layer in adapted_layers(model)]
@@ -201,13 +187,13 @@ def move(model: AdaptedModel, seed: int = 3, scale: float = MOVED) -> AdaptedMod
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, as a fraction of the largest value wanted; NaN where one is not finite."""
+    """The largest difference, as a fraction of the largest value wanted; NaN if one is not finite."""
     got, wanted = got.detach().double(), wanted.detach().double()
     return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def read_and_written(layer: AdaptedLayer) -> nn.Module:
-    """A copy of the base layer after its own weight has been read and written back; it may be a replacement."""
+    """A copy of the base layer, or its replacement, after its own weight was read and written back."""
     base = copy.deepcopy(layer.base_layer)
     bias = layer.ops.read_bias(base)
     return layer.ops.write_weight(
@@ -216,7 +202,7 @@ def read_and_written(layer: AdaptedLayer) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> list[Any]:
-    """All that a failed call must leave alone: modules, classes, modes, parameters and their bits, and what trains."""
+    """Everything a failed call must leave alone: modules, classes, modes, parameters and their bits, and what trains."""
     seen: list[Any] = []
     for name, module in model.named_modules(remove_duplicate=False):
         hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
@@ -229,7 +215,7 @@ def fingerprint(model: nn.Module) -> list[Any]:
 
 
 def bits(tensor: Tensor) -> Any:
-    """A tensor's type, shape and bit pattern; of a packed one, those of its parts."""
+    """A tensor's type, shape and bit pattern; for a tensor subclass, those of the tensors it wraps."""
     tensor = tensor.detach()
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:

@@ -1,4 +1,4 @@
-"""The promises in the order in which they are tried: those that explain a failure of the others come first."""
+"""The checks, in the order in which they run: those that explain the failure of others come first."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from collections.abc import Callable
 import torch
 
 from minipeft.testing.behaviour import (
-    checkpointing,
-    copies,
-    disabled,
-    failed_injection,
     frozen_base,
     gradients,
     identity_at_init,
     layer_facts,
     not_in_place,
-    one_graph,
     ownership,
     shapes,
 )
 from minipeft.testing.case import Case
 from minipeft.testing.files import files
 from minipeft.testing.merging import merges
+from minipeft.testing.runtime import checkpointing, copies, disabled, failed_injection, one_graph
 
 Check = Callable[[Case], "str | None"]
 CHECKS: tuple[Check, ...] = (
