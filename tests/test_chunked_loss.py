@@ -14,7 +14,7 @@ VOCABULARY, FEATURES = 53, 11
 
 @pytest.fixture(params=[1, 7, 10_000], ids=lambda rows: f"{rows} rows a chunk")
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(chunked_loss, "_rows_a_chunk", lambda hidden, weight: request.param)
+    monkeypatch.setattr(chunked_loss, "rows_per_chunk", lambda hidden, weight: request.param)
 
 
 def arguments(dtype=torch.float64, bias=True, ignored=0.3):

@@ -258,7 +258,7 @@ def test_nothing_is_checkpointed_below_the_lowest_adapter():
 
 def test_a_failing_call_leaves_the_head_as_it_was():
     model = lean(adapted())
-    with pytest.raises(LeanError, match="one label a token"):
+    with pytest.raises(LeanError, match="one label per token"):
         model(input_ids=IDS, labels=LABELS[:, :-2])
     with pytest.raises(IndexError):
         model(input_ids=IDS + VOCABULARY, labels=LABELS)

@@ -10,7 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from minipeft import LoraConfig, get_lora_model
 from minipeft.kernels import lora_linear as fused
-from minipeft.kernels import recompute
+from minipeft.kernels import merged_weight, recompute
+from minipeft.kernels.dropout_mask import ROWS, DropoutMask
+from minipeft.kernels.lora_gradients import SLICE
 from minipeft.kernels.lora_linear import lora_linear
 
 S = 0.7
@@ -38,8 +40,8 @@ def arguments(shape=(3, 4), in_features=5, out_features=7, r=2, bias=True, trans
 
 @pytest.fixture(params=["two products", "merged weight"])
 def route(request, monkeypatch):
-    """Which way the map goes: the low-rank product beside the weight's, or W + s B A made first."""
-    monkeypatch.setattr(fused, "_merging_pays", lambda rows, weight: request.param == "merged weight")
+    """Which way the map goes: the low-rank product next to the weight's, or W + s B A made first."""
+    monkeypatch.setattr(merged_weight, "pays", lambda rows, weight: request.param == "merged weight")
     return request.param
 
 
@@ -318,23 +320,23 @@ def test_kept_for_backward_are_the_input_itself_and_the_small_projection(dropout
 )
 def test_the_weight_is_merged_for_many_rows_in_full_precision_only(rows, dtype, pays):
     x, weight = torch.empty(rows, 768, dtype=dtype), torch.empty(2304, 768, dtype=dtype)
-    assert fused._merging_pays(x, weight) is pays
+    assert merged_weight.pays(x, weight) is pays
 
 
 # ------------------------------------------------------------------------------------------------------------ dropout
 def passing(x, seed, p):
     """The mask of a call that started from this state of torch's generator."""
     torch.manual_seed(seed)
-    mask = fused._Mask(p)
+    mask = DropoutMask(p)
     rows = x.detach().reshape(-1, x.shape[-1])
     found = torch.empty(rows.shape)
-    for block, passes, _ in mask.blocks(rows):
-        found[block] = passes
+    for block, survives, _ in mask.blocks(rows):
+        found[block] = survives
     return found.view(x.shape)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("shape", [(3, 4), (fused.DROPOUT_ROWS + 3,), (0,)])
+@pytest.mark.parametrize("shape", [(3, 4), (ROWS + 3,), (0,)])
 def test_dropout_is_the_formula_on_the_masked_input(shape, p):
     x, weight, b, A, B = arguments(shape)
     passes = passing(x, 3, p)
@@ -369,7 +371,7 @@ def test_features_are_dropped_independently_with_the_given_probability(p):
     assert dropped.mean().item() == pytest.approx(p, abs=5 * deviation / x.numel() ** 0.5 + 5 / 256 / 2000**0.5)
     for dim, count in ((0, 2000), (1, 600)):
         assert dropped.mean(dim).sub(p).abs().max().item() < 6 * deviation / count**0.5 + 1 / 256
-    for other in (dropped.roll(1, 0), dropped.roll(1, 1), dropped.roll(8, 1), dropped.roll(fused.DROPOUT_ROWS, 0)):
+    for other in (dropped.roll(1, 0), dropped.roll(1, 1), dropped.roll(8, 1), dropped.roll(ROWS, 0)):
         correlation = ((dropped - p) * (other - p)).mean() / deviation**2
         assert abs(correlation.item()) < 5 / x.numel() ** 0.5 + 5 * (1 / 256) ** 2 / deviation**2
     assert not torch.equal(passing(x, 1, p), passing(x, 0, p))
@@ -467,8 +469,8 @@ def test_a_marked_input_that_was_written_since_is_kept_itself():
 
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("rows", [1, 40, fused.PART_ROWS + 3])
-def test_the_gradient_goes_through_an_activation_in_parts(rows, dropout):
+@pytest.mark.parametrize("rows", [1, 40, SLICE + 3])
+def test_the_gradient_goes_through_an_activation_in_slices(rows, dropout):
     x, weight, b, A, B = arguments((rows,))
     gelu = nn.GELU(approximate="tanh")
 

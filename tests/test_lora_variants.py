@@ -17,7 +17,7 @@ from minipeft import LoraConfig, get_lora_model
 from minipeft.files.base_samples import base_samples
 from minipeft.files.save import save_adapter
 from minipeft.files.to_lora import as_lora
-from minipeft.kernels import lora_linear as fused
+from minipeft.kernels import merged_weight
 from minipeft.kernels.lora_linear import lora_linear
 from minipeft.methods.lora_init import pissa_factors
 
@@ -366,7 +366,7 @@ def kept_bytes(model, x):
 @pytest.mark.parametrize("pays", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_with_a_frozen_nothing_of_x_is_kept(dropout, pays, monkeypatch):
-    monkeypatch.setattr(fused, "_merging_pays", lambda rows, weight: pays)
+    monkeypatch.setattr(merged_weight, "pays", lambda rows, weight: pays)
     for freeze, bound in ((False, 1.1), (True, 0.1)):
         config = LoraConfig(r=4, target_modules=["layer"], freeze_lora_A=freeze, lora_dropout=dropout)
         model = get_lora_model(OneLayer(nn.Linear(256, 256)), config).train()
@@ -379,7 +379,7 @@ def test_with_a_frozen_nothing_of_x_is_kept(dropout, pays, monkeypatch):
 @pytest.mark.parametrize("pays", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_gradients_with_a_frozen_are_those_with_a_trained(p, pays, monkeypatch):
-    monkeypatch.setattr(fused, "_merging_pays", lambda rows, weight: pays)
+    monkeypatch.setattr(merged_weight, "pays", lambda rows, weight: pays)
     x, B = torch.randn(3, 4, 5).double().requires_grad_(), torch.randn(7, 2).double().requires_grad_()
     A, W, b = torch.randn(2, 5).double(), torch.randn(7, 5).double(), torch.randn(7).double()
     found = []

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import minipeft
 from minipeft import LoraConfig
-from minipeft.kernels import lora_linear as fused
+from minipeft.kernels import merged_weight
 from minipeft.layers.base import layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.memory.lean import STATE
@@ -79,7 +79,7 @@ def made(monkeypatch):
 
 @pytest.fixture(params=["two products", "merged weight"])
 def route(request, monkeypatch):
-    monkeypatch.setattr(fused, "_merging_pays", lambda rows, weight: request.param == "merged weight")
+    monkeypatch.setattr(merged_weight, "pays", lambda rows, weight: request.param == "merged weight")
 
 
 # ------------------------------------------------------------------------------------------------------ the same map

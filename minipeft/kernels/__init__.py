@@ -1,1 +1,1 @@
-"""Tensor maths that knows no model, layer type or method: products, autograd nodes, the chunked loss."""
+"""Tensor maths that knows nothing of models, layer types or methods: products, autograd nodes, the chunked loss."""

@@ -1,8 +1,8 @@
 """The loss of a causal language model from its last hidden states, a few rows of logits at a time.
 
-The logits of a batch are often the largest array of a training step, and four of their size are alive at its peak.
-Nobody needs them: the gradient of the hidden states is made in the forward pass, chunk by chunk, as in Liger-Kernel
-(arXiv:2410.10989), and rows whose label is ignored never meet the output head.
+The logits of a batch are often the largest array of a training step, and at its peak there are four of that size. Here
+they never exist as a whole: the gradient of the hidden states is computed in the forward pass, chunk by chunk, as in
+Liger-Kernel (arXiv:2410.10989), and rows whose label is ignored skip the output head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from minipeft.errors import LeanError
 from minipeft.kernels import matmul
 
-CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}  # of logits; under 32 MiB glibc gives the same memory again
+CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}  # of logits; under 32 MiB glibc reuses the same memory
 
 
 def causal_lm_loss(
@@ -30,16 +30,16 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     changed_rows: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Cross entropy of ``hidden @ weight.T + bias`` against the labels, as transformers' ``ForCausalLMLoss`` has it.
+    """Cross entropy of ``hidden @ weight.T + bias`` against the labels, as in transformers' ``ForCausalLMLoss``.
 
     Args:
         hidden: shape (..., tokens, features).
         weight: the frozen output head, shape (vocabulary, features).
         bias: shape (vocabulary,), frozen, or None.
-        labels: shape (..., tokens); position t is predicted from the hidden state t - 1.
-        num_items_in_batch: what the sum is divided by; None: the number of labels that are not ignored.
+        labels: shape (..., tokens); the label at t is predicted from the hidden state at t - 1.
+        num_items_in_batch: what the sum is divided by. None: the number of labels that are not ignored.
         ignore_index: the label of rows that do not count.
-        shift_labels: labels that are shifted already, in the place of `labels`.
+        shift_labels: labels that are shifted already, instead of `labels`.
         changed_rows: (indices (n,), change (n, features)), added to those rows of the weight; the change may train.
 
     Returns:
@@ -53,7 +53,7 @@ def causal_lm_loss(
     if shift_labels.shape != hidden.shape[:-1]:
         raise LeanError(
             f"the labels have the shape {tuple(shift_labels.shape)}, and the tokens {tuple(hidden.shape[:-1])}; "
-            "one label a token is expected."
+            "one label per token is expected."
         )
     targets = shift_labels.reshape(-1).to(hidden.device)
     device = hidden.device.type
@@ -67,7 +67,7 @@ def causal_lm_loss(
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over all tokens. Kept for the backward pass are the gradients, which then are only scaled."""
+    """The sum over all tokens. The gradients are kept for the backward pass, which only scales them."""
 
     @staticmethod
     def forward(
@@ -88,7 +88,7 @@ class _Summed(torch.autograd.Function):
         gradient = torch.zeros_like(rows) if wanted else None
         added = None if change is None else change.to(hidden.dtype)
         of_change = torch.zeros_like(change, dtype=exact) if change is not None and trains else None
-        for some in torch.split(kept, _rows_a_chunk(hidden, weight)):
+        for some in torch.split(kept, rows_per_chunk(hidden, weight)):
             x, target = rows[some], targets[some, None]
             logs = matmul.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(exact)
             if rows_changed is not None and added is not None:
@@ -117,6 +117,7 @@ class _Summed(torch.autograd.Function):
         return of_hidden, None, None, None, None, None, of_change
 
 
-def _rows_a_chunk(hidden: Tensor, weight: Tensor) -> int:
+def rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
+    """How many rows of logits fit into `CHUNK_BYTES`."""
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     return max(1, budget // (4 * len(weight)))

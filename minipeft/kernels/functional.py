@@ -25,8 +25,8 @@ def lora_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor
         scaling: see `lora_scaling`, dimensionless.
 
     Returns:
-        Shapes (out_features, r) and (r, in_features), in float32 (float64 where a factor is): half precision would
-        lose the small updates that merging is about.
+        Shapes (out_features, r) and (r, in_features), in float32, or float64 if a factor is: half precision would lose
+        the small updates that merging is about.
 
     Raises:
         ValueError: the factors disagree on r.
@@ -37,29 +37,29 @@ def lora_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor
             "lora_A.shape[0] must equal lora_B.shape[1]"
         )
     dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
-    return lora_B.to(dtype) * scaling, lora_A.to(dtype)  # scaled while it is small
+    return lora_B.to(dtype) * scaling, lora_A.to(dtype)  # scale the small one
 
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, column_major: bool = False) -> Tensor:
     """Dense weight update of a LoRA pair, ``scaling * B A``, eq. (3) of arXiv:2106.09685.
 
-    Args and errors are those of `lora_factors`, `column_major` that of `low_rank_product`; shape (out_features, in_features).
+    Arguments and errors as for `lora_factors` and `low_rank_product`; shape (out_features, in_features).
     """
     return low_rank_product(*lora_factors(lora_A, lora_B, scaling), column_major=column_major)
 
 
 def split_rows(lora_A: Tensor, num_experts: int) -> Tensor:
-    """The down projections of a stack of num_experts, (r * num_experts, in) -> (num_experts, r, in): PEFT keeps them map after map."""
+    """Each expert's down projection, (r * experts, in) -> (experts, r, in): PEFT stores one expert after the other."""
     return lora_A.view(num_experts, -1, lora_A.shape[1])
 
 
 def split_columns(lora_B: Tensor, num_experts: int) -> Tensor:
-    """The up projections of a stack of num_experts, (out, r * num_experts) -> (num_experts, out, r): PEFT keeps them rank after rank."""
+    """Each expert's up projection, (out, r * experts) -> (experts, out, r): PEFT stores one rank after the other."""
     return lora_B.view(len(lora_B), -1, num_experts).permute(2, 0, 1)
 
 
 def stacked_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, num_experts: int) -> Tensor:
-    """The updates of a stack of num_experts below each other, shape (num_experts * out, in), from what `split_rows` and the other split."""
+    """The updates of all experts, one below the other, shape (experts * out, in), from stacked factors (see `split_rows`)."""
     up, down = lora_factors(lora_A, lora_B, scaling)
     return torch.bmm(split_columns(up, num_experts), split_rows(down, num_experts)).flatten(0, 1)
 
@@ -70,8 +70,8 @@ def low_rank_product(up: Tensor, down: Tensor, *, column_major: bool = False) ->
     Args:
         up: left factor.
         down: right factor.
-        column_major: lay the result out as the transpose of a contiguous (in, out) array, which is how a Conv1D's
-            weight lies in memory; adding arrays that lie alike is several times faster.
+        column_major: store the result as the transpose of a contiguous (in, out) array, as a Conv1D's weight is stored;
+            adding arrays of the same memory order is several times faster.
     """
     return (down.t() @ up.t()).t() if column_major else up @ down
 
@@ -79,10 +79,10 @@ def low_rank_product(up: Tensor, down: Tensor, *, column_major: bool = False) ->
 def low_rank_additions(
     weight: Tensor, up: Tensor, down: Tensor, scratch: dict[object, Tensor]
 ) -> list[functools.partial[Tensor]]:
-    """The calls that together do ``weight += up @ down`` in place, in the factors' dtype, rounded once.
+    """The calls that together compute ``weight += up @ down`` in place, in the factors' dtype, rounded once.
 
-    A weight of that dtype takes one call; a narrower one is widened a block of rows at a time. What memory that takes
-    is taken here and put into `scratch`, for the calls on other weights to use again.
+    A weight of that dtype takes one call; a narrower one is widened a block of rows at a time. The memory for that is
+    allocated here and put into `scratch`, so that calls on other weights reuse it.
     """
     if weight.dtype == up.dtype:
         return [functools.partial(weight.addmm_, up, down)]
@@ -102,17 +102,16 @@ def low_rank_additions(
 
 
 def low_rank_bound(up: Tensor, down: Tensor) -> float:
-    """What no value of ``up @ down`` exceeds, at the cost of reading the factors; inf or NaN where they are not finite."""
+    """An upper bound of the values of ``up @ down``, from one pass over the factors; inf or NaN if they are not finite."""
     return len(down) * largest(up) * largest(down)
 
 
 def largest(tensor: Tensor) -> float:
-    """The largest absolute value, NaN where there is a NaN, 0 of an empty tensor; one pass and no temporaries."""
+    """The largest absolute value, NaN if there is a NaN, 0 if empty; one pass and no temporary arrays."""
     if tensor.numel() == 0:
         return 0.0
-    low, high = torch.aminmax(
-        tensor.t() if is_column_major(tensor) else tensor
-    )  # much slower across the memory's order
+    # Much slower against the memory order.
+    low, high = torch.aminmax(tensor.t() if is_column_major(tensor) else tensor)
     return max(-float(low), float(high))
 
 

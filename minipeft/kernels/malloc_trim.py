@@ -1,4 +1,4 @@
-"""Giving freed memory back to the operating system, where the C library does not do so by itself."""
+"""Returning freed memory to the operating system, which glibc does not do by itself."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from collections.abc import Callable
 
 
 def trim(device_type: str) -> None:
-    """Hand back the pages of freed arrays that lie between living ones, before work on a device of this type.
-
-    Nothing to do but on a CPU, and with glibc.
+    """Return the pages of freed arrays that lie between used ones; only on a CPU with glibc.
 
     Arrays of tens of megabytes leave holes in glibc's heap that arrays of the same size do not fit into again, since
-    torch asks for aligned ones. A training step grows by a fifth from that; the call takes milliseconds.
+    torch asks for aligned ones. That makes a training step take a fifth more memory; the call takes milliseconds.
     """
     give_back = _malloc_trim() if device_type == "cpu" else None
     if give_back is not None:

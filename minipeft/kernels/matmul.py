@@ -1,8 +1,8 @@
-"""Matrix products by the faster of the libraries that torch carries; the arithmetic is float32 in either.
+"""Matrix products by the faster of torch's two CPU libraries.
 
-Torch multiplies float32 matrices on a CPU with Intel's MKL, which on other makers' processors leaves the AVX-512 units
-idle; oneDNN, which torch carries too, uses them, and is about twice as fast there. The rounding of the two differs in
-the last bits, so this is for training, where the sums of parallel runs differ as much.
+Torch multiplies float32 matrices on a CPU with Intel's MKL, which leaves the AVX-512 units of other makers' processors
+idle. oneDNN, which torch includes too, uses them and is about twice as fast there. The two round differently in the last
+bits, so this is for training, in which the sums of parallel runs differ as much.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WORTH_IT = 2**20  # multiplications below which preparing oneDNN costs more than it gains
+WORTH_IT = 2**20  # multiplications below which preparing oneDNN costs more than it saves
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -28,18 +28,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: shape (out_features,), or None.
 
     Returns:
-        Shape (..., out_features), contiguous, no view of anything.
+        Shape (..., out_features), contiguous, not a view of anything.
     """
     rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
     if through_onednn(rows, weight):
-        # Not a view, though it lies in the flat result: a view made here could not be written in place later.
+        # `.data`, since autograd would forbid writing later into a view that was made in here.
         y: Tensor = _onednn()(rows, weight, bias, "none", [], "")
         return y.view(shape).data
     return torch_linear(x, weight, bias)
 
 
 def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` with the kernel, and so the bits, of ``torch.nn.functional.linear``."""
+    """`linear` by the same kernel as ``torch.nn.functional.linear``, so with the same bits."""
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, weight.shape[0])
     if bias is None:
@@ -50,16 +50,16 @@ def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def narrow(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, shapes (p, q) and (q, few), outside autograd; some ways of computing it are several times slower."""
+    """``left @ right``, shapes (p, q) and (q, few), outside autograd, in the fastest of several ways."""
     if through_onednn(left, right.t()):
         transposed = left.stride(0) < left.stride(1)
         return linear(right.t(), left).t() if transposed else linear(left, right.t())
-    # MKL is slow where the few columns do not fill a vector register.
+    # MKL is slow if the columns do not fill a vector register.
     return torch.mm(left, right) if right.shape[1] >= 16 else torch.mm(right.t(), left.t()).t()
 
 
 def through_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` of these takes oneDNN; not a weight with gaps between its rows, for which that is 1000 times slower."""
+    """Whether `linear` of these uses oneDNN; never if the weight has gaps between its rows, which is 1000 times slower."""
     return bool(
         x.dtype is torch.float32
         and x.device.type == "cpu"
@@ -72,9 +72,9 @@ def through_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether this is a processor with AVX-512 that is not Intel's, in a torch that multiplies with MKL.
+    """Whether this processor has AVX-512 and is not Intel's, and torch multiplies with MKL.
 
-    A rule, not a measurement, so that all processes of a run decide alike.
+    A rule instead of a measurement, so that all processes of a run decide the same.
     """
     makers = CPU_INFO.read_text() if CPU_INFO.is_file() else platform.processor()
     return (

@@ -1,7 +1,7 @@
-"""What a tensor was cheaply computed from, so that the backward pass may keep that instead, which is often kept anyway.
+"""What a tensor was cheaply computed from, so that the backward pass can keep that instead.
 
-A layer norm keeps its input, and an adapter keeps its own, the norm's output: two arrays where one would do. A module
-that marks its output here lets the adapter keep the module's input, and compute the output again when it is needed.
+A layer norm keeps its input, and the adapter behind it keeps the norm's output: two arrays instead of one. A module that
+marks its output here lets the adapter keep the module's input, and recompute the output when it is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ATTRIBUTE = "_minipeft_source"
 
 @dataclass(frozen=True)
 class Source:
-    """``module(input)`` gave the tensor, when that was at this version."""
+    """``module(input)`` gave the tensor, when it had this version."""
 
     module: nn.Module
     input: Tensor
@@ -25,13 +25,13 @@ class Source:
 
 
 def mark(output: Tensor, module: nn.Module, input: Tensor, *, pointwise: bool = False) -> Tensor:
-    """Note on a module's output what it came from; the module must be a pure function of one tensor, row by row.
+    """Note on a module's output what it came from.
 
     Args:
-        output: what the module gave.
-        module: has no parameters that train.
+        output: what the module returned.
+        module: a pure function of one tensor, row by row, without trainable parameters.
         input: what it was given.
-        pointwise: it is an activation, so that the gradient may go through it a few rows at a time, too.
+        pointwise: it is an activation, so that the gradient can also go through it a few rows at a time.
     """
     if not torch.compiler.is_compiling() and output is not input:
         output.__dict__[_ATTRIBUTE] = Source(module, input, output._version, pointwise)
@@ -39,9 +39,9 @@ def mark(output: Tensor, module: nn.Module, input: Tensor, *, pointwise: bool = 
 
 
 def source_of(tensor: Tensor) -> Source | None:
-    """What the tensor came from, or None where that is not known, or cannot be computed again.
+    """What the tensor came from, or None if that is unknown or the tensor cannot be recomputed.
 
-    That is where the tensor has been written since, or the module's parameters have been sharded again (by FSDP2).
+    It cannot if it was written to since, or the module's parameters have been sharded again (by FSDP2).
     """
     source = getattr(tensor, _ATTRIBUTE, None)
     if not isinstance(source, Source) or source.version != tensor._version:
@@ -51,10 +51,10 @@ def source_of(tensor: Tensor) -> Source | None:
 
 
 def leads_back(tensor: Tensor, source: Source) -> bool:
-    """Whether the gradient of the tensor may go straight to what it came from, since nobody wants to see it on its way."""
+    """Whether the gradient may go straight to what the tensor came from, since nothing looks at the tensor's own."""
     return source.pointwise and source.input.requires_grad and not tensor.retains_grad and not tensor._backward_hooks
 
 
 def output(module: nn.Module, input: Tensor) -> Tensor:
-    """The tensor again; differentiable where gradients are on."""
+    """The tensor recomputed; differentiable if gradients are enabled."""
     return type(module).forward(module, input)

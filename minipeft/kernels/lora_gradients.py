@@ -1,0 +1,161 @@
+"""The gradients of `minipeft.kernels.lora_linear`.
+
+`ctx` is the context of its autograd node: `scaling`, `mask`, `module` (which makes x from what was kept, or None) and
+`goes_through` (whether the gradient goes through that module, too).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import StateError
+from minipeft.kernels import matmul, merged_weight, recompute
+from minipeft.kernels.dropout_mask import project_down
+from minipeft.kernels.frozen_linear import Weight, held_or_made
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, A and B
+SLICE = 512  # rows whose gradient goes through an activation at once; a multiple of `dropout_mask.ROWS`
+
+
+def gradients(
+    dy: Tensor, kept: Tensor | None, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+) -> Gradients:
+    """The gradients that are needed of the input, A and B, in their shapes.
+
+    Args:
+        dy: gradient of the output, shape (..., out).
+        kept: the input, or what the module makes it from, shape (..., in); None with a frozen A.
+        weight: shape (out, in), or a function that makes it.
+        lora_A: shape (r, in).
+        lora_B: shape (out, r).
+        h: ``drop(x) A^T``, shape (rows, r), if it was kept.
+        ctx: see above.
+
+    Raises:
+        StateError: a gradient of a gradient needs an input that was not kept.
+    """
+    if torch.is_grad_enabled():
+        return _second_order(dy, kept, weight, lora_A, lora_B, ctx)
+    if ctx.goes_through:
+        assert kept is not None
+        return _in_slices(dy, kept, weight, lora_A, lora_B, h, ctx)
+    return _at_once(dy, kept, weight, lora_A, lora_B, h, ctx)
+
+
+def _at_once(
+    dy: Tensor, kept: Tensor | None, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+) -> Gradients:
+    x = kept if kept is None or ctx.module is None else recompute.output(ctx.module, kept)
+    shape = (*dy.shape[:-1], lora_A.shape[1])
+    rows, dy = None if x is None else x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    W, merged = _multiplier(dy, weight, lora_A, lora_B, ctx)
+    dx, dA, dB = _first_order(dy, rows, W, merged, lora_A, lora_B, h, ctx)
+    return None if dx is None else dx.view(shape), dA, dB
+
+
+def _in_slices(
+    dy: Tensor, kept: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+) -> Gradients:
+    """Through the activation before, whose arrays are the widest of all, a slice of the rows at a time."""
+    into, dy = kept.reshape(-1, kept.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    W, merged = _multiplier(into, weight, lora_A, lora_B, ctx)
+    gradient, sums = torch.empty_like(into), [torch.zeros_like(lora_A), torch.zeros_like(lora_B)]
+    for start in range(0, len(into), SLICE):
+        some = slice(start, start + SLICE)
+        entry = into[some].detach().requires_grad_()
+        with torch.enable_grad():
+            rows = recompute.output(ctx.module, entry)
+        found = _first_order(
+            dy[some], rows.detach(), W, merged, lora_A, lora_B, None if h is None else h[some], ctx, start
+        )
+        for total, more in zip(sums, found[1:], strict=True):
+            if more is not None:
+                total += more
+        assert found[0] is not None
+        (gradient[some],) = torch.autograd.grad(rows, entry, found[0])
+    _, _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
+    return gradient.view(kept.shape), sums[0] if wants_A else None, sums[1] if wants_B else None
+
+
+def _multiplier(rows: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> tuple[Tensor | None, bool]:
+    """What dy is multiplied by to give dx, if that is needed, and whether it is W + s B A instead of W."""
+    if not ctx.needs_input_grad[0]:
+        return None, False
+    W = held_or_made(weight, rows.dtype)
+    if ctx.mask is not None or not merged_weight.pays(rows, W):
+        return W, False
+    return merged_weight.merged(W, lora_A, lora_B, ctx.scaling, in_place=W is not weight), True
+
+
+def _first_order(
+    dy: Tensor,
+    rows: Tensor | None,
+    W: Tensor | None,
+    merged: bool,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor | None,
+    ctx: Any,
+    start: int = 0,
+) -> Gradients:
+    """Gradients of some rows from `start` on, shapes (rows, in), (r, in) and (out, r); without the rows none of A."""
+    wants_x, _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
+    s, mask = ctx.scaling, ctx.mask
+    dx = dA = dB = None
+    if wants_B:
+        if h is None and rows is not None:
+            h = project_down(rows, lora_A, mask)
+        assert h is not None
+        dB = matmul.narrow(dy.t(), h).mul(s).contiguous()
+    g = matmul.narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
+    if wants_x and W is not None:
+        dx = matmul.linear(dy, W.t())
+        if mask is None and g is not None and not merged:
+            dx.addmm_(g, lora_A, alpha=s)
+    if mask is not None and g is not None:
+        dA = _through_mask(dx, rows, g, lora_A, ctx, start)
+    elif wants_A and g is not None and rows is not None:
+        dA = matmul.narrow(rows.t(), g).t().mul(s).contiguous()
+    return dx, dA, dB
+
+
+def _through_mask(
+    dx: Tensor | None, rows: Tensor | None, g: Tensor, lora_A: Tensor, ctx: Any, start: int
+) -> Tensor | None:
+    """Add to dx what comes through A and the mask, and return the gradient of A, if it is needed."""
+    wants_A, factor = ctx.needs_input_grad[4], ctx.scaling * ctx.mask.scale
+    dA, shaped = torch.zeros_like(lora_A), dx if rows is None else rows
+    for block, survives, dropped in ctx.mask.blocks(shaped, start) if shaped is not None else ():
+        if wants_A:
+            dA.addmm_(g[block].t(), dropped, alpha=factor)
+        if dx is not None:
+            dx[block].add_(torch.mm(g[block], lora_A).mul_(survives), alpha=factor)
+    return dA if wants_A else None
+
+
+def _second_order(
+    dy: Tensor, kept: Tensor | None, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any
+) -> Gradients:
+    """The same in differentiable operations, for a gradient of the gradient; the h that was kept has no history."""
+    x = kept if kept is None or ctx.module is None else recompute.output(ctx.module, kept)
+    if x is None and ctx.needs_input_grad[5]:
+        raise StateError("with lora_A frozen the input is not kept, and a gradient of the gradient of lora_B needs it.")
+    shape, dy = (*dy.shape[:-1], lora_A.shape[1]), dy.reshape(-1, dy.shape[-1])
+    rows = dy.new_empty(len(dy), lora_A.shape[1]) if x is None else x.reshape(-1, x.shape[-1])
+    factors = None  # of the mask, for every feature
+    if ctx.mask is not None:
+        factors = torch.empty_like(rows)
+        for block, survives, _ in ctx.mask.blocks(rows.detach()):
+            factors[block] = survives * ctx.mask.scale
+    g = dy @ lora_B * ctx.scaling
+    through_A = g @ lora_A
+    dx = (dy @ held_or_made(weight, dy.dtype) + (through_A if factors is None else through_A * factors)).view(shape)
+    if x is None:
+        return dx, None, None
+    if ctx.goes_through and kept is not None:
+        (dx,) = torch.autograd.grad(x, kept, dx, create_graph=True)
+    into_A = rows if factors is None else rows * factors
+    return dx, g.t() @ into_A, ctx.scaling * dy.t() @ (into_A @ lora_A.t())
