@@ -154,7 +154,9 @@ def encode(
         targets = table.column("targets").to_numpy().astype(np.int64)[kept]
         starts, ends = starts[kept], ends[kept]
     if len(starts) == 0:
-        raise DataError(f"{source.name}: no example of at least 2 tokens comes of its rows; give more text or other rows.")
+        raise DataError(
+            f"{source.name}: no example of at least 2 tokens comes of its rows; give more text or other rows."
+        )
     counts = dict(zip(Fate, np.bincount(table.column("fate").to_numpy(), minlength=len(Fate)).tolist(), strict=True))
     ids, pad_id = pc.list_flatten(column), padding_id(tokenizer)
     return Examples(ids, labels, starts, ends, targets, pad_id, encoding.max_length, counts)
