@@ -101,9 +101,9 @@ class Encoder:
         checked = [check_row(text, row, name) for row, name in zip(rows, names, strict=True)]
         if self.kind == "line":
             lines = [row["text"] if row["text"].endswith("\n") else row["text"] + "\n" for row in checked]
-            return [self._text("".join(lines))]
+            return self._texts(["".join(lines)])
         if self.is_text:
-            return [self._text(row["text"]) for row in checked] if len(rows) == 1 else self._texts(checked)
+            return self._texts([row["text"] for row in checked])
         if self.kind == "prompt":
             return self._prompts(checked, names)
         return [self._chat(json.loads(row["messages"]), name) for row, name in zip(checked, names, strict=True)]
@@ -118,11 +118,8 @@ class Encoder:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return encoded["input_ids"]
 
-    def _text(self, text: str) -> Encoded:
-        return self._texts([{"text": text}])[0]
-
-    def _texts(self, rows: list[dict[str, str]]) -> list[Encoded]:
-        runs = self._ids([row["text"] for row in rows])
+    def _texts(self, texts: list[str]) -> list[Encoded]:
+        runs = self._ids(texts)
         if self.kind == "text":
             runs = [self._ended(self.before + ids) if ids else [] for ids in runs]
         return [Encoded(ids, None, Fate.KEPT if ids else Fate.EMPTY) for ids in runs]
