@@ -2,11 +2,13 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import stat
@@ -18,15 +20,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from deaths import EXIT_CODE, die_before
 
 from minipeft import CheckpointError, ConfigError
-from minipeft.training.runs.checkpoints import FOREIGN_LEFTOVER_SECONDS, Checkpoints, verify
-from minipeft.training.runs.faults import EXIT_CODE, FAULT_POINTS, VARIABLE, fault_point
+from minipeft.training.runs.checkpoints import Checkpoints, verify
 from minipeft.training.runs.snapshot import Snapshot
+from minipeft.training.runs.step_folders import FOREIGN_LEFTOVER_SECONDS
 
 SIZE = 1000
 KILLS = 8
-BEFORE_NEW = FAULT_POINTS[: FAULT_POINTS.index("after_rename")]
 
 
 def snapshot(number, size=SIZE):
@@ -147,7 +149,7 @@ def test_a_run_that_is_taken_back_discards_what_came_after(tmp_path):
     (tmp_path / "checkpoints" / "step-00000004").mkdir()
     with pytest.raises(CheckpointError, match=r"newer checkpoints \('step-00000003', .*discard_newer\(2\)") as caught:
         save(tmp_path, 2, 20)
-    assert "nothing was saved" in str(caught.value)
+    assert "Nothing was changed." in str(caught.value)
     assert number_in(tmp_path / "checkpoints" / "step-00000002") == 2
     assert [path.name for path in Checkpoints(tmp_path).discard_newer(2)] == ["step-00000003", "step-00000004"]
     assert number_in(save(tmp_path, 2, 20)) == 20
@@ -248,7 +250,7 @@ def test_a_folder_without_a_valid_complete_is_passed_over_with_a_warning(content
     with pytest.warns(UserWarning, match="'step-00000003' is not complete and was passed over"):
         assert number_in(Checkpoints(tmp_path).latest()) == 1
     if content is None or b'"step": 4' not in content:
-        with pytest.raises(CheckpointError, match="no complete checkpoint.* before it is .*step-00000001"):
+        with pytest.raises(CheckpointError, match="not a complete checkpoint.* before it is .*step-00000001"):
             verify(folder)
 
 
@@ -272,13 +274,13 @@ def test_other_names_are_left_alone(tmp_path):
 
 
 def test_what_is_no_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         verify(tmp_path / "nowhere")
 
 
 # ------------------------------------------------------------------------------------------------------------ sudden end
-def save_and_die(directory, point, step, number, keep):
-    os.environ[VARIABLE] = point
+def save_and_die(directory, call, step, number, keep):
+    die_before(call)
     save(directory, step, number, keep)
 
 
@@ -287,25 +289,28 @@ SCENARIOS = {"again": (2, 20, 1), "next": (3, 30, 2)}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("point", FAULT_POINTS)
-def test_a_process_that_dies_at_any_point_leaves_old_or_new_and_the_next_save_tidies_up(
-    point, scenario, tmp_path, processes
+def test_a_process_that_dies_before_any_write_leaves_old_or_new_and_the_next_save_tidies_up(
+    scenario, tmp_path, processes
 ):
-    save(tmp_path, 1)
-    save(tmp_path, 2)
     step, number, keep = SCENARIOS[scenario]
-    process = processes.Process(target=save_and_die, args=(tmp_path, point, step, number, keep))
-    process.start()
-    code = finish(process)
-    if (scenario, point) == ("next", "old_set_aside"):
-        assert code == 0  # there is nothing to set aside
-        return
-    assert code == EXIT_CODE
-    found = number_in(Checkpoints(tmp_path).latest())
-    assert found == (2 if point in BEFORE_NEW else number)
-    assert number_in(save(tmp_path, 4)) == 4
-    assert names(tmp_path) == [f"step-{step if found == number else 2:08d}", "step-00000004"]
-    assert number_in(tmp_path / "checkpoints" / names(tmp_path)[0]) == found
+    save(tmp_path / "before", 1)
+    save(tmp_path / "before", 2)
+    found = []
+    for call in itertools.count(1):
+        directory = shutil.copytree(tmp_path / "before", tmp_path / str(call))
+        process = processes.Process(target=save_and_die, args=(directory, call, step, number, keep))
+        process.start()
+        code = finish(process)
+        if code == 0:  # it has fewer calls
+            break
+        assert code == EXIT_CODE
+        found.append(number_in(Checkpoints(directory).latest()))
+        assert number_in(save(directory, 4)) == 4
+        assert names(directory) == [f"step-{step if found[-1] == number else 2:08d}", "step-00000004"]
+        assert number_in(directory / "checkpoints" / names(directory)[0]) == found[-1]
+    assert len(found) > 15
+    assert set(found) == {2, number}
+    assert found == sorted(found)  # from one call on it is there
 
 
 def save_for_ever(directory, first):
@@ -353,20 +358,6 @@ def test_what_others_may_still_be_writing_is_left_alone(tmp_path, monkeypatch):
     os.utime(elsewhere, (old, old))
     save(tmp_path, 3)
     assert not elsewhere.exists()
-
-
-def test_a_fault_point_counts_and_must_exist(processes, tmp_path, monkeypatch):
-    process = processes.Process(target=save_and_die, args=(tmp_path, "after_rename:2", 1, 1, 1))
-    process.start()
-    assert finish(process) == 0
-    assert number_in(Checkpoints(tmp_path).latest()) == 1
-    for wrong in ("after_renam", "after_rename:x"):
-        monkeypatch.setenv(VARIABLE, wrong)
-        with pytest.raises(ConfigError, match=r"there is no such fault point.*after_rename"):
-            fault_point("after_rename")
-    monkeypatch.delenv(VARIABLE)
-    with pytest.raises(ConfigError):
-        fault_point("nowhere")
 
 
 # ------------------------------------------------------------------------------------------------------------- full disk

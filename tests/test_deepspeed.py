@@ -157,7 +157,7 @@ def test_two_processes_take_the_steps_of_the_mean_over_all_tokens(stage, tmp_pat
     assert saved.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(saved[name].double(), weight, rtol=1e-4, atol=1e-5)
-    assert "auto_batch does not go with" in found["auto_batch"]
+    assert "auto_batch does not work with" in found["auto_batch"]
     assert "gradient_clipping 2.0" in found["clip"]
     assert "2 of " in found["idle"]
     assert "modules that the model does not call" in found["idle"]

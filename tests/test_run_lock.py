@@ -80,7 +80,7 @@ def test_one_process_cannot_have_it_twice(tmp_path):
     with RunLock(tmp_path) as lock:
         with pytest.raises(CheckpointError, match=f"process {os.getpid()}"), RunLock(tmp_path):
             pass
-        with pytest.raises(CheckpointError, match="this very object"):
+        with pytest.raises(CheckpointError, match="already locked by this object"):
             lock.__enter__()
         with pytest.raises(CheckpointError), RunLock(tmp_path):  # and the attempts have not opened it
             pass

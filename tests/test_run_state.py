@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import warnings
@@ -28,13 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 import minipeft
 from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_lora_model
 from minipeft.training.distributed.ranks import agree
-from minipeft.training.runs import run_state
 from minipeft.training.runs.checkpoints import Checkpoints
-from minipeft.training.runs.differences import config_differences
 from minipeft.training.runs.optimizer_state import load_exactly, optimizer_from_plain, optimizer_to_plain
-from minipeft.training.runs.plain import checked_json, from_plain, same, to_plain
+from minipeft.training.runs.plain import checked_json, from_plain, to_plain
 from minipeft.training.runs.rng import check_rng_state, gathered_rng_states, rng_state, set_rng_state
-from minipeft.training.runs.run_state import Progress, TrainingState
+from minipeft.training.runs.run_state import TrainingState
+from minipeft.training.runs.saved_run import Progress, config_differences
 
 WORLD = 2
 STEPS = 6
@@ -433,6 +433,7 @@ def test_what_does_not_fit_is_refused_and_nothing_has_changed(case, saved):
         run.state.restore(folder)
     assert everything(run) == before
     assert str(folder) in str(caught.value)
+    assert str(caught.value).endswith(" Nothing was changed.")
     assert "\n" not in str(caught.value)
 
 
@@ -470,7 +471,7 @@ def test_random_states_of_another_shape_are_refused_and_nothing_has_changed(save
     folder = change(folder, "rng.safetensors", safetensors.torch.save({k: v.clone() for k, v in states.items()}))
     run = Run(net())
     before = everything(run)
-    with pytest.raises(CheckpointError, match="no state of random generators"):
+    with pytest.raises(CheckpointError, match="not a state of random generators"):
         run.state.restore(folder)
     assert everything(run) == before
 
@@ -506,7 +507,7 @@ def test_another_configuration_is_refused_with_its_differences(saved):
 
 
 def test_another_version_of_torch_is_told_of(saved):
-    folder = change_state(saved[0], versions={"python": run_state.platform.python_version(), "torch": "1.0"})
+    folder = change_state(saved[0], versions={"python": platform.python_version(), "torch": "1.0"})
     with pytest.warns(UserWarning, match="torch 1.0 then, .*; the same numbers are not promised"):
         Run(net()).state.restore(folder)
 
@@ -593,7 +594,7 @@ def test_counters_and_tensors_come_back_from_json_as_they_were():
     "value", [{"$what": 1}, {"$tuple": [], "b": 1}, {"$float": "1"}, {"$pairs": [1]}, {"$tuple": 3}, {"$tensor": "no"}]
 )
 def test_what_is_no_plain_value_is_refused(value):
-    with pytest.raises(CheckpointError, match="is no saved value"):
+    with pytest.raises(CheckpointError, match="is not a saved value"):
         from_plain(value, {}.__getitem__)
 
 
@@ -618,11 +619,14 @@ def test_differences_of_configurations_are_lines_to_read():
 
 
 def test_values_are_the_same_if_their_types_are_too():
-    assert same({"a": [1, {"b": 2.0}]}, {"a": [1, {"b": 2.0}]})
-    for one, other in ((1, True), (1, 1.0), ([1], [1, 2]), ({"a": 1}, {"b": 1}), ((1,), [1])):
-        assert not same(one, other)
-    with pytest.raises(ConfigError):
-        checked_json({"x": math.nan}, "config")
+    value = {"a": [1, {"b": 2.0, "c": None}], "d": True}
+    assert checked_json(value, "config") == value
+    assert config_differences(value, copy.deepcopy(value)) == []
+    for one, other in ((1, True), (1, 1.0), ([1], [1, 2]), ([{"a": 1}], [{"b": 1}]), ([0], [False])):
+        assert config_differences({"x": one}, {"x": other}) == [f"x: was {one!r}, is {other!r}"]
+    for wrong in (math.nan, (1,), Path("x"), {1: "a"}):
+        with pytest.raises(ConfigError):
+            checked_json({"x": [wrong]}, "config")
 
 
 def test_random_states_are_taken_and_given_back_exactly():
@@ -802,7 +806,7 @@ def test_where_one_of_two_processes_fails_both_do_and_nothing_has_changed(kind, 
     one, other = (each[kind] for each in ranks[1])
     assert "there are newer checkpoints ('step-00000009')" in one["save"]
     assert other["save"] == f"process 0 of 2: {one['save']}"
-    assert "no complete checkpoint" in other["restore"]
+    assert "not a complete checkpoint" in other["restore"]
     assert one["restore"] == f"process 1 of 2: {other['restore']}"
     assert one["untouched"]
     assert other["untouched"]

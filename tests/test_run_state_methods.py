@@ -148,7 +148,7 @@ def one_of(state, ending):
         (lambda state: state["schedule"].pop(one_of(state, "lora_B.uncertainty")), "another AdaLoRA's schedule"),
         (lambda state: state["schedule"].pop(one_of(state, "/step")), "another AdaLoRA's schedule"),
         (lambda state: state["schedule"].update({"elsewhere/left": 1}), "no adapter on 'elsewhere'"),
-        (lambda state: state.update(schedule=[]), "no checkpoint of this format"),
+        (lambda state: state.update(schedule=[]), "not a checkpoint of this format"),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused_and_nothing_has_changed(change, said, whole, tmp_path):

@@ -31,6 +31,7 @@ from minipeft.training.runs.lock import RunLock
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train.py"
+DEATHS = ROOT / "tests" / "deaths.py"
 TINY = ROOT / "examples" / "assets" / "tiny"
 CODE = gzip.decompress((ROOT / "examples/assets/corpus/code-train.txt.gz").read_bytes()).decode()
 LAUNCH = ["-m", "accelerate.commands.launch"]
@@ -380,10 +381,10 @@ def pair(flags, tmp_path_factory):
 
 
 def test_a_killed_process_takes_the_others_down_and_the_launch_goes_on_from_the_checkpoint(pair, flags, tmp_path):
-    """The first process dies right after its second checkpoint; the launcher restarts both, and they go on by themselves."""
+    """The first process dies in its fourth save; the launcher restarts both, and they go on from the third."""
     directory = tmp_path / "run"
-    code, output = run(*LAUNCH, *TWO, *ONE_MACHINE, "--max_restarts=1", SCRIPT, *flags, "--save_every", "2", "--keep", "9",
-                       "--output_dir", directory, MINIPEFT_FAULT="after_prune:3")  # fmt: skip
+    code, output = run(*LAUNCH, *TWO, *ONE_MACHINE, "--max_restarts=1", DEATHS, "4", SCRIPT, *flags, "--save_every", "2",
+                       "--keep", "9", "--output_dir", directory)  # fmt: skip
     assert code == 0, output
     assert "going on from" in output
     assert "after update 6 of 8" in output
@@ -394,8 +395,8 @@ def test_a_killed_process_takes_the_others_down_and_the_launch_goes_on_from_the_
 def test_a_killed_process_ends_the_run_within_a_minute(flags, tmp_path):
     directory = tmp_path / "run"
     began = time.monotonic()
-    code, output = run(*LAUNCH, *TWO, *ONE_MACHINE, SCRIPT, *flags, "--save_every", "2",
-                       "--output_dir", directory, MINIPEFT_FAULT="after_prune:2")  # fmt: skip
+    code, output = run(*LAUNCH, *TWO, *ONE_MACHINE, DEATHS, "2", SCRIPT, *flags, "--save_every", "2",
+                       "--output_dir", directory)  # fmt: skip
     assert code != 0, output
     assert time.monotonic() - began < 60
     latest = Checkpoints(directory).latest()

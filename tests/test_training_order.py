@@ -301,15 +301,19 @@ def test_a_state_of_another_order_is_refused(tmp_path):
             stream(**options).restore(state)
 
 
-def test_a_state_of_more_data_is_refused(tmp_path):
+def test_a_state_of_more_data_is_refused_and_nothing_has_changed(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": CODE}] * 20)
     stream = StreamOrder(open_source(path, streaming=True), letters(), Encoding(8), 4, 0, window=4)
     for _ in range(20):
         next(stream)
     state = stream.state()
     write(path, [{"text": CODE}] * 5)
-    with pytest.raises(MinipeftError):
-        StreamOrder(open_source(path, streaming=True), letters(), Encoding(8), 4, 0, window=4).restore(state)
+    one, other = (StreamOrder(open_source(path, streaming=True), letters(), Encoding(8), 4, 0, window=4) for _ in "ab")
+    next(one), next(other)
+    with pytest.raises(StateError, match="fewer rows .* Nothing was changed"):
+        one.restore(state)
+    assert one.state() == other.state()
+    assert told(next(one)) == told(next(other))
 
 
 def test_a_stream_without_examples_ends_in_an_error_and_not_in_a_loop():

@@ -1,20 +1,17 @@
 """AdaLoRA in `Updater`: its own loss counts once an update, and its ranks go, on any number of processes."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from tiny_models import gpt2
 from tiny_rows import Rows
 
 pytest.importorskip("accelerate")
 
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from test_updates import mean_loss, no_room_for, updater_of
 
@@ -103,43 +100,22 @@ def test_a_skipped_step_is_left_out():
 
 def test_an_engine_that_cuts_tensors_up_is_refused():
     engine = SimpleNamespace(gradient_clipping=float, gradient_accumulation_steps=int)
-    with pytest.raises(StateError, match="needs its tensors whole"):
+    with pytest.raises(StateError, match="needs whole tensors"):
         Updater(SimpleNamespace(), adapted(), None, micro_batch=1, clip=1.0, engine=engine)
 
 
-RANKS = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch, torch.distributed as dist
-from accelerate import Accelerator
-from test_updates_schedule import Rows, STEPS, UpdateOrder, adapted, ranks, updater_of
-
-torch.set_num_threads(1)
-accelerator = Accelerator(cpu=True)
-update, order = updater_of(adapted(), accelerator, micro_batch=2, clip=0.5), UpdateOrder(Rows(), 7, seed=0)
-losses = [update(order[number]) for number in range(STEPS)]
-state = {{key: tensor.detach() for key, tensor in update.model.adapter_state_dict().items()}}
-torch.save([losses, state], f"{{sys.argv[1]}}/{{accelerator.process_index}}.pt")
-dist.destroy_process_group()
-"""
+def main(directory):
+    """One of two processes."""
+    accelerator = Accelerator(cpu=True)
+    update, order = updater_of(adapted(), accelerator, micro_batch=2, clip=0.5), UpdateOrder(Rows(), 7, seed=0)
+    losses = [update(order[number]) for number in range(STEPS)]
+    state = {key: tensor.detach() for key, tensor in update.model.adapter_state_dict().items()}
+    torch.save([losses, state], directory / f"{accelerator.process_index}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parent)), "utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    env |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path], env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE
-        )
-        for r in "01"
-    ]
-    errors = [process.communicate(timeout=60)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    warm.ranks(tmp_path, main, tmp_path, ACCELERATE_USE_CPU="true")
     reference = adapted()
     losses, _ = by_hand(reference)
     for rank in "01":

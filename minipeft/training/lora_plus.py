@@ -11,7 +11,7 @@ from minipeft.config import number
 from minipeft.errors import StateError, shown
 from minipeft.injection.module_tree import adapted_layers
 
-# The words that PEFT's file format has for a pair of factors, whatever the method: (down, up).
+# PEFT's file keys of a pair of factors (down, up), for any method.
 PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 GROUPS = ("lora_A", "lora_B", "vectors", "lora_embedding")
 
@@ -24,29 +24,29 @@ def lora_plus_groups(
     *,
     lr_embedding: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimizer in which B has the learning rate ``ratio * lr`` and A has `lr`.
+    """Parameter groups for any torch optimizer: B learns at ``ratio * lr``, A at `lr`.
 
-    Every parameter that requires a gradient is in exactly one group, in the model's order. The groups, by ``"name"``:
+    Every trainable parameter is in exactly one group, in the model's order. The groups, by ``"name"``:
 
-    - ``"lora_A"``, at `lr`: the down factors, matrices of modules trained in full, and rows of tokens;
-    - ``"lora_B"``, at ``ratio * lr``: the up factors;
-    - ``"vectors"``, at ``ratio * lr`` and never decayed: biases, norms, magnitudes. The rate is that of the authors' code
-      and of ``peft.optimizers.create_loraplus_optimizer``;
+    - ``"lora_A"``, at `lr`: down factors, matrices of modules trained in full, and rows of trained tokens;
+    - ``"lora_B"``, at ``ratio * lr``: up factors;
+    - ``"vectors"``, at ``ratio * lr`` without decay: biases, norms, magnitudes; the rate is that of the authors' code and
+      of ``peft.optimizers.create_loraplus_optimizer``;
     - ``"lora_embedding"``, at `lr_embedding`: both factors of adapted embeddings.
 
     Args:
-        model: adapted with LoRA or a relative that has a pair of factors.
+        model: adapted with LoRA, or with another method that has a pair of factors.
         lr: learning rate of A.
-        ratio: that of B over that of A, at least 1; the paper finds 16 good where B starts at zero.
-        weight_decay: of every group but ``"vectors"``.
+        ratio: learning rate of B divided by that of A, at least 1. The paper recommends 16 if B starts at zero.
+        weight_decay: of every group except ``"vectors"``.
         lr_embedding: learning rate of adapted embeddings; PEFT calls it ``loraplus_lr_embedding``.
 
     Returns:
-        Groups that are not empty, with ``"name"``, ``"params"``, ``"lr"`` and ``"weight_decay"``.
+        The groups that are not empty, with ``"name"``, ``"params"``, ``"lr"`` and ``"weight_decay"``.
 
     Raises:
         ConfigError: a number is out of range.
-        StateError: nothing trains, or an adapter that trains has no pair of factors.
+        StateError: no adapter trains, or one that trains has no pair of factors.
     """
     number("lr", lr, above=0)
     number("ratio", ratio, at_least=1)
@@ -59,7 +59,7 @@ def lora_plus_groups(
             groups[roles.get(id(parameter)) or ("vectors" if parameter.ndim == 1 else "lora_A")].append(parameter)
     if not roles:
         raise StateError(
-            "LoRA+ is for LoRA adapters, and no adapter of this model trains; see is_trainable and set_adapter."
+            "LoRA+ needs a LoRA adapter that trains, and no adapter of this model trains; see is_trainable and set_adapter."
         )
     rates = {"lora_A": lr, "lora_B": lr * ratio, "vectors": lr * ratio, "lora_embedding": lr_embedding}
     decay = {name: 0.0 if name == "vectors" else weight_decay for name in GROUPS}
@@ -71,11 +71,11 @@ def lora_plus_groups(
 
 
 def _factors(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """(id, group) of every factor of an adapter that trains."""
+    """(id, group) of every factor of the adapters that train."""
     for path, layer in adapted_layers(model):
         for adapter_name in layer.adapters:
             trains = any(parameter.requires_grad for parameter in layer.trainable_parameters(adapter_name))
-            if not trains or layer.adapter(adapter_name).key_prefix:  # rows of tokens are matrices like any other
+            if not trains or layer.adapter(adapter_name).key_prefix:  # rows of trained tokens are plain matrices
                 continue
             tensors = {key.partition(".")[0]: tensor for key, tensor in layer.file_tensors(adapter_name).items()}
             pair = next((pair for pair in PAIRS if tensors.keys() >= set(pair)), None)

@@ -1,20 +1,20 @@
-"""One update of the weights: forward and backward passes of each process's share, one exchange, one step.
+"""One update of the weights: forward and backward passes over each process's share, one exchange, one step.
 
-The gradient is that of the mean loss over all tokens of the update, whatever the number of processes and passes and
-however uneven their shares. It is exchanged once an update, in one piece: an adapter's is small, so there is nothing to
-gain from sending it while the backward pass runs, as DDP does. And so no process waits for another before all passes
-are done, and one that runs out of memory can say so.
+The gradient is that of the mean loss over all tokens of the update, for any number of processes and passes and however
+uneven their shares. It is exchanged once per update, in one piece: an adapter's gradient is small, so sending it during
+the backward pass, as DDP does, gains nothing. Until then no process waits for another, so a process that runs out of
+memory can say so.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -24,6 +24,7 @@ from minipeft.errors import StateError
 from minipeft.step_hooks import after_step, extra_loss, has_schedule
 from minipeft.training.data.collate import Batch, Store, eval_batches
 from minipeft.training.data.order import Update
+from minipeft.training.distributed.ranks import summed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -36,14 +37,14 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
 
     Args:
         model: a causal language model, lean or not.
-        batch: see `minipeft.training.data.collate`.
+        batch: as `minipeft.training.data.collate.collate` makes it.
     """
     labels = batch["labels"]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    # A DeepSpeed engine hands out its model's attributes.
+    # A DeepSpeed engine passes on its model's attributes.
     if model.training and getattr(model, "_minipeft_lean", None) is not None and bool((labels[:, 1:] != -100).any()):
         output = model(**inputs, labels=labels, num_items_in_batch=1)
-        if output.logits is None:  # else the loss is transformers' own, in its own precision
+        if output.logits is None:  # otherwise the loss is transformers' own, in its own precision
             return output.loss
         logits = output.logits
     else:
@@ -53,21 +54,21 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Updater:
-    """Makes the updates of a run; with `minipeft.extra_loss` and `minipeft.after_step`, for methods that ask for them.
+    """Makes the updates of a run. Calls `minipeft.extra_loss` and `minipeft.after_step` for methods that need them.
 
     Args:
         accelerator: of the run; its own accumulation stays at 1.
-        model: on its device, perhaps sharded by `minipeft.training.distributed.sharding.shard`; not wrapped.
+        model: on its device, not wrapped; it may be sharded by `minipeft.training.distributed.sharding.shard`.
         optimizer: prepared by the accelerator.
-        micro_batch: examples a process takes through the model at a time.
-        clip: the norm that the gradient is scaled down to, if larger.
-        auto_batch: where memory runs out, on any process, halve `micro_batch` on all and make the update again.
+        micro_batch: examples per forward pass of one process.
+        clip: largest norm of the gradient; a larger one is scaled down to it.
+        auto_batch: if any process runs out of memory, halve `micro_batch` on all and repeat the update.
         loss: sum of the losses of a batch.
-        engine: DeepSpeed's, of this model and optimizer; it exchanges, clips and steps, each in its own way.
+        engine: DeepSpeed's, of this model and optimizer; it exchanges gradients, clips and steps itself.
 
     Raises:
-        StateError: `auto_batch` or the method's schedule does not go with a sharded model; or the engine clips or divides
-            otherwise than is meant here.
+        StateError: `auto_batch` or the method's schedule does not work with a sharded model or DeepSpeed, or the engine
+            clips or divides differently.
     """
 
     def __init__(
@@ -84,18 +85,20 @@ class Updater:
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.loss = accelerator, model, optimizer, loss
         self.engine = engine
-        self.reached: set[int] = set()  # parameters that got a gradient: DeepSpeed takes a missing one for zeros
+        self.reached: set[int] = (
+            set()
+        )  # indices of parameters that got a gradient; DeepSpeed takes a missing one for zeros
         self.micro_batch, self.clip, self.auto_batch = micro_batch, clip, auto_batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sharded = isinstance(model, FSDPModule)
         self.scheduled = has_schedule(model)
         if auto_batch and (self.sharded or engine is not None):
             raise StateError(
-                "auto_batch does not go with a sharded model or DeepSpeed: processes wait for each other within a pass."
+                "auto_batch does not work with a sharded model or DeepSpeed: processes wait for each other within a pass."
             )
         if self.scheduled and (self.sharded or engine is not None):
             raise StateError(
-                "the adapter trains by a schedule of its own, which needs its tensors whole; not a sharded model or DeepSpeed."
+                "the adapter's own schedule needs whole tensors; it does not work with a sharded model or DeepSpeed."
             )
         if engine is not None:
             self._check_engine()
@@ -106,10 +109,10 @@ class Updater:
                 dist.broadcast(parameter.data, 0)
 
     def __call__(self, update: Update) -> float:
-        """Make an update, and return its mean loss in nats a token, without what a method adds to it.
+        """Make an update and return its mean loss in nats per token, without the method's extra loss.
 
         Raises:
-            StateError: memory runs out with one example at a time, or with any number where `auto_batch` is off.
+            StateError: memory runs out, and `auto_batch` is off or there is only one example at a time.
         """
         total = self._gradients(update)
         while total is None:
@@ -129,12 +132,12 @@ class Updater:
         return total / update.tokens
 
     def _gradients(self, update: Update) -> float | None:
-        """Add up this process's gradients; the sum of the losses of all, or None where memory ran out."""
+        """Add up this process's gradients. Returns the sum of the losses of all processes; None if memory ran out."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         engine = self.engine
         # fully_shard and DeepSpeed divide by the number of processes.
         scale = (world_size if self.sharded or engine is not None else 1) / update.tokens
-        sums = torch.zeros(2, dtype=torch.float64)  # of the losses, and of processes out of memory
+        sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of processes out of memory
         batches = update.batches(rank, world_size, self.micro_batch)
         try:
             for number, batch in enumerate(batches, 1):
@@ -147,7 +150,7 @@ class Updater:
                     loss = self.loss(self.model if engine is None else engine, batch)
                 (self.accelerator if engine is None else engine).backward(loss * scale)
                 sums[0] += float(loss.detach())
-            if self.scheduled and rank == 0:  # once over all processes, whose gradients are summed
+            if self.scheduled and rank == 0:  # once, as the gradients of all processes are summed
                 self.accelerator.backward(extra_loss(self.model))
         except (RuntimeError, MemoryError) as error:
             if self.sharded or engine is not None or not is_out_of_memory(error):
@@ -155,24 +158,22 @@ class Updater:
             if not self.auto_batch and world_size == 1:
                 raise self._too_large(error) from None
             sums[1] = 1
-        sums = self._summed(sums)
+        sums = summed(sums, self.accelerator.device)
         return None if sums[1] else float(sums[0])
 
     def _halve(self) -> None:
         self.optimizer.zero_grad()
-        gc.collect()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
         if self.micro_batch == 1 or not self.auto_batch:
             raise self._too_large(None)
         self.micro_batch = (self.micro_batch + 1) // 2
-        self.accelerator.print(f"out of memory: now {self.micro_batch} examples at a time, in more passes an update")
+        self.accelerator.print(f"out of memory: now {self.micro_batch} examples at a time, in more passes per update")
 
     def _too_large(self, error: BaseException | None) -> StateError:
         detail = "" if error is None else f" ({' '.join(str(error).split())[:120]})"
         return StateError(
             f"out of memory with {self.micro_batch} examples at a time{detail}; lower the batch size or the length, "
-            "turn on lean, checkpointing or auto_batch."
+            "or turn on lean, checkpointing or auto_batch."
         )
 
     @torch.no_grad()
@@ -198,33 +199,26 @@ class Updater:
         self.reached.add(index)
 
     def _check_engine(self) -> None:
-        """It must clip as this run does, and not divide by a number of passes, since the losses are sums."""
+        """The engine must clip as this run does, and not divide by a number of passes, as the losses are sums."""
         clip, passes = self.engine.gradient_clipping(), self.engine.gradient_accumulation_steps()
         if (clip, passes) != (self.clip, 1):
             raise StateError(
-                f"DeepSpeed has gradient_clipping {clip} and gradient_accumulation_steps {passes}, which must be "
-                f"{self.clip} and 1: passes are counted here."
+                f"DeepSpeed has gradient_clipping {clip} and gradient_accumulation_steps {passes}; they must be "
+                f"{self.clip} and 1, as minipeft accumulates itself."
             )
-
-    def _summed(self, sums: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return sums
-        sums = sums.to(self.accelerator.device)
-        dist.all_reduce(sums)
-        return sums.cpu()
 
 
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator, model: nn.Module, store: Store, micro_batch: int, loss: LossSum = loss_sum
 ) -> float:
-    """Mean loss in nats a token over all examples; each counts once, on any number of processes.
+    """Mean loss in nats per token over all examples; each counts once, on any number of processes.
 
     Args:
         accelerator: of the run.
         model: not wrapped; left in evaluation mode.
         store: the examples, see `minipeft.training.data.examples.Examples`.
-        micro_batch: examples a process takes through the model at a time.
+        micro_batch: examples per forward pass of one process.
         loss: sum of the losses of a batch.
     """
     model.eval()
@@ -232,14 +226,9 @@ def evaluate(
     for batch in eval_batches(store, micro_batch, accelerator.process_index, accelerator.num_processes):
         with accelerator.autocast():
             total += float(loss(model, {name: t.to(accelerator.device) for name, t in batch.items()}))
-    if accelerator.num_processes > 1:
-        total = total.to(accelerator.device)
-        dist.all_reduce(total)
-    return float(total) / int(store.targets.sum())
+    return float(summed(total, accelerator.device)) / int(store.targets.sum())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device has no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)

@@ -1,1 +1,1 @@
-"""From files and data sets to the batches of an update."""
+"""Training data: sources to rows, rows to tokens, tokens to batches in a known order."""

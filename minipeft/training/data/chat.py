@@ -1,4 +1,4 @@
-"""Conversations: a tokenizer's chat template makes the text, and tells which part of it the assistant wrote."""
+"""Conversations: a tokenizer's chat template makes the text and shows which parts the assistant wrote."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ASSISTANT = "assistant"
 
 
 class ChatTemplate:
-    """A tokenizer's template for conversations.
+    """A tokenizer's chat template.
 
-    The loss is on what the assistant wrote. A template with ``{% generation %}`` blocks says what that is; with any
-    other it is what a message of the assistant's adds to the conversation before it, beyond the generation prompt.
+    Only what the assistant wrote is predicted. A template with ``{% generation %}`` blocks marks it. For any other
+    template, it is what an assistant message adds to the conversation so far, after the generation prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         if not tokenizer.chat_template:
             raise DataError(
-                "the tokenizer has no chat template, which 'messages' need; take that of the model's chat version, "
+                "the tokenizer has no chat template, which 'messages' need; use the tokenizer of the model's chat version, "
                 "set tokenizer.chat_template, or give 'prompt' and 'completion'."
             )
         if not tokenizer.is_fast:
@@ -40,8 +40,7 @@ class ChatTemplate:
         """Token ids of a conversation, and for each whether the assistant wrote it.
 
         Raises:
-            DataError: the template does not take the messages, or makes of the first few something other than the
-                beginning of what it makes of all.
+            DataError: the template rejects the messages, or renders the first few of them differently if more follow.
         """
         text, spans = self._marked(messages, where) if self.marks_generation else self._compared(messages, where)
         encoded = self.tokenizer(
@@ -50,8 +49,8 @@ class ChatTemplate:
         return encoded["input_ids"], _within(encoded["offset_mapping"], spans)
 
     def _marked(self, messages: Messages, where: str) -> tuple[str, list[Span]]:
-        # apply_chat_template would take the last token by its character and lose the rest of one in several tokens,
-        # or, where a tokenizer trims white space, go on to the end of the conversation.
+        # apply_chat_template finds the tokens of a span by character. If the tokenizer trims white space off its
+        # offsets, no token may start at the span's end, and its mask then covers the rest of the conversation.
         texts, spans = self._render(messages, where, return_assistant_tokens_mask=True)
         return texts[0], spans[0]
 
@@ -65,8 +64,8 @@ class ChatTemplate:
                     prompt = self._text(before, where)
                 if not whole.startswith(after) or not after.startswith(prompt):
                     raise DataError(
-                        f"{where}: the chat template renders message {number} in another way where more messages follow "
-                        "or where an answer is asked for, so what the assistant wrote cannot be told; use a template "
+                        f"{where}: the chat template renders message {number} in another way if more messages follow "
+                        "or if an answer is asked for, so what the assistant wrote is unclear; use a template "
                         "with {% generation %} blocks, or 'prompt' and 'completion'."
                     )
                 spans.append((len(prompt), len(after)))
@@ -79,16 +78,16 @@ class ChatTemplate:
         values = {**self.tokenizer.special_tokens_map, **options}
         try:
             rendered: Any = render_jinja_template([list(messages)], chat_template=self.template, **values)
-        except Exception as error:  # jinja's, and whatever the template raises
-            raise DataError(f"{where}: the chat template does not take these messages ({error}).") from None
+        except Exception as error:  # jinja's, or whatever the template raises
+            raise DataError(f"{where}: the chat template rejects these messages ({error}).") from None
         return rendered[0], rendered[1]
 
 
 def _within(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """For each token, whether any of its text lies within a span.
 
-    So the first word of an answer is predicted with the blank before it, where that is one token. Where a tokenizer
-    trims white space off the offsets, a token begins where the one before it ended.
+    So if the first word of an answer shares a token with the blank before it, that token is predicted. A tokenizer may
+    trim white space off the offsets, so each token is taken to begin where the one before it ended.
     """
     inside, reached, number = [], 0, 0
     for start, end in offsets:

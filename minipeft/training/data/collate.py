@@ -1,15 +1,16 @@
-"""Examples to batches: filled up on the right, where nothing is attended to or predicted; the same number a process."""
+"""Examples to batches: padded on the right, and the same number of batches on every process."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minipeft.errors import ConfigError
 from minipeft.training.data.encoding import IGNORED
@@ -26,7 +27,7 @@ class Example(NamedTuple):
 
 
 class Store(Protocol):
-    """Examples that can be had by number."""
+    """Examples that can be read by number."""
 
     @property
     def lengths(self) -> Ints:
@@ -40,35 +41,34 @@ class Store(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """What to fill rows up with."""
+        """The token id to pad with."""
         ...
 
     def rows(self, indices: Sequence[int] | Ints) -> list[Example]:
-        """The examples of these numbers."""
+        """The examples with these numbers."""
         ...
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """A batch as long as the longest example.
+    """A batch as long as its longest example.
 
-    Positions count from the left, so a model's own position ids are right. Labels are masked by position, never by
-    comparing with `pad_id`, so a real eos is predicted also where eos fills the rows up.
+    Padding is on the right, so a model's own position ids are right. Labels are masked by position, never by
+    comparing with `pad_id`: a real eos is predicted even if eos is also the padding.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels`` (-100 where nothing is predicted), (examples, longest), int64.
     """
-    shape = (len(examples), max(len(example.input_ids) for example in examples))
-    ids, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length], mask[row, :length], labels[row, :length] = example.input_ids, 1, example.labels
-    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    ids = [torch.from_numpy(example.input_ids.astype(np.int64)) for example in examples]
+    labels = [torch.from_numpy(example.labels.astype(np.int64)) for example in examples]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
 
 
 def filler(pad_id: int) -> Batch:
-    """A batch for a process with nothing left: it takes part in the forward pass and predicts nothing, shape (1, 2).
+    """A batch for a process that has no examples left: it runs the forward pass and predicts nothing, shape (1, 2).
 
     The sum of its losses is 0; their mean would be NaN.
     """
@@ -77,15 +77,15 @@ def filler(pad_id: int) -> Batch:
 
 
 def collated(store: Store, indices: Ints) -> Batch:
-    """The batch of these examples, or a filler for none."""
+    """The batch of these examples, or a filler if there are none."""
     return collate(store.rows(indices), store.pad_id) if len(indices) else filler(store.pad_id)
 
 
 def pieces(indices: Ints, rank: int, world_size: int, micro_batch: int) -> list[Ints]:
-    """A process's share of the examples in pieces of at most `micro_batch`, as many on each process.
+    """A process's share of the examples, in pieces of at most `micro_batch`; every process gets as many pieces.
 
-    All pieces, over the processes and forward passes, differ by at most one in length, and those of one forward pass
-    lie side by side, so that the processes wait little for each other where the examples are sorted by length.
+    Piece sizes differ by at most one over all processes and passes. The pieces of one pass are neighbours in
+    `indices`, so if that is sorted by length the processes hardly wait for each other.
     """
     if not (0 <= rank < world_size and micro_batch >= 1):
         raise ConfigError(
@@ -99,18 +99,11 @@ def pieces(indices: Ints, rank: int, world_size: int, micro_batch: int) -> list[
 
 
 def eval_batches(store: Store, micro_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Batches for an evaluation: each example once over the processes, as many batches on each, fillers at the end.
+    """Batches for an evaluation: each example once over all processes, the same number of batches on each.
 
-    The examples come sorted by length, the longest first, so that little is filled up and a lack of memory shows
-    at once; where all are as long they keep their order.
+    Examples are sorted by length, longest first, so there is little padding and a lack of memory shows at once.
+    Examples of equal length keep their order.
     """
     order = np.argsort(-store.lengths, kind="stable")
     for piece in pieces(order, rank, world_size, micro_batch):
         yield collated(store, piece)
-
-
-def check_type(value: Any, name: str, low: int) -> int:
-    """`value`, if it is an integer of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-        raise ConfigError(f"{name} must be an integer from {low}, not {value!r}.")
-    return int(value)

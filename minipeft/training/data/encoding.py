@@ -1,4 +1,4 @@
-"""Rows to token ids and labels: what is predicted, where a document ends, and what happens to what is too long."""
+"""Rows to token ids and labels: what is predicted, where a document ends, and what happens to long rows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from minipeft.errors import ConfigError, DataError, shown
 from minipeft.training.data.chat import ChatTemplate
 from minipeft.training.data.rows import check_row
 
-VERSION = 1  # of what encoding makes of a row; caches depend on it
-IGNORED = -100  # torch.nn.functional.cross_entropy leaves these labels out
-LINES_A_RUN = 1000
+VERSION = 1  # of the encoding; cached rows of another version are not used
+IGNORED = -100  # torch.nn.functional.cross_entropy skips these labels
+LINES_PER_RUN = 1000
 PROBE = "a"
 
 
@@ -27,12 +27,12 @@ class Encoding:
     """How rows become examples.
 
     Attributes:
-        max_length: tokens an example has at most.
+        max_length: the most tokens an example may have.
         packing: join texts and cut them into blocks of `max_length`. None: do so for text, and never for prompts and
-            chats, which would see each other.
-        overlong: for a prompt with completion or a chat of more tokens: ``"error"``, ``"truncate"`` its end away or
-            ``"drop"`` it. Text is cut into blocks in any case.
-        empty: for one in which there is nothing to predict: ``"error"`` or ``"drop"``.
+            chats, which would attend to each other.
+        overlong: what to do with a prompt and completion or a chat of more tokens: ``"error"``, ``"truncate"`` its
+            end or ``"drop"`` it. Text is always cut into blocks.
+        empty: what to do with a row that has nothing to predict: ``"error"`` or ``"drop"``.
     """
 
     max_length: int
@@ -43,7 +43,7 @@ class Encoding:
     def __post_init__(self) -> None:
         if type(self.max_length) is not int or self.max_length < 2:
             raise ConfigError(
-                f"max_length must be an integer from 2, not {self.max_length!r}: one token predicts none."
+                f"max_length must be an integer from 2, not {self.max_length!r}: one token predicts nothing."
             )
         for name, allowed in (("overlong", ("error", "truncate", "drop")), ("empty", ("error", "drop"))):
             if getattr(self, name) not in allowed:
@@ -60,7 +60,7 @@ class Fate(IntEnum):
 
 
 class Encoded(NamedTuple):
-    """A row in tokens; `labels` is None where every token is predicted, both are empty where it is dropped."""
+    """A row in tokens. `labels` is None if every token is predicted; both are empty if the row is dropped."""
 
     input_ids: list[int]
     labels: list[int] | None
@@ -70,9 +70,9 @@ class Encoded(NamedTuple):
 class Encoder:
     """Encodes rows of one kind with one tokenizer.
 
-    Text: its tokens; a document (kind ``"text"``) between what the tokenizer puts before a text, if anything, and eos.
-    Prompt and completion: tokenised each on its own and joined, so that the boundary falls between two tokens and is
-    the one that generation from the prompt meets; then eos. Chat: see `ChatTemplate`.
+    Text: its tokens; a document (kind ``"text"``) also gets the tokenizer's prefix, such as bos, and eos.
+    Prompt and completion: tokenised separately and joined, so that training sees the same boundary as generation from
+    the prompt; then eos. Chat: see `ChatTemplate`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kind: str, encoding: Encoding):
@@ -81,7 +81,7 @@ class Encoder:
         self.packing = self.is_text if encoding.packing is None else encoding.packing
         if self.packing and not self.is_text:
             raise ConfigError(
-                f"packing=True is for text: examples of kind {kind!r} would see each other; leave it out."
+                f"packing=True is for text: examples of kind {kind!r} would attend to each other; leave it out."
             )
         self.template = ChatTemplate(tokenizer) if kind == "chat" else None
         self.before = _prefix(tokenizer) if kind in ("text", "prompt") else []
@@ -89,40 +89,37 @@ class Encoder:
             raise ConfigError(
                 f"the tokenizer has no eos token, which ends an example of kind {kind!r}; set tokenizer.eos_token."
             )
-        self.rows_at_once = LINES_A_RUN if kind == "line" else 1
+        self.rows_at_once = LINES_PER_RUN if kind == "line" else 1
 
     def encode(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Encoded]:
-        """Encode rows; lines become one run, all others one example each.
+        """Encode rows. Lines are joined to one run; any other row is encoded on its own.
 
         Raises:
-            DataError: a row is of the wrong type, too long or empty, as `Encoding` says; the message names it.
+            DataError: a row has the wrong type, or is too long or empty and `Encoding` says to stop; the message names it.
         """
         text = "text" if self.is_text else self.kind
         checked = [check_row(text, row, name) for row, name in zip(rows, names, strict=True)]
         if self.kind == "line":
             lines = [row["text"] if row["text"].endswith("\n") else row["text"] + "\n" for row in checked]
-            return [self._text("".join(lines))]
+            return self._texts(["".join(lines)])
         if self.is_text:
-            return [self._text(row["text"]) for row in checked] if len(rows) == 1 else self._texts(checked)
+            return self._texts([row["text"] for row in checked])
         if self.kind == "prompt":
             return self._prompts(checked, names)
         return [self._chat(json.loads(row["messages"]), name) for row, name in zip(checked, names, strict=True)]
 
     def fingerprint(self) -> str:
-        """Digest of all that decides what a row becomes, the same on every machine."""
+        """Digest of everything that decides what a row becomes; the same on every machine and path."""
         parts = [VERSION, self.kind, asdict(self.encoding), tokenizer_digest(self.tokenizer)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # Not verbose: it would warn that a text is longer than the model's context; what is, is cut or refused next.
+        # verbose would warn of texts longer than the model's context, which are cut or refused next.
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return encoded["input_ids"]
 
-    def _text(self, text: str) -> Encoded:
-        return self._texts([{"text": text}])[0]
-
-    def _texts(self, rows: list[dict[str, str]]) -> list[Encoded]:
-        runs = self._ids([row["text"] for row in rows])
+    def _texts(self, texts: list[str]) -> list[Encoded]:
+        runs = self._ids(texts)
         if self.kind == "text":
             runs = [self._ended(self.before + ids) if ids else [] for ids in runs]
         return [Encoded(ids, None, Fate.KEPT if ids else Fate.EMPTY) for ids in runs]
@@ -147,11 +144,11 @@ class Encoder:
 
     def _fitted(self, ids: list[int], predicted: list[bool], name: str) -> Encoded:
         length, allowed = len(ids), self.encoding.max_length
-        if not any(predicted[1:]):  # there is nothing before the first token to predict it from
+        if not any(predicted[1:]):  # nothing comes before the first token, so it cannot be predicted
             if self.encoding.empty == "error":
                 raise DataError(
                     f"{name} has no token to predict: its completion or the assistant's part is empty; "
-                    'correct it, or drop such rows with empty="drop".'
+                    'fill it in, or drop such rows with empty="drop".'
                 )
             return Encoded([], [], Fate.EMPTY)
         fate = Fate.KEPT
@@ -169,7 +166,7 @@ class Encoder:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill rows up with. Any will do, eos too: it is masked, and labels are told apart by position."""
+    """A token id to pad with. Any will do, even eos: padding is masked, and labels are masked by position."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(token for token in known if token is not None))
 
@@ -178,17 +175,17 @@ def check_fit(max_length: int, largest_id: int, config: Any) -> None:
     """Refuse examples that a model cannot take.
 
     Args:
-        max_length: tokens an example has at most.
+        max_length: the most tokens an example may have.
         largest_id: the largest token id; see `Examples.largest_id`, or ``len(tokenizer) - 1``.
         config: a transformers configuration.
 
     Raises:
-        ConfigError: it has fewer positions or a smaller vocabulary.
+        ConfigError: the model has fewer positions or a smaller vocabulary.
     """
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     if max_length > positions:
-        raise ConfigError(f"max_length {max_length}: the model has {positions} positions; give at most that.")
+        raise ConfigError(f"max_length {max_length}: the model has {positions} positions; give at most that many.")
     if largest_id >= config.vocab_size:
         raise ConfigError(
             f"token id {largest_id} is outside the model's vocabulary of {config.vocab_size}; "
@@ -197,7 +194,7 @@ def check_fit(max_length: int, largest_id: int, config: Any) -> None:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of what a tokenizer does to a text. Its pickle would not do: the first call changes it."""
+    """Digest of what a tokenizer does to a text. Its pickle would not do: it contains the path it was loaded from."""
     content: Any = sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -11,38 +11,39 @@ from typing import Any
 
 import datasets  # type: ignore[import-untyped]
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from minipeft.errors import DataError
 from minipeft.training.data.collate import Example, Ints
 from minipeft.training.data.encoding import IGNORED, Encoder, Encoding, Fate, padding_id
-from minipeft.training.data.packing import TokenStream, cut, row_ends
 from minipeft.training.data.sources import Source
 
 HELD_OUT = 0.05
-ROWS_A_CALL = 200  # a tokenizer encodes them in parallel
+ROWS_PER_CALL = 200  # a tokenizer encodes them in parallel
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Examples of a text or a data set, each a stretch of a token stream on disk.
+    """Examples of a text or a data set, each a stretch of one long stream of tokens on disk.
 
-    In memory an example takes 24 bytes.
+    So packing needs no second copy. In memory an example takes 24 bytes.
 
     Attributes:
-        ids: all tokens, end to end.
-        labels: likewise; None where every token is predicted.
+        ids: all tokens, end to end, int32.
+        labels: likewise; None if every token is predicted.
         starts: where each example starts, shape (examples,).
         ends: where it ends.
         targets: predicted tokens of each example, shape (examples,).
-        pad_id: what to fill rows up with.
-        max_length: tokens an example has at most.
+        pad_id: the token id to pad with.
+        max_length: the most tokens an example may have.
         counts: what became of the rows, by `Fate`.
     """
 
-    ids: TokenStream
-    labels: TokenStream | None
+    ids: pa.ChunkedArray
+    labels: pa.ChunkedArray | None
     starts: Ints
     ends: Ints
     targets: Ints
@@ -66,63 +67,65 @@ class Examples:
     @functools.cached_property
     def largest_id(self) -> int:
         """The largest token id, for `check_fit`."""
-        return max(int(chunk.max()) for chunk in self.ids.chunks())
+        return int(pc.max(self.ids).as_py())
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of tokens, labels and their division into examples: of the content, on any machine and path."""
+        """Digest of tokens, labels and where each example starts and ends; the same on any machine and path."""
         digest = hashlib.sha256(b"minipeft examples 1")
         for stream in (self.ids, self.labels):
-            digest.update(str(len(stream) if stream else None).encode())
-            for chunk in stream.chunks() if stream else ():
-                digest.update(np.ascontiguousarray(chunk, "<i4").data)
+            digest.update(str(None if stream is None else len(stream)).encode())
+            for chunk in [] if stream is None else stream.chunks:
+                digest.update(np.ascontiguousarray(chunk.to_numpy(), "<i4").data)
         for array in (self.starts, self.ends):
             digest.update(np.ascontiguousarray(array, "<i8").data)
         return digest.hexdigest()
 
     def rows(self, indices: Sequence[int] | Ints) -> list[Example]:
-        """The examples of these numbers."""
-        stretches = [slice(int(self.starts[index]), int(self.ends[index])) for index in indices]
-        if self.labels is None:
-            return [Example(self.ids[stretch], self.ids[stretch]) for stretch in stretches]
-        return [Example(self.ids[stretch], self.labels[stretch]) for stretch in stretches]
+        """The examples with these numbers."""
+        found = []
+        for index in indices:
+            start, length = int(self.starts[index]), int(self.lengths[index])
+            ids = self.ids.slice(start, length).to_numpy()
+            found.append(Example(ids, ids if self.labels is None else self.labels.slice(start, length).to_numpy()))
+        return found
 
     def select(self, first: int, last: int) -> Examples:
-        """The examples from number `first` to below `last`."""
+        """The examples from number `first` up to, but not including, `last`."""
         part = slice(first, last)
         return replace(self, starts=self.starts[part], ends=self.ends[part], targets=self.targets[part])
 
     def hold_out(self, share: float = HELD_OUT) -> tuple[Examples, Examples]:
-        """All but the last `share` of the examples, to train on, and these, to evaluate on; each has at least one.
+        """Examples to train on, and the last `share` of them to evaluate on; at least one each.
 
         Raises:
-            DataError: there is but one example.
+            DataError: there is only one example.
         """
         kept = len(self) - math.ceil(share * len(self))
         if not 0 < kept < len(self):
             raise DataError(
                 f"{len(self)} examples cannot be divided into some to train on and some to evaluate on; "
-                "lengthen the data, lower max_length or give data for the evaluation."
+                "give more data, lower max_length or give data for the evaluation."
             )
         return self.select(0, kept), self.select(kept, len(self))
 
     def describe(self) -> str:
-        """What came of the rows, on one line."""
-        told = {
+        """What became of the rows, on one line."""
+        words = {
             Fate.TRUNCATED: "truncated to max_length",
             Fate.OVERLONG: "dropped for their length",
             Fate.EMPTY: "left out as empty",
         }
-        parts = [f"{self.counts[fate]:,} rows {words}" for fate, words in told.items() if self.counts.get(fate)]
+        parts = [f"{self.counts[fate]:,} rows {what}" for fate, what in words.items() if self.counts.get(fate)]
         return "; ".join([f"{len(self):,} examples, {self.tokens:,} tokens to predict", *parts])
 
 
 def encode(
     source: Source, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, *, processes: int | None = None
 ) -> Examples:
-    """Encode all rows of a source, or take what an earlier run with the same rows, tokenizer and encoding has cached.
+    """Encode all rows of a source, or read what an earlier run with the same rows, tokenizer and encoding cached.
 
-    Packing loses nothing: texts are joined over all rows, and the last block is kept, though short.
+    Packing loses nothing: texts are joined over all rows, and the last block is kept even if it is short.
 
     Args:
         source: rows, not streaming.
@@ -131,16 +134,14 @@ def encode(
         processes: how many tokenise at a time; a fast tokenizer uses all cores by itself.
 
     Raises:
-        DataError: a row does not fit, or no example comes of the rows.
+        DataError: a row does not fit, or the rows make no example.
     """
     if isinstance(source.rows, IterableDataset):
         raise DataError(f"{source.name} is streaming; use StreamOrder, or open it with streaming=False.")
     encoder = Encoder(tokenizer, source.kind, encoding)
-    dataset = _encoded(source.rows, source, encoder, processes)
-    column = dataset.data.column("input_ids")
-    fates = np.concatenate([np.empty(0, np.int8), *(chunk.to_numpy() for chunk in dataset.data.column("fate").chunks)])
-    counts = {fate: int((fates == fate).sum()) for fate in Fate}
-    ends = row_ends(column)
+    table = _encoded(source.rows, source, encoder, processes).data
+    column = table.column("input_ids")
+    ends = np.cumsum(pc.list_value_length(column).to_numpy(), dtype=np.int64)
     starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
     if encoder.is_text:
         if encoder.packing:
@@ -149,29 +150,49 @@ def encode(
         labels, targets = None, ends - starts - 1
     else:
         kept = ends > starts
-        labels, targets = TokenStream(dataset.data.column("labels")), _targets(dataset)[kept]
+        labels = pc.list_flatten(table.column("labels"))
+        targets = table.column("targets").to_numpy().astype(np.int64)[kept]
         starts, ends = starts[kept], ends[kept]
     if len(starts) == 0:
-        raise DataError(f"{source.name}: no example of at least 2 tokens comes of it; give more text or other rows.")
-    ids = TokenStream(column)
-    return Examples(ids, labels, starts, ends, targets, padding_id(tokenizer), encoding.max_length, counts)
+        raise DataError(
+            f"{source.name}: no example of at least 2 tokens comes of its rows; give more text or other rows."
+        )
+    counts = dict(zip(Fate, np.bincount(table.column("fate").to_numpy(), minlength=len(Fate)).tolist(), strict=True))
+    ids, pad_id = pc.list_flatten(column), padding_id(tokenizer)
+    return Examples(ids, labels, starts, ends, targets, pad_id, encoding.max_length, counts)
+
+
+def cut(starts: Ints, ends: Ints, length: int) -> tuple[Ints, Ints]:
+    """Cut each stretch into blocks of `length`. Its last block may be shorter; a block of one token is left out.
+
+    One token predicts nothing, so nothing is lost that could be learned from.
+
+    Returns:
+        Starts and ends of the blocks, each of shape (blocks,).
+    """
+    counts = -(-(ends - starts) // length)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, ... in each stretch
+    block_starts = np.repeat(starts, counts) + within * length
+    block_ends = np.minimum(block_starts + length, np.repeat(ends, counts))
+    enough = block_ends - block_starts > 1
+    return block_starts[enough], block_ends[enough]
 
 
 def _encoded(rows: Dataset, source: Source, encoder: Encoder, processes: int | None) -> Dataset:
-    """The rows in tokens, row by row, in the cache where the rows have one."""
+    """The rows in tokens, row by row; datasets caches them if it caches the rows."""
     tokens = datasets.Sequence(Value("int32"))
     values = {"input_ids": tokens, "fate": Value("int8")}
     if not encoder.is_text:
         values |= {"labels": tokens, "targets": Value("int32")}
     rows = rows.select_columns(list(source.columns)).with_format(None)
-    # datasets would hash the tokenizer's pickle, which its first call changes.
+    # datasets would hash the tokenizer's pickle, which contains the path that it was loaded from.
     parts = f"{rows._fingerprint} {encoder.fingerprint()}"
     return rows.map(
-        _Call(encoder, source),
+        functools.partial(_encode_columns, encoder, source.name),
         batched=True,
-        batch_size=max(ROWS_A_CALL, encoder.rows_at_once),
+        batch_size=max(ROWS_PER_CALL, encoder.rows_at_once),
         with_indices=True,
-        writer_batch_size=ROWS_A_CALL,
+        writer_batch_size=ROWS_PER_CALL,
         remove_columns=list(source.columns),
         features=Features(values),
         num_proc=processes,
@@ -180,24 +201,14 @@ def _encoded(rows: Dataset, source: Source, encoder: Encoder, processes: int | N
     )
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What datasets calls with some columns."""
-
-    encoder: Encoder
-    source: Source
-
-    def __call__(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        encoded = self.encoder.encode(rows, [f"{self.source.name}, row {index}" for index in indices])
-        ids = [np.asarray(row.input_ids, np.int32) for row in encoded]
-        found: dict[str, list[Any]] = {"input_ids": ids, "fate": [int(row.fate) for row in encoded]}
-        if not self.encoder.is_text:
-            found["labels"] = [np.asarray(row.labels, np.int32) for row in encoded]
-            found["targets"] = [int((labels[1:] != IGNORED).sum()) for labels in found["labels"]]
-        return found
-
-
-def _targets(dataset: Dataset) -> Ints:
-    chunks = dataset.data.column("targets").chunks
-    return np.concatenate([np.empty(0, np.int64), *(chunk.to_numpy() for chunk in chunks)])
+def _encode_columns(
+    encoder: Encoder, name: str, columns: dict[str, list[Any]], indices: list[int]
+) -> dict[str, list[Any]]:
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    encoded = encoder.encode(rows, [f"{name}, row {index}" for index in indices])
+    ids = [np.asarray(row.input_ids, np.int32) for row in encoded]
+    found: dict[str, list[Any]] = {"input_ids": ids, "fate": [int(row.fate) for row in encoded]}
+    if not encoder.is_text:
+        found["labels"] = [np.asarray(row.labels, np.int32) for row in encoded]
+        found["targets"] = [int((labels[1:] != IGNORED).sum()) for labels in found["labels"]]
+    return found

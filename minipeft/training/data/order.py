@@ -1,4 +1,4 @@
-"""Which examples go into which update: a function of the seed and the number of the update, and of nothing else."""
+"""Which examples go into which update: a function of the seed and the update's number, and of nothing else."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minipeft.config import integer
 from minipeft.errors import DataError
-from minipeft.training.data.collate import Batch, Ints, Store, check_type, collated, pieces
+from minipeft.training.data.collate import Batch, Ints, Store, collated, pieces
 
 BUCKET = 16  # updates
+LARGEST_SEED = 2**63
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +21,10 @@ class Update:
     """The examples of one update of the weights.
 
     Attributes:
-        number: of the update, from 0 over the whole run.
+        number: of the update, from 0, over the whole run.
         epoch: from 0.
-        indices: of its examples, shape (examples,).
-        store: where the examples are.
+        indices: numbers of its examples, shape (examples,).
+        store: holds the examples.
     """
 
     number: int
@@ -32,50 +34,49 @@ class Update:
 
     @property
     def tokens(self) -> int:
-        """Number of predicted tokens over all processes: what the sum of the losses is to be divided by."""
+        """Predicted tokens over all processes: divide the sum of the losses by this."""
         return int(self.store.targets[self.indices].sum())
 
     def batches(self, rank: int, world_size: int, micro_batch: int) -> list[Batch]:
-        """This process's micro batches; as many on every process, with a filler where nothing is left.
+        """This process's batches. Every process gets the same number; a filler stands in if no example is left.
 
         Args:
             rank: of this process, from 0.
             world_size: number of processes.
-            micro_batch: examples a forward pass of one process takes at most; may differ from update to update.
+            micro_batch: largest number of examples per forward pass of one process; may differ between updates.
 
         Returns:
-            Batches as of `collate`. Over all processes they hold each example once.
+            Batches as `collate` makes them. Over all processes they hold each example once.
         """
         return [collated(self.store, piece) for piece in pieces(self.indices, rank, world_size, micro_batch)]
 
 
 class UpdateOrder:
-    """The updates of a run: ``order[u]`` is update number u, on any process and after any restart the same.
+    """The updates of a run: ``order[u]`` is update number u, the same on every process and after every restart.
 
-    Each epoch is shuffled anew, with `shuffled` and the key (seed, epoch). It takes 8 bytes an example, once.
+    Each epoch is shuffled by `shuffled` with the key (seed, epoch). Memory: 8 bytes per example.
 
     Args:
         store: the examples, see `Examples`.
-        update_size: examples an update takes over all processes and accumulation steps; the last of an epoch may
-            take fewer.
+        update_size: examples per update over all processes and passes; the last update of an epoch may have fewer.
         seed: of the order, at least 0.
-        bucket: sort the examples of this many updates by length, so that batches fill little up; see `shuffled`.
+        bucket: sort the examples of this many updates by length, to save padding; see `shuffled`.
 
     Raises:
-        DataError: there is no example. ConfigError: a number is out of range.
+        DataError: there are no examples.
+        ConfigError: a number is out of range.
     """
 
     def __init__(self, store: Store, update_size: int, seed: int, bucket: int = BUCKET):
-        self.store, self.size = store, check_type(update_size, "update_size", 1)
-        self.seed, self.bucket = check_type(seed, "seed", 0), check_type(bucket, "bucket", 0)
+        self.store, self.size = store, integer("update_size", update_size, 1)
+        self.seed, self.bucket = integer("seed", seed, 0, LARGEST_SEED), integer("bucket", bucket, 0)
         if len(store.lengths) == 0:
-            raise DataError("there are no examples to train on; lengthen the data.")
+            raise DataError("there are no examples to train on; give more data.")
         self.updates_per_epoch = math.ceil(len(store.lengths) / self.size)
         self._epoch: tuple[int, list[Ints]] = (-1, [])
 
     def __getitem__(self, number: int) -> Update:
-        number = check_type(number, "the number of an update", 0)
-        epoch, place = divmod(number, self.updates_per_epoch)
+        epoch, place = divmod(integer("the number of an update", number, 0), self.updates_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, shuffled(self.store.lengths, self.size, self.bucket, (self.seed, epoch)))
         return Update(number, epoch, self._epoch[1][place], self.store)
@@ -88,18 +89,18 @@ class UpdateOrder:
 
 
 def shuffled(lengths: Ints, size: int, bucket: int, key: tuple[int, ...]) -> list[Ints]:
-    """All examples once, in random order, in updates of `size`; what is left over makes a short one at the end.
+    """All examples once, in random order, in updates of `size`; the remainder makes a shorter one at the end.
 
-    With a `bucket`, each `bucket` updates share examples sorted by length, and then the updates are shuffled: their
-    examples are about as long as each other, and which come together and when is random all the same.
+    With a `bucket`, the examples of each `bucket` updates are sorted by length and then the updates are shuffled.
+    So an update's examples have similar lengths, but which examples meet, and when, is still random.
 
     Args:
         lengths: tokens of each example, shape (examples,).
-        size: examples an update.
-        bucket: number of updates to sort over; 0 to not sort at all.
-        key: numbers from 0; the order depends on them alone.
+        size: examples per update.
+        bucket: number of updates to sort together; 0 to not sort at all.
+        key: non-negative numbers; the order depends on them alone.
     """
-    # Sorting the raw words: they are the part of numpy's generators that is promised to stay from version to version.
+    # Sort raw words: of numpy's generators only these are promised to stay the same between versions.
     words = np.random.PCG64(np.random.SeedSequence(list(key)))
     order = np.argsort(words.random_raw(len(lengths)), kind="stable").astype(np.int64)
     full = len(order) // size * size

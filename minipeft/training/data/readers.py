@@ -1,4 +1,7 @@
-"""Files to rows: plain text in runs of whole lines, JSON by the object; gzip is undone on the way."""
+"""Files to rows: plain text in runs of whole lines, JSON object by object; gzip is unpacked on the way.
+
+Unlike the readers of datasets, these name the line of a bad row and never hold an endless line in memory.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from typing import TextIO
 from minipeft.errors import DataError
 from minipeft.training.data.rows import check_row, kind_of
 
-VERSION = 1  # of what the readers make of a file; caches of rows depend on it
-RUN_CHARACTERS = 1 << 16  # long enough that it matters little where a run ends, short enough to hold many
+VERSION = 1  # of the readers; cached rows of another version are not used
+RUN_CHARACTERS = 1 << 16  # long, so few runs end inside a paragraph; short, so many fit in memory
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 
 
@@ -25,13 +28,13 @@ def is_json(path: Path) -> bool:
 
 
 def text_runs(files: list[str], stamps: tuple[object, ...]) -> Iterator[dict[str, str]]:
-    r"""The text of the files in runs of about `RUN_CHARACTERS`, which end where a line ends.
+    r"""The text of the files in runs of about `RUN_CHARACTERS`, each ending with a line.
 
     Joined, the runs of a file are the file, with ``\n`` for any kind of line end, and one at its end.
 
     Args:
         files: paths.
-        stamps: tells a cache of the rows that a file has changed; not used otherwise.
+        stamps: only make the cache of datasets notice that a file has changed.
 
     Raises:
         DataError: a file cannot be read or is not UTF-8.
@@ -40,7 +43,7 @@ def text_runs(files: list[str], stamps: tuple[object, ...]) -> Iterator[dict[str
         with _opened(Path(file)) as stream:
             run = ""
             for piece in iter(partial(stream.readline, RUN_CHARACTERS), ""):
-                # A line without an end is cut rather than held in memory.
+                # Cut an endless line rather than hold it in memory.
                 if len(run) >= RUN_CHARACTERS and (run.endswith("\n") or len(run) >= 2 * RUN_CHARACTERS):
                     yield {"text": run}
                     run = ""
@@ -50,15 +53,15 @@ def text_runs(files: list[str], stamps: tuple[object, ...]) -> Iterator[dict[str
 
 
 def json_rows(files: list[str], stamps: tuple[object, ...], kind: str) -> Iterator[dict[str, str]]:
-    """The rows of JSON files, checked: an object a line, or one list of objects, which is read as a whole.
+    """The rows of JSON files, checked: one object per line, or one list of objects, which is read as a whole.
 
     Args:
         files: paths.
-        stamps: tells a cache of the rows that a file has changed; not used otherwise.
+        stamps: only make the cache of datasets notice that a file has changed.
         kind: a key of `COLUMNS`.
 
     Raises:
-        DataError: a file cannot be read, or a row is not JSON or not of this kind; the message names its line.
+        DataError: a file cannot be read, or a row is not JSON or not of this kind; the message names the line.
     """
     for file in files:
         for where, row in _objects(Path(file)):

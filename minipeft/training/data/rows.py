@@ -13,28 +13,30 @@ ALLOWED = "'text', or 'prompt' and 'completion', or 'messages'"
 
 
 def kind_of(columns: Iterable[str], where: str) -> str:
-    """The kind of example that these columns make: a key of `COLUMNS`.
+    """The kind of example that these columns make, a key of `COLUMNS`.
 
     Args:
         columns: names of the columns, or the keys of a row.
-        where: what to call the data in a message.
+        where: names the data in a message.
 
     Raises:
-        DataError: they make none or more than one; the message lists them.
+        DataError: they make none, or more than one; the message lists them.
     """
     names = list(columns)
     kinds = [kind for kind, needed in COLUMNS.items() if set(needed) <= set(names)]
     if len(kinds) == 1:
         return kinds[0]
     problem = f"make more than one kind of example ({', '.join(kinds)})" if kinds else "make no example"
-    raise DataError(f"{where}: the columns {shown(names, 20)} {problem}; allowed are {ALLOWED}, and other columns.")
+    raise DataError(
+        f"{where}: the columns {shown(names, 20)} {problem}; allowed are {ALLOWED}, next to any other columns."
+    )
 
 
 def check_row(kind: str, row: object, where: str) -> dict[str, str]:
-    """The values that matter, each a string; the messages of a chat as JSON, since Arrow would add keys to them.
+    """The values of the used columns, as strings. Messages become JSON, because Arrow would add keys to them.
 
     Raises:
-        DataError: a value is missing or of the wrong type; the message names the row.
+        DataError: a value is missing or has the wrong type; the message names the row.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is a {type(row).__name__}; it must be an object with {ALLOWED}.")
@@ -60,7 +62,7 @@ def _messages(value: object, where: str) -> list[dict[str, Any]]:
     for number, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: message {number} is {_told(message)}; it must be an object with a 'role'.")
-        # A column of structs has a key for each that any row has; a template takes a null for a value.
+        # In a column of structs, every row has the keys of all rows; a template would take their nulls for values.
         messages.append({key: item for key, item in message.items() if item is not None})
     return messages
 

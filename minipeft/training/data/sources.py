@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, data sets on disk or on the Hub; whole or as a stream."""
+"""Where rows come from: files, folders, data sets on disk or on the Hub, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Source:
     """Rows, and what they are.
 
     Attributes:
-        name: what to call them in a message.
-        rows: with the columns of the kind; others may stand beside them.
+        name: of the rows in a message.
+        rows: with the columns of the kind, and perhaps others.
         kind: ``"run"`` for pieces of a text, ``"line"`` for its lines, ``"text"`` for documents, ``"prompt"`` for
             prompts with completions, ``"chat"`` for conversations.
         ignored: columns that are not used.
@@ -49,7 +49,7 @@ class Source:
 
     @property
     def streaming(self) -> bool:
-        """Whether the rows come one after the other, in unknown number."""
+        """Whether the rows are read one after the other, and their number is unknown."""
         return isinstance(self.rows, IterableDataset)
 
 
@@ -65,16 +65,16 @@ def open_source(
 
     Args:
         data: a file, a folder or the name of a data set on the Hub. A file is JSON (``.json``, ``.jsonl``), a table
-            (``.parquet``, ``.csv``) or else plain text; any of these may be compressed (``.gz``), tables excepted.
-            A folder is what ``save_to_disk`` wrote, or holds files of one kind; their names or those of their folders
-            may tell the split (train, validation, test).
+            (``.parquet``, ``.csv``) or else plain text; JSON and text may be compressed (``.gz``). A folder is what
+            ``save_to_disk`` wrote, or holds files of one kind; the names of the files or of their folders may tell the
+            split (train, validation, test).
         config: of a data set on the Hub that has several.
         split: which part to read.
-        streaming: read on while training, for data larger than memory and disk.
-        lines: the rows of a data set with ``text`` are lines that follow each other, not documents.
+        streaming: read while training, for data larger than memory and disk.
+        lines: the rows of a data set with ``text`` are consecutive lines, not documents.
 
     Raises:
-        DataError: nothing is there, it cannot be read, lacks the split, or its columns make no example.
+        DataError: the data is not there, cannot be read or lacks the split, or its columns make no example.
     """
     path = Path(data)
     if config is not None and path.exists():
@@ -95,13 +95,13 @@ def open_source(
         return Source(source.name, source.rows, "line", source.ignored)
     if lines and source.kind != "run":
         raise DataError(
-            f"{data}: lines=True is for a column 'text', but the columns make examples of kind {source.kind}."
+            f"{data}: lines=True is for a column 'text', but these columns make examples of kind {source.kind}."
         )
     return source
 
 
 def split_names(data: str | os.PathLike[str], config: str | None = None) -> list[str]:
-    """Names of the parts that `open_source` would find; a file and a single saved data set are their own ``train``."""
+    """Names of the splits that `open_source` would find; a file or a single saved data set has only ``train``."""
     path = Path(data)
     if path.is_file() or (path / "dataset_info.json").is_file():
         return ["train"]
@@ -113,12 +113,11 @@ def split_names(data: str | os.PathLike[str], config: str | None = None) -> list
 
 
 def held_out_split(data: str | os.PathLike[str], config: str | None = None) -> str | None:
-    """The part meant for evaluation, validation before test, if there is one."""
+    """The split to evaluate on, if there is one: validation, else test."""
     names = split_names(data, config)
     return next((name for name in HELD_OUT_SPLITS if name in names), None)
 
 
-# ------------------------------------------------------------------------------------------------------------- files
 def _from_files(paths: list[Path], name: str, streaming: bool) -> Source:
     kinds = {_file_kind(path) for path in paths}
     if len(kinds) > 1:
@@ -128,7 +127,7 @@ def _from_files(paths: list[Path], name: str, streaming: bool) -> Source:
             raise DataError(f"{path} is empty; give a file with text in it.")
     kind = kinds.pop()
     if kind in TABLES.values():
-        # csv: an empty or "NA" cell is text, not a missing value.
+        # In a csv, an empty or "NA" cell is text, not a missing value.
         options = {"keep_default_na": False} if kind == "csv" else {}
         files = [str(path) for path in paths]
         load = partial(datasets.load_dataset, kind, data_files=files, split="train", streaming=streaming, **options)
@@ -158,7 +157,7 @@ def _file_kind(path: Path) -> str:
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Files of a folder and those under it, hidden ones and a README excepted, by the split that their path names."""
+    """Files in and under a folder by the split that their path names; not hidden ones, README or LICENSE."""
     splits: dict[str, list[Path]] = {}
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
@@ -172,7 +171,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
         raise DataError(f"{folder} holds no file to read; name a file, or a folder that has some.")
     if "" in splits and len(splits) > 1:
         raise DataError(
-            f"{folder}: {splits[''][0].name} does not tell its split, as other files there do; name one file or rename it."
+            f"{folder}: {splits[''][0].name} does not name its split, as other files there do; name one file or rename it."
         )
     return {name or "train": files for name, files in splits.items()}
 
@@ -181,7 +180,6 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-# -------------------------------------------------------------------------------------------------------- data sets
 def _from_rows(rows: Rows, name: str) -> Source:
     columns = rows.column_names or list(next(iter(rows), {}))
     if not columns or (isinstance(rows, Dataset) and len(rows) == 0):
@@ -201,7 +199,7 @@ def _pick(splits: Any, split: str, name: str) -> Any:
 
 
 def _attempt(read: Callable[[], Any], name: str) -> Any:
-    """Do what may fail in datasets, pyarrow, the Hub or the file system, with one message for all of that."""
+    """Call what may fail in datasets, pyarrow, the Hub or the file system, with one message for all of them."""
     try:
         return read()
     except Exception as error:

@@ -1,7 +1,7 @@
-"""The updates of a run on rows that stream by, for data larger than memory and disk; resumed exactly.
+"""The updates of a run on streaming rows, for data larger than memory and disk; resumed exactly.
 
-The rows are read in order, and shuffled a window of examples at a time. Every process reads and tokenises all rows
-and takes its part of each update, so the processes need not talk, at the price of doing this work on each of them.
+The rows are read in order, and shuffled one window of examples at a time. Every process reads and tokenises all rows
+and takes its share of each update. So the processes need not communicate, but each of them does this work.
 """
 
 from __future__ import annotations
@@ -18,32 +18,34 @@ import numpy as np
 from datasets import IterableDataset  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from minipeft.errors import DataError, StateError
-from minipeft.training.data.collate import Example, Ints, check_type
+from minipeft.config import integer
+from minipeft.errors import DataError, StateError, all_or_nothing
+from minipeft.training.data.collate import Example, Ints
 from minipeft.training.data.encoding import IGNORED, Encoded, Encoder, Encoding, Fate, padding_id
-from minipeft.training.data.order import BUCKET, Update, shuffled
+from minipeft.training.data.order import BUCKET, LARGEST_SEED, Update, shuffled
 from minipeft.training.data.sources import Source
 
 WINDOW = 64  # updates
 
 
 class StreamOrder:
-    """An iterator over the updates of a run, without end: a stream that ends starts a new epoch.
+    """An iterator over the updates of a run, without end: when the rows end, a new epoch starts.
 
     The examples of `window` updates are held in memory and shuffled by `shuffled` with the key (seed, epoch, window).
-    `state` says in a few numbers where the run is: after `restore`, the rows of one window are encoded again, at most.
+    `state` describes the place in the run in a few numbers. `restore` encodes at most one window of rows again.
 
     Args:
         source: rows, streaming or not.
         tokenizer: of the model.
         encoding: as for `encode`.
-        update_size: examples an update takes over all processes and accumulation steps.
+        update_size: examples per update over all processes and passes.
         seed: of the order, at least 0.
-        window: updates to shuffle at a time.
+        window: updates to shuffle together.
         bucket: as for `UpdateOrder`.
 
     Raises:
-        ConfigError: a number is out of range. DataError: tokenizer and rows do not fit.
+        ConfigError: a number is out of range, or the tokenizer lacks what these rows need.
+        DataError: the rows are chats and the tokenizer cannot encode them.
     """
 
     def __init__(
@@ -56,18 +58,15 @@ class StreamOrder:
         window: int = WINDOW,
         bucket: int = BUCKET,
     ):
-        self.source, self.encoder, self.pad_id = (
-            source,
-            Encoder(tokenizer, source.kind, encoding),
-            padding_id(tokenizer),
-        )
-        self.size, self.update_window = check_type(update_size, "update_size", 1), check_type(window, "window", 1)
-        self.seed, self.bucket = check_type(seed, "seed", 0), check_type(bucket, "bucket", 0)
+        self.source, self.encoder = source, Encoder(tokenizer, source.kind, encoding)
+        self.pad_id = padding_id(tokenizer)
+        self.size, self.update_window = integer("update_size", update_size, 1), integer("window", window, 1)
+        self.seed, self.bucket = integer("seed", seed, 0, LARGEST_SEED), integer("bucket", bucket, 0)
         self._key: dict[str, object] = {"size": self.size, "window": self.update_window, "seed": self.seed}
         self._key |= {"bucket": self.bucket, "encoding": self.encoder.fingerprint()}
         self._number, self._epoch = 0, 0  # of the next update
-        self._window, self._place = -1, 0  # number of the window that is held; of the next update in it
-        self._start = Position()  # of the window that is held, or of the next one where none is
+        self._window, self._place = -1, 0  # number of the window in memory; of the next update in it
+        self._start = Position()  # of the window in memory; before the first window of an epoch, of that one
         self._reader = _Reader(source, self.encoder, self._start)
         self._held, self._updates = Window([], self.pad_id), list[Ints]()
 
@@ -78,26 +77,27 @@ class StreamOrder:
         """The next update.
 
         Raises:
-            DataError: a row does not fit, or no example comes of all rows.
+            DataError: a row does not fit, or the rows make no example.
         """
         while self._place == len(self._updates):
-            self._fill()
+            self._next_window()
         update = Update(self._number, self._epoch, self._updates[self._place], self._held)
         self._number, self._place = self._number + 1, self._place + 1
         return update
 
     @property
     def counts(self) -> dict[Fate, int]:
-        """What became of the rows of this epoch that have been read."""
+        """What became of this epoch's rows so far."""
         return {fate: self._reader.counts[fate] for fate in Fate}
 
     def state(self) -> dict[str, Any]:
-        """Where the run is, after the update that was taken last; for JSON."""
+        """The place in the run after the last update, as JSON can hold it."""
         numbers = {"number": self._number, "epoch": self._epoch, "window": self._window, "place": self._place}
         return {"order": dict(self._key), **numbers, "position": copy.deepcopy(asdict(self._start))}
 
+    @all_or_nothing
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on after the update after which `state` was taken.
+        """Go on from the place that `state` gave.
 
         Raises:
             StateError: it is of a run with another order, encoding or data.
@@ -105,37 +105,37 @@ class StreamOrder:
         if changed := [name for name, value in self._key.items() if state["order"].get(name) != value]:
             raise StateError(
                 f"the state of the data is of a run with another {' and '.join(changed)}, whose order cannot be "
-                "resumed; give the same values, or start anew. Nothing was changed."
+                "resumed; give the same values, or start anew."
             )
-        window, place = state["window"], state["place"]
-        position = Position(**copy.deepcopy(state["position"]))
-        if window < 0:
-            self._move(state["number"], state["epoch"], window, position)
-            return
-        self._move(state["number"], state["epoch"], window - 1, position)
-        self._fill()
-        if self._epoch != state["epoch"] or place > len(self._updates):
-            raise StateError(f"{self.source.name} has fewer rows than when the state was taken; give the same data.")
-        self._place = place
+        epoch, window, place = state["epoch"], state["window"], state["place"]
+        start = Position(**copy.deepcopy(state["position"]))
+        reader, held, updates = _Reader(self.source, self.encoder, start), Window([], self.pad_id), list[Ints]()
+        if window >= 0:
+            held = self._read_window(reader)
+            updates = self._shuffled(held, epoch, window)
+            if not 0 < place <= len(updates):
+                raise StateError(f"{self.source.name} has fewer rows than when the run was saved; give the same data.")
+        self._number, self._epoch, self._window, self._place = state["number"], epoch, window, place
+        self._start, self._reader, self._held, self._updates = start, reader, held, updates
 
-    def _move(self, number: int, epoch: int, window: int, position: Position) -> None:
-        self._number, self._epoch, self._window, self._place, self._start = number, epoch, window, 0, position
-        self._reader = _Reader(self.source, self.encoder, position)
-        self._held, self._updates = Window([], self.pad_id), []
-
-    def _fill(self) -> None:
-        """Read the next window of this epoch; at its end, move to the next epoch."""
+    def _next_window(self) -> None:
+        """Read the next window of this epoch, or move to the next epoch."""
         start = self._reader.here()
-        examples = list(islice(self._reader, self.size * self.update_window))
-        if not examples:
-            if self._window < 0:
-                raise DataError(f"{self.source.name}: no example of at least 2 tokens comes of it; give more rows.")
-            self._move(self._number, self._epoch + 1, -1, Position())
-            return
-        self._start, self._held = start, Window(examples, self.pad_id)
-        self._window, self._place = self._window + 1, 0
-        key = (self.seed, self._epoch, self._window)
-        self._updates = shuffled(self._held.lengths, self.size, self.bucket, key)
+        held = self._read_window(self._reader)
+        if held.examples:
+            self._start, self._window = start, self._window + 1
+        elif self._window < 0:
+            raise DataError(f"{self.source.name}: no example of at least 2 tokens comes of its rows; give more rows.")
+        else:
+            self._epoch, self._window, self._start = self._epoch + 1, -1, Position()
+            self._reader = _Reader(self.source, self.encoder, self._start)
+        self._place, self._held, self._updates = 0, held, self._shuffled(held, self._epoch, self._window)
+
+    def _read_window(self, reader: _Reader) -> Window:
+        return Window(list(islice(reader, self.size * self.update_window)), self.pad_id)
+
+    def _shuffled(self, held: Window, epoch: int, window: int) -> list[Ints]:
+        return shuffled(held.lengths, self.size, self.bucket, (self.seed, epoch, max(window, 0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,19 +156,19 @@ class Window:
         return np.array([(example.labels[1:] != IGNORED).sum() for example in self.examples], np.int64)
 
     def rows(self, indices: Sequence[int] | Ints) -> list[Example]:
-        """The examples of these numbers."""
+        """The examples with these numbers."""
         return [self.examples[index] for index in indices]
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the examples of one epoch: before a group of rows, and some of its examples further on.
+    """A place in the examples of one epoch: before a group of rows, plus some of that group's examples.
 
     Attributes:
         rows: number of rows before it.
-        stream: what datasets says of this place, where that is JSON; else the rows are read and skipped.
-        carry: tokens before it that have not filled a block, for packing.
-        given: examples of the group that lie before the place.
+        stream: the state of datasets at this place, if JSON can hold it; else the rows are read and skipped.
+        carry: tokens before it that do not fill a block yet, for packing.
+        given: examples of the group that come before the place.
         counts: what became of the rows before it, by `Fate`.
     """
 
@@ -184,7 +184,7 @@ class _Reader:
 
     def __init__(self, source: Source, encoder: Encoder, position: Position):
         self.source, self.encoder = source, encoder
-        self.rows = source.rows.select_columns(list(source.columns))  # a copy, with a state of its own
+        self.rows = source.rows.select_columns(list(source.columns))  # a copy with its own state
         self.before = position
         self.carry, self.counts = list(position.carry), list(position.counts)
         self._examples = self._read(position)

@@ -1,1 +1,1 @@
-"""Several processes: ranks, launchers, FSDP2, DeepSpeed."""
+"""Several processes: what they tell each other, how they are launched, FSDP2, DeepSpeed."""

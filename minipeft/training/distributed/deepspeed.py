@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO (arXiv:1910.02054) under `Updater`: what accelerate has to be told of it, and what does not go with it.
+"""DeepSpeed's ZeRO (arXiv:1910.02054) with `Updater`: its configuration, and what does not work with it.
 
-DeepSpeed itself is imported where it is in use, and only there.
+DeepSpeed itself is imported only if it is used.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ def asked_for(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def process_group_options() -> list[Any]:
-    """`kwargs_handlers` for an Accelerator with DeepSpeed: on a CPU it counts one process where no backend is named."""
+    """`kwargs_handlers` for an Accelerator with DeepSpeed, which on a CPU counts one process if no backend is named."""
     from accelerate.utils import InitProcessGroupKwargs  # type: ignore[import-untyped]
 
     return [] if torch.accelerator.is_available() else [InitProcessGroupKwargs(backend="gloo")]
 
 
 def configure(accelerator: Accelerator, micro_batch: int, clip: float) -> None:
-    """Tell DeepSpeed what the run does, in the one configuration that it has; to be called before a model is loaded.
+    """Write the run's settings into DeepSpeed's configuration. Call it before a model is loaded.
 
     Args:
-        accelerator: told to use DeepSpeed.
-        micro_batch: examples a process takes through the model at a time.
-        clip: norm that the gradient is scaled down to, if larger.
+        accelerator: launched with DeepSpeed.
+        micro_batch: examples per forward pass of one process.
+        clip: largest norm of the gradient; a larger one is scaled down to it.
 
     Raises:
-        ConfigError: DeepSpeed's configuration says otherwise, or it would not be used, or would round the weights.
+        ConfigError: DeepSpeed's configuration contradicts these, or DeepSpeed is not in use or would round the weights.
     """
     if accelerator.deepspeed_plugin is None:
-        raise ConfigError("accelerate is told to use DeepSpeed, and the CPU without it; unset ACCELERATE_USE_CPU.")
+        raise ConfigError("accelerate is told to use both DeepSpeed and the CPU without it; unset ACCELERATE_USE_CPU.")
     if accelerator.mixed_precision != "no":
         raise ConfigError(
-            f"mixed_precision {accelerator.mixed_precision}: DeepSpeed would round the weights themselves; give no."
+            f"mixed_precision {accelerator.mixed_precision}: DeepSpeed would round the weights themselves; give 'no'."
         )
     config = accelerator.deepspeed_plugin.deepspeed_config
     for name in ("optimizer", "scheduler"):
@@ -58,21 +58,21 @@ def configure(accelerator: Accelerator, micro_batch: int, clip: float) -> None:
     meant = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": clip}
     meant |= {"train_batch_size": micro_batch * accelerator.num_processes}
     meant |= {"gradient_accumulation_steps": 1}  # the Updater accumulates
-    meant |= {"zero_force_ds_cpu_optimizer": False}  # torch's AdamW will do
+    meant |= {"zero_force_ds_cpu_optimizer": False}  # torch's AdamW is enough
     for name, value in meant.items():
         if config.get(name, "auto") not in ("auto", value):
             raise ConfigError(
                 f"DeepSpeed's {name} is {config[name]}, and must be {value} here; leave it out of its configuration."
             )
     config.update(meant)
-    # Under ZeRO-3 transformers would load every base in pieces, also one that a saved adapter is to be checked with.
+    # Under ZeRO-3 transformers would split every base it loads, even the one that checks the saved adapter.
     from transformers.integrations import deepspeed as of_transformers
 
     of_transformers.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
-    """DeepSpeed's engine of a model, and its optimizer. The model may be in pieces afterwards, and knows its base still."""
+    """DeepSpeed's engine and optimizer. The model may be split afterwards, but still recognises its base."""
     remember_base(model)
     engine, optimizer = accelerator.prepare(model, optimizer)
     return engine, optimizer
@@ -80,7 +80,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) ->
 
 @contextlib.contextmanager
 def whole_adapter(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Under ZeRO-3 no process has an adapter whole, but within this context; without DeepSpeed it always is."""
+    """A context in which each process has the whole adapter, which ZeRO-3 splits; without DeepSpeed it does nothing."""
     if accelerator.deepspeed_plugin is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""How many processes a launcher was asked for, and whether that many run: some launchers start fewer, and say nothing."""
+"""Whether as many processes run as a launcher was asked for: some launchers start fewer and say nothing."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ TWO_ON_CPU = (
 def must_use_cpu(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether several processes were started on a machine without an accelerator.
 
-    ``Accelerator(cpu=True)`` then joins them. Without it, each would train by itself, into the same directory: this is
-    what plain ``torchrun`` on such a machine does.
+    ``Accelerator(cpu=True)`` then joins them. Without it each would train alone, into the same directory, as with plain
+    ``torchrun`` on such a machine.
     """
     return int(environment.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
 
 
 def restarts(environment: Mapping[str, str] = os.environ) -> int:
-    """How often the launcher has started these processes anew after one of them died (``--max_restarts``)."""
+    """How often the launcher has restarted these processes because one of them died (``--max_restarts``)."""
     return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def join_after_restart(environment: Mapping[str, str] = os.environ) -> None:
-    """Let the processes of a launch that was restarted (``--max_restarts``) find each other, and not the dead ones.
+    """After a restart (``--max_restarts``), make the processes find each other and not the dead ones.
 
-    With torch 2.13 the launcher's static rendezvous, which ``accelerate launch`` uses, keeps one store for all attempts,
-    without a prefix for each: a process may read the address of one that has died, and fail. To be called before
-    anything starts torch.distributed; nothing to do at a first attempt.
+    With torch 2.13, the static rendezvous of ``accelerate launch`` uses one store for all attempts, with no prefix per
+    attempt: a process may read the address of a dead one and fail. Call this before anything starts torch.distributed;
+    on the first attempt it does nothing.
     """
     attempt = restarts(environment)
     if attempt == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
@@ -52,18 +52,18 @@ def join_after_restart(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_processes(running: int, script: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Compare the number of processes that train together with what the launcher was asked for.
+    """Compare the number of processes that train together with the number that was asked for.
 
     Args:
         running: ``accelerator.num_processes``.
         script: for the command in the message.
-        environment: what the launcher has set.
+        environment: as the launcher set it.
 
     Raises:
-        ConfigError: fewer run; it says which command starts them.
+        ConfigError: fewer run; the message has the command that works.
     """
     asked = environment.get("WORLD_SIZE")
-    # With --cpu, `accelerate launch --num_processes 2` runs one process, but announces where the others would meet it.
+    # `accelerate launch --cpu --num_processes 2` runs one process, but still sets the address where others would join.
     if asked is None and "MASTER_ADDR" in environment and "ACCELERATE_MIXED_PRECISION" in environment:
         asked = "several"
     if asked is None or asked == str(running):

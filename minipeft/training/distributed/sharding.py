@@ -1,4 +1,4 @@
-"""FSDP2 (arXiv:2304.11277): the frozen base and the adapter divided over all processes, a block at a time."""
+"""FSDP2 (arXiv:2304.11277): the frozen base and the adapter divided over all processes, block by block."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from minipeft.files.base_samples import remember_base
 def shard(model: nn.Module, device: torch.device | str) -> None:
     """Shard a model over all processes with torch's ``fully_shard``, in place.
 
-    Each block, as transformers marks them for checkpointing, is gathered when it is its turn, and let go after it.
-    To be called before the optimizer is made, since the parameters become other ones. Also on a CPU, with gloo.
+    The unit is a block that transformers marks as recomputable (``GradientCheckpointingLayer``): it is gathered to run
+    and released afterwards. Call this before making the optimizer, as it replaces the parameters. Works on a CPU with
+    gloo, where accelerate's FSDP2 plugin silently becomes DDP.
 
     Args:
-        model: adapted, whole and alike on every process.
+        model: adapted, whole, and the same on every process.
         device: of this process.
 
     Raises:
-        StateError: there are not several processes, or the model has no blocks.
+        StateError: there is only one process, or the model has no blocks.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        raise StateError("a model is sharded over several processes, and this is one; start more.")
+        raise StateError("a model is sharded over several processes, but only one runs; start more.")
     blocks = [m for m in model.modules() if any(c.__name__ == "GradientCheckpointingLayer" for c in type(m).__mro__)]
     if not blocks:
-        raise StateError(f"{type(model).__name__} has no blocks that could be gathered one at a time.")
+        raise StateError(
+            f"{type(model).__name__} has no blocks to gather one at a time (transformers' GradientCheckpointingLayer)."
+        )
     remember_base(model)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for block in blocks:
@@ -38,5 +41,5 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model went through `shard`."""
+    """Whether the model is sharded."""
     return isinstance(model, FSDPModule)

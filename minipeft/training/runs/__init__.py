@@ -1,1 +1,1 @@
-"""A run's state, checkpoints, lock and metrics."""
+"""A run on disk: its state, checkpoints, lock and metrics."""

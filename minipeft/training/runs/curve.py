@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The loss curve of a run, as a picture."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def plot_losses(rows: Sequence[Row], path: Path, title: str) -> None:
 
     Args:
         rows: with ``step`` and either ``loss`` or ``eval_loss`` and ``eval_perplexity``.
-        path: of the PNG.
-        title: over the picture.
+        path: of the PNG file.
+        title: above the plot.
     """
-    from matplotlib.figure import Figure  # a second of every process of a run, of which one draws, at its end
+    from matplotlib.figure import Figure  # takes a second, and only one process draws, at the end
 
     updates, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     steps, losses = [row["step"] for row in updates], [row["loss"] for row in updates]
@@ -32,7 +32,7 @@ def plot_losses(rows: Sequence[Row], path: Path, title: str) -> None:
     for row in evaluations:
         axes.annotate(f"{row['eval_perplexity']:.1f}", (row["step"], row["eval_loss"]), (0, -14),
                       textcoords="offset points", ha="center", color="tab:orange", weight="bold")  # fmt: skip
-    axes.set(xlabel="optimizer updates", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="optimizer updates", ylabel="loss (nats per token)", title=title)
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()

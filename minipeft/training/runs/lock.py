@@ -23,16 +23,16 @@ MAX_OWNER_BYTES = 2**16
 class RunLock:
     """The right to write a run directory, held within a ``with`` block; of several processes, rank 0 takes it.
 
-    The lock is ``flock`` on ``run.lock``: the kernel lets it go when the process ends, killed or not, so none is left
-    to clean up; both files stay, and mean nothing alone. On a network file system it reaches as far as flock does
-    there: over all machines on NFS 4, over one where it is mounted with ``local_lock=flock``. A file system that has
-    no flock at all is an error here, since a lock that only its owner can lift outlives a killed run.
+    The lock is ``flock`` on ``run.lock``: the kernel releases it when the process ends, even if killed. Both files stay
+    and mean nothing by themselves. On a network file system the lock reaches as far as flock does there: all machines on
+    NFS 4, one machine if it is mounted with ``local_lock=flock``. A file system without flock is an error, since a lock
+    that only its owner can release outlives a killed run.
 
     Args:
-        directory: of the run; made if need be.
+        directory: of the run; made if missing.
 
     Raises:
-        CheckpointError: on entering: another run has it (the message says who), or the directory cannot be locked.
+        CheckpointError: on entering: another run holds it (the message says which), or the directory cannot be locked.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -41,12 +41,12 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         if self._lock is not None:
-            raise CheckpointError(f"{self.directory} is locked by this very object already.")
+            raise CheckpointError(f"{self.directory} is already locked by this object.")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.directory / LOCK_FILE, timeout=0, thread_local=False)
             with warnings.catch_warnings():
-                # Where there is no flock, filelock warns and goes on with a lock that outlives a killed run.
+                # Without flock, filelock warns and falls back to a lock that outlives a killed run.
                 warnings.simplefilter("error", UserWarning)
                 lock.acquire()
         except filelock.Timeout:
@@ -74,7 +74,7 @@ class RunLock:
             self._lock = None
 
     def _owner(self) -> str:
-        """Who has the lock, as far as its note tells; the note of an owner before may still be there for a moment."""
+        """Who holds the lock, according to its note; for a moment it may still be the previous owner's."""
         try:
             note = json.loads(read_limited(self.directory / OWNER_FILE, MAX_OWNER_BYTES))
             return f"process {note['pid']} on {note['host']}, since {note['since']}, command {note['command']!r:.300}"

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a row an update or evaluation, written at once, read back when a run goes on."""
+"""metrics.jsonl: one row per update or evaluation, written at once, read back when a run resumes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Metrics:
     """The rows of a run, over all its interruptions.
 
     Args:
-        directory: of the run; None: keep the rows in memory, as processes do which are not the first.
-        step: updates that the run has done; rows of later ones, which an interruption has undone, are removed.
+        directory: of the run; None: only keep the rows in memory, for all processes but the first.
+        step: updates that the run has done; rows of later updates, which an interruption undid, are removed.
 
     Raises:
-        CheckpointError: the file that is there is no such file, or cannot be written.
+        CheckpointError: the existing file holds something else, or cannot be written.
     """
 
     def __init__(self, directory: Path | None, step: int = 0) -> None:
@@ -35,11 +35,11 @@ class Metrics:
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Add a row; it has a ``step``."""
+        """Add a row, which has a ``step``."""
         self.rows.append(dict(row))
         if self._file is not None:
             self._file.write(_line(row))
-            self._file.flush()  # to be read while the training runs
+            self._file.flush()  # so that it can be read during training
 
     def close(self) -> None:
         """Close the file."""
@@ -48,7 +48,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics file; a last one that was cut off is left out.
+    """The rows of a metrics file, without a last one that was cut off.
 
     Raises:
         CheckpointError: it holds something else.
@@ -63,7 +63,7 @@ def read_rows(path: Path) -> list[Row]:
             if number == len(lines) and not line.endswith("\n"):
                 return rows[: number - 1]
             raise CheckpointError(
-                f"{path}, line {number} is no row of metrics; move the file away to begin a new one."
+                f"{path}, line {number} is not a row of metrics; move the file away to begin a new one."
             ) from None
     return rows
 

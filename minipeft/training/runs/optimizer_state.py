@@ -1,4 +1,7 @@
-"""The state of any torch optimizer, by the names of the parameters instead of their numbers."""
+"""The state of any torch optimizer, by the names of the parameters instead of their numbers.
+
+torch's own ``get_optimizer_state_dict`` steps an empty optimizer to fill it, and rounds a float64 state on loading.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch.optim import Optimizer
 from minipeft.errors import CheckpointError, StateError, shown
 from minipeft.training.runs.plain import from_plain, to_plain
 
-PLAIN = (type(None), bool, int, float)  # what an optimizer may keep for a parameter, beside tensors
+PLAIN = (type(None), bool, int, float)  # what an optimizer may keep for a parameter besides tensors
 
 
 def named_groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
@@ -20,17 +23,17 @@ def named_groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[st
 
     Args:
         optimizer: a torch optimizer, or Accelerate's wrapper of one.
-        names: by the identity (``id``) of a parameter; these are the ones that a checkpoint holds.
+        names: of the parameters that a checkpoint holds, by their ``id``.
 
     Raises:
-        StateError: the optimizer moves a parameter that is not among these.
+        StateError: the optimizer trains another parameter.
     """
     groups = [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
     strangers = sum(group.count("") for group in groups)
     if strangers:
         raise StateError(
-            f"the optimizer trains {strangers} parameters that are not the adapter's, and would be in no checkpoint; "
-            "give it the adapter's alone (those that require a gradient), and build it after the model is wrapped."
+            f"the optimizer trains {strangers} parameters that are not the adapter's and that no checkpoint would hold; give "
+            "it only the adapter's (those that require a gradient), and build it after the model is wrapped."
         )
     return groups
 
@@ -41,12 +44,12 @@ def optimizer_to_plain(
     """An optimizer's state and groups as JSON can hold them; the tensors go to `put`, as ``<parameter>.<what it is>``.
 
     Raises:
-        CheckpointError: it keeps something that is no tensor, number, bool or None.
+        CheckpointError: it keeps something other than tensors, numbers, bools and None.
     """
     saved = optimizer.state_dict()
     if saved.keys() != {"state", "param_groups"}:
         raise CheckpointError(
-            f"the optimizer's state has {shown(saved)}; what can be saved are 'state', 'param_groups'."
+            f"the optimizer's state has {shown(saved)}; only 'state' and 'param_groups' can be saved."
         )
     state = {}
     names = [name for group in groups for name in group]
@@ -55,7 +58,7 @@ def optimizer_to_plain(
             if not isinstance(value, (*PLAIN, Tensor)):
                 raise CheckpointError(
                     f"the optimizer keeps a {type(value).__name__} as {key!r} of {names[index]}, which cannot be saved; "
-                    "what can are tensors, numbers, bools and None."
+                    "allowed are tensors, numbers, bools and None."
                 )
         state[names[index]] = to_plain(values, names[index], put)
     options = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
@@ -91,7 +94,7 @@ def optimizer_from_plain(
 
 
 def load_exactly(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Load a state, sharded as the parameters are, and without the rounding to their dtype that torch does on the way."""
+    """Load a state, sharded like the parameters, without torch's rounding of it to their dtype."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {key: _sharded_like(parameters[index], value) for key, value in values.items()}
@@ -112,9 +115,9 @@ def _sharded_like(parameter: nn.Parameter, value: Any) -> Any:
 
 
 def sharded_like(live: Tensor, whole: Tensor) -> Tensor:
-    """This process's share of a whole tensor, where `live` is a share of one; else the whole, on its device.
+    """This process's share of a whole tensor if `live` is sharded; otherwise the whole tensor, on the device of `live`.
 
-    Every process calls it; the first one's values count.
+    Every process calls it; the values are those of the first.
     """
     if isinstance(live, DTensor):
         return distribute_tensor(whole.to(live.device), live.device_mesh, live.placements)

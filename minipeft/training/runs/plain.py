@@ -1,8 +1,8 @@
-"""Plain Python values to JSON and back, exactly, with the tensors among them set apart for a safetensors file.
+"""Plain Python values to JSON and back, exactly; the tensors among them go to a safetensors file.
 
-What JSON has no word for becomes an object with one key: ``{"$tuple": [...]}``, ``{"$float": "inf"}``,
-``{"$pairs": [[key, value], ...]}`` for keys that are no strings, ``{"$counter": [...]}``, ``{"$tensor": "its name"}``.
-Nothing else is written, and reading makes nothing but these: no class is looked up and no code is run.
+What JSON cannot express becomes an object with one key: ``{"$tuple": [...]}``, ``{"$float": "inf"}``,
+``{"$pairs": [[key, value], ...]}`` for keys that are not strings, ``{"$counter": [...]}``, ``{"$tensor": "its name"}``.
+Nothing else is written, and reading makes only these: no class is looked up and no code is run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -23,11 +23,11 @@ def to_plain(value: Any, where: str, put: Callable[[str, Tensor], None]) -> Any:
 
     Args:
         value: None, numbers, strings, tensors, and lists, tuples and dictionaries of these.
-        where: what it is, for messages and for the names of tensors.
+        where: what the value is, for messages and for the names of tensors.
         put: takes each tensor with its name.
 
     Raises:
-        CheckpointError: it, or something in it, is of another type.
+        CheckpointError: the value, or something in it, has another type.
     """
     if value is None or type(value) in (bool, int, str):
         return value
@@ -45,16 +45,16 @@ def to_plain(value: Any, where: str, put: Callable[[str, Tensor], None]) -> Any:
         pairs = [[to_plain(key, where, put), to_plain(item, f"{where}.{key}", put)] for key, item in value.items()]
         return {"$pairs" if type(value) is dict else "$counter": pairs}
     raise CheckpointError(
-        f"{where} is a {type(value).__name__}, which cannot be saved; what can are None, numbers, strings, tensors, and "
+        f"{where} is a {type(value).__name__}, which cannot be saved; allowed are None, numbers, strings, tensors, and "
         "lists, tuples and dictionaries of these."
     )
 
 
 def from_plain(value: Any, get: Callable[[str], Tensor]) -> Any:
-    """The value that `to_plain` was given; `get` answers with the tensor of a name.
+    """The value that `to_plain` was given; `get` returns the tensor of a name.
 
     Raises:
-        CheckpointError: this is not what `to_plain` writes.
+        CheckpointError: `to_plain` does not write this.
     """
     if isinstance(value, list):
         return [from_plain(item, get) for item in value]
@@ -73,18 +73,18 @@ def from_plain(value: Any, get: Callable[[str], Tensor]) -> Any:
         pairs = {from_plain(key, get): from_plain(item, get) for key, item in content}
         return {"$pairs": pairs, "$counter": Counter(pairs)}[kind]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{str(value)[:100]} is no saved value ({error}); nothing was loaded.") from None
+        raise CheckpointError(f"{str(value)[:100]} is not a saved value ({error}).") from None
 
 
 def checked_json(value: Any, what: str) -> Any:
     """A copy of a value that comes back from JSON as it went in.
 
     Raises:
-        ConfigError: it does not: it holds NaN, a tuple, a path, a key that is no string.
+        ConfigError: it does not, because it holds NaN, a tuple, a path or a key that is not a string.
     """
     try:
         copy = json.loads(json.dumps(value, allow_nan=False))
-        if same(copy, value):
+        if copy == value:
             return copy
         reason = "it would come back as another value"
     except (TypeError, ValueError, RecursionError) as error:
@@ -92,12 +92,3 @@ def checked_json(value: Any, what: str) -> Any:
     raise ConfigError(
         f"{what} cannot be saved as JSON ({reason}): give dictionaries, lists, strings, finite numbers, None."
     )
-
-
-def same(one: Any, other: Any) -> bool:
-    """Equal, and of the same types; 1, 1.0 and True are three values."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and bool(one == other)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import sys
@@ -12,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.errors import CheckpointError, shown
-from minipeft.training.distributed.ranks import gather_bytes
+from minipeft.errors import CheckpointError, all_or_nothing, shown
+from minipeft.training.distributed.ranks import gather
 
 PYTHON_VERSION = 3  # of random.getstate(), since Python 3.2
 
 
 def rng_state() -> dict[str, Tensor]:
-    """State of this process's generators, by name.
+    """The state of this process's generators, by name. Reading it draws nothing.
 
-    ``torch`` and ``cuda.<index>`` are uint8 as torch gives them, ``python`` and ``numpy`` int64 words; ``python.gauss``
-    and ``numpy.gauss`` are float64 of shape (1,), the second half of a pair of normal numbers, NaN where there is none.
-    CUDA's are there once CUDA is in use, numpy's once it is imported. Drawing from none of them, this changes none.
+    ``torch`` and ``cuda.<index>`` are uint8, as torch gives them; ``python`` and ``numpy`` are int64 words.
+    ``python.gauss`` and ``numpy.gauss`` are float64 of shape (1,): the second normal number of a pair, or NaN if none is
+    waiting. CUDA's are included once CUDA is in use, numpy's once it is imported.
 
     Raises:
         CheckpointError: numpy's global generator is not the Mersenne Twister.
@@ -46,31 +45,27 @@ def rng_state() -> dict[str, Tensor]:
     return state
 
 
+@all_or_nothing
 def set_rng_state(state: Mapping[str, Tensor]) -> None:
-    """Set this process's generators to what `rng_state` gave; those that are not named stay as they are.
+    """Set this process's generators to what `rng_state` gave; generators that it does not name are left alone.
 
     Raises:
-        CheckpointError: this is no such state, or it names a CUDA device that is not here; nothing was changed.
+        CheckpointError: this is not such a state, or it names a CUDA device that is not here.
     """
     check_rng_state(state)
     torch.set_rng_state(state["torch"])
-    for name in state:
-        if name.startswith("cuda."):
-            torch.cuda.set_rng_state(state[name], int(name.removeprefix("cuda.")))
-    random.setstate((PYTHON_VERSION, tuple(state["python"].tolist()), _or_none(state["python.gauss"])))
+    for name in _devices(state):
+        torch.cuda.set_rng_state(state[name], int(name.removeprefix("cuda.")))
+    _set_python(random, state)
     if "numpy" in state:
         import numpy as np
 
-        *words, position = state["numpy"].tolist()
-        cached = _or_none(state["numpy.gauss"])
-        np.random.set_state(
-            ("MT19937", np.array(words, dtype=np.uint32), position, int(cached is not None), cached or 0.0)
-        )
+        _set_numpy(np.random, state)
 
 
 def check_rng_state(state: Mapping[str, Tensor]) -> None:
-    """Raise unless `set_rng_state` can take this; see there."""
-    devices = [name for name in state if name.startswith("cuda.")]
+    """Raise as `set_rng_state` does, and set nothing."""
+    devices = _devices(state)
     here = torch.cuda.device_count() if devices else 0
     absent = [name for name in devices if not name[5:].isdecimal() or int(name[5:]) >= here]
     if absent:
@@ -79,41 +74,37 @@ def check_rng_state(state: Mapping[str, Tensor]) -> None:
         )
     if torch.cuda.is_initialized() and not devices:  # type: ignore[no-untyped-call]
         raise CheckpointError("the checkpoint has no random states of CUDA devices, and CUDA is in use here.")
-    like: dict[str, tuple[torch.dtype, int | None]] = {
-        "torch": (torch.uint8, torch.get_rng_state().numel()),
-        "python": (torch.int64, 625),
-        "python.gauss": (torch.float64, 1),
-        "numpy": (torch.int64, 625),
-        "numpy.gauss": (torch.float64, 1),
-        **dict.fromkeys(devices, (torch.uint8, None)),
-    }
-    wanted = {"torch", "python", "python.gauss"} | ({"numpy", "numpy.gauss"} if "numpy" in state else set())
-    right = wanted | set(devices) == state.keys() and all(
-        tensor.dtype == like[name][0] and tensor.ndim == 1 and like[name][1] in (None, tensor.numel())
-        for name, tensor in state.items()
-    )
-    if not right:
-        raise CheckpointError(f"this is no state of random generators: {shown(state)}.")
+    try:  # generators that nobody draws from
+        torch.Generator().set_state(state["torch"])
+        _set_python(random.Random(), state)
+        if "numpy" in state:
+            import numpy as np
+
+            _set_numpy(np.random.RandomState(), state)
+        if any(state[name].dtype != torch.uint8 for name in devices):
+            raise TypeError("CUDA's must be uint8")
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"this is not a state of random generators ({error!r:.100}): {shown(state)}.") from None
 
 
 def gathered_rng_states() -> dict[str, Tensor]:
-    """The states of all processes, each name with ``rank<number>.`` before it; called by every process.
+    """The states of all processes, each name prefixed by ``rank<number>.``; every process calls it."""
+    states = enumerate(gather(rng_state()))
+    return {f"rank{rank}.{name}": tensor for rank, state in states for name, tensor in state.items()}
 
-    Raises:
-        CheckpointError: the processes do not have the same generators.
-    """
-    mine = dict(sorted(rng_state().items()))
-    layout = repr([(name, tensor.dtype, tensor.shape) for name, tensor in mine.items()])
-    digest = torch.tensor(list(hashlib.sha256(layout.encode()).digest()), dtype=torch.uint8)
-    if any(not torch.equal(digest, other) for other in gather_bytes(digest)):
-        raise CheckpointError("the processes have different random generators (CUDA's, numpy's); they must be alike.")
-    packed = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in mine.values()])
-    sizes = [tensor.nbytes for tensor in mine.values()]
-    states = {}
-    for rank, payload in enumerate(gather_bytes(packed)):
-        for (name, tensor), part in zip(mine.items(), torch.split(payload, sizes), strict=True):
-            states[f"rank{rank}.{name}"] = part.clone().view(tensor.dtype)
-    return states
+
+def _devices(state: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in state if name.startswith("cuda.")]
+
+
+def _set_python(generator: Any, state: Mapping[str, Tensor]) -> None:
+    generator.setstate((PYTHON_VERSION, tuple(state["python"].tolist()), _or_none(state["python.gauss"])))
+
+
+def _set_numpy(generator: Any, state: Mapping[str, Tensor]) -> None:
+    *words, position = state["numpy"].tolist()
+    gauss = _or_none(state["numpy.gauss"])
+    generator.set_state(("MT19937", words, position, int(gauss is not None), gauss or 0.0))
 
 
 def _or_none(gauss: Tensor) -> float | None:
