@@ -64,7 +64,7 @@ def test_every_method_trains_with_its_own_defaults(train, flags, method, tmp_pat
         (["--method", "adalora", "--rank", "16"], "target_r = 16 exceeds init_r = 12"),
         (["--method_options", "{lora_alhpa: 4}"], "closest: 'lora_alpha'"),
         (["--method_options", "[1]"], "give a mapping"),
-        (["--method_options", "{a: b: c"], "no YAML"),
+        (["--method_options", "{a: b: c"], "not YAML"),
         (["--method", "ia3", "--lora_plus_ratio", "4"], "LoRA+ needs a pair"),
     ],
 )

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import minipeft
 from minipeft.files.format import open_adapter
+from minipeft.training.distributed import accelerator
 from minipeft.training.distributed.launch import check_processes, must_use_cpu
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.lock import RunLock
@@ -116,7 +117,6 @@ def failure(train, *words):
     return message
 
 
-# ------------------------------------------------------------------------------------------------------------ one process
 @pytest.fixture(scope="module")
 def whole(train, flags, tmp_path_factory):
     """An uninterrupted run with a checkpoint after each update."""
@@ -255,7 +255,6 @@ def test_sigterm_saves_and_exits_as_the_signal_would(train, flags, whole, tmp_pa
     assert_same_run(directory, whole)
 
 
-# ----------------------------------------------------------------------------------------------------------- what it eats
 def test_a_yaml_file_gives_flags_and_the_resolved_configuration_is_one(train, text, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(f"train_file: {text}\nrank: 4\nmax_steps: 2\nlean: true\nmax_length: 64\n", "utf-8")
@@ -332,7 +331,7 @@ def test_flags_that_do_not_fit_are_said(train, text, tmp_path, flags, words):
 
 
 def test_a_tracker_whose_package_is_missing_is_an_error(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "accelerate_trackers", list)
+    monkeypatch.setattr(accelerator, "get_available_trackers", list)
     assert "not installed" in failure(train, "--log_with", "wandb", "--output_dir", tmp_path / "out")
 
 
@@ -370,7 +369,6 @@ def test_lora_plus_gives_b_its_own_rate_in_the_run(train, flags, tmp_path):
     assert '"initial_lr": 0.016' in text
 
 
-# --------------------------------------------------------------------------------------------------- many processes
 @pytest.fixture(scope="module")
 def pair(flags, tmp_path_factory):
     """Two processes, uninterrupted, with dropout."""

@@ -1,0 +1,190 @@
+"""Command-line flags from a dataclass: each flag is one field, with its default, help, bounds and what it excludes.
+
+    @dataclass(frozen=True)
+    class Flags:
+        rank: int | None = flag(None, "rank of the update")
+        batch_size: int = flag(8, "examples per forward pass", lowest=1)
+
+    flags = parse_flags(Flags, sys.argv[1:], "What the program does.")
+
+The type of the field decides how the flag is written: ``bool`` is a switch, ``bool | None`` is a pair ``--x`` and
+``--no-x``, a ``Literal`` takes one of its values, and any other type converts the word that follows.
+
+argparse does the parsing. transformers' `HfArgumentParser` reads dataclasses too, but it passes all of a field's
+metadata on to argparse, so bounds and exclusions would need a second place; it has no ``--no-x`` for ``bool | None``;
+and its YAML files neither convert values nor let flags override them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from minipeft.errors import ConfigError, hint
+
+T = TypeVar("T")
+INTEGER_LIMIT = 2**31  # numpy's seeds and torch's sizes stay below it
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a flag says about itself besides its type and its default.
+
+    Attributes:
+        help: text for ``--help``, to which the default is added.
+        lowest: smallest number allowed.
+        above: a number must be larger than this.
+        const: value if the flag is given without one.
+        must_exist: whether the path must exist.
+        not_with: flags that cannot be given together with this one.
+        needs: flags of which at least one must be given too.
+        may_change: whether the flag may change when a run goes on, because it does not affect what is computed.
+        once: whether the flag is for this start of a run only, so that the run's configuration leaves it out.
+    """
+
+    help: str
+    lowest: float | None = None
+    above: float | None = None
+    const: str | None = None
+    must_exist: bool = False
+    not_with: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    may_change: bool = False
+    once: bool = False
+
+
+def flag(default: Any, help: str, **rules: Any) -> Any:
+    """A field of a dataclass of flags; `rules` are the attributes of `Rules`."""
+    return dataclasses.field(default=default, metadata={"rules": Rules(help, **rules)})
+
+
+def parse_flags(cls: type[T], words: Sequence[str], description: str | None) -> T:
+    """Parse and check flags. If the dataclass has a field `config`, it names a YAML file of flags, which `words` override.
+
+    Args:
+        cls: dataclass of fields made by `flag`.
+        words: command line without the program's name.
+        description: text at the top of ``--help``.
+
+    Raises:
+        ConfigError: a flag is unknown, its value is not allowed, or it does not go with another one.
+    """
+    parser = _make_parser(cls, description)
+    values = vars(parser.parse_args(words))
+    if values.get("config") is not None:
+        values = vars(parser.parse_args([*_words_in(values["config"], cls), *words]))
+    flags = cls(**values)
+    for name, rules in _rules(flags):
+        if getattr(flags, name) is not None:
+            _check_value(name, getattr(flags, name), rules)
+        if _is_given(flags, name):
+            _check_company(flags, name, rules)
+    return flags
+
+
+def compared_values(flags: object) -> dict[str, Any]:
+    """Values of the flags that must be the same when a run goes on, as JSON can hold them."""
+    return {name: _plain(getattr(flags, name)) for name, rules in _rules(flags) if not (rules.may_change or rules.once)}
+
+
+def saved_values(flags: object) -> dict[str, Any]:
+    """Values of the flags that start the same run again, as JSON and YAML can hold them."""
+    return {name: _plain(getattr(flags, name)) for name, rules in _rules(flags) if not rules.once}
+
+
+class _Parser(ArgumentParser):
+    """A parser that raises minipeft's errors instead of ending the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists the flags.")
+
+
+def _make_parser(cls: Any, description: str | None) -> _Parser:
+    parser = _Parser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    types = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        rules, text = field.metadata["rules"], field.metadata["rules"].help
+        if not (field.default is None or field.default is False or "(default" in text):
+            text += f" (default: {field.default})"
+        options = _options(types[field.name], rules)
+        parser.add_argument(f"--{field.name}", default=field.default, help=text.replace("%", "%%"), **options)
+    return parser
+
+
+def _options(annotation: Any, rules: Rules) -> dict[str, Any]:
+    """What argparse must know about a flag of this type."""
+    optional = get_origin(annotation) in (Union, UnionType)
+    kind = next(part for part in get_args(annotation) if part is not NoneType) if optional else annotation
+    if kind is bool:
+        return {"action": BooleanOptionalAction if optional else "store_true"}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    return {"type": kind} if rules.const is None else {"type": kind, "nargs": "?", "const": rules.const}
+
+
+def _words_in(file: Path, cls: Any) -> Iterator[str]:
+    """The flags of a YAML file as a command line gives them."""
+    try:
+        values = yaml.safe_load(file.read_text("utf-8")) or {}
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ConfigError(f"--config {file}: cannot be read as YAML ({reason}).") from None
+    if not isinstance(values, dict) or not all(isinstance(v, str | int | float | None) for v in values.values()):
+        raise ConfigError(f"--config {file}: give one value per flag, such as 'rank: 8'.")
+    pairs = {name for name, kind in get_type_hints(cls).items() if kind == bool | None}
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name, value in values.items():
+        if name not in names:
+            raise ConfigError(
+                f"--config {file}: there is no flag --{name}{hint(str(name), names)}; --help lists the flags."
+            )
+        if value is True:
+            yield f"--{name}"
+        elif value is False and name in pairs:
+            yield f"--no-{name}"
+        elif value is not None and value is not False:
+            yield f"--{name}={value}"
+
+
+def _rules(flags: Any) -> Iterator[tuple[str, Rules]]:
+    for field in dataclasses.fields(flags):
+        yield field.name, field.metadata["rules"]
+
+
+def _check_value(name: str, value: Any, rules: Rules) -> None:
+    if rules.must_exist and not value.exists():
+        raise ConfigError(f"--{name} {value}: no such file or folder.")
+    if rules.lowest is None and rules.above is None:
+        return
+    limit = INTEGER_LIMIT if isinstance(value, int) else math.inf
+    high_enough = value > rules.above if rules.above is not None else value >= rules.lowest
+    if not (high_enough and value < limit):
+        start = f"above {rules.above}" if rules.above is not None else f"from {rules.lowest}"
+        end = f" to {INTEGER_LIMIT - 1}" if isinstance(value, int) else ""
+        raise ConfigError(f"--{name} {value}: give a number {start}{end}.")
+
+
+def _check_company(flags: object, name: str, rules: Rules) -> None:
+    for other in rules.not_with:
+        if _is_given(flags, other):
+            raise ConfigError(f"--{name} and --{other} exclude each other; give one of them.")
+    if rules.needs and not any(_is_given(flags, other) for other in rules.needs):
+        raise ConfigError(f"--{name} needs {' or '.join(f'--{other}' for other in rules.needs)}; give both.")
+
+
+def _is_given(flags: Any, name: str) -> bool:
+    default = next(field.default for field in dataclasses.fields(flags) if field.name == name)
+    assert default is not MISSING
+    return bool(getattr(flags, name) != default)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,134 @@
+"""What a run shows: its parameters, samples and perplexities before and after, and that the saved adapter is right."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from minipeft.errors import StateError
+from minipeft.model import AdaptedModel, load_adapter
+from minipeft.training.data.collate import Store
+
+TOLERANCES = {"reloaded": 1e-6, "merged": 1e-5}  # as shares of the largest logit
+INT8_TOLERANCE = 5e-2  # bitsandbytes' int8 layers round their input, merged layers do not
+
+
+def parameter_table(model: AdaptedModel) -> str:
+    """Numbers of total, trainable and frozen parameters."""
+    trainable, total = model.get_nb_trainable_parameters()
+    numbers = {"total": total, "trainable": trainable, "frozen": total - trainable}
+    lines = [f"{'parameters':<12}{'number':>16}{'percent':>10}"]
+    lines += [f"{name:<12}{number:>16,}{100 * number / total:>10.2f}" for name, number in numbers.items()]
+    return "\n".join(lines)
+
+
+def openings(tokenizer: PreTrainedTokenizerBase, examples: Store) -> list[str]:
+    """The beginnings of the first three examples, to be continued."""
+    rows = examples.rows(range(min(3, len(examples.lengths))))
+    return tokenizer.batch_decode([row.input_ids[: min(16, max(1, len(row.input_ids) // 2))].tolist() for row in rows])
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    max_length: int,
+    seed: int,
+) -> list[str]:
+    """Continue each prompt with the same random numbers. Every process does so, since the model may be sharded.
+
+    Args:
+        model: of transformers; left in evaluation mode.
+        tokenizer: of the model.
+        prompts: texts to continue.
+        tokens: the most tokens to add, at least 1.
+        max_length: tokens that the model was trained on at a time, which prompt and continuation stay below.
+        seed: of the random numbers.
+
+    Returns:
+        Each prompt with its continuation.
+    """
+    model.eval()
+    texts: list[str] = []
+    for prompt in prompts:
+        torch.manual_seed(seed)
+        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+        length = max(1, min(tokens, max_length - inputs["input_ids"].shape[1]))
+        options = {"min_new_tokens": length, "max_new_tokens": length, "pad_token_id": tokenizer.eos_token_id}
+        ids = model.generate(**inputs, do_sample=True, temperature=0.7, top_k=20, **options)
+        texts += tokenizer.batch_decode(ids)
+    return texts
+
+
+def sample_report(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> str:
+    """Samples of the base and of the adapted model, prompt by prompt."""
+    pairs = zip(prompts, before, after, strict=True)
+    return "\n".join(f"=== {prompt!r}, before:\n{old}\n--- {prompt!r}, after:\n{new}\n" for prompt, old, new in pairs)
+
+
+def perplexity_report(rows: Sequence[dict[str, Any]]) -> str:
+    """First and last perplexities among the rows of a run's metrics."""
+    lines = []
+    for key, what in (("eval", "held-out text"), ("docs", "documentation, what the base was trained on")):
+        found = [row[f"{key}_perplexity"] for row in rows if f"{key}_perplexity" in row]
+        if found:
+            lines.append(f"perplexity on {what}: {found[0]:.2f} before, {found[-1]:.2f} after")
+    return "\n".join(lines)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has used so far, in MiB: of the GPU, or resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@torch.no_grad()
+def logits_of_first(model: nn.Module, examples: Store) -> Tensor:
+    """Logits of the first example, in float32 and evaluation mode, shape (1, tokens, vocabulary)."""
+    device = next(model.parameters()).device
+    ids = torch.tensor(examples.rows([0])[0].input_ids, dtype=torch.int64, device=device)[None]
+    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+
+
+def check_adapter(trained: Tensor, base: nn.Module, directory: Path, examples: Store, quantized: str | None) -> str:
+    """Compare the saved adapter, reloaded into a fresh base and then merged, with the model that was trained.
+
+    Args:
+        trained: `logits_of_first` of the trained model.
+        base: a fresh one on the same device; it is changed.
+        directory: holds the adapter.
+        examples: those of `trained`.
+        quantized: how the base is quantized, if it is.
+
+    Returns:
+        The differences found.
+
+    Raises:
+        StateError: one is larger than rounding explains.
+    """
+    largest, lines = trained.abs().max().item(), []
+    loaded = load_adapter(base, directory)
+    model: nn.Module = loaded
+    for name, tolerance in TOLERANCES.items():
+        if name == "merged":
+            model = loaded.merge_and_unload(untie=True, dequantize=quantized is not None)
+            tolerance = INT8_TOLERANCE if quantized == "int8" else tolerance
+        difference = (logits_of_first(model, examples) - trained).abs().max().item()
+        lines.append(
+            f"{name} against trained model: logits differ by {difference:.1e}; allowed {tolerance * largest:.1e}"
+        )
+        if not difference <= tolerance * largest:
+            raise StateError(f"the {name} adapter is not the one that was trained; please report this. {lines[-1]}.")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""The directory of a run: one that can be written, holds nothing else, and is written by one run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from minipeft.errors import CheckpointError, MinipeftError, StateError
+from minipeft.training.distributed.launch import restarts
+from minipeft.training.distributed.ranks import agree, rank_and_world_size
+from minipeft.training.runs.checkpoints import Checkpoints
+from minipeft.training.runs.lock import RunLock
+
+RESULTS = ("adapter_config.json", "metrics.jsonl", "checkpoints")
+
+
+def check_writable(directory: Path) -> None:
+    """Write a temporary file to `directory`, or to its nearest parent that exists.
+
+    Raises:
+        StateError: this fails, or the directory holds a whole model.
+    """
+    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise StateError(
+            f"--output_dir {directory}: {place} cannot be written ({error.strerror}); choose another directory."
+        ) from None
+    if (directory / "config.json").exists():
+        raise StateError(
+            f"--output_dir {directory} holds the config.json of a whole model; give the adapter its own directory."
+        )
+
+
+@contextlib.contextmanager
+def the_only_run(directory: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Hold a directory for this run alone. Every process enters; the first one locks.
+
+    Args:
+        directory: of the run; made if it does not exist.
+        resume: whether to go on with the run in it.
+        overwrite: whether to begin anew there; its checkpoints are removed.
+
+    Raises:
+        CheckpointError: another run holds the directory.
+        StateError: it holds a run, and neither `resume` nor `overwrite` is set.
+    """
+    with contextlib.ExitStack() as stack:
+        error = None
+        if rank_and_world_size()[0] == 0:
+            try:
+                stack.enter_context(RunLock(directory))
+                if not restarts():  # a restarted launch goes on with its own run
+                    _check_unused(directory, resume, overwrite)
+            except MinipeftError as caught:
+                error = caught
+        agree(error)
+        yield
+
+
+def _check_unused(directory: Path, resume: bool, overwrite: bool) -> None:
+    found = [name for name in RESULTS if (directory / name).exists()]
+    if found and not (resume or overwrite):
+        raise StateError(
+            f"--output_dir {directory} holds a run already ({', '.join(found)}): --resume goes on with it, "
+            "--overwrite begins anew, or choose another directory."
+        )
+    if overwrite:
+        Checkpoints(directory).discard_newer(-1)
+
+
+def checkpoint_to_resume(checkpoints: Checkpoints, resume: str | None) -> Path | None:
+    """The checkpoint that a run goes on from, or None to begin.
+
+    Args:
+        checkpoints: of the run.
+        resume: path of a checkpoint, or "latest". None begins, except in a launch that was restarted after one of its
+            processes died: it goes on from the latest checkpoint.
+
+    Raises:
+        CheckpointError: the latest checkpoint was asked for, and there is none.
+    """
+    if resume and resume != "latest":
+        return Path(resume)
+    folder = checkpoints.latest() if resume or restarts() else None
+    if folder is None and resume and not restarts():
+        raise CheckpointError(
+            f"--resume: there is no complete checkpoint in {checkpoints.folder}; leave the flag out to begin."
+        )
+    return folder
