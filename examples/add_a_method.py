@@ -2,8 +2,8 @@
 
     y = W x + b + B R A x,  with W = U S V^T,  A = V_r^T (r, in) and B = U_r S_r (out, r) frozen, R (r, r) trained
 
-So a layer of any size trains r * r numbers. A method is a configuration and one class: it says what it holds, what it
-adds to the output, and what it adds to the weight. Files, merging, several adapters, compiling: all that is there.
+So a layer of any size trains r * r numbers. A method is one class, and a configuration if it has options. It says what
+it holds, what it adds to the output, and what it adds to the weight. Files, merging and compiling follow from that.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class LoraXs(Adapter):
         return y + ops.project_out(base, h, (self.B @ self.R.to(self.B.dtype)).to(y.dtype))
 
     @torch.no_grad()
-    def merge(self, weight, bias):
-        return weight + (self.B @ self.R.to(self.B.dtype) @ self.A).to(weight.dtype), bias
+    def factors(self):  # merging and unmerging follow from the update's two factors, (out, r) and (r, in)
+        return self.B @ self.R.to(self.B.dtype), self.A
 
     def file_tensors(self):  # A and B too: another machine's SVD may differ in sign
         return {"lora_xs_A": self.A, "lora_xs_B": self.B, "lora_xs_R": self.R}

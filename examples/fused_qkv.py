@@ -36,9 +36,6 @@ class FusedQKV(Adapter):
     def factors(self):
         return self.up().detach(), self.lora_A.detach()
 
-    def merge(self, weight, bias):
-        return weight + self.delta(weight).to(weight.dtype), bias
-
 
 def main():
     config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0)

@@ -22,9 +22,8 @@ from minipeft.injection import default_targets  # noqa: F401  (registers the def
 from minipeft.layers.base import LayerOps
 from minipeft.memory.lean import lean, unlean
 from minipeft.merging.report import MergeReport
-from minipeft.methods.adalora import AdaLoraConfig
+from minipeft.methods.adalora_config import AdaLoraConfig
 from minipeft.methods.base import Adapter
-from minipeft.methods.dora import DoraConfig
 from minipeft.methods.ia3 import IA3Config
 from minipeft.methods.loha import LoHaConfig
 from minipeft.methods.lokr import LoKrConfig
@@ -70,7 +69,6 @@ __all__ = [
     "ConfigError",
     "ContractError",
     "DataError",
-    "DoraConfig",
     "IA3Config",
     "LayerOps",
     "LeanError",

@@ -12,6 +12,9 @@ def breach(cls: type, contract: str) -> str | None:
     if root is None:
         return f"{name} does not derive from minipeft.{contract}, so it cannot be registered as one."
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    needs_one_of: tuple[str, ...] = getattr(root, "needs_one_of", ())
+    if needs_one_of and all(getattr(cls, method) is getattr(root, method) for method in needs_one_of):
+        missing.append(" or ".join(needs_one_of))
     if missing:
         return f"{name} lacks {', '.join(map(repr, missing))} of the {contract} contract."
     for method in contract_methods(root):

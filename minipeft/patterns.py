@@ -1,4 +1,4 @@
-"""Name patterns, some from files that nobody vouches for: regular expressions with a length cap and a time limit."""
+"""Name patterns, possibly from untrusted files: regular expressions with a length cap and a time limit."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def compiled(pattern: str, where: str) -> regex.Pattern[str]:
     """Compile a regular expression.
 
     Raises:
-        ConfigError: it is too long or no valid expression; `where` names the option it stands in.
+        ConfigError: it is too long or not a valid expression; `where` names its option.
     """
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise ConfigError(f"{where}: a pattern of {len(pattern):,} characters; {MAX_PATTERN_LENGTH:,} are allowed.")
     try:
         return regex.compile(pattern)
     except regex.error as error:
-        raise ConfigError(f"{where}: {pattern!r} is no valid regular expression ({error}).") from None
+        raise ConfigError(f"{where}: {pattern!r} is not a valid regular expression ({error}).") from None
 
 
 def full_matches(pattern: str, names: Iterable[str], where: str) -> list[str]:
-    """The names that the expression matches from end to end, in their order.
+    """The names that the whole expression matches, in their order.
 
     Raises:
-        TargetError: matching takes longer than two seconds altogether, as a hostile expression would.
+        TargetError: matching takes longer than two seconds in total, as with a hostile expression.
     """
     expression = compiled(pattern, where)
     deadline = time.monotonic() + SECONDS_PER_PATTERN
@@ -40,7 +40,7 @@ def full_matches(pattern: str, names: Iterable[str], where: str) -> list[str]:
     except TimeoutError:
         raise TargetError(
             f"{where}: {pattern!r} takes more than {SECONDS_PER_PATTERN:g} s on this model's module names; "
-            "a list of suffixes such as ['c_attn'] says the same without a search."
+            "use a list of suffixes such as ['c_attn'] instead."
         ) from None
 
 
@@ -50,7 +50,7 @@ def is_suffix(entry: str, name: str) -> bool:
 
 
 def endings(name: str) -> Iterator[str]:
-    """The name itself and what follows each of its dots: all that `is_suffix` fits."""
+    """The name itself and what follows each of its dots: everything that `is_suffix` accepts."""
     yield name
     for position, character in enumerate(name):
         if character == ".":
@@ -58,10 +58,10 @@ def endings(name: str) -> Iterator[str]:
 
 
 def first_keys(patterns: Iterable[str], names: Sequence[str], where: str) -> dict[str, str]:
-    """For each name the first pattern that matches it whole or from a dot on, as PEFT's ``rank_pattern``; others are left out.
+    """For each name the first pattern that matches all of it or its end after a dot, as PEFT's ``rank_pattern``.
 
-    A pattern of letters, digits, '_', '-' and dots is looked up instead of searched, so a table with one key a module
-    stays linear; a dot in it is a dot.
+    Names that no pattern matches are left out. A pattern of letters, digits, '_', '-' and dots is taken literally and
+    found by hashing, so a table with one key per module takes linear time.
     """
     order = {key: position for position, key in enumerate(patterns)}
     plain = {key for key in order if regex.fullmatch(r"[\w.-]+", key)}

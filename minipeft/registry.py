@@ -5,7 +5,8 @@ Four functions fill it, for the built-in classes and for plugins alike:
 * ``register_layer(nn.Linear)`` or ``register_layer("bitsandbytes.nn.Linear8bitLt")``: the `LayerOps` of a layer type; with
   ``weight="torchao.quantization.Int8Tensor"``, of the layers of that type that hold such a weight;
 * ``register_method("lora")``: the `Adapter` of a method;
-* ``register_targets("gpt2", ["c_attn"])``: default target patterns for a transformers ``model_type``;
+* ``register_targets("gpt2", ["c_attn"])``: default target patterns for a transformers ``model_type``; with ``method=``, for
+  one method;
 * ``register_adapter("lora", layer=nn.Linear)`` or ``register_adapter("lora", pattern="lm_head")``: an override.
 
 Types are looked up along the MRO, the most derived first, so the order of registration never matters. A dotted name keeps
@@ -41,7 +42,7 @@ def qualified(cls: type) -> str:
 class _Tables:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # layer type -> weight type or "" -> ops
     methods: dict[str, type[Any]] = field(default_factory=dict)
-    targets: dict[str, tuple[str, ...] | str] = field(default_factory=dict)
+    targets: dict[tuple[str | None, str, str], tuple[str, ...] | str] = field(default_factory=dict)
     by_layer: dict[str, dict[str, type[Any]]] = field(default_factory=dict)  # layer type -> method -> adapter
     by_pattern: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
 
@@ -85,12 +86,20 @@ def register_layer(layer: type | str, *, weight: str | None = None) -> Callable[
 def register_method(name: str) -> Callable[[Class], Class]:
     """Register the decorated `Adapter` as the method `name`, in lower case; ``peft_type`` in files is its upper case.
 
+    A class without a `config_class` has no options of its own, and gets one.
+
     Raises:
         RegistryError: the name is not an identifier or is taken, or the class breaks the `Adapter` contract.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise RegistryError(f"register_method: {name!r} is not a lower-case identifier such as 'lora'.")
-    return _registering(_tables.methods, name, "Adapter", f"method {name!r}")
+    register = _registering(_tables.methods, name, "Adapter", f"method {name!r}")
+
+    def register_with_config(cls: Class) -> Class:
+        register(cls).give_config_class(name)
+        return cls
+
+    return register_with_config
 
 
 def register_adapter(
@@ -115,14 +124,22 @@ def register_adapter(
     return _registering(_tables.by_layer.setdefault(key, {}), method, "Adapter", what)
 
 
-def register_targets(model_type: str, patterns: Sequence[str] | str) -> None:
-    """Set the default `target_modules` of a transformers ``model_type``: suffixes, or one full-match regex.
+def register_targets(
+    model_type: str, patterns: Sequence[str] | str, *, method: str | None = None, option: str = "target_modules"
+) -> None:
+    """Set a default for a transformers ``model_type``: suffixes, or one regular expression for the whole name.
+
+    Args:
+        model_type: the model type.
+        patterns: the default.
+        method: the method it is for; None: for all methods that have no default of their own.
+        option: the option of the configuration that is left at None.
 
     Raises:
-        RegistryError: the model type already has other patterns.
+        RegistryError: there is another default already.
     """
     value = patterns if isinstance(patterns, str) else tuple(patterns)
-    known = _tables.targets.setdefault(model_type, value)
+    known = _tables.targets.setdefault((method, option, model_type), value)
     if known != value:
         raise RegistryError(
             f"model type {model_type!r} already has the default targets {known!r}; not changed to {value!r}."
@@ -211,14 +228,9 @@ def adapter_class(method: str, module_name: str, layer_type: type) -> type[Any]:
     return next((cls for cls in overrides if cls is not None), generic)
 
 
-def default_targets(model_type: str) -> tuple[str, ...] | str | None:
-    """Default patterns of a transformers ``model_type``, or None if there are none."""
-    return _tables.targets.get(model_type)
-
-
-def known_model_types() -> list[str]:
-    """The model types with default patterns, sorted."""
-    return sorted(_tables.targets)
+def default_targets(method: str | None = None, option: str = "target_modules") -> dict[str, tuple[str, ...] | str]:
+    """The default patterns by ``model_type``, of one method (None: the general ones) and option."""
+    return {key[2]: patterns for key, patterns in _tables.targets.items() if key[:2] == (method, option)}
 
 
 def _settle_dotted_names() -> None:

@@ -1,4 +1,4 @@
-"""What a training loop does beside its optimizer's steps, for methods that ask for it: a schedule, a loss of their own."""
+"""What a training loop does besides the optimizer's steps, for methods that have a schedule or a loss of their own."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ from minipeft.methods.base import Adapter
 
 
 def after_step(model: nn.Module, step: int) -> None:
-    """Let the adapters that act and train do what is due after an optimizer step, as a schedule of ranks.
+    """Do what the active adapters that train need after an optimizer step, such as AdaLoRA's allocation of ranks.
 
-    Call it in every step, after ``optimizer.step()`` and before ``optimizer.zero_grad()``, since gradients are read. For
-    methods without a schedule it does nothing.
-
-    `minipeft.hf.AdapterTrainer` and `minipeft.training.updates.Updater` call it themselves.
+    Call it in every step, after ``optimizer.step()`` and before ``optimizer.zero_grad()``, since it reads gradients. For
+    methods without a schedule it does nothing. `minipeft.hf.AdapterTrainer` and `minipeft.training.updates.Updater`
+    call it themselves.
 
     Args:
-        model: an adapted model, also within DDP or ``torch.compile``.
-        step: number of the step over the whole run, the first is 0. A step may be left out, as where a gradient scaler
-            skips one, but none comes twice.
+        model: an adapted model, possibly wrapped by DDP or ``torch.compile``.
+        step: number of the optimizer step over the whole run, from 0. A step may be left out, if a gradient scaler
+            skips it, but not repeated.
 
     Raises:
-        StateError: the model has no adapter, a gradient that is needed is not there, or the step has been.
+        StateError: the model has no adapter, a gradient that is needed is missing, or the step is repeated.
     """
     for method, adapters, config in _training(model):
         method.after_step(adapters, config, step)
 
 
 def extra_loss(model: nn.Module) -> Tensor:
-    """A scalar to add to the model's loss: the regularisation of the adapters that act and train, 0 where they have none.
+    """A scalar to add to the model's loss: the regularisation of the active adapters that train, 0 if they have none.
 
-    It is computed in the adapters' own precision, also within ``torch.autocast``. Where the gradients of several passes
-    add up to one step, it is to be added once; `minipeft.hf.AdapterTrainer` and `Updater` do so themselves.
+    It is computed in the adapters' own precision, also under ``torch.autocast``. If several passes make one optimizer
+    step, add it once; `minipeft.hf.AdapterTrainer` and `Updater` do so themselves.
 
     Raises:
         StateError: the model has no adapter.
@@ -54,37 +53,33 @@ def extra_loss(model: nn.Module) -> Tensor:
 
 
 def has_schedule(model: nn.Module) -> bool:
-    """Whether an adapter that acts and trains needs `after_step` or `extra_loss`; also of a model without adapters."""
-    return any(
-        method.after_step.__func__ is not Adapter.after_step.__func__  # type: ignore[attr-defined]
-        or method.extra_loss.__func__ is not Adapter.extra_loss.__func__  # type: ignore[attr-defined]
-        for method, _, _ in (_training(model) if _adapted(model) is not None else ())
-    )
+    """Whether an active adapter that trains needs `after_step` or `extra_loss`; False for a model without adapters."""
+    methods = [method for method, _, _ in _training(model)] if _adapted(model) is not None else []
+    return any(method.overrides("after_step") or method.overrides("extra_loss") for method in methods)
 
 
-# ------------------------------------------------------------------------------------------------- to go on from a step
 def keeps_state(model: nn.Module, adapter_name: str) -> bool:
-    """Whether to go on with this adapter takes more than its parameters."""
+    """Whether resuming this adapter takes more than its parameters."""
     adapters = adapters_of(model, adapter_name).values()
-    return any(type(adapter).training_state is not Adapter.training_state for adapter in adapters)
+    return any(adapter.overrides("training_state") for adapter in adapters)
 
 
 def schedule_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What the schedule of an adapter knows beside its parameters, by ``<module>/<name>``: the live tensors."""
+    """The training state of an adapter besides its parameters, by ``<module>/<name>``: the live tensors."""
     adapters = adapters_of(model, adapter_name)
     return {f"{path}/{key}": t for path, adapter in adapters.items() for key, t in adapter.training_state().items()}
 
 
 def check_schedule_state(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor] | None) -> None:
-    """See whether `load_schedule_state` can take this, and change nothing.
+    """Check that `load_schedule_state` can take this state; nothing changes.
 
     Args:
         model: an adapted model, unwrapped.
         adapter_name: one of its adapters.
-        state: as `schedule_state` gave it; None where a file says nothing of it.
+        state: as `schedule_state` gave it; None if a file has none.
 
     Raises:
-        CheckpointError: it is of another adapter, or is not there and is needed.
+        CheckpointError: it belongs to another adapter, or is needed and missing.
     """
     adapters = adapters_of(model, adapter_name)
     if state is None:
@@ -95,11 +90,13 @@ def check_schedule_state(model: nn.Module, adapter_name: str, state: Mapping[str
     if not parts.keys() <= adapters.keys():
         raise CheckpointError(f"there is no adapter on {shown(sorted(parts.keys() - adapters.keys()), 3)}.")
     for path, adapter in adapters.items():
-        adapter.check_training_state(parts.get(path, {}))
+        current = adapter.training_state()
+        adapter.load_training_state(parts.get(path, {}))  # which raises if it cannot
+        adapter.load_training_state(current)
 
 
 def load_schedule_state(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor] | None) -> None:
-    """Let the schedule of an adapter go on from a state, which `check_schedule_state` has seen."""
+    """Resume the schedule of an adapter from a state that `check_schedule_state` has accepted."""
     parts = _by_module(state or {})
     for path, adapter in adapters_of(model, adapter_name).items():
         adapter.load_training_state(parts.get(path, {}))

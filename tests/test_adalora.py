@@ -106,12 +106,12 @@ def test_a_file_from_between_two_allocations_gives_the_model_as_it_is(tmp_path):
 
 def test_ranks_may_go_down_further_after_loading(tmp_path):
     model = disturb(ours("adalora"))
-    for name, layer in minipeft.injection.adapted_layer.adapted_layers(model):
+    for name, layer in minipeft.injection.module_tree.adapted_layers(model):
         layer.adapter("default")._take_away(torch.tensor([True, False, True, False, "c_proj" not in name]))
     model.save_pretrained(tmp_path / "first")
     again = minipeft.load_adapter(gpt2(), tmp_path / "first", is_trainable=True)
     assert torch.allclose(logits(again), logits(model), atol=1e-6)
-    for _, layer in minipeft.injection.adapted_layer.adapted_layers(again):
+    for _, layer in minipeft.injection.module_tree.adapted_layers(again):
         adapter = layer.adapter("default")
         adapter._take_away(torch.arange(len(adapter.lora_E)) == 1)
     again.save_pretrained(tmp_path / "second")
@@ -122,7 +122,7 @@ def test_ranks_may_go_down_further_after_loading(tmp_path):
 
 def test_a_module_may_lose_all_its_components(tmp_path):
     model = disturb(ours("adalora"))
-    layers = dict(minipeft.injection.adapted_layer.adapted_layers(model))
+    layers = dict(minipeft.injection.module_tree.adapted_layers(model))
     layers["transformer.h.0.attn.c_attn"].adapter("default")._take_away(torch.zeros(5, dtype=torch.bool))
     model.save_pretrained(tmp_path)
     again = minipeft.load_adapter(gpt2(), tmp_path, is_trainable=True)

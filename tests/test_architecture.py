@@ -16,7 +16,7 @@ PACKAGE = ROOT / "minipeft"
 # The rooms of the package, one line a floor, the lowest first: a room imports from floors below it and from itself.
 FLOORS = (
     ("errors", "class_swap", "transformers_model", "contract"),
-    ("kernels", "registry", "patterns"),
+    ("kernels", "registry", "patterns", "options"),
     ("layers", "config"),
     ("methods",),
     ("injection",),

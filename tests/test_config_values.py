@@ -32,7 +32,7 @@ def used(config):
     config.for_model_type("gpt2").for_modules(["a", "h.0.b"])
     config.unused_options(["a"])
     config.needs_a_call()
-    return config.parameters_to_adapt, config.adapter_method, config.trains_all_biases
+    return config.target_parameters, config.adapter_method, config.bias
 
 
 def tried(build, options):

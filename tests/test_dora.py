@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import minipeft
 from minipeft import LoraConfig, get_lora_model
+from minipeft.config import config_from_dict
 from minipeft.methods import dora
-from minipeft.methods.dora import Dora, DoraConfig, row_norms
+from minipeft.methods.dora import Dora, row_norms
 
 with foreign_code():
     peft = pytest.importorskip("peft")
@@ -327,14 +328,14 @@ def test_a_frozen_base_stays_as_it_is_and_every_parameter_moves():
 
 
 # ----------------------------------------------------------------------------------------------------- configuration
-def test_the_option_and_the_method_are_one():
-    for config in (LoraConfig(use_dora=True, target_modules=["c_attn"]), DoraConfig(target_modules=["c_attn"])):
-        model = minipeft.get_adapter_model(gpt2(), config)
-        assert type(model.transformer.h[0].attn.c_attn.adapters["default"]) is Dora
-        assert config.to_dict()["peft_type"] == "LORA"
-        assert config.to_dict()["use_dora"] is True
-    with pytest.raises(minipeft.ConfigError, match="LoraConfig"):
-        DoraConfig(use_dora=False)
+def test_dora_is_an_option_of_lora_in_files_too():
+    config = LoraConfig(use_dora=True, target_modules=["c_attn"])
+    model = minipeft.get_adapter_model(gpt2(), config)
+    assert type(model.transformer.h[0].attn.c_attn.adapters["default"]) is Dora
+    assert config.to_dict()["peft_type"] == "LORA"
+    assert config.to_dict()["use_dora"] is True
+    with pytest.raises(minipeft.ConfigError, match="peft_type 'DORA' is not implemented; known: .*'LORA'"):
+        config_from_dict({**config.to_dict(), "peft_type": "DORA"})
 
 
 def test_patterns_and_rank_stabilised_scaling_combine_with_it():

@@ -19,7 +19,7 @@ from minipeft.files.save import save_adapter
 from minipeft.files.to_lora import as_lora
 from minipeft.kernels import merged_weight
 from minipeft.kernels.lora_linear import lora_linear
-from minipeft.methods.lora_init import pissa_factors
+from minipeft.methods.lora_init import Start, pissa
 
 with foreign_code():
     peft = pytest.importorskip("peft")
@@ -81,7 +81,10 @@ def test_pissa_holds_the_principal_part_of_the_weight(name):
 def test_pissa_by_iteration_comes_near_the_exact_one():
     U, _ = torch.linalg.qr(torch.randn(40, 40))
     weight = U * torch.tensor([9.0, 8, 7, 6] + [0.5] * 36) @ U.T
-    exact, iterated = (B @ A for A, B in (pissa_factors(weight, 4, 2.0), pissa_factors(weight, 4, 2.0, 4)))
+    starts = [Start(torch.empty(4, 40), torch.empty(40, 4), None, weight, 2.0, iterations) for iterations in (None, 4)]
+    for start in starts:
+        pissa(start)
+    exact, iterated = (start.B @ start.A for start in starts)
     torch.testing.assert_close(iterated, exact, rtol=1e-4, atol=1e-4)
 
 
@@ -106,7 +109,7 @@ def test_starts_and_residuals_are_pefts(factory, init):
     ours = get_lora_model(factory(), LoraConfig(**options))
     with foreign_code():
         theirs = peft.get_peft_model(factory(), peft.LoraConfig(**options)).base_model.model
-    for path, layer in minipeft.injection.adapted_layer.adapted_layers(ours):
+    for path, layer in minipeft.injection.module_tree.adapted_layers(ours):
         lora, other = layer.adapter("default"), theirs.get_submodule(path)
         A, B = other.lora_A["default"].weight, other.lora_B["default"].weight
         assert lora.scaling == other.scaling["default"]

@@ -12,10 +12,10 @@ from tiny_models import disturb, foreign_code, gpt2, llama, logits
 from torch import nn
 
 import minipeft
-from minipeft import ConfigError, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, TargetError, VeraConfig
+from minipeft import ConfigError, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, TargetError, VeraConfig, registry
 from minipeft import get_adapter_model as adapt
 from minipeft.injection.module_tree import adapted_layers
-from minipeft.methods import adalora, ia3, vera
+from minipeft.methods import ia3
 from minipeft.methods.lokr import factorise
 from minipeft.methods.oft import _series
 
@@ -27,16 +27,10 @@ with foreign_code():
 
 
 def default_tables():
-    """(method, model_type, our targets, PEFT's); ours is None where the registered default holds, LoRA's."""
+    """(method, model_type, our targets, PEFT's); ours is None if the general default holds, which is LoRA's."""
     lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    for method, table in (
-        ("ia3", {name: targets for name, (targets, _) in ia3.DEFAULTS.items()}),
-        ("adalora", adalora.DEFAULTS),
-        ("vera", vera.DEFAULTS),
-        ("loha", {}),
-        ("lokr", {}),
-        ("oft", {}),
-    ):
+    for method in ("ia3", "adalora", "vera", "loha", "lokr", "oft"):
+        table = registry.default_targets(method)
         theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method.upper()}_TARGET_MODULES_MAPPING")
         for model_type, targets in theirs.items():
             if not model_type.startswith("RefinedWeb"):  # Falcon's name before transformers knew it
@@ -51,9 +45,10 @@ def test_default_targets_are_those_of_peft_by_model_type():
         checked += 1
     assert checked > 100
     theirs = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
-    assert {name: list(modules) for name, (_, modules) in ia3.DEFAULTS.items()} == {
-        name: theirs[name] for name in theirs if not name.startswith("RefinedWeb")
-    }
+    ours = registry.default_targets("ia3", "feedforward_modules")
+    for model_type in theirs:
+        if not model_type.startswith("RefinedWeb"):
+            assert ours.get(model_type) == (ia3._regex(theirs[model_type]) if theirs[model_type] else None), model_type
 
 
 # ------------------------------------------------------------------------------------------------------------ (IA)^3
@@ -136,7 +131,7 @@ def test_the_projections_are_one_storage_whatever_is_done_to_the_model():
         assert projections(other)[0].vera_A.dtype is torch.float64
     model.merge_adapter()
     undo = next(layer.undo for _, layer in adapted_layers(model))
-    assert undo.adapters[0].projections is projections(model)[0]  # no copy a layer for taking the merge back
+    assert undo.adapters[0].projections.vera_A is projections(model)[0].vera_A  # no copy per layer to undo the merge
     assert undo.adapters[0].vera_lambda_b is not next(adapted_layers(model))[1].adapter("default").vera_lambda_b
 
 

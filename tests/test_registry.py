@@ -1,11 +1,13 @@
 """The registry: resolution, contracts held at registration, and plugins."""
 
 import importlib.metadata
+import pickle
 import sys
 import types
 
 import pytest
 import torch
+from tiny_models import gpt2
 from torch import nn
 
 import minipeft
@@ -145,7 +147,46 @@ def test_conflicting_default_targets_are_refused():
     with pytest.raises(RegistryError, match="'gpt2' already has"):
         registry.register_targets("gpt2", ["c_proj"])
     registry.register_targets("gpt2", ["c_attn"])  # the same again is fine
-    assert registry.default_targets("gpt2") == ("c_attn",)
+    assert registry.default_targets()["gpt2"] == ("c_attn",)
+
+
+def test_a_method_s_own_default_targets_go_before_the_general_ones():
+    registry.register_targets("gpt2", ["c_fc"], method="loha")
+    chosen = {
+        cls.method: minipeft.get_adapter_model(gpt2(), cls()).adapter_configs["default"].target_modules
+        for cls in (minipeft.LoHaConfig, minipeft.LoKrConfig)
+    }
+    assert chosen == {"loha": ("c_fc",), "lokr": None}  # None: the general ones
+    named = minipeft.get_adapter_model(gpt2(), minipeft.LoHaConfig(target_modules=["c_proj"]))
+    assert named.adapter_configs["default"].target_modules == ("c_proj",)
+    with pytest.raises(RegistryError, match="'gpt2' already has"):
+        registry.register_targets("gpt2", ["c_proj"], method="loha")
+
+
+def test_a_method_without_options_gets_a_config_class():
+    registry.register_method("noop_scale")(Scale)
+    assert Scale.config_class(target_modules=["c_attn"]).to_dict()["peft_type"] == "NOOP_SCALE"
+    assert pickle.loads(pickle.dumps(Scale.config_class())) == Scale.config_class()
+    with pytest.raises(minipeft.ConfigError, match="ScaleConfig has no option 'r'"):
+        Scale.config_class(r=3)
+
+
+def test_a_method_that_cannot_be_merged_is_refused():
+    with pytest.raises(RegistryError, match="lacks 'merge or delta or factors' of the Adapter contract"):
+        registry.register_method("unmergeable")(Unmergeable)
+
+
+class Unmergeable(minipeft.Adapter):
+    def __init__(self, base, ops, config, shared):
+        super().__init__(base, ops, config, shared)
+
+    def forward(self, base, ops, x, y):
+        return y
+
+
+class Scale(Unmergeable):
+    def merge(self, weight, bias):
+        return weight.clone(), bias
 
 
 class Louder(Lora):

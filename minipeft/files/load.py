@@ -21,6 +21,7 @@ from minipeft.files.resized_vocabulary import brought, resize_hint
 from minipeft.injection.build import PREFIX, Parts, build, build_from
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
+from minipeft.methods.base import Adapter
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,15 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
     return plan, build_from(plan, {**read_tensors(file, fit), **along.rows})
 
 
+def _is_zero(adapter: Adapter) -> bool:
+    """Whether the update is a product with a factor of zeros."""
+    factors = adapter.factors()
+    return factors is not None and not all(factor.any() for factor in factors)
+
+
 def warn_if_idle(directory: Path, parts: Parts) -> None:
     """Warn about an adapter that was loaded to be used and leaves the model as it is."""
-    if not parts.copies and all(adapter.changes_nothing() for adapter in parts.adapters):
+    if not parts.copies and all(map(_is_zero, parts.adapters)):
         warnings.warn(
             f"{directory}: every update is zero, so this adapter changes nothing; was it ever trained?", stacklevel=3
         )

@@ -146,7 +146,7 @@ def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         )
     for name, module in found.items():
         adapts = _adapts(module, adapter_name)
-        if isinstance(module, AdaptedLayer) and adapts and module.adapter(adapter_name).adapts_tied_layers:
+        if isinstance(module, AdaptedLayer) and adapts and module.adapter(adapter_name).overrides("for_tied"):
             raise ConfigError(
                 f"save_embedding_layers=True: rows of {name} train, and the file holds those; leave it at 'auto'."
             )

@@ -62,7 +62,7 @@ def tensors_from_state(
 def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, compact: bool = True) -> dict[str, Any]:
     """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules.
 
-    `compact` False: for a file that training goes on from, see `Adapter.compact_options`.
+    `compact` False: for a file that training goes on from, see `Adapter.compacted`.
     """
     values = config.to_dict()
     layers = dict(_layers_of(model, adapter_name))
@@ -90,7 +90,7 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, c
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
     method, adapters = registry.method_class(config.method), adapters_of(model, adapter_name)
-    values |= method.file_options(values, adapters) | (method.compact_options(values, adapters) if compact else {})
+    values |= method.file_options(values, adapters, compact)
     if config.base_model_name_or_path is None:
         name = getattr(model, "name_or_path", None)
         values["base_model_name_or_path"] = name if isinstance(name, str) and name else None

@@ -53,11 +53,11 @@ class AdaptedLayer(Wrapper):
         y: Any = None
         here = self.adapters._modules
         acting: list[Any] = [here[name] for name in names]
-        if len(acting) == 1 and acting[0].runs_base and not (acting[0].acts_before or args or kwargs):
+        if len(acting) == 1 and acting[0].runs_base and not (args or kwargs):
             return acting[0](self.base_layer, self.ops, x, None)  # the usual case, kept short for single tokens
         inputs = [x]  # of each adapter, the last one first: its `before` decides what those in front of it see
         for adapter in reversed(acting):
-            inputs.append(adapter.before(self.base_layer, self.ops, inputs[-1]) if adapter.acts_before else inputs[-1])
+            inputs.append(adapter.before(self.base_layer, self.ops, inputs[-1]))
         x = inputs.pop()
         for adapter in acting:
             if y is None and (args or kwargs or not adapter.runs_base):
@@ -90,7 +90,7 @@ class AdaptedLayer(Wrapper):
 
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         if self.owns(adapter_name):
-            yield from self.adapter(adapter_name).trainable_parameters()
+            yield from self.adapter(adapter_name).parameters()
 
     def check_separable(self, path: str, names: tuple[str, ...]) -> None:
         """Check that merging only these adapters leaves the combined effect of all active ones unchanged.
@@ -99,7 +99,7 @@ class AdaptedLayer(Wrapper):
             MergeError: one of them reads the base weight, and another acts without being merged.
         """
         left_out = tuple(name for name in self.switch.active if name in self.adapters and name not in names)
-        readers = [name for name in names + left_out if self.adapter(name).reads_base]
+        readers = [name for name in names + left_out if self.adapter(name).overrides("merge_after")]
         if left_out and readers:
             raise MergeError(
                 f"{path}: {shown(readers)} depends on the base weight, so {shown(names)} cannot be merged "

@@ -87,17 +87,17 @@ def attach(
         raise
     if first:
         model.__dict__[STATE] = state
-        model.requires_grad_(False)
     state.configs[adapter_name] = plan.config
     state.resting[adapter_name] = set()
     for path, wrapper in wrappers(model):
         for index, parameter in enumerate(wrapper.trainable_parameters(adapter_name)):
-            parameter.requires_grad_(False)
-            if trainable:
+            if trainable and parameter.requires_grad:
                 state.resting[adapter_name].add((path, index))
+            parameter.requires_grad_(False)
     if trainable:
         state.trainable.add(adapter_name)
     if first:
+        model.requires_grad_(False)
         switch_to(model, (adapter_name,))
 
 

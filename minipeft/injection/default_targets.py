@@ -1,8 +1,8 @@
-"""Default target modules by transformers ``model_type``: what is adapted where ``target_modules`` is not given.
+"""Default target modules by transformers ``model_type``, for configurations without ``target_modules``.
 
-The query and value projections, as in the LoRA paper (section 7.1), under the names each family gives them; the packed
-projection where query, key and value are one matrix. Where PEFT has a default it is the same. A test holds every line
-against the modules of the installed transformers.
+The query and value projections, as in the LoRA paper (section 7.1), under each family's own names, or the projection
+that holds query, key and value in one matrix. PEFT's defaults, where it has one. A test checks every line against the
+modules of the installed transformers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ DEFAULTS: tuple[tuple[Sequence[str] | str, str], ...] = (
     (["key", "value", "receptance", "output"], "rwkv"),
     (["q_proj", "v_proj", "fc1", "fc2"], "phi"),
     (["q_proj", "k_proj", "v_proj", "o_proj"], "nemotron_h"),
-    # Multi-head latent attention has no plain query and value; q_proj stands in its smaller variants.
+    # Multi-head latent attention has no plain query and value projections; its smaller variants have q_proj.
     (
         r".*\.(?:q_proj|q_b_proj|kv_b_proj)",
         "deepseek_v2 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 mistral4 youtu",
     ),
-    # The vision and audio towers wrap their projections, and are left alone.
+    # The vision and audio towers wrap their projections, and are left out.
     (r"(?!.*(?:vision|audio)).*\.(?:q_proj|v_proj)", "gemma4 gemma4_text gemma4_unified gemma4_unified_text"),
     # Renamed from query and value to q_proj and v_proj between releases of transformers.
     (

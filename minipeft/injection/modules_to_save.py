@@ -50,7 +50,10 @@ def trained_copy(original: nn.Module, only: tuple[str, ...] | None, *, on_meta: 
             memo[id(parameter)] = parameter
         elif on_meta:
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), False)
-    return copy.deepcopy(original, memo)
+    twin = copy.deepcopy(original, memo)
+    for tensor in copy_tensors(twin, only).values():
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter))
+    return twin
 
 
 def copy_tensors(module: nn.Module, only: tuple[str, ...] | None) -> dict[str, Tensor]:

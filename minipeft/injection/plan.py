@@ -53,7 +53,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     sites += _companions(model, config, found, every_pattern)
     sites = with_tied_sites(model, found, sites)
     check_shared(config, sites, [site.name for site in saved])
-    if config.trains_all_biases:
+    if config.bias == "all":
         saved += _bias_sites(found, sites, saved)
     for site in saved:
         _check_saveable(site)

@@ -67,7 +67,7 @@ def site(
         TargetError: the method changes a layer's input, and this weight is read without a call.
     """
     adapter_class = registry.adapter_class(config.adapter_method, name, type(candidate.base))
-    if isinstance(ops, UncalledOps) and adapter_class.acts_before:
+    if isinstance(ops, UncalledOps) and adapter_class.overrides("before"):
         raise TargetError(
             f"{name}: its weight is read without calling the layer, and {adapter_class.__name__} changes what a layer "
             "is given. Use another method there, such as LoRA."

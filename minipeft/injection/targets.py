@@ -46,7 +46,7 @@ def select_targets(
         patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
     chosen = _in_layers(config, chosen, every_pattern)
-    if not chosen and not config.parameters_to_adapt:
+    if not chosen and not config.target_parameters:
         raise TargetError(
             f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt."
         )
@@ -91,7 +91,7 @@ def select_parameters(
     Raises:
         TargetError: an entry matches no parameter of a module below the model.
     """
-    wanted, names = set(config.parameters_to_adapt), []
+    wanted, names = set(config.target_parameters or ()), []
     chosen: dict[str, list[str]] = {}
     unused = set(wanted)
     for first, candidate in found.items() if wanted else ():
@@ -204,8 +204,8 @@ def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConf
     kind = model_type(model)
     patterns = config.default_modules(model)
     if patterns is None and kind is not None:
-        patterns = registry.default_targets(kind)
-    if patterns is not None or config.parameters_to_adapt:
+        patterns = registry.default_targets().get(kind)
+    if patterns is not None or config.target_parameters:
         return patterns or ()
     counts: dict[str, int] = {}
     for name, candidate in found.items():
@@ -214,7 +214,7 @@ def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConf
             ending = next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
             counts[ending] = counts.get(ending, 0) + 1
     common = sorted(counts, key=lambda ending: -counts[ending])
-    known = hint(kind, registry.known_model_types()) if kind is not None else ""
+    known = hint(kind, sorted(registry.default_targets())) if kind is not None else ""
     raise TargetError(
         f"no default target_modules for {f'model_type {kind!r}' if kind else type(model).__name__}{known}; "
         f"give target_modules, from this model's own: {shown((f'{e} ({counts[e]})' for e in common), 8)}, or 'all-linear'."

@@ -21,13 +21,13 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
     Raises:
         TargetError: two tied layers are to be adapted in different ways, or one cannot be adapted.
     """
-    if not any(site.adapter_class.adapts_tied_layers for site in sites):
+    if not any(site.adapter_class.overrides("for_tied") for site in sites):
         return sites
     index, names = TensorIndex(model), {id(candidate.base): name for name, candidate in found.items()}
     first_of: dict[int, AdapterSite] = {}  # by tied layer: the site it is tied to
     complete = []
     for site in sites:
-        if not site.adapter_class.adapts_tied_layers:
+        if not site.adapter_class.overrides("for_tied"):
             complete.append(site)
             continue
         first = first_of.get(id(site.candidate.base))
@@ -73,7 +73,7 @@ def check_shared(config: AdapterConfig, sites: list[AdapterSite], saved: list[st
                 f"{site.name}: {method} trains rows of its weight{why} so it cannot be adapted or trained in another "
                 "way too. Choose one of the two."
             )
-        if config.trains_all_biases and site.candidate.base._parameters.get("bias") is not None:
+        if config.bias == "all" and site.candidate.base._parameters.get("bias") is not None:
             raise TargetError(
                 f"{site.name}: bias='all' would leave out its bias, since {method} trains rows of its weight. "
                 "Use bias='none' or 'lora_only'."

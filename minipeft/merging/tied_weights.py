@@ -34,7 +34,7 @@ def _held(layer: AdaptedLayer, name: str) -> set[int] | None:
 
 def adapts_tied_layers(layer: AdaptedLayer) -> bool:
     """Whether an adapter here may be another layer's too."""
-    return any(layer.adapter(name).adapts_tied_layers for name in layer.adapters)
+    return any(layer.adapter(name).overrides("for_tied") for name in layer.adapters)
 
 
 def shared_parameters(

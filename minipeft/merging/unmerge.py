@@ -7,6 +7,7 @@ or an update so large that many elements differ, keeps a copy of W instead.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -65,11 +66,16 @@ def remember(
         differs = _bits(_subtracted(rounded, update)) != _bits(weight)
         if int(differs.sum()) * 16 <= weight.numel():
             undo.positions, undo.values, undo.weight_sums = differs.nonzero(), weight[differs], _bit_sums(weight)
-            undo.adapters = tuple(adapter.snapshot() for adapter in adapters)
+            undo.adapters = tuple(map(_snapshot, adapters))
             undo.threads = torch.get_num_threads()
     if may_copy and undo.positions is None:
         undo.weight = weight.clone()
     undo.merged_sums = _bit_sums(rounded)
+
+
+def _snapshot(adapter: Adapter) -> Adapter:
+    """A frozen copy, which later training leaves alone; buffers do not train, and are shared."""
+    return copy.deepcopy(adapter, {id(buffer): buffer for buffer in adapter.buffers()}).requires_grad_(False)
 
 
 def is_merged(layer: AdaptedLayer, undo: Undo) -> bool:

@@ -1,10 +1,9 @@
-"""The method contract: what a way of adapting a layer must tell the rest of the library."""
+"""The method contract: what a way of adapting a layer must say, and what it may say."""
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,50 +14,34 @@ from minipeft.errors import CheckpointError, shown
 from minipeft.kernels.functional import is_column_major, low_rank_product
 from minipeft.layers.base import LayerOps
 
-# What a class says of one of its methods does not hold for another one, written in a subclass: (method, what is said).
-SAYS = (
-    ("forward", "runs_base"),
-    ("before", "runs_base"),
-    ("merge", "delta"),
-    ("merge", "factors"),
-    ("delta", "factors"),
-)
-
 
 class Adapter(nn.Module, ABC):
     """One adapter on one layer. Its parameters live in it and nowhere else; it sees the layer only through `LayerOps`.
 
-    Register a subclass with ``register_method``. It is called as a module, so that hooks (FSDP's, for one) fire.
+    Register a subclass with ``register_method``. It must have:
+
+    * ``__init__(base, ops, config, shared)``, which makes the parameters;
+    * ``forward(base, ops, x, y) -> y'``, the adapted output;
+    * one of ``merge(W, b) -> (W', b')``, `delta` and `factors`. A method that adds to the weight gives one of the last
+      two, and its merge follows;
+    * `config_class`, if it has options. ``register_method`` makes one for a method without options.
+
+    All other methods are optional. Overriding one is all it takes: the library looks at which ones a class overrides.
 
     Args:
-        base: the frozen layer. Read it, never keep it: the adapter must not own a second reference.
-        ops: how to read and follow that layer.
-        config: the configuration that holds for this module.
+        base: the frozen layer. Read it but do not keep it: the adapter must not own a second reference.
+        ops: how to read the layer and follow its computation.
+        config: the configuration for this module.
         shared: what `share` returned for this injection.
     """
 
     contract: ClassVar[str] = "Adapter"
-    reads_base: ClassVar[bool] = False  # what `forward` does depends on the values of the base weight, not on y alone
-    runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the base's output itself
-    acts_before: ClassVar[bool] = False  # whether `before` does anything; found out, not said
-    adapts_tied_layers: ClassVar[bool] = (
-        False  # other layers that hold the very weight are adapted along, by `for_tied`
-    )
+    needs_one_of: ClassVar[tuple[str, ...]] = ("merge", "delta", "factors")
     config_class: ClassVar[type[AdapterConfig]]
-    # What stands before its keys in a file, where it comes along with another method (see `AdapterConfig.companions`).
-    key_prefix: str = ""
+    runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the layer's output itself
+    key_prefix: str = ""  # before its keys in a file, for an adapter from `AdapterConfig.companions`
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.acts_before = cls.before is not Adapter.before
-        for method, said in SAYS:
-            if method in vars(cls) and said not in vars(cls):
-                setattr(cls, said, getattr(Adapter, said))
-
-    @classmethod
-    def share(cls, sites: Sequence[tuple[nn.Module, LayerOps]], config: AdapterConfig) -> object | None:
-        """Make what all adapters of one injection have in common, from the (layer, ops) of each; by default nothing."""
-        return None
+    # Must say:
 
     @abstractmethod
     def __init__(self, base: nn.Module, ops: LayerOps, config: Any, shared: object | None) -> None:
@@ -66,140 +49,171 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
-        """The adapted output, from the layer's input x and output y (..., out), a tensor; never in place on y."""
+        """The adapted output, from the layer's input x and its output y (..., out); must not change y in place."""
 
-    def before(self, base: nn.Module, ops: LayerOps, x: Tensor) -> Tensor:
-        """What the layer, and every adapter in front of this one, sees of the input x; by default x itself.
-
-        For a method that changes the input instead of the output, so that adapters compose as their merges do:
-        ``W -> W diag(l)`` is ``before = l * x``. `forward` then gets the y that came of it, beside the x that came in.
-        Module hooks do not see this call, unlike that of the adapter.
-        """
-        return x
-
-    @abstractmethod
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The canonical weight (out, in) and bias (out,) with the adapter folded in, as new tensors.
 
-        Both come in the dtype to compute in, float32 or float64; the caller rounds once to the layer's own.
+        Both come in float32 or float64; the caller rounds once to the layer's dtype. By default ``W + delta(W)`` and
+        `merge_bias`.
         """
+        update = self.delta(weight)
+        if update is None:
+            raise NotImplementedError(f"{type(self).__name__} has none of merge, delta and factors")
+        return weight + update.to(weight.dtype), self.merge_bias(bias)
 
-    def merge_after(self, weight: Tensor, bias: Tensor | None, base_weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`merge` where other adapters may be folded into `weight` already, and `base_weight` is the layer's own.
-
-        To be overridden where `reads_base` is True.
-        """
-        return self.merge(weight, bias)
+    # May say, about adding to the weight. Both make merging cheaper; None if the merge is not such a sum.
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(up, down), shapes (out, r) and (r, in), where ``merge(W, b) == (W + up @ down, b)``, else None.
+        """(up, down), shapes (out, r) and (r, in) in float32 or float64, if ``merge(W, b) == (W + up @ down, b)``.
 
-        In float32 or float64. Optional, as is `delta`: both only make merging cheaper, and what a parent says of its
-        `merge` is forgotten where a subclass overrides that.
-
-        With the factors a merge for good is one product added in place, proved finite beforehand from their values.
+        A permanent merge is then one product added in place.
         """
         return None
 
     def delta(self, weight: Tensor) -> Tensor | None:
-        """The dense update (out, in) in float32 or float64 where ``merge(W, b)[0] == W + delta(W)``, else None.
+        """The dense update (out, in) in float32 or float64, if ``merge(W, b)[0] == W + delta(W)``.
 
-        It does not depend on the values of `weight`, which only shows how the result had best lie in memory. By default
-        the product of `factors`, if any.
-
-        A merge that is a plain sum can be undone bit for bit without keeping a copy of W.
+        It must not depend on the values of `weight`, only on its shape and memory layout. By default the product of
+        `factors`. A merge that is a sum can be undone bit for bit without keeping a copy of W.
         """
         factors = self.factors()
         return None if factors is None else low_rank_product(*factors, column_major=is_column_major(weight))
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What training moves; by default every parameter. Others must be created without ``requires_grad``."""
-        return self.parameters()
+    def merge_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The bias (out,) that goes with ``W + delta(W)``; by default the layer's own. Without `factors` if it is another.
 
-    def changed_rows(self) -> tuple[Tensor, Tensor] | None:
-        """(indices (n,), change (n, in)) where all the adapter does is to add the change to these rows of W, else None.
-
-        Optional: an output head that is adapted so, `minipeft.lean` can still run a part of the tokens at a time.
+        Raises:
+            MergeError: the layer has no bias to change.
         """
+        return bias
+
+    # May say, about the layer:
+
+    @classmethod
+    def share(cls, sites: Sequence[tuple[nn.Module, LayerOps]], config: AdapterConfig) -> object | None:
+        """Make what all adapters of one injection share, from the (layer, ops) of each; by default nothing."""
         return None
+
+    def before(self, base: nn.Module, ops: LayerOps, x: Tensor) -> Tensor:
+        """The input that the layer, and every adapter before this one, sees instead of x; by default x itself.
+
+        For a method that changes the input: ``W -> W diag(l)`` is ``before = l * x``. `forward` still gets the original
+        x, with the y of the changed one. Such a method cannot have `runs_base`. Module hooks do not see this call.
+        """
+        return x
+
+    def merge_after(self, weight: Tensor, bias: Tensor | None, base_weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`merge` into a weight that may hold other adapters already; `base_weight` is the layer's own.
+
+        Override it if what the adapter does depends on the values of the base weight. It is then merged together with
+        the other active adapters of its layer, or not at all.
+        """
+        return self.merge(weight, bias)
 
     def for_tied(self, base: nn.Module, ops: LayerOps) -> Self:
-        """The same adapter, its parameters the same objects, for another layer that holds the very same weight.
+        """This adapter, with the same parameter objects, for another layer tied to the weight of the first.
 
-        To be overridden where `adapts_tied_layers` is True.
+        Overriding it says that the method also adapts tied layers.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not follow ties")
+        raise NotImplementedError(f"{type(self).__name__} does not adapt tied layers")
 
-    def untouched(self, weight: Tensor) -> Tensor:
-        """The part of a layer's canonical weight by which a file knows its base again: by default all of it.
+    def changed_rows(self) -> tuple[Tensor, Tensor] | None:
+        """(indices (n,), change (n, in)) if all the adapter does is to add the change to these rows of W, else None.
 
-        To be overridden by a method whose files bring some of the weight along.
+        With it, `minipeft.lean` can run an adapted output head on a part of the tokens at a time.
         """
-        return weight
-
-    def changes_nothing(self) -> bool:
-        """Whether the adapter, as it stands, leaves its layer's output as it is; False where that is not easily told."""
-        return False
-
-    def snapshot(self) -> Self:
-        """A frozen copy, which later changes to this adapter leave alone; what never changes may be shared."""
-        return copy.deepcopy(self).requires_grad_(False)
-
-    # ----------------------------------------------------------------------------------------------------- training
-    @classmethod
-    def after_step(cls, adapters: Mapping[str, Self], config: Any, step: int) -> None:
-        """What is due after optimizer step number `step`, before the gradients are set to zero; by default nothing.
-
-        Args:
-            adapters: all of one adapter's parts, by the name of the module they are on.
-            config: the configuration of the adapter, for the modules that have none of their own.
-            step: counted by the caller, the first is 0.
-
-        Raises:
-            StateError: a gradient that is needed is not there.
-        """
-
-    @classmethod
-    def extra_loss(cls, adapters: Mapping[str, Self], config: Any) -> Tensor | None:
-        """A scalar to add to the model's loss, such as a regularisation, or None; arguments are those of `after_step`."""
         return None
 
-    def training_state(self) -> dict[str, Tensor]:
-        """What a run has to know of this adapter to go on, beside its parameters: name, without '/' -> tensor."""
-        return {}
+    # May say, about files:
 
-    def check_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """See whether `load_training_state` can take this, and change nothing; goes with `training_state`.
-
-        Raises:
-            CheckpointError: `training_state` gives no such thing of such an adapter.
-        """
-        if state:
-            raise CheckpointError(f"{type(self).__name__} keeps no training state, and {shown(state, 3)} came.")
-
-    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `training_state` gave, in place of what there is; the tensors are the adapter's to keep."""
-
-    # -------------------------------------------------------------------------------------------------------- files
     def file_tensors(self) -> dict[str, Tensor]:
         """What is saved: the key after the module's name in a file -> the live tensor."""
         return dict(self.named_parameters())
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """What is saved once for all layers, `share`'s: the key after ``base_model.`` in a file -> the live tensor."""
+        """What is saved once for all layers, made by `share`: the key after ``base_model.`` in a file -> the live tensor."""
         return {}
 
-    @classmethod
-    def file_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
-        """Options in ``adapter_config.json`` that depend on what came of the adapters; `values` is what it holds else."""
-        return {}
+    def untouched(self, weight: Tensor) -> Tensor:
+        """The part of the canonical weight that is sampled to recognise the base; not the part that the file brings along."""
+        return weight
 
     @classmethod
-    def compact_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
-        """Options that say what `compacted` leaves out; a run's checkpoints, from which training goes on, leave nothing out."""
+    def file_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self], compact: bool) -> dict[str, Any]:
+        """Options of ``adapter_config.json`` that depend on the adapters, to replace those in `values`.
+
+        Args:
+            values: the contents of the file so far.
+            adapters: the adapters, by the name of their module.
+            compact: whether `compacted` is going to leave something out. A checkpoint, from which training resumes, is
+                written whole.
+        """
         return {}
 
     @classmethod
     def compacted(cls, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What is written of copies of the saved tensors, by key, given the contents of ``adapter_config.json``."""
+        """What is written of the saved tensors (copies, by key), given the contents of ``adapter_config.json``."""
         return tensors
+
+    # May say, about training:
+
+    @classmethod
+    def after_step(cls, adapters: Mapping[str, Self], config: Any, step: int) -> None:
+        """What to do after an optimizer step, before the gradients are set to zero.
+
+        Args:
+            adapters: all parts of one adapter, by the name of their module.
+            config: the configuration of the adapter, for the modules that have none of their own.
+            step: number of the optimizer step, from 0.
+
+        Raises:
+            StateError: a gradient that is needed is missing.
+        """
+
+    @classmethod
+    def extra_loss(cls, adapters: Mapping[str, Self], config: Any) -> Tensor | None:
+        """A scalar to add to the model's loss, such as a regularisation, or None; arguments as in `after_step`."""
+        return None
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What resuming a run needs besides the parameters: name, without '/' -> tensor."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `training_state` gave; the tensors then belong to the adapter.
+
+        Raises:
+            CheckpointError: the state is not that of such an adapter, which is left as it is.
+        """
+        if state:
+            raise CheckpointError(
+                f"{type(self).__name__} has no training state, but the checkpoint has {shown(state, 3)}."
+            )
+
+    # For the library:
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep claims and code together: what a parent says about a method is dropped by a class that replaces it."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        runs_base = own.get("runs_base", cls.runs_base and "forward" not in own)
+        cls.runs_base = runs_base and not cls.overrides("before")
+        together = ("merge", "delta", "factors", "merge_after")  # they say the same thing in different ways
+        if not own.keys().isdisjoint(together):
+            for name in together:
+                setattr(cls, name, own.get(name, vars(Adapter)[name]))
+
+    @classmethod
+    def overrides(cls, name: str) -> bool:
+        """Whether this class or one of its parents replaces the method of this name."""
+        parents = cls.__mro__[: cls.__mro__.index(Adapter)]
+        return any(vars(parent).get(name, vars(Adapter)[name]) is not vars(Adapter)[name] for parent in parents)
+
+    @classmethod
+    def give_config_class(cls, method: str) -> None:
+        """Make the configuration class of a method that has no options; one that is there stays."""
+        if not hasattr(cls, "config_class"):
+            # Named so that pickle finds it.
+            names = {"method": method, "__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.config_class"}
+            cls.config_class = type(f"{cls.__name__}Config", (AdapterConfig,), names)

@@ -1,10 +1,9 @@
-"""DoRA: the length of each row of a weight trains beside its low-rank direction (Liu et al., 2024, arXiv:2402.09353)."""
+"""DoRA: the length of each row of the weight trains separately from its direction (Liu et al., 2024, arXiv:2402.09353)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,51 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
-from minipeft.config import flag
-from minipeft.errors import ConfigError
 from minipeft.kernels import matmul
 from minipeft.kernels.functional import accumulation_dtype, is_column_major
 from minipeft.layers.base import LayerOps
 from minipeft.methods.lora import Lora, LoraConfig
 from minipeft.registry import register_method
 
-# Values of a weight in a block: to square on a CPU, to multiply there, and where each call costs more.
+# Values per block of a weight: to square on a CPU, to multiply there, and on devices where each call costs more.
 CACHED, MULTIPLIED, WIDENED = 2**17, 2**20, 2**24
-SEEN = 6  # rows and columns, about, by whose values a weight is known again
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoraConfig(LoraConfig):
-    """`LoraConfig` with ``use_dora=True``, which is what PEFT's files say."""
-
-    use_dora: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not flag("use_dora", self.use_dora):
-            raise ConfigError("DoraConfig is DoRA; for plain LoRA take LoraConfig.")
+SAMPLED = 6  # rows and columns, roughly, sampled to recognise an unchanged weight
 
 
 @register_method("dora")
 class Dora(Lora):
     """y = m / |W + s B A| (W + s B A) x + b, eq. (5) of arXiv:2402.09353, with |.| the norm of each row.
 
-    `lora_magnitude_vector` m is (out,), or (1, out, 1, ...) for a convolution, at first ``|W + s B A|``, so that the model starts
-    as its base; in float32 at least, since a rounded length would be another one. The norm gets no gradient (section
-    4.3), and the bias is not scaled. Where dropout acts, W x stays whole and what DoRA adds to it sees dropout(x), as in PEFT:
-    ``y = W x + b + (c - 1) W d + c s B A d`` with ``c = m / |W + s B A|`` and ``d = dropout(x)``. A row without length
-    keeps c = 1.
+    `lora_magnitude_vector` m is (out,), or (1, out, 1, ...) for a convolution, at first ``|W + s B A|``, so that the model
+    starts as its base; in float32 at least, since a rounded length would scale the row. The norm gets no gradient (section
+    4.3), and the bias is not scaled. With dropout, as in PEFT, only what is added to W x sees ``d = dropout(x)``:
+    ``y = W x + b + (c - 1) W d + c s B A d`` with ``c = m / |W + s B A|``. A row of length zero keeps c = 1.
     """
 
-    config_class = DoraConfig
-    reads_base = True
     runs_base = True
-    kept: tuple[object, Tensor, Tensor] | None = None  # of the base weight: where it is, a few values, |W|^2
+    kept: tuple[object, Tensor, Tensor] | None = None  # where the base weight lies, sampled values of it, its |W|^2
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         magnitude = self._norm(ops.read_weight(base))
-        positions = self.lora_B.shape[2:]  # of a convolution's kernel, for which PEFT's file has another shape
+        positions = self.lora_B.shape[2:]  # of a convolution's kernel: PEFT's file has a shape of its own for it
         self.lora_magnitude_vector = nn.Parameter(magnitude.view(1, -1, *positions) if positions else magnitude)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
@@ -89,56 +71,49 @@ class Dora(Lora):
             return row_norms(weight, *self._matrices(), self.scaling, self._squares_of(weight))
 
     def _squares_of(self, weight: Tensor) -> Tensor | None:
-        """``|W|^2`` of each row, kept from the last call if this is the same weight, and made anew if it is not.
+        """``|W|^2`` of each row, computed once for a weight that does not change; None if it is not kept.
 
-        The same is what lies in the same place, was not written since by anything that torch counts, and has the same
-        values in a few places, for the sake of writes through ``.data``, which torch does not count. On a CPU only:
-        elsewhere that comparison would wait for the device at every call, and the norm is soon made.
+        The weight is unchanged if it lies at the same address, torch has counted no write to it, and sampled values are
+        the same: torch does not count writes through ``.data``. Kept on a CPU only. Elsewhere the comparison would wait
+        for the device at every call, and the norm takes little time.
         """
-        if (
-            torch.compiler.is_compiling()
-            or weight.device.type != "cpu"
-            or type(weight) is not Tensor
-            or weight.numel() == 0
-        ):
+        is_plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.numel() > 0
+        if torch.compiler.is_compiling() or not is_plain:
             return None
         dtype = _norm_dtype(weight, self.lora_A, self.lora_B)
-        rows, columns = (max(1, size // SEEN) for size in weight.shape)
-        seen = weight[::rows, ::columns].clone()
+        rows, columns = (max(1, size // SAMPLED) for size in weight.shape)
+        sample = weight[::rows, ::columns].clone()
         place = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, dtype)
-        if self.kept is None or self.kept[0] != place or not torch.equal(self.kept[1], seen):
-            self.kept = (place, seen, squared_rows(weight, dtype))
+        if self.kept is None or self.kept[0] != place or not torch.equal(self.kept[1], sample):
+            self.kept = (place, sample, squared_rows(weight, dtype))
         return self.kept[2]
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.merge_after(weight, bias, weight)
 
     def merge_after(self, weight: Tensor, bias: Tensor | None, base_weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        merged, bias = super().merge(weight, bias)
-        return merged * self.scale(base_weight).detach().to(weight.dtype).unsqueeze(1), bias
-
-    def changes_nothing(self) -> bool:
-        return False  # it takes the base weight to tell
+        moved = weight + Lora.delta(self, weight).to(weight.dtype)
+        return moved * self.scale(base_weight).detach().to(weight.dtype).unsqueeze(1), self.merge_bias(bias)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {**super().file_tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
 
 
 def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, squares: Tensor | None = None) -> Tensor:
-    """The length of each row of ``W + s B A``, without making that matrix.
+    """The length of each row of ``W + s B A``, without forming that matrix.
 
-    ``|W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, row by row: no array is larger than (out, r), but
-    for a half-precision weight, of which a few rows at a time are widened.
+    ``|W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, row by row: no array is larger than (out, r),
+    except that a half-precision weight is widened a few rows at a time.
 
     Args:
         weight: W, shape (out, in).
         lora_A: shape (r, in).
         lora_B: shape (out, r).
         scaling: s, dimensionless.
-        squares: ``|W|^2`` of each row, shape (out,), where that is known.
+        squares: ``|W|^2`` of each row, shape (out,), if known.
 
     Returns:
-        Shape (out,), in float32, or float64 where an argument is.
+        Shape (out,), in float32, or float64 if an argument is.
     """
     dtype = _norm_dtype(weight, lora_A, lora_B)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
@@ -158,7 +133,7 @@ def squared_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(weight, dim=1)
         return norms.square()
     squares = weight.new_zeros(len(weight), dtype=dtype)
-    # Blocks of what lies together in memory: summing across it is 25 times slower, and a block is widened in cache.
+    # In blocks contiguous in memory: summing across is 25 times slower, and a block is widened within the cache.
     for rows, _, part in _blocks(weight, CACHED):
         squares[rows] += part.to(dtype).square().sum(1)
     return squares
@@ -176,7 +151,7 @@ def _through(weight: Tensor, A: Tensor) -> Tensor:
 
 
 def _blocks(weight: Tensor, values: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows, columns, part) of parts of about so many values, each of which lies together in memory."""
+    """(rows, columns, part) of contiguous parts with about this many values each."""
     across = int(is_column_major(weight))
     small = weight.device.type == "cpu" and not torch.compiler.is_compiling()
     step = max(1, (values if small else WIDENED) // max(1, weight.shape[1 - across]))
@@ -187,9 +162,9 @@ def _blocks(weight: Tensor, values: int) -> Iterator[tuple[slice, slice, Tensor]
 
 
 def _scaled(base: Any, ops: LayerOps, y: Tensor, linear: Tensor, c: Tensor, *, whole: bool) -> Tensor:
-    """``y + (c - 1) (linear - b)``, all of the output's shape but c and b; `whole` says that y is `linear`.
+    """``y + (c - 1) (linear - b)``, where c and b are (out,), the rest has the output's shape; `whole`: y is `linear`.
 
-    A half-precision c would lose what it differs from 1 by, and in full precision c itself saves a pass over y.
+    In half precision c itself would round its small difference from 1 away; in full precision it saves a pass over y.
     """
     bias = ops.read_bias(base)
     shift = None if bias is None else ops.per_feature(base, ((1 - c) * bias.to(c.dtype)).to(y.dtype))

@@ -10,44 +10,45 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig, flag, names_or_regex
+from minipeft.config import AdapterConfig
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
+from minipeft.options import flag, names_or_regex
 from minipeft.patterns import full_matches, is_suffix
-from minipeft.registry import register_method
+from minipeft.registry import default_targets, register_method, register_targets
 
-# Target modules and, of those, feedforward modules by model_type, as in PEFT: keys, values, and what leads out of the
-# feedforward block.
-DEFAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "t5": (("k", "v", "wo"), ("wo",)),
-    "mt5": (("k", "v", "wi_1"), ()),
-    "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
-    "gpt_bigcode": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
-    "bloom": (("query_key_value", "mlp.dense_4h_to_h"), ("mlp.dense_4h_to_h",)),
-    "roberta": (("key", "value", "output.dense"), ("output.dense",)),
-    "bert": (("key", "value", "output.dense"), ("output.dense",)),
-    "deberta-v2": (("key_proj", "value_proj", "output.dense"), ("output.dense",)),
-    "deberta": (("in_proj", "output.dense"), ("output.dense",)),
-    "opt": (("q_proj", "k_proj", "fc2"), ("fc2",)),
-    "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
-    "phi": (("q_proj", "v_proj", "fc2"), ("fc2",)),
-    "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
-    "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
-    "gpt_neox": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
-    "falcon": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
-    "mixtral": (("k_proj", "v_proj", "w2"), ("w2",)),
-    "llama": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
-    "mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
-    **dict.fromkeys(
-        ("llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
-        (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
-    ),
-}
-EVERY: str = ".*"  # stands for "this module is one", where the configuration is that of one module
+# Target modules and which of them are feedforward modules, by model_type, as in PEFT: keys, values, and the way out of
+# the feedforward block.
+DEFAULTS: tuple[tuple[str, list[str], list[str]], ...] = (
+    ("t5", ["k", "v", "wo"], ["wo"]),
+    ("mt5", ["k", "v", "wi_1"], []),
+    ("gpt2 gpt_bigcode", ["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    ("bloom", ["query_key_value", "mlp.dense_4h_to_h"], ["mlp.dense_4h_to_h"]),
+    ("roberta bert", ["key", "value", "output.dense"], ["output.dense"]),
+    ("deberta-v2", ["key_proj", "value_proj", "output.dense"], ["output.dense"]),
+    ("deberta", ["in_proj", "output.dense"], ["output.dense"]),
+    ("opt", ["q_proj", "k_proj", "fc2"], ["fc2"]),
+    ("bart phi", ["q_proj", "v_proj", "fc2"], ["fc2"]),
+    ("gptj", ["q_proj", "v_proj", "fc_out"], ["fc_out"]),
+    ("gpt_neo", ["q_proj", "v_proj", "c_proj"], ["c_proj"]),
+    ("gpt_neox falcon", ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    ("mixtral", ["k_proj", "v_proj", "w2"], ["w2"]),
+    ("llama mistral", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    ("llama4 gemma gemma2 gemma3_text qwen2 qwen3", ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+)
+EVERY: str = ".*"  # as feedforward_modules of the configuration of one module: this module is one
 
 
 def _regex(suffixes: Sequence[str]) -> str:
+    """The modules with these suffixes. Unlike a list of them, a regular expression may match none of the targets."""
     return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, suffixes))})"
+
+
+for _model_types, _targets, _feedforward in DEFAULTS:
+    for _model_type in _model_types.split():
+        register_targets(_model_type, _targets, method="ia3")
+        if _feedforward:
+            register_targets(_model_type, _regex(_feedforward), method="ia3", option="feedforward_modules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class IA3Config(AdapterConfig):
         feedforward_modules: suffixes, or one regular expression, for those of the target modules whose input is scaled
             instead of their output; ``[]`` for none of them. None: the default of the model's ``model_type``, or none.
         init_ia3_weights: True: vectors of ones, which leave the model as it is. False: normal ones (for tests).
-        fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
+        fan_in_fan_out: accepted for compatibility with PEFT and ignored: the layer knows its own orientation.
     """
 
     method: ClassVar[str] = "ia3"
@@ -81,17 +82,6 @@ class IA3Config(AdapterConfig):
         """Of the configuration of one module (see `for_modules`): whether its input is scaled."""
         return self.feedforward_modules == EVERY
 
-    def for_model_type(self, model_type: str | None) -> Self:
-        targets, feedforward = DEFAULTS.get(model_type or "", (None, ()))
-        return replace(
-            self,
-            target_modules=targets if self.target_modules is None else self.target_modules,
-            # A regular expression may fit none of the targets, as a default may.
-            feedforward_modules=(_regex(feedforward) if feedforward else ())
-            if self.feedforward_modules is None
-            else self.feedforward_modules,
-        )
-
     def for_modules(self, names: Sequence[str]) -> dict[str, Self]:
         scaled_in = set(self._feedforward(names))
         either = {inside: replace(self, feedforward_modules=EVERY if inside else ()) for inside in (True, False)}
@@ -106,8 +96,8 @@ class IA3Config(AdapterConfig):
     def unused_options(self, names: Sequence[str]) -> list[str]:
         patterns = self.feedforward_modules or ()
         if isinstance(patterns, str):
-            default = any(patterns == _regex(suffixes) for _, suffixes in DEFAULTS.values() if suffixes)
-            return [] if default or self._feedforward(names) else [f"feedforward_modules: {patterns}"]
+            is_default = patterns in default_targets("ia3", "feedforward_modules").values()
+            return [] if is_default or self._feedforward(names) else [f"feedforward_modules: {patterns}"]
         return [f"feedforward_modules: {e}" for e in patterns if not any(is_suffix(e, name) for name in names)]
 
 
@@ -137,7 +127,7 @@ class IA3(Adapter):
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         if not self.is_feedforward:
             y = (y * ops.per_feature(base, self.ia3_l.flatten())).to(y.dtype)
-        elif self.is_embedding:  # a one-hot input scaled is the looked-up column scaled
+        elif self.is_embedding:  # scaling a one-hot input scales the column it selects
             y = (y * ops.project_in(base, x, self.ia3_l)).to(y.dtype)
         assert isinstance(y, Tensor)
         return y
@@ -148,12 +138,12 @@ class IA3(Adapter):
             return weight * scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1), bias
         return weight * scale, None if bias is None else bias * scale.flatten().to(bias.dtype)
 
-    def changes_nothing(self) -> bool:
-        return bool((self.ia3_l == 1).all())
-
     @classmethod
-    def file_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self]) -> dict[str, Any]:
-        """As they are, where PEFT reads them alike; it wants a subset of its targets, and goes by the end of a name."""
+    def file_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self], compact: bool) -> dict[str, Any]:
+        """`feedforward_modules` so that PEFT reads it as we do.
+
+        PEFT wants a subset of the target modules, and compares the ends of names without regard to dots.
+        """
         entries, targets = values["feedforward_modules"] or [], values["target_modules"]
         ours = {name for name, adapter in adapters.items() if adapter.is_feedforward}
         if isinstance(entries, str) or (

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import flag
 from minipeft.layers.base import LayerOps
 from minipeft.methods.low_rank import low_rank_forward
 from minipeft.methods.lycoris import Lycoris, LycorisConfig
+from minipeft.options import flag
 from minipeft.registry import register_method
 
 
@@ -21,8 +21,8 @@ class LoHaConfig(LycorisConfig):
     """LoHa's options, on top of `LycorisConfig`'s; names, meanings and defaults are PEFT's.
 
     Args:
-        init_weights: True: three factors Kaiming-uniform, the last zero. False: that one random too, so the model
-            differs from the base at once (for tests).
+        init_weights: True: three factors Kaiming-uniform, the last zero. False: all four random, so the model differs
+            from the base at once (for tests).
     """
 
     method: ClassVar[str] = "loha"
@@ -76,6 +76,3 @@ class LoHa(Lycoris):
         up, down = self._pair()
         dtype = torch.promote_types(up.dtype, torch.float32)
         return up.detach().to(dtype) * self.scaling, down.detach().to(dtype)
-
-    def changes_nothing(self) -> bool:
-        return not all(factor.any() for factor in self.parameters())

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import flag, integer, one_of
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.lycoris import Lycoris, LycorisConfig
+from minipeft.options import flag, integer, one_of
 from minipeft.registry import register_method
 
 
@@ -20,9 +20,9 @@ class LoKrConfig(LycorisConfig):
     """LoKr's options, on top of `LycorisConfig`'s; names, meanings and defaults are PEFT's.
 
     Args:
-        decompose_both: give the left factor a low rank too, where that is less than half its size.
+        decompose_both: also give the left factor a low rank, if that is less than half its size.
         decompose_factor: size of the left factor, as near as the layer's divisors allow; -1: near the square root.
-        rank_dropout_scale: raise the rows that pass the dropout by what it takes from their mean.
+        rank_dropout_scale: scale the remaining rows up to keep their mean.
         init_weights: True: the left factor zero, the right one Kaiming-uniform. "lycoris": the other way round. False:
             both random, so the model differs from the base at once (for tests).
     """
@@ -57,8 +57,8 @@ class LoKr(Lycoris):
     """y = W x + b + alpha / r * (C (x) D) x; with x as a matrix X, row by row, (C (x) D) x is C X D^T, row by row.
 
     C is `lokr_w1` (l, m), or `lokr_w1_a` (l, r) times `lokr_w1_b` (r, m); D is `lokr_w2` (k, n), or `lokr_w2_a` (k, r)
-    times `lokr_w2_b` (r, n), where the rank is less than half the size. l k is out_features, m n is in_features. The
-    product is formed only for a merge, and for layers that take no plain vectors.
+    times `lokr_w2_b` (r, n), if the rank is less than half the size. l k is out_features, m n is in_features. The product
+    is formed only for a merge, and for layers whose input is not a plain vector.
     """
 
     config_class = LoKrConfig
@@ -89,14 +89,14 @@ class LoKr(Lycoris):
         C, D = self._factor("lokr_w1"), self._factor("lokr_w2") * self.scaling
         passes = self.passes(C)
         dtype = y.dtype if ops.is_embedding else x.dtype
-        if ops.is_embedding:  # the looked-up column is the Kronecker product of two columns
+        if ops.is_embedding:  # the column of a token is the Kronecker product of two columns
             columns = C.t()[x // D.shape[1]].unsqueeze(-1) * D.t()[x % D.shape[1]].unsqueeze(-2)
             update = ops.scaled(base, columns.flatten(-2))
         elif takes_vectors(ops):
             update = ops.scaled(base, _kronecker_linear(x, C, D))
         else:
             h = ops.project_in(base, x, torch.kron(C, D).to(dtype))
-            # Of the features that a layer with groups makes for each of them, the rows of the identity take the group's.
+            # In a layer with groups, the rows of the identity pick the features of their group.
             update = ops.project_out(base, h, torch.eye(self.out_features, dtype=dtype, device=x.device))
         if passes is not None:
             update = update * ops.per_feature(base, passes)
@@ -106,9 +106,6 @@ class LoKr(Lycoris):
         C, D = (self._factor(name).detach() for name in ("lokr_w1", "lokr_w2"))
         dtype = torch.promote_types(C.dtype, torch.float32)
         return torch.kron(C.to(dtype), D.to(dtype) * self.scaling)
-
-    def changes_nothing(self) -> bool:
-        return not (self._factor("lokr_w1").any() and self._factor("lokr_w2").any())
 
 
 def _kronecker_linear(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -120,12 +117,12 @@ def _kronecker_linear(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
             return _kronecker_linear(x, C, D)
     C, D = C.to(x.dtype), D.to(x.dtype)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _product(x, C, D)  # a compiler decides itself what it keeps
+        return _product(x, C, D)  # a compiler decides itself what to save
     return _KroneckerLinear.apply(x, C, D)  # type: ignore[no-untyped-call]
 
 
 def _product(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    # Not by matmul, which rounds otherwise where a gradient is wanted: it then folds the rows into the factors.
+    # Not matmul, which rounds differently if a gradient is needed: it then folds the rows into the factors.
     through_D = torch.mm(x.reshape(-1, D.shape[1]), D.t()).view(-1, C.shape[1], D.shape[0])
     return _each(C, through_D).reshape(*x.shape[:-1], C.shape[0] * D.shape[0])
 
@@ -136,7 +133,7 @@ def _each(C: Tensor, X: Tensor) -> Tensor:
 
 
 class _KroneckerLinear(torch.autograd.Function):
-    """Keeps x and the small factors; C X is computed again instead of kept."""
+    """Saves x and the small factors; C X is recomputed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, C: Tensor, D: Tensor) -> Tensor:

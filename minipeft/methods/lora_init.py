@@ -1,76 +1,207 @@
-"""Starting factors of a low-rank update B A that are more than noise and zeros.
+"""How LoRA's factors start: one function per value of ``init_lora_weights``, and the table of them.
 
-The first three are parts of the weight itself; whoever starts from them takes their product off the weight, so that
-the sum is the weight still. All are computed in float32, or float64 for a float64 weight.
+A new start is a function here and its line in `INITS`. Those that are computed from the weight run in float32, or
+float64 for a float64 weight.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minipeft.errors import ConfigError
 from minipeft.kernels.functional import accumulation_dtype
+from minipeft.options import one_of
 
-Factors = tuple[Tensor, Tensor]  # A (r, in) and B (out, r)
+KEPT = "_kept"  # ends the value in a file that brings the starting factors along
 
 
-def pissa_factors(weight: Tensor, r: int, scaling: float, iterations: int | None = None) -> Factors:
-    """The r principal components of the weight, ``scaling * B A = U_r S_r V_r`` (Meng et al., 2024, arXiv:2404.02948).
-
-    The square root of the singular values goes to either factor, eqs. (2) and (3).
+@dataclass(frozen=True)
+class Start:
+    """What a start fills in, and what it may go by.
 
     Args:
-        weight: shape (out, in).
-        r: rank.
+        A: the down projection; ``A.flatten(1)`` is (r, in).
+        B: the up projection; ``B.flatten(1)`` is (out, r).
+        bias: that of B, shape (out,) and zero, if it has one.
+        weight: the canonical weight, shape (out, in).
         scaling: of the update, dimensionless.
-        iterations: None: the exact decomposition. Else that many power iterations of a randomised one, which is far
-            faster, and draws from torch's generator.
-
-    Raises:
-        ConfigError: r exceeds what the weight has.
+        iterations: the N of a value that ends in ``_niter_N``, else None.
     """
-    weight = _of_rank(weight, r)
-    if iterations is None:
-        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    else:
-        U, S, V = torch.svd_lowrank(weight, r, niter=iterations)
-        Vh = V.t()
-    roots = (S[:r] / scaling).sqrt()
-    return roots.unsqueeze(1) * Vh[:r], U[:, :r] * roots
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    weight: Tensor
+    scaling: float
+    iterations: int | None = None
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return len(self.A)
+
+    def set(self, A: Tensor, B: Tensor) -> None:
+        """Fill in both factors, (r, in) and (out, r)."""
+        self.A.copy_(A.view_as(self.A))
+        self.B.copy_(B.view_as(self.B))
 
 
-def olora_factors(weight: Tensor, r: int) -> Factors:
-    """The first r of ``W = Q R``: ``B = Q[:, :r]``, orthonormal, and ``A = R[:r]`` (Buyukakyuz, 2024, arXiv:2406.01775).
+@dataclass(frozen=True)
+class Init:
+    """One way to start.
 
-    Args and errors are those of `pissa_factors`.
+    Args:
+        fill: sets the factors.
+        fill_embedding: sets those of an embedding; None: `fill` does.
+        of_weight: the factors are part of the weight, so their product is taken off the update, and files bring them.
+        one_matrix: it works on one matrix, not on the experts of a parameter.
+        iterates: the name may end in ``_niter_N``.
     """
-    Q, R = torch.linalg.qr(_of_rank(weight, r))
-    return R[:r], Q[:, :r]
+
+    fill: Callable[[Start], None]
+    fill_embedding: Callable[[Start], None] | None = None
+    of_weight: bool = False
+    one_matrix: bool = False
+    iterates: bool = False
 
 
-def orthogonal_factors(weight: Tensor, r: int) -> Factors:
-    """Factors with ``B A = 0`` of which neither is zero: through the even and the odd rows of one orthogonal matrix.
+def kaiming(start: Start) -> None:
+    """A Kaiming-uniform, B zero."""
+    nn.init.kaiming_uniform_(start.A, a=math.sqrt(5))
+    start.B.zero_()
+
+
+def gaussian(start: Start) -> None:
+    """A normal with standard deviation 1/r, B zero."""
+    start.A.normal_(std=1 / start.r)
+    start.B.zero_()
+
+
+def all_random(start: Start) -> None:
+    """A and B Kaiming-uniform, the bias of B uniform: an update that is not zero, for tests."""
+    nn.init.kaiming_uniform_(start.A, a=math.sqrt(5))
+    nn.init.kaiming_uniform_(start.B, a=math.sqrt(5))
+    if start.bias is not None:
+        start.bias.uniform_(-(start.r**-0.5), start.r**-0.5)
+
+
+def embedding_zero(start: Start) -> None:
+    """A zero, B normal: of an embedding A is read token by token, and B is a linear map behind it, as in PEFT."""
+    start.A.zero_()
+    start.B.normal_()
+
+
+def embedding_random(start: Start) -> None:
+    """A and B normal: an update that is not zero, for tests."""
+    start.A.normal_()
+    start.B.normal_()
+
+
+def orthogonal(start: Start) -> None:
+    """``B A = 0`` with neither of them zero: they go through the even and the odd rows of one orthogonal matrix.
 
     https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation
 
     Raises:
         ConfigError: r is odd.
     """
+    r, (out_features, in_features) = start.r, start.weight.shape
     if r % 2:
         raise ConfigError(f"init_lora_weights='orthogonal' splits the rank in two, and r = {r} is odd.")
-    out_features, in_features = weight.shape
-    options = {"dtype": accumulation_dtype(weight), "device": weight.device}
+    options = {"dtype": accumulation_dtype(start.weight), "device": start.weight.device}
     Q, _ = torch.linalg.qr(torch.randn(r, r, **options))  # type: ignore[call-overload]
     A = Q[0::2].t() @ torch.randn(in_features, r // 2, **options).t()  # type: ignore[call-overload]
     B = torch.randn(r // 2, out_features, **options).t() @ Q[1::2]  # type: ignore[call-overload]
-    return A / 10, B / 10
+    start.set(A / 10, B / 10)
 
 
-def _of_rank(weight: Tensor, r: int) -> Tensor:
-    if r > min(weight.shape):
+def pissa(start: Start) -> None:
+    """The r principal components of the weight, ``scaling * B A = U_r S_r V_r`` (Meng et al., 2024, arXiv:2404.02948).
+
+    The square root of the singular values goes to either factor, eqs. (2) and (3). With `iterations`, a randomised
+    decomposition of that many power iterations takes the place of the exact one. It is far faster, and draws from
+    torch's generator.
+
+    Raises:
+        ConfigError: r exceeds the rank of the weight.
+    """
+    weight, r = _of_rank(start), start.r
+    if start.iterations is None:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(weight, r, niter=start.iterations)
+        Vh = V.t()
+    roots = (S[:r] / start.scaling).sqrt()
+    start.set(roots.unsqueeze(1) * Vh[:r], U[:, :r] * roots)
+
+
+def olora(start: Start) -> None:
+    """The first r of ``W = Q R``: ``B = Q[:, :r]``, orthonormal, and ``A = R[:r]`` (Buyukakyuz, 2024, arXiv:2406.01775).
+
+    Raises:
+        ConfigError: r exceeds the rank of the weight.
+    """
+    Q, R = torch.linalg.qr(_of_rank(start))
+    start.set(R[: start.r], Q[:, : start.r])
+
+
+def _of_rank(start: Start) -> Tensor:
+    weight = start.weight
+    if start.r > min(weight.shape):
         raise ConfigError(
-            f"r = {r} exceeds the rank of a weight of shape {tuple(weight.shape)}, whose parts init_lora_weights asks for. "
-            "Lower r, by rank_pattern for single modules."
+            f"r = {start.r} exceeds the rank of a weight of shape {tuple(weight.shape)}, whose parts init_lora_weights asks "
+            "for. Lower r, by rank_pattern for single modules."
         )
     return weight.detach().to(accumulation_dtype(weight))
+
+
+INITS: dict[bool | str, Init] = {
+    True: Init(kaiming, embedding_zero),
+    False: Init(all_random, embedding_random),
+    "gaussian": Init(gaussian, embedding_zero),
+    "orthogonal": Init(orthogonal, one_matrix=True),
+    "pissa": Init(pissa, of_weight=True, one_matrix=True, iterates=True),
+    "olora": Init(olora, of_weight=True, one_matrix=True),
+}
+# PEFT's others, by what they start from.
+NOT_HERE = {"eva": "inputs", "corda": "inputs", "lora_ga": "gradients", "loftq": "quantization error", "mica": "tail"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a value of ``init_lora_weights`` says: how to start, and whether a file brings the starting factors along."""
+
+    init: Init
+    iterations: int | None = None
+    kept: bool = False
+
+    def fill(self, start: Start, *, is_embedding: bool) -> None:
+        """Set the factors; those that a file brings along start in the default way, and are read later."""
+        init = INITS[True] if self.kept else self.init
+        (init.fill_embedding if is_embedding and init.fill_embedding else init.fill)(start)
+
+
+def chosen_init(value: object) -> Chosen:
+    """Look up a value of ``init_lora_weights``.
+
+    Raises:
+        ConfigError: there is no such start.
+    """
+    if isinstance(value, str):
+        if value in NOT_HERE:
+            raise ConfigError(
+                f"init_lora_weights {value!r} starts from the {NOT_HERE[value]} of the layers, which is not implemented; "
+                "'pissa' starts from their weights."
+            )
+        match = re.fullmatch(rf"(\w+?)(?:_niter_([1-9]\d{{0,2}}))?({KEPT})?", value)
+        init = INITS.get(match[1]) if match else None
+        if match and init and (init.iterates or not match[2]) and (init.of_weight or not match[3]):
+            return Chosen(init, int(match[2]) if match[2] else None, match[3] is not None)
+    names = [*INITS, *(f"{name}_niter_4" for name, init in INITS.items() if init.iterates)]
+    return Chosen(INITS[one_of("init_lora_weights", value, names)])

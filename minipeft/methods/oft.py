@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import AdapterConfig, flag, integer, number, one_of
+from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, TargetError
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.base import Adapter
+from minipeft.options import flag, integer, number, one_of
 from minipeft.registry import register_method
 
 
@@ -20,16 +21,16 @@ class OFTConfig(AdapterConfig):
     """OFT's options, on top of `AdapterConfig`'s; names, meanings and defaults are PEFT's.
 
     Args:
-        oft_block_size: size of the blocks; where it does not divide a layer's size, the divisor next to it.
-        r: number of blocks, instead of their size, with ``oft_block_size=0``; likewise made a divisor.
+        oft_block_size: size of the blocks; if it does not divide a layer's size, the nearest divisor.
+        r: number of blocks, instead of their size, with ``oft_block_size=0``; likewise rounded to a divisor.
         module_dropout: share of the blocks that are left unrotated in a call, in training. (PEFT ignores it.)
-        coft: keep every rotation near none, its generator within `eps` of zero.
+        coft: keep every rotation small: its generator within `eps` of zero.
         eps: see `coft`.
         block_share: one rotation for all blocks of a layer.
         use_cayley_neumann: a series instead of the exact inverse.
         num_cayley_neumann_terms: length of the series.
         init_weights: True: no rotation. False: random ones, so the model differs from the base at once (for tests).
-        bias, fan_in_fan_out: accepted for PEFT's sake: "none" only, and ignored.
+        bias, fan_in_fan_out: accepted for compatibility with PEFT: "none" only, and ignored.
     """
 
     method: ClassVar[str] = "oft"
@@ -68,7 +69,7 @@ class OFTConfig(AdapterConfig):
 
 
 def _divisor(size: int, wanted: int) -> int:
-    """The divisor of `size` nearest to what is wanted, of two the smaller."""
+    """The divisor of `size` nearest to `wanted`, the smaller of two."""
     wanted = min(wanted, size)
     below = next(n for n in range(wanted, 0, -1) if size % n == 0)
     above = next(n for n in range(wanted, size + 1) if size % n == 0)
@@ -80,7 +81,7 @@ class OFT(Adapter):
     """y = W R x + b, R block-diagonal, its blocks (I + Q)(I - Q)^-1 for skew Q: eqs. (2) and (6) of arXiv:2306.07280.
 
     `oft_R.weight` is (blocks, k (k - 1) / 2), the upper triangles of the transposed Q of size k. For an embedding, whose
-    input is no vector, its output is rotated, as in PEFT: y = R^T W x, with `oft_embedding_R.weight`.
+    input is not a vector, the output is rotated, as in PEFT: y = R^T W x, with `oft_embedding_R.weight`.
     """
 
     config_class = OFTConfig
@@ -97,7 +98,6 @@ class OFT(Adapter):
         if not config.init_weights:
             nn.init.normal_(self.weight, std=0.1)
 
-    # -------------------------------------------------------------------------------------------------------- rotations
     def _skew(self, upper: Tensor) -> Tensor:
         """The generators, shape (blocks, k, k), from their upper triangles."""
         rows, columns = torch.triu_indices(self.block, self.block, 1, device=upper.device)
@@ -106,13 +106,13 @@ class OFT(Adapter):
         return half - half.transpose(1, 2)
 
     def _constrained(self, upper: Tensor) -> Tensor:
-        """The same within the ball; the gradient passes as if nothing had been done, and training moves the parameter itself."""
+        """The triangles within the ball of radius eps. The gradient passes unchanged, and training moves the parameter itself."""
         with torch.no_grad():
             norms = torch.linalg.matrix_norm(self._skew(upper), keepdim=True).squeeze(2)
             most = self.config.eps / len(upper) ** 0.5
-            slack = 1 + 8 * torch.finfo(norms.dtype).eps  # what has been moved in stays where it is, bit for bit
+            slack = 1 + 8 * torch.finfo(norms.dtype).eps  # a value that was moved in before stays the same, bit for bit
             inside = upper * torch.where(norms <= most * slack, 1.0, most / norms)
-            if self.training and upper.requires_grad:  # as PEFT, for which the next step starts from there
+            if self.training and upper.requires_grad:  # as in PEFT, where the next step starts from there
                 self.weight.copy_(inside)
         return upper + (inside - upper).detach()
 
@@ -135,7 +135,6 @@ class OFT(Adapter):
         rows = x.reshape(-1, len(R), self.block).transpose(0, 1)
         return torch.bmm(rows, R).transpose(0, 1).reshape(x.shape).to(x.dtype)
 
-    # --------------------------------------------------------------------------------------------------------- contract
     def before(self, base: nn.Module, ops: LayerOps, x: Tensor) -> Tensor:
         return x if self.is_embedding else self._rotated(x)
 
@@ -148,9 +147,6 @@ class OFT(Adapter):
             return torch.bmm(R.transpose(1, 2), weight.reshape(len(R), self.block, into)).reshape(out, into), bias
         blocks = weight.reshape(out, len(R), self.block).transpose(0, 1)
         return torch.bmm(blocks, R.transpose(1, 2)).transpose(0, 1).reshape(out, into), bias
-
-    def changes_nothing(self) -> bool:
-        return not self.weight.any()
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {f"oft_{'embedding_' if self.is_embedding else ''}R.weight": self.weight}

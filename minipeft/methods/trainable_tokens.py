@@ -1,4 +1,4 @@
-"""Trainable tokens: the rows of a few tokens in an embedding, and in the output head that is tied to it."""
+"""Trainable tokens: the rows of a few tokens in an embedding, and in an output head tied to it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig, flag, integer
+from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, TargetError, told
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
+from minipeft.options import flag, integer
 from minipeft.registry import register_method
 from minipeft.transformers_model import input_embedding
 
@@ -74,7 +75,7 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
 
 
 def token_option(name: str, value: object) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    """An option of another method that trains tokens beside it: ids for the input embedding, or module name -> ids.
+    """Check an option of another method that also trains tokens: ids for the input embedding, or module name -> ids.
 
     Raises:
         ConfigError: it is neither, nor None.
@@ -87,7 +88,7 @@ def token_option(name: str, value: object) -> tuple[int, ...] | dict[str, tuple[
 
 
 def tokens_beside(option: Sequence[int] | Mapping[str, Sequence[int]] | None) -> list[tuple[str, AdapterConfig]]:
-    """The companions (see `AdapterConfig.companions`) that such an option asks for; the prefix is PEFT's."""
+    """The companions (see `AdapterConfig.companions`) for such an option; the prefix is PEFT's."""
     chosen = option.items() if isinstance(option, Mapping) else [] if option is None else [(None, option)]
     return [
         ("token_adapter.", TrainableTokensConfig(target_modules=None if name is None else [name], token_indices=ids))
@@ -97,18 +98,17 @@ def tokens_beside(option: Sequence[int] | Mapping[str, Sequence[int]] | None) ->
 
 @register_method("trainable_tokens")
 class TrainableTokens(Adapter):
-    """Row t of the table is replaced for each chosen token t: ``W[t] = trainable_tokens_delta[i]``, as PEFT does.
+    """Row t of the table is replaced for each chosen token t: ``W[t] = trainable_tokens_delta[i]``, as in PEFT.
 
-    `trainable_tokens_delta` is (tokens, width), in the order of the configuration; the name is PEFT's, but it holds rows
-    and not differences, so that a table resized anew, with other random rows, comes to hold the same. A token's row is a
-    row of W for a linear map (an output head) and a column for a lookup. Beside other adapters the changes add up.
+    `trainable_tokens_delta` is (tokens, width), in the order of the configuration. The name is PEFT's; it holds rows, not
+    differences, so loading it into a table that was resized again, with other random rows, gives the same result. A
+    token's row is a row of W in an output head and a column in an embedding. The changes add to those of other adapters.
 
-    Only the rows are touched: PEFT copies the whole table in every forward pass.
+    Only these rows are computed; PEFT copies the whole table in every forward pass.
     """
 
     config_class = TrainableTokensConfig
     runs_base = True
-    adapts_tied_layers = True
     original: Tensor
     indices: Tensor
     ascending: Tensor
@@ -126,21 +126,21 @@ class TrainableTokens(Adapter):
         beyond = max(ids) - len(rows) + 1
         if beyond > 0:
             raise ConfigError(
-                f"token {max(ids)} is beyond the {len(rows)} rows of {type(base).__name__}. First "
-                f"model.resize_token_embeddings({max(ids) + 1}), as where the tokens were added."
+                f"token {max(ids)} is beyond the {len(rows)} rows of {type(base).__name__}. Call "
+                f"model.resize_token_embeddings({max(ids) + 1}) first, as when the tokens were added."
             )
         indices = torch.tensor(ids, device=rows.device)
         self.register_buffer("indices", indices, persistent=False)
         ascending, order = (indices, indices) if rows.is_meta else indices.sort()
         self.register_buffer("ascending", ascending, persistent=False)
         self.register_buffer("order", order, persistent=False)
-        # Kept, since another adapter may be merged into the table later.
+        # Stored, since another adapter may be merged into the table later.
         self.register_buffer("original", rows[indices].clone(), persistent=False)
         start = self.original if config.init_weights or rows.is_meta else torch.randn_like(self.original)
         self.trainable_tokens_delta = nn.Parameter(start.clone())
 
     def _table(self, weight: Tensor) -> Tensor:
-        """The canonical weight with a token a row."""
+        """The canonical weight with one token per row."""
         return weight.t() if self.is_embedding else weight
 
     def change(self) -> Tensor:
@@ -154,7 +154,7 @@ class TrainableTokens(Adapter):
         assert isinstance(y, Tensor)
         if not ops.is_embedding:
             more = ops.scaled(base, ops.project_in(base, x, self.change().to(x.dtype))).to(y.dtype)
-            # Into an output that nobody else holds: for a head it is the largest array there is.
+            # In place if nothing else holds this output: a head's is the largest array of all.
             return y.index_add_(-1, self.indices, more) if fresh else y.index_add(-1, self.indices, more)
         change = self.change().to(y.dtype)
         last = len(change)
@@ -167,7 +167,7 @@ class TrainableTokens(Adapter):
         merged = weight.clone()
         rows, wanted = self._table(merged), self.trainable_tokens_delta.detach().to(weight.dtype)
         now, original = rows[self.indices], self.original.to(weight.dtype)
-        # Exactly the trained row, where no other adapter has changed it.
+        # Exactly the trained row, if no other adapter has changed it.
         rows[self.indices] = torch.where(now == original, wanted, now + (wanted - original))
         return merged, bias
 
@@ -192,6 +192,3 @@ class TrainableTokens(Adapter):
         ends = [-1, *sorted(self.ids), len(table)]
         start, end = max(itertools.pairwise(ends), key=lambda pair: pair[1] - pair[0])
         return self._table(table[start + 1 : end])
-
-    def changes_nothing(self) -> bool:
-        return torch.equal(self.trainable_tokens_delta, self.original.to(self.trainable_tokens_delta.dtype))

@@ -1,24 +1,23 @@
-"""VeRA: one frozen random pair of factors for all layers, and two vectors a layer (Kopiczko et al., 2023, arXiv:2310.11454)."""
+"""VeRA: one frozen random pair of factors for all layers, and two vectors per layer (Kopiczko et al., 2023, arXiv:2310.11454)."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from minipeft.config import AdapterConfig, flag, integer, number, one_of
+from minipeft.config import AdapterConfig
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.base import Adapter
 from minipeft.methods.low_rank import low_rank_forward
-from minipeft.registry import register_method
+from minipeft.options import flag, integer, number, one_of
+from minipeft.registry import register_method, register_targets
 
-DEFAULTS = {"phi": ("q_proj", "v_proj")}  # by model_type, where PEFT's is another than LoRA's
+register_targets("phi", ["q_proj", "v_proj"], method="vera")  # PEFT's default, which differs from LoRA's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +27,13 @@ class VeraConfig(AdapterConfig):
     Args:
         r: rank of the shared factors.
         projection_prng_key: seed of the shared factors, drawn as PEFT draws them.
-        save_projection: write them to the file too. False: a reader draws them again, by the key.
+        save_projection: also write them to the file. False: the reader draws them again from the key.
         vera_dropout: probability of dropping an input feature on its way into A, in training; for an embedding, of
             dropping a token's update.
         d_initial: starting value of `vera_lambda_d`.
         bias: "none" only.
         init_weights: False: random vectors, so the model differs from the base at once (for tests).
-        fan_in_fan_out: accepted for PEFT's sake and ignored, since the layer knows its own orientation.
+        fan_in_fan_out: accepted for compatibility with PEFT and ignored: the layer knows its own orientation.
     """
 
     method: ClassVar[str] = "vera"
@@ -59,16 +58,12 @@ class VeraConfig(AdapterConfig):
         for name in ("save_projection", "init_weights", "fan_in_fan_out"):
             flag(name, getattr(self, name))
 
-    def for_model_type(self, model_type: str | None) -> Self:
-        targets = DEFAULTS.get(model_type or "") if self.target_modules is None else None
-        return self if targets is None else replace(self, target_modules=targets)
-
 
 class Projections(nn.Module):
-    """The frozen factors that all layers of one adapter slice theirs from: one storage, whatever is copied or pickled.
+    """The frozen factors, of which each layer of one adapter uses a slice: one storage, also in copies and pickles.
 
-    `vera_A` is (r, largest in_features), `vera_B` (largest out_features, r), in float32 as in PEFT. No state of the
-    model holds them; the adapter's file does, unless told otherwise.
+    `vera_A` is (r, largest in_features), `vera_B` (largest out_features, r), in float32 as in PEFT. They are not in the
+    model's state_dict; the adapter's file has them, unless `save_projection` is False.
     """
 
     def __init__(self, r: int, out_features: int, in_features: int, key: int, device: torch.device) -> None:
@@ -86,7 +81,8 @@ class Vera(Adapter):
     """y = W x + b + lambda_b * (B (lambda_d * (A dropout(x)))), eq. (2) of arXiv:2310.11454.
 
     A is the first in_features columns of the shared `vera_A`, B the first out_features rows of `vera_B`; only
-    `vera_lambda_b` (out,), which starts at zero, and `vera_lambda_d` (r,) train. Nothing as large as x or y is kept.
+    `vera_lambda_b` (out,), which starts at zero, and `vera_lambda_d` (r,) train. Nothing as large as x or y is saved for
+    the backward pass.
     """
 
     config_class = VeraConfig
@@ -132,26 +128,15 @@ class Vera(Adapter):
             more = ops.project_out(base, h.to(x.dtype), B.to(x.dtype)) * self.vera_lambda_b
             assert isinstance(y, Tensor)
             return y + more.to(y.dtype)
-        # Both vectors scale B: A is frozen then, so that of x nothing but A x is kept, and nothing as large as y.
+        # Both vectors scale B. A then stays frozen, so only A x is saved for the backward pass, and nothing as large as y.
         up = self.vera_lambda_b.unsqueeze(1) * B * self.vera_lambda_d
         return low_rank_forward(base, ops, x, y, A, up, 1.0, self.dropout if self.training else 0.0)
-
-    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        update = self.delta(weight)
-        assert update is not None
-        return weight + update.to(weight.dtype), bias
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self._factors(self.vera_lambda_b.device)
         dtype = torch.promote_types(self.vera_lambda_b.dtype, torch.float32)
         down = self.vera_lambda_d.detach().to(dtype).unsqueeze(1) * A.to(dtype)
         return self.vera_lambda_b.detach().to(dtype).unsqueeze(1) * B.to(dtype), down
-
-    def changes_nothing(self) -> bool:
-        return not (self.vera_lambda_b.any() and self.vera_lambda_d.any())
-
-    def snapshot(self) -> Self:
-        return copy.deepcopy(self, {id(self.projections): self.projections}).requires_grad_(False)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {"vera_lambda_b": self.vera_lambda_b, "vera_lambda_d": self.vera_lambda_d}

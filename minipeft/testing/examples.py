@@ -135,4 +135,5 @@ for _layer in (
     register_example(_layer, partial(_quantized, _layer))
 
 register_options("adalora", total_step=10)
+register_options("dora", use_dora=True)
 register_options("trainable_tokens", token_indices=[6, 0, 3, 4])

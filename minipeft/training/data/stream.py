@@ -18,8 +18,8 @@ import numpy as np
 from datasets import IterableDataset  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from minipeft.config import integer
 from minipeft.errors import DataError, StateError, all_or_nothing
+from minipeft.options import integer
 from minipeft.training.data.collate import Example, Ints
 from minipeft.training.data.encoding import IGNORED, Encoded, Encoder, Encoding, Fate, padding_id
 from minipeft.training.data.order import BUCKET, LARGEST_SEED, Update, shuffled
