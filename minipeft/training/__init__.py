@@ -15,12 +15,14 @@ data:
 - ``collate``: transformers' collators need a pad token or mask real eos; accelerate repeats examples in uneven shares.
 - ``order``: samplers resume from a generator's state; transformers' groups by length put neighbours in sequence.
 - ``stream``: datasets loses its shuffle buffer on resuming, and torchdata with it or else reads all rows again.
+- ``texts``: datasets splits rows; here a share of the examples is held out, after packing.
 
 distributed:
 - ``ranks``: accelerate gathers, but has no error that stops all processes.
 - ``launch``: with accelerate or torchrun, fewer processes than asked for may train together, and neither says so.
 - ``sharding``: accelerate's FSDP2 silently becomes DDP on a CPU.
 - ``deepspeed``: what DeepSpeed's configuration may not contradict is known only here.
+- ``accelerator``: accelerate leaves out a tracker that is not installed, and runs fp16 on a CPU as float32.
 
 runs:
 - ``checkpoints``, ``step_folders``, ``complete``: transformers' and accelerate's latest checkpoint may be half written.
@@ -29,6 +31,7 @@ runs:
 - ``plain``: torch and accelerate pickle what JSON cannot express.
 - ``rng``: accelerate and transformers pickle the states of generators, and go on if they cannot load them.
 - ``lock``: filelock does not say who holds a lock, and falls back to one that outlives a killed run.
+- ``output_dir``: transformers' Trainer writes into a directory that holds another run.
 - ``interrupt``: accelerate has no signal handler, and transformers' is inside its trainer.
 - ``metrics``: trackio keeps the rows that an interruption undid; tensorboard rounds to float32 and loses rows if killed.
 - ``curve``: a picture of these rows needs only matplotlib.
@@ -36,4 +39,7 @@ runs:
 And:
 - ``updates``: accelerate and transformers wait for each other within a pass, so running out of memory hangs the others.
 - ``lora_plus``: PEFT has it for PEFT's own layers.
+- ``flags``: transformers' HfArgumentParser has no bounds or exclusions, and its YAML files do not convert values.
+- ``method_config``: which of a method's options a flag means is known only here.
+- ``report``: no library compares the saved adapter with the trained one.
 """
