@@ -70,7 +70,6 @@ def finish(process):
     return process.exitcode
 
 
-# -------------------------------------------------------------------------------------------------------- the usual way
 def test_the_newest_are_kept_and_the_latest_is_found(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest() is None
@@ -182,7 +181,6 @@ def test_an_error_of_the_caller_passes_and_leaves_nothing(tmp_path):
     assert names(tmp_path) == ["step-00000001"]
 
 
-# --------------------------------------------------------------------------------------------------------------- damage
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -276,7 +274,6 @@ def test_what_is_no_folder_is_no_checkpoint(tmp_path):
         verify(tmp_path / "nowhere")
 
 
-# ------------------------------------------------------------------------------------------------------------ sudden end
 def save_and_die(directory, point, step, number, keep):
     os.environ[VARIABLE] = point
     save(directory, step, number, keep)
@@ -369,7 +366,6 @@ def test_a_fault_point_counts_and_must_exist(processes, tmp_path, monkeypatch):
         fault_point("nowhere")
 
 
-# ------------------------------------------------------------------------------------------------------------- full disk
 def assert_refused(error, needed=True):
     text = str(error.value)
     assert "step-00000002 could not be saved" in text
@@ -455,7 +451,6 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         Checkpoints(tmp_path / "file").save(1, snapshot(1).write)
 
 
-# ------------------------------------------------------------------------------------------------------------- not torch
 def test_finding_a_checkpoint_needs_no_torch():
     """So that a watcher or a launcher that looks for the latest one starts at once."""
     code = (

@@ -42,7 +42,6 @@ RESULTS |= {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ how it is run
 def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **more}
     return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=200)
@@ -90,7 +89,6 @@ def short_text(tmp_path_factory) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------ the quick run
 def test_the_quick_run_leaves_all_its_results(quick):
     directory, _ = quick
     assert {path.name for path in directory.iterdir()} == RESULTS
@@ -151,7 +149,6 @@ def test_the_evaluations_are_those_of_the_base_and_of_the_saved_adapter(quick):
             model = minipeft.load_adapter(model, directory)
 
 
-# -------------------------------------------------------------------------------------------------- what flags mean
 @pytest.mark.parametrize(
     ("flags", "targets"),
     [
@@ -179,7 +176,6 @@ def test_the_output_directory_is_named_after_the_model_and_the_text(train):
     assert train.parse_args(hub).output_dir == Path("output/gpt2-wikitext")
 
 
-# ------------------------------------------------------------------------------------------------- same and not same
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(train, short_text, tmp_path, capsys):
     flags = ["--train_file", str(short_text), "--max_steps", "3", "--dropout", "0.1"]
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
@@ -237,7 +233,6 @@ def test_bfloat16_runs_on_a_cpu(train, short_text, tmp_path, capsys):
     assert "merged against" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
 BAD_INPUT = {
     "an unknown flag": (["--lerning_rate", "1"], "--lerning_rate"),
     "an abbreviated flag": (["--learn", "1"], "--learn"),

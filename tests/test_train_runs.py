@@ -115,7 +115,6 @@ def failure(train, *words):
     return message
 
 
-# ------------------------------------------------------------------------------------------------------------ one process
 @pytest.fixture(scope="module")
 def whole(train, flags, tmp_path_factory):
     """An uninterrupted run with a checkpoint after each update."""
@@ -254,7 +253,6 @@ def test_sigterm_saves_and_exits_as_the_signal_would(train, flags, whole, tmp_pa
     assert_same_run(directory, whole)
 
 
-# ----------------------------------------------------------------------------------------------------------- what it eats
 def test_a_yaml_file_gives_flags_and_the_resolved_configuration_is_one(train, text, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(f"train_file: {text}\nrank: 4\nmax_steps: 2\nlean: true\nmax_length: 64\n", "utf-8")
@@ -369,7 +367,6 @@ def test_lora_plus_gives_b_its_own_rate_in_the_run(train, flags, tmp_path):
     assert '"initial_lr": 0.016' in text
 
 
-# --------------------------------------------------------------------------------------------------- many processes
 @pytest.fixture(scope="module")
 def pair(flags, tmp_path_factory):
     """Two processes, uninterrupted, with dropout."""
