@@ -155,7 +155,6 @@ def test_copies_pickles_compilation_and_checkpointing(tmp_path):
     assert torch.equal(model(*args)[0], y)
 
 
-# ------------------------------------------------------------------------------------------------------------ PEFT
 def theirs(base, directory=None, **options):
     with foreign_code():
         base = copy.deepcopy(base)
@@ -219,7 +218,6 @@ def test_the_gradients_of_a_training_step_are_those_of_peft(tmp_path):
         torch.testing.assert_close(found[name], gradient)
 
 
-# -------------------------------------------------------------------------------------------------- as part of models
 def encoder(**options):
     torch.manual_seed(3)
     layer = nn.TransformerEncoderLayer(DIM, 2, 16, dropout=0.0, batch_first=True, **options)
@@ -263,7 +261,6 @@ def test_a_decoder_layer_has_two_attentions_and_a_second_adapter_joins_the_first
     assert not any("AdaptedWeight" in type(m).__name__ for m in model.unload().modules())
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("net", "options", "message"),
     [

@@ -12,19 +12,13 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import disturb, gpt2, llama, logits, state_digest
+from tiny_models import adapted, gpt2, llama, logits, state_digest
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, MinipeftError, StateError, get_lora_model, load_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
-
-
-def adapted(model=None, seed=1, **options):
-    model = gpt2() if model is None else model
-    torch.manual_seed(0)
-    return disturb(get_lora_model(model, LoraConfig(**({"r": 4} | options))), seed=seed)
 
 
 @pytest.fixture
@@ -59,7 +53,6 @@ def refused(folder, said, model=None, **options):
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------ round trips
 @pytest.mark.parametrize(
     "options",
     [
@@ -195,7 +188,6 @@ def test_the_card_is_written_once_names_no_folder_of_this_machine_and_respects_t
     assert "base_model_relation: adapter" in card
 
 
-# ------------------------------------------------------------------------------------- what does not fit is refused
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -462,7 +454,6 @@ def test_any_set_of_renamed_dropped_or_reshaped_tensors_is_refused(tmp_path_fact
     refused(folder, "does not fit")
 
 
-# -------------------------------------------------------------------------------------------------- saving is atomic
 def killed_while_saving(model, folder, name, count):
     """Save in a child process that dies, without any clean-up, as it is about to call os.`name` for the `count`-th time."""
     with warnings.catch_warnings():

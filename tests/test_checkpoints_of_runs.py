@@ -72,7 +72,6 @@ def finish(process):
     return process.exitcode
 
 
-# -------------------------------------------------------------------------------------------------------- the usual way
 def test_the_newest_are_kept_and_the_latest_is_found(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest() is None
@@ -184,7 +183,6 @@ def test_an_error_of_the_caller_passes_and_leaves_nothing(tmp_path):
     assert names(tmp_path) == ["step-00000001"]
 
 
-# --------------------------------------------------------------------------------------------------------------- damage
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -278,7 +276,6 @@ def test_what_is_no_folder_is_no_checkpoint(tmp_path):
         verify(tmp_path / "nowhere")
 
 
-# ------------------------------------------------------------------------------------------------------------ sudden end
 def save_and_die(directory, call, step, number, keep):
     die_before(call)
     save(directory, step, number, keep)
@@ -360,7 +357,6 @@ def test_what_others_may_still_be_writing_is_left_alone(tmp_path, monkeypatch):
     assert not elsewhere.exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- full disk
 def assert_refused(error, needed=True):
     text = str(error.value)
     assert "step-00000002 could not be saved" in text
@@ -446,7 +442,6 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         Checkpoints(tmp_path / "file").save(1, snapshot(1).write)
 
 
-# ------------------------------------------------------------------------------------------------------------- not torch
 def test_finding_a_checkpoint_needs_no_torch():
     """So that a watcher or a launcher that looks for the latest one starts at once."""
     code = (

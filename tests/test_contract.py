@@ -26,7 +26,6 @@ def isolated():
         yield
 
 
-# ------------------------------------------------------------------------------------------ registry x registry
 @pytest.mark.parametrize(("method", "layer"), PAIRS, ids=lambda name: name.rpartition(".")[2])
 def test_every_method_keeps_the_contract_on_every_layer_or_says_what_is_missing(method, layer):
     report = check_pair(method, layer)
@@ -54,7 +53,6 @@ def test_options_of_the_method_are_tried_too():
     assert check_pair("lora", nn.Linear, r=3, use_rslora=True, bias="lora_only").served
 
 
-# ------------------------------------------------------------------------------------------------ broken methods
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig(AdapterConfig):
     """Options of the method that the tests below break."""
@@ -357,7 +355,6 @@ def test_an_override_for_a_layer_type_is_what_is_tried(isolated):
         check_pair("trial", nn.Linear)
 
 
-# ------------------------------------------------------------------------------------------------- broken layers
 class Flipped(nn.Module):
     """y = x W + b, with W stored as (in, out), as in GPT-2."""
 
@@ -573,7 +570,6 @@ def test_what_the_layer_itself_cannot_do_is_skipped_and_said(two_methods):
     assert skipped["one_graph"].endswith("Unpicklable itself does not compile to one graph")
 
 
-# ---------------------------------------------------------------------------------------------- what cannot be tried
 def test_a_layer_without_an_example_is_reported_as_not_tried(isolated):
     registry.register_layer(Packed)(PackedOps)
     report = check_pair("lora", Packed)

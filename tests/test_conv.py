@@ -144,7 +144,6 @@ def test_compiles_into_one_graph_and_is_checkpointed(name):
     assert torch.equal(again[0], expected[0])
 
 
-# ------------------------------------------------------------------------------------------------------------ PEFT
 def theirs(layer, directory=None, **options):
     with foreign_code():
         base = Net(copy.deepcopy(layer))
@@ -208,7 +207,6 @@ def test_an_adapter_of_peft_that_mixes_groups_is_refused_since_no_grouped_layer_
     assert state_digest(model) == before
 
 
-# -------------------------------------------------------------------------------------------------------- selection
 def test_all_linear_takes_no_convolution():
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 3), "linear": nn.Linear(3, 3)})
     adapted = get_lora_model(model, LoraConfig(r=2, target_modules="all-linear"))

@@ -47,7 +47,7 @@ LR, SIZE, MICRO_BATCH, UPDATES = 0.1, 7, 2, 6  # an update: passes of 2 and 2, a
 CLIP = 2.0  # of the gradients' norms some are above it, and some below
 
 
-def adapted(**options):
+def in_training(**options):
     torch.manual_seed(0)
     options = {"target_modules": ["c_attn", "c_proj", "c_fc"], "init_lora_weights": False, **options}
     return minipeft.get_lora_model(gpt2(), minipeft.LoraConfig(r=4, **options)).train()
@@ -57,7 +57,6 @@ def trainable(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-# ------------------------------------------------------------------------------------------- one of several processes
 def engine_of(accelerator, model, **config):
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -84,7 +83,7 @@ def process(directory):
     import deepspeed
 
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    model = adapted()
+    model = in_training()
     engine, optimizer = engine_of(accelerator, model)
     found = {"world": accelerator.num_processes, "base": model.transformer.wte.weight.numel()}
     found["auto_batch"] = refused(model, engine, optimizer, accelerator, auto_batch=True)
@@ -104,7 +103,6 @@ def process(directory):
         (directory / "found.json").write_text(json.dumps(found))
 
 
-# ----------------------------------------------------------------------------------------------------------- the tests
 def run(*command, **more):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | more
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [FOLDER, env.get("PYTHONPATH"), str(ROOT / "tests")]))
@@ -121,7 +119,7 @@ def launch(stage, *command, **more):
 
 def by_hand():
     """The losses, the gradients' norms and the last weights of the same steps, example by example, in float64."""
-    model, rows = adapted().double(), Rows()
+    model, rows = in_training().double(), Rows()
     order, losses, norms = UpdateOrder(rows, SIZE, seed=0), [], []
     for number in range(UPDATES):
         total, examples = 0.0, rows.rows(order[number].indices)
@@ -220,7 +218,6 @@ def test_accelerates_own_switch_to_the_cpu_is_refused_since_it_drops_deepspeed(f
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
 def fake(mixed_precision="no", **config):
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}, **config})
     return SimpleNamespace(deepspeed_plugin=plugin, mixed_precision=mixed_precision, num_processes=2)

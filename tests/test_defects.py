@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import bert_classifier, disturb, foreign_code, gpt2, llama, logits, state_digest
+from tiny_models import adapted, bert_classifier, disturb, foreign_code, gpt2, llama, logits, state_digest
 from torch import nn
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -21,11 +21,6 @@ from minipeft import CheckpointError, LoraConfig, MergeError, StateError, Target
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.methods.lora import Lora
-
-
-def adapted(model=None, **options):
-    """A model whose adapter has moved away from its neutral start."""
-    return disturb(get_lora_model(gpt2() if model is None else model, LoraConfig(**{"r": 4, **options})))
 
 
 def trainable(model):
@@ -42,7 +37,6 @@ def refuses(error, model, action, *named):
     assert state_digest(model) == before
 
 
-# ------------------------------------------------------------------------------ 1: tied embedding and output head
 TIED_TARGETS = [["wte"], ["lm_head"], ["wte", "lm_head"], ["wte", "c_attn"]]
 every_tie = pytest.mark.parametrize("targets", TIED_TARGETS, ids=" ".join)
 every_merge = pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
@@ -124,7 +118,6 @@ def test_1_a_tied_module_trained_in_full_survives_merging_saving_and_reloading(s
     assert torch.equal(logits(reloaded), logits(merged))
 
 
-# ------------------------------------------------------------------------------------- 2, 3, 22: what a name selects
 @pytest.mark.parametrize("targets", [["c_attn", "c_atn"], ["c_atn", "c_attn"], ["c_attn", "attn.c_atn"]])
 def test_2_each_entry_of_target_modules_must_match(targets):
     model = gpt2()
@@ -193,7 +186,6 @@ def test_22_layers_to_transform_holds_for_full_names_too():
     assert found == ["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"]
 
 
-# ------------------------------------------------------------------------------------------------- 4, 5: loading
 def change_file(directory, change):
     path = directory / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -254,7 +246,6 @@ def test_5_loading_under_a_name_that_is_taken_is_refused(tmp_path):
     assert torch.equal(logits(model), logits(source))  # with the alpha of the file
 
 
-# ------------------------------------------------------------------------------------------- 6: what is trainable
 def switched(model):
     """The model after everything that switches and switches back."""
     with model.disable_adapter():
@@ -305,7 +296,6 @@ def test_6_what_was_frozen_by_hand_stays_frozen():
     assert trainable(model) == before
 
 
-# ------------------------------------------------------------------------------------- 7, 8, 9, 21: merge, unload
 def two_adapters(model=None):
     model = adapted(model)
     model.add_adapter("second", LoraConfig(r=2, lora_alpha=6, target_modules=["c_attn", "c_fc"]))
@@ -481,7 +471,6 @@ def test_21_merging_and_unmerging_does_not_drift(dtype):
         assert state_digest(model) == merged
 
 
-# ---------------------------------------------------------------------------------- 17, 25: a failed or second call
 def fails_at_call(monkeypatch, cls, method, number):
     original, calls = getattr(cls, method), []
 
@@ -555,7 +544,6 @@ def test_25_the_layers_within_a_layer_that_peft_has_adapted_are_no_targets():
     refuses(TargetError, model, lambda: get_lora_model(model, config), "transformer.h.0.attn.c_attn")
 
 
-# ----------------------------------------------------------------------------------------------- 18: dropout
 class Table(nn.Module):
     def __init__(self):
         super().__init__()
@@ -580,7 +568,6 @@ def test_18_dropout_acts_on_an_embedding():
     assert len({bool(k) for k in kept[ids == 3]}) == 2  # each occurrence of a token for itself
 
 
-# ------------------------------------------------------------------------------------- 20: orientation, the config
 class Mixed(nn.Module):
     """Square layers of both orientations, where a transposed weight has the right shape."""
 
@@ -671,7 +658,6 @@ def test_20_one_config_serves_models_of_both_orientations():
         torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------- 23: work, not time
 class Many(nn.Module):
     def __init__(self, layers):
         super().__init__()

@@ -28,8 +28,7 @@ BATCHES = {"two products": token_ids(4, 6), "merged weight": token_ids(16, 64)} 
 FEW, MANY = BATCHES
 
 
-# ---------------------------------------------------------------------------------------------- what both sides speak of
-def adapted(dropout=0.0, dtype=torch.float32, **options):
+def in_training(dropout=0.0, dtype=torch.float32, **options):
     """A tiny GPT-2 in training mode with LoRA on all its linear maps but the head, the same in every process."""
     targets = ["c_attn", "c_proj", "c_fc"]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout, init_lora_weights=False)
@@ -38,7 +37,7 @@ def adapted(dropout=0.0, dtype=torch.float32, **options):
 
 
 def checkpointed():
-    model = adapted(dropout=0.3)
+    model = in_training(dropout=0.3)
     with foreign_code():  # newer transformers have another name for it
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -46,7 +45,7 @@ def checkpointed():
 
 def marked():
     """Adapters keep the layer norms' inputs instead of their outputs, which are computed again in the backward pass."""
-    model = adapted()
+    model = in_training()
     for block in model.transformer.h:
         for norm in (block.ln_1, block.ln_2):
             norm.register_forward_hook(lambda norm, inputs, output: recompute.mark(output, norm, inputs[0]))
@@ -55,19 +54,19 @@ def marked():
 
 def with_idle_adapter():
     """DDP waits for each parameter that wants a gradient, unless told to find the unused ones; here it is not."""
-    model = adapted()
+    model = in_training()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["c_attn", "wte"]))
     return model
 
 
 MODELS = {
-    "plain": adapted,
+    "plain": in_training,
     "marked": marked,
     "idle adapter": with_idle_adapter,
-    "dropout": lambda: adapted(dropout=0.3),
+    "dropout": lambda: in_training(dropout=0.3),
     "checkpointed": checkpointed,
-    "autocast": lambda: adapted(dropout=0.3),
-    "bfloat16 base": lambda: adapted(dtype=torch.bfloat16),
+    "autocast": lambda: in_training(dropout=0.3),
+    "bfloat16 base": lambda: in_training(dtype=torch.bfloat16),
 }
 EXACT = ("plain", "marked", "idle adapter")  # the halves' mean is the whole batch's, but for float32's rounding
 
@@ -106,7 +105,6 @@ def an_optimizer(model):
     return torch.optim.AdamW(trained(model).values(), lr=1e-2, eps=1e-2)
 
 
-# ------------------------------------------------------------------------------------------------ in the two processes
 def fused_loss(model, ids):
     """The loss, after a look that every adapted layer went the fused way, which is what is tested here."""
     with mock.patch.object(fused, "_product", wraps=fused._product) as product:
@@ -137,7 +135,7 @@ def ddp(rank):
 def ddp_accumulated(rank):
     found = {}
     for batch, ids in BATCHES.items():
-        model = adapted()
+        model = in_training()
         parallel = DistributedDataParallel(model)
         first, last = half(ids, rank).chunk(2)
         with parallel.no_sync():
@@ -190,7 +188,6 @@ def ranks(tmp_path_factory):
     return [torch.load(directory / f"{rank}.pt") | {"stderr": process.stderr} for rank, process in enumerate(processes)]
 
 
-# ------------------------------------------------------------------------------------------------------ in one process
 def assert_all_close(found, expected, rtol=1e-5):
     """Each tensor within `rtol`, relative to its largest element."""
     assert found.keys() == expected.keys()
@@ -218,7 +215,7 @@ def half_gradients(variant, ids, rank):
 def expected_gradients(variant, ids):
     """The whole batch's gradients; where its halves are computed differently, the mean of theirs."""
     if variant in EXACT:
-        return gradients(adapted(), ids)
+        return gradients(in_training(), ids)
     first, second = (half_gradients(variant, ids, rank) for rank in range(WORLD))
     return {name: (value + second[name]) / 2 for name, value in first.items()}
 
@@ -245,7 +242,7 @@ def test_ddp_accumulates_alone_and_averages_with_the_last_backward_pass(batch, r
     one, other = (found["ddp_accumulated"][batch] for found in ranks)
     assert not any(torch.equal(one["alone"][name], other["alone"][name]) for name in one["alone"])
     assert_equal(one["together"], other["together"])
-    assert_all_close(one["together"], gradients(adapted(), BATCHES[batch]))
+    assert_all_close(one["together"], gradients(in_training(), BATCHES[batch]))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -279,7 +276,6 @@ def test_ddp_finds_no_fault_with_the_layout_of_the_gradients(ranks):
     assert not any(word in found["stderr"] for found in ranks for word in ("stride", "layout"))
 
 
-# ------------------------------------------------------------------------------------------------------------- compiled
 @pytest.fixture
 def compiled():
     """How a model is compiled here: forward and backward pass traced, in one graph."""
@@ -288,13 +284,13 @@ def compiled():
 
 
 def test_a_compiled_backward_pass_gives_the_gradients_of_the_fused_one(compiled):
-    model, ids = adapted(), BATCHES[FEW]
+    model, ids = in_training(), BATCHES[FEW]
     loss_of(compiled(model), ids).backward()
     assert_all_close(taken_gradients(model), gradients(model, ids))
 
 
 def test_a_compiled_backward_pass_works_under_autocast(compiled):
-    model, ids = adapted(), BATCHES[FEW]
+    model, ids = in_training(), BATCHES[FEW]
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(compiled(model), ids)
         expected = loss_of(model, ids)
@@ -306,7 +302,7 @@ def test_a_compiled_backward_pass_works_under_autocast(compiled):
 
 
 def test_a_compiled_model_trains_with_dropout(compiled):
-    model, ids = adapted(dropout=0.2), BATCHES[FEW]
+    model, ids = in_training(dropout=0.2), BATCHES[FEW]
     run, optimizer, losses = compiled(model), an_optimizer(model), []
     for _ in range(20):
         loss = loss_of(run, ids)
@@ -320,9 +316,8 @@ def test_a_compiled_model_trains_with_dropout(compiled):
     assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
 
 
-# ----------------------------------------------------------------------------------------------------------- torch.func
 def test_per_sample_gradients_by_vmap_are_those_of_the_samples_one_by_one():
-    model, ids = adapted(attn_implementation="eager"), BATCHES[FEW]
+    model, ids = in_training(attn_implementation="eager"), BATCHES[FEW]
     model.config.pad_token_id = None  # else transformers looks into the tokens for padding, which vmap forbids
 
     def loss(parameters, row):

@@ -23,7 +23,7 @@ SCHEDULE = {"total_step": 8, "tinit": 1, "tfinal": 3, "deltaT": 2, "init_r": 4, 
 BATCH = {key: torch.stack([row[key] for row in DATA[:4]]) for key in ("input_ids", "labels")}
 
 
-def adapted(seed=0, **options):
+def scheduled(seed=0, **options):
     """Of a class whose name tells Trainer that its loss shifts the labels; it counts one too many for GPT2LMHeadModel."""
     torch.manual_seed(seed)
     targets = ["q_proj", "down_proj"]
@@ -87,7 +87,7 @@ def by_hand(model, rows, accumulated, per_token):
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_it_is_the_loop_written_by_hand(tmp_path, accumulated, per_token):
     """Also where an epoch ends within an accumulation: sixteen rows are eight batches, or steps of 3, 3 and 2."""
-    rows, model = uneven(), adapted()
+    rows, model = uneven(), scheduled()
     reference = copy.deepcopy(model)
     expected, expected_left = by_hand(reference, rows, accumulated, per_token)
     trainer = InOrder(model, sgd(tmp_path, gradient_accumulation_steps=accumulated), train_dataset=rows)
@@ -105,14 +105,14 @@ def test_a_loss_function_of_ones_own_is_not_divided_either(tmp_path):
         flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
         return flat / num_items_in_batch
 
-    expected, _ = by_hand(adapted(), uneven(), 3, True)
+    expected, _ = by_hand(scheduled(), uneven(), 3, True)
     options = sgd(tmp_path, gradient_accumulation_steps=3)
-    trainer = InOrder(adapted(), options, train_dataset=uneven(), compute_loss_func=own)
+    trainer = InOrder(scheduled(), options, train_dataset=uneven(), compute_loss_func=own)
     assert [loss for _, loss in trained(trainer)] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_evaluation_has_the_plain_loss(tmp_path):
-    model = adapted(init_lora_weights=False)
+    model = scheduled(init_lora_weights=False)
     trainer = AdapterTrainer(model, arguments(tmp_path), eval_dataset=DATA[:4])
     with torch.no_grad():
         expected = model(**BATCH).loss.item()
@@ -121,12 +121,11 @@ def test_an_evaluation_has_the_plain_loss(tmp_path):
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- going on
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run with dropout and a checkpoint after each step."""
     folder = tmp_path_factory.mktemp("whole")
-    model = adapted(lora_dropout=0.2)
+    model = scheduled(lora_dropout=0.2)
     trainer = AdapterTrainer(model, arguments(folder, max_steps=8, save_steps=1), train_dataset=DATA)
     losses = trained(trainer)
     trainer.save_model(folder / "final")
@@ -137,7 +136,7 @@ def whole(tmp_path_factory):
 def test_a_resumed_run_ends_with_the_same_files(whole, tmp_path, step):
     """From before the first allocation, from between two, and from after the last one."""
     folder, losses = whole
-    model = adapted(seed=5, lora_dropout=0.2)
+    model = scheduled(seed=5, lora_dropout=0.2)
     trainer = AdapterTrainer(model, arguments(tmp_path, max_steps=8, save_steps=1), train_dataset=DATA)
     assert trained(trainer, resume_from_checkpoint=str(folder / f"checkpoint-{step}")) == losses
     trainer.save_model(tmp_path / "final")
@@ -181,7 +180,7 @@ def damaged(checkpoint, how):
 def test_without_the_state_of_its_schedule_no_run_goes_on_and_nothing_changes(whole, tmp_path, how):
     shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
     said = damaged(tmp_path / "checkpoint-4", how)
-    model = adapted(seed=5, lora_dropout=0.2)
+    model = scheduled(seed=5, lora_dropout=0.2)
     before = state_digest(model)
     trainer = AdapterTrainer(model, arguments(tmp_path, max_steps=8), train_dataset=DATA)
     with pytest.raises(CheckpointError, match=said):
@@ -192,7 +191,7 @@ def test_without_the_state_of_its_schedule_no_run_goes_on_and_nothing_changes(wh
 @pytest.mark.parametrize("save_only_model", [False, True])
 def test_the_best_adapter_is_back_at_the_end_with_the_ranks_it_had(tmp_path, save_only_model):
     scores = iter([1.0, 3.0, 2.0, 0.0])
-    model = adapted()
+    model = scheduled()
     options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 8}
     options |= {"metric_for_best_model": "score", "save_only_model": save_only_model}
     trainer = AdapterTrainer(
@@ -209,7 +208,7 @@ def test_the_best_adapter_is_back_at_the_end_with_the_ranks_it_had(tmp_path, sav
 
 def test_a_resting_adapter_with_a_schedule_needs_none(tmp_path):
     def make():
-        model = adapted()
+        model = scheduled()
         model.add_adapter("plain", LoraConfig(r=2))
         model.set_adapter("plain")
         return model
@@ -219,14 +218,13 @@ def test_a_resting_adapter_with_a_schedule_needs_none(tmp_path):
     assert trained(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-2")) == losses
 
 
-# ------------------------------------------------------------------------------------------------------ what goes wrong
 def test_a_loss_that_leaves_the_adapters_own_out_is_refused(tmp_path):
     class Own(AdapterTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(**inputs).loss
 
     with pytest.raises(StateError, match=r"Own\.compute_loss leaves out .* super\(\)\.compute_loss"):
-        trained(Own(adapted(), arguments(tmp_path), train_dataset=DATA))
+        trained(Own(scheduled(), arguments(tmp_path), train_dataset=DATA))
     torch.manual_seed(0)
     plain = minipeft.get_lora_model(gpt2(), LoraConfig(r=2))  # which has none to leave out
     assert len(trained(Own(plain, arguments(tmp_path, max_steps=2, save_strategy="no"), train_dataset=DATA))) == 2
@@ -239,18 +237,18 @@ def test_a_call_of_ones_own_beside_the_trainers_is_refused(tmp_path):
             minipeft.after_step(self.model, self.state.global_step)
 
     with pytest.raises(StateError, match="has done step 0 already, and step 0 came"):
-        trained(Twice(adapted(), arguments(tmp_path), train_dataset=DATA))
+        trained(Twice(scheduled(), arguments(tmp_path), train_dataset=DATA))
 
 
 def test_a_plain_trainer_leaves_the_ranks_alone_and_a_warning_says_so(tmp_path):
     options = arguments(tmp_path, max_steps=8, save_strategy="no")  # at the beginning of the eighth
     with pytest.warns(UserWarning, match=r"nobody calls minipeft\.after_step"):
-        Trainer(adapted(), options, train_dataset=DATA).train()
+        Trainer(scheduled(), options, train_dataset=DATA).train()
 
 
 @pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_a_sharded_model_is_refused_before_the_first_step(tmp_path, kind):
-    trainer = AdapterTrainer(adapted(), arguments(tmp_path), train_dataset=DATA)
+    trainer = AdapterTrainer(scheduled(), arguments(tmp_path), train_dataset=DATA)
     setattr(trainer, kind, True)
     with pytest.raises(StateError, match="needs its tensors whole"):
         trainer._check_schedule()
@@ -269,7 +267,7 @@ def test_a_step_that_a_gradient_scaler_skips_is_left_out(tmp_path):
             super()._after_step()
             self.optimizer._is_overflow = False
 
-    trainer = Skips(adapted(deltaT=3), sgd(tmp_path), train_dataset=uneven())
+    trainer = Skips(scheduled(deltaT=3), sgd(tmp_path), train_dataset=uneven())
     trained(trainer)
     assert trainer.left[5] > 4
     assert trainer.left[6:] == [4, 4]
@@ -277,7 +275,7 @@ def test_a_step_that_a_gradient_scaler_skips_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("wrap", [torch.nn.Sequential, torch.nn.DataParallel, torch.compile])
 def test_a_wrapped_model_has_the_schedule_of_the_one_within(wrap):
-    model = adapted(init_lora_weights=False)
+    model = scheduled(init_lora_weights=False)
     with foreign_code():
         wrapped = wrap(model)
     if wrap is torch.nn.Sequential:  # which is no wrapper of a model, and has two of them as well as one

@@ -1,11 +1,13 @@
 """transformers' Trainer and an adapted model: adapter checkpoints, exact resuming, the best adapter, equal losses."""
 
 import copy
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tiny_models
 import torch
 from datasets import Dataset
 from tiny_models import bert_classifier, disturb, foreign_code, gpt2, llama, logits, state_digest, token_ids
@@ -39,10 +41,7 @@ def arguments(folder, **options):
     return TrainingArguments(folder, **{**OPTIONS, **options})
 
 
-def adapted(model=None, adapter_name="default", **options):
-    model = gpt2() if model is None else model
-    torch.manual_seed(0)
-    return get_lora_model(model, LoraConfig(**({"r": 4, "lora_dropout": 0.2} | options)), adapter_name)
+adapted = functools.partial(tiny_models.adapted, scale=0, lora_dropout=0.2)
 
 
 def trained(trainer, **options):
@@ -63,7 +62,6 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-# ------------------------------------------------------------------------------------------------- the plain Trainer
 def test_a_plain_trainer_trains_saves_the_adapter_and_nothing_of_the_base(tmp_path):
     columns = {"input_ids": token_ids(8, 10).tolist(), "labels": token_ids(8, 10).tolist(), "note": ["x"] * 8}
     model = adapted(modules_to_save=["lm_head"])  # whose original is tied to the embedding
@@ -140,7 +138,6 @@ def test_trainer_s_own_model_card_stays_that_of_an_adapter(tmp_path, cls, saved)
         assert {"- minipeft", "- lora"} <= set(text.splitlines())
 
 
-# -------------------------------------------------------------------------------------------------------- resuming
 @pytest.mark.parametrize("make", [gpt2, llama])
 @pytest.mark.parametrize("how", ["path", "last"])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, make, how):
@@ -254,7 +251,6 @@ def test_the_mixin_stands_first():
     assert type("Derived", (right,), {"_load_best_model": right._load_best_model}).restores_adapters
 
 
-# --------------------------------------------------------------------------------------------------- best adapter
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_the_best_adapter_is_back_at_the_end(tmp_path, name):
     scores = iter([1.0, 3.0, 2.0])
@@ -284,7 +280,6 @@ def test_the_best_adapter_is_back_at_the_end(tmp_path, name):
     assert all(p.requires_grad for key, p in model.adapter_state_dict().items())
 
 
-# ----------------------------------------------------------------------------------------------- several adapters
 def two_adapters(active="second"):
     model = adapted()
     model.add_adapter("second", LoraConfig(r=2, lora_dropout=0.1))
@@ -318,7 +313,6 @@ def test_the_optimizer_of_one_adapter_does_not_go_on_with_another(tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
-# ------------------------------------------------------------------------------------------- the same loss as others
 def test_twenty_steps_beside_peft_give_the_same_losses(tmp_path):
     peft = pytest.importorskip("peft")
     model = adapted(lora_dropout=0.0, target_modules=["c_attn", "c_fc"])
@@ -424,7 +418,6 @@ def test_a_classifier_trains_its_head_and_resumes(tmp_path):
     assert same(values(again), values(whole))
 
 
-# ------------------------------------------------------------------------------------------------------------ TRL
 def word_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

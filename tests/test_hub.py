@@ -16,18 +16,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 import torch
 from huggingface_hub import constants
-from tiny_models import disturb, foreign_code, gpt2, logits, state_digest, token_ids
+from tiny_models import adapted, disturb, foreign_code, gpt2, logits, state_digest, token_ids
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_lora_model, load_adapter
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 COMMITS = ("a" * 40, "b" * 40)
-
-
-def adapted(seed=1, **options):
-    torch.manual_seed(0)
-    return disturb(get_lora_model(gpt2(), LoraConfig(**({"r": 4} | options))), seed=seed)
 
 
 @pytest.fixture
@@ -58,7 +53,6 @@ def put(cache, model, repo_id="user/repo", commit=COMMITS[0], ref="main", subfol
     return root
 
 
-# -------------------------------------------------------------------------------------------------- from the cache
 def test_an_adapter_comes_from_the_cache(cache):
     model = adapted()
     put(cache, model)
@@ -141,7 +135,6 @@ def test_a_pickle_in_the_cache_is_not_read(cache):
     refused("adapter_model.safetensors is not in", "user/repo")
 
 
-# ------------------------------------------------------------------------------------------------ a hub of our own
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's protocol as a download and a commit of small files take."""
 

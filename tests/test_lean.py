@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, bert_classifier, foreign_code, gpt2, llama, t5
+from tiny_models import VOCABULARY, adapted, bert_classifier, foreign_code, gpt2, llama, t5
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -69,11 +69,8 @@ LABELS = IDS.clone()
 LABELS[0, :4] = -100
 
 
-def adapted(base=None, **options):
-    options = {"r": 4, "init_lora_weights": False, **options}
-    torch.manual_seed(0)
-    model = get_lora_model(gpt2() if base is None else base, LoraConfig(**options))
-    return model.train()
+def in_training(base=None, **options):
+    return adapted(base, scale=0, **{"init_lora_weights": False, **options}).train()
 
 
 def loss_and_gradients(model, **inputs):
@@ -104,12 +101,11 @@ def checkpoints_blocks(model):
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-# ------------------------------------------------------------------------------------------------------ same learning
 @pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_loss_and_gradients_are_what_they_were(make, dropout, checkpointing):
-    model = adapted(make(), lora_dropout=dropout)
+    model = in_training(make(), lora_dropout=dropout)
     expected = loss_and_gradients(model)
     assert lean(model, checkpointing) is model
     found = loss_and_gradients(model)
@@ -123,7 +119,7 @@ def test_loss_and_gradients_are_what_they_were(make, dropout, checkpointing):
 @pytest.mark.parametrize("kind", OTHERS)
 def test_it_is_generic_over_causal_language_models(kind):
     torch.manual_seed(0)
-    model = adapted(AutoModelForCausalLM.from_config(OTHERS[kind]), target_modules="all-linear")
+    model = in_training(AutoModelForCausalLM.from_config(OTHERS[kind]), target_modules="all-linear")
     expected = loss_and_gradients(model)
     lean(model, "block")
     assert_same_learning(loss_and_gradients(model), expected)
@@ -136,7 +132,7 @@ def test_the_models_own_dropout_draws_the_same_masks(checkpointing, p):
     for module in base.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.1
-    model = adapted(base, lora_dropout=0.1)
+    model = in_training(base, lora_dropout=0.1)
     expected = loss_and_gradients(model)
     lean(model, checkpointing)
     assert_same_learning(loss_and_gradients(model), expected)
@@ -144,13 +140,13 @@ def test_the_models_own_dropout_draws_the_same_masks(checkpointing, p):
 
 @pytest.mark.parametrize("inputs", [{"num_items_in_batch": 11}, {"num_items_in_batch": torch.tensor(11)}])
 def test_the_trainers_count_of_items_divides_the_loss(inputs):
-    model = adapted()
+    model = in_training()
     expected = loss_and_gradients(model, **inputs)
     assert_same_learning(loss_and_gradients(lean(model), **inputs), expected)
 
 
 def test_positional_arguments_tuples_and_embeddings_as_input():
-    model = adapted()
+    model = in_training()
     expected = loss_and_gradients(model)[0].loss
     lean(model)
     by_position = dict.fromkeys(inspect.signature(model.forward).parameters)
@@ -166,7 +162,7 @@ def test_positional_arguments_tuples_and_embeddings_as_input():
 
 def test_fifty_steps_of_training_follow_the_same_curve():
     def curve(change):
-        model = change(adapted(gpt2(), init_lora_weights=True))
+        model = change(in_training(gpt2(), init_lora_weights=True))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(50):
             loss = model(input_ids=IDS, labels=LABELS).loss
@@ -183,13 +179,13 @@ def test_fifty_steps_of_training_follow_the_same_curve():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
-    model = adapted(gpt2().to(dtype))
+    model = in_training(gpt2().to(dtype))
     expected = loss_and_gradients(model)
     assert_same_learning(loss_and_gradients(lean(model, "mlp")), expected, 5e-2 if dtype is torch.bfloat16 else 1e-6)
 
 
 def test_autocast():
-    model = adapted()
+    model = in_training()
     with torch.autocast("cpu", torch.bfloat16):
         expected = loss_and_gradients(model)
         lean(model, "mlp")
@@ -206,9 +202,8 @@ def test_a_plain_frozen_head_model_can_be_lean_too():
     assert_same_learning(loss_and_gradients(model), expected)
 
 
-# ------------------------------------------------------------------------------------------------ only where it belongs
 def test_evaluation_and_generation_stay_bit_for_bit():
-    model = adapted().eval()
+    model = in_training().eval()
     expected = model(input_ids=IDS, labels=LABELS)
     options = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
     tokens = model.generate(IDS, generation_config=options)
@@ -221,12 +216,12 @@ def test_evaluation_and_generation_stay_bit_for_bit():
 
 
 def test_without_labels_training_gives_logits():
-    model = lean(adapted())
+    model = lean(in_training())
     assert model(input_ids=IDS).logits.shape == (*IDS.shape, VOCABULARY)
 
 
 def test_the_cache_is_left_out_unless_it_is_asked_for():
-    model = adapted()
+    model = in_training()
     assert model(input_ids=IDS, labels=LABELS).past_key_values is not None
     lean(model)
     assert model(input_ids=IDS, labels=LABELS).past_key_values is None
@@ -234,7 +229,7 @@ def test_the_cache_is_left_out_unless_it_is_asked_for():
 
 
 def test_a_head_that_trains_by_now_gets_whole_logits_and_its_gradient():
-    model = lean(adapted(gpt2(tie_word_embeddings=False)))
+    model = lean(in_training(gpt2(tie_word_embeddings=False)))
     model.lm_head.requires_grad_(True)
     output = model(input_ids=IDS, labels=LABELS)
     assert output.logits is not None
@@ -244,7 +239,7 @@ def test_a_head_that_trains_by_now_gets_whole_logits_and_its_gradient():
 
 def test_nothing_is_checkpointed_below_the_lowest_adapter():
     calls = []
-    model = adapted(target_modules=r"transformer\.h\.1\..*c_attn")
+    model = in_training(target_modules=r"transformer\.h\.1\..*c_attn")
     for block in model.transformer.h:
         block.attn.register_forward_hook(lambda *args, block=block: calls.append(block))
     expected = loss_and_gradients(model)
@@ -257,7 +252,7 @@ def test_nothing_is_checkpointed_below_the_lowest_adapter():
 
 
 def test_a_failing_call_leaves_the_head_as_it_was():
-    model = lean(adapted())
+    model = lean(in_training())
     with pytest.raises(LeanError, match="one label per token"):
         model(input_ids=IDS, labels=LABELS[:, :-2])
     with pytest.raises(IndexError):
@@ -265,10 +260,9 @@ def test_a_failing_call_leaves_the_head_as_it_was():
     assert model(input_ids=IDS).logits.shape[-1] == VOCABULARY
 
 
-# -------------------------------------------------------------------------------------------------------------- undoing
 @pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block"])
 def test_unlean_brings_everything_back(checkpointing):
-    model = adapted()
+    model = in_training()
     classes = [type(module) for module in model.modules()]
     own = {id(module): set(module.__dict__) for module in model.modules()}
     expected = loss_and_gradients(model)
@@ -286,14 +280,14 @@ def test_unlean_brings_everything_back(checkpointing):
 def test_a_loss_function_of_ones_own_comes_back():
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    model = adapted()
+    model = in_training()
     model.loss_function = ForCausalLMLoss
     unlean(lean(model))
     assert model.__dict__["_loss_function"] is ForCausalLMLoss
 
 
 def test_another_call_replaces_the_options():
-    model = adapted()
+    model = in_training()
     expected = loss_and_gradients(model)
     for checkpointing in ("block", "last", "mlp", "none"):
         assert_same_learning(loss_and_gradients(lean(model, checkpointing)), expected)
@@ -304,7 +298,7 @@ def test_another_call_replaces_the_options():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("checkpointing", ["last", "mlp", "block"])
 def test_copies_are_lean_and_can_be_undone_on_their_own(copied, checkpointing):
-    model = lean(adapted(), checkpointing)
+    model = lean(in_training(), checkpointing)
     expected = loss_and_gradients(model)
     other = copied(model)
     assert_same_learning(loss_and_gradients(other), expected, 0)
@@ -314,7 +308,7 @@ def test_copies_are_lean_and_can_be_undone_on_their_own(copied, checkpointing):
 
 
 def test_names_files_and_merging_are_untouched(tmp_path):
-    model = adapted(target_modules=["c_attn"])
+    model = in_training(target_modules=["c_attn"])
     keys = list(model.state_dict())
     expected = model.eval()(IDS).logits
     lean(model.train(), "mlp")
@@ -338,7 +332,6 @@ def test_layers_made_fast_before_adapting_are_still_fused(monkeypatch):
     assert model.merge_adapter().worst < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
 def scaled(model):
     head = model.lm_head
 
@@ -383,7 +376,7 @@ def test_what_would_not_be_the_same_is_refused_and_nothing_has_changed(case):
 @pytest.mark.parametrize("case", ["soft caps", "a scale"])
 def test_what_is_refused_with_the_chunked_loss_works_without(case):
     torch.manual_seed(0)
-    model = adapted(REFUSED[case][0](), target_modules="all-linear")
+    model = in_training(REFUSED[case][0](), target_modules="all-linear")
     expected = loss_and_gradients(model)
     lean(model, "block", chunked_loss=False)
     found = loss_and_gradients(model)
@@ -395,14 +388,14 @@ def test_a_head_that_trains_or_is_adapted_is_refused():
     with pytest.raises(LeanError, match="its output head trains"):
         lean(gpt2())
     with pytest.raises(LeanError, match=r"chunked_loss=False"):
-        lean(adapted(target_modules=["lm_head", "c_attn"]))
+        lean(in_training(target_modules=["lm_head", "c_attn"]))
     with pytest.raises(LeanError, match=r"chunked_loss=False"):
-        lean(adapted(gpt2(tie_word_embeddings=False), modules_to_save=["lm_head"]))
+        lean(in_training(gpt2(tie_word_embeddings=False), modules_to_save=["lm_head"]))
 
 
 def test_the_probe_catches_a_swap_that_computes_something_else(monkeypatch):
     monkeypatch.setattr("torch.nn.functional.gelu", lambda x, approximate: x.relu())
-    model = adapted()
+    model = in_training()
     expected = loss_and_gradients(model)
     with pytest.raises(LeanError, match=r"would differ by \d"):
         lean(model)
@@ -411,7 +404,7 @@ def test_the_probe_catches_a_swap_that_computes_something_else(monkeypatch):
 
 
 def test_the_probe_leaves_modes_generators_gradients_and_buffers_alone():
-    model = adapted(lora_dropout=0.1)
+    model = in_training(lora_dropout=0.1)
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
     state = torch.random.get_rng_state()
@@ -426,12 +419,14 @@ def test_the_probe_leaves_modes_generators_gradients_and_buffers_alone():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: lean(adapted(), "blocks"), LeanError, "closest: 'block'"),
-        (lambda: lean(adapted(), True), LeanError, "must be one of"),
+        (lambda: lean(in_training(), "blocks"), LeanError, "closest: 'block'"),
+        (lambda: lean(in_training(), True), LeanError, "must be one of"),
         (lambda: lean(nn.Linear(2, 2)), StateError, "takes a transformers model"),
         (lambda: lean("gpt2"), StateError, "takes a transformers model"),
         (
-            lambda: lean(adapted(AutoModelForCausalLM.from_config(OTHERS["opt"]), target_modules=["q_proj"]), "mlp"),
+            lambda: lean(
+                in_training(AutoModelForCausalLM.from_config(OTHERS["opt"]), target_modules=["q_proj"]), "mlp"
+            ),
             LeanError,
             'use checkpointing="block"',
         ),
@@ -443,7 +438,7 @@ def test_wrong_arguments_are_said(call, error, message):
 
 
 def test_gradient_checkpointing_that_is_on_already_is_refused():
-    model = adapted()
+    model = in_training()
     with foreign_code():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with pytest.raises(LeanError, match="gradient checkpointing is on already"):
@@ -456,7 +451,7 @@ def test_gradient_checkpointing_that_is_on_already_is_refused():
 
 
 def test_describe_counts_what_was_done():
-    model = lean(adapted(), "block")
+    model = lean(in_training(), "block")
     said = describe(model.__dict__["_minipeft_lean"])
     assert "2 FusedGelu" in said
     assert "5 Recomputed" in said
@@ -464,10 +459,9 @@ def test_describe_counts_what_was_done():
     assert said.endswith("loss in chunks")
 
 
-# -------------------------------------------------------------------------------------------------------- with others
 def test_the_trainer_of_transformers_trains_a_lean_model_to_the_same_losses(tmp_path):
     def losses(change):
-        model = change(adapted(gpt2(), init_lora_weights=True))
+        model = change(in_training(gpt2(), init_lora_weights=True))
         data = [{"input_ids": ids, "labels": ids} for ids in IDS.repeat(4, 1)]
         arguments = TrainingArguments(
             tmp_path, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
@@ -483,7 +477,6 @@ def test_the_trainer_of_transformers_trains_a_lean_model_to_the_same_losses(tmp_
     assert lean_evaluated["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------- bytes, exactly
 def bytes_kept(model):
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
@@ -523,7 +516,7 @@ def test_a_block_of_gpt2_keeps_so_many_arrays_of_its_width(subject, units):
         if subject == "full":
             return base
         dropout = 0.1 if "dropout" in subject else 0.0
-        made = adapted(base, r=1, target_modules=["c_attn", "c_proj", "c_fc"], lora_dropout=dropout)
+        made = in_training(base, r=1, target_modules=["c_attn", "c_proj", "c_fc"], lora_dropout=dropout)
         return made if subject == "core" else lean(made, subject if subject in ("mlp", "block") else "none")
 
     block = bytes_kept(model(3)) - bytes_kept(model(2))
@@ -540,7 +533,7 @@ def test_frozen_layers_take_the_faster_library_in_training_only(monkeypatch):
         "minipeft.kernels.matmul._onednn", lambda: lambda *args: calls.append(min(args[1].shape)) or real(*args)
     )
     monkeypatch.setattr("minipeft.kernels.matmul.WORTH_IT", 0)
-    model = lean(adapted(target_modules=["c_attn"]))
+    model = lean(in_training(target_modules=["c_attn"]))
     calls.clear()
     with torch.no_grad():
         model(input_ids=IDS)
@@ -564,7 +557,7 @@ def test_memory_is_handed_back_by_glibc_and_nowhere_else(monkeypatch):
 def test_a_feed_forward_module_that_blocks_share_is_checkpointed_once(checkpointing):
     base = gpt2()
     base.transformer.h[1].mlp = base.transformer.h[0].mlp
-    model = adapted(base)
+    model = in_training(base)
     classes, expected = [type(module) for module in model.modules()], loss_and_gradients(model)
     assert_same_learning(loss_and_gradients(lean(model, checkpointing)), expected)
     unlean(model)
@@ -575,7 +568,7 @@ def test_a_feed_forward_module_that_blocks_share_is_checkpointed_once(checkpoint
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_a_head_whose_rows_of_tokens_train_still_has_its_loss_in_chunks(make, checkpointing):
     tokens = [7, 3, 98] if make is gpt2 else {"embed_tokens": [7, 3], "lm_head": [3, 98, 5]}
-    model = adapted(make(), trainable_token_indices=tokens)
+    model = in_training(make(), trainable_token_indices=tokens)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "trainable_tokens" in name:

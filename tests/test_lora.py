@@ -6,32 +6,16 @@ import pickle
 
 import pytest
 import torch
-from tiny_layers import OneLayer, canonical_weight, conv1d, example
+from tiny_layers import LAYERS, OneLayer, adapted_layer, canonical_weight, example
 from torch import nn
 
 from minipeft import LoraConfig, get_lora_model
 from minipeft.kernels.functional import lora_delta
 
-LAYERS = {
-    "linear": lambda: nn.Linear(5, 7),
-    "linear_without_bias": lambda: nn.Linear(5, 7, bias=False),
-    "square_linear": lambda: nn.Linear(6, 6),
-    "conv1d": lambda: conv1d(7, 5),
-    "square_conv1d": lambda: conv1d(6, 6),
-    "embedding": lambda: nn.Embedding(9, 6),
-    "embedding_with_padding": lambda: nn.Embedding(9, 6, padding_idx=0),
-}
-
-
-def adapted(name, dtype=torch.float64, **options):
-    layer = LAYERS[name]().to(dtype)
-    model = get_lora_model(OneLayer(layer), LoraConfig(target_modules=["layer"], init_lora_weights=False, **options))
-    return layer, model
-
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_output_is_the_formula(name):
-    layer, model = adapted(name, r=3, lora_alpha=5)
+    layer, model = adapted_layer(name, r=3, lora_alpha=5)
     lora = model.layer.adapters["default"]
     x, dense = example(layer)
     update = 5 / 3 * lora.lora_B @ lora.lora_A
@@ -41,7 +25,7 @@ def test_the_output_is_the_formula(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_gradients_are_those_of_the_formula(name):
-    layer, model = adapted(name, r=3, lora_alpha=5)
+    layer, model = adapted_layer(name, r=3, lora_alpha=5)
     lora = model.layer.adapters["default"]
     x, dense = example(layer)
     A, B = (p.detach().clone().requires_grad_() for p in (lora.lora_A, lora.lora_B))
@@ -90,7 +74,7 @@ def test_parameters_are_float32_on_a_half_precision_base_unless_told_otherwise(h
     assert model(torch.randn(2, 4, dtype=half)).dtype is half
     model = get_lora_model(OneLayer(nn.Linear(4, 4).to(half)), config, autocast_adapter_dtype=False)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {half}
-    assert {p.dtype for p in adapted("linear")[1].parameters()} == {torch.float64}
+    assert {p.dtype for p in adapted_layer("linear")[1].parameters()} == {torch.float64}
 
 
 def test_autocast_gives_the_base_dtype_of_autocast_and_float32_gradients():
@@ -105,7 +89,7 @@ def test_autocast_gives_the_base_dtype_of_autocast_and_float32_gradients():
 
 
 def test_dropout_drops_inputs_in_training_only():
-    layer, model = adapted("linear", r=3, lora_dropout=0.5)
+    layer, model = adapted_layer("linear", r=3, lora_dropout=0.5)
     lora, x = model.layer.adapters["default"], torch.ones(20_000, 5, dtype=torch.float64)
     update = (model.train()(x) - layer(x)).detach()
     undropped = (model.eval()(x) - layer(x)).detach()
@@ -119,7 +103,7 @@ def test_dropout_drops_inputs_in_training_only():
 
 
 def test_dropout_on_an_embedding_drops_whole_tokens():
-    layer, model = adapted("embedding", r=3, lora_dropout=0.25)
+    layer, model = adapted_layer("embedding", r=3, lora_dropout=0.25)
     ids = torch.zeros(20_000, dtype=torch.long)
     update = (model.train()(ids) - layer(ids)).detach()
     full = (model.eval()(ids) - layer(ids)).detach()[0]
@@ -151,7 +135,7 @@ def test_a_scaled_embedding_scales_its_update_too():
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_copies_and_pickles_are_independent_and_equal(name):
-    layer, model = adapted(name, r=2)
+    layer, model = adapted_layer(name, r=2)
     x, _ = example(layer)
     expected = model(x).detach()
     stream = io.BytesIO()
@@ -170,7 +154,7 @@ def test_copies_and_pickles_are_independent_and_equal(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiles_into_one_graph(name):
-    layer, model = adapted(name, r=2, dtype=torch.float32)
+    layer, model = adapted_layer(name, r=2, dtype=torch.float32)
     x, _ = example(layer, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -205,7 +189,7 @@ def test_delta_refuses_factors_of_different_rank():
 
 
 def test_bias_training_leaves_the_base_bias_alone():
-    layer, model = adapted("linear", r=2, bias="lora_only")
+    layer, model = adapted_layer("linear", r=2, bias="lora_only")
     before = layer.bias.detach().clone()
     x = torch.randn(4, 5, dtype=torch.float64)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

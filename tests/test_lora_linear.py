@@ -144,7 +144,6 @@ def test_checkpointing_gives_the_same_bits(use_reentrant):
     assert all(torch.equal(t.grad, e) for t, e in zip((x, A, B), expected, strict=True))
 
 
-# ----------------------------------------------------------------------------------------------- as a layer calls it
 def layer_of(kind, dtype=torch.float32):
     base = Conv1D(7, 5) if kind == "conv1d" else nn.Linear(5, 7, bias=kind == "linear")
     model = get_lora_model(
@@ -323,7 +322,6 @@ def test_the_weight_is_merged_for_many_rows_in_full_precision_only(rows, dtype, 
     assert merged_weight.pays(x, weight) is pays
 
 
-# ------------------------------------------------------------------------------------------------------------ dropout
 def passing(x, seed, p):
     """The mask of a call that started from this state of torch's generator."""
     torch.manual_seed(seed)
@@ -428,7 +426,6 @@ def test_a_layer_drops_in_training_only_and_anew_in_every_call():
     torch.testing.assert_close(mean, expected, atol=0.1, rtol=0)
 
 
-# -------------------------------------------------------------------------------------------------- recomputed inputs
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_output_of_a_marked_module_is_computed_again_instead_of_kept(dropout):
@@ -515,7 +512,6 @@ def test_the_gradient_of_a_gradient_goes_through_a_recomputed_input(pointwise):
     assert torch.autograd.gradgradcheck(f, (x, A, B))
 
 
-# ------------------------------------------------------------------------------------------------------------ training
 def test_training_equals_the_composed_way_step_by_step(monkeypatch):
     torch.manual_seed(1)
     base = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))

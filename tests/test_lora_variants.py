@@ -35,7 +35,7 @@ LAYERS = {
 }
 
 
-def adapted(name, init, dtype=torch.float64, **options):
+def one_layer(name, init, dtype=torch.float64, **options):
     layer = LAYERS[name]().to(dtype)
     given = {"r": 4, "lora_alpha": 12, **options}
     return layer, get_lora_model(OneLayer(layer), LoraConfig(target_modules=["layer"], init_lora_weights=init, **given))
@@ -51,11 +51,10 @@ def save_plain(model, directory):
     save_adapter(directory, tensors, config, base_samples(model, "default"))
 
 
-# ------------------------------------------------------------------------------------------------------------ starts
 @pytest.mark.parametrize("init", [*OF_WEIGHT, "orthogonal"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_model_starts_as_its_base_whose_weight_stays(name, init):
-    layer, model = adapted(name, init)
+    layer, model = one_layer(name, init)
     before, x, lora = layer.weight.detach().clone(), example(layer)[0], lora_of(model)
     torch.testing.assert_close(model(x), layer(x))
     assert lora.lora_A.norm() > 0.1
@@ -70,7 +69,7 @@ def test_the_model_starts_as_its_base_whose_weight_stays(name, init):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_pissa_holds_the_principal_part_of_the_weight(name):
-    layer, model = adapted(name, "pissa")
+    layer, model = one_layer(name, "pissa")
     U, S, Vh = torch.linalg.svd(canonical_weight(layer))
     lora = lora_of(model)
     torch.testing.assert_close(lora.scaling * lora.lora_B @ lora.lora_A, U[:, :4] * S[:4] @ Vh[:4])
@@ -90,7 +89,7 @@ def test_pissa_by_iteration_comes_near_the_exact_one():
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_olora_is_the_first_part_of_the_qr_decomposition(name):
-    layer, model = adapted(name, "olora")
+    layer, model = one_layer(name, "olora")
     lora = lora_of(model)
     torch.testing.assert_close(lora.lora_B.T @ lora.lora_B, torch.eye(4, dtype=torch.float64))
     rest = canonical_weight(layer) - lora.lora_B @ lora.lora_A
@@ -121,7 +120,7 @@ def test_starts_and_residuals_are_pefts(factory, init):
 
 def test_orthogonal_factors_draw_as_peft_does():
     torch.manual_seed(4)
-    _, model = adapted("linear", "orthogonal", dtype=torch.float32)
+    _, model = one_layer("linear", "orthogonal", dtype=torch.float32)
     layer = nn.Linear(9, 12)
     with foreign_code():
         other = peft.get_peft_model(
@@ -138,7 +137,7 @@ def test_orthogonal_factors_draw_as_peft_does():
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("name", ["linear", "square_conv1d", "embedding"])
 def test_merging_changes_nothing_and_unmerging_brings_back_every_bit(name, init, use_dora):
-    layer, model = adapted(name, init, use_dora=use_dora)
+    layer, model = one_layer(name, init, use_dora=use_dora)
     disturb(model)
     before, x = layer.weight.detach().clone(), example(layer)[0]
     expected = model(x)
@@ -150,7 +149,7 @@ def test_merging_changes_nothing_and_unmerging_brings_back_every_bit(name, init,
 
 
 def test_gradients_with_a_start_of_the_weight_are_those_of_the_residual():
-    layer, model = adapted("linear", "pissa")
+    layer, model = one_layer("linear", "pissa")
     lora, x = disturb(model).layer.adapters["default"], example(layer)[0].requires_grad_()
     residual = layer.weight - lora.scaling * lora.initial_B @ lora.initial_A
     expected = nn.functional.linear(x, residual, layer.bias) + lora.scaling * (x @ lora.lora_A.T) @ lora.lora_B.T
@@ -165,22 +164,22 @@ def test_gradients_with_a_start_of_the_weight_are_those_of_the_residual():
 
 
 def test_copies_pickles_and_a_plain_state_dict_carry_the_start():
-    layer, model = adapted("linear", "pissa")
+    layer, model = one_layer("linear", "pissa")
     x = example(layer)[0]
     expected = disturb(model)(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), expected)
-    _, fresh = adapted("linear", True)
+    _, fresh = one_layer("linear", True)
     with pytest.raises(RuntimeError, match="initial_A"):
         fresh.load_state_dict(model.state_dict())
     torch.manual_seed(1)
-    _, fresh = adapted("linear", "pissa")
+    _, fresh = one_layer("linear", "pissa")
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), expected)
 
 
 def test_compiles_into_one_graph():
-    layer, model = adapted("linear", "olora", dtype=torch.float32)
+    layer, model = one_layer("linear", "olora", dtype=torch.float32)
     x = example(layer, torch.float32)[0]
     torch._dynamo.reset()
     compiled = torch.compile(disturb(model), fullgraph=True, backend="aot_eager")
@@ -188,7 +187,7 @@ def test_compiles_into_one_graph():
 
 
 def test_half_precision_starts_as_its_base_within_its_rounding():
-    layer, model = adapted("linear", "pissa", dtype=torch.bfloat16)
+    layer, model = one_layer("linear", "pissa", dtype=torch.bfloat16)
     x = example(layer, torch.bfloat16)[0]
     assert (model(x) - layer(x)).abs().max() <= 2**-7 * layer(x).abs().max()
 
@@ -217,7 +216,6 @@ def test_what_cannot_be_is_refused_and_nothing_changes(options, said):
     assert type(model.layer) is nn.Linear
 
 
-# ------------------------------------------------------------------------------------------------------------- files
 def started(init, factory=gpt2, **options):
     targets = ["c_attn", "wte"] if factory is gpt2 else ["q_proj", "down_proj"]
     config = LoraConfig(r=4, lora_alpha=12, target_modules=targets, init_lora_weights=init, **options)
@@ -301,7 +299,6 @@ def test_what_is_no_plain_lora_is_not_written_as_such(options):
         as_lora(model, model.adapter_configs["default"], "default")
 
 
-# ---------------------------------------------------------------------------------------------------------- lora_bias
 def test_a_bias_on_b_is_pefts_in_files_and_gradients(tmp_path):
     options = {"r": 4, "lora_alpha": 12, "target_modules": ["c_attn"], "lora_bias": True}
     with foreign_code():
@@ -331,9 +328,9 @@ def test_a_bias_on_b_is_pefts_in_files_and_gradients(tmp_path):
 
 
 def test_a_bias_on_b_starts_at_zero_and_as_peft_draws_it_for_tests():
-    _, model = adapted("linear", True, lora_bias=True)
+    _, model = one_layer("linear", True, lora_bias=True)
     assert not lora_of(model).lora_B_bias.any()
-    _, model = adapted("linear", False, lora_bias=True, r=9)
+    _, model = one_layer("linear", False, lora_bias=True, r=9)
     assert 0 < lora_of(model).lora_B_bias.abs().max() <= 1 / 3
 
 
@@ -350,7 +347,6 @@ def test_a_bias_on_b_is_refused_on_an_embedding():
         get_lora_model(gpt2(), LoraConfig(target_modules=["wte"], lora_bias=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ LoRA-FA
 def kept_bytes(model, x):
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}

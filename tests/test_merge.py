@@ -1,8 +1,10 @@
 """Merging: rounded once, checked first, undone bit for bit, and never into a tensor that others use."""
 
 import copy
+import functools
 
 import pytest
+import tiny_models
 import torch
 from tiny_models import disturb, gpt2, llama, logits, state_digest
 from torch import nn
@@ -12,11 +14,7 @@ from minipeft import LoraConfig, MergeError, get_lora_model
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.kernels.functional import lora_delta
 
-
-def adapted(model=None, scale=0.1, **options):
-    model = gpt2() if model is None else model
-    options = {"target_modules": "all-linear"} | options
-    return disturb(get_lora_model(model, LoraConfig(r=4, **options)), scale=scale)
+adapted = functools.partial(tiny_models.adapted, target_modules="all-linear")
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])

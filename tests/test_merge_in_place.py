@@ -61,7 +61,6 @@ def same(model, before):
     return all(torch.equal(tensor, before[name]) for name, tensor in bits(model).items())
 
 
-# --------------------------------------------------------------------------------------------- what it costs
 def test_a_merge_for_good_reads_the_weight_once_and_adds_once():
     model = wide_model()
     with Count(WIDE * WIDE) as count:
@@ -138,7 +137,6 @@ def test_who_listens_to_the_log_gets_the_errors_and_the_same_bits(caplog):
     assert same(loud, silent)
 
 
-# --------------------------------------------------------------------------------------------------- the proof
 def test_the_bound_bounds():
     for seed in range(50):
         torch.manual_seed(seed)
@@ -191,7 +189,6 @@ def test_a_base_weight_that_is_not_finite_is_refused(value):
         model.merge_and_unload()
 
 
-# --------------------------------------------------------------------------------------- methods without the hooks
 @dataclass(frozen=True, kw_only=True)
 class PlainConfig(AdapterConfig):
     method = "merged_plainly"
@@ -262,7 +259,6 @@ def test_an_untied_layer_gets_its_trained_bias_back():
     assert model[1].weight is model[0].weight
 
 
-# --------------------------------------------------------------------------------------------- exceptions half way
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("act", ["merge_adapter", "merge_and_unload"])

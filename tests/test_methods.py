@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from method_cases import CASES, gradients, ours
-from test_lora import LAYERS, OneLayer, example
+from tiny_layers import LAYERS, OneLayer, example
 from tiny_models import disturb, foreign_code, gpt2, logits, token_ids
 
 import minipeft
@@ -29,7 +29,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 every_layer = pytest.mark.parametrize("layer", ["linear", "linear_without_bias", "conv1d", "embedding_with_padding"])
 
 
-def adapted(method, layer="linear", dtype=torch.float64, scale=0.3, **options):
+def moved(method, layer="linear", dtype=torch.float64, scale=0.3, **options):
     """A model around one layer, whose adapter has moved away from its start."""
     base = LAYERS[layer]().to(dtype)
     torch.nn.init.normal_(base.weight)
@@ -41,7 +41,7 @@ def adapted(method, layer="linear", dtype=torch.float64, scale=0.3, **options):
 @every_method
 def test_the_merge_is_what_the_forward_pass_computes(method, layer):
     for dtype, tolerance in TOLERANCE.items():
-        base, model = adapted(method, layer, dtype)
+        base, model = moved(method, layer, dtype)
         x, dense = example(base, dtype)
         expected = model(x).double()
         weight, bias = merged_weight(model.layer, ("default",))
@@ -57,7 +57,7 @@ def test_the_merge_is_what_the_forward_pass_computes(method, layer):
 @every_method
 def test_unmerging_and_unloading_bring_every_bit_back(method, layer):
     for dtype in (torch.float32, torch.bfloat16):
-        base, model = adapted(method, layer, dtype)
+        base, model = moved(method, layer, dtype)
         x, _ = example(base, dtype)
         before, output = copy.deepcopy(base.state_dict()), model(x)
         model.merge_adapter()
@@ -73,7 +73,7 @@ def test_unmerging_and_unloading_bring_every_bit_back(method, layer):
 @every_method
 def test_the_start_is_exactly_the_base_in_every_dtype(method, layer):
     for dtype in TOLERANCE:
-        base, model = adapted(method, layer, dtype, scale=0)
+        base, model = moved(method, layer, dtype, scale=0)
         x, _ = example(base, dtype)
         assert torch.equal(model(x), base(x)), dtype
         assert model(x).dtype is dtype
@@ -82,7 +82,7 @@ def test_the_start_is_exactly_the_base_in_every_dtype(method, layer):
 @every_layer
 @every_method
 def test_a_step_moves_every_parameter_of_the_adapter_and_no_bit_of_the_base(method, layer):
-    base, model = adapted(method, layer)
+    base, model = moved(method, layer)
     before = copy.deepcopy(base.state_dict())
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in model.layer.adapters.parameters()}
@@ -103,7 +103,7 @@ def test_the_gradients_are_those_of_the_merged_weight(method, layer):
         pytest.skip("torch's embedding gives the padding row no gradient, a one-hot product does")
     if "constrained" in method:
         pytest.skip("its gradient passes by the constraint, as PEFT's")
-    base, model = adapted(method, layer)
+    base, model = moved(method, layer)
     adapter = model.layer.adapter("default")
     x, dense = example(base)
     weights = torch.randn(3, 4, 7, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_the_gradients_are_those_of_the_merged_weight(method, layer):
 @every_layer
 @every_method
 def test_copies_and_pickles_are_independent_and_equal(method, layer):
-    base, model = adapted(method, layer)
+    base, model = moved(method, layer)
     x, _ = example(base)
     expected = model(x).detach()
     stream = io.BytesIO()
@@ -145,7 +145,7 @@ def test_copies_and_pickles_are_independent_and_equal(method, layer):
 @pytest.mark.parametrize("layer", ["linear", "conv1d", "embedding"])
 @every_method
 def test_compiles_into_one_graph(method, layer):
-    base, model = adapted(method, layer, torch.float32)
+    base, model = moved(method, layer, torch.float32)
     x, _ = example(base, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(model.train(), fullgraph=True, backend="eager")
@@ -155,7 +155,7 @@ def test_compiles_into_one_graph(method, layer):
 @pytest.mark.parametrize("other", ["lora", *METHODS])
 @every_method
 def test_adapters_one_after_the_other_act_as_their_merges_do(method, other):
-    base, model = adapted(method)
+    base, model = moved(method)
     config = (
         minipeft.LoraConfig(target_modules=["layer"], r=2)
         if other == "lora"

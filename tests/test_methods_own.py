@@ -7,7 +7,7 @@ import pytest
 import torch
 from method_cases import CASES, load_theirs, ours, their_logits
 from safetensors.torch import load_file, save_file
-from test_lora import OneLayer
+from tiny_layers import OneLayer
 from tiny_models import disturb, foreign_code, gpt2, llama, logits
 from torch import nn
 
@@ -51,7 +51,6 @@ def test_default_targets_are_those_of_peft_by_model_type():
             assert ours.get(model_type) == (ia3._regex(theirs[model_type]) if theirs[model_type] else None), model_type
 
 
-# ------------------------------------------------------------------------------------------------------------ (IA)^3
 @pytest.mark.parametrize(
     ("targets", "feedforward"),
     [
@@ -109,7 +108,6 @@ def test_options_that_peft_lacks_are_written_as_the_modules_they_leave(tmp_path)
     assert len(list(adapted_layers(minipeft.load_adapter(gpt2(), tmp_path)))) == 4
 
 
-# -------------------------------------------------------------------------------------------------------------- VeRA
 def projections(model):
     return [layer.adapter("default").projections for _, layer in adapted_layers(model)]
 
@@ -169,7 +167,6 @@ def test_a_file_without_the_projections_it_promises_is_refused(tmp_path):
         minipeft.load_adapter(gpt2(), tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- saved activations
 @pytest.mark.parametrize(
     "config",
     [
@@ -197,7 +194,6 @@ def test_of_the_size_of_the_batch_at_most_the_input_is_kept(config):
     assert (x.data_ptr() in saved) == (config.method != "vera")
 
 
-# ------------------------------------------------------------------------------------------------------ LoHa and LoKr
 def test_sizes_are_split_as_peft_splits_them():
     for size in (*range(1, 200), 768, 1024, 3072, 50257):
         for near in (-1, 1, 2, 3, 4, 7, 16, 100):
@@ -235,7 +231,6 @@ def test_an_unscaled_rank_dropout_leaves_the_other_features_as_they_are():
     torch.testing.assert_close(update[:, kept], full[:, kept], rtol=1e-4, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------- OFT
 def test_blocks_have_the_sizes_of_peft():
     adjust = OFTLayer.adjust_oft_parameters
     for size in (1, 2, 7, 12, 30, 32, 48, 97, 768):
@@ -277,7 +272,6 @@ def test_training_under_the_constraint_moves_the_parameter_into_the_ball():
     torch.testing.assert_close(norms, torch.full((2,), 0.2 / 2**0.5))
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
-from tiny_models import disturb, gpt2, llama, logits, state_digest, t5, token_ids
+from tiny_models import adapted, disturb, gpt2, llama, logits, state_digest, t5, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -18,18 +18,10 @@ from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 
 
-def adapted(model=None, **options):
-    """An adapted model whose adapter has moved, so that it shows."""
-    model = gpt2() if model is None else model
-    torch.manual_seed(0)
-    return disturb(get_lora_model(model, LoraConfig(r=4, **options)))
-
-
 def trainable(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-# -------------------------------------------------------------------------------------------------- the class family
 def test_it_is_the_same_object_and_still_of_its_class():
     model = gpt2()
     forward = inspect.signature(model.forward)
@@ -98,7 +90,6 @@ def test_a_model_that_knows_nothing_of_transformers_works():
     assert type(net) is Net
 
 
-# ---------------------------------------------------------------------------------------------------------- training
 def test_only_the_adapter_trains_and_the_base_keeps_every_bit():
     model = get_lora_model(gpt2())
     base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -209,7 +200,6 @@ def test_a_plain_state_of_the_base_loads_into_the_adapted_model():
     assert torch.equal(logits(model), logits(gpt2()))
 
 
-# --------------------------------------------------------------------------------------------------- several adapters
 def test_adapters_switch_add_up_and_leave():
     model, base = adapted(), logits(gpt2())
     first = logits(model)
@@ -277,7 +267,6 @@ def test_disabling_is_undone_also_when_the_body_fails():
     assert torch.equal(logits(model), expected)
 
 
-# ------------------------------------------------------------------------------------ modules trained beside adapters
 def test_modules_to_save_train_in_full_and_leave_the_original_alone():
     model = adapted(modules_to_save=["lm_head", "ln_f"])
     assert isinstance(model.lm_head, SavedModule)

@@ -225,7 +225,6 @@ def test_a_tied_parameter_is_not_merged_into_both_modules(tied, path):
     assert getattr(wrapper_of(model, "last").owner, tied) is shared
 
 
-# ------------------------------------------------------------------------------------------------------------ PEFT
 def theirs(base, directory=None, targets=TARGETS):
     with foreign_code():
         base = copy.deepcopy(base)
@@ -320,7 +319,6 @@ def test_gradient_checkpointing_of_a_mixture_gives_the_same_gradients():
     assert all(map(torch.allclose, *gradients))
 
 
-# ----------------------------------------------------------------------------------------------------------- options
 def test_ranks_go_by_the_name_of_the_parameter():
     model = get_lora_model(Net(), config(rank_pattern={"first": 4}, alpha_pattern={"experts.mix": 9}))
     shapes = {n: tuple(wrapper_of(model, n).adapters["default"].lora_A.shape) for n in ("last", "first", "mix")}

@@ -166,7 +166,6 @@ def assert_close(left, right, tolerance=1e-5):
     assert torch.allclose(left, right, rtol=0, atol=tolerance), float((left - right).abs().max())
 
 
-# ------------------------------------------------------------------------------------------------- initialisation
 @every_case
 def test_the_adapted_model_starts_bit_equal_to_the_base(case):
     factory, _ = CASES[case]
@@ -200,7 +199,6 @@ def test_starting_values_have_the_moments_of_peft(target, init):
         assert (tensor.abs().max() - wanted.abs().max()).abs() <= 2 * wanted.std(), key
 
 
-# ------------------------------------------------------------------------------------------------------- training
 def train(model, case, steps=50):
     """Losses of AdamW on four fixed batches in turn."""
     classifies = CASES[case][0] in (gpt2_classifier, bert_classifier)
@@ -231,7 +229,6 @@ def test_fifty_training_steps_give_the_losses_of_peft(case, tmp_path):
     assert_close(logits(model.eval()), their_logits(reference), 1e-3)
 
 
-# -------------------------------------------------------------------------------------------------------- merging
 # These tie the head to the table that is adapted, and PEFT merges into both: see test_defects.py.
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case not in ("gpt2 embedding", "llama tied", "t5 shared embedding")]
@@ -254,7 +251,6 @@ def test_merged_logits_equal_those_of_peft_and_the_unmerged(case, tmp_path):
         assert_close(logits(merged), logits(reference.merge_and_unload()))
 
 
-# ---------------------------------------------------------------------------------------------------- round trips
 @every_case
 def test_peft_computes_the_same_from_our_files(case, tmp_path):
     factory, _ = CASES[case]
@@ -453,7 +449,6 @@ def test_a_config_of_four_keys_is_enough(tmp_path):
     assert_close(logits(minipeft.load_adapter(llama(), tmp_path)), their_logits(reference))
 
 
-# ----------------------------------------------------------------------------------------------- through transformers
 @pytest.mark.parametrize(
     "case",
     [
@@ -518,7 +513,6 @@ def test_we_read_what_transformers_saves_of_an_adapter(tmp_path):
     assert_close(logits(minipeft.load_adapter(factory(), tmp_path)), logits(plain.eval()))
 
 
-# ------------------------------------------------------------------------------------------------------ selection
 SELECTIONS = [
     (gpt2, {}),
     (gpt2, {"target_modules": ["c_attn"]}),
@@ -619,7 +613,6 @@ def test_all_linear_leaves_a_classification_head_out_even_without_a_task_type(fa
     assert {name for name, _ in adapted_layers(model)} == adapted - {head}
 
 
-# -------------------------------------------------------------------------------------------------------- refusals
 def refused(directory, factory, *named):
     model = factory()
     before = state_digest(model)

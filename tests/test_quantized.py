@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_lora import OneLayer, conv1d
+from tiny_layers import OneLayer, conv1d
 from tiny_models import VOCABULARY, _made, disturb, foreign_code, logits, state_digest
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -52,7 +52,7 @@ def quantized(kind, make=lambda: nn.Linear(128, 64), dtype=torch.float32):
     return minipeft.quantize(OneLayer(make().to(dtype)), kind)
 
 
-def adapted(model, **options):
+def with_lora(model, **options):
     return minipeft.get_lora_model(model, LoraConfig(target_modules=["layer"], init_lora_weights=False, r=4, **options))
 
 
@@ -60,7 +60,6 @@ def read(layer):
     return layer_ops(layer).read_weight(layer)
 
 
-# -------------------------------------------------------------------------------------------------------- the layers
 @every_kind
 def test_each_kind_has_its_own_ops_and_the_float_ops_refuse_it(kind):
     layer = quantized(kind).layer
@@ -87,7 +86,7 @@ def test_the_weight_that_is_read_is_the_float_weight_up_to_its_rounding(kind, er
 )
 @every_kind
 def test_output_and_gradients_are_those_of_the_dequantized_layer(kind, make, dtype):
-    model = adapted(quantized(kind, make, dtype))
+    model = with_lora(quantized(kind, make, dtype))
     base, lora = model.layer.base_layer, model.layer.adapters["default"]
     weight, bias = read(base).double(), 0 if base.bias is None else base.bias.double()
     x = torch.randn(2, 5, 128, dtype=dtype, requires_grad=True)
@@ -109,7 +108,7 @@ def test_a_compute_dtype_other_than_that_of_the_model_is_followed(compute, dtype
     layer = nn.Linear(128, 64).to(dtype)
     packed = bnb.nn.Linear4bit(128, 64, compute_dtype=compute, compress_statistics=double, quant_type="nf4")
     packed.load_state_dict(layer.state_dict())
-    model = adapted(OneLayer(packed.to("cpu")))
+    model = with_lora(OneLayer(packed.to("cpu")))
     lora, x = model.layer.adapters["default"], torch.randn(5, 128, dtype=dtype)
     y = model(x)
     assert y.dtype is dtype
@@ -120,7 +119,7 @@ def test_a_compute_dtype_other_than_that_of_the_model_is_followed(compute, dtype
 
 @every_kind
 def test_no_float_weight_is_kept_for_the_backward_pass(kind):
-    model = adapted(quantized(kind, lambda: nn.Linear(124, 78)))
+    model = with_lora(quantized(kind, lambda: nn.Linear(124, 78)))
     x, kept = torch.randn(8, 124, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()) or t, lambda t: t):
         y = model(x)
@@ -160,7 +159,7 @@ def test_a_kernel_that_misreads_is_noticed(monkeypatch):
         quantized("nf4")
     packed = bnb.nn.Linear4bit(128, 64, quant_type="nf4").to("cpu")
     with pytest.warns(UserWarning, match="misreads 4-bit layers with 128 input features in blocks of 64"):
-        adapted(OneLayer(packed))
+        with_lora(OneLayer(packed))
     reads_back.cache_clear()
 
 
@@ -184,7 +183,7 @@ def test_a_repacked_weight_is_read_as_it_acts_and_can_be_trained_on(double):
     assert torch.equal(scales, scales.bfloat16().float())
     torch.testing.assert_close(scales, old.abs().amax(1, keepdim=True), rtol=2**-8, atol=0)
     torch.testing.assert_close(blocks / scales, old / old.abs().amax(1, keepdim=True))
-    model = adapted(OneLayer(layer))
+    model = with_lora(OneLayer(layer))
     assert torch.equal(read(layer), weight)
     x = torch.randn(3, 128, requires_grad=True)
     lora = model.layer.adapters["default"]
@@ -213,7 +212,6 @@ def test_evaluation_leaves_every_layer_fit_for_training():
         assert torch.equal(read(layer), weight)
 
 
-# ------------------------------------------------------------------------------------------------------ whole models
 @pytest.mark.parametrize("factory", [gpt2, llama])
 @every_kind
 def test_what_is_quantized_is_every_linear_layer_but_the_head(kind, factory):
@@ -330,7 +328,6 @@ def test_the_state_of_an_adapted_model_is_that_of_its_base_and_the_adapters(kind
     assert len(state) == len(own) + 4
 
 
-# ----------------------------------------------------------------------------------------------------------- merging
 @every_kind
 def test_a_merge_asks_before_it_gives_up_the_quantized_weight(kind):
     model = disturb(minipeft.get_lora_model(minipeft.quantize(gpt2(), kind)))
@@ -353,7 +350,7 @@ def test_a_merge_asks_before_it_gives_up_the_quantized_weight(kind):
 
 
 def test_the_report_says_how_far_an_output_is_off(caplog):
-    model = adapted(quantized("int8")).eval()
+    model = with_lora(quantized("int8")).eval()
     x = torch.randn(4096, 128)
     with torch.no_grad():
         before = model(x)
@@ -411,7 +408,7 @@ def test_dequantize_wants_no_adapters():
 
 
 def test_an_update_that_overflows_is_refused_and_the_quantized_layers_stay():
-    model = adapted(quantized("nf4"))
+    model = with_lora(quantized("nf4"))
     with torch.no_grad():
         model.layer.adapters["default"].lora_B.fill_(float("inf"))
     with pytest.raises(MergeError, match="not finite"):
@@ -419,7 +416,6 @@ def test_an_update_that_overflows_is_refused_and_the_quantized_layers_stay():
     assert isinstance(model.layer.base_layer, bnb.nn.Linear4bit)
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
 class QuantLinear(nn.Module):
     """As GPTQ's, AWQ's and HQQ's layers: a module of its own with packed integers."""
 
@@ -446,7 +442,7 @@ def dynamic():
 )
 def test_what_is_packed_in_another_way_is_refused_by_name(make, message):
     with pytest.raises(TargetError, match=message):
-        adapted(OneLayer(make()))
+        with_lora(OneLayer(make()))
     assert "Linear[Int8Tensor]" in layer_type_names()
 
 

@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from test_lora import OneLayer
-from test_quantized import EPS, KINDS, adapted, gpt2, quantized, read
+from test_quantized import EPS, KINDS, gpt2, quantized, read, with_lora
+from tiny_layers import OneLayer
 from tiny_models import disturb, foreign_code, token_ids
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -82,13 +82,12 @@ def route(request, monkeypatch):
     monkeypatch.setattr(merged_weight, "pays", lambda rows, weight: request.param == "merged weight")
 
 
-# ------------------------------------------------------------------------------------------------------ the same map
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", EPS)
 @every_kind
 def test_output_and_gradients_are_those_of_the_formula_in_float64(kind, dtype, bias):
-    model = adapted(quantized(kind, lambda: nn.Linear(IN, OUT, bias), dtype))
+    model = with_lora(quantized(kind, lambda: nn.Linear(IN, OUT, bias), dtype))
     base, (A, B) = model.layer.base_layer, factors(model)
     x = torch.randn(2, 5, IN, dtype=dtype, requires_grad=True)
     y = model(x)
@@ -111,7 +110,7 @@ def test_output_and_gradients_are_those_of_the_formula_in_float64(kind, dtype, b
 @every_kind
 def test_every_option_gives_what_it_gives_on_the_float_layer(kind, dropout, options):
     """Whose masks, drawn from the same seed, are the same."""
-    model = adapted(quantized(kind), lora_dropout=dropout, **options)
+    model = with_lora(quantized(kind), lora_dropout=dropout, **options)
     x, results = torch.randn(6, IN, requires_grad=True), []
     for one in (model, float_twin(model)):
         torch.manual_seed(1)
@@ -133,7 +132,7 @@ def test_a_method_that_is_no_lora_takes_the_fused_path_too(kind):
 
 @every_kind
 def test_the_gradient_of_the_gradient_is_that_of_the_float_layer(kind):
-    model, results = adapted(quantized(kind)), []
+    model, results = with_lora(quantized(kind)), []
     x = torch.randn(6, IN, requires_grad=True)
     for one in (model, float_twin(model)):
         A, B = factors(one)
@@ -144,7 +143,7 @@ def test_the_gradient_of_the_gradient_is_that_of_the_float_layer(kind):
 
 @every_kind
 def test_checkpointing_replays_the_dropout(kind):
-    model = adapted(quantized(kind), lora_dropout=0.5)
+    model = with_lora(quantized(kind), lora_dropout=0.5)
     x, results = torch.randn(6, IN, requires_grad=True), []
     for call in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
         torch.manual_seed(3)
@@ -155,7 +154,7 @@ def test_checkpointing_replays_the_dropout(kind):
 
 @every_kind
 def test_compiled_it_is_the_same(kind):
-    model = adapted(quantized(kind))
+    model = with_lora(quantized(kind))
     x = torch.randn(6, IN, requires_grad=True)
     expected = model(x)
     with foreign_code():
@@ -182,7 +181,7 @@ def test_a_fresh_adapter_and_a_disabled_one_leave_the_layers_own_output(kind, tr
 
 @every_kind
 def test_an_adapter_beside_a_merged_one_acts_on_the_float_layer(kind):
-    model = adapted(quantized(kind))
+    model = with_lora(quantized(kind))
     model.add_adapter("other", LoraConfig(target_modules=["layer"], init_lora_weights=False, r=2))
     model.set_adapter(["default", "other"])
     x = torch.randn(6, IN, requires_grad=True)
@@ -192,11 +191,10 @@ def test_an_adapter_beside_a_merged_one_acts_on_the_float_layer(kind):
     same((found, *torch.autograd.grad(found.sum(), x)), (expected, *torch.autograd.grad(expected.sum(), x)))
 
 
-# -------------------------------------------------------------------------------------------------- what is not kept
 @pytest.mark.parametrize("recomputed", [True, False])
 @every_kind
 def test_the_weight_is_made_once_forward_once_backward_and_gone_in_between(kind, recomputed, made):
-    model = adapted(quantized(kind))
+    model = with_lora(quantized(kind))
     made.clear()
     x = torch.randn(6, IN, requires_grad=True)
     y = checkpoint(model, x, use_reentrant=False) if recomputed else model(x)
@@ -209,7 +207,7 @@ def test_the_weight_is_made_once_forward_once_backward_and_gone_in_between(kind,
 
 @every_kind
 def test_where_no_gradient_goes_on_the_backward_pass_makes_no_weight(kind, made):
-    model = adapted(quantized(kind))
+    model = with_lora(quantized(kind))
     made.clear()
     model(torch.randn(6, IN)).sum().backward()
     assert len(made) == 1
@@ -221,7 +219,7 @@ def test_where_no_gradient_goes_on_the_backward_pass_makes_no_weight(kind, made)
 @every_kind
 def test_kept_are_the_input_and_the_few_columns_of_its_projection(kind, rows, freeze):
     """With A frozen not even the input: bitsandbytes' int8 layer, left to itself, would hold on to it unseen."""
-    model = adapted(quantized(kind), freeze_lora_A=freeze)
+    model = with_lora(quantized(kind), freeze_lora_A=freeze)
     x, kept = torch.randn(rows, IN, requires_grad=True), {}
     z = x * 1  # nobody else keeps it
     z_lives = weakref.ref(z)
@@ -243,10 +241,9 @@ def test_kept_are_the_input_and_the_few_columns_of_its_projection(kind, rows, fr
     assert x.grad.any()
 
 
-# ------------------------------------------------------------------------------------------- where it is another map
 @every_kind
 def test_in_eval_mode_every_bit_is_the_layers_own_and_still_no_weight_is_kept(kind):
-    model = adapted(quantized(kind, lambda: nn.Linear(IN, 78))).eval()
+    model = with_lora(quantized(kind, lambda: nn.Linear(IN, 78))).eval()
     x, kept = torch.randn(6, IN, requires_grad=True), []
     with torch.no_grad():
         own, expected = model.layer.base_layer(x), model(x)
@@ -263,7 +260,7 @@ def test_in_eval_mode_every_bit_is_the_layers_own_and_still_no_weight_is_kept(ki
 
 
 def test_int8_in_eval_mode_rounds_its_input_and_is_left_to_itself():
-    model = adapted(quantized("int8"))
+    model = with_lora(quantized("int8"))
     x = torch.randn(6, IN, requires_grad=True)
     assert is_fused(model.train()(x))
     y, own = model.eval()(x), model.layer.base_layer(x)
@@ -276,13 +273,13 @@ def test_int8_in_eval_mode_rounds_its_input_and_is_left_to_itself():
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32, None])
 def test_a_layer_that_computes_in_another_dtype_is_left_to_itself(compute):
     packed = bnb.nn.Linear4bit(IN, OUT, compute_dtype=compute, quant_type="nf4").to("cpu")
-    model = adapted(OneLayer(packed))
+    model = with_lora(OneLayer(packed))
     assert is_fused(model(torch.randn(6, IN, requires_grad=True))) == (compute is not torch.bfloat16)
 
 
 def test_a_weight_that_was_packed_from_a_narrower_dtype_is_not_rounded_to_it():
     """As after prepare_model_for_kbit_training; bitsandbytes multiplies by one weight and, backward, by another."""
-    model = adapted(quantized("nf4", dtype=torch.bfloat16))
+    model = with_lora(quantized("nf4", dtype=torch.bfloat16))
     model.float()
     base, x = model.layer.base_layer, torch.randn(6, IN, requires_grad=True)
     base.compute_dtype = torch.float32
@@ -297,7 +294,7 @@ def test_a_weight_that_was_packed_from_a_narrower_dtype_is_not_rounded_to_it():
 @pytest.mark.parametrize("where", ["hook", "forward"])
 @every_kind
 def test_what_is_attached_to_a_layer_is_not_passed_over(kind, where):
-    model = adapted(quantized(kind))
+    model = with_lora(quantized(kind))
     base, calls = model.layer.base_layer, []
     if where == "hook":
         base.register_forward_hook(lambda module, args, output: calls.append(1))
@@ -311,7 +308,7 @@ def test_what_is_attached_to_a_layer_is_not_passed_over(kind, where):
 @pytest.mark.parametrize("dtype", EPS)
 @every_kind
 def test_under_autocast_the_output_keeps_its_dtype_and_is_right(kind, dtype):
-    model = adapted(quantized(kind, dtype=dtype))
+    model = with_lora(quantized(kind, dtype=dtype))
     x, results = torch.randn(6, IN, dtype=dtype, requires_grad=True), []
     with torch.autocast("cpu", torch.bfloat16):
         own = model.layer.base_layer(x)
@@ -344,7 +341,6 @@ def test_a_quantized_layer_that_says_nothing_of_its_call_is_called():
     assert torch.equal(ops.call(layer, x), layer(x))
 
 
-# -------------------------------------------------------------------------------------------------------------- lean
 def gradients(model, ids):
     loss = model(input_ids=ids, labels=ids).loss
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]

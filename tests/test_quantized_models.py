@@ -182,7 +182,6 @@ def test_the_base_is_known_again_across_quantization(tmp_path):
                         minipeft.load_adapter(base, tmp_path / name)
 
 
-# ------------------------------------------------------------------------------------------------------- end to end
 def embedded(kind):
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype=torch.float32)
     return minipeft.quantize(model, kind)

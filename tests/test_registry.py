@@ -226,7 +226,6 @@ def test_an_override_is_for_one_place(where):
         registry.register_adapter("lora", **where)(Louder)
 
 
-# ------------------------------------------------------------------------------------------------------- plugins
 PLUGINS = """
 from minipeft import register_method
 from minipeft.methods.lora import Lora, LoraConfig

@@ -41,7 +41,6 @@ STEPS = 6
 CONFIG = {"learning_rate": 0.01, "data": {"files": ["a", "b"], "seed": 1}, "output_dir": "here"}
 
 
-# --------------------------------------------------------------------------------------------------------- a small run
 class Net(nn.Module):
     """Two maps with dropout between; needs no transformers, so that a process of it starts soon."""
 
@@ -163,7 +162,6 @@ def change_state(folder, **values):
     return change(folder, "state.json", json.dumps(state | values).encode())
 
 
-# ------------------------------------------------------------------------------------------------------ going on exactly
 def gpt2_run(seed):
     from tiny_models import gpt2
 
@@ -384,7 +382,6 @@ def test_accelerates_wrappers_are_taken_as_they_are(tmp_path):
     assert other.steps(3) == expected
 
 
-# ------------------------------------------------------------------------------------------------- refused, and untouched
 def two_groups_the_other_way(model):
     return torch.optim.AdamW([{"params": [p]} for p in list(trained(model).values())[:2]])
 
@@ -559,7 +556,6 @@ def test_a_position_or_configuration_that_is_not_json_is_refused(tmp_path):
         TrainingState(run.model, run.optimizer, config={"path": Path("x")})
 
 
-# ---------------------------------------------------------------------------------------------------------- its parts
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
@@ -695,7 +691,6 @@ def test_loading_an_optimizer_state_is_what_torch_does_with_its_own():
         assert equal(values, two["state"][index])
 
 
-# ------------------------------------------------------------------------------------------------------- two processes
 def sharded(model):
     mesh = init_device_mesh("cpu", (WORLD,))
     for part in (model.one, model):  # the second map is left to the outermost module

@@ -89,7 +89,6 @@ def test_a_run_that_goes_on_ends_in_the_same_bytes(method, tmp_path):
     assert went_on(METHODS[method], folder, 3, tmp_path) == run.files(tmp_path / "whole")
 
 
-# ------------------------------------------------------------------------------------------------ ranks that go meanwhile
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An AdaLoRA run with a checkpoint at every step: before, between and after its allocations."""

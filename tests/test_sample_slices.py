@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_lean import IDS, LABELS, OTHERS, adapted, assert_same_learning, loss_and_gradients
+from test_lean import IDS, LABELS, OTHERS, assert_same_learning, in_training, loss_and_gradients
 from tiny_models import gpt2, llama
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -41,7 +41,7 @@ def test_every_sample_by_itself_gives_the_same_loss_and_gradients(kind):
     for module in base.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model = adapted(base, target_modules="all-linear")
+    model = in_training(base, target_modules="all-linear")
     mask = torch.ones_like(IDS)
     mask[1, 6:] = 0
     for inputs in ({}, {"attention_mask": mask}):
@@ -54,7 +54,7 @@ def test_every_sample_by_itself_gives_the_same_loss_and_gradients(kind):
 
 
 def test_the_default_runs_the_last_block_again_in_parts():
-    model = adapted()
+    model = in_training()
     expected = loss_and_gradients(model)
     first, last = lean(model).transformer.h
     seen = {name: batches_seen(block) for name, block in (("first", first), ("last", last))}
@@ -67,7 +67,7 @@ def test_dropout_rules_parts_out_since_they_would_draw_other_masks(where):
     base = gpt2()
     if where == "model":
         base.transformer.h[1].mlp.dropout.p = 0.1
-    model = adapted(base, lora_dropout=0.1 if where == "adapter" else 0.0)
+    model = in_training(base, lora_dropout=0.1 if where == "adapter" else 0.0)
     expected = loss_and_gradients(model)
     lean(model)
     assert not blocks_of(model)
@@ -79,7 +79,7 @@ def test_dropout_rules_parts_out_since_they_would_draw_other_masks(where):
 
 
 def test_dropout_that_is_switched_on_later_is_noticed():
-    model = lean(adapted(), "last")
+    model = lean(in_training(), "last")
     block = model.transformer.h[1]
     assert runs_in_slices(block)
     block.mlp.dropout.p = 0.1
@@ -91,7 +91,7 @@ def test_dropout_that_is_switched_on_later_is_noticed():
 
 
 def test_an_argument_that_nobody_knows_is_not_cut():
-    model = lean(adapted(), "last")
+    model = lean(in_training(), "last")
     block = model.transformer.h[1]
     expected = loss_and_gradients(model)
     seen = batches_seen(block)
@@ -103,7 +103,7 @@ def test_an_argument_that_nobody_knows_is_not_cut():
 
 
 def test_as_many_samples_as_tokens_are_not_cut_since_a_mask_could_be_either():
-    model = lean(adapted(), "last")
+    model = lean(in_training(), "last")
     seen = batches_seen(model.transformer.h[1])
     ids = IDS[:, :3]
     model(input_ids=ids, labels=ids).loss.backward()
@@ -142,7 +142,7 @@ def test_parts_are_as_even_as_can_be_and_outputs_come_in_order():
 
 @pytest.mark.parametrize("labels", [IDS, LABELS])
 def test_the_probe_runs_one_sample_at_a_time_and_catches_a_layer_that_mixes_samples(labels, monkeypatch):
-    model = adapted()
+    model = in_training()
     forward = type(model.transformer.h[1].mlp).forward
     monkeypatch.setattr(
         type(model.transformer.h[1].mlp), "forward", lambda self, x: forward(self, x) + x.mean(0, keepdim=True)

@@ -24,7 +24,7 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
-def adapted(seed=0):
+def two_targets(seed=0):
     torch.manual_seed(0)
     return minipeft.get_lora_model(gpt2(seed=seed), LoraConfig(r=2, target_modules=["c_attn", "c_fc"]))
 
@@ -40,8 +40,8 @@ def sharded(model, remembered):
 
 
 def test_an_adapter_saved_from_shards_refuses_another_base(group, tmp_path):
-    expected = base_samples(adapted(), "default")
-    model = sharded(adapted(), True)
+    expected = base_samples(two_targets(), "default")
+    model = sharded(two_targets(), True)
     assert is_sharded(model)
     state = state_of(model)
     state.save_adapter(tmp_path / "adapter")
@@ -54,13 +54,13 @@ def test_an_adapter_saved_from_shards_refuses_another_base(group, tmp_path):
         minipeft.load_adapter(gpt2(), directory, is_trainable=True)
     state.restore(folder)
     with pytest.raises(CheckpointError, match="trained on another base"):
-        state_of(sharded(adapted(seed=1), True)).restore(folder)
+        state_of(sharded(two_targets(seed=1), True)).restore(folder)
 
 
 def test_shards_have_no_samples_to_take(group):
-    assert set(map(len, base_samples(sharded(adapted(), False), "default").values())) == {0}
+    assert set(map(len, base_samples(sharded(two_targets(), False), "default").values())) == {0}
 
 
 def test_one_process_is_not_sharded():
     with pytest.raises(StateError, match="start more"):
-        shard(adapted(), "cpu")
+        shard(two_targets(), "cpu")

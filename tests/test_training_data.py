@@ -88,7 +88,6 @@ def encoded(path, tokenizer, max_length=16, **options):
     return encode(open_source(path), tokenizer, Encoding(max_length, **options))
 
 
-# --------------------------------------------------------------------------------------------------------- plain text
 @pytest.mark.parametrize("name", ["code.py", "code.txt.gz", "NOTES"])
 def test_plain_text_comes_back_whole_with_its_line_structure(tmp_path, tiny, name, monkeypatch):
     monkeypatch.setattr(readers, "RUN_CHARACTERS", 40)
@@ -142,7 +141,6 @@ def test_cutting_a_token_stream_equals_cutting_lists(lengths, size, chunks):
     assert found == [block for block in blocks if len(block) > 1]
 
 
-# ---------------------------------------------------------------------------------------------------- documents, JSON
 def test_documents_are_joined_with_eos_and_cut(tmp_path):
     texts = ["alpha", "", "beta gamma", "d"]
     path = write(tmp_path / "a.jsonl", [{"text": text, "id": n} for n, text in enumerate(texts)])
@@ -223,7 +221,6 @@ def test_an_empty_completion_is_refused_or_dropped_and_counted(tmp_path):
     assert encoded(path, letters(), empty="drop").counts == {0: 1, 1: 0, 2: 0, 3: 1}
 
 
-# --------------------------------------------------------------------------------------------------------------- chat
 def chatty(tokenizer, template):
     tokenizer.chat_template = template
     return tokenizer
@@ -298,7 +295,6 @@ def test_chats_that_cannot_be_rendered_are_refused(tmp_path):
             encoded(path, chatty(letters(), template), 128)
 
 
-# ------------------------------------------------------------------------------------------------- folders, data sets
 def test_saved_data_sets_and_folders_give_their_splits(tmp_path):
     parts = {"train": Dataset.from_dict({"text": ["a", "b"]}), "test": Dataset.from_dict({"text": ["c"]})}
     DatasetDict(parts).save_to_disk(tmp_path / "saved")
@@ -407,7 +403,6 @@ def test_examples_that_a_model_cannot_take_are_refused():
         check_fit(64, 100, config)
 
 
-# ------------------------------------------------------------------------------------------------- batches and losses
 @pytest.mark.parametrize("special", [{}, {"pad_token": "</s>"}, {"pad_token": "<s>"}], ids=["none", "eos", "other"])
 def test_a_real_eos_is_predicted_and_padding_is_not(tmp_path, special):
     path = write(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "cd"}, {"prompt": "a", "completion": "b"}])
@@ -442,7 +437,6 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_examples(make):
         assert loss_sum(examples, pad_id) == pytest.approx(single, rel=1e-9)
 
 
-# ------------------------------------------------------------------------------------------- cache, fingerprint, parts
 def test_a_second_run_takes_what_the_first_has_encoded(tmp_path, tiny, monkeypatch):
     (tmp_path / "a.txt").write_text(CODE * 30)
     first = encoded(tmp_path / "a.txt", tiny)

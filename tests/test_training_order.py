@@ -168,7 +168,6 @@ def test_an_evaluation_sees_each_example_once(count, world, micro):
     assert sorted(seen(itertools.chain(*shares))) == list(range(count))
 
 
-# ------------------------------------------------------------------------------------------------------------ streams
 def text_file(folder):
     (folder / "a.txt").write_text(CODE * 9)
     return folder / "a.txt", {}

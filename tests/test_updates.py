@@ -1,9 +1,11 @@
 """Updates of the weights: the gradient of the mean over all tokens, however they are divided; and memory that runs out."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 import warm
 from tiny_models import gpt2
@@ -21,9 +23,7 @@ from minipeft.training.updates import Updater, evaluate, is_out_of_memory, loss_
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-def adapted(**options):
-    torch.manual_seed(0)
-    return minipeft.get_lora_model(gpt2(), minipeft.LoraConfig(init_lora_weights=False, **options))
+adapted = functools.partial(tiny_models.adapted, r=8)
 
 
 def updater_of(model, accelerator=None, lr=0.1, **options):

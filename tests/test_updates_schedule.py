@@ -32,7 +32,7 @@ def fresh_accelerator():
     GradientState._reset_state()
 
 
-def adapted():
+def scheduled():
     torch.manual_seed(0)
     config = AdaLoraConfig(target_modules=["c_attn", "c_fc"], init_lora_weights=False, **SCHEDULE)
     return minipeft.get_adapter_model(gpt2(), config).double().train()  # one rounding may decide which rank goes
@@ -67,7 +67,7 @@ def assert_alike(model, reference):
 
 @pytest.mark.parametrize("micro_batch", [7, 2])
 def test_updates_are_the_loop_written_by_hand(micro_batch):
-    model = adapted()
+    model = scheduled()
     reference = copy.deepcopy(model)
     losses, left = by_hand(reference)
     update, order, found = updater_of(model, micro_batch=micro_batch, clip=0.5), UpdateOrder(Rows(), 7, seed=0), []
@@ -80,7 +80,7 @@ def test_updates_are_the_loop_written_by_hand(micro_batch):
 
 
 def test_where_memory_runs_out_it_is_still_counted_once(capsys):
-    model = adapted()
+    model = scheduled()
     reference = copy.deepcopy(model)
     by_hand(reference)
     update = updater_of(model, micro_batch=4, clip=0.5, auto_batch=True, loss=no_room_for(1))
@@ -91,7 +91,7 @@ def test_where_memory_runs_out_it_is_still_counted_once(capsys):
 
 
 def test_a_skipped_step_is_left_out():
-    update, order = updater_of(adapted(), clip=0.5), UpdateOrder(Rows(), 7, seed=0)
+    update, order = updater_of(scheduled(), clip=0.5), UpdateOrder(Rows(), 7, seed=0)
     for number in range(STEPS):
         update.optimizer._is_overflow = number == 4  # of the last allocation
         update(order[number])
@@ -101,13 +101,13 @@ def test_a_skipped_step_is_left_out():
 def test_an_engine_that_cuts_tensors_up_is_refused():
     engine = SimpleNamespace(gradient_clipping=float, gradient_accumulation_steps=int)
     with pytest.raises(StateError, match="needs whole tensors"):
-        Updater(SimpleNamespace(), adapted(), None, micro_batch=1, clip=1.0, engine=engine)
+        Updater(SimpleNamespace(), scheduled(), None, micro_batch=1, clip=1.0, engine=engine)
 
 
 def main(directory):
     """One of two processes."""
     accelerator = Accelerator(cpu=True)
-    update, order = updater_of(adapted(), accelerator, micro_batch=2, clip=0.5), UpdateOrder(Rows(), 7, seed=0)
+    update, order = updater_of(scheduled(), accelerator, micro_batch=2, clip=0.5), UpdateOrder(Rows(), 7, seed=0)
     losses = [update(order[number]) for number in range(STEPS)]
     state = {key: tensor.detach() for key, tensor in update.model.adapter_state_dict().items()}
     torch.save([losses, state], directory / f"{accelerator.process_index}.pt")
@@ -116,7 +116,7 @@ def main(directory):
 
 def test_two_processes_are_one(tmp_path):
     warm.ranks(tmp_path, main, tmp_path, ACCELERATE_USE_CPU="true")
-    reference = adapted()
+    reference = scheduled()
     losses, _ = by_hand(reference)
     for rank in "01":
         found, state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

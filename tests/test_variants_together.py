@@ -23,7 +23,7 @@ def input_for(layer, dtype=torch.float64):
     return torch.randn(2, 4, *[5] * (layer.weight.ndim - 2), dtype=dtype)
 
 
-def adapted(layer, **options):
+def with_dora(layer, **options):
     model = nn.ModuleDict({"conv": layer})
     options = {"r": 4, "use_dora": True, "target_modules": ["conv"], "init_lora_weights": False, **options}
     model = get_lora_model(model, LoraConfig(**options))
@@ -38,7 +38,7 @@ def adapted(layer, **options):
 def test_a_convolution_is_dora_by_its_formula_merges_and_comes_back(kind, tmp_path):
     layer = CONVS[kind]().double()
     plain, x = copy.deepcopy(layer), input_for(layer)
-    model = adapted(layer)
+    model = with_dora(layer)
     lora = model["conv"].adapters["default"]
     scaling = lora.scaling
     weight = plain.weight.detach().flatten(1)
@@ -68,7 +68,7 @@ def test_files_of_a_convolution_are_those_of_peft(tmp_path):
             return self.conv(x)
 
     x = torch.randn(2, 4, 5, 5)
-    model = adapted(Net().conv)
+    model = with_dora(Net().conv)
     model.save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(Net(), tmp_path / "ours")
     torch.testing.assert_close(theirs(x), model["conv"](x), atol=1e-5, rtol=1e-5)

@@ -17,6 +17,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from minipeft import LoraConfig, get_lora_model
+
 VOCABULARY = 100
 
 
@@ -115,6 +117,13 @@ def disturb(model, seed=1, scale=0.1):
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=scale)
     return model
+
+
+def adapted(model=None, seed=1, scale=0.1, adapter_name="default", **options):
+    """A model, GPT-2 unless one is given, with a LoRA adapter moved by `disturb(seed, scale)` from a start that is always the same."""
+    model = gpt2() if model is None else model
+    torch.manual_seed(0)
+    return disturb(get_lora_model(model, LoraConfig(**{"r": 4, **options}), adapter_name), seed, scale)
 
 
 def token_ids(rows=2, length=12, seed=2):
