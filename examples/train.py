@@ -69,7 +69,7 @@ SAMPLE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Flags:
-    """All flags of this program. `minipeft.training.flags` parses and checks them as they say here."""
+    """All flags of this program: type, default, help and rules. `minipeft.training.flags` parses and checks them."""
 
     config: Path | None = flag(None, "YAML file of flags by name; flags given here override it", once=True)
     model_name: str | None = flag(None, "Hub name or local directory (default: the embedded GPT-2 of 1 M parameters)")
@@ -104,7 +104,7 @@ class Flags:
     )
     fsdp: bool = flag(False, "divide base and adapter over the processes (FSDP2)")
 
-    # A run that goes on compares what the texts say, so their paths may change.
+    # When a run goes on, its texts are compared by their content, so their paths may change.
     train_file: Path | None = flag(
         None, "text, JSON lines or a folder (default: the embedded Python code)", must_exist=True, may_change=True
     )
@@ -158,9 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         texts = load_texts(args, tokenizer, model)
     updates = count_updates(args, accelerator, texts.train)
     model = minipeft.get_adapter_model(model, adapter_config(args, updates))
-    accelerator.print(
-        f"model: {args.model_name}", report.parameter_table(model), texts.describe(text_name(args)), sep="\n"
-    )
+    accelerator.print(f"model: {args.model_name}", report.parameter_table(model), sep="\n")
+    accelerator.print(texts.describe(text_name(args)))
 
     with the_only_run(args.output_dir, resume=bool(args.resume), overwrite=args.overwrite):
         prompts = EMBEDDED_PROMPTS if uses_embedded_text(args) else report.openings(tokenizer, texts.evaluation["eval"])

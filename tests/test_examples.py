@@ -1,4 +1,4 @@
-"""The short examples run, and do what they say."""
+"""The short examples run and do what they say."""
 
 import runpy
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_query_key_and_value_in_one_layer_get_ranks_of_their_own():
     path = EXAMPLES / "fused_qkv.py"
     change, logits, loaded, merged = runpy.run_path(str(path))["main"]()
     q, k, v = change.chunk(3, dim=1)
-    # One step of B from zero: the change has at most the rank that was given, and k has none.
+    # After one step of B from zero the change has the rank of the adapter; k has no adapter.
     assert [int(torch.linalg.matrix_rank(part, rtol=1e-3)) for part in (q, k, v)] == [8, 0, 2]
     assert torch.equal(loaded, logits)
     torch.testing.assert_close(merged, logits, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""examples/train.py, run as its users run it: by `accelerate launch`, and by `main(argv)` where a process adds nothing."""
+"""examples/train.py, run as its users run it: by `accelerate launch`, or by `main(argv)` if a new process adds nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rows_of(directory: Path) -> list[dict[str, float]]:
 
 
 def losses_of(directory: Path) -> list[float]:
-    """The losses of all rows, in order; not the speed, which no seed decides."""
+    """The losses of all rows, in order. The speed is left out: no seed decides it."""
     return [row["loss"] if "loss" in row else row["eval_loss"] for row in rows_of(directory)]
 
 
@@ -71,7 +71,7 @@ def quick(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="module")
 def still_base(tmp_path_factory) -> Path:
-    """The embedded model without dropout: its losses depend on the order of the text alone."""
+    """The embedded model without dropout: its losses depend on the order of the text only."""
     directory = tmp_path_factory.mktemp("still")
     for file in TINY.iterdir():
         text = file.read_bytes()
@@ -83,8 +83,8 @@ def still_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def short_text(tmp_path_factory) -> Path:
-    """Seventeen blocks of 128 tokens, of which the last is held out."""
-    path = tmp_path_factory.mktemp("text") / "short [1].txt"  # a name that is also a pattern
+    """Seventeen blocks of 128 tokens; the last one is held out."""
+    path = tmp_path_factory.mktemp("text") / "short [1].txt"  # a name that is also a glob pattern
     path.write_text(gzip.decompress((CORPUS / "code-train.txt.gz").read_bytes()).decode()[:7200], "utf-8")
     return path
 
@@ -107,10 +107,10 @@ def test_the_quick_run_tells_its_story(quick):
     assert total == trainable + frozen
     for words in ("perplexity on held-out text", "perplexity on documentation", "reloaded against", "merged against"):
         assert words in result.stdout
-    assert result.stdout.count("update 30/30: loss=") == 1  # plain lines, where there is no terminal
+    assert result.stdout.count("update 30/30: loss=") == 1  # plain lines, since there is no terminal
     assert "lr=" in result.stdout
     assert "tokens/s" in result.stdout
-    assert "[transformers]" not in result.stderr  # accelerate's word on its own defaults is the user's business
+    assert "[transformers]" not in result.stderr  # accelerate may comment on its own defaults
     assert "Warning" not in result.stderr
 
 
@@ -203,7 +203,7 @@ def test_accumulated_batches_equal_one_large_batch_up_to_the_end_of_each_epoch(
 
 
 def test_two_processes_train_as_one_and_write_once(train, still_base, short_text, tmp_path, capsys):
-    """Thirty-four blocks to evaluate on, three a batch and process: the last batch has one, and has to be filled up."""
+    """Thirty-four blocks to evaluate on, three per batch and process: the last batch has one and is padded."""
     flags = ["--model_name", str(still_base), "--train_file", str(short_text), "--eval_file", str(short_text)]
     flags += ["--max_length", "64", "--max_steps", "3", "--mixed_precision", "no"]
     train.main([*flags, "--batch_size", "6", "--output_dir", str(tmp_path / "one")])
@@ -239,7 +239,7 @@ BAD_INPUT = {
     "a word for a number": (["--batch_size", "many"], "many"),
     "no epochs": (["--num_epochs", "0"], "--num_epochs 0"),
     "a seed that numpy refuses": (["--seed", str(2**40)], "--seed"),
-    "a learning rate that is none": (["--learning_rate", "nan"], "--learning_rate nan"),
+    "a learning rate that is not a number": (["--learning_rate", "nan"], "--learning_rate nan"),
     "rank 0": (["--rank", "0"], "r must be an integer from 1"),
     "dropout 1.5": (["--dropout", "1.5"], "1.5"),
     "a misspelt target": (["--target_modules", "c_attn,c_prj"], "closest: 'c_proj'"),
@@ -248,10 +248,10 @@ BAD_INPUT = {
     "a directory of all sorts": (["--train_file", "."], "more than one kind"),
     "an empty file": (["--train_file", "{empty}"], "empty"),
     "a file with too little text": (["--train_file", "{short}"], "cannot be divided"),
-    "a file that is no text": (["--train_file", "{binary}"], "UTF-8"),
+    "a file that is not text": (["--train_file", "{binary}"], "UTF-8"),
     "an evaluation file alone": (["--eval_file", "{short}"], "--train_file"),
     "two sources of text": (["--train_file", "{short}", "--dataset_name", "a/b"], "exclude each other"),
-    "a configuration of no data set": (["--dataset_config", "x"], "--dataset_name"),
+    "a configuration without a data set": (["--dataset_config", "x"], "--dataset_name"),
     "blocks longer than the model": (["--max_length", "257"], "256 positions"),
     "a model directory that is not there": (["--model_name", "/no/such/model"], "/no/such/model"),
     "a model directory without weights": (["--model_name", "{weightless}"], "model.safetensors"),
@@ -306,7 +306,7 @@ def test_what_was_named_on_the_hub_is_never_replaced(named, tmp_path):
     assert process.wait() == 1
     assert process.stdout == ""
     assert "Traceback" not in process.stderr
-    line = process.stderr.splitlines()[-1]  # what comes before is of libraries that transformers imports
+    line = process.stderr.splitlines()[-1]  # libraries that transformers imports print the lines before
     assert line.startswith("train.py: error: ")
     assert "nobody/nothing" in line
     assert not (tmp_path / "out").exists()

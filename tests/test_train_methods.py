@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Five updates an epoch."""
+    """Flags for five updates per epoch."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(CODE[:3000], "utf-8")
     return ["--train_file", str(path), "--max_length", "64", "--batch_size", "3"]

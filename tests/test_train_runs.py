@@ -1,4 +1,4 @@
-"""Runs of examples/train.py that are interrupted, restarted, divided over processes, or must not begin at all."""
+"""Runs of examples/train.py that are interrupted, restarted, divided over processes, or refused."""
 
 import gzip
 import json
@@ -64,7 +64,7 @@ def rows_of(directory):
 
 
 def course(directory):
-    """What a run computed: every loss, at which step; not how fast."""
+    """What a run computed: every loss and its step, but not the speed."""
     return [
         (row["step"], row["epoch"], row.get("loss"), row.get("learning_rate"), row.get("eval_loss"))
         for row in rows_of(directory)
@@ -79,9 +79,11 @@ def assert_same_run(found, expected):
 
 
 def as_interrupted(run_directory, copy, step):
-    """A copy of a run's directory as it was when the checkpoint after this step had just been written, and no more."""
+    """A copy of a run's directory as it was just after the checkpoint of this step was written."""
     shutil.copytree(run_directory / "checkpoints" / f"step-{step:08d}", copy / "checkpoints" / f"step-{step:08d}")
-    rows = [row for row in rows_of(run_directory) if row["step"] <= step + 1]  # the next update's row was written, too
+    rows = [
+        row for row in rows_of(run_directory) if row["step"] <= step + 1
+    ]  # the row of the next update had been written too
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "cut', "utf-8")
     return copy
 
@@ -101,7 +103,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(text):
-    """Five updates an epoch, the last a short one; both kinds of dropout."""
+    """Flags for five updates per epoch, the last a short one, with dropout in the base and in the adapter."""
     return ["--train_file", str(text), "--max_length", "64", "--batch_size", "5", "--dropout", "0.1",
             "--max_steps", "8", "--eval_every", "3"]  # fmt: skip
 
@@ -187,7 +189,7 @@ def test_a_directory_that_holds_a_run_is_not_overwritten_unasked(train, flags, w
     assert [row["step"] for row in rows_of(directory)] == [0, 1, 2, 2]
     assert not list((directory / "checkpoints").iterdir())
     saved = yaml.safe_load((directory / "train_config.yaml").read_text("utf-8"))
-    assert not {"overwrite", "resume", "config"} & saved.keys()  # given again by --config, they would overwrite unasked
+    assert not {"overwrite", "resume", "config"} & saved.keys()  # or --config would overwrite a run unasked
 
 
 def test_there_must_be_something_to_resume(train, flags, tmp_path):
@@ -246,7 +248,9 @@ def test_sigterm_saves_and_exits_as_the_signal_would(train, flags, whole, tmp_pa
     directory = tmp_path / "run"
     process = Warm(tmp_path, warm.script, SCRIPT, *flags, "--output_dir", directory)
     log, deadline = directory / "metrics.jsonl", time.monotonic() + 100
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:  # the first row, that of the base
+    while (
+        not (log.exists() and log.stat().st_size) and time.monotonic() < deadline
+    ):  # until the first row is there, the base's
         time.sleep(0.02)
     process.terminate()
     assert process.wait() == 143, process.stderr
@@ -336,7 +340,7 @@ def test_a_tracker_whose_package_is_missing_is_an_error(train, tmp_path, monkeyp
 
 
 def test_leaner_ways_of_training_follow_the_same_course(train, flags, text, tmp_path):
-    """Without dropout, since parts of a batch draw other masks."""
+    """Without dropout, since slices of a batch draw other masks."""
     base = tmp_path / "base"
     shutil.copytree(TINY, base)
     config = json.loads((base / "config.json").read_text("utf-8"))
@@ -444,7 +448,7 @@ def test_fewer_processes_than_were_asked_for_stop_with_the_command_that_works(tm
 def test_the_number_of_processes_is_compared_with_what_was_asked_for():
     check_processes(1, "train.py", {})
     check_processes(2, "train.py", {"WORLD_SIZE": "2", "MASTER_ADDR": "x"})
-    check_processes(1, "train.py", {"MASTER_ADDR": "x"})  # somebody's own variable
+    check_processes(1, "train.py", {"MASTER_ADDR": "x"})  # a variable of the user's own
     with pytest.raises(minipeft.ConfigError, match="2 processes were asked for, but 1 trains"):
         check_processes(1, "train.py", {"WORLD_SIZE": "2", "MASTER_ADDR": "x"})
     assert must_use_cpu({"WORLD_SIZE": "2"}) == (not torch.accelerator.is_available())
