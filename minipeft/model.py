@@ -15,7 +15,7 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
-from minipeft.files.save_pretrained import DEFAULT, SharedModel
+from minipeft.files.save_pretrained import DEFAULT, SavableModel
 from minipeft.injection.apply import discard
 from minipeft.injection.attach import STATE, attach, check_name, detach, switch_to
 from minipeft.injection.build import build
@@ -117,7 +117,7 @@ def _check_adaptable(model: object) -> None:
     registry.load_plugins()
 
 
-class AdaptedModel(SharedModel):
+class AdaptedModel(SavableModel):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property
@@ -129,6 +129,17 @@ class AdaptedModel(SharedModel):
     def active_adapters(self) -> list[str]:
         """Names of the adapters that act now."""
         return list(self._state.switch.active)
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """PEFT's name for `adapter_configs`."""
+        return self.adapter_configs
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """`active_adapters` as PEFT's attribute has it: the name alone if there is only one."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, including adapters; shared parameters count once."""

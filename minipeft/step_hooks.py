@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.errors import CheckpointError, StateError, shown
-from minipeft.files.save import adapters_of
 from minipeft.injection.attach import STATE, AdapterState
+from minipeft.injection.module_tree import adapters_of
 from minipeft.methods.base import Adapter
 
 

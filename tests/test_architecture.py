@@ -23,7 +23,7 @@ FLOORS = (
     ("injection",),
     ("files", "quantization", "memory"),
     ("merging", "step_hooks"),
-    ("model",),
+    ("model", "trainer_checkpoint"),
     ("__init__", "hf", "training", "testing"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

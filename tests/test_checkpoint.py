@@ -1,9 +1,11 @@
-"""Adapter directories: whole or not at all, strict, and harmless whatever they hold."""
+"""Adapter directories: written completely or not at all, read strictly, and harmless whatever they hold."""
 
 import json
+import math
 import os
 import stat
 import struct
+import time
 import warnings
 from pathlib import Path
 
@@ -101,7 +103,7 @@ def test_adapter_state_dict_is_what_the_file_holds(saved):
     assert all(torch.equal(live[key], tensors[key]) for key in tensors)
 
 
-def test_an_adapter_that_changes_nothing_is_loaded_with_a_word_of_warning(tmp_path):
+def test_loading_an_adapter_that_changes_nothing_warns(tmp_path):
     get_lora_model(gpt2(), LoraConfig()).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="every update is zero"):
         load_adapter(gpt2(), tmp_path)
@@ -121,7 +123,7 @@ def test_loading_leaves_the_random_numbers_alone(saved):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_further_adapters_stand_in_folders_of_their_own_and_wait_when_loaded(tmp_path):
+def test_further_adapters_have_their_own_folders_and_are_inactive_when_loaded(tmp_path):
     model = adapted()
     model.add_adapter("fr", LoraConfig(r=2, init_lora_weights=False))
     model.save_pretrained(tmp_path)
@@ -151,6 +153,35 @@ def test_a_gathered_state_is_saved_instead_of_the_live_tensors(tmp_path):
         model.save_pretrained(tmp_path, state_dict=partial)
 
 
+def test_peft_s_ways_to_say_which_adapters_and_how(tmp_path):
+    model = adapted()
+    for name in ("fr", "de"):
+        model.add_adapter(name, LoraConfig(r=2))
+    model.save_pretrained(tmp_path, selected_adapters=["default", "fr"], safe_serialization=True)
+    assert (tmp_path / WEIGHTS).exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["fr"]
+    assert model.peft_config == model.adapter_configs
+    assert model.active_adapter == "default"
+    model.set_adapter(["fr", "de"])
+    assert model.active_adapter == ["fr", "de"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"safe_serialization": False}, "safe_serialization must be True: .*never as a pickle"),
+        ({"selected_adapters": ["default", "fr"]}, "no adapter 'fr'"),
+        ({"selected_adapters": []}, "at least one"),
+        ({"adapter_name": "default", "selected_adapters": ["default"]}, "not both"),
+        ({"adapter_name": True}, "no adapter True"),  # PEFT's second argument by position, safe_serialization
+    ],
+)
+def test_options_that_make_no_sense_write_nothing(tmp_path, options, said):
+    with pytest.raises(MinipeftError, match=said):
+        adapted().save_pretrained(tmp_path / "adapter", **options)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_only_the_main_process_writes(tmp_path):
     adapted().save_pretrained(tmp_path / "a", is_main_process=False)
     assert not (tmp_path / "a").exists()
@@ -163,7 +194,7 @@ def test_half_precision_files_load_into_float32(tmp_path, saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_base_is_known_again_in_another_precision(saved, dtype):
+def test_the_base_is_recognised_in_another_precision(saved, dtype):
     load_adapter(gpt2().to(dtype), saved)
 
 
@@ -203,7 +234,7 @@ def test_the_card_is_written_once_names_no_folder_of_this_machine_and_respects_t
         ),
         (lambda t: t[KEY].view(-1)[3].fill_(float("nan")), f"NaN or infinity in '{KEY}'"),
         (lambda t: t[KEY].view(-1)[3].fill_(float("inf")), "NaN or infinity"),
-        (lambda t: t.update({KEY: t[KEY].to(torch.int8)}), "is I8, and adapters are floating point"),
+        (lambda t: t.update({KEY: t[KEY].to(torch.int8)}), "is I8; adapters are floating point"),
         (lambda t: t.clear(), "none of its 0 keys"),
     ],
 )
@@ -220,7 +251,7 @@ def test_without_strict_the_rest_is_loaded_and_the_difference_reported(saved):
     other = model.adapter_state_dict()[KEY.replace("h.0", "h.1")]
     assert torch.equal(other, adapted().adapter_state_dict()[KEY.replace("h.0", "h.1")])
     rewrite(saved, lambda t: t.update({KEY: torch.zeros(1, 1)}))
-    refused(saved, "in the file", strict=False)  # a wrong shape is no omission
+    refused(saved, "in the file", strict=False)  # a wrong shape is not an omission
 
 
 @pytest.mark.parametrize("other", [lambda: gpt2(seed=7), lambda: gpt2(activation_function="relu", seed=8)])
@@ -245,15 +276,15 @@ def test_a_name_that_is_taken(saved):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no valid JSON"),
+        ("", "not valid JSON"),
         ("[1, 2]", "holds a list"),
-        ('{"peft_type": "LORA", "peft_type": "LORA"}', "a key stands twice"),
-        ('{"peft_type": "LORA", "lora_alpha": NaN}', "NaN is no JSON number"),
-        ('{"peft_type": "LORA", "lora_alpha": -Infinity}', "Infinity is no JSON number"),
+        ('{"peft_type": "LORA", "peft_type": "LORA"}', "a key occurs twice"),
+        ('{"peft_type": "LORA", "lora_alpha": NaN}', "NaN is not a JSON number"),
+        ('{"peft_type": "LORA", "lora_alpha": -Infinity}', "Infinity is not a JSON number"),
         ('{"peft_type": "LORA", "r": 1e999}', "different saves|r must be"),
-        ("[" * 100_000, "no valid JSON"),
-        ('{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "no valid JSON|different saves"),
-        (b"\xff\xfe", "no valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "not valid JSON|different saves"),
+        (b"\xff\xfe", "not valid JSON"),
         (b" " * (2**20 + 1), "larger than 1,048,576 bytes"),
     ],
 )
@@ -275,7 +306,7 @@ def test_a_hostile_or_broken_config(saved, text, said):
         ({"target_modules": ["c_proj"]}, "none of its 4 keys"),
     ],
 )
-def test_a_config_that_asks_for_something_else_beside_foreign_weights(saved, changes, said):
+def test_a_config_that_asks_for_something_else_than_foreign_weights_hold(saved, changes, said):
     rewrite(saved, lambda t: None, keep_metadata=False)
     edit_config(saved, **changes)
     refused(saved, said)
@@ -308,7 +339,7 @@ def test_a_pair_of_two_saves_is_not_read(tmp_path, saved):
     other = tmp_path / "other"
     adapted(lora_alpha=32).save_pretrained(other)
     (saved / CONFIG).write_bytes((other / CONFIG).read_bytes())
-    refused(saved, "are of different saves")
+    refused(saved, "come from different saves")
 
 
 def test_provenance_may_be_edited_by_hand(saved):
@@ -328,7 +359,7 @@ def test_a_pickle_is_never_read(tmp_path, saved, name):
     torch.save({KEY: Hostile()}, saved / name)
     refused(saved, f"'{name}' is a pickle, which is never read: .*safe_serialization=True")
     (saved / name).rename(saved / WEIGHTS)  # and not under another name either
-    refused(saved, "no readable adapter")
+    refused(saved, "is damaged")
     assert not canary.exists()
 
 
@@ -341,12 +372,20 @@ def test_a_missing_file(saved, missing):
 
 
 @pytest.mark.parametrize("where", ["nowhere", "adapter/" + WEIGHTS])
-def test_what_is_no_directory(tmp_path, saved, where):
-    refused(tmp_path / where, "is no directory")
+def test_what_is_not_a_directory(tmp_path, saved, where):
+    refused(tmp_path / where, "is not a directory")
+
+
+def entry(*shape, start=0, end=None):
+    return {
+        "dtype": "F32",
+        "shape": shape,
+        "data_offsets": [start, start + 4 * math.prod(shape) if end is None else end],
+    }
 
 
 def header(entries):
-    payload = json.dumps(entries).encode()
+    payload = (entries if isinstance(entries, str) else json.dumps(entries)).encode()
     return struct.pack("<Q", len(payload)) + payload
 
 
@@ -357,7 +396,19 @@ def header(entries):
         b"short",
         struct.pack("<Q", 2**40),
         struct.pack("<Q", 10) + b"not json!!",
-        header({KEY: {"dtype": "F32", "shape": [4, 32], "data_offsets": [0, 512]}}),
+        header({KEY: entry(4, 32)}),
+        header({KEY: entry(4, 32)}) + bytes(513),
+        header({KEY: entry(4, 32), "x": entry(4, start=512, end=520)}) + bytes(520),
+        header({KEY: entry(4, 32), "x": entry(4, start=500)}) + bytes(516),
+        header({KEY: entry(4, 32), "x": entry(4, start=520)}) + bytes(536),
+        header({KEY: entry(4, 32) | {"dtype": "F33"}}) + bytes(512),
+        header({KEY: entry(2**33, 2**33, end=512)}) + bytes(512),
+        header({KEY: entry(2**70, end=512)}) + bytes(512),
+        header({KEY: entry(*[10**17] * 150_000, end=512)}) + bytes(512),
+        header({KEY: entry(*[1] * 150_000)}) + bytes(4),
+        header({KEY: entry(4, 32) | {"a": json.loads("[" * 500 + "]" * 500)}}) + bytes(512),
+        header('{"a": {}, "__metadata__": {}, "__metadata__": {}}'),
+        header("[" * 100_000),
         header({KEY: {"dtype": "F32", "shape": [-4, -32], "data_offsets": [0, 512]}}) + bytes(512),
         header({KEY: {"dtype": "F32", "shape": "large"}}),
         header({KEY: 3}),
@@ -368,7 +419,54 @@ def header(entries):
 )
 def test_hostile_bytes_instead_of_weights(saved, payload):
     (saved / WEIGHTS).write_bytes(payload)
-    refused(saved, "no readable adapter|does not fit|damaged")
+    refused(saved, "is damaged|does not fit")
+
+
+@pytest.mark.parametrize("unit", ["[],", '{"":0},'])
+def test_a_file_that_is_all_header_is_refused_before_it_is_parsed(saved, unit):
+    """safetensors allows 100 MB of it, which take seconds and gigabytes to parse."""
+    payload = ('{"a":[' + unit * (2**25 // len(unit)) + "0]}").encode()
+    (saved / WEIGHTS).write_bytes(struct.pack("<Q", len(payload)) + payload)
+    start = time.process_time()
+    refused(saved, "is damaged .its header claims 33,554,4")
+    assert time.process_time() - start < 1
+
+
+def test_a_key_that_the_header_has_twice_is_one_tensor(saved):
+    """safetensors lets it pass if both entries are the same; then nothing is hidden from the comparison."""
+    weights = (saved / WEIGHTS).read_bytes()
+    length = struct.unpack("<Q", weights[:8])[0]
+    text, data = weights[8 : 8 + length].decode().rstrip(), weights[8 + length :]
+    again = json.dumps({KEY: json.loads(text)[KEY]})[1:-1]
+    (saved / WEIGHTS).write_bytes(header(text.removesuffix("}") + f", {again}}}") + data)
+    assert torch.equal(logits(load_adapter(gpt2(), saved)), logits(adapted()))
+    other = json.dumps({KEY: {**json.loads(text)[KEY], "data_offsets": [0, 4]}})[1:-1]
+    (saved / WEIGHTS).write_bytes(header(text.removesuffix("}") + f", {other}}}") + data)
+    refused(saved, "is damaged")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_pipe_instead_of_a_file_is_refused_and_not_waited_for(saved, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    refused(saved, "is not a plain file")
+    os.mkfifo(saved / "card")
+    (saved / "card").replace(saved / "README.md")
+    adapted().save_pretrained(saved)  # in the place of the pipe; the card is somebody's own
+
+
+def test_an_unexpected_tensor_is_not_read(saved):
+    """A sparse file of 2 GiB: with strict=False it is named in the warning, and takes neither memory nor time."""
+    weights = (saved / WEIGHTS).read_bytes()
+    length = struct.unpack("<Q", weights[:8])[0]
+    entries, data = json.loads(weights[8 : 8 + length]), weights[8 + length :]
+    entries["extra"] = entry(2**29, start=len(data))
+    (saved / WEIGHTS).write_bytes(header(entries) + data)
+    os.truncate(saved / WEIGHTS, (saved / WEIGHTS).stat().st_size + 2**31)
+    allocated = []
+    with _Watch(allocated), pytest.warns(UserWarning, match="unexpected 'extra'"):
+        load_adapter(gpt2(), saved, strict=False)
+    assert max(allocated) < 2**20
 
 
 @pytest.mark.parametrize(
@@ -386,7 +484,7 @@ def test_hostile_metadata_of_our_own_kind(saved, own):
     tensors = safetensors.torch.load_file(saved / WEIGHTS)
     metadata = {"format": "pt", "minipeft": json.dumps({"version": 1, **own})}
     safetensors.torch.save_file(tensors, saved / WEIGHTS, metadata)
-    refused(saved, "no readable adapter")
+    refused(saved, "is damaged")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -403,7 +501,7 @@ def test_json_nested_deeper_than_any_config_is_refused(saved, key):
     rewrite(saved, lambda tensors: None, keep_metadata=False)
     text = (saved / CONFIG).read_text().rstrip().removesuffix("}")
     (saved / CONFIG).write_text(text + f', "{key}x": ' + '{"a": ' * 700 + "null" + "}" * 700 + "}")
-    refused(saved, "no valid JSON")
+    refused(saved, "not valid JSON")
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -457,7 +555,7 @@ def test_any_set_of_renamed_dropped_or_reshaped_tensors_is_refused(tmp_path_fact
 def killed_while_saving(model, folder, name, count):
     """Save in a child process that dies, without any clean-up, as it is about to call os.`name` for the `count`-th time."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside other threads; the child starts none
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with other threads running; the child starts none
         child = os.fork()
     if child == 0:
         real, calls = getattr(os, name), []

@@ -14,8 +14,9 @@ from transformers import Trainer
 
 import minipeft
 from minipeft import AdaLoraConfig, CheckpointError, LoraConfig, StateError, get_adapter_model
-from minipeft.hf import SCHEDULE_FILE, AdapterTrainer
+from minipeft.hf import AdapterTrainer
 from minipeft.step_hooks import has_schedule, schedule_state
+from minipeft.trainer_checkpoint import SCHEDULE_FILE
 
 SCHEDULE = {"total_step": 8, "tinit": 1, "tfinal": 3, "deltaT": 2, "init_r": 4, "target_r": 1, "orth_reg_weight": 0.3}
 
@@ -164,7 +165,7 @@ def damaged(checkpoint, how):
         return "state of the schedule of adapter 'default' is not there"
     if how == "cut":
         path.write_bytes(path.read_bytes()[:-9])
-        return "not what this run can go on from"
+        return "this run cannot resume from"
     name = next(key for key in tensors if key.endswith("lora_A.sensitivity"))
     if how == "shape":
         tensors[name] = tensors[name][:1]
@@ -230,7 +231,7 @@ def test_a_loss_that_leaves_the_adapters_own_out_is_refused(tmp_path):
     assert len(trained(Own(plain, arguments(tmp_path, max_steps=2, save_strategy="no"), train_dataset=DATA))) == 2
 
 
-def test_a_call_of_ones_own_beside_the_trainers_is_refused(tmp_path):
+def test_a_second_call_besides_the_trainer_s_is_refused(tmp_path):
     class Twice(AdapterTrainer):
         def _after_step(self):
             super()._after_step()
@@ -278,7 +279,7 @@ def test_a_wrapped_model_has_the_schedule_of_the_one_within(wrap):
     model = scheduled(init_lora_weights=False)
     with foreign_code():
         wrapped = wrap(model)
-    if wrap is torch.nn.Sequential:  # which is no wrapper of a model, and has two of them as well as one
+    if wrap is torch.nn.Sequential:  # not a wrapper of one model: it can hold two as well
         with pytest.raises(StateError, match="Sequential has no adapter"):
             minipeft.after_step(wrapped, 0)
         assert not has_schedule(wrapped)

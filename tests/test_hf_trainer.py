@@ -109,6 +109,20 @@ def test_a_state_dict_given_to_save_pretrained_is_where_the_values_come_from(tmp
         model.save_pretrained(tmp_path / "none", state_dict={})
 
 
+def test_the_trainer_of_transformers_4_passes_safe_serialization(tmp_path):
+    class Old(Trainer):
+        def _save(self, output_dir=None, state_dict=None):
+            self.model.save_pretrained(output_dir, state_dict=state_dict, safe_serialization=self.save_safetensors)
+
+    trainer = Old(adapted(), arguments(tmp_path, max_steps=2), train_dataset=DATA)
+    trainer.save_safetensors = True
+    trained(trainer)
+    assert WEIGHTS in files(tmp_path / "checkpoint-2")
+    trainer.save_safetensors = False
+    with pytest.raises(minipeft.ConfigError, match="safe_serialization must be True"):
+        trainer.save_model(tmp_path / "final")
+
+
 @pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
 def test_after_unloading_trainer_saves_a_whole_model_again(tmp_path, how):
     model = adapted()
@@ -218,7 +232,7 @@ def merged(model):
 def test_a_checkpoint_without_adapter_or_of_a_whole_model_is_not_resumed(tmp_path):
     gpt2().save_pretrained(tmp_path / "whole")
     trainer = AdapterTrainer(adapted(), arguments(tmp_path), train_dataset=DATA)
-    for folder, said in (("whole", "holds the adapters none"), ("nothing", "no directory")):
+    for folder, said in (("whole", "holds the adapters none"), ("nothing", "not a directory")):
         with pytest.raises(CheckpointError, match=said):
             trainer.train(resume_from_checkpoint=str(tmp_path / folder))
     with pytest.raises(StateError, match="not adapted"):
@@ -245,7 +259,7 @@ def test_a_model_that_is_not_adapted_resumes_as_with_trainer(tmp_path):
 
 
 def test_the_mixin_stands_first():
-    with pytest.raises(TypeError, match="must stand before Trainer"):
+    with pytest.raises(TypeError, match="must come before Trainer"):
         type("Wrong", (Trainer, AdapterTrainerMixin), {})
     right = type("Right", (AdapterTrainerMixin, type("Mine", (Trainer,), {})), {})
     assert type("Derived", (right,), {"_load_best_model": right._load_best_model}).restores_adapters
@@ -313,7 +327,7 @@ def test_the_optimizer_of_one_adapter_does_not_go_on_with_another(tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_twenty_steps_beside_peft_give_the_same_losses(tmp_path):
+def test_twenty_steps_give_the_same_losses_as_with_peft(tmp_path):
     peft = pytest.importorskip("peft")
     model = adapted(lora_dropout=0.0, target_modules=["c_attn", "c_fc"])
     with foreign_code():

@@ -99,7 +99,7 @@ def refused(said, *args, error=CheckpointError, **options):
 
 
 def test_what_is_not_in_the_cache_is_told_in_one_line(cache, monkeypatch):
-    message = refused("is no directory here, and its adapter_model.safetensors is not in", "user/absent")
+    message = refused("is not a directory here, and its adapter_model.safetensors is not in", "user/absent")
     assert str(cache) in message
     assert "HF_HUB_OFFLINE" in message
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -114,12 +114,12 @@ def test_what_is_not_in_the_cache_is_told_in_one_line(cache, monkeypatch):
 )
 def test_what_can_be_no_repository_is_not_asked_for(cache, monkeypatch, place):
     monkeypatch.setattr("minipeft.files.hub.hf_hub_download", None)  # calling it would be another error
-    refused("is no directory; an adapter is a directory with", place)
+    refused("is not a directory; an adapter is a directory with", place)
 
 
 def test_a_path_object_is_never_a_repository(cache):
     put(cache, adapted())
-    refused("is no directory; an adapter is", Path("user/repo"))
+    refused("is not a directory; an adapter is", Path("user/repo"))
 
 
 def test_a_directory_has_no_revision_and_a_subfolder_stays_inside(cache, tmp_path):
@@ -348,7 +348,9 @@ def test_no_path_of_this_machine_is_published(hub, tmp_path):
 
 
 def test_what_the_hub_refuses_is_told_in_one_line(hub, monkeypatch):
-    refused(r"'user/absent' is no directory here, and the hub does not give .*RepositoryNotFoundError", "user/absent")
+    refused(
+        r"'user/absent' is not a directory here, and the hub does not give .*RepositoryNotFoundError", "user/absent"
+    )
     adapted().push_to_hub("user/repo")
     refused("RevisionNotFoundError", "user/repo", revision="v9")
     hub.put("user/repo", {CONFIG: None, "adapter_model.bin": b""})

@@ -391,7 +391,11 @@ def two_groups_of_sgd(model):
 
 
 REFUSED = {
-    "another rank": (lambda: Run(net(r=2)), "lora_A"),
+    "another rank": (lambda: Run(net(r=2)), "r is 4 there and 2 here"),
+    "another alpha": (
+        lambda: Run(get_lora_model(Net(), LoraConfig(r=4, lora_alpha=3, target_modules=["one", "two"]))),
+        "lora_alpha is 8 there and 3 here",
+    ),
     "another width": (lambda: Run(net(width=11)), "one.lora_A"),
     "another dtype": (
         lambda: Run(net(dtype=torch.bfloat16, autocast_adapter_dtype=False)),
@@ -400,7 +404,7 @@ REFUSED = {
     "another base": (lambda: Run(net(seed=1)), "another base: the weights of one differ"),
     "more adapted layers": (
         lambda: Run(get_lora_model(Net(), LoraConfig(r=4, target_modules=["one"]))),
-        "another adapter: missing none; unexpected 'base_model.model.two",
+        r"another configuration: target_modules is \['one', 'two'\] there and \['one'\] here",
     ),
     "another optimizer": (
         lambda: Run(net(), two_groups_of_sgd),

@@ -1,4 +1,4 @@
-"""Resized vocabularies: the new rows are in an adapter's file, and are found again on a base that is resized anew."""
+"""Resized vocabularies: an adapter's file holds the new rows, and loads onto a base that is resized again."""
 
 import json
 import math
@@ -9,12 +9,15 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from test_hf_trainer import DATA, OPTIONS, trained
 from tiny_models import disturb, foreign_code, gpt2, llama, state_digest
+from transformers import TrainingArguments
 
 from minipeft import IA3Config, LoraConfig, TrainableTokensConfig, get_adapter_model, get_lora_model, load_adapter
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError
 from minipeft.files.format import WEIGHTS_FILE
-from minipeft.files.resized_vocabulary import base_vocabulary
+from minipeft.files.vocabulary_tables import base_vocabulary
+from minipeft.hf import AdapterTrainer
 
 NEW = [100, 101, 102]
 IDS = torch.tensor([[1, 100, 2, 101, 102, 3, 100, 4]])
@@ -126,6 +129,25 @@ def test_tables_that_peft_saves_of_a_resized_model_give_their_new_rows(make, bas
             load_adapter(resized(make, base), tmp_path / "theirs")
 
 
+def test_a_trainer_resumes_with_a_resized_vocabulary_if_the_new_rows_are_the_same(make, base, tmp_path):
+    def run(model, **options):
+        arguments = TrainingArguments(tmp_path / "run", **{**OPTIONS, "max_steps": 4})
+        return trained(AdapterTrainer(model, arguments, train_dataset=DATA), **options)
+
+    for options in ({}, {"trainable_token_indices": [7, 101] if make is gpt2 else {"embed_tokens": [7, 101]}}):
+        whole = lora(make, resized(make, base), **options)
+        losses = run(whole)
+        again = lora(make, resized(make, base), **options)
+        disturb(again)
+        assert run(again, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")) == losses
+        assert_close(logits(again), logits(whole))
+        other = lora(make, resized(make, base, seed=6), **options)
+        before = state_digest(other)
+        with pytest.raises(CheckpointError, match="another base"):
+            run(other, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+        assert state_digest(other) == before
+
+
 def test_whole_tables_are_saved_on_request_and_read_by_peft(make, base, tmp_path):
     model = lora(make, resized(make, base))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
@@ -157,7 +179,7 @@ def test_whole_tables_of_a_model_that_names_none_are_refused(tmp_path):
     net.save_pretrained(tmp_path / "adapter")
 
 
-def test_a_file_that_cannot_hold_the_new_rows_says_so_and_an_adapter_beside_it_can(tmp_path):
+def test_a_file_that_cannot_hold_the_new_rows_says_so_and_a_second_adapter_can(tmp_path):
     with foreign_code():
         gpt2().save_pretrained(tmp_path / "base")
     model = get_adapter_model(

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: temporary name, fsync, rename, and a message when the disk says no."""
+"""Writing files completely or not at all: to a temporary name, fsync, then rename."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from minipeft.errors import CheckpointError
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write several files into a directory, made if need be: all to temporary names first, then renamed in order.
+    """Write several files into a directory, which is created if need be: all to temporary names, then renamed in order.
 
     A crash leaves each file old or new, never cut short. Links are followed, so a linked file stays a link. Temporary
-    files that a killed process of this machine left behind are removed.
+    files of killed processes of this machine are removed.
 
     Raises:
-        CheckpointError: the directory cannot be written or the disk is full; the old files are as they were.
+        CheckpointError: the directory cannot be written or the disk is full; the old files are unchanged.
     """
     temporary: dict[Path, Path] = {}
     try:
@@ -38,7 +38,7 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
             sync_folder(folder)
     except OSError as error:
         raise CheckpointError(
-            f"{directory} cannot be written ({error.strerror or error}); what was there before is as it was."
+            f"{directory} cannot be written ({error.strerror or error}); its files are unchanged."
         ) from None
     finally:
         for source in temporary.values():
@@ -81,9 +81,9 @@ def _remove_orphans(directory: Path, names: Mapping[str, bytes]) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine runs; True where that cannot be told."""
+    """Whether a process of this machine is running; True if that cannot be determined."""
     if os.name != "posix":
-        return True  # there, signal 0 would end the process; leave the file
+        return True  # signal 0 would end the process there
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -97,13 +97,15 @@ def read_limited(path: Path, limit: int) -> bytes:
     """Read a file of at most `limit` bytes.
 
     Raises:
-        CheckpointError: it is missing, unreadable or larger.
+        CheckpointError: it is missing, unreadable, larger, or not a plain file.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # unlike Path's, they never raise
+        raise CheckpointError(f"{path} is not a plain file.")  # a FIFO would block for ever
     try:
         with path.open("rb") as file:
             payload = file.read(limit + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
     if len(payload) > limit:
-        raise CheckpointError(f"{path} is larger than {limit:,} bytes, which is no adapter's.")
+        raise CheckpointError(f"{path} is larger than {limit:,} bytes, too large for an adapter.")
     return payload

@@ -1,4 +1,4 @@
-"""Adapters to and from the Hugging Face Hub: two files by name come down, one folder goes up."""
+"""Adapters from and to the Hugging Face Hub: download two files by name, upload one folder."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def adapter_directory(
     subfolder: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local directory of an adapter. What is a directory here is never asked for elsewhere.
+    """The local directory of an adapter; what is a directory on this machine is never looked up on the hub.
 
-    Else a string ``owner/name`` is a repository on the hub: of it the two files of an adapter come, at one commit, into
-    the cache that ``HF_HUB_CACHE`` names, and nothing else; never a pickle.
+    Otherwise a string ``owner/name`` is a repository on the hub. Of it only the two files of an adapter are downloaded,
+    both of one commit, into the cache that ``HF_HUB_CACHE`` names.
 
     Args:
         place: a directory, or a hub id. A `Path` is always a directory.
         revision: branch, tag or commit on the hub.
         token: for a private repository; None: the one you are logged in with.
-        subfolder: where in it the adapter lies; minipeft and PEFT put one that is not called "default" in its own.
-        local_files_only: take it from the cache, or fail.
+        subfolder: where in it the adapter is; minipeft and PEFT save one that is not "default" to a folder of its name.
+        local_files_only: use the cache, or fail.
 
     Raises:
         CheckpointError: the hub has no such adapter, or cannot be reached.
-        ConfigError: a revision of a local directory, or a subfolder that leaves the directory.
+        ConfigError: a revision of a local directory, or a subfolder outside the directory.
     """
     if subfolder is not None and (os.path.isabs(subfolder) or ".." in Path(subfolder).parts):
         raise ConfigError(
@@ -47,40 +47,31 @@ def adapter_directory(
         )
     if os.path.isdir(place) or not is_hub_id(place):
         if revision is not None:
-            raise ConfigError(f"{place} is no repository on the hub, so it has no revision {revision!r}.")
+            raise ConfigError(f"{place} is not a repository on the hub, so it has no revision {revision!r}.")
         return Path(place) / (subfolder or "")
     commit, path = revision, Path()
     for name in (WEIGHTS_FILE, CONFIG_FILE):
-        path = Path(_download(str(place), name, commit, token, subfolder, local_files_only))
-        commit = path.parents[len(Path(subfolder or "").parts)].name  # a snapshot is called by its commit
+        try:
+            found = hf_hub_download(
+                str(place),
+                name,
+                subfolder=subfolder,
+                revision=commit,
+                token=token,
+                local_files_only=local_files_only,
+                library_name="minipeft",
+            )
+        except Exception as error:  # huggingface_hub's own, or of its HTTP library, which differs by version
+            why = _why(error, name, local_files_only)
+            raise CheckpointError(f"{place!r} is not a directory here, and {why}") from None
+        path = Path(found)
+        commit = path.parents[len(Path(subfolder or "").parts)].name  # a snapshot is named after its commit
     return path.parent
 
 
 def is_hub_id(place: str | os.PathLike[str]) -> bool:
     """Whether this can only be the name of a repository: ``owner/name``."""
     return isinstance(place, str) and place.count("/") == 1 and is_repo_id(place)
-
-
-def _download(
-    repo_id: str,
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    subfolder: str | None,
-    local_files_only: bool,
-) -> str:
-    try:
-        return hf_hub_download(
-            repo_id,
-            name,
-            revision=revision,
-            token=token,
-            subfolder=subfolder,
-            local_files_only=local_files_only,
-            library_name="minipeft",
-        )
-    except Exception as error:  # of huggingface_hub, and of what it speaks HTTP with, which differs by version
-        raise CheckpointError(f"{repo_id!r} is no directory here, and {_why(error, name, local_files_only)}") from None
 
 
 def _why(error: Exception, name: str, local_files_only: bool) -> str:
@@ -108,13 +99,13 @@ def push(
     revision: str | None,
     create_pr: bool,
 ) -> CommitInfo:
-    """Upload the files of a folder as one commit, to a repository that is made if need be.
+    """Upload the files of a folder as one commit, to a repository that is created if it does not exist.
 
-    A model card that stands there and somebody has written stays as it is.
+    A model card there that somebody wrote is kept.
 
     Raises:
         CheckpointError: the hub refuses, or cannot be reached.
-        ConfigError: a pull request and a branch at once.
+        ConfigError: both a pull request and a branch.
     """
     if create_pr and revision is not None:
         raise ConfigError(f"create_pr opens a pull request against the main branch; leave out revision={revision!r}.")
@@ -152,6 +143,4 @@ def _tried(call: Callable[[], Result], repo_id: str) -> Result:
     try:
         return call()
     except Exception as error:  # as above
-        raise CheckpointError(
-            f"the adapter was not pushed to {repo_id!r} ({_first_line(error)}); the model is as it was."
-        ) from error
+        raise CheckpointError(f"the adapter was not pushed to {repo_id!r} ({_first_line(error)}).") from error

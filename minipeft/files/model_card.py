@@ -1,4 +1,4 @@
-"""The model card beside an adapter, written through ``huggingface_hub``."""
+"""The model card of an adapter, written with ``huggingface_hub``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIPELINES = {
 
 
 def public_base(config: Mapping[str, Any]) -> str | None:
-    """The base model's name on the hub; None where the configuration names a place on this machine, or none."""
+    """The base model's name on the hub; None if the configuration names a place on this machine, or nothing."""
     base = config.get("base_model_name_or_path")
     return base if isinstance(base, str) and is_repo_id(base) and not Path(base).exists() else None
 
@@ -42,7 +42,7 @@ def is_repo_id(text: str) -> bool:
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     base, pipeline = public_base(config), PIPELINES.get(str(config.get("task_type")))
     tags = ["minipeft", str(config["peft_type"]).lower()]
-    facts: dict[str, Any] = {"library_name": "peft"}  # the format is PEFT's, and this makes the hub show how to load it
+    facts: dict[str, Any] = {"library_name": "peft"}  # the format is PEFT's, so the hub shows how to load it
     if base is not None:
         tags.append(f"base_model:adapter:{base}")
         facts |= {"base_model": base, "base_model_relation": "adapter"}
@@ -50,10 +50,10 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update_card(directory: Path, config: Mapping[str, Any]) -> None:
-    """Put into a card that something else has written what tells the hub that here lies an adapter, and of what.
+    """Tell the hub, in a card that something else wrote, that this is an adapter, and of which base.
 
     Args:
-        directory: has a ``README.md``; its text stays, and its tags do.
+        directory: has a ``README.md``, whose text and tags stay.
         config: the contents of ``adapter_config.json``.
     """
     card = ModelCard((directory / CARD_FILE).read_text("utf-8"), ignore_metadata_errors=True)
@@ -65,7 +65,7 @@ def update_card(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> None:
-    """Write ``README.md`` unless somebody's own stands there. A local path as base is not published in it.
+    """Write ``README.md`` unless there is one that somebody wrote. A local path of the base is not published in it.
 
     Args:
         directory: the adapter's.
@@ -73,7 +73,7 @@ def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> N
         parameters: number of saved parameters.
     """
     target = directory / CARD_FILE
-    if target.exists() and MARK not in target.read_text("utf-8", errors="replace"):
+    if target.exists() and (not target.is_file() or MARK not in target.read_text("utf-8", errors="replace")):
         return
     method = str(config["peft_type"]).lower()
     data = ModelCardData(**_facts(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from minipeft.config import ALL_LINEAR, AdapterConfig
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, own_metadata, with_sorted_metadata
-from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import PREFIX, shared_tensors
-from minipeft.injection.module_tree import adapted_layers, candidates, wrappers
+from minipeft.injection.module_tree import adapted_layers, adapters_of, candidates, layers_of, wrappers
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.methods.base import Adapter
 from minipeft.patterns import is_suffix
+from minipeft.transformers_model import name_or_path
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of one adapter under PEFT's keys, ``base_model.model.<path>.lora_A.weight``; the live ones."""
+    """The live tensors of one adapter under PEFT's keys, such as ``base_model.model.<path>.lora_A.weight``."""
     own = {
         f"{PREFIX}{name}.{key}": tensor
         for name, wrapper in wrappers(model)
@@ -35,70 +34,61 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return own | shared_tensors(adapters_of(model, adapter_name).values())
 
 
-def adapters_of(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
-    """The parts of one adapter, by the name of the module they are on; not those of a companion of its configuration."""
-    return {name: layer.adapter(adapter_name) for name, layer in _layers_of(model, adapter_name)}
-
-
-def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, AdaptedLayer]]:
-    for name, layer in adapted_layers(model):
-        if layer.owns(adapter_name) and not layer.adapter(adapter_name).key_prefix:
-            yield name, layer
-
-
 def tensors_from_state(
     model: nn.Module, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The values that `state`, a state of `model`, holds for these live tensors."""
+    """The values that `state`, a ``state_dict`` of `model`, holds for these live tensors.
+
+    Raises:
+        CheckpointError: it lacks one of them.
+    """
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     found = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
     missing = [name for name in found.values() if name not in state]
     if missing:
         raise CheckpointError(f"state_dict lacks {shown(missing, 3)} of this model.")
-    # What no state of the model holds does not change: the live tensor is right.
+    # A tensor in no state_dict of the model is a constant, so the live one is right.
     return {key: state[found[key]] if key in found else tensor for key, tensor in tensors.items()}
 
 
 def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, compact: bool = True) -> dict[str, Any]:
-    """What goes into ``adapter_config.json``: targets resolved, so that every reader adapts the same modules.
+    """The contents of ``adapter_config.json``, with targets resolved so that every reader adapts the same modules.
 
-    `compact` False: for a file that training goes on from, see `Adapter.compacted`.
+    `compact` False is for a file that training resumes from, see `minipeft.methods.base.Adapter.compacted`.
     """
     values = config.to_dict()
-    layers = dict(_layers_of(model, adapter_name))
-    targets, targeted = config.target_modules, [name for name, layer in layers.items() if layer.targeted]
-    if targets is None or targets == ALL_LINEAR:
-        values["target_modules"] = _shortest(targeted, model)
-    elif any(
-        adapter_name in layer.tied_adapters and not layer.adapter(adapter_name).key_prefix
-        for _, layer in adapted_layers(model)
-    ):
-        values["target_modules"] = targeted  # other readers would take a tied layer that is named for another one
-    elif not isinstance(targets, str) and not all(any(is_suffix(t, name) for t in targets) for name in targeted):
-        values["target_modules"] = targeted  # a shared module was meant by another name than its first
-    if any(getattr(config, name) is not None for name in config.not_in_files):
-        values["target_modules"] = targeted  # says what those options say
+    values["target_modules"] = _resolved_targets(model, config, adapter_name)
     if config.modules_to_save is not None:
-        # An entry for a part of another entry's module would name nothing to a reader.
-        saved = [
-            name
-            for name, wrapper in wrappers(model)
-            if adapter_name in wrapper.adapters and isinstance(wrapper, SavedModule)
-        ]
+        # An entry for a module inside another entry's module would match nothing when the file is read.
+        saved = [n for n, w in wrappers(model) if isinstance(w, SavedModule) and adapter_name in w.adapters]
         entries = [entry for entry in config.modules_to_save if any(is_suffix(entry, name) for name in saved)]
         values["modules_to_save"] = entries or None
     if "fan_in_fan_out" in values:
-        values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
+        values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for _, layer in layers_of(model, adapter_name))
     method, adapters = registry.method_class(config.method), adapters_of(model, adapter_name)
     values |= method.file_options(values, adapters, compact)
     if config.base_model_name_or_path is None:
-        name = getattr(model, "name_or_path", None)
-        values["base_model_name_or_path"] = name if isinstance(name, str) and name else None
+        values["base_model_name_or_path"] = name_or_path(model)
     return values
 
 
+def _resolved_targets(model: nn.Module, config: AdapterConfig, adapter_name: str) -> Any:
+    targets = config.target_modules
+    names = [name for name, layer in layers_of(model, adapter_name) if layer.targeted]
+    if any(getattr(config, option) is not None for option in config.not_in_files):
+        return names  # which says what those options say
+    if targets is None or targets == ALL_LINEAR:
+        return _shortest(names, model)
+    for _, layer in adapted_layers(model):
+        if adapter_name in layer.tied_adapters and not layer.adapter(adapter_name).key_prefix:
+            return names  # other readers would adapt a tied layer, too, that the user's list names
+    if not isinstance(targets, str) and not all(any(is_suffix(entry, name) for entry in targets) for name in names):
+        return names  # the user's list has another name for a module that has several
+    return config.to_dict()["target_modules"]
+
+
 def _shortest(names: list[str], model: nn.Module) -> list[str]:
-    """The last parts of these module names, where they select these modules and no other, else the names themselves."""
+    """The last components of these module names if they select exactly these modules, else the names themselves."""
     endings = sorted({name.rpartition(".")[2] for name in names})
     everything = [name for candidate in candidates(model).values() for name in candidate.names]
     selected = {name for name in everything if name.rpartition(".")[2] in endings}
@@ -108,27 +98,25 @@ def _shortest(names: list[str], model: nn.Module) -> list[str]:
 def save_adapter(
     directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Any]
 ) -> None:
-    """Write an adapter, both files or neither (see `minipeft.files.atomic`).
+    """Write the two files of an adapter, both or neither (see `minipeft.files.atomic`).
 
     Args:
-        directory: made if need be.
-        tensors: as `adapter_tensors` gives them.
-        config: as `file_config` gives it.
-        base: as `minipeft.files.base_samples.base_samples` gives it.
+        directory: created if it does not exist.
+        tensors: as `adapter_tensors` returns them.
+        config: as `file_config` returns it.
+        base: as `minipeft.files.base_samples.base_samples` returns it.
 
     Raises:
-        CheckpointError: the directory cannot be written, or holds a whole model, which an adapter beside it would alter.
+        CheckpointError: the directory cannot be written, or holds a whole model.
     """
     if os.path.exists(directory / "config.json") and any(directory.glob("model*.safetensors")):
         raise CheckpointError(
-            f"{directory} holds a whole model; with an adapter beside it, transformers would load the two as one. "
+            f"{directory} holds a whole model; with an adapter next to it, transformers would load the two as one. "
             "Save the adapter to a directory of its own."
         )
-    detached = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
-    }
-    detached = registry.method_class(config["peft_type"].lower()).compacted(detached, config)
-    weights = with_sorted_metadata(safetensors.torch.save(detached, own_metadata(config, base, directory)))
-    # Sorted at the top only: within rank_pattern the first key that fits decides, so its order means something.
+    copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    copies = registry.method_class(config["peft_type"].lower()).compacted(copies, config)
+    weights = with_sorted_metadata(safetensors.torch.save(copies, own_metadata(config, base, directory)))
+    # Only the top level is sorted: within rank_pattern the first key that fits decides, so its order has a meaning.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})

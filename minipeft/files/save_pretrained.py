@@ -1,4 +1,4 @@
-"""What an adapted model does with files: save its adapters, push them to the hub, keep their model card."""
+"""The verbs of an adapted model that write files: save its adapters, push them to the hub, keep their model card."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def directory_of(root: Path, adapter_name: str) -> Path:
     return root if adapter_name == DEFAULT else root / adapter_name
 
 
-class SharedModel(nn.Module):
-    """The part of `minipeft.AdaptedModel` that has to do with files."""
+class SavableModel(nn.Module):
+    """The part of `minipeft.AdaptedModel` that writes files."""
 
     @property
     def _state(self) -> AdapterState:
@@ -41,37 +41,50 @@ class SharedModel(nn.Module):
 
     def adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """The live tensors of one adapter (None: of the only one) under the keys they have in a file."""
-        return adapter_tensors(self, self._only_or(adapter_name))
+        known = list(self._state.configs)
+        if adapter_name is None and len(known) > 1:
+            raise StateError(f"there are several adapters ({shown(known)}); name one.")
+        self._check_known([adapter_name or known[0]])
+        return adapter_tensors(self, adapter_name or known[0])
 
     def save_pretrained(
         self,
         save_directory: str | PathLike[str],
         adapter_name: str | None = None,
         *,
+        selected_adapters: Sequence[str] | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
+        safe_serialization: bool = True,
         convert_to_lora: bool = False,
         save_embedding_layers: bool | str = "auto",
     ) -> None:
-        """Save adapters in PEFT's format, each whole or not at all, with a model card.
+        """Save adapters in PEFT's format, each completely or not at all, with a model card.
 
         The adapter "default" goes into the directory itself, any other into a sub-directory of its name, as in PEFT.
 
         Args:
-            save_directory: made if need be.
-            adapter_name: None: all of them.
+            save_directory: created if it does not exist.
+            adapter_name: which adapter. None: all of them.
+            selected_adapters: PEFT's way to name several.
             state_dict: take the values from this (gathered) state of the model instead of the live tensors.
             is_main_process: False: write nothing.
-            convert_to_lora: save a low-rank update of any kind, PiSSA's for one, as plain LoRA, see `minipeft.files.to_lora`.
-            save_embedding_layers: "auto": where the vocabulary was resized since the base was loaded, save its new rows
-                along, as rows of tokens. True: the whole input and output tables, as PEFT does. False: nothing of them.
+            safe_serialization: PEFT's and transformers' option; True is the only value, as a pickle is never written.
+            convert_to_lora: save any low-rank update, such as PiSSA's, as plain LoRA, see `minipeft.files.to_lora`.
+            save_embedding_layers: "auto": if the vocabulary was resized since the base was loaded, also save its new
+                rows, as rows of tokens. True: the whole input and output tables, as PEFT does. False: neither.
 
         Raises:
-            ConfigError: `state_dict` and `convert_to_lora` at once; rows train of a table that is to be saved whole.
-            StateError: no such adapter; or a Trainer saves that could not load the best adapter at its end.
+            ConfigError: two options contradict each other; `safe_serialization` is False; or a table is to be saved
+                whole of which rows train.
+            StateError: there is no such adapter; or the caller is a Trainer that could not load the best one at the end.
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
-        names = self._all_or(adapter_name)
+        if safe_serialization is not True:
+            raise ConfigError(
+                "safe_serialization must be True: adapters are saved as safetensors, never as a pickle, which can run code."
+            )
+        names = self._all_or(adapter_name, selected_adapters)
         check_trainer()
         if convert_to_lora and state_dict is not None:
             raise ConfigError("convert_to_lora saves the live tensors; give it or state_dict, not both.")
@@ -97,27 +110,27 @@ class SharedModel(nn.Module):
         revision: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Push adapters, and never the base, to the Hugging Face Hub: what `save_pretrained` writes, as one commit.
+        """Push adapters, never the base, to the Hugging Face Hub: what `save_pretrained` writes, as one commit.
 
-        The path of a base model on this machine is not published, nor is somebody's own model card overwritten.
+        It does not publish where the base is on this machine, nor overwrite a model card that somebody wrote.
 
         Args:
-            repo_id: ``owner/name``; made if need be.
-            adapter_name: None: all of them.
+            repo_id: ``owner/name``; created if it does not exist.
+            adapter_name: which adapter. None: all of them.
             commit_message: first line of the commit.
             commit_description: its body.
-            private: of a repository that is made: who sees it. None: as the owner has set.
+            private: who sees a repository that is created. None: the owner's default.
             token: None: the one you are logged in with.
-            revision: branch to push to, made if need be. None: the main one.
+            revision: branch to push to, created if it does not exist. None: the main one.
             create_pr: open a pull request instead of pushing to the branch.
 
         Returns:
             The commit; as a string, its URL.
 
         Raises:
-            StateError: no such adapter.
+            StateError: there is no such adapter.
             CheckpointError: the hub refuses, or cannot be reached.
-            ConfigError: a pull request and a branch at once.
+            ConfigError: both a pull request and a branch.
         """
         names = self._all_or(adapter_name)
         with tempfile.TemporaryDirectory() as folder:
@@ -139,10 +152,9 @@ class SharedModel(nn.Module):
             )
 
     def create_or_update_model_card(self, output_dir: str | PathLike[str]) -> None:
-        """Mark the card in a directory as an adapter's; Trainer calls this after writing a card of its own."""
+        """Mark the model card in a directory as an adapter's; Trainer calls this after it has written its own."""
         update_card(Path(output_dir), self._file_config(next(iter(self._state.configs))))
 
-    # ----------------------------------------------------------------------------------------------------- internals
     def _file_config(self, name: str) -> dict[str, Any]:
         return file_config(self, self._state.configs[name], name)
 
@@ -151,6 +163,13 @@ class SharedModel(nn.Module):
     ) -> None:
         save_adapter(directory, tensors, config, base_samples(self, name))
         write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
+
+    def _all_or(self, adapter_name: str | None, selected: Sequence[str] | None = None) -> list[str]:
+        if adapter_name is not None and selected is not None:
+            raise ConfigError("give adapter_name or selected_adapters, not both.")
+        names = list(self._state.configs if selected is None else selected) if adapter_name is None else [adapter_name]
+        self._check_known(names)
+        return names
 
     def _check_known(self, names: Sequence[str]) -> None:
         known = self._state.configs
@@ -161,15 +180,3 @@ class SharedModel(nn.Module):
             raise StateError(
                 f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter()."
             )
-
-    def _all_or(self, adapter_name: str | None) -> list[str]:
-        names = list(self._state.configs) if adapter_name is None else [adapter_name]
-        self._check_known(names)
-        return names
-
-    def _only_or(self, adapter_name: str | None) -> str:
-        known = list(self._state.configs)
-        if adapter_name is None and len(known) > 1:
-            raise StateError(f"there are several adapters ({shown(known)}); name one.")
-        self._check_known([adapter_name or known[0]])
-        return adapter_name or known[0]

@@ -1,8 +1,8 @@
-"""A transformers Trainer that would lose the best adapter is stopped at its first checkpoint, not after its last step.
+"""Stopping a transformers Trainer that would lose the best adapter, at its first checkpoint instead of at its end.
 
-Trainer asks ``isinstance(model, PeftModel)`` before it reads an adapter back. For any other model it looks for whole
-weights: at the end of training ``load_best_model_at_end`` fails, or, for an adapter in a sub-directory, keeps the last
-adapter with a line in the log. A model learns nothing of the trainer it is in, so the call stack is asked.
+Trainer only reads an adapter back if ``isinstance(model, PeftModel)``. For any other model it looks for whole weights, so
+``load_best_model_at_end`` fails after the last step or, for an adapter in a sub-directory, keeps the last adapter with a
+line in the log. A model does not know which trainer it is in, so this looks for one on the call stack.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from minipeft.errors import StateError
 
 
 def check_trainer() -> None:
-    """Refuse to save for a plain Trainer that is to load the best checkpoint at the end.
+    """Refuse to save for a plain Trainer that will load the best checkpoint at the end.
 
     Raises:
-        StateError: there is such a trainer among the callers.
+        StateError: such a trainer is among the callers.
     """
     frame = inspect.currentframe()
     while frame is not None:
         trainer = frame.f_locals.get("self") if frame.f_code.co_name == "_save" else None
-        if _forgets(trainer):
+        if _loses_best(trainer):
             raise StateError(
                 f"{type(trainer).__name__} with load_best_model_at_end cannot read an adapter back, so nothing was saved; "
                 "use minipeft.hf.AdapterTrainer, or class MyTrainer(AdapterTrainerMixin, "
@@ -31,9 +31,9 @@ def check_trainer() -> None:
         frame = frame.f_back
 
 
-def _forgets(trainer: Any) -> bool:
+def _loses_best(trainer: Any) -> bool:
     is_trainer = any((c.__module__, c.__name__) == ("transformers.trainer", "Trainer") for c in type(trainer).__mro__)
     if not is_trainer or getattr(trainer, "restores_adapters", False):
         return False
-    shards = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these have checkpoints of their own
+    shards = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these have their own checkpoints
     return bool(trainer.args.load_best_model_at_end) and not shards

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper, innermost
+from minipeft.methods.base import Adapter
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,18 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     for name, module in wrappers(model):
         if isinstance(module, AdaptedLayer):
             yield name, module
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Every (name, adapted layer) that an adapter is on, without those that only a companion of its is on."""
+    for name, layer in adapted_layers(model):
+        if layer.owns(adapter_name) and not layer.adapter(adapter_name).key_prefix:
+            yield name, layer
+
+
+def adapters_of(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
+    """The modules of one adapter, by the name of the layer that each is on; see `layers_of`."""
+    return {name: layer.adapter(adapter_name) for name, layer in layers_of(model, adapter_name)}
 
 
 class TensorIndex:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, ConfigError, shown
 from minipeft.files.base_samples import base_samples
+from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from minipeft.files.save import file_config
+from minipeft.files.tensor_file import open_tensors
 from minipeft.step_hooks import check_schedule_state
 from minipeft.training.distributed.ranks import rank_and_world_size
 from minipeft.training.runs.checkpoints import verify
@@ -81,7 +82,8 @@ def _read(live: Live, folder: Path, may_differ: Sequence[str], exact: bool) -> S
         raise CheckpointError(f"it has format {state['format']!r}, and this version reads {FORMAT}.")
     _compare_runs(live, folder, state, may_differ, exact)
     adapter = _read_adapter(live, folder)
-    tensors = _tensors(folder / OPTIMIZER_FILE)
+    # An optimizer may start from infinity, and numpy's generator has NaN for a number that it does not hold.
+    tensors = open_tensors(folder / OPTIMIZER_FILE).read(finite=False)
     helpers = {name: _read_helper(live, name, state[name], tensors) for name in live.helpers}
     optimizer = optimizer_from_plain(state["optimizer"], live.optimizer, live.groups(), tensors.__getitem__)
     rng = _random_state(folder / RNG_FILE, state["world_size"], exact)
@@ -138,26 +140,10 @@ def _short(value: Any) -> str:
 
 
 def _read_adapter(live: Live, folder: Path) -> dict[str, Tensor]:
-    file, tensors = open_adapter(folder), live.tensors()
-    saved = _tensors(folder / WEIGHTS_FILE)
-    if saved.keys() != tensors.keys():
-        missing, unexpected = sorted(tensors.keys() - saved.keys()), sorted(saved.keys() - tensors.keys())
-        raise CheckpointError(
-            f"it is of another adapter: missing {shown(missing, 3)}; unexpected {shown(unexpected, 3)}."
-        )
-    for key, tensor in tensors.items():
-        then, now = (tuple(saved[key].shape), saved[key].dtype), (tuple(tensor.shape), tensor.dtype)
-        if then != now:
-            raise CheckpointError(f"{key} is {then[0]} {then[1]} there, and {now[0]} {now[1]} here.")
-    here = base_samples(live.model, live.adapter_name)
-    for name, values in file.base.items():
-        if len(here.get(name, ())) == len(values) and not all(map(_alike, values, here[name])):
-            raise CheckpointError(f"it was trained on another base: the weights of {name} differ.")
-    return saved
-
-
-def _alike(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-4)  # of the same dtype, so equal but for the rounding to 6 digits
+    model, name = live.model, live.adapter_name
+    config = file_config(model, model.adapter_configs[name], name, compact=False)
+    expected = Expected(model, live.tensors(), base_samples(model, name), config, exact=True)
+    return read_values(open_adapter(folder), expected)
 
 
 def _read_helper(live: Live, name: str, saved: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -176,7 +162,8 @@ def _random_state(path: Path, world_size: int, exact: bool) -> dict[str, Tensor]
     """The states of this process's generators; none if `exact` is False and processes or devices differ."""
     rank, world_size_now = rank_and_world_size()
     prefix = f"rank{rank}."
-    states = {name.removeprefix(prefix): t for name, t in _tensors(path).items() if name.startswith(prefix)}
+    found = open_tensors(path).read(finite=False)
+    states = {name.removeprefix(prefix): t for name, t in found.items() if name.startswith(prefix)}
     try:
         check_rng_state(states)
     except CheckpointError:
@@ -184,8 +171,3 @@ def _random_state(path: Path, world_size: int, exact: bool) -> dict[str, Tensor]
             raise
         return {}
     return states if world_size == world_size_now else {}
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    # Copied, since the library maps the file into memory, and the file is removed while the run goes on.
-    return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}

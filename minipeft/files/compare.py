@@ -1,0 +1,113 @@
+"""The one comparison of a file with the adapter it is for, used when an adapter is loaded, restored or trained further."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft.config import config_from_dict
+from minipeft.errors import CheckpointError, nearest, shown, told
+from minipeft.files.base_samples import check_samples
+from minipeft.files.format import DTYPES, PROVENANCE, AdapterFile
+from minipeft.files.new_rows import resize_hint
+from minipeft.files.peft_extras import check_extras, find_copies, find_repeats
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The adapter that a file's values are for.
+
+    Attributes:
+        model: has the adapter, or will have it.
+        tensors: what the file must hold, by key; on any device, meta too.
+        base: samples of the base weights, by module. Empty: do not compare the base.
+        config: as `minipeft.files.save.file_config` returns it. None: the adapter is built from the file's own.
+        exact: training resumes from these values: dtypes must be equal too, and base weights equal to 4 digits.
+        tied: the name of a tied layer -> the layer whose adapter it shares.
+        done: keys of the file that have been compared already.
+        base_advice: what to do about another base.
+    """
+
+    model: nn.Module
+    tensors: Mapping[str, Tensor]
+    base: Mapping[str, list[float]]
+    config: Mapping[str, Any] | None = None
+    exact: bool = False
+    tied: Mapping[str, str] = field(default_factory=dict)
+    done: Collection[str] = ()
+    base_advice: str = ""
+
+
+def read_values(file: AdapterFile, expected: Expected, *, strict: bool = True) -> dict[str, Tensor]:
+    """Compare a file with the adapter it is for, and read its values by key; tensors are read last.
+
+    If not `strict`, missing and unexpected keys are only warned about, and missing values are left out.
+
+    Raises:
+        CheckpointError: the configuration, a key, a shape or the base differs, or the file is damaged or not finite.
+    """
+    _compare_config(file, expected)
+    _compare_shapes(file, expected)
+    check_samples(file, expected.base, exact=expected.exact, advice=expected.base_advice)
+    others = [key for key in file.shapes if key not in expected.tensors and key not in expected.done]
+    allowed = [] if expected.exact else others
+    copies, repeats = find_copies(file, allowed, expected.model), find_repeats(file, allowed, expected.tied)
+    unexpected = [key for key in others if key not in copies and key not in repeats]
+    _compare_keys(file, expected, unexpected, strict)
+    wanted = {*expected.tensors, *copies, *repeats, *repeats.values()}
+    values = file.read([key for key in file.shapes if key in wanted])
+    check_extras(file, values, copies, repeats)
+    return {key: value for key, value in values.items() if key in expected.tensors}
+
+
+def _compare_config(file: AdapterFile, expected: Expected) -> None:
+    if expected.config is None:
+        return
+    there, here = file.config.to_dict(), config_from_dict(expected.config).to_dict()
+    differ = [key for key in here if key not in PROVENANCE and here[key] != there.get(key)]
+    if differ:
+        said = [f"{key} is {told(there.get(key), 100)} there and {told(here[key], 100)} here" for key in differ[:3]]
+        raise CheckpointError(f"{file.path.parent} was saved with another configuration: {'; '.join(said)}.")
+
+
+def _compare_shapes(file: AdapterFile, expected: Expected) -> None:
+    common = [key for key in file.shapes if key in expected.tensors]
+    pairs = [(key, file.shapes[key], tuple(expected.tensors[key].shape)) for key in common]
+    misfit = f"{file.path} does not fit {type(expected.model).__name__}"
+    if not common:
+        closest = _closest(list(file.shapes), list(expected.tensors))
+        raise CheckpointError(f"{misfit}: none of its {len(file.shapes)} keys is expected{closest}.")
+    wrong = [(key, there, here) for key, there, here in pairs if there != here]
+    if wrong:
+        said = [f"{key}: {told(list(there), 100)} in the file, {list(here)} here" for key, there, here in wrong[:3]]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        hint = max(resize_hint(expected.model, there, here) for _, there, here in wrong[:3])
+        raise CheckpointError(f"{misfit}: {'; '.join(said)}{more}. Is it for another base?{hint}")
+    for key in common if expected.exact else ():
+        there, here = DTYPES[file.dtypes[key]], expected.tensors[key].dtype
+        if there != here:
+            raise CheckpointError(f"{file.path}: {key} is {there} there and {here} here.")
+
+
+def _compare_keys(file: AdapterFile, expected: Expected, unexpected: list[str], strict: bool) -> None:
+    missing = [key for key in expected.tensors if key not in file.shapes]
+    if not missing and not unexpected:
+        return
+    lists = (("missing", missing), ("unexpected", unexpected))
+    said = "; ".join(f"{what} {shown(keys)}" for what, keys in lists if keys)
+    message = f"{file.path} does not fit this model: {said}{_closest(unexpected, missing)}"
+    if strict:
+        raise CheckpointError(f"{message}.")
+    warnings.warn(f"{message}; the rest was loaded.", stacklevel=6)
+
+
+def _closest(unexpected: list[str], missing: list[str]) -> str:
+    """A guess at what an unexpected key was meant to be."""
+    if not unexpected or not missing:
+        return ""
+    match = nearest(unexpected[0], missing) or missing[0]
+    return f" ({unexpected[0]!r} came; {match!r} is expected)"

@@ -1,0 +1,103 @@
+"""Loading the rows that a vocabulary gained: whole tables in a file, as PEFT writes them, become rows of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.config import AdapterConfig
+from minipeft.errors import CheckpointError
+from minipeft.files.format import AdapterFile
+from minipeft.files.resized_vocabulary import OPTION, ROWS
+from minipeft.files.vocabulary_tables import tables
+from minipeft.injection.build import PREFIX
+from minipeft.injection.wrapper import innermost
+from minipeft.patterns import is_suffix
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of a resized vocabulary that a file brings."""
+
+    config: AdapterConfig  # the file's, with the rows in ``trainable_token_indices``
+    values: Mapping[str, Tensor] = field(default_factory=dict)  # by the key that they have as rows of tokens
+    tables: frozenset[str] = frozenset()  # keys of the whole tables that they come from
+
+
+def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
+    """Compare whole tables in a file with the model's; the rows that differ are rows of tokens to load.
+
+    Raises:
+        CheckpointError: a table has another number of rows than the model's, or is damaged, or two that are tied differ.
+    """
+    known = {name: table.weight for name, table in tables(model).items()}
+    if not known:
+        return NewRows(file.config)
+    owners = _keys_of_tables(file, model, known)
+    values = file.read(owners)
+    found: dict[str, Tensor] = {}
+    for key, owner in owners.items():
+        if not torch.equal(found.setdefault(owner, values[key]), values[key]):
+            raise CheckpointError(f"{file.path}: {key} differs from {owner}, to which it is tied.")
+    ids = {name: _differing_rows(table, known[name]) for name, table in found.items()}
+    ids = {name: rows for name, rows in ids.items() if rows and 2 * len(rows) <= len(found[name])}
+    fields = {f.name for f in dataclasses.fields(file.config)}
+    if not ids or OPTION not in fields or getattr(file.config, OPTION) is not None:
+        return NewRows(file.config)
+    option: dict[str, Any] = {OPTION: ids}
+    return NewRows(
+        dataclasses.replace(file.config, **option),
+        {f"{PREFIX}{name}.{ROWS}": found[name][rows] for name, rows in ids.items()},
+        frozenset(key for key, owner in owners.items() if owner in ids),
+    )
+
+
+def _keys_of_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Tensor]) -> dict[str, str]:
+    """Keys of whole tables in a file -> the name of the model's table; not those that train, nor adapted layers'."""
+    trained = file.config.modules_to_save or ()
+    names = {id(weight): name for name, weight in known.items()}
+    weights = {
+        f"{PREFIX}{name}.weight": (name, getattr(innermost(module), "weight", None))
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not name.endswith(".base_layer")
+    }
+    owners = {}
+    for key, shape in file.shapes.items():
+        name, weight = weights.get(key, ("", None))
+        if not isinstance(weight, Tensor) or id(weight) not in names or len(shape) != 2:
+            continue
+        if any(is_suffix(entry, name) for entry in trained):
+            continue
+        if shape == tuple(weight.shape):
+            owners[key] = names[id(weight)]
+        elif shape[1:] == weight.shape[1:]:
+            raise CheckpointError(
+                f"{file.path} is for a vocabulary of {shape[0]} rows, and {name} has {len(weight)}. First "
+                f"model.resize_token_embeddings({shape[0]})."
+            )
+    return owners
+
+
+@torch.no_grad()
+def _differing_rows(table: Tensor, weight: Tensor) -> list[int]:
+    """The rows of a table in a file that are not the model's; one of the two may be rounded to half precision.
+
+    New rows of two resizings may be almost equal, near the mean of all, so no other difference is tolerated.
+    """
+    here = weight.detach().cpu()
+    narrow = min(table.dtype, here.dtype, key=lambda dtype: dtype.itemsize)
+    return (table.to(narrow) != here.to(narrow)).any(1).nonzero().flatten().tolist()
+
+
+def resize_hint(model: nn.Module, there: tuple[int, ...], here: tuple[int, ...]) -> str:
+    """Advice if two shapes of one tensor differ as vocabularies do, else nothing."""
+    pairs = [(a, b) for a, b in zip(there, here, strict=False) if a != b]
+    sizes = {len(table.weight) for table in tables(model).values()}
+    if len(there) == len(here) and len(pairs) == 1 and pairs[0][1] in sizes:
+        return f" If its vocabulary was resized: model.resize_token_embeddings({pairs[0][0]}) first."
+    return ""

@@ -1,0 +1,61 @@
+"""What PEFT writes besides an adapter's own tensors: copies of base weights, and tensors that repeat another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import CheckpointError
+from minipeft.files.format import AdapterFile
+from minipeft.injection.build import PREFIX
+
+
+def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dict[str, Tensor]:
+    """Which of these keys copy a base parameter, such as an embedding table, by name and shape -> that parameter."""
+    base = _base_tensors(model) if keys else {}
+    return {key: base[key] for key in keys if key in base and base[key].shape == file.shapes[key]}
+
+
+def find_repeats(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]) -> dict[str, str]:
+    """Which of these keys repeat another one, by name and shape -> that key.
+
+    PEFT repeats the bias of a trained head, and the tensors of a tied layer; `tied` says which layer that is tied to.
+    """
+    plain = {key: _untied(key.replace(".modules_to_save.", "."), tied) for key in keys}
+    return {key: other for key, other in plain.items() if other != key and file.shapes.get(other) == file.shapes[key]}
+
+
+def check_extras(
+    file: AdapterFile, values: Mapping[str, Tensor], copies: Mapping[str, Tensor], repeats: Mapping[str, str]
+) -> None:
+    """Compare the values; raises CheckpointError if a copy or a repeated tensor differs."""
+    for key, parameter in copies.items():
+        if not torch.allclose(values[key].float(), parameter.detach().float().cpu(), rtol=1e-2, atol=1e-6):
+            raise CheckpointError(
+                f"{file.path} brings its own {key!r}, which differs from this model's. Use the base it was trained on."
+            )
+    for key, other in repeats.items():
+        if not torch.equal(values[key], values[other]):
+            raise CheckpointError(f"{file.path}: {key!r} and {other!r} should be equal, and differ.")
+
+
+def _untied(key: str, tied: Mapping[str, str]) -> str:
+    """The key of the same tensor in the layer that a tied layer is tied to."""
+    for name, leader in tied.items():
+        if key.startswith(f"{PREFIX}{name}."):
+            rest = key.removeprefix(f"{PREFIX}{name}.").removeprefix("base_layer.")
+            return f"{PREFIX}{leader}.{rest}"
+    return key
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Base parameters under every key that PEFT may give them: with and without the infix of its wrappers."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = name.replace(".base_layer.", ".")
+        owner, _, last = plain.rpartition(".")
+        for key in (plain, f"{owner}.base_layer.{last}", f"{owner}.original_module.{last}"):
+            tensors[PREFIX + key] = parameter
+    return tensors

@@ -1,0 +1,75 @@
+"""Restoring the adapters of a model from a directory: the values change, the parameters stay the same objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import CheckpointError, StateError, all_or_nothing, shown
+from minipeft.files.base_samples import base_samples
+from minipeft.files.compare import Expected, read_values
+from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from minipeft.files.resized_vocabulary import with_tables
+from minipeft.files.save import file_config
+from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
+
+
+@all_or_nothing
+def restore_adapters(model: nn.Module, directory: str | Path) -> None:
+    """Give the adapters of a model the values that `save_pretrained` wrote.
+
+    Args:
+        model: has exactly the adapters that the directory holds.
+        directory: such as a Trainer's checkpoint.
+
+    Raises:
+        CheckpointError: a file is damaged, or is for other adapters, another configuration or another base.
+        StateError: the model is not adapted, or an adapter is merged.
+    """
+    if not isinstance(model, SavableModel):
+        raise StateError(f"{type(model).__name__} is not adapted, so it has no adapters to restore.")
+    if model._state.merged:
+        raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
+    root, wanted = Path(directory), model._state.configs
+    found = _adapters_in(root)
+    if found != wanted.keys():
+        raise CheckpointError(
+            f"{root} holds the adapters {shown(sorted(found))}, and the model has {shown(sorted(wanted))}."
+        )
+    values = {name: _values(model, name, directory_of(root, name)) for name in wanted}
+    with torch.no_grad():
+        for name, tensors in values.items():
+            for key, live in model.adapter_state_dict(name).items():
+                live.copy_(tensors[key])
+
+
+def _adapters_in(root: Path) -> set[str]:
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is not a directory, so there is no adapter to restore.")
+    folders = {path.name: path for path in root.iterdir() if path.is_dir()}
+    return {
+        name
+        for name, path in {**folders, DEFAULT: root}.items()
+        if (path / CONFIG_FILE).exists() or (path / WEIGHTS_FILE).exists()
+    }
+
+
+def _values(model: SavableModel, name: str, directory: Path) -> dict[str, Tensor]:
+    live, config = model.adapter_state_dict(name), file_config(model, model._state.configs[name], name, compact=False)
+    # If the vocabulary was resized, the file also holds rows of the base, which are only compared.
+    tensors, config = with_tables(model, name, live, config, "auto", warn=False)
+    values = read_values(open_adapter(directory), Expected(model, tensors, base_samples(model, name), config))
+    for key, tensor in tensors.items():
+        own = live.get(key)
+        if tensor is own:
+            continue
+        trained = 0 if own is None else len(own)
+        if not torch.equal(values[key][trained:].to(tensor), tensor[trained:]):
+            raise CheckpointError(
+                f"{directory} was trained on another base: the rows that its vocabulary gained differ ({key}). Resize "
+                "it with the seed of that run."
+            )
+        values[key] = values[key][:trained]
+    return values

@@ -1,0 +1,81 @@
+"""Reading safetensors files: first the header, then the tensors that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minipeft.errors import CheckpointError, shown
+
+MAX_HEADER_BYTES = 2**24
+# Raised by the library for bytes that are not a safetensors file, and for a file too large to be mapped into memory.
+UNREADABLE = (OSError, SafetensorError, RuntimeError, MemoryError)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose header has been read: shapes, dtypes ("F32", "BF16", ...) and metadata by key."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+    def read(self, keys: Iterable[str] | None = None, *, finite: bool = True) -> dict[str, Tensor]:
+        """Read these tensors (None: all) into memory.
+
+        Raises:
+            CheckpointError: the file is damaged or has changed; or `finite` is True and it holds NaN or infinity.
+        """
+        wanted = list(self.shapes if keys is None else keys)
+        if not wanted:
+            return {}
+        try:
+            with safe_open(self.path, "pt") as file:
+                # Copies: the library maps the file, which may be removed while its tensors are in use.
+                tensors = {key: file.get_tensor(key).clone() for key in wanted}
+        except UNREADABLE as error:
+            raise damaged(self.path, error) from None
+        if any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):
+            raise CheckpointError(f"{self.path} changed while it was being read.")
+        broken = [key for key, t in tensors.items() if finite and t.is_floating_point() and not t.isfinite().all()]
+        if broken:
+            raise CheckpointError(f"{self.path} holds NaN or infinity in {shown(broken, 3)}.")
+        return tensors
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Read the header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a plain file.
+    """
+    if not path.is_file():  # a FIFO would block for ever
+        raise CheckpointError(f"{path} is not a plain file.")
+    try:
+        _check_header_length(path)
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in sorted(file.keys())}
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
+            return TensorFile(path, shapes, dtypes, file.metadata() or {})
+    except UNREADABLE as error:
+        raise damaged(path, error) from None
+
+
+def _check_header_length(path: Path) -> None:
+    # The library checks offsets, sizes, dtypes and nesting, and that no byte is left over. But it allows a header of
+    # 100 MB, and takes 5 s and 3 GiB to refuse one of 64 MiB of '{"":0},'. A real header is shorter than its tensors.
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > max(MAX_HEADER_BYTES, path.stat().st_size - length):
+        raise OSError(f"its header claims {length:,} bytes")
+
+
+def damaged(path: Path, reason: object) -> CheckpointError:
+    """The error for a file whose bytes are not what they should be."""
+    return CheckpointError(f"{path} is damaged ({str(reason)[:200]}).")

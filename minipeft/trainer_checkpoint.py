@@ -1,0 +1,99 @@
+"""What a Trainer's checkpoint holds to resume from, besides its adapters: which of them acted, and their schedules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from minipeft import step_hooks
+from minipeft.errors import CheckpointError, all_or_nothing, shown
+from minipeft.files.atomic import write_files
+from minipeft.files.restore import restore_adapters
+from minipeft.files.save import file_config
+from minipeft.files.save_pretrained import SavableModel, directory_of
+from minipeft.files.tensor_file import open_tensors
+
+RECORD = "minipeft"  # our place in trainer_state.json, among the states of callbacks
+TRAINER_STATE = "trainer_state.json"
+SCHEDULE_FILE = "adapter_schedule.safetensors"
+Schedules = Mapping[str, Mapping[str, Tensor] | None]  # by adapter, see `minipeft.step_hooks.schedule_state`
+
+
+def save_whole_adapters(model: SavableModel, root: Path) -> None:
+    """Save again, completely, the adapters of which `save_pretrained` leaves out what only training needs."""
+    for name, config in model._state.configs.items():
+        whole = file_config(model, config, name, compact=False)
+        if whole != file_config(model, config, name):
+            model._write_adapter(directory_of(root, name), name, model.adapter_state_dict(name), whole)
+
+
+def save_schedules(model: SavableModel, root: Path) -> None:
+    """Save the states of the adapters' schedules, if any has one."""
+    if any(step_hooks.keeps_state(model, name) for name in model._state.configs):
+        tensors = {
+            f"{name}/{key}": tensor.detach().cpu().contiguous()
+            for name in model._state.configs
+            for key, tensor in step_hooks.schedule_state(model, name).items()
+        }
+        write_files(root, {SCHEDULE_FILE: safetensors.torch.save(tensors)})
+
+
+@all_or_nothing
+def resume(model: SavableModel, checkpoint: Path) -> None:
+    """Continue from a checkpoint: the values of all adapters and the states of their schedules.
+
+    Raises:
+        CheckpointError: other adapters are active, or a file does not fit the model or is damaged.
+    """
+    _check_active(model, checkpoint)
+    schedules = _read_schedules(model, checkpoint)
+    restore_adapters(model, checkpoint)
+    _load_schedules(model, schedules)
+
+
+@all_or_nothing
+def restore_best(model: SavableModel, checkpoint: Path) -> None:
+    """As `resume`, whichever adapters are active, and also from a checkpoint that was saved without training states."""
+    schedules = _read_schedules(model, checkpoint) if (checkpoint / SCHEDULE_FILE).exists() else {}
+    restore_adapters(model, checkpoint)
+    _load_schedules(model, schedules)
+
+
+def _read_schedules(model: SavableModel, root: Path) -> Schedules:
+    """The state of each adapter's schedule in a checkpoint, None if the checkpoint has no states."""
+    path = root / SCHEDULE_FILE
+    states: dict[str, dict[str, Tensor] | None] = dict.fromkeys(model._state.configs)
+    try:
+        found = open_tensors(path).read() if path.exists() else None
+        for name in states:
+            if found is not None:
+                prefix = f"{name}/"
+                states[name] = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
+            step_hooks.check_schedule_state(model, name, states[name])
+    except CheckpointError as error:
+        raise CheckpointError(f"this run cannot resume from {path}: {error}") from None
+    return states
+
+
+def _load_schedules(model: SavableModel, schedules: Schedules) -> None:
+    for name, state in schedules.items():
+        step_hooks.load_schedule_state(model, name, state)
+
+
+def _check_active(model: SavableModel, checkpoint: Path) -> None:
+    """Refuse to resume with other active adapters: the optimizer's state belongs to those that trained."""
+    path = checkpoint / TRAINER_STATE
+    record = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {}) if path.exists() else {}
+    active = record.get(RECORD, {}).get("attributes", {}).get("active_adapters")
+    if active is None or not set(active) <= model._state.configs.keys():
+        return  # unknown, or refused with a better message when the adapters are restored
+    here = list(model._state.switch.active)
+    if active != here:
+        raise CheckpointError(
+            f"{checkpoint}: {shown(active)} was active there, and here it is {shown(here)}; "
+            f"call model.set_adapter({active}) first."
+        )
