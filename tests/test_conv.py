@@ -105,7 +105,7 @@ def test_files_are_those_of_peft_in_both_directions(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["2d dilation", "2d circular", "2d reflect"])
 def test_what_peft_merges_is_what_we_compute_where_its_forward_drops_dilation_or_padding(name, tmp_path):
-    """Defect 15: PEFT's own unmerged forward fails for dilation, and is off by more than one for circular padding."""
+    """PEFT's own unmerged forward fails for dilation, and is off by more than one for circular padding."""
     layer, model, x = case(name, torch.float32)
     model.save_pretrained(tmp_path)
     with foreign_code():
@@ -115,7 +115,7 @@ def test_what_peft_merges_is_what_we_compute_where_its_forward_drops_dilation_or
 
 
 def test_a_flat_3d_kernel_merges_where_peft_crashes(tmp_path):
-    """Defect 15: a Conv3d kernel (1, 1, k) is taken for a 2-d pointwise one there."""
+    """a Conv3d kernel (1, 1, k) is taken for a 2-d pointwise one there."""
     layer, model, x = case("3d flat kernel", torch.float32)
     model.save_pretrained(tmp_path)
     y = model(x)
@@ -125,7 +125,7 @@ def test_a_flat_3d_kernel_merges_where_peft_crashes(tmp_path):
 
 
 def test_loftq_is_refused_by_name_before_it_can_miss_an_argument():
-    """Defect 14: PEFT's conv calls loftq_init without an argument that it needs."""
+    """PEFT's conv calls loftq_init without an argument that it needs."""
     with pytest.raises(ConfigError, match="init_lora_weights .loftq. starts from the quantization error"):
         config(init_lora_weights="loftq")
 
