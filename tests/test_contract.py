@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from minipeft import Adapter, AdapterConfig, ConfigError, ContractError, LayerOps, RegistryError, TargetError, registry
-from minipeft.layers.linear import LinearOps
+from minipeft.layers.embedding import EmbeddingOps
+from minipeft.layers.linear import Conv1DOps, LinearOps
 from minipeft.methods.lora import Lora, LoraConfig
 from minipeft.testing import check_layer, check_method, check_pair, examples, register_example, register_options
 from minipeft.testing.checks import CHECKS
@@ -277,7 +279,16 @@ BROKEN = {
 }
 
 
-def test_a_method_that_keeps_the_contract_passes(isolated):
+@pytest.fixture
+def three_layers():
+    """Three layer types, one of each orientation and an embedding, to try a whole method on."""
+    with registry.isolated(empty=True):
+        for layer, ops in ((nn.Linear, LinearOps), (Conv1D, Conv1DOps), (nn.Embedding, EmbeddingOps)):
+            registry.register_layer(layer)(ops)
+        yield
+
+
+def test_a_method_that_keeps_the_contract_passes(three_layers):
     registry.register_method("trial")(Trial)
     report = check_method("trial")
     assert {pair.layer.rpartition(".")[2] for pair in report.pairs if pair.served} >= {"Linear", "Conv1D", "Embedding"}
@@ -310,7 +321,7 @@ class RefusesTooLate(Trial):
         raise TargetError("trial is never content; it says that nothing was changed.")
 
 
-def test_a_refusal_is_reported_with_its_words(isolated):
+def test_a_refusal_is_reported_with_its_words(three_layers):
     registry.register_method("trial")(RefusesEmbeddings)
     report = check_method("trial")
     refused = {layer.rpartition(".")[2]: why for (_, layer), why in report.refused.items()}
@@ -319,7 +330,7 @@ def test_a_refusal_is_reported_with_its_words(isolated):
     assert "trial on Embedding: refused: trial needs vectors" in str(report)
 
 
-def test_a_method_that_refuses_every_layer_serves_nothing(isolated):
+def test_a_method_that_refuses_every_layer_serves_nothing(three_layers):
     registry.register_method("trial")(RefusesAll)
     with pytest.raises(ContractError, match="trial fails 'serves'") as raised:
         check_method("trial")

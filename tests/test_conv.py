@@ -1,13 +1,11 @@
 """Convolutions: against the update written out as a kernel, in float64, and against PEFT where that is right."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 from tiny_models import disturb, foreign_code, state_digest
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from minipeft import CheckpointError, ConfigError, LoraConfig, TargetError, get_lora_model, load_adapter
 from minipeft.layers.base import layer_ops
@@ -81,69 +79,6 @@ def test_the_start_is_exactly_the_base(name, init):
     assert torch.equal(model(x), layer(x))
 
 
-@each
-def test_a_step_moves_every_adapter_parameter_and_no_base_weight(name):
-    layer, model, x = case(name, bias="lora_only")
-    before = {key: value.clone() for key, value in layer.state_dict().items()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model(x).square().sum().backward()
-    assert all(p.grad.any() for p in trained)
-    torch.optim.SGD(trained, lr=0.1).step()
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-@each
-def test_merged_equals_unmerged_and_unmerging_brings_every_bit_back(name, dtype, tolerance):
-    layer, model, x = case(name, dtype, bias="lora_only")
-    disturb(model)
-    before, y = layer.weight.detach().clone(), model(x)
-    model.merge_adapter()
-    torch.testing.assert_close(model(x), y, rtol=tolerance, atol=tolerance)
-    assert not torch.equal(layer.weight, before)
-    model.unmerge_adapter()
-    assert torch.equal(layer.weight, before)
-    merged = model.merge_and_unload()
-    assert type(merged.conv) is type(layer)
-    torch.testing.assert_close(merged(x), y, rtol=tolerance, atol=tolerance)
-
-
-def test_a_channels_last_weight_is_merged_and_unmerged_too():
-    layer, model, x = case("2d")
-    layer.to(memory_format=torch.channels_last)
-    before, y = layer.weight.detach().clone(), model(x)
-    model.merge_adapter()
-    torch.testing.assert_close(model(x), y)
-    model.unmerge_adapter()
-    assert torch.equal(layer.weight, before)
-    torch.testing.assert_close(model.merge_and_unload()(x), y)
-
-
-@each
-def test_files_come_back_and_copies_are_independent(name, tmp_path):
-    layer, model, x = case(name)
-    y = model(x)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(load_adapter(Net(copy.deepcopy(layer)), tmp_path)(x), y)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with torch.no_grad():
-            other.conv.adapters["default"].lora_B.add_(1)
-        assert not torch.equal(other(x), y)
-        assert torch.equal(model(x), y)
-
-
-@pytest.mark.parametrize("name", ["1d", "2d circular", "2d groups", "3d"])
-def test_compiles_into_one_graph_and_is_checkpointed(name):
-    _, model, x = case(name, torch.float32)
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
-    expected = torch.autograd.grad(model(x).square().sum(), model.conv.adapters["default"].lora_A)
-    again = torch.autograd.grad(
-        checkpoint(model, x, use_reentrant=False).square().sum(), model.conv.adapters["default"].lora_A
-    )
-    assert torch.equal(again[0], expected[0])
-
-
 def theirs(layer, directory=None, **options):
     with foreign_code():
         base = Net(copy.deepcopy(layer))
@@ -170,7 +105,7 @@ def test_files_are_those_of_peft_in_both_directions(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["2d dilation", "2d circular", "2d reflect"])
 def test_what_peft_merges_is_what_we_compute_where_its_forward_drops_dilation_or_padding(name, tmp_path):
-    """Defect 15: PEFT's own unmerged forward fails for dilation, and is off by more than one for circular padding."""
+    """PEFT's own unmerged forward fails for dilation, and is off by more than one for circular padding."""
     layer, model, x = case(name, torch.float32)
     model.save_pretrained(tmp_path)
     with foreign_code():
@@ -180,7 +115,7 @@ def test_what_peft_merges_is_what_we_compute_where_its_forward_drops_dilation_or
 
 
 def test_a_flat_3d_kernel_merges_where_peft_crashes(tmp_path):
-    """Defect 15: a Conv3d kernel (1, 1, k) is taken for a 2-d pointwise one there."""
+    """a Conv3d kernel (1, 1, k) is taken for a 2-d pointwise one there."""
     layer, model, x = case("3d flat kernel", torch.float32)
     model.save_pretrained(tmp_path)
     y = model(x)
@@ -190,7 +125,7 @@ def test_a_flat_3d_kernel_merges_where_peft_crashes(tmp_path):
 
 
 def test_loftq_is_refused_by_name_before_it_can_miss_an_argument():
-    """Defect 14: PEFT's conv calls loftq_init without an argument that it needs."""
+    """PEFT's conv calls loftq_init without an argument that it needs."""
     with pytest.raises(ConfigError, match="init_lora_weights .loftq. starts from the quantization error"):
         config(init_lora_weights="loftq")
 

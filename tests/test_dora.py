@@ -1,7 +1,6 @@
 """DoRA against its formula in float64, against PEFT on the same weights, and as a module."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ with foreign_code():
     peft = pytest.importorskip("peft")
 
 
-EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 every_layer = pytest.mark.parametrize("name", [name for name in LAYERS if "padding" not in name])
 
 
@@ -205,23 +203,6 @@ def test_dropout_leaves_the_bases_own_output_whole():
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@every_layer
-def test_merging_changes_nothing_and_unmerging_brings_back_every_bit(name, dtype):
-    layer, model = with_dora(name, dtype)
-    before, (x, _) = layer.weight.detach().clone(), example(layer, dtype)
-    expected = model(x)
-    model.merge_adapter()
-    assert (model(x) - expected).abs().max() <= EPS[dtype] * expected.abs().max()
-    assert torch.equal(layer(x), model(x))
-    model.unmerge_adapter()
-    assert torch.equal(layer.weight, before)
-    assert torch.equal(model(x), expected)
-    with model.disable_adapter():
-        assert torch.equal(model(x), layer(x))
-    assert torch.equal(model.unload().layer.weight, before)
-
-
 @pytest.mark.parametrize("order", [("default", "plain"), ("plain", "default")])
 def test_beside_another_adapter_a_merge_is_of_all_or_refused(order):
     layer, model = with_dora("linear")
@@ -238,29 +219,12 @@ def test_beside_another_adapter_a_merge_is_of_all_or_refused(order):
     torch.testing.assert_close(model(x), expected)
 
 
-@every_layer
-def test_copies_and_pickles_are_independent_and_equal(name):
-    layer, model = with_dora(name)
-    x, _ = example(layer)
-    expected = model(x).detach()
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(x), expected)
-        with torch.no_grad():
-            magnitude(other).mul_(2)
-        assert not torch.equal(other(x), expected)
-    assert torch.equal(model(x), expected)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@every_layer
-def test_compiles_into_one_graph(name, dropout):
-    layer, model = with_dora(name, dtype=torch.float32, lora_dropout=dropout)
+@pytest.mark.parametrize("name", ["linear", "embedding"])
+def test_compiles_into_one_graph_with_dropout(name):
+    layer, model = with_dora(name, dtype=torch.float32, lora_dropout=0.5)
     x, _ = example(layer, torch.float32)
     torch._dynamo.reset()
-    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
-    assert compiled(x).isfinite().all()
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model.eval(), fullgraph=True, backend="aot_eager")(x), model(x))
+    assert torch.compile(model.train(), fullgraph=True, backend="aot_eager")(x).isfinite().all()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -303,17 +267,6 @@ def test_kept_for_backward_are_the_input_and_one_output():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x)
     assert sum(storage.nbytes() for storage in saved.values()) <= 2 * x.nbytes + 16 * 4 * 256 + 4 * 128 * 4
-
-
-def test_a_frozen_base_stays_as_it_is_and_every_parameter_moves():
-    layer, model = with_dora("conv1d")
-    x, _ = example(layer)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(x).square().sum().backward()
-    optimizer.step()
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) == ("base_layer" in name)
 
 
 def test_dora_is_an_option_of_lora_in_files_too():

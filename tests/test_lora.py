@@ -133,9 +133,8 @@ def test_a_scaled_embedding_scales_its_update_too():
     torch.testing.assert_close(model(ids), expected)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_copies_and_pickles_are_independent_and_equal(name):
-    layer, model = adapted_layer(name, r=2)
+def test_copies_pickles_and_saved_modules_are_independent_and_equal():
+    layer, model = adapted_layer("linear", r=2)
     x, _ = example(layer)
     expected = model(x).detach()
     stream = io.BytesIO()
@@ -152,9 +151,8 @@ def test_copies_and_pickles_are_independent_and_equal(name):
         assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_compiles_into_one_graph(name):
-    layer, model = adapted_layer(name, r=2, dtype=torch.float32)
+def test_a_compiled_layer_follows_a_switch_of_the_adapter():
+    layer, model = adapted_layer("linear", r=2, dtype=torch.float32)
     x, _ = example(layer, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

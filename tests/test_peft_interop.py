@@ -229,7 +229,7 @@ def test_fifty_training_steps_give_the_losses_of_peft(case, tmp_path):
     assert_close(logits(model.eval()), their_logits(reference), 1e-3)
 
 
-# These tie the head to the table that is adapted, and PEFT merges into both: see test_defects.py.
+# These tie the head to the table that is adapted, and PEFT merges into both: see test_tied_weights.py.
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case not in ("gpt2 embedding", "llama tied", "t5 shared embedding")]
 )

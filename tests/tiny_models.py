@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import warnings
 
+import pytest
 import torch
 from transformers import (
     BertConfig,
@@ -148,3 +149,17 @@ def state_digest(model):
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def trainable(model):
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def refuses(error, model, action, *named):
+    """The action raises this error, its message has these words, and the model is what it was."""
+    before = state_digest(model)
+    with pytest.raises(error) as caught:
+        action()
+    for word in named:
+        assert word in str(caught.value)
+    assert state_digest(model) == before

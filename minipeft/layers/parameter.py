@@ -41,7 +41,9 @@ class ParameterOps(UncalledOps):
     @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         turned = self._turned(base)
-        turned.copy_(weight.reshape(turned.shape))
+        weight = weight.reshape(turned.shape)
+        if weight.data_ptr() != turned.data_ptr():  # the weight of a single expert may be read as a view of itself
+            turned.copy_(weight)
         return base
 
     def factor_shapes(self, base: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

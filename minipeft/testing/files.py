@@ -24,7 +24,7 @@ def files(case: Case) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         model.save_pretrained(directory)
-        loaded = load_adapter(case.base(), directory)
+        loaded = load_adapter(case.base(), directory, is_trainable=True)
         if not torch.equal(loaded(x), expected):
             raise case.fail("files", "the loaded adapter computes something else than the saved one")
         with safetensors.safe_open(directory / WEIGHTS_FILE, "pt") as file:

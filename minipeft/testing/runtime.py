@@ -85,7 +85,7 @@ def checkpointing(case: Case) -> str | None:
 
 def disabled(case: Case) -> str | None:
     """Inside ``disable_adapter`` the model is its base, bit for bit; afterwards the adapter acts and trains as before."""
-    model, base = case.adapted(), case.base()
+    model, base = case.adapted(), case.base().requires_grad_(False)  # frozen too: torch's attention has a path for that
     x = case.input(base)
     expected, trains = model(x), [p.requires_grad for p in model.parameters()]
     with model.disable_adapter():

@@ -1,0 +1,88 @@
+"""An embedding and an output head that share a weight: merging writes neither unasked, and untying lasts."""
+
+import pytest
+import torch
+from tiny_models import adapted, foreign_code, gpt2, logits, refuses, state_digest
+from transformers import GPT2LMHeadModel
+
+from minipeft import MergeError
+
+TIED_TARGETS = [["wte"], ["lm_head"], ["wte", "lm_head"], ["wte", "c_attn"]]
+every_tie = pytest.mark.parametrize("targets", TIED_TARGETS, ids=" ".join)
+every_merge = pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+
+
+@every_tie
+@every_merge
+def test_merging_into_a_tied_weight_is_refused(targets, verb):
+    model = adapted(target_modules=targets)
+    expected = logits(model)
+    refuses(MergeError, model, getattr(model, verb), "tied", "untie=True")
+    assert torch.equal(logits(model), expected)
+
+
+@every_tie
+@every_merge
+def test_with_untie_the_merged_model_computes_what_the_adapted_one_did(targets, verb):
+    model = adapted(target_modules=targets)
+    expected, table = logits(model), gpt2().transformer.wte.weight
+    getattr(model, verb)(untie=True)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    if "lm_head" not in targets:
+        assert torch.equal(model.lm_head.weight, table)
+    if "wte" not in targets:
+        assert torch.equal(model.transformer.wte.weight, table)
+
+
+@every_tie
+def test_the_untied_merged_model_survives_saving_and_reloading(targets, tmp_path):
+    model = adapted(target_modules=targets)
+    expected = logits(model)
+    merged = model.merge_and_unload(untie=True)
+    with foreign_code():
+        merged.save_pretrained(tmp_path)
+        reloaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=1e-5)
+    assert torch.equal(logits(reloaded), logits(merged))
+
+
+@every_tie
+def test_unmerging_ties_the_weights_again(targets):
+    model = adapted(target_modules=targets)
+    before = state_digest(model)
+    model.merge_adapter(untie=True)
+    assert model.config.tie_word_embeddings is False
+    model.unmerge_adapter()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.config.tie_word_embeddings is True
+    assert state_digest(model) == before
+
+
+def test_the_tie_of_the_merged_model_stays_cut_when_transformers_ties_weights():
+    model = adapted(target_modules=["wte"])
+    expected = logits(model)
+    merged = model.merge_and_unload(untie=True)
+    with foreign_code():
+        merged.tie_weights()
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+
+
+def test_merging_beside_a_tie_needs_no_leave():
+    model = adapted(target_modules=["c_attn"])
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert merged.config.tie_word_embeddings is True
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["wte"], ["wte", "lm_head"]], ids=" ".join)
+def test_a_tied_module_trained_in_full_survives_merging_saving_and_reloading(saved, tmp_path):
+    model = adapted(target_modules=["c_attn"], modules_to_save=saved)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    with foreign_code():
+        merged.save_pretrained(tmp_path)
+        reloaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(reloaded), logits(merged))
