@@ -242,12 +242,6 @@ class Lora(Adapter):
 
     def file_tensors(self) -> dict[str, Tensor]:
         A, B = ("lora_embedding_A", "lora_embedding_B") if self.is_embedding else ("lora_A.weight", "lora_B.weight")
-        tensors = {
-            A: self.lora_A,
-            B: self.lora_B,
-            f"initial_{A}": self.initial_A,
-            f"initial_{B}": self.initial_B,
-            "lora_B.bias": self.lora_B_bias,
-            "base_layer.bias": self.lora_bias,
-        }
+        tensors = {A: self.lora_A, B: self.lora_B, f"initial_{A}": self.initial_A, f"initial_{B}": self.initial_B}
+        tensors |= {"lora_B.bias": self.lora_B_bias, "base_layer.bias": self.lora_bias}
         return {key: tensor for key, tensor in tensors.items() if tensor is not None}
