@@ -50,6 +50,8 @@ def warn_if_idle(directory: Path, parts: Parts) -> None:
 
 
 def _is_zero(adapter: Adapter) -> bool:
-    """Whether the update is a product with a factor of zeros."""
-    factors = adapter.factors()
+    """Whether the update is a product with a factor of zeros, or a change of rows by zero."""
+    rows, factors = adapter.changed_rows(), adapter.factors()
+    if rows is not None:
+        return not rows[1].any()
     return factors is not None and not all(factor.any() for factor in factors)

@@ -119,7 +119,7 @@ class Adapter(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not adapt tied layers")
 
     def changed_rows(self) -> tuple[Tensor, Tensor] | None:
-        """(indices (n,), change (n, in)) if all the adapter does is to add the change to these rows of W, else None.
+        """(indices (n,), change (n, in)) if all it does is to add the change to these rows of W (columns in an embedding).
 
         With it, `minipeft.lean` can run an adapted output head on a part of the tokens at a time.
         """

@@ -176,8 +176,8 @@ class TrainableTokens(Adapter):
         self._table(update)[self.indices] = self.change().detach().to(update.dtype)
         return update
 
-    def changed_rows(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.is_embedding else (self.indices, self.change())
+    def changed_rows(self) -> tuple[Tensor, Tensor]:
+        return self.indices, self.change()
 
     def for_tied(self, base: nn.Module, ops: LayerOps) -> Self:
         twin = copy.copy(self)
