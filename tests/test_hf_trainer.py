@@ -92,7 +92,9 @@ def test_a_plain_trainer_does_not_resume_from_a_fresh_adapter(tmp_path):
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_a_plain_trainer_that_could_not_load_the_best_adapter_is_told_at_its_first_checkpoint(tmp_path, name):
     options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
-    trainer = Trainer(adapted(None, name), arguments(tmp_path, **options), train_dataset=DATA, eval_dataset=DATA[:4])
+    trainer = Trainer(
+        adapted(adapter_name=name), arguments(tmp_path, **options), train_dataset=DATA, eval_dataset=DATA[:4]
+    )
     with pytest.raises(
         StateError, match=r"minipeft\.hf\.AdapterTrainer, or class MyTrainer\(AdapterTrainerMixin, Trainer"
     ):
@@ -211,7 +213,7 @@ def checkpoint(tmp_path):
         (lambda: adapted(r=8), "r is 4 there and 8 here"),
         (lambda: adapted(lora_dropout=0.0), "lora_dropout is 0.2 there"),
         (lambda: adapted(target_modules=["c_attn", "c_proj"]), "target_modules"),
-        (lambda: adapted(None, "other"), "holds the adapters 'default', and the model has 'other'"),
+        (lambda: adapted(adapter_name="other"), "holds the adapters 'default', and the model has 'other'"),
         (lambda: merged(adapted()), "unmerge_adapter"),
     ],
 )
@@ -268,7 +270,7 @@ def test_the_mixin_stands_first():
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_the_best_adapter_is_back_at_the_end(tmp_path, name):
     scores = iter([1.0, 3.0, 2.0])
-    model = adapted(None, name)
+    model = adapted(adapter_name=name)
     trainer = AdapterTrainer(
         model,
         arguments(

@@ -63,7 +63,7 @@ def test_an_adapter_comes_from_the_cache(cache):
 
 
 def test_a_revision_is_a_branch_or_a_commit(cache):
-    old, new = adapted(1), adapted(2)
+    old, new = adapted(seed=1), adapted(seed=2)
     put(cache, old, commit=COMMITS[0], ref="v1")
     put(cache, new, commit=COMMITS[1])
     for revision, model in ((None, new), ("main", new), ("v1", old), *zip(COMMITS, (old, new), strict=True)):
@@ -81,8 +81,8 @@ def test_a_subfolder_is_looked_into(cache, tmp_path):
 
 
 def test_a_directory_wins_over_the_hub(cache, tmp_path):
-    here = adapted(2)
-    put(cache, adapted(1))
+    here = adapted(seed=2)
+    put(cache, adapted(seed=1))
     here.save_pretrained(tmp_path / "user" / "repo")
     assert torch.equal(logits(load_adapter(gpt2(), "user/repo")), logits(here))
 
