@@ -397,7 +397,7 @@ def test_a_killed_process_takes_the_others_down_and_the_launch_goes_on_from_the_
 def test_a_killed_process_ends_the_run_within_a_minute(flags, tmp_path):
     directory = tmp_path / "run"
     began = time.monotonic()
-    code, output = run(*LAUNCH, *TWO, *ONE_MACHINE, DEATHS, "2", SCRIPT, *flags, "--save_every", "2",
+    code, output = run(*LAUNCH, *TWO, *ONE_MACHINE, DEATHS, "3", SCRIPT, *flags, "--save_every", "2",
                        "--output_dir", directory)  # fmt: skip
     assert code != 0, output
     assert time.monotonic() - began < 60
