@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import Any, cast
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from minipeft import registry
 from minipeft.class_swap import reduced
@@ -23,11 +25,11 @@ from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
-from minipeft.merging import merge
+from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
-from minipeft.merging.tied_weights import check_trained_copies, mark_untied
+from minipeft.merging.tied_weights import check_trained_copies
 from minipeft.quantization.dequantize import dequantize as make_float
-from minipeft.transformers_model import wrapping_class
+from minipeft.transformers_model import mark_untied, wrapping_class
 
 
 @all_or_nothing
@@ -229,14 +231,20 @@ class AdaptedModel(SavableModel):
 
     @all_or_nothing
     def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, *, untie: bool = False, dequantize: bool = False
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        untie: bool = False,
+        dequantize: bool = False,
     ) -> MergeReport:
-        """Fold adapters into the base weights, reversibly; those merged already stay merged. Returns what it cost.
+        """Fold adapters into the base weights, reversibly; merged ones stay merged. Returns what rounding cost.
 
         Args:
             adapter_names: None: the active ones.
-            untie: give a weight that is tied elsewhere (GPT-2's embedding and head) an own copy, instead of refusing.
-            dequantize: put a float layer in the place of a quantized one, until it is unmerged, instead of refusing.
+            safe_merge: PEFT's option; every merge here is checked, so it changes nothing.
+            untie: give a weight that is tied elsewhere (GPT-2's embedding and head) its own copy instead of refusing.
+            dequantize: replace a quantized layer by a float layer, until it is unmerged, instead of refusing.
 
         Raises:
             MergeError: a check failed.
@@ -252,21 +260,35 @@ class AdaptedModel(SavableModel):
             MergeError: a merged weight was written or converted in the meantime.
         """
         if self._state.merged:
-            merge.unmerge(self)
+            unmerge(self)
             self._state.merged = ()
 
     @all_or_nothing
     def merge_and_unload(
-        self, adapter_names: Sequence[str] | None = None, *, untie: bool = False, dequantize: bool = False
+        self,
+        *,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        untie: bool = False,
+        dequantize: bool = False,
     ) -> nn.Module:
-        """Fold adapters into the base weights for good and hand back the model in its original class.
+        """Fold adapters into the base weights permanently and return the model in its original class.
 
-        Modules trained in full stay as they were trained. What it cost is logged to the logger "minipeft"; for the
-        numbers call `merge_adapter` first, whose arguments and errors these are. `dequantize` is for all of the model.
+        Modules trained in full keep their trained values. What rounding cost goes to the logger "minipeft" at level INFO.
+
+        Args:
+            progressbar: show one.
+            safe_merge, adapter_names, untie: as in `merge_adapter`.
+            dequantize: make the whole model float instead of refusing to merge into quantized layers.
+
+        Raises:
+            MergeError: a check failed.
         """
         names = self._active_or(adapter_names)
         untied = check_trained_copies(self, names)
-        self._merge(names, untie=untie, dequantize=dequantize, undoable=False)
+        progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
+        self._merge(names, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
         if untied:
             mark_untied(self)
         self._state.switch.active, self._state.switch.enabled = names, True
@@ -275,7 +297,7 @@ class AdaptedModel(SavableModel):
 
     @all_or_nothing
     def unload(self) -> nn.Module:
-        """Take all adapters out and hand back the base, bit for bit, in its original class."""
+        """Remove all adapters and return the base, bit for bit, in its original class."""
         self.unmerge_adapter()
         detach(self, AdaptedModel, keep_trained=False)
         return self
@@ -288,16 +310,16 @@ class AdaptedModel(SavableModel):
                     f"{path}: {shown(owners)} each train this module in full, so they cannot act together."
                 )
 
-    def _merge(self, names: tuple[str, ...], *, untie: bool, dequantize: bool, undoable: bool = True) -> MergeReport:
-        """Have exactly these adapters merged: one rounding for all, not one each."""
+    def _merge(self, names: tuple[str, ...], **options: Any) -> MergeReport:
+        """Have exactly these adapters merged: one rounding for all, not one each. The options are those of `merge`."""
         self._check_compatible(names)
         if names != (before := self._state.merged):
             self.unmerge_adapter()
         try:
-            report = merge.merge(self, names, untie=untie, undoable=undoable, dequantize=dequantize)
+            report = merge(self, names, **options)
         except BaseException:
-            if not (stuck := merge.merged_names(self)):  # by a merge for good that could not be taken back
-                merge.merge(self, before, untie=True, dequantize=True)
+            if not (stuck := merged_names(self)):  # by a permanent merge that could not be taken back
+                merge(self, before, untie=True, dequantize=True)
             self._state.merged = stuck or before
             raise
         self._state.merged = names

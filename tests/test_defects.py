@@ -264,7 +264,7 @@ def test_adapters_that_train_the_same_module_in_full_are_not_merged_together(ver
     """Only one of the copies could be kept."""
     model = two_of_a_kind(**options)
     refuses(StateError, model, lambda: model.set_adapter(["default", "second"]), "default", "second")
-    refuses(StateError, model, lambda: getattr(model, verb)(["default", "second"]), "default", "second")
+    refuses(StateError, model, lambda: getattr(model, verb)(adapter_names=["default", "second"]), "default", "second")
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": "lora_only"}, {"bias": "all"}, {"modules_to_save": ["ln_f"]}])
@@ -336,7 +336,7 @@ def test_an_overflow_in_half_precision_changes_no_layer(verb):
         lambda model: model.merge_adapter(),
         lambda model: model.merge_adapter(["second"]),
         lambda model: model.merge_and_unload(),
-        lambda model: model.merge_and_unload(["second"]),
+        lambda model: model.merge_and_unload(adapter_names=["second"]),
     ],
 )
 def test_a_failed_merge_leaves_an_earlier_merge_in_place(action):

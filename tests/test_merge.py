@@ -59,15 +59,15 @@ def test_undoing_keeps_next_to_nothing_of_the_weights():
     model = adapted(llama().bfloat16(), scale=0.01)
     model.merge_adapter()
     for _, layer in adapted_layers(model):
-        assert layer.undo.weight is None  # no copy
-        assert layer.undo.values.numel() <= layer.weight.numel() / 16
+        assert layer.undo.original.copy is None
+        assert layer.undo.original.values.numel() <= layer.weight.numel() / 16
 
 
 def test_an_update_that_dwarfs_the_weights_is_undone_from_a_copy():
     model = adapted(scale=30.0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     model.merge_adapter()
-    assert any(layer.undo.weight is not None for _, layer in adapted_layers(model))
+    assert any(layer.undo.original.copy is not None for _, layer in adapted_layers(model))
     model.unmerge_adapter()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -303,6 +303,6 @@ def test_a_merge_that_fails_keeps_what_was_merged_before():
     before = state_digest(model)
     for act in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(MergeError, match="not finite"):
-            act(["broken"])
+            act(adapter_names=["broken"])
         assert state_digest(model) == before
         assert all(layer.merged == ("default",) for _, layer in adapted_layers(model))

@@ -1,7 +1,6 @@
 """Merging for good: one product added in place, proved finite beforehand; and what an exception half way leaves behind."""
 
 import _thread
-import functools
 import logging
 import threading
 from dataclasses import dataclass
@@ -16,9 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from minipeft import Adapter, AdapterConfig, LoraConfig, MergeError, get_adapter_model, get_lora_model, register_method
 from minipeft.injection.module_tree import adapted_layers
-from minipeft.kernels.functional import largest, low_rank_additions, low_rank_bound, low_rank_product
+from minipeft.kernels.functional import largest, low_rank_bound, low_rank_product
 from minipeft.layers.linear import LinearOps
 from minipeft.merging import merge as merging
+from minipeft.merging.interrupts import interrupts_deferred
+from minipeft.merging.rounding import add_product
+from minipeft.merging.steps import Step, Write
 from minipeft.methods.lora import Lora
 
 WIDE = 96  # no other tensor of the model below has 96 x 96 values
@@ -71,7 +73,7 @@ def test_a_merge_for_good_reads_the_weight_once_and_adds_once():
 
 
 def test_half_precision_is_merged_without_a_wide_copy(monkeypatch):
-    monkeypatch.setattr("minipeft.kernels.functional.BLOCK", 10 * WIDE)  # the last block is a shorter one
+    monkeypatch.setattr("minipeft.merging.rounding.BLOCK", 10 * WIDE)  # the last block is a shorter one
     model = wide_model(torch.bfloat16)
     weight = model[0].weight.detach().double()
     adapter = model[0].adapter("default")
@@ -83,14 +85,18 @@ def test_half_precision_is_merged_without_a_wide_copy(monkeypatch):
     torch.testing.assert_close(model[0].weight.detach().double(), weight + update, rtol=2**-8 * 1.01, atol=1e-9)
 
 
-def test_all_layers_are_widened_in_the_same_memory():
-    scratch = {}
-    for shape in ((5, 7), (7, 5), (5, 7)):
-        weight, up, down = torch.zeros(shape).bfloat16(), torch.ones(shape[0], 1), torch.ones(1, shape[1])
-        for call in low_rank_additions(weight, up, down, scratch):
-            call()
-        assert torch.equal(weight, torch.ones(shape).bfloat16())
-    assert len(scratch) == 1
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_is_added_in_place_and_rounded_once(dtype, transposed, monkeypatch):
+    monkeypatch.setattr("minipeft.merging.rounding.BLOCK", 21)  # three rows of seven values
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, up, down = torch.randn(7, 8, dtype=dtype), torch.randn(8, 2, dtype=wide), torch.randn(2, 7, dtype=wide)
+    weight = weight.t().contiguous() if not transposed else weight
+    weight = weight if not transposed else weight.t()
+    expected = (weight.to(wide) + up @ down).to(dtype)
+    add_product(weight, up, down)
+    torch.testing.assert_close(weight, expected, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(wide).eps)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
@@ -105,7 +111,7 @@ def test_the_weight_merged_in_place_is_the_formula_in_float64(make, dtype):
             lora = layer.adapter(name)
             total = total + lora.scaling * lora.lora_B.detach().double() @ lora.lora_A.detach().double()
         wanted[path] = (layer.ops, total)
-    merged = model.merge_and_unload(["default", "second"])
+    merged = model.merge_and_unload(adapter_names=["default", "second"])
     for path, (ops, total) in wanted.items():
         weight = ops.read_weight(merged.get_submodule(path)).detach().double()
         torch.testing.assert_close(weight, total, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
@@ -148,12 +154,11 @@ def test_the_bound_bounds():
     assert not largest(torch.tensor([1.0, float("nan")])) <= 3
 
 
-def test_a_proved_merge_computes_nothing_explicitly(monkeypatch):
+def test_a_proved_merge_computes_no_merged_weight(monkeypatch):
     def fail(*args):
         raise AssertionError("computed")
 
-    for name in ("merged_weight", "total_delta", "_all_finite"):
-        monkeypatch.setattr(merging, name, fail)
+    monkeypatch.setattr(Step, "merged", fail)
     model = adapted()
     expected = logits(model)
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=0)
@@ -264,9 +269,11 @@ def test_an_untied_layer_gets_its_trained_bias_back():
 @pytest.mark.parametrize("act", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("options", [{"bias": "lora_only", "lora_alpha": 0.01}, {}], ids=["biased", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_exception_in_a_write_takes_all_writes_back(error, moment, act, options, dtype, monkeypatch):
+def test_an_exception_in_a_write_takes_back_what_it_can(error, moment, act, options, dtype, monkeypatch):
     model = disturb(wide_model(dtype, layers=4, **options), scale=0.01)
     before, digest, calls, write = bits(model), state_digest(model), [], LinearOps.write_weight
+    x = torch.randn(2, WIDE, dtype=dtype)
+    expected = model(x)
 
     def failing(ops, base, weight, bias):
         calls.append(base)
@@ -281,11 +288,13 @@ def test_an_exception_in_a_write_takes_all_writes_back(error, moment, act, optio
     with pytest.raises(error):
         getattr(model, act)()
     monkeypatch.undo()
-    assert same(model, before)
-    assert state_digest(model) == digest
-    assert not any(layer.merged for _, layer in adapted_layers(model))
-    x = torch.randn(2, WIDE, dtype=dtype)
-    expected = model(x)
+    if act == "merge_and_unload" and not options:  # added in place, without anything to take it back with
+        assert [layer.merged for _, layer in adapted_layers(model)] == [("default",)] * 3 + [()]
+    else:
+        assert same(model, before)
+        assert state_digest(model) == digest
+        assert not any(layer.merged for _, layer in adapted_layers(model))
+    torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.1)
     torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=0.1, atol=0.1)  # and it can be done again
 
 
@@ -296,7 +305,7 @@ def test_an_exception_while_untying_ties_again(monkeypatch):
     def fail(*args, **options):
         raise MemoryError
 
-    monkeypatch.setattr(merging, "_write", fail)
+    monkeypatch.setattr(Write, "write", fail)
     with pytest.raises(MemoryError):
         model.merge_adapter(untie=True)
     monkeypatch.undo()
@@ -325,15 +334,30 @@ def test_a_final_merge_that_is_no_sum_stops_in_a_state_that_acts_as_before(monke
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
-def test_python_handles_no_interrupt_between_the_calls():
-    """What `_add_in_place` builds upon: the interrupt is requested by the first of three calls and comes after the last."""
-    weight, done = torch.zeros(2, 2), []
-    add = low_rank_additions(weight, torch.ones(2, 1), torch.ones(1, 2), {})
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        done.extend(map(functools.partial.__call__, [functools.partial(_thread.interrupt_main), *add, *add]))
-        _ = [None for _ in range(3)]
+def test_an_interrupt_waits_for_the_end_of_the_block():
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred():  # noqa: PT012
+        _thread.interrupt_main()
+        done += [None for _ in range(3)]
     assert len(done) == 3
-    assert torch.equal(weight, torch.full((2, 2), 2.0))
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012  afterwards it comes at once again
+        _thread.interrupt_main()
+        done += [None for _ in range(3)]
+    assert len(done) == 3
+
+
+def test_an_interrupt_is_not_lost_if_the_block_fails():
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred():  # noqa: PT012
+        _thread.interrupt_main()
+        raise MemoryError
+
+
+def test_a_thread_merges_too():
+    model, threads = wide_model(), []
+    threads.append(threading.Thread(target=model.merge_and_unload))
+    threads[0].start()
+    threads[0].join()
+    assert type(model) is nn.Sequential
 
 
 @pytest.mark.parametrize("undoable", [True, False])

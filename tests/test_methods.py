@@ -10,7 +10,7 @@ from tiny_models import disturb, foreign_code, gpt2, logits, token_ids
 
 import minipeft
 from minipeft import get_adapter_model, get_lora_model
-from minipeft.merging.merge import merged_weight
+from minipeft.merging.steps import merged_weight
 
 METHODS = {
     "ia3": lambda **o: minipeft.IA3Config(feedforward_modules=[], **o),

@@ -128,7 +128,7 @@ def test_the_projections_are_one_storage_whatever_is_done_to_the_model():
         assert not storages(other) & storages(model)
         assert projections(other)[0].vera_A.dtype is torch.float64
     model.merge_adapter()
-    undo = next(layer.undo for _, layer in adapted_layers(model))
+    undo = next(layer.undo.original for _, layer in adapted_layers(model))
     assert undo.adapters[0].projections.vera_A is projections(model)[0].vera_A  # no copy per layer to undo the merge
     assert undo.adapters[0].vera_lambda_b is not next(adapted_layers(model))[1].adapter("default").vera_lambda_b
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
-
-BLOCK = 2**20  # values of a half-precision weight that are widened at a time; 4 MiB stay in a processor's cache
 
 
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -74,31 +71,6 @@ def low_rank_product(up: Tensor, down: Tensor, *, column_major: bool = False) ->
             adding arrays of the same memory order is several times faster.
     """
     return (down.t() @ up.t()).t() if column_major else up @ down
-
-
-def low_rank_additions(
-    weight: Tensor, up: Tensor, down: Tensor, scratch: dict[object, Tensor]
-) -> list[functools.partial[Tensor]]:
-    """The calls that together compute ``weight += up @ down`` in place, in the factors' dtype, rounded once.
-
-    A weight of that dtype takes one call; a narrower one is widened a block of rows at a time. The memory for that is
-    allocated here and put into `scratch`, so that calls on other weights reuse it.
-    """
-    if weight.dtype == up.dtype:
-        return [functools.partial(weight.addmm_, up, down)]
-    if is_column_major(weight):
-        weight, up, down = weight.t(), down.t(), up.t()
-    height, width = weight.shape
-    rows, size = max(1, BLOCK // max(1, width)), max(BLOCK, width)
-    wide = scratch.setdefault((size, up.dtype, up.device), up.new_empty(size))
-    calls: list[functools.partial[Tensor]] = []
-    for start in range(0, height, rows):
-        part = weight[start : start + rows]
-        block = wide[: part.numel()].view(part.shape)
-        calls.append(functools.partial(block.copy_, part))
-        calls.append(functools.partial(block.addmm_, up[start : start + rows], down))
-        calls.append(functools.partial(part.copy_, block))
-    return calls
 
 
 def low_rank_bound(up: Tensor, down: Tensor) -> float:

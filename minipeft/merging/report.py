@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minipeft.kernels.functional import accumulation_dtype
+
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge cost in exactness.
+    """How exact a merge was.
 
     Args:
-        relative_error: what rounding to the layer's own dtype cost: ``|realised - wanted| / |wanted|`` of each update,
+        relative_error: what rounding to the layer's dtype cost: ``|realised - wanted| / |wanted|`` of each update, in
             Frobenius norms.
-        output_error: for each quantized layer that a float one replaced, how far the two outputs lie apart at most, on
-            a random input, as a share of the largest value: the layer with its adapters, and the merged one.
+        output_error: for each quantized layer that a float layer replaced, the largest difference between the outputs
+            of the layer with its adapters and of the merged layer on a random input, as a share of the largest value.
     """
 
     relative_error: dict[str, float] = field(default_factory=dict)
@@ -24,14 +26,13 @@ class MergeReport:
 
     @property
     def worst(self) -> float:
-        """The largest of the errors of rounding, 0 where nothing was merged."""
+        """The largest relative error, 0 if nothing was merged."""
         return max(self.relative_error.values(), default=0.0)
 
     def __str__(self) -> str:
         where = max(self.relative_error, key=self.relative_error.__getitem__, default="")
-        text = f"merged {len(self.relative_error)} layers; rounding changed the update by at most {self.worst:.2g}" + (
-            f" of its norm ({where})" if where else ""
-        )
+        text = f"merged {len(self.relative_error)} layers; rounding changed the update by at most {self.worst:.2g}"
+        text += f" of its norm ({where})" if where else ""
         if self.output_error:
             where = max(self.output_error, key=self.output_error.__getitem__)
             text += (
@@ -41,12 +42,10 @@ class MergeReport:
         return text
 
 
-def relative_error(
-    weight: Tensor, merged: Tensor, bias: Tensor | None, update: Tensor | None, dtype: torch.dtype
-) -> float:
-    """How far an update that is rounded to `dtype` with the weight lies from the wanted one, as a share of its norm."""
-    wanted = merged - weight if update is None else update.to(merged.dtype)
+def relative_error(before: Tensor, after: Tensor, wanted: Tensor) -> float:
+    """How far the realised update ``after - before`` of a weight is from the wanted one, as a share of its norm."""
+    dtype = accumulation_dtype(before)
     norm = float(torch.linalg.vector_norm(wanted))
-    realised = merged.to(dtype).to(merged.dtype) - weight
-    error = float(torch.linalg.vector_norm(realised.sub_(wanted)))
+    realised = after.to(dtype) - before
+    error = float(torch.linalg.vector_norm(realised.sub_(wanted.to(dtype))))
     return error / norm if norm > 0 else error

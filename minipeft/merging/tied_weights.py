@@ -1,4 +1,4 @@
-"""Weights that several modules hold: what merging into one of them would do to the others."""
+"""Weights that several modules share: what merging into one module would do to the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minipeft.injection.modules_to_save import SavedModule
 def tied_layers(
     layer: AdaptedLayer, names: tuple[str, ...], others: Iterable[AdaptedLayer]
 ) -> tuple[AdaptedLayer, ...]:
-    """The other layers that hold the same weight and, of these adapters, the same: what is merged into one is in all."""
+    """The other layers that share the weight and these adapters, so merging into one layer merges into all."""
     weight = layer.owner._parameters.get("weight")
     if weight is None:
         return ()
@@ -33,17 +33,17 @@ def _held(layer: AdaptedLayer, name: str) -> set[int] | None:
 
 
 def adapts_tied_layers(layer: AdaptedLayer) -> bool:
-    """Whether an adapter here may be another layer's too."""
+    """Whether an adapter here may also be on layers tied to this one."""
     return any(layer.adapter(name).overrides("for_tied") for name in layer.adapters)
 
 
 def shared_parameters(
     path: str, owners: Sequence[nn.Module], written: list[Tensor], index: TensorIndex, untie: bool
 ) -> dict[str, nn.Parameter]:
-    """The parameters of the first of these modules that its merge would write, and that others than these use too.
+    """The parameters of the first of these modules that its merge would write and that other modules use too.
 
     Raises:
-        MergeError: there are such and `untie` is False.
+        MergeError: there are some and `untie` is False.
     """
     pointers = {tensor.data_ptr() for tensor in written}
     shared = {}
@@ -52,7 +52,7 @@ def shared_parameters(
         if users and not untie:
             raise MergeError(
                 f"{path}.{name} is tied to {shown(users)}, which merging would change as well. "
-                "Pass untie=True to give this layer a weight of its own."
+                "Pass untie=True to give this layer its own weight."
             )
         if users:
             shared[name] = parameter
@@ -60,12 +60,12 @@ def shared_parameters(
 
 
 def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
-    """Look at the modules trained in full; returns whether putting one in place parts it from a tensor it was tied to.
+    """Check the modules trained in full; returns whether one of them is tied, so that putting it in place unties it.
 
     Raises:
         MergeError: a trained value is not finite.
     """
-    index, parts_ties = TensorIndex(model), False
+    index, unties = TensorIndex(model), False
     for path, wrapper in wrappers(model):
         for name in names if isinstance(wrapper, SavedModule) else ():
             for key, tensor in wrapper.file_tensors(name).items():
@@ -73,14 +73,5 @@ def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
                     raise MergeError(f"{path}.{key}: the trained values are not finite.")
                 original = wrapper.base_layer.state_dict(keep_vars=True)[key]
                 owner = wrapper.base_layer.get_submodule(key.rpartition(".")[0])
-                parts_ties |= bool(index.also_used_by(original, owner))
-    return parts_ties
-
-
-def mark_untied(model: nn.Module) -> bool:
-    """Tell a transformers config that the output head has a weight of its own now; returns whether it said otherwise."""
-    config = getattr(model, "config", None)
-    said_tied = getattr(config, "tie_word_embeddings", None) is True
-    if said_tied:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-    return said_tied
+                unties |= bool(index.also_used_by(original, owner))
+    return unties

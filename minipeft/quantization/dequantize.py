@@ -1,4 +1,4 @@
-"""From quantized layers to float ones: in a whole model, and what it costs in one layer."""
+"""From quantized layers to float layers: in a whole model, and what it costs in one layer."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from minipeft.errors import MergeError, StateError, all_or_nothing
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import candidates
 from minipeft.layers.base import layer_ops
-
-# What transformers keeps of a quantization: on the model, and in its config.
-NOTES = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+from minipeft.transformers_model import forget_quantization
 
 
 @all_or_nothing
 @torch.no_grad()
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every quantized layer of a model by a float one that holds the dequantized weight; returns the model.
+    """Replace every quantized layer of a model by a float layer with the dequantized weight; returns the model.
 
-    The layers take the dtype of the model's other parameters. One that replaced a GPT-2 ``Conv1D`` becomes a Conv1D
-    again, so that the model is what its class says and can be saved by transformers.
+    The layers take the dtype of the model's other parameters. A layer that once replaced a GPT-2 ``Conv1D`` becomes a
+    Conv1D again, so transformers can save the model.
 
     Raises:
         StateError: the model has adapters (merge or unload them first).
-        MergeError: hooks or a patched forward sit on a quantized layer, and would be lost.
+        MergeError: hooks or a patched forward on a quantized layer would be lost.
     """
     found, dtype = candidates(model), float_dtype(model)
     quantized = {name: candidate for name, candidate in found.items() if _is_quantized(candidate.base)}
@@ -39,10 +37,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         layer = ops.write_weight(candidate.base, weight, bias)
         for parent, attribute in candidate.places:
             setattr(parent, attribute, layer)
-    for module in model.modules():
-        for note in NOTES:
-            vars(module).pop(note, None)
-        vars(getattr(module, "config", module)).pop("quantization_config", None)
+    forget_quantization(model)
     return model
 
 
@@ -52,10 +47,10 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def check_replaceable(model: nn.Module) -> None:
-    """Refuse to replace quantized layers to which something is attached that their replacements would not have.
+    """Refuse to replace quantized layers if something is attached to them that the replacements would lose.
 
     Raises:
-        MergeError: so it is.
+        MergeError: hooks or a patched forward are.
     """
     for name, candidate in candidates(model).items():
         base = candidate.base
@@ -68,7 +63,7 @@ def check_replaceable(model: nn.Module) -> None:
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that float layers of a model should have: that of its first own parameter that is not packed."""
+    """The dtype for float layers of a model: that of its first plain floating-point parameter outside adapters."""
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and "adapters" not in name.split("."):
             return parameter.dtype
@@ -76,7 +71,7 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def dtype_to_merge_in(path: str, layer: AdaptedLayer, model: nn.Module, dequantize: bool) -> torch.dtype:
-    """The dtype a layer's merged weight is rounded to: its own, or for a quantized layer that of the float one to come.
+    """The dtype a merged weight is rounded to: the layer's own, or that of the float layer that replaces a quantized one.
 
     Raises:
         MergeError: the layer is quantized and `dequantize` is False.
@@ -87,15 +82,15 @@ def dtype_to_merge_in(path: str, layer: AdaptedLayer, model: nn.Module, dequanti
     if not dequantize:
         raise MergeError(
             f"{path}: {type(base).__name__} is quantized, and rounding to its few values would lose most of an update. "
-            "Keep the adapter beside it, or pass dequantize=True for float layers."
+            "Keep the adapter unmerged, or pass dequantize=True for float layers."
         )
     return float_dtype(model)
 
 
 def output_error(layer: AdaptedLayer, names: tuple[str, ...], replacement: nn.Module) -> float:
-    """How far a replacement's output lies from that of a layer with these adapters, at most, as a share of the largest.
+    """The largest difference between the outputs of a replacement and of a layer with these adapters, as a share of the largest output.
 
-    Both get the same random input, in eval mode; torch's generator stays where it is.
+    Both get the same random input, in eval mode, without advancing torch's random generator.
     """
     base, ops = layer.base_layer, layer.ops
     modules = [base, *map(layer.adapter, names)]

@@ -1,0 +1,150 @@
+"""What a merge is going to do: one checked step per layer."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minipeft import registry
+from minipeft.errors import MergeError
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.module_tree import TensorIndex, adapted_layers
+from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_bound
+from minipeft.layers.uncalled import UncalledOps
+from minipeft.merging.steps import AddInPlace, Replace, Step, Write, merged_weight
+from minipeft.merging.tied_weights import adapts_tied_layers, shared_parameters, tied_layers
+from minipeft.quantization.dequantize import check_replaceable, dtype_to_merge_in
+
+TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+_forward = operator.attrgetter("forward")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to merge; see `minipeft.merging.merge.merge`."""
+
+    untie: bool = False
+    undoable: bool = True
+    dequantize: bool = False
+    reported: bool = True
+
+
+def plan_merge(model: nn.Module, names: tuple[str, ...], options: Options) -> list[Step]:
+    """The steps that fold these adapters into every layer that has them and has none merged.
+
+    Everything is checked that can be without the merged values, and the model is only read. A reversible step checks
+    the values as it writes them, since the steps before it can be taken back, so no two merged weights are in memory at
+    once. A permanent step computes them here already, unless their bound proves that they are finite.
+
+    Raises:
+        MergeError: a layer cannot be merged, or not with these options.
+    """
+    if options.dequantize:
+        check_replaceable(model)
+    index, steps, done = TensorIndex(model), list[Step](), set[AdaptedLayer]()
+    may_be_tied = [layer for _, layer in adapted_layers(model) if adapts_tied_layers(layer)]
+    for path, layer in adapted_layers(model):
+        here = tuple(name for name in names if name in layer.adapters)
+        if here and not layer.merged and layer not in done:
+            tied = tied_layers(layer, names, may_be_tied)
+            steps.append(_step(model, path, layer, here, tied, index, options))
+            done.update(tied)
+    return steps
+
+
+def _step(
+    model: nn.Module,
+    path: str,
+    layer: AdaptedLayer,
+    names: tuple[str, ...],
+    tied: tuple[AdaptedLayer, ...],
+    index: TensorIndex,
+    options: Options,
+) -> Step:
+    base, ops = layer.base_layer, layer.ops
+    if not ops.can_merge:
+        raise MergeError(f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}.")
+    dtype = dtype_to_merge_in(path, layer, model, options.dequantize)
+    layer.check_separable(path, names)
+    for holder in (layer, *tied):
+        _check_own_forward(path, holder, names)
+    common = (model, path, layer, names, tied)
+    if ops.is_quantized:
+        return Replace(*common, {}, dtype, options.undoable, options.reported)
+    owners = [layer.owner, *(other.owner for other in tied)]
+    shared = shared_parameters(path, owners, _written(layer, names), index, options.untie)
+    if not options.undoable:
+        factors = _proved_finite(layer, names)
+        if factors is not None and _holds_its_weight(layer):
+            return AddInPlace(*common, shared, dtype, options.undoable, options.reported, factors)
+    step = Write(*common, shared, dtype, options.undoable, options.reported)
+    step.check()
+    return step
+
+
+def _written(layer: AdaptedLayer, names: tuple[str, ...]) -> list[Tensor]:
+    """The tensors of the base layer that a merge writes: its weight, and its bias unless that stays the same."""
+    weight, bias = layer.ops.read_weight(layer.base_layer).detach(), layer.ops.read_bias(layer.base_layer)
+    if bias is None:
+        return [weight]
+    adapters, merged = [layer.adapter(name) for name in names], bias.detach()
+    if any(adapter.overrides("merge") or adapter.overrides("merge_after") for adapter in adapters):
+        return [weight, bias]  # what they make of it takes the merge to tell
+    for adapter in adapters:
+        merged = adapter.merge_bias(merged)  # type: ignore[assignment]
+    return [weight] if torch.equal(merged, bias) else [weight, bias]
+
+
+def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
+    """The factors of the whole update, if the merged weight cannot overflow: ``|W + up @ down| <= |W| + r |up| |down|``.
+
+    None if it might, if a value is not finite, or if the update has no such factors; then only the merged weight tells.
+    """
+    weight = layer.ops.read_weight(layer.base_layer).detach()
+    pairs = [layer.adapter(name).factors() for name in names]
+    dtype = accumulation_dtype(weight)
+    known = [pair for pair in pairs if pair is not None]
+    usable = all(torch.promote_types(x.dtype, dtype) == dtype and x.device == weight.device for p in known for x in p)
+    if len(known) < len(pairs) or not usable:
+        return None
+    bound = largest(weight) + sum(low_rank_bound(up, down) for up, down in known)
+    if not bound <= torch.finfo(weight.dtype).max / 2:  # also if it is NaN
+        return None
+    up, down = known[0]
+    if len(known) > 1:
+        up, down = torch.cat([up for up, _ in known], 1), torch.cat([down for _, down in known], 0)
+    return up.to(dtype), down.to(dtype)
+
+
+def _holds_its_weight(layer: AdaptedLayer) -> bool:
+    """Whether the canonical weight is a view of the layer's own parameter, so that adding to it changes the layer."""
+    weight = layer.ops.read_weight(layer.base_layer).detach()
+    return any(
+        own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel() and own.dtype == weight.dtype
+        for own in layer.owner.parameters(recurse=False)
+    )
+
+
+def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> None:
+    """A subclass may use its weight in its own way: try the merge on a copy of such a layer, with a random input."""
+    base = layer.base_layer
+    registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops == layer.ops), type(base))
+    if isinstance(layer.ops, UncalledOps) or _forward(type(base)) is _forward(registered):
+        return  # a weight that is read is the merged one at every call
+    trial = copy.deepcopy(layer).eval()
+    trial.switch.active, trial.switch.enabled, trial.merged = names, True, ()
+    with torch.random.fork_rng(devices=[]):
+        x = layer.ops.example_input(base)
+    expected = trial(x)
+    weight, bias = merged_weight(trial, names)
+    merged = layer.ops.write_weight(trial.base_layer, weight, bias)(x)
+    error = float((merged - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not error <= TRIAL_TOLERANCE[layer.ops.read_weight(base).dtype]:
+        raise MergeError(
+            f"{path}: {type(base).__name__} has a forward of its own, and with the merged weight its output is off by "
+            f"{error:.2g}. Keep the adapter unmerged, or register_layer a LayerOps that knows this layer."
+        )
