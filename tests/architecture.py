@@ -117,6 +117,7 @@ def table(root: Path = ROOT) -> dict[str, str]:
     )
     return {
         "files and lines of the core": f"{len(core)}, {sum(map(_lines, core)):,}",
+        "lines of code of the core": f"{sum(map(code_lines, core)):,}",
         "files and lines of the package": f"{len(code)}, {sum(map(_lines, code)):,}",
         "longest file of the package": f"{max(map(_lines, code))}",
         "lines of examples/train.py": f"{_lines(root / 'examples/train.py')}",
@@ -131,6 +132,23 @@ def table(root: Path = ROOT) -> dict[str, str]:
         "must of the Adapter contract": contract(root / "minipeft/methods/base.py", "Adapter"),
         "banner comments": f"{banners}",
     }
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a file without docstrings, comments, imports and blank lines."""
+    text = path.read_text("utf-8")
+    tree, skipped = ast.parse(text), set[int]()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        documented = (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None
+        )
+        for part in [node] if isinstance(node, ast.Import | ast.ImportFrom) else body[:1] if documented else []:
+            skipped |= set(range(part.lineno, (part.end_lineno or 0) + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(
+        number not in skipped and bool(line.strip()) and not line.lstrip().startswith("#") for number, line in lines
+    )
 
 
 def _lines(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Quantizing the frozen linear layers of a model in memory, GPT-2's Conv1D included, before adapters are put on it."""
+"""Quantizing the linear layers of a model in memory, GPT-2's Conv1D included, before adapters are added."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing
 from minipeft.injection.module_tree import Candidate, TensorIndex, candidates
 from minipeft.injection.targets import HEAD_NAMES
 from minipeft.injection.wrapper import Wrapper
-from minipeft.kernels import malloc_trim
 from minipeft.layers.base import LayerOps, is_plain_linear, layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.patterns import is_suffix
@@ -24,21 +23,20 @@ from minipeft.transformers_model import output_head
 def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str] = ()) -> nn.Module:
     """Replace the linear layers of a float model by quantized, frozen ones, in place; returns the model.
 
-    Left in float are the output head and task heads, embeddings, layers that share their weight with another module,
-    and whatever has a forward of its own. The float weights go when the last reference to them does.
+    The output head and task heads, embeddings, layers tied to another module, and layers with a forward of their own
+    stay in float. The float weights are freed with the last reference to them.
 
     Args:
-        model: any float model without adapters, on any device; its weights in float32, bfloat16 or float16.
-        kind: "nf4", QLoRA's 4-bit normal float (arXiv:2305.14314), in blocks of 64 with 8-bit scales, 4.13 bits a weight
-            (blocks of 32 where the input features are no multiple of 64), or "fp4"; "int8", LLM.int8() (arXiv:2208.07339);
-            these need bitsandbytes. "int8_weight_only" needs torchao. A registered `LayerOps` may bring more.
-        skip_modules: names, or dotted ends of names, of further modules to leave in float with all that is in them.
+        model: any model without adapters, with weights in float32, bfloat16 or float16, on any device.
+        kind: "nf4", QLoRA's 4-bit normal float (arXiv:2305.14314), in blocks of 64 with 8-bit scales, 4.13 bits per
+            weight (blocks of 32 if the input features are not a multiple of 64); "fp4"; "int8", LLM.int8()
+            (arXiv:2208.07339). These need bitsandbytes. "int8_weight_only" needs torchao. Registered ops may add kinds.
+        skip_modules: names, or dotted ends of names, of more modules to leave in float with everything in them.
 
     Raises:
-        ConfigError: no such kind, or its package is missing.
+        ConfigError: there is no such kind, or its package is missing.
         StateError: the model has adapters.
-        TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantize. In any case nothing was
-            changed.
+        TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantize.
     """
     registry.load_plugins()
     known = [ops for ops in registry.layers().values() if isinstance(ops, QuantizedLinearOps)]
@@ -92,20 +90,19 @@ def _replacement(candidate: Candidate, ops: LayerOps, quantizer: QuantizedLinear
     name, layer = candidate.names[0], candidate.base
     weight, bias = ops.read_weight(layer).detach().contiguous(), ops.read_bias(layer)
     try:
-        packed = quantizer.quantize(kind, weight, None if bias is None else bias.detach())
+        quantized = quantizer.quantize(kind, weight, None if bias is None else bias.detach())
     except ImportError as error:
         raise ConfigError(
-            f"quantize: {kind!r} needs {error.name or 'a package'}, which is not installed; pip install 'minipeft[quant]'. "
+            f"quantize: {kind!r} needs {error.name or 'a package'}, which is not installed; pip install 'minipeft[quant]'."
         ) from None
     except ValueError as error:
         raise TargetError(f"{name}: {error}. Leave it in float by skip_modules, or take another kind.") from None
-    if not quantizer.accepts(packed):
+    if not quantizer.accepts(quantized):
         raise TargetError(
-            f"{name}: the installed package packs {kind!r} in a way that {type(quantizer).__name__} does not know. "
+            f"{name}: the installed package stores {kind!r} in a way that {type(quantizer).__name__} does not know. "
             "Take the version that the extra minipeft[quant] names."
         )
-    # What stood here, in transformers' words: whoever makes it float again knows what to make of it.
-    packed.source_cls = type(layer)  # type: ignore[assignment]
-    quantizer.prepare(packed)
-    malloc_trim.trim(weight.device.type)  # the peak is here, and packing leaves holes
-    return packed.requires_grad_(False).train(layer.training)
+    # transformers' name for the class that was replaced; dequantizing makes a layer of this class again.
+    quantized.source_cls = type(layer)  # type: ignore[assignment]
+    quantizer.prepare(quantized)
+    return quantized.requires_grad_(False).train(layer.training)
