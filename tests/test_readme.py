@@ -1,6 +1,8 @@
 """The README and docs/ are true: their code runs, their commands work, and the tests that they name are there."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -37,9 +39,11 @@ def models(tmp_path_factory):
 
 def run_page(page, folder, models):
     """All Python blocks of a page, run in order as one program in a folder; returns its variables."""
-    values = {"__name__": "page"}
+    program = types.ModuleType("program")
+    values = vars(program)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setitem(sys.modules, "program", program)  # its classes can be pickled
         for block in python_blocks(page):
             code = block.replace(TRAINING, TRAINED)
             for name, small in models.items():
@@ -156,3 +160,24 @@ def test_the_tests_that_the_pages_name_are_there():
     for file, function in named:
         text = (ROOT / "tests" / file).read_text("utf-8")
         assert not function or f"def {function}(" in text, f"{file} has no {function}"
+
+
+def test_the_files_that_the_pages_name_are_there():
+    named = {
+        match
+        for page in PAGES
+        for match in re.findall(r"`((?:minipeft|examples|benchmarks|tests)/[\w/.]+)`", page.read_text("utf-8"))
+    }
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_page_on_architecture_has_the_rooms_on_their_floors():
+    from test_architecture import FLOOR
+
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    floor, told = 0, {}
+    for height, room in re.findall(r"^\| (\d*) ?\| `(\w+)(?:\.py|/)` \|", page, flags=re.MULTILINE):
+        floor = int(height) if height else floor
+        told[room] = floor
+    assert told == {room: height + 1 for room, height in FLOOR.items()}
