@@ -1,35 +1,76 @@
-"""The README is true: its code runs, its commands are those that work, and what it says of itself holds."""
+"""The README and docs/ are true: their code runs, their commands work, and the tests that they name are there."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import foreign_code
 
 from minipeft import registry
 from minipeft.injection import default_targets as families
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-HUB_MODEL = "openai-community/gpt2"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TINY = ROOT / "examples/assets/tiny"
 TRAINING = "# ... train it with what you train models with ..."
 TRAINED = "[p.data.add_(0.01) for p in model.parameters() if p.requires_grad]"
 
 
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
+
+
 @pytest.fixture(scope="module")
-def namespace(tmp_path_factory):
-    """All Python blocks of the README, run in order as one program; the hub's GPT-2 is the embedded small one."""
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+def models(tmp_path_factory):
+    """The hub's models that the pages name -> a small local one of the same family."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    llama = tmp_path_factory.mktemp("models") / "llama"
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(llama)
+    tokenizer.save_pretrained(llama)
+    return {"openai-community/gpt2": str(TINY), "meta-llama/Llama-3.2-1B": str(llama)}
+
+
+def run_page(page, folder, models):
+    """All Python blocks of a page, run in order as one program in a folder; returns its variables."""
+    program = types.ModuleType("program")
+    values = vars(program)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(sys.modules, "program", program)  # its classes can be pickled
+        for block in python_blocks(page):
+            code = block.replace(TRAINING, TRAINED)
+            for name, small in models.items():
+                code = code.replace(name, small)
+            with foreign_code():  # transformers warns of a machine without an accelerator
+                exec(compile(code, page.name, "exec"), values)
+    return values
+
+
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory, models):
+    """The variables of the README's program."""
     folder = tmp_path_factory.mktemp("readme")
-    values = {"__name__": "readme"}
     with registry.isolated():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            for block in blocks:
-                code = block.replace(HUB_MODEL, str(ROOT / "examples/assets/tiny")).replace(TRAINING, TRAINED)
-                exec(compile(code, "README.md", "exec"), values)
-        yield values | {"folder": folder}
+        yield run_page(ROOT / "README.md", folder, models) | {"folder": folder}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if python_blocks(page)], ids=lambda page: page.stem)
+def test_the_code_of_each_page_runs(page, tmp_path, models):
+    with registry.isolated():
+        run_page(page, tmp_path, models)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_the_first_code_stands_in_the_first_ten_lines():
@@ -37,6 +78,7 @@ def test_the_first_code_stands_in_the_first_ten_lines():
 
 
 def test_the_code_of_the_readme_runs(namespace):
+    assert len(python_blocks(ROOT / "README.md")) == 4
     assert TRAINING in README
     assert (namespace["folder"] / "my-adapter" / "adapter_model.safetensors").exists()
 
@@ -53,7 +95,7 @@ def test_the_method_of_the_readme_keeps_what_it_promises(namespace, tmp_path):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         expected = model(ids).logits
         model.save_pretrained(tmp_path)
-        loaded = load_adapter(AutoModelForCausalLM.from_pretrained(ROOT / "examples/assets/tiny"), tmp_path)
+        loaded = load_adapter(AutoModelForCausalLM.from_pretrained(TINY), tmp_path)
         assert torch.equal(loaded(ids).logits, expected)
         torch._dynamo.reset()
         compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")
@@ -110,9 +152,32 @@ def test_ci_calls_the_test_command_of_the_readme():
     assert "torch==2.13.0" in (ROOT / ".ci" / "constraints.txt").read_text("utf-8").splitlines()
 
 
-def test_the_tests_that_the_fault_list_names_are_there():
-    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", README)
+def test_the_tests_that_the_pages_name_are_there():
+    named = {
+        match for page in PAGES for match in re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page.read_text("utf-8"))
+    }
     assert len(named) > 10
     for file, function in named:
         text = (ROOT / "tests" / file).read_text("utf-8")
         assert not function or f"def {function}(" in text, f"{file} has no {function}"
+
+
+def test_the_files_that_the_pages_name_are_there():
+    named = {
+        match
+        for page in PAGES
+        for match in re.findall(r"`((?:minipeft|examples|benchmarks|tests)/[\w/.]+)`", page.read_text("utf-8"))
+    }
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_page_on_architecture_has_the_rooms_on_their_floors():
+    from test_architecture import FLOOR
+
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    floor, told = 0, {}
+    for height, room in re.findall(r"^\| (\d*) ?\| `(\w+)(?:\.py|/)` \|", page, flags=re.MULTILINE):
+        floor = int(height) if height else floor
+        told[room] = floor
+    assert told == {room: height + 1 for room, height in FLOOR.items()}
