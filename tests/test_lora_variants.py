@@ -295,7 +295,7 @@ def test_plain_lora_of_one_rank_comes_of_patterns_and_rank_stabilised_scaling(tm
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "lora_only"}, {"lora_bias": True}])
 def test_what_is_no_plain_lora_is_not_written_as_such(options):
     model = get_lora_model(gpt2(), LoraConfig(target_modules=["c_attn"], **options))
-    with pytest.raises(minipeft.CheckpointError, match=r"transformer.h.0.attn.c_attn: .* no plain LoRA"):
+    with pytest.raises(minipeft.CheckpointError, match=r"transformer.h.0.attn.c_attn: .* not plain LoRA"):
         as_lora(model, model.adapter_configs["default"], "default")
 
 

@@ -134,4 +134,4 @@ def test_a_broken_plugin_is_named_in_a_warning_and_harms_nothing(installed, tmp_
     assert said["methods"] == ["rank_one"], "what a broken plugin had registered is taken back"
     assert said["layers"] == ["minipeft_sample.int8.Int8Linear"]
     assert said["lora"]
-    assert "no directory" in said["refused"], "the call that loaded them goes on"
+    assert "not a directory" in said["refused"], "the call that loaded them goes on"

@@ -169,5 +169,5 @@ def test_a_method_that_keeps_no_state_takes_none(tmp_path):
     model = minipeft.get_lora_model(gpt2(), minipeft.LoraConfig(r=2, target_modules=["c_attn"]))
     path = "transformer.h.0.attn.c_attn"
     minipeft.step_hooks.check_schedule_state(model, "default", None)
-    with pytest.raises(CheckpointError, match="keeps no training state, and 'left' came"):
+    with pytest.raises(CheckpointError, match="has no training state, but the checkpoint has 'left'"):
         minipeft.step_hooks.check_schedule_state(model, "default", {f"{path}/left": torch.ones(2)})
