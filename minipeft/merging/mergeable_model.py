@@ -1,0 +1,94 @@
+"""The merging verbs of an adapted model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from minipeft.errors import StateError, all_or_nothing, shown
+from minipeft.files.save_pretrained import SavableModel
+from minipeft.injection.attach import STATE
+from minipeft.injection.module_tree import wrappers
+from minipeft.injection.modules_to_save import SavedModule
+from minipeft.merging.merge import merge, merged_names, unmerge
+from minipeft.merging.report import MergeReport
+
+
+class MergeableModel(SavableModel):
+    """The part of `minipeft.AdaptedModel` that folds adapters into base weights and takes them out again."""
+
+    @all_or_nothing
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        untie: bool = False,
+        dequantize: bool = False,
+    ) -> MergeReport:
+        """Fold adapters into the base weights, reversibly; merged ones stay merged. Returns what rounding cost.
+
+        Args:
+            adapter_names: None: the active ones.
+            safe_merge: PEFT's option; every merge here is checked, so it changes nothing.
+            untie: give a weight that is tied elsewhere (GPT-2's embedding and head) its own copy instead of refusing.
+            dequantize: replace a quantized layer by a float layer, until it is unmerged, instead of refusing.
+
+        Raises:
+            MergeError: a check failed.
+        """
+        names = self._active_or(adapter_names)
+        return self._merge(tuple(dict.fromkeys((*self._state.merged, *names))), untie=untie, dequantize=dequantize)
+
+    @all_or_nothing
+    def unmerge_adapter(self) -> None:
+        """Take every merged adapter out of the base weights again, bit for bit.
+
+        Raises:
+            MergeError: a merged weight was written or converted in the meantime.
+        """
+        if self._state.merged:
+            unmerge(self)
+            self._state.merged = ()
+
+    @contextlib.contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        """Within the context the base weights are the original ones; afterwards, merged adapters are merged again."""
+        state, merged = self._state, self._state.merged
+        self.unmerge_adapter()
+        try:
+            yield
+        finally:
+            if merged and self.__dict__.get(STATE) is state:  # unless it was unloaded in the meantime
+                self._merge(merged, untie=True, dequantize=True)  # as allowed before
+
+    def _check_compatible(self, names: tuple[str, ...]) -> None:
+        for path, wrapper in wrappers(self) if len(names) > 1 else ():
+            owners = [name for name in names if name in wrapper.adapters]
+            if isinstance(wrapper, SavedModule) and len(owners) > 1:
+                raise StateError(
+                    f"{path}: {shown(owners)} each train this module in full, so they cannot act together."
+                )
+
+    def _merge(self, names: tuple[str, ...], **options: Any) -> MergeReport:
+        """Have exactly these adapters merged: one rounding for all, not one each. The options are those of `merge`."""
+        self._check_compatible(names)
+        if names != (before := self._state.merged):
+            self.unmerge_adapter()
+        try:
+            report = merge(self, names, **options)
+        except BaseException:
+            if not (stuck := merged_names(self)):  # by a permanent merge that could not be taken back
+                merge(self, before, untie=True, dequantize=True)
+            self._state.merged = stuck or before
+            raise
+        self._state.merged = names
+        return report
+
+    def _active_or(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
+        names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
+        self._check_known(names)
+        if not self._state.switch.enabled:
+            raise StateError("the adapters are switched off by disable_adapter(); merge outside of that context.")
+        return names
