@@ -19,7 +19,6 @@ import copy
 import importlib.metadata
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,14 +27,9 @@ from typing import Any, TypeVar
 
 from minipeft.contract import breach
 from minipeft.errors import RegistryError, hint, shown
+from minipeft.type_names import qualified, settled
 
 Class = TypeVar("Class", bound=type[Any])
-PLUGIN_GROUP = "minipeft.plugins"
-
-
-def qualified(cls: type) -> str:
-    """``module.qualname``: the identity of a class, the same after a notebook reload."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @dataclass
@@ -127,13 +121,9 @@ def register_adapter(
 def register_targets(
     model_type: str, patterns: Sequence[str] | str, *, method: str | None = None, option: str = "target_modules"
 ) -> None:
-    """Set a default for a transformers ``model_type``: suffixes, or one regular expression for the whole name.
+    """Set the default of an option for a transformers ``model_type``: suffixes, or one regex for the whole name.
 
-    Args:
-        model_type: the model type.
-        patterns: the default.
-        method: the method it is for; None: for all methods that have no default of their own.
-        option: the option of the configuration that is left at None.
+    With `method` it is for that method alone, instead of the general default.
 
     Raises:
         RegistryError: there is another default already.
@@ -141,9 +131,7 @@ def register_targets(
     value = patterns if isinstance(patterns, str) else tuple(patterns)
     known = _tables.targets.setdefault((method, option, model_type), value)
     if known != value:
-        raise RegistryError(
-            f"model type {model_type!r} already has the default targets {known!r}; not changed to {value!r}."
-        )
+        raise RegistryError(f"model type {model_type!r} already has the default targets {known!r}, not {value!r}.")
 
 
 def _registering(table: dict[Any, Any], key: Any, contract: str, what: str) -> Callable[[Class], Class]:
@@ -196,7 +184,7 @@ def layer_type_names() -> list[str]:
 
 def layer_key(layer: type | str) -> str:
     """The name that `layers` has for a layer type, given as a class or by any of its dotted names."""
-    return _settled(_type_key(layer)) if isinstance(layer, type) or "[" not in layer else layer
+    return settled(_type_key(layer)) if isinstance(layer, type) or "[" not in layer else layer
 
 
 def method_class(method: str) -> type[Any]:
@@ -238,15 +226,9 @@ def _settle_dotted_names() -> None:
     tables: tuple[dict[str, dict[str, Any]], ...] = (_tables.layers, _tables.by_layer)
     for table in tables:
         for key in list(table):
-            real = _settled(key)
+            real = settled(key)
             if real != key:
                 table[real] = {**table.pop(key), **table.get(real, {})}
-
-
-def _settled(key: str) -> str:
-    module, _, name = key.rpartition(".")
-    target = getattr(sys.modules.get(module), name, None)
-    return qualified(target) if isinstance(target, type) else key
 
 
 def load_plugins() -> None:
@@ -258,7 +240,7 @@ def load_plugins() -> None:
     if _plugins_loaded or os.environ.get("MINIPEFT_DISABLE_PLUGINS") == "1":
         return
     _plugins_loaded = True
-    for entry in sorted(importlib.metadata.entry_points(group=PLUGIN_GROUP), key=lambda e: e.name):
+    for entry in sorted(importlib.metadata.entry_points(group="minipeft.plugins"), key=lambda e: e.name):
         before = copy.deepcopy(_tables)
         try:
             entry.load()

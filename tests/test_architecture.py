@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minipeft"
 # The rooms of the package, one line a floor, the lowest first: a room imports from floors below it and from itself.
 FLOORS = (
-    ("errors", "class_swap", "transformers_model"),
+    ("errors", "class_swap", "transformers_model", "type_names"),
     ("kernels", "contract", "patterns"),
     ("registry", "options"),
     ("layers", "config"),

@@ -555,7 +555,7 @@ def test_a_layer_that_is_replaced_when_merged_may_differ_by_its_own_noise(two_me
     registry.register_layer(Packed)(PackedOps)
     assert all(pair.served for pair in check_layer(Packed, make=Packed).pairs)
     assert all(pair.served for pair in check_layer(Packed, make=noisy).pairs)
-    with pytest.raises(ContractError, match="the layer that write_weight gives is off by"):
+    with pytest.raises(ContractError, match="the layer that write_weight returns is off by"):
         check_layer(Packed, make=wrong)
 
 

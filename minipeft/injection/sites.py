@@ -15,6 +15,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
+from minipeft.type_names import qualified
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def ops_for(name: str, candidate: Candidate) -> LayerOps:
     ops = layer_ops(base)
     if ops is not None:
         return ops
-    kind, known = registry.qualified(type(base)), ", ".join(registry.layer_type_names())
+    kind, known = qualified(type(base)), ", ".join(registry.layer_type_names())
     if any(True for _ in registry.layer_candidates(type(base))):
         weight = getattr(base, "weight", None)
         holds = f", weight {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""

@@ -18,6 +18,7 @@ from minipeft import registry
 from minipeft.errors import TargetError
 from minipeft.layers.base import LayerOps
 from minipeft.layers.quantized import QuantizedLinearOps
+from minipeft.type_names import qualified
 
 Make = Callable[[int, int], nn.Module]
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -49,7 +50,7 @@ def call_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 def register_example(layer: type | str, make: Make, *, call: Call = call_layer, parameter: str = "") -> None:
     """Let `check_method` and `check_layer` try a layer type with what `make` makes; arguments are those of `Example`."""
-    _examples[layer if isinstance(layer, str) else registry.qualified(layer)] = Example(make, call, parameter)
+    _examples[layer if isinstance(layer, str) else qualified(layer)] = Example(make, call, parameter)
 
 
 def register_options(method: str, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is saved is loaded bit for bit, and what is wrong with a file stops the load."""
+"""A saved adapter is loaded bit for bit, and anything wrong with a file stops the load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minipeft.testing.case import Case, fingerprint
 
 
 def files(case: Case) -> str | None:
-    """A saved adapter is loaded bit for bit, and a missing, extra or reshaped tensor stops the load without a trace."""
+    """A saved adapter is loaded bit for bit, and a missing, extra or reshaped tensor stops the load and changes nothing."""
     model = case.adapted()
     x = case.input(case.base())
     expected = model(x)
@@ -41,7 +41,7 @@ def files(case: Case) -> str | None:
             safetensors.torch.save_file(tensors, directory / WEIGHTS_FILE, metadata)
             refusals += _load_refused(case, directory, what, x, expected)
         if refusals < len(damaged) - len(saved) + 1:
-            raise case.fail("files", "no tensor is missed where it is missing from the file")
+            raise case.fail("files", "a file loads whichever of its tensors is missing")
     return None
 
 
@@ -50,7 +50,7 @@ def _reshaped(tensor: Tensor) -> Tensor:
 
 
 def _load_refused(case: Case, directory: Path, what: str, x: Tensor, expected: Tensor) -> bool:
-    """Whether the load is refused; one that is not must have made the very same adapter, as from a saved seed."""
+    """Whether the load is refused; otherwise it must have made the same adapter, for example from a saved seed."""
     base = case.base()
     before = fingerprint(base)
     try:

@@ -1,4 +1,4 @@
-"""Merged, the output is the same; unmerged, every bit is; and what makes merging cheaper says the truth."""
+"""Merging keeps the output, unmerging restores every bit, and an adapter's delta and factors match its merge."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from minipeft.testing.case import (
 
 
 def merges(dtype: torch.dtype) -> Callable[[Case], str | None]:
-    """The check of merging in one dtype, ``merge_float32`` say."""
+    """The check of merging in one dtype, for example ``merge_float32``."""
     name = f"merge_{str(dtype).removeprefix('torch.')}"
 
     def check(case: Case) -> str | None:
@@ -54,7 +54,7 @@ def _refuses_to_merge(case: Case, name: str) -> str:
     except MergeError:
         if fingerprint(model) == before:
             return f"{type(case.ops).__name__}.can_merge is False, and merging is refused"
-    raise case.fail(name, "can_merge is False, but merging is not refused, or not without a trace")
+    raise case.fail(name, "can_merge is False, but merging is not refused, or changes the model")
 
 
 def _merge(case: Case, name: str, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
@@ -82,7 +82,7 @@ def _merge(case: Case, name: str, dtype: torch.dtype, sizes: tuple[int, int]) ->
 
 @torch.no_grad()
 def _algebra(case: Case, name: str, layer: AdaptedLayer) -> None:
-    """What an adapter says to make merging cheaper, its delta and its factors, is what its merge does."""
+    """Check that the adapter's `delta` and `factors`, which make merging cheaper, give what its `merge` gives."""
     adapter, weight = layer.adapter("default"), layer.ops.read_weight(layer.base_layer).detach()
     weight, bias = weight.to(accumulation_dtype(weight)), layer.ops.read_bias(layer.base_layer)
     kept = weight.clone()
@@ -97,12 +97,12 @@ def _algebra(case: Case, name: str, layer: AdaptedLayer) -> None:
 
 
 def _merge_options(case: Case) -> dict[str, Any]:
-    # A quantized layer is merged into a float layer in its place, and only where that is asked for.
+    # A quantized layer is merged only on request, since a float layer replaces it.
     return {"dequantize": True} if case.ops.is_quantized else {}
 
 
 def _own_noise(case: Case, name: str, model: AdaptedModel, x: Tensor, plain: Tensor) -> float:
-    """How far the layers' outputs are from those of the weights they are read as; of an ordinary layer, 0."""
+    """How far the layers' outputs are from those of the weights read from them; 0 unless writing replaces a layer."""
     trial = copy.deepcopy(model)
     replaced = False
     for layer in layers_of(trial):
@@ -112,5 +112,5 @@ def _own_noise(case: Case, name: str, model: AdaptedModel, x: Tensor, plain: Ten
     with trial.disable_adapter():
         noise = relative_error(trial(x), plain) if replaced else 0.0
     if noise > OWN_NOISE:
-        raise case.fail(name, f"the layer that write_weight gives is off by {noise:.2g} with the weight it had")
+        raise case.fail(name, f"the layer that write_weight returns is off by {noise:.2g} with its own weight")
     return 3 * noise

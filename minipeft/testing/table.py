@@ -1,7 +1,7 @@
 """``python -m minipeft.testing.table``: which method adapts which layer type, in Markdown, made from the registry.
 
-A cell is tried and not claimed: the method adapts a tiny example of the layer, and where it refuses the cell is empty.
-The last column and the last row are the lines of code of the file that each method and layer type stands in.
+Every cell is tried: the method adapts a tiny example of the layer, and the cell is empty if it refuses. The last column
+and the last row count the lines of code of the file that defines the method or the layer type.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def table() -> str:
 
 
 def refusals() -> dict[tuple[str, str], str]:
-    """(method, layer type) -> the words with which the method refuses the layer, for each empty cell of the table."""
+    """(method, layer type) -> the message with which the method refuses the layer, for each empty cell of the table."""
     methods, layers = _built_in()
     tried = {(method, layer): refusal(method, layer) for method in methods for layer in layers}
     return {pair: words for pair, words in tried.items() if words is not None}
@@ -48,7 +48,7 @@ def with_table(text: str, new: str) -> str:
     """The text with `new` between the two marker lines.
 
     Raises:
-        StateError: the markers do not stand there once each, in this order.
+        StateError: the text does not have each marker once, in this order.
     """
     before, begin, rest = text.partition(BEGIN)
     inside, end, after = rest.partition(END)
@@ -58,7 +58,7 @@ def with_table(text: str, new: str) -> str:
 
 
 def code_lines(path: str) -> int:
-    """Lines of a Python file with code on them: not blank, no comment, no docstring."""
+    """The lines of code of a Python file, without blank lines, comments and docstrings."""
     source = Path(path).read_text("utf-8")
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     docs: set[int] = set()
