@@ -92,7 +92,7 @@ def still_base(tmp_path_factory) -> Path:
 def short_text(tmp_path_factory) -> Path:
     """Seventeen blocks of 64 tokens; the last one is held out."""
     path = tmp_path_factory.mktemp("text") / "short [1].txt"  # a name that is also a glob pattern
-    path.write_text(gzip.decompress((CORPUS / "code-train.txt.gz").read_bytes()).decode()[:3600], "utf-8")
+    path.write_text(gzip.decompress((CORPUS / "code-train.txt.gz").read_bytes()).decode()[:3620], "utf-8")
     return path
 
 
