@@ -8,6 +8,7 @@ nor the contract suite.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "minipeft")
 
 
+@functools.cache
 def graph(root: Path = ROOT) -> dict[str, set[str]]:
     """Module -> modules that it imports, without the front door, which imports everything."""
     files = {name: path for path, name in modules(root)}

@@ -2,12 +2,13 @@
 
 import csv
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
+from warm import Warm
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -109,9 +110,8 @@ def test_a_refused_case_is_said_by_the_exit_code(main, monkeypatch, capsys):
 
 
 def test_the_memory_benchmark_measures_each_subject_in_its_own_process(tmp_path):
-    command = [sys.executable, BENCHMARKS / "memory.py", "--quick", "--output", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    process = Warm(tmp_path, warm.script, BENCHMARKS / "memory.py", "--quick", "--output", tmp_path)
+    assert process.wait() == 0, process.stderr
     rows = read(tmp_path / "memory.csv")
     net = [row for row in rows if row["measure"] == "peak resident memory, net" and row["peer_name"] == "PEFT"]
     assert [row["subject"] for row in net] == [

@@ -276,6 +276,13 @@ def test_ddp_finds_no_fault_with_the_layout_of_the_gradients(ranks):
     assert not any(word in found["stderr"] for found in ranks for word in ("stride", "layout"))
 
 
+def one_block(**options):
+    """To compile: of each layer type one, since a second block only takes time."""
+    model = in_training(**options)
+    del model.transformer.h[1:]
+    return model
+
+
 @pytest.fixture
 def compiled():
     """How a model is compiled here: forward and backward pass traced, in one graph."""
@@ -284,13 +291,13 @@ def compiled():
 
 
 def test_a_compiled_backward_pass_gives_the_gradients_of_the_fused_one(compiled):
-    model, ids = in_training(), BATCHES[FEW]
+    model, ids = one_block(), BATCHES[FEW]
     loss_of(compiled(model), ids).backward()
     assert_all_close(taken_gradients(model), gradients(model, ids))
 
 
 def test_a_compiled_backward_pass_works_under_autocast(compiled):
-    model, ids = in_training(), BATCHES[FEW]
+    model, ids = one_block(), BATCHES[FEW]
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(compiled(model), ids)
         expected = loss_of(model, ids)
@@ -302,7 +309,7 @@ def test_a_compiled_backward_pass_works_under_autocast(compiled):
 
 
 def test_a_compiled_model_trains_with_dropout(compiled):
-    model, ids = in_training(dropout=0.2), BATCHES[FEW]
+    model, ids = one_block(dropout=0.2), BATCHES[FEW]
     run, optimizer, losses = compiled(model), an_optimizer(model), []
     for _ in range(20):
         loss = loss_of(run, ids)

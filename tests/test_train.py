@@ -42,6 +42,13 @@ RESULTS |= {
 }
 
 
+@pytest.fixture(scope="module")
+def train(train):
+    """Without what is slow and what the quick run shows: long samples and the curve."""
+    train.SAMPLE_TOKENS, train.plot_losses = 2, lambda *_: None
+    return train
+
+
 def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **more}
     return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=200)
@@ -83,9 +90,9 @@ def still_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def short_text(tmp_path_factory) -> Path:
-    """Seventeen blocks of 128 tokens; the last one is held out."""
+    """Seventeen blocks of 64 tokens; the last one is held out."""
     path = tmp_path_factory.mktemp("text") / "short [1].txt"  # a name that is also a glob pattern
-    path.write_text(gzip.decompress((CORPUS / "code-train.txt.gz").read_bytes()).decode()[:7200], "utf-8")
+    path.write_text(gzip.decompress((CORPUS / "code-train.txt.gz").read_bytes()).decode()[:3620], "utf-8")
     return path
 
 
@@ -177,7 +184,7 @@ def test_the_output_directory_is_named_after_the_model_and_the_text(train):
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(train, short_text, tmp_path, capsys):
-    flags = ["--train_file", str(short_text), "--max_steps", "3", "--dropout", "0.1"]
+    flags = ["--train_file", str(short_text), "--max_length", "64", "--max_steps", "3", "--dropout", "0.1"]
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
         train.main([*flags, "--seed", seed, "--output_dir", str(tmp_path / name)])
     assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b") != losses_of(tmp_path / "c")
@@ -192,6 +199,7 @@ def test_accumulated_batches_equal_one_large_batch_up_to_the_end_of_each_epoch(
 ):
     """Sixteen blocks make batches of 6, 6 and 4, or of 3, 3, 3, 3, 3 and 1, or of 2, ... with two in the last update."""
     flags = ["--model_name", str(still_base), "--train_file", str(short_text), "--num_epochs", "2"]
+    flags += ["--max_length", "64"]
     for size, steps in (("6", "1"), ("3", "2"), ("2", "3")):
         sizes = ["--batch_size", size, "--gradient_accumulation_steps", steps]
         train.main([*flags, *sizes, "--output_dir", str(tmp_path / size)])
@@ -205,12 +213,12 @@ def test_accumulated_batches_equal_one_large_batch_up_to_the_end_of_each_epoch(
 def test_two_processes_train_as_one_and_write_once(train, still_base, short_text, tmp_path, capsys):
     """Thirty-four blocks to evaluate on, three per batch and process: the last batch has one and is padded."""
     flags = ["--model_name", str(still_base), "--train_file", str(short_text), "--eval_file", str(short_text)]
-    flags += ["--max_length", "64", "--max_steps", "3", "--mixed_precision", "no"]
+    flags += ["--max_length", "32", "--max_steps", "3", "--mixed_precision", "no"]
     train.main([*flags, "--batch_size", "6", "--output_dir", str(tmp_path / "one")])
     (tmp_path / "temporary").mkdir()
     two = [*flags, "--batch_size", "3", "--output_dir", tmp_path / "two"]
     environment = {"ACCELERATE_USE_CPU": "true", "TMPDIR": str(tmp_path / "temporary")}
-    first, second = warm.ranks(tmp_path, warm.script, SCRIPT, *two, **environment)
+    first, second = warm.ranks(tmp_path, warm.brief, SCRIPT, *two, **environment)
     assert not list((tmp_path / "temporary").rglob("*.jsonl"))
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     assert (first.stdout.count("trainable"), second.stdout) == (1, "")
@@ -218,18 +226,8 @@ def test_two_processes_train_as_one_and_write_once(train, still_base, short_text
 
 
 def test_bfloat16_runs_on_a_cpu(train, short_text, tmp_path, capsys):
-    train.main(
-        [
-            "--train_file",
-            str(short_text),
-            "--max_steps",
-            "2",
-            "--mixed_precision",
-            "bf16",
-            "--output_dir",
-            f"{tmp_path}",
-        ]
-    )
+    short = ["--train_file", str(short_text), "--max_length", "32", "--batch_size", "2", "--max_steps", "2"]
+    train.main([*short, "--mixed_precision", "bf16", "--output_dir", str(tmp_path)])
     assert "merged against" in capsys.readouterr().out
 
 
@@ -313,18 +311,8 @@ def test_what_was_named_on_the_hub_is_never_replaced(named, tmp_path):
 
 
 def test_a_run_that_diverges_says_so_and_saves_no_adapter(train, short_text, tmp_path, capsys):
+    flags = ["--train_file", str(short_text), "--max_length", "64", "--learning_rate", "1e9", "--num_epochs", "9"]
     with pytest.raises(SystemExit, match="training diverged; lower --learning_rate"):
-        train.main(
-            [
-                "--train_file",
-                str(short_text),
-                "--learning_rate",
-                "1e9",
-                "--num_epochs",
-                "9",
-                "--output_dir",
-                f"{tmp_path}",
-            ]
-        )
+        train.main([*flags, "--output_dir", str(tmp_path)])
     assert not (tmp_path / "adapter_model.safetensors").exists()
     rows_of(tmp_path)

@@ -90,21 +90,22 @@ def as_interrupted(run_directory, copy, step):
 
 @pytest.fixture(scope="module")
 def train(train):
-    train.SAMPLE_TOKENS = 2
+    """Without what is slow and has a test elsewhere: long samples and the curve."""
+    train.SAMPLE_TOKENS, train.plot_losses = 2, lambda *_: None
     return train
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(CODE[:5000], "utf-8")
+    path.write_text(CODE[:1900], "utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
 def flags(text):
     """Flags for five updates per epoch, the last a short one, with dropout in the base and in the adapter."""
-    return ["--train_file", str(text), "--max_length", "64", "--batch_size", "5", "--dropout", "0.1",
+    return ["--train_file", str(text), "--max_length", "24", "--batch_size", "5", "--dropout", "0.1",
             "--max_steps", "8", "--eval_every", "3"]  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def test_a_changed_configuration_or_text_is_refused_with_the_differences(train, 
     directory = as_interrupted(whole, tmp_path / "run", 4)
     before = (directory / "metrics.jsonl").read_bytes()
     other = tmp_path / "other.txt"
-    other.write_text(CODE[10:5010], "utf-8")
+    other.write_text(CODE[10:1910], "utf-8")
     message = failure(
         train, *flags, *(flag.format(other=other) for flag in changed), "--resume", "--output_dir", directory
     )
@@ -246,7 +247,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(train, flags,
 
 def test_sigterm_saves_and_exits_as_the_signal_would(train, flags, whole, tmp_path):
     directory = tmp_path / "run"
-    process = Warm(tmp_path, warm.script, SCRIPT, *flags, "--output_dir", directory)
+    process = Warm(tmp_path, warm.brief, SCRIPT, *flags, "--output_dir", directory)
     log, deadline = directory / "metrics.jsonl", time.monotonic() + 100
     while (
         not (log.exists() and log.stat().st_size) and time.monotonic() < deadline
@@ -261,7 +262,7 @@ def test_sigterm_saves_and_exits_as_the_signal_would(train, flags, whole, tmp_pa
 
 def test_a_yaml_file_gives_flags_and_the_resolved_configuration_is_one(train, text, tmp_path, capsys):
     file = tmp_path / "run.yaml"
-    file.write_text(f"train_file: {text}\nrank: 4\nmax_steps: 2\nlean: true\nmax_length: 64\n", "utf-8")
+    file.write_text(f"train_file: {text}\nrank: 4\nmax_steps: 2\nlean: true\nmax_length: 24\n", "utf-8")
     train.main(["--config", str(file), "--rank", "2", "--output_dir", str(tmp_path / "a")])
     saved = yaml.safe_load((tmp_path / "a" / "train_config.yaml").read_text("utf-8"))
     assert (saved["rank"], saved["max_steps"], saved["lean"], saved["learning_rate"]) == (2, 2, True, 1e-3)
@@ -346,7 +347,7 @@ def test_leaner_ways_of_training_follow_the_same_course(train, flags, text, tmp_
     config = json.loads((base / "config.json").read_text("utf-8"))
     config |= {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
     (base / "config.json").write_text(json.dumps(config), "utf-8")
-    common = ["--model_name", str(base), "--train_file", str(text), "--max_length", "64", "--max_steps", "3"]
+    common = ["--model_name", str(base), "--train_file", str(text), "--max_length", "24", "--max_steps", "3"]
     train.main([*common, "--output_dir", str(tmp_path / "plain")])
     for more in (["--lean"], ["--checkpointing", "block"], ["--auto_batch"]):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -378,15 +379,23 @@ def pair(flags, tmp_path_factory):
     """Two processes, uninterrupted, with dropout."""
     directory = tmp_path_factory.mktemp("pair") / "run"
     words = [*flags, "--save_every", "2", "--keep", "9", "--output_dir", directory]
-    warm.ranks(directory.parent, warm.script, SCRIPT, *words, ACCELERATE_USE_CPU="true")
+    warm.ranks(directory.parent, warm.brief, SCRIPT, *words, ACCELERATE_USE_CPU="true")
     return directory
 
 
-def test_a_killed_process_takes_the_others_down_and_the_launch_goes_on_from_the_checkpoint(pair, flags, tmp_path):
+def launched(directory, *words):
+    """Exit code and output of `accelerate launch`, whose processes start warm."""
+    process = Warm(directory, warm.launch, *words, ACCELERATE_USE_CPU="true")
+    return process.wait(), process.stdout + process.stderr
+
+
+@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_killed_process_takes_the_others_down_and_the_launch_goes_on_from_the_checkpoint(cold, pair, flags, tmp_path):
     """The first process dies in its fourth save; the launcher restarts both, and they go on from the third."""
     directory = tmp_path / "run"
-    code, output = run(*LAUNCH, *TWO, *ONE_MACHINE, "--max_restarts=1", DEATHS, "4", SCRIPT, *flags, "--save_every", "2",
-                       "--keep", "9", "--output_dir", directory)  # fmt: skip
+    words = [*TWO, *ONE_MACHINE, "--max_restarts=1", DEATHS, "4", SCRIPT]
+    words += [*flags, "--save_every", "2", "--keep", "9", "--output_dir", directory]
+    code, output = run(*LAUNCH, *words) if cold else launched(tmp_path, *words)
     assert code == 0, output
     assert "going on from" in output
     assert "after update 6 of 8" in output
@@ -437,8 +446,8 @@ def test_however_they_are_started_two_processes_follow_the_course(way, flags, pa
 
 
 def test_fewer_processes_than_were_asked_for_stop_with_the_command_that_works(tmp_path):
-    code, output = run(*LAUNCH, "--cpu", "--num_processes=2", SCRIPT, "--quick", "--output_dir", tmp_path / "out",
-                       ACCELERATE_USE_CPU="")  # fmt: skip
+    words = [SCRIPT, "--quick", "--output_dir", tmp_path / "out"]
+    code, output = launched(tmp_path, "--cpu", "--num_processes=2", *words)
     assert code == 1
     assert "several processes were asked for, but 1 trains" in output
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in output

@@ -65,6 +65,35 @@ def script(path, *words):
     runpy.run_path(str(path), run_name="__main__")
 
 
+def brief(path, *words):
+    """For `Warm`: `main` of examples/train.py with its words; its samples are two tokens long."""
+    main = runpy.run_path(str(path))["main"]
+    main.__globals__["SAMPLE_TOKENS"] = 2
+    main([str(word) for word in words])
+
+
+def launch(*words):
+    """For `Warm`: `accelerate launch` with its words, in which only the new interpreters are forks of this process."""
+    from accelerate.commands import launch
+    from torch.distributed import run
+
+    elastic_launch = run.elastic_launch
+
+    def start_several(config, entrypoint):  # of the command `python -u SCRIPT WORDS...`
+        config.start_method = "fork"
+        return lambda unbuffered, *command: elastic_launch(config, script)(*command)
+
+    def start_one(args):
+        command, environment = prepare_simple_launcher_cmd_env(args)
+        os.environ.update(environment)
+        script(*command[1:])
+
+    prepare_simple_launcher_cmd_env = launch.prepare_simple_launcher_cmd_env
+    run.elastic_launch, launch.simple_launcher = start_several, start_one
+    sys.argv = ["accelerate launch", *map(str, words)]
+    launch.main()
+
+
 def ranks(directory, target, *args, world=2, **environment):
     """Processes that find each other as a launcher's do, by their environment; finished without an error."""
     with socket.socket() as free:
