@@ -1,6 +1,7 @@
 """Every registered method on every registered layer keeps the contract; and the contract has teeth."""
 
 import dataclasses
+import functools
 import random
 from dataclasses import dataclass
 
@@ -21,6 +22,21 @@ MERGES = {"merge_float64", "merge_float32", "merge_bfloat16"}
 PAIRS = [(method, layer) for method in registry.method_names() for layer in registry.layers()]
 
 
+of_built_in = functools.cache(check_pair)  # nothing of a built-in pair is tried twice
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """torch.compile flushes the processor's caches to time its guards, 60 ms for each compilation."""
+    monkeypatch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *arguments: 0.0)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """All checks but `one_graph`, which takes as long as the others together."""
+    monkeypatch.setattr("minipeft.testing.report.CHECKS", [c for c in CHECKS if c.__name__ != "one_graph"])
+
+
 @pytest.fixture
 def isolated():
     """What a test registers is gone after it."""
@@ -30,7 +46,7 @@ def isolated():
 
 @pytest.mark.parametrize(("method", "layer"), PAIRS, ids=lambda name: name.rpartition(".")[2])
 def test_every_method_keeps_the_contract_on_every_layer_or_says_what_is_missing(method, layer):
-    report = check_pair(method, layer)
+    report = of_built_in(method, layer)
     if report.refused is not None:
         short = layer.rpartition(".")[2].lower()
         assert short in report.refused.lower() or method in report.refused.lower(), report.refused
@@ -45,12 +61,13 @@ def test_every_method_keeps_the_contract_on_every_layer_or_says_what_is_missing(
 
 
 def test_lora_skips_nothing_on_linear():
-    report = check_pair("lora", nn.Linear)
+    report = of_built_in("lora", registry.qualified(nn.Linear))
     assert set(report.passed) == ALL
     assert report.served
     assert str(report) == f"lora on Linear: {len(ALL)} of {len(ALL)} checks passed"
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_options_of_the_method_are_tried_too():
     assert check_pair("lora", nn.Linear, r=3, use_rslora=True, bias="lora_only").served
 
@@ -321,6 +338,7 @@ class RefusesTooLate(Trial):
         raise TargetError("trial is never content; it says that nothing was changed.")
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_refusal_is_reported_with_its_words(three_layers):
     registry.register_method("trial")(RefusesEmbeddings)
     report = check_method("trial")
@@ -467,6 +485,7 @@ def two_methods():
         yield
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_layer_that_keeps_the_contract_passes_under_every_method(two_methods):
     registry.register_layer(Flipped)(FlippedOps)
     report = check_layer(Flipped, make=Flipped)
@@ -508,6 +527,7 @@ def test_a_layer_that_writes_over_its_input_is_told_so(two_methods):
         check_layer(InPlace, make=InPlace)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_layer_that_cannot_merge_skips_that_and_says_so(two_methods):
     registry.register_layer(Flipped)(ClaimsNoMerge)
     report = check_layer(Flipped, make=Flipped)
@@ -551,6 +571,7 @@ def wrong(in_features, out_features):
     return Packed(in_features, out_features, noise=1.0)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_layer_that_is_replaced_when_merged_may_differ_by_its_own_noise(two_methods):
     registry.register_layer(Packed)(PackedOps)
     assert all(pair.served for pair in check_layer(Packed, make=Packed).pairs)
@@ -599,6 +620,7 @@ class SpecialOps(LinearOps):
     """Nothing of its own."""
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_an_example_that_other_ops_accept_is_refused(isolated):
     registry.register_layer(Special)(SpecialOps)
     with pytest.raises(TargetError, match="the example is a Linear, which is adapted by LinearOps, not by SpecialOps"):
@@ -606,6 +628,7 @@ def test_an_example_that_other_ops_accept_is_refused(isolated):
     assert check_pair("lora", Special, make=Special).served
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_registered_example_is_tried_as_it_is_called_and_selected(isolated, monkeypatch):
     monkeypatch.setattr(examples, "_examples", dict(examples._examples))
     registry.register_layer(Special)(SpecialOps)
@@ -617,6 +640,7 @@ def call_twice(layer, x):
     return layer(x) + layer(x)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_options_without_a_default_can_be_registered(isolated, monkeypatch):
     monkeypatch.setattr(examples, "_options", dict(examples._options))
     registry.register_method("trial")(NeedsAnOption)
@@ -640,6 +664,7 @@ class NeedsAnOption(Trial):
     config_class = SizedConfig
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_subclass_that_its_base_serves_is_tried_with_an_instance_of_it():
     assert check_pair("lora", Special, make=Special).served
     with pytest.raises(RegistryError, match=r"no LayerOps are registered for .*Special' itself.*pass make="):
@@ -655,6 +680,7 @@ def norm(in_features, out_features):
     return nn.LayerNorm(in_features)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", ["torch.nn.Linear", "torch.nn.modules.linear.Linear"])
 def test_a_layer_type_may_be_given_by_any_of_its_dotted_names(name):
     assert check_pair("lora", name).layer == "torch.nn.modules.linear.Linear"
@@ -665,6 +691,7 @@ def test_an_unknown_method_is_answered_with_the_known_ones():
         check_method("lorra")
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_the_caller_s_randomness_is_left_alone():
     before = torch.get_rng_state()
     check_pair("lora", nn.Linear)

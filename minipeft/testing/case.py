@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,7 @@ class Case:
         ops: what is registered for it.
         example: a small layer, and how to call and select it.
         options: the method's options, besides what to adapt.
+        reasons: what `no` has found out so far, by dtype.
     """
 
     method: str
@@ -74,11 +76,11 @@ class Case:
     ops: LayerOps
     example: Example
     options: Mapping[str, Any] = field(default_factory=dict)
+    reasons: dict[torch.dtype, str | None] = field(default_factory=dict, compare=False, repr=False)
 
     def base(self, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = SIZES, kind: Any = Holder) -> Any:
         """A model that holds a layer, in eval mode: the same at every call, and no value of a plain weight is zero."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+        with _seeded(0), torch.no_grad():
             layer = self.example.make(*sizes)
             for parameter in layer.parameters():
                 if type(parameter) is nn.Parameter and parameter.is_floating_point():
@@ -97,19 +99,22 @@ class Case:
         self, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = SIZES, *, moved: bool = True
     ) -> AdaptedModel:
         """The adapted model, in eval mode; if `moved`, with its adapter changed as training would."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
+        with _seeded(1):
             model = get_adapter_model(self.base(dtype, sizes), self.config())
         return move(model) if moved else model
 
     def input(self, model: nn.Module, seed: int = 2) -> Tensor:
         """An input for the layer of a plain model."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _seeded(seed):
             return self.ops.example_input(model.layer)
 
     def no(self, dtype: torch.dtype) -> str | None:
         """Why the layer cannot be tried in this dtype, or None."""
+        if dtype not in self.reasons:
+            self.reasons[dtype] = self._no(dtype)
+        return self.reasons[dtype]
+
+    def _no(self, dtype: torch.dtype) -> str | None:
         try:
             model = self.base(dtype)
             with torch.no_grad():
@@ -168,6 +173,14 @@ def case_of(
     resolved: Any = ops or found
     options = {**options_of(method), **options}
     return Case(method, registry.method_class(method), layer, resolved, example_like(resolved, make), options)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU's generator alone, and put it back: `torch.manual_seed` records a stack trace for each other device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def layers_of(model: nn.Module) -> list[AdaptedLayer]:
