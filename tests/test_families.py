@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -31,15 +32,28 @@ KINDS = (
 )
 
 
-def model_on_meta(model_type):
-    """A model of the family without weights, four layers where the configuration names its depth in the usual way."""
-    config = AutoConfig.for_model(model_type)
-    for name in ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "n_layers"):
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "n_layers", "depth")
+
+
+def shorten(config):
+    """Give a configuration and its parts four layers, where they name their depth in the usual way."""
+    for name in DEPTHS:
         if isinstance(getattr(config, name, None), int) and not hasattr(config, "layer_types"):
             with contextlib.suppress(NotImplementedError):  # some compute their depth from other options
                 setattr(config, name, 4)
+    if hasattr(config, "num_frames"):
+        config.num_frames = 2  # VideoMAE computes its table of positions in Python
+    for part in config.sub_configs:
+        if getattr(config, part, None) is not None:
+            shorten(getattr(config, part))
+
+
+def model_on_meta(model_type):
+    """A model of the family without weights."""
+    config = AutoConfig.for_model(model_type)
+    shorten(config)
     auto = next(auto for mapping, auto in KINDS if type(config) in mapping)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         return auto.from_config(config)
 
 
