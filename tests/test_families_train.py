@@ -1,6 +1,7 @@
 """Tiny random models of many families, adapted, trained, merged and saved, beside PEFT on the same weights."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ BART = {
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
     "decoder_start_token_id": 2,
+    "max_position_embeddings": 32,
     **TEXT,
 }
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0, **TEXT}
@@ -103,6 +105,11 @@ NO_DEFAULT_IN_PEFT = {"mixtral"}
 
 def family(model_type):
     """A tiny random model in eval mode, always the same; no bias and no scale is at its neutral value."""
+    return copy.deepcopy(_made(model_type))
+
+
+@functools.lru_cache(maxsize=1)
+def _made(model_type):
     kind, options = FAMILIES[model_type]
     with foreign_code(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
