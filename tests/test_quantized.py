@@ -289,7 +289,7 @@ def test_a_kind_may_come_from_a_registered_layer():
     assert layer_ops(model.layer) == HalfOps()
     assert "HalfLinear[Halves]" in layer_type_names()
     assert type(minipeft.dequantize(model).layer) is nn.Linear
-    with pytest.raises(TargetError, match="packs 'half' in a way that HalfOps does not know"):
+    with pytest.raises(TargetError, match="stores 'half' in a way that HalfOps does not know"):
         minipeft.quantize(OneLayer(nn.Linear(8, 900, bias=False)), "half")
     with pytest.raises(RegistryError, match="with 'some.where.Halves' weights is already registered"):
         minipeft.register_layer(HalfLinear, weight="some.where.Halves")(LinearOps)
