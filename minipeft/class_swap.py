@@ -19,9 +19,18 @@ class SameFunction(nn.Module):
 
 def plain_class(cls: type) -> type:
     """A module's class without the mixins that do not change what it computes."""
-    while issubclass(cls, SameFunction):
-        cls = original_class(_mixin_of(cls), cls)
+    for mixin in mixins_of(cls):
+        cls = original_class(mixin, cls)
     return cls
+
+
+def mixins_of(cls: type) -> list[type[nn.Module]]:
+    """The mixins of a module's class that do not change what it computes, the outermost first."""
+    mixins = []
+    while issubclass(cls, SameFunction):
+        mixins.append(_mixin_of(cls))
+        cls = original_class(mixins[-1], cls)
+    return mixins
 
 
 def _mixin_of(cls: type) -> type[nn.Module]:

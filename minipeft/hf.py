@@ -80,6 +80,8 @@ class AdapterTrainerMixin:
 
     def _check_schedule(self) -> None:
         model = self._unwrapped()
+        if model is not None:
+            step_hooks.refuse_idle_layers(model)
         if model is not None and self._adapted() is None and step_hooks.has_schedule(model):
             raise StateError(
                 f"{shown(model.active_adapters)} trains by a schedule of its own, which needs its tensors whole; "

@@ -19,8 +19,9 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.apply import discard
-from minipeft.injection.attach import attach, check_name, detach, switch_to
+from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, switch_to
 from minipeft.injection.build import build
+from minipeft.injection.first_pass import watched_call
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.merging.mergeable_model import MergeableModel
@@ -203,17 +204,14 @@ class AdaptedModel(MergeableModel):
         discard(self, adapter_name)
         del self._state.configs[adapter_name], self._state.resting[adapter_name]
         self._state.trainable.discard(adapter_name)
+        self._state.unwatched.discard(adapter_name)
+        self._state.idle.pop(adapter_name, None)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the model computes exactly what its base does; merged adapters are unmerged meanwhile."""
-        switch, before = self._state.switch, self._state.switch.enabled
-        with self._unmerged():
-            switch.enabled = False
-            try:
-                yield
-            finally:
-                switch.enabled = before
+        with self._unmerged(), self._state.switch.off():
+            yield
 
     @all_or_nothing
     def merge_and_unload(
@@ -253,6 +251,24 @@ class AdaptedModel(MergeableModel):
         self.unmerge_adapter()
         detach(self, AdaptedModel, keep_trained=False)
         return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own call. The first one with an adapter also finds out whether the adapter acts everywhere.
+
+        Raises:
+            StateError: in training with `minipeft.hf.AdapterTrainer` or `Updater`, a layer does not use its adapter.
+                Elsewhere it is a warning.
+        """
+        state: AdapterState | None = self.__dict__.get(STATE)
+        if state is None or not state.unwatched:
+            return super().__call__(*args, **kwargs)
+        return watched_call(self, super().__call__, args, kwargs)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of this name, as torch has it; for an adapted layer that of its base layer, as tying weights wants."""
+        state = self.__dict__.get(STATE)
+        with state.switch.off() if state is not None else contextlib.nullcontext():
+            return super().get_parameter(target)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(AdaptedModel, self, super().__reduce_ex__(protocol))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minipeft import registry
 from minipeft.errors import CheckpointError, StateError, shown
 from minipeft.injection.attach import STATE, AdapterState
+from minipeft.injection.first_pass import idle_message
 from minipeft.injection.module_tree import adapters_of
 from minipeft.methods.base import Adapter
 
@@ -50,6 +51,25 @@ def extra_loss(model: nn.Module) -> Tensor:
         return (
             torch.stack([loss.to(given[0].device) for loss in given]).sum() if given else torch.zeros((), device=device)
         )
+
+
+def refuse_idle_layers(model: nn.Module) -> None:
+    """Make it an error if a layer does not use its adapter, now or in the first forward pass to come.
+
+    Args:
+        model: an adapted model, possibly wrapped; another one is left alone.
+
+    Raises:
+        StateError: an earlier pass has shown such a layer.
+    """
+    adapted = _adapted(model)
+    if adapted is None:
+        return
+    state: AdapterState = adapted.__dict__[STATE]
+    state.refuses_idle = True
+    for name in state.switch.active:
+        if name in state.idle:
+            raise StateError(idle_message((name,), state.idle[name]))
 
 
 def has_schedule(model: nn.Module) -> bool:

@@ -39,7 +39,7 @@ each = pytest.mark.parametrize("name", LAYERS)
 class Net(nn.Module):
     def __init__(self, layer):
         super().__init__()
-        self.conv = layer
+        self.conv = copy.deepcopy(layer)
 
     def forward(self, x):
         return self.conv(x)
@@ -156,6 +156,7 @@ class Standardised(nn.Conv2d):
 @pytest.mark.parametrize("layer", [Standardised(3, 3, 3), nn.LazyConv2d(3, 3), nn.ConvTranspose2d(3, 3, 3)])
 def test_a_convolution_that_computes_otherwise_is_refused_and_left_alone(layer):
     model = Net(layer)
+    layer = model.conv
     with pytest.raises(TargetError, match="conv: "):
         get_lora_model(model, config())
     assert type(model) is Net

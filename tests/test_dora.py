@@ -119,7 +119,7 @@ def test_the_base_s_own_norm_is_kept_until_the_base_is_written(write, transposed
     monkeypatch.setattr(dora, "squared_rows", lambda *arguments: calls.append(1) or real(*arguments))
     layer = conv1d(9, 7) if transposed else nn.Linear(7, 9)
     model = disturb(get_lora_model(OneLayer(layer), LoraConfig(r=3, target_modules=["layer"], use_dora=True)))
-    x = torch.randn(5, 7)
+    layer, x = model.layer.base_layer, torch.randn(5, 7)
     calls.clear()
     for _ in range(3):
         model(x).sum().backward()

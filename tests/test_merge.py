@@ -102,14 +102,14 @@ def test_the_merge_accumulates_in_float32_and_rounds_once():
     for name, layer in adapted_layers(model):
         lora = layer.adapter("default")
         delta = lora_delta(lora.lora_A.detach(), lora.lora_B.detach(), lora.scaling).T
-        wanted[name] = (layer.weight.detach().float() + delta).bfloat16()
+        wanted[name] = (layer.base_layer.weight.detach().float() + delta).bfloat16()
     model.merge_adapter()
     assert all(torch.equal(layer.weight, wanted[name]) for name, layer in adapted_layers(model))
 
 
 def test_the_report_is_the_relative_error_of_the_realised_update():
     model = adapted(gpt2().bfloat16(), scale=0.01)
-    before = {name: layer.weight.detach().double().T.clone() for name, layer in adapted_layers(model)}
+    before = {name: layer.base_layer.weight.detach().double().T.clone() for name, layer in adapted_layers(model)}
     report = model.merge_adapter()
     assert report.relative_error.keys() == before.keys()
     for name, layer in adapted_layers(model):
@@ -211,7 +211,7 @@ def test_unmerging_ties_again():
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(gpt2()))
     model.unmerge_adapter()
-    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight is model.transformer.wte.base_layer.weight
     assert model.config.tie_word_embeddings
     assert torch.equal(logits(model), expected)
 

@@ -10,7 +10,6 @@ from tiny_models import disturb, foreign_code, gpt2, logits, token_ids
 
 import minipeft
 from minipeft import get_adapter_model, get_lora_model
-from minipeft.merging.steps import merged_weight
 
 METHODS = {
     "ia3": lambda **o: minipeft.IA3Config(feedforward_modules=[], **o),
@@ -41,7 +40,7 @@ def test_the_merge_is_what_the_forward_pass_computes_in_float16(method, layer):
     base, model = moved(method, layer, torch.float16, scale=0.6)
     x, dense = example(base, torch.float16)
     expected = model(x).double()
-    weight, bias = merged_weight(model.layer, ("default",))
+    weight, bias = model.layer.folded(("default",))
     dense = dense.double() @ weight.double().T + (0 if bias is None else bias.double())
     scale = expected.abs().max()
     assert (expected - base(x).double()).abs().max() > 0.01 * scale
@@ -81,7 +80,7 @@ def test_the_gradients_are_those_of_the_merged_weight(method, layer):
             for step in (1e-6, -1e-6):
                 with torch.no_grad():
                     parameter.view(-1)[index] += step
-                    weight, bias = merged_weight(model.layer, ("default",))
+                    weight, bias = model.layer.folded(("default",))
                     values.append(((dense @ weight.T + (0 if bias is None else bias)) * weights).sum())
                     parameter.view(-1)[index] -= step
             numeric.view(-1)[index] = (values[0] - values[1]) / 2e-6
@@ -102,7 +101,7 @@ def test_adapters_one_after_the_other_act_as_their_merges_do(method, other):
     for names in (("default", "other"), ("other", "default")):
         model.set_adapter(names)
         disturb(model, seed=3, scale=0.3)
-        weight, bias = merged_weight(model.layer, names)
+        weight, bias = model.layer.folded(names)
         torch.testing.assert_close(model(x), dense @ weight.T + bias)
         model.merge_adapter()
         torch.testing.assert_close(model(x), dense @ weight.T + bias)

@@ -171,16 +171,17 @@ def test_counting_agrees_with_the_printed_line(capsys):
     )
 
 
-def test_code_that_reads_the_layer_reads_the_base_layer():
+def test_attributes_of_the_base_layer_are_read_through_the_adapted_one():
     model = get_lora_model(gpt2(), LoraConfig(target_modules=["c_attn", "wte"]))
     layer = model.transformer.h[0].attn.c_attn
-    assert layer.weight is layer.base_layer.weight
+    with model.disable_adapter():
+        assert layer.weight is layer.base_layer.weight
     assert layer.nf == 96
     assert model.get_input_embeddings().num_embeddings == 100
     with pytest.raises(AttributeError, match="no_such"):
         _ = layer.no_such
     model.tie_weights()
-    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight is model.transformer.wte.base_layer.weight
     assert not layer._parameters
 
 

@@ -159,9 +159,9 @@ def test_half_precision_parameters_have_float32_factors():
 
 def test_autocast_rounds_the_products_of_the_module_and_not_the_update():
     _, model, _ = case("(experts, out, in)", torch.float32)
-    expected = wrapper_of(model, "mix").adapted_weights("")
+    expected = wrapper_of(model, "mix").adapted_weights()
     with torch.autocast("cpu", torch.bfloat16):
-        found = wrapper_of(model, "mix").adapted_weights("")
+        found = wrapper_of(model, "mix").adapted_weights()
     assert list(found) == ["base_layer.base_layer.mix"]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

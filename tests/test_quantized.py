@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, MergeError, RegistryError, StateError, TargetError, registry
+from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import layer_ops
 from minipeft.layers.bitsandbytes_4bit import _warn_of_misreading, reads_back
 from minipeft.layers.linear import LinearOps
@@ -57,6 +58,7 @@ def with_lora(model, **options):
 
 
 def read(layer):
+    layer = innermost(layer)
     return layer_ops(layer).read_weight(layer)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 
 import minipeft
+from minipeft import LoraConfig
 from minipeft.training.data.order import UpdateOrder
 from minipeft.training.updates import Updater, evaluate, is_out_of_memory, loss_sum
 
@@ -130,19 +132,38 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
 
+class Half(nn.Module):
+    """A model that calls one of its two parts: an idle layer, or one of two experts."""
+
+    def __init__(self, idle):
+        super().__init__()
+        self.used, self.idle = gpt2(), idle
+        self.config = self.used.config
+
+    def forward(self, **inputs):
+        return self.used(**inputs)
+
+
 def test_an_adapter_that_the_model_does_not_call_is_said():
-    class Half(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle = gpt2(), nn.Linear(4, 4)
-            self.config = self.used.config
-
-        def forward(self, **inputs):
-            return self.used(**inputs)
-
-    model = minipeft.get_lora_model(Half(), minipeft.LoraConfig(target_modules=["c_attn", "idle"])).train()
-    with pytest.raises(minipeft.StateError, match="2 of 6 trainable parameters got no gradient"):
+    model = minipeft.get_lora_model(Half(nn.Linear(4, 4)), LoraConfig(target_modules=["c_attn", "idle"])).train()
+    with pytest.raises(minipeft.StateError, match="'idle': the model neither called nor read"):
         updater_of(model)(UpdateOrder(Rows(), 8, seed=0)[0])
+
+
+def test_experts_that_a_batch_does_not_choose_are_no_fault():
+    experts = nn.ModuleList(nn.Sequential(OrderedDict(up=nn.Linear(4, 4))) for _ in range(2))
+    model = minipeft.get_lora_model(Half(experts), LoraConfig(target_modules=["c_attn", "up"])).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    updater_of(model)(UpdateOrder(Rows(), 8, seed=0)[0])
+    moved = {name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "c_attn" in name and "lora_B" in name}
+
+
+def test_a_loss_that_depends_on_no_adapter_is_said():
+    model = adapted().train()
+    loss = lambda model, batch: (model(**batch).logits.detach() * torch.ones(1, requires_grad=True)).sum()  # noqa: E731
+    with pytest.raises(minipeft.StateError, match="no trainable parameter got a gradient"):
+        updater_of(model, loss=loss)(UpdateOrder(Rows(), 8, seed=0)[0])
 
 
 def main(directory):

@@ -1,5 +1,7 @@
 """A model around one layer, and what several test files measure on it."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -8,11 +10,11 @@ from minipeft import LoraConfig, get_lora_model
 
 
 class OneLayer(nn.Module):
-    """A model around one layer, so that there is a name to target."""
+    """A model around a copy of one layer, so that there is a name to target; the layer itself stays plain."""
 
     def __init__(self, layer):
         super().__init__()
-        self.layer = layer
+        self.layer = copy.deepcopy(layer)
 
     def forward(self, x):
         return self.layer(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,7 @@ from minipeft.files.save import adapter_tensors, file_config, save_adapter, tens
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_trainer
 from minipeft.injection.attach import STATE, AdapterState
+from minipeft.injection.first_pass import idle_message
 
 DEFAULT = "default"
 
@@ -89,6 +91,8 @@ class SavableModel(nn.Module):
         if convert_to_lora and state_dict is not None:
             raise ConfigError("convert_to_lora saves the live tensors; give it or state_dict, not both.")
         for name in names if is_main_process else ():
+            if name in self._state.idle:
+                warnings.warn(f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}", stacklevel=2)
             tensors = self.adapter_state_dict(name)
             if state_dict is not None:
                 tensors = tensors_from_state(self, tensors, state_dict)

@@ -19,6 +19,7 @@ KEPT = {"lora_dropout", "trainable_token_indices"}
 
 
 @torch.no_grad()
+@torch.no_grad()
 def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter as plain LoRA: one rank for all layers, the scaling in B, no pattern tables.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minipeft.errors import MergeError, shown
+from minipeft.injection.adapted_value import adapted_value
+from minipeft.injection.stored_weight import stored_weight
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
+from minipeft.kernels.functional import accumulation_dtype
 from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
@@ -31,6 +34,16 @@ class AdaptedLayer(Wrapper):
         self.merged: tuple[str, ...] = ()
         self.undo: Any = None
         self.tied_adapters: set[str] = set()
+        owner = innermost(base_layer)
+        self.stored = None if ops.is_quantized else stored_weight(ops.read_weight(owner), owner)
+
+    def __getattr__(self, name: str) -> Any:
+        """The base layer's attribute; its weight and bias with the acting adapters folded in."""
+        value = super().__getattr__(name)
+        if type(value) is not nn.Parameter or "stored" not in self.__dict__:
+            return value
+        names = self.acting() if not self.ops.is_quantized else ()
+        return self.read(name, value, names) if names else value
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.run_with(self.acting(), x, *args, **kwargs)
@@ -68,6 +81,40 @@ class AdaptedLayer(Wrapper):
         if self.ops.is_quantized:  # its own backward pass may keep the weight in float
             return self.ops.call(self.base_layer, x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
+
+    def read(self, name: str, own: nn.Parameter, names: tuple[str, ...]) -> Tensor:
+        """The weight or bias `own`, called `name`, with these adapters folded in; another parameter as it is."""
+        adapters = [self.adapter(each) for each in names]
+        is_bias = own is self.ops.read_bias(self.base_layer)
+        if is_bias and not any(adapter.overrides("merge") or adapter.overrides("merge_after") for adapter in adapters):
+            return _sum_of_biases(own, adapters)
+        if not is_bias and (self.stored is None or self.stored.name != name):
+            return own
+
+        def compute() -> Tensor:
+            self.switch.note_read(self)
+            with torch.autocast(own.device.type, enabled=False):
+                weight, bias = self.folded(names)
+                if is_bias:
+                    assert bias is not None
+                    return bias.to(own.dtype)
+                assert self.stored is not None
+                return self.stored.from_canonical(weight, own)
+
+        return adapted_value(own, compute, [p for adapter in adapters for p in adapter.parameters()])
+
+    def folded(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight (out, in) and bias (out,) with these adapters folded in, in float32 or float64.
+
+        Differentiable in the adapters' parameters.
+        """
+        weight, bias = self.ops.read_weight(self.base_layer), self.ops.read_bias(self.base_layer)
+        dtype = accumulation_dtype(weight)
+        base_weight = weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        for name in names:
+            weight, bias = self.adapter(name).merge_after(weight, bias, base_weight)
+        return weight, bias
 
     @property
     def owner(self) -> nn.Module:
@@ -116,34 +163,43 @@ class AdaptedLayer(Wrapper):
         return f"merged={list(self.merged)}" if self.merged else ""
 
 
+def _sum_of_biases(own: nn.Parameter, adapters: Sequence[Adapter]) -> Tensor:
+    """The bias with what additive adapters add to it; cheap, so computed at once. `own` if they add nothing."""
+    start = bias = own.to(accumulation_dtype(own))
+    for adapter in adapters:
+        changed = adapter.merge_bias(bias)
+        assert changed is not None
+        bias = changed
+    return own if bias is start else bias.to(own.dtype)
+
+
 class AdaptedWeight(AdaptedLayer):
     """A module that reads its weight instead of calling a layer: it runs with the adapted weight in place of its own.
 
-    Two adapted parameters of one module are two of these, one around the other, as in PEFT's files. The adapted
-    weights of the children that `UncalledOps.children` names are passed in along with the module's own.
+    Two adapted parameters of one module are two of these, one around the other, as in PEFT's files.
     """
 
     ops: UncalledOps
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weights = self.adapted_weights("")
-        for attribute in self.ops.children:
-            part = self.owner._modules[attribute]
-            if isinstance(part, AdaptedWeight):
-                weights.update(part.adapted_weights(f"{attribute}."))
+        weights = self.adapted_weights()
         return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
 
-    def adapted_weights(self, prefix: str) -> dict[str, Tensor]:
-        """The weight with the acting adapters, by its name below `prefix`; empty if none acts."""
-        owner, acting = self.owner, self.acting()
+    def adapted_weights(self) -> dict[str, Tensor]:
+        """The weight with the acting adapters, by its name in the base layer; empty if none acts."""
+        acting = self.acting()
         if not acting:
             return {}
-        x, y = self.ops.as_call(owner)
-        with torch.autocast(y.device.type, enabled=False):
-            for name in acting:
-                y = self.adapters[name](owner, self.ops, x, y)
-        path = "base_layer." * (prefix != "")
-        inner = self.base_layer
+        path, inner = "", self.base_layer
         while isinstance(inner, Wrapper):
             path, inner = f"{path}base_layer.", inner.base_layer
-        return {f"{prefix}{path}{self.ops.parameter}": self.ops.from_call(owner, y)}
+        return {f"{path}{self.ops.parameter}": self.adapted_weight(acting)}
+
+    def adapted_weight(self, names: tuple[str, ...]) -> Tensor:
+        """The parameter with these adapters, as the module stores it."""
+        owner = self.owner
+        x, y = self.ops.as_call(owner)
+        with torch.autocast(y.device.type, enabled=False):
+            for name in names:
+                y = self.adapters[name](owner, self.ops, x, y)
+        return self.ops.from_call(owner, y)

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 
+from minipeft.injection import place
 from minipeft.injection.adapted_layer import AdaptedLayer, AdaptedWeight
 from minipeft.injection.build import Parts
 from minipeft.injection.module_tree import Candidate, occupants, wrappers
@@ -18,7 +19,7 @@ from minipeft.layers.uncalled import UncalledOps
 
 def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
     """Put the built parts of a plan in place; an error on the way takes back what was done."""
-    done: list[tuple[nn.Module, str, nn.Module]] = []
+    made: list[tuple[Wrapper, Candidate]] = []
     added: list[Wrapper] = []
     sites: list[tuple[Candidate, nn.Module, object, Callable[[nn.Module], Wrapper], bool]] = []
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
@@ -35,33 +36,20 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
             occupant = parent.get_submodule(attribute)
             wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) == ops), None)
             if wrapper is None:
-                wrapper = wrap(occupant)
-                _replace(candidate, occupant, wrapper, done)
+                wrapper = place.put(wrap, occupant, candidate.places)
+                made.append((wrapper, candidate))
+            else:
+                added.append(wrapper)
             wrapper.adapters[adapter_name] = part
-            added.append(wrapper)
             if follows:
                 wrapper.tied_adapters.add(adapter_name)
     except BaseException:
         for wrapper in added:
-            wrapper.drop(adapter_name)
-        for parent, attribute, original in reversed(done):
-            setattr(parent, attribute, original)
+            if adapter_name in wrapper.adapters:
+                wrapper.drop(adapter_name)
+        for wrapper, candidate in reversed(made):
+            place.take_out(wrapper, wrapper.base_layer, candidate.places)
         raise
-
-
-def _replace(
-    candidate: Candidate, occupant: nn.Module, wrapper: Wrapper, done: list[tuple[nn.Module, str, nn.Module]]
-) -> None:
-    for parent, attribute in candidate.places:
-        setattr(parent, attribute, wrapper)
-        done.append((parent, attribute, occupant))
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # Its inference fast path reads the weights without calling the layers, unless some module inside has a hook.
-            wrapper.register_forward_pre_hook(_keeps_the_fast_path_away)
-
-
-def _keeps_the_fast_path_away(module: nn.Module, args: tuple[object, ...]) -> None:
-    return None
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:
@@ -86,5 +74,5 @@ def _unwrap(model: nn.Module, replacement: Callable[[Wrapper], nn.Module]) -> No
             left: nn.Module | None = child
             while isinstance(left, Wrapper) and (inner := replacement(left)) is not left:
                 left = inner
-            if left is not child:
-                setattr(parent, attribute, left)
+            if left is not child and isinstance(child, Wrapper) and left is not None:
+                place.take_out(child, left, ((parent, attribute),))

@@ -33,6 +33,11 @@ class AdapterState:
     )  # (module, index) of the parameters an idle adapter would train
     merged: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
+    unwatched: set[str] = field(default_factory=set)  # adapters of which no forward pass has been watched yet
+    idle: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # layers that did not use an adapter, see `injection.watch`
+    refuses_idle: bool = False  # an idle layer is an error, not a warning
     samples: dict[str, dict[str, list[float]]] = field(
         default_factory=dict
     )  # see `minipeft.files.base_samples.remember_base`
@@ -94,6 +99,7 @@ def attach(
             if trainable and parameter.requires_grad:
                 state.resting[adapter_name].add((path, index))
             parameter.requires_grad_(False)
+    state.unwatched.add(adapter_name)
     if trainable:
         state.trainable.add(adapter_name)
     if first:

@@ -24,6 +24,16 @@ class SavedModule(Wrapper):
         super().__init__(base_layer, switch)
         self.only = only
 
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the module that is called now: code that reads a weight gets the trained one."""
+        here = self.__dict__.get("_modules", {})
+        if name in here or "base_layer" not in here or "switch" not in self.__dict__:
+            return super().__getattr__(name)
+        value = getattr(self.current(), name)
+        if isinstance(value, nn.Parameter):
+            self.switch.note_read(self)
+        return value
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.current()(*args, **kwargs)
 

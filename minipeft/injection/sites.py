@@ -12,6 +12,7 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
 from minipeft.injection.module_tree import Candidate, occupants
 from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
@@ -55,6 +56,10 @@ def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_p
     yield site(name, candidate, ops, config)
     for attribute, child_ops in children.items():
         child_name, child = f"{name}.base_layer.{attribute}", base.get_submodule(attribute)
+        if not child_ops.accepts(innermost(child)):
+            raise TargetError(
+                f"{name}: the weight of its {attribute} is not a plain one, so it cannot be adapted along."
+            )
         check_occupants(child_name, child, [child_ops])
         yield site(child_name, Candidate(child, (child_name,), ((base, attribute),)), child_ops, config, targeted=False)
 

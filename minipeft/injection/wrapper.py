@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from minipeft.injection.adapted_value import AdaptedValue
 
 
 class Switch:
@@ -15,6 +18,21 @@ class Switch:
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.enabled = True
+        self.read: set[int] | None = None  # ids of the wrappers whose weight is used, while a pass is watched
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the context no adapter acts."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def note_read(self, wrapper: Wrapper) -> None:
+        """Remember that something used the adapted weight of this layer."""
+        if self.read is not None:
+            self.read.add(id(wrapper))
 
 
 class Wrapper(nn.Module, ABC):
@@ -29,6 +47,7 @@ class Wrapper(nn.Module, ABC):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.switch = switch
+        self.is_the_module = True  # see `minipeft.injection.place`
         self.training = base_layer.training
 
     @abstractmethod
@@ -53,6 +72,8 @@ class Wrapper(nn.Module, ABC):
         return getattr(modules["base_layer"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, AdaptedValue):  # as tying weights assigns what it has read
+            value = value.own
         if isinstance(value, nn.Parameter):
             setattr(self.base_layer, name, value)
         else:

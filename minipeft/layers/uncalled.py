@@ -31,8 +31,7 @@ class UncalledOps(LayerOps):
 
     def accepts(self, base: Any) -> bool:
         weight = getattr(base, self.parameter, None)
-        plain = type(weight) is nn.Parameter and weight.dtype in FLOAT_DTYPES and weight.ndim == 2
-        return plain and all(ops.accepts(getattr(base, child)) for child, ops in self.children.items())
+        return type(weight) is nn.Parameter and weight.dtype in FLOAT_DTYPES and weight.ndim == 2
 
     def shape(self, base: Any) -> tuple[int, int]:
         out_features, in_features = getattr(base, self.parameter).shape

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minipeft.class_swap import SameFunction
 from minipeft.errors import LeanError
+from minipeft.injection.wrapper import innermost
 from minipeft.kernels import malloc_trim
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 
@@ -52,20 +53,20 @@ class LeanLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The loss: in chunks if the head passed its input through, else the model's own."""
-        passing: Passing | None = self.head.passing  # type: ignore[assignment]
+        passing: Passing | None = getattr(self.head, "passing", None)
         if passing is None:
             return self.original(logits, labels, *args, **kwargs)
         self._check_untouched(passing, logits)
         passing.used = True
-        head: Any = self.head
-        bias = None if head.bias is None else _whole(head.bias)
-        rows = _changed_rows(head)
+        base: Any = innermost(self.head)
+        bias = None if base.bias is None else _whole(base.bias)
+        rows = _changed_rows(self.head)
         changed = (torch.cat([i for i, _ in rows]), torch.cat([change for _, change in rows])) if rows else None
         known = {
             name: kwargs[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in kwargs
         }
         malloc_trim.trim(logits.device.type)
-        loss = causal_lm_loss(logits, _whole(head.weight), bias, labels, changed_rows=changed, **known)
+        loss = causal_lm_loss(logits, _whole(base.weight), bias, labels, changed_rows=changed, **known)
         malloc_trim.trim(logits.device.type)  # just before the step's peak of memory
         return loss
 
@@ -104,7 +105,8 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _still_fits(model: nn.Module, head: nn.Module) -> bool:
     """False for a head that trains by now, or whose adapter does more than change rows: it needs whole logits."""
-    return model.get_output_embeddings() is head and is_frozen(head) and _changed_rows(head) is not None  # type: ignore[operator]
+    same = model.get_output_embeddings() is head and isinstance(head, PassesThrough)  # type: ignore[operator]
+    return same and is_frozen(head) and _changed_rows(head) is not None
 
 
 def is_frozen(head: nn.Module) -> bool:
@@ -122,7 +124,7 @@ def _changed_rows(head: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
 def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Hook of the model: removes the hidden states that stand in the place of logits in its output."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
-    passing: Passing | None = loss.head.passing  # type: ignore[assignment]
+    passing: Passing | None = getattr(loss.head, "passing", None)
     if passing is None:
         return None
     del loss.head.passing

@@ -116,9 +116,10 @@ def unlean(model: nn.Module) -> None:
     state: LeanState | None = model.__dict__.pop(STATE, None)
     if state is None:
         return
-    for module, cls in state.classes:
-        module.__class__ = cls
-        module.__dict__.pop("lean_ops", None)
+    for module in model.modules():  # not those of `state.classes`: adapting has moved some into new objects
+        if isinstance(module, SameFunction):
+            module.__class__ = plain_class(type(module))
+            module.__dict__.pop("lean_ops", None)
     _keep_blocks(state)
     for hook in state.hooks:
         hook.remove()

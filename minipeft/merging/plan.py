@@ -15,7 +15,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, adapted_layers
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_bound
 from minipeft.layers.uncalled import UncalledOps
-from minipeft.merging.steps import AddInPlace, Replace, Step, Write, merged_weight
+from minipeft.merging.steps import AddInPlace, Replace, Step, Write
 from minipeft.merging.tied_weights import adapts_tied_layers, shared_parameters, tied_layers
 from minipeft.quantization.dequantize import check_replaceable, dtype_to_merge_in
 
@@ -140,7 +140,7 @@ def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -
     with torch.random.fork_rng(devices=[]):
         x = layer.ops.example_input(base)
     expected = trial(x)
-    weight, bias = merged_weight(trial, names)
+    weight, bias = trial.folded(names)
     merged = layer.ops.write_weight(trial.base_layer, weight, bias)(x)
     error = float((merged - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not error <= TRIAL_TOLERANCE[layer.ops.read_weight(base).dtype]:

@@ -97,7 +97,7 @@ class Step(ABC):
         wide = weight.to(accumulation_dtype(weight))
         update = total_delta(adapters, weight)
         if update is None or any(adapter.overrides("merge") for adapter in adapters):
-            exact, exact_bias = merged_weight(self.layer, self.names)
+            exact, exact_bias = self.layer.folded(self.names)
         else:
             exact, exact_bias = wide + update, None if bias is None else bias.detach().to(wide.dtype)
             for adapter in adapters:
@@ -188,17 +188,6 @@ class Replace(Step):
     def take_back(self) -> None:
         self.undo.restore(self.model, self.layer, None)
         self.unmark()
-
-
-def merged_weight(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-    """Canonical weight and bias with the named adapters folded in, in float32 or float64."""
-    weight, bias = layer.ops.read_weight(layer.base_layer).detach(), layer.ops.read_bias(layer.base_layer)
-    dtype = accumulation_dtype(weight)
-    weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
-    base_weight = weight
-    for name in names:
-        weight, bias = layer.adapter(name).merge_after(weight, bias, base_weight)
-    return weight, bias
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -64,7 +64,7 @@ class AdaLora(Adapter):
         return low_rank_forward(base, ops, x, y, down, self.lora_B, self.scaling, dropout)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return lora_factors(self.lora_A.detach() * self.lora_E.detach(), self.lora_B.detach(), self.scaling)
+        return lora_factors(self.lora_A * self.lora_E, self.lora_B, self.scaling)
 
     @classmethod
     def after_step(cls, adapters: Mapping[str, Self], config: AdaLoraConfig, step: int) -> None:

@@ -55,7 +55,8 @@ class Adapter(nn.Module, ABC):
         """The canonical weight (out, in) and bias (out,) with the adapter folded in, as new tensors.
 
         Both come in float32 or float64; the caller rounds once to the layer's dtype. By default ``W + delta(W)`` and
-        `merge_bias`.
+        `merge_bias`. It must be differentiable in the adapter's parameters, and so must `delta` and `factors`: code that
+        reads the layer's weight instead of calling the layer gets the merged one, in training too.
         """
         update = self.delta(weight)
         if update is None:

@@ -93,7 +93,7 @@ class Dora(Lora):
 
     def merge_after(self, weight: Tensor, bias: Tensor | None, base_weight: Tensor) -> tuple[Tensor, Tensor | None]:
         moved = weight + Lora.delta(self, weight).to(weight.dtype)
-        return moved * self.scale(base_weight).detach().to(weight.dtype).unsqueeze(1), self.merge_bias(bias)
+        return moved * self.scale(base_weight).to(weight.dtype).unsqueeze(1), self.merge_bias(bias)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {**super().file_tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}

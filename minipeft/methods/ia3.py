@@ -133,7 +133,7 @@ class IA3(Adapter):
         return y
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scale = self.ia3_l.detach().to(weight.dtype)
+        scale = self.ia3_l.to(weight.dtype)
         if self.is_feedforward:
             return weight * scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1), bias
         return weight * scale, None if bias is None else bias * scale.flatten().to(bias.dtype)

@@ -75,4 +75,4 @@ class LoHa(Lycoris):
     def factors(self) -> tuple[Tensor, Tensor]:
         up, down = self._pair()
         dtype = torch.promote_types(up.dtype, torch.float32)
-        return up.detach().to(dtype) * self.scaling, down.detach().to(dtype)
+        return up.to(dtype) * self.scaling, down.to(dtype)

@@ -103,7 +103,7 @@ class LoKr(Lycoris):
         return y + update.to(y.dtype)
 
     def delta(self, weight: Tensor) -> Tensor:
-        C, D = (self._factor(name).detach() for name in ("lokr_w1", "lokr_w2"))
+        C, D = (self._factor(name) for name in ("lokr_w1", "lokr_w2"))
         dtype = torch.promote_types(C.dtype, torch.float32)
         return torch.kron(C.to(dtype), D.to(dtype) * self.scaling)
 

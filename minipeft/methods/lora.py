@@ -224,7 +224,7 @@ class Lora(Adapter):
             return bias
         if bias is None:
             raise MergeError("lora_bias trains a bias, and a layer without one cannot hold it.")
-        return bias + update.detach().to(bias.dtype)
+        return bias + update.to(bias.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         if self.trains_bias or self.num_experts > 1:
@@ -238,7 +238,7 @@ class Lora(Adapter):
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
         lora_A, lora_B = self.pair()
-        return lora_A.detach().flatten(1), lora_B.detach().flatten(1)
+        return lora_A.flatten(1), lora_B.flatten(1)
 
     def file_tensors(self) -> dict[str, Tensor]:
         A, B = ("lora_embedding_A", "lora_embedding_B") if self.is_embedding else ("lora_A.weight", "lora_B.weight")

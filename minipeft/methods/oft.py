@@ -116,8 +116,11 @@ class OFT(Adapter):
                 self.weight.copy_(inside)
         return upper + (inside - upper).detach()
 
-    def rotations(self) -> Tensor:
-        """The blocks by which vectors are multiplied from the right, shape (size / k, k, k), in float32 or float64."""
+    def rotations(self, *, dropped: bool = False) -> Tensor:
+        """The blocks by which vectors are multiplied from the right, shape (size / k, k, k), in float32 or float64.
+
+        With `dropped`, some of them are the identity in training, by `module_dropout`.
+        """
         upper = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         Q = self._skew(self._constrained(upper) if self.config.coft else upper)
         one = torch.eye(self.block, dtype=Q.dtype, device=Q.device)
@@ -125,13 +128,13 @@ class OFT(Adapter):
             R = _series(one, Q, self.config.num_cayley_neumann_terms)
         else:
             R = torch.linalg.solve(one + Q, one - Q, left=False)
-        if self.training and self.config.module_dropout and len(R) > 1:
+        if dropped and self.training and self.config.module_dropout and len(R) > 1:
             still = torch.randperm(len(R), device=R.device) < int(self.config.module_dropout * len(R))
             R = torch.where(still.view(-1, 1, 1), one, R)
         return R.expand(self.size // self.block, -1, -1)
 
     def _rotated(self, x: Tensor) -> Tensor:
-        R = self.rotations().to(x.dtype)
+        R = self.rotations(dropped=True).to(x.dtype)
         rows = x.reshape(-1, len(R), self.block).transpose(0, 1)
         return torch.bmm(rows, R).transpose(0, 1).reshape(x.shape).to(x.dtype)
 
@@ -142,7 +145,7 @@ class OFT(Adapter):
         return self._rotated(y) if self.is_embedding else y
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        R, (out, into) = self.rotations().detach().to(weight.dtype), weight.shape
+        R, (out, into) = self.rotations().to(weight.dtype), weight.shape
         if self.is_embedding:
             return torch.bmm(R.transpose(1, 2), weight.reshape(len(R), self.block, into)).reshape(out, into), bias
         blocks = weight.reshape(out, len(R), self.block).transpose(0, 1)

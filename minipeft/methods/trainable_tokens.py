@@ -165,7 +165,7 @@ class TrainableTokens(Adapter):
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         merged = weight.clone()
-        rows, wanted = self._table(merged), self.trainable_tokens_delta.detach().to(weight.dtype)
+        rows, wanted = self._table(merged), self.trainable_tokens_delta.to(weight.dtype)
         now, original = rows[self.indices], self.original.to(weight.dtype)
         # Exactly the trained row, if no other adapter has changed it.
         rows[self.indices] = torch.where(now == original, wanted, now + (wanted - original))
@@ -173,7 +173,7 @@ class TrainableTokens(Adapter):
 
     def delta(self, weight: Tensor) -> Tensor | None:
         update = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        self._table(update)[self.indices] = self.change().detach().to(update.dtype)
+        self._table(update)[self.indices] = self.change().to(update.dtype)
         return update
 
     def changed_rows(self) -> tuple[Tensor, Tensor]:

@@ -135,8 +135,8 @@ class Vera(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self._factors(self.vera_lambda_b.device)
         dtype = torch.promote_types(self.vera_lambda_b.dtype, torch.float32)
-        down = self.vera_lambda_d.detach().to(dtype).unsqueeze(1) * A.to(dtype)
-        return self.vera_lambda_b.detach().to(dtype).unsqueeze(1) * B.to(dtype), down
+        down = self.vera_lambda_d.to(dtype).unsqueeze(1) * A.to(dtype)
+        return self.vera_lambda_b.to(dtype).unsqueeze(1) * B.to(dtype), down
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {"vera_lambda_b": self.vera_lambda_b, "vera_lambda_d": self.vera_lambda_d}

@@ -42,6 +42,10 @@ class Holder(nn.Module):
 class Stubborn(Holder):
     """A holder whose layer cannot be wrapped, so that an injection fails after all before it was done."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.layer.forward = self.layer.forward  # so the wrapper is a new object, which has to be assigned
+
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Wrapper):
             raise MemoryError("a part of the model that cannot be replaced")

@@ -18,6 +18,7 @@ from minipeft.testing.behaviour import (
 from minipeft.testing.case import Case
 from minipeft.testing.files import files
 from minipeft.testing.merging import merges
+from minipeft.testing.reads import acts, reads
 from minipeft.testing.runtime import checkpointing, copies, disabled, failed_injection, one_graph
 
 Check = Callable[[Case], "str | None"]
@@ -34,6 +35,8 @@ CHECKS: tuple[Check, ...] = (
     merges(torch.float64),
     merges(torch.float32),
     merges(torch.bfloat16),
+    reads,
+    acts,
     files,
     copies,
     one_graph,

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from minipeft.errors import StateError
-from minipeft.step_hooks import after_step, extra_loss, has_schedule
+from minipeft.step_hooks import after_step, extra_loss, has_schedule, refuse_idle_layers
 from minipeft.training.data.collate import Batch, Store, eval_batches
 from minipeft.training.data.order import Update
 from minipeft.training.distributed.ranks import summed
@@ -92,6 +92,7 @@ class Updater:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sharded = isinstance(model, FSDPModule)
         self.scheduled = has_schedule(model)
+        refuse_idle_layers(model)
         if auto_batch and (self.sharded or engine is not None):
             raise StateError(
                 "auto_batch does not work with a sharded model or DeepSpeed: processes wait for each other within a pass."
@@ -119,7 +120,7 @@ class Updater:
             self._halve()
             total = self._gradients(update)
         if self.engine is not None:
-            self._check_reached(len(self.reached))
+            self._check_reached(bool(self.reached))
             self.engine.step()
             return total / update.tokens
         if not self.sharded:
@@ -178,21 +179,22 @@ class Updater:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Sum the gradients over the processes."""
-        self._check_reached(sum(parameter.grad is not None for parameter in self.parameters))
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        """Sum the gradients over the processes. One may have none for a parameter, such as an expert's."""
+        reached = torch.tensor([float(p.grad is not None) for p in self.parameters], device=self.parameters[0].device)
+        if self.accelerator.num_processes > 1:
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+            flat = torch.cat([reached, *(part.flatten().float() for part in parts)])
+            dist.all_reduce(flat)
+            reached, *sums = torch.split(flat, [len(reached), *(part.numel() for part in parts)])
+            for parameter, part, total, some in zip(self.parameters, parts, sums, reached.tolist(), strict=True):
+                parameter.grad = part.copy_(total.view_as(part)) if some else None
+        self._check_reached(bool(reached.any()))
 
-    def _check_reached(self, count: int) -> None:
-        if count < len(self.parameters):
+    def _check_reached(self, some: bool) -> None:
+        if not some:
             raise StateError(
-                f"{len(self.parameters) - count} of {len(self.parameters)} trainable parameters got no gradient: the "
-                "adapter is on modules that the model does not call. Target others."
+                "no trainable parameter got a gradient: the loss does not depend on the adapter. Check what the model "
+                "calls, whether an adapter is merged, and reentrant checkpointing."
             )
 
     def _reach(self, index: int, gradient: Tensor) -> None:

@@ -1,0 +1,121 @@
+"""What code gets that reads ``layer.weight`` or ``layer.bias`` of an adapted layer instead of calling it: the adapted value.
+
+Mamba's kernels, WavLM's attention and fused losses multiply by a layer's weight themselves. Some code only looks at its
+dtype or shape, so the value is computed when something needs it, and not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+
+Compute = Callable[[], Tensor]
+
+
+class AdaptedValue(Tensor):
+    """A parameter of a layer with its adapters folded in. Its dtype, shape and device are the parameter's own.
+
+    Any operation computes the value, with gradients for the adapters. What changes it in place, and ``.data``, goes to the
+    parameter itself, as initialisation means it.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    own: nn.Parameter
+    compute: Compute
+    value: Tensor | None
+
+    @staticmethod
+    def __new__(cls, own: nn.Parameter, compute: Compute) -> AdaptedValue:
+        made: AdaptedValue = Tensor._make_wrapper_subclass(
+            cls, own.shape, strides=own.stride(), dtype=own.dtype, device=own.device, requires_grad=False
+        )
+        made.own, made.compute, made.value = own, compute, None
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        writes = [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        args = tuple(a.written() if i in writes and isinstance(a, AdaptedValue) else a for i, a in enumerate(args))
+        args, kwargs = tree_map_only(AdaptedValue, AdaptedValue.computed, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def computed(self) -> Tensor:
+        """The value, computed at the first call."""
+        if self.value is None:
+            with torch.no_grad():
+                self.value = self.compute()
+        return self.value
+
+    def written(self) -> nn.Parameter:
+        """The parameter, about to be changed in place."""
+        self.value = None
+        return self.own
+
+    @property
+    def data(self) -> Tensor:
+        return self.own.data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.own.data = value
+
+    @property
+    def requires_grad(self) -> bool:
+        return bool(Tensor.requires_grad.__get__(self))  # type: ignore[attr-defined]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.own.requires_grad = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> AdaptedValue:
+        self.own.requires_grad_(requires_grad)
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.computed())
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: nn.Parameter, compute: Compute, *parameters: Tensor) -> Tensor:
+        ctx.compute = compute
+        ctx.save_for_backward(*parameters)
+        return AdaptedValue(own, compute)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parameters = ctx.saved_tensors
+        needed = [p for p, needs in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needs]
+        with torch.enable_grad():
+            value = ctx.compute()
+        if not value.requires_grad:  # a bias that the adapters turn out to leave alone
+            return (None,) * (2 + len(parameters))
+        grads = iter(torch.autograd.grad(value, needed, grad, allow_unused=True))
+        return None, None, *(next(grads) if needs else None for needs in ctx.needs_input_grad[2:])
+
+
+def adapted_value(own: nn.Parameter, compute: Compute, parameters: Sequence[Tensor]) -> Tensor:
+    """`own` with adapters folded in, computed when it is needed; under a compiler or a function transform, at once.
+
+    Args:
+        own: the parameter of the base layer.
+        compute: gives the value in the shape and dtype of `own`, differentiable in `parameters`.
+        parameters: of the adapters.
+    """
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed:
+        return compute()
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        value: Tensor = _Read.apply(own, compute, *parameters)  # type: ignore[no-untyped-call]
+        return value
+    return AdaptedValue(own, compute)
