@@ -37,7 +37,6 @@ class LoraXs(Adapter):
         h = ops.project_in(base, x, self.A.to(y.dtype))  # A x, also where x is token ids or an image
         return y + ops.project_out(base, h, (self.B @ self.R.to(self.B.dtype)).to(y.dtype))
 
-    @torch.no_grad()
     def factors(self):  # merging and unmerging follow from the update's two factors, (out, r) and (r, in)
         return self.B @ self.R.to(self.B.dtype), self.A
 

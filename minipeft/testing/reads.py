@@ -13,6 +13,8 @@ from minipeft.testing.case import Case, layers_of
 
 def reads(case: Case) -> str | None:
     """Code that reads the layer's weight and bias gets the merged ones, with gradients for the adapter."""
+    if not case.ops.can_merge:
+        return f"{type(case.ops).__name__}.can_merge is False, and merging is refused"
     model = case.adapted()
     merged = copy.deepcopy(model)
     if all(layer.stored is None for layer in layers_of(model)):

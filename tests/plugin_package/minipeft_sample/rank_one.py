@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from minipeft import Adapter, AdapterConfig, register_method
@@ -32,6 +31,5 @@ class RankOne(Adapter):
         h = ops.project_in(base, x, self.v.to(y.dtype))
         return y + ops.project_out(base, h, self.u.to(y.dtype))
 
-    @torch.no_grad()
     def merge(self, weight, bias):
         return weight + (self.u @ self.v).to(weight.dtype), bias
