@@ -56,7 +56,12 @@ def test_every_method_keeps_the_contract_on_every_layer_or_says_what_is_missing(
         pytest.skip(str(report))
     else:
         assert set(report.passed) | set(report.skipped) == ALL
-        may_skip = MERGES | {"shapes", "one_graph", "copies", "reads"}  # each only for a reason that lies in the layer itself
+        may_skip = MERGES | {
+            "shapes",
+            "one_graph",
+            "copies",
+            "reads",
+        }  # each only for a reason that lies in the layer itself
         assert set(report.skipped) <= may_skip, report
 
 
@@ -533,7 +538,9 @@ def test_a_layer_that_cannot_merge_skips_that_and_says_so(two_methods):
     report = check_layer(Flipped, make=Flipped)
     assert {check for _, _, check in report.skipped} == MERGES | {"reads"}
     assert set(report.skipped.values()) == {"ClaimsNoMerge.can_merge is False, and merging is refused"}
-    assert "skipped merge_float64, merge_float32, merge_bfloat16, reads: ClaimsNoMerge.can_merge is False" in str(report)
+    assert "skipped merge_float64, merge_float32, merge_bfloat16, reads: ClaimsNoMerge.can_merge is False" in str(
+        report
+    )
 
 
 class Packed(nn.Module):

@@ -1,10 +1,37 @@
-"""Which parameter of a layer its canonical weight is a view of, and the way back."""
+"""Which parameter of a layer its canonical weight is, and the way back to the shape in which the layer stores it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+
+Shape = torch.Size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to store a canonical weight.
+
+    Args:
+        fits: whether a canonical weight of the first shape may be stored so in a parameter of the second.
+        restore: the values of a parameter of this shape.
+    """
+
+    fits: Callable[[Shape, Shape], bool]
+    restore: Callable[[Tensor, Shape], Tensor]
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "same": Layout(lambda canonical, own: canonical == own or len(own) != 2, lambda weight, own: weight.reshape(own)),
+    "transposed": Layout(lambda canonical, own: canonical[::-1] == own, lambda weight, own: weight.t()),
+    "stack, each transposed": Layout(
+        lambda canonical, own: len(own) == 3,
+        lambda weight, own: weight.reshape(own[0], own[2], own[1]).mT,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -13,7 +40,7 @@ class Stored:
 
     Args:
         name: of the layer's parameter.
-        layout: "same", "transposed" or "reshaped".
+        layout: a key of `LAYOUTS`.
     """
 
     name: str
@@ -21,22 +48,24 @@ class Stored:
 
     def from_canonical(self, weight: Tensor, own: Tensor) -> Tensor:
         """A canonical weight in the shape and dtype of the parameter."""
-        if self.layout == "transposed":
-            weight = weight.t()
-        return weight.reshape(own.shape).to(own.dtype)
+        return LAYOUTS[self.layout].restore(weight, own.shape).to(own.dtype)
 
 
 def stored_weight(canonical: Tensor, module: nn.Module) -> Stored | None:
-    """Which parameter of a module a canonical weight is a view of; None if it was computed."""
-    for name, own in module._parameters.items():
-        if own is None or type(own) is not nn.Parameter or own.dtype != canonical.dtype:
-            continue
-        if own.numel() != canonical.numel() or own.data_ptr() != canonical.data_ptr():
-            continue
-        if canonical.shape == own.shape and canonical.stride() == own.stride():
-            return Stored(name, "same")
-        if canonical.shape[::-1] == own.shape and canonical.stride()[::-1] == own.stride():
-            return Stored(name, "transposed")
-        if canonical.is_contiguous() and own.is_contiguous():
-            return Stored(name, "reshaped")
+    """Find the parameter of a module that a canonical weight is a view of, or else a copy; None if it is neither."""
+    for is_it in (_is_view, _is_copy):
+        for name, own in module._parameters.items():
+            if type(own) is not nn.Parameter or own.dtype != canonical.dtype or own.numel() != canonical.numel():
+                continue
+            for name_of_layout, layout in LAYOUTS.items():
+                if layout.fits(canonical.shape, own.shape) and is_it(layout.restore(canonical, own.shape), own):
+                    return Stored(name, name_of_layout)
     return None
+
+
+def _is_view(value: Tensor, own: Tensor) -> bool:
+    return value.data_ptr() == own.data_ptr() and value.stride() == own.stride()
+
+
+def _is_copy(value: Tensor, own: Tensor) -> bool:
+    return not own.is_meta and torch.equal(value, own)
