@@ -61,7 +61,8 @@ class AdapterConfig(metaclass=_KnownNames):
         layers_to_transform: layer indices to keep, with `target_modules` a list.
         layers_pattern: name of the module list that the indices count, such as ``"h"``; None: the first number in a name.
         modules_to_save: suffixes of modules that are copied, trained and saved in full.
-        task_type: one of `TASK_TYPES`; a classification task also trains its head in full.
+        task_type: one of `TASK_TYPES`; a classification task also trains in full its head and what else the base's
+            checkpoint lacks, see `minipeft.injection.fresh_parts`.
         base_model_name_or_path: written to the file; None: the model's own ``name_or_path``.
         inference_mode: add the adapter frozen.
 

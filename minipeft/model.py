@@ -203,6 +203,7 @@ class AdaptedModel(MergeableModel):
             raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one, or unload().")
         discard(self, adapter_name)
         del self._state.configs[adapter_name], self._state.resting[adapter_name]
+        self._state.kept.pop(adapter_name, None)
         self._state.trainable.discard(adapter_name)
         self._state.unwatched.discard(adapter_name)
         self._state.idle.pop(adapter_name, None)

@@ -5,6 +5,7 @@ Every function also takes a model that is not one of transformers'; it then answ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -27,6 +28,14 @@ def name_or_path(model: nn.Module) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
+def vocabulary_size(model: nn.Module) -> int | None:
+    """``vocab_size`` of the text part of the model's config, which ``resize_token_embeddings`` changes."""
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    found = getattr(get() if callable(get) else config, "vocab_size", None)
+    return found if isinstance(found, int) else None
+
+
 def input_embedding(model: nn.Module) -> nn.Module | None:
     """The module that ``get_input_embeddings`` returns: the wrapper, if it is adapted."""
     return _returned_by(model, "get_input_embeddings")
@@ -45,6 +54,46 @@ def knows_its_head(model: nn.Module) -> bool:
 def wrapping_class(model: nn.Module) -> str | None:
     """The name of the class that wraps a model, such as DDP's, if `model` is such a wrapper."""
     return next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in WRAPPING), None)
+
+
+def is_from_checkpoint(parameter: nn.Parameter) -> bool:
+    """Whether ``from_pretrained`` found a parameter in the checkpoint, or tied it; the mark is lost in a copy or a pickle.
+
+    transformers marks what it loads so that ``_init_weights`` leaves it alone (4.56 to 5, ``modeling_utils.py``).
+    """
+    return getattr(parameter, "_is_hf_initialized", False) is True
+
+
+def computed_parameters(model: nn.Module) -> re.Pattern[str] | None:
+    """Names of parameters that no checkpoint holds, since the model computes them, such as tables of positions."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None)
+    return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+
+
+def mark_as_loaded(module: nn.Module, source: nn.Module) -> None:
+    """Mark the parameters of a layer that stands in for one from the checkpoint."""
+    if all(map(is_from_checkpoint, source.parameters())):
+        for parameter in module.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def loadable_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that ``from_pretrained`` can make, the outermost first."""
+    for module in model.modules():
+        if hasattr(type(module), "from_pretrained") and hasattr(module, "config"):
+            yield module
+
+
+def base_model(model: nn.Module) -> nn.Module | None:
+    """The model below a task's head: ``base_model_prefix`` names it, else it is the largest child; None without a head."""
+    prefix = getattr(model, "base_model_prefix", None)
+    if not isinstance(prefix, str) or not prefix:
+        return None
+    named = getattr(model, prefix, None)
+    children = [child for child in model.children() if any(True for _ in child.parameters())]
+    if isinstance(named, nn.Module) or len(children) < 2:
+        return named if isinstance(named, nn.Module) and named is not model else None
+    return max(children, key=lambda child: sum(parameter.numel() for parameter in child.parameters()))
 
 
 def recomputable_blocks(model: nn.Module) -> Iterator[nn.Module]:

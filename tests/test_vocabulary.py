@@ -1,5 +1,6 @@
 """Resized vocabularies: an adapter's file holds the new rows, and loads onto a base that is resized again."""
 
+import copy
 import json
 import math
 import warnings
@@ -7,6 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from test_hf_trainer import DATA, OPTIONS, trained
@@ -247,3 +249,75 @@ def test_the_vocabulary_of_a_base_is_read_from_its_directory_or_the_cache_of_the
     assert base_vocabulary(model) == size
     model.name_or_path = "someone/else"
     assert base_vocabulary(model) is None
+
+
+TEXT = {
+    **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+
+
+def mllama():
+    return transformers.MllamaForCausalLM, transformers.MllamaTextConfig(**TEXT, cross_attention_layers=[1]), ["q_proj"]
+
+
+def cpmant():
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 2, "dim_head": 16, "dim_ff": 32}
+    config = transformers.CpmAntConfig(**sizes, num_hidden_layers=1, prompt_types=2, prompt_length=4)
+    return transformers.CpmAntForCausalLM, config, ["project_q"]
+
+
+@pytest.mark.parametrize("without", [None, "marks", "weights"])
+@pytest.mark.parametrize("family", [mllama, cpmant])
+def test_rows_beyond_the_vocabulary_that_the_checkpoint_has_are_not_saved(family, without, tmp_path):
+    cls, config, targets = family()
+    with foreign_code():
+        cls(config).save_pretrained(tmp_path / "base")
+        model = cls.from_pretrained(tmp_path / "base")
+    assert len(model.get_input_embeddings().weight) == 104
+    if without == "marks":
+        model = copy.deepcopy(model)
+    elif without == "weights":  # a checkpoint of another format
+        (tmp_path / "base" / "model.safetensors").unlink()
+    get_lora_model(model, LoraConfig(target_modules=targets)).save_pretrained(tmp_path / "adapter")
+    assert not any(ROWS in key for key in load_file(tmp_path / "adapter" / WEIGHTS_FILE))
+
+
+@pytest.mark.parametrize("family", [mllama, cpmant])
+def test_rows_that_such_a_model_gains_are_saved(family, tmp_path):
+    cls, config, targets = family()
+
+    def resized_anew(seed):
+        with foreign_code(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = cls.from_pretrained(tmp_path / "base", dtype=torch.float32)
+            model.resize_token_embeddings(110)
+        return model.eval()
+
+    with foreign_code():
+        cls(config).save_pretrained(tmp_path / "base", max_shard_size=20_000)
+    assert (tmp_path / "base" / "model.safetensors.index.json").exists()
+    model = disturb(get_lora_model(resized_anew(1), LoraConfig(target_modules=targets)))
+    model.save_pretrained(tmp_path / "adapter")
+    rows = [len(value) for key, value in load_file(tmp_path / "adapter" / WEIGHTS_FILE).items() if ROWS in key]
+    assert sorted(rows) == [6, 14]  # 104 rows of the input and 96 of the output are the checkpoint's
+    again = load_adapter(resized_anew(2), tmp_path / "adapter")
+    ids = torch.tensor([[3, 105, 109, 7]])
+    with torch.no_grad():
+        assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_a_table_replaced_by_hand_is_a_resized_one(tmp_path):
+    with foreign_code():
+        gpt2().save_pretrained(tmp_path / "base")
+        model = type(gpt2()).from_pretrained(tmp_path / "base")
+        model.set_input_embeddings(torch.nn.Embedding(103, 32))
+        model.tie_weights()
+    lora(gpt2, model).save_pretrained(tmp_path / "adapter")
+    assert [len(v) for k, v in load_file(tmp_path / "adapter" / WEIGHTS_FILE).items() if ROWS in k] == [3]

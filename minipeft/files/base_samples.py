@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile, is_sample
+from minipeft.files.frozen_weights import frozen_weights, planned_frozen_weights
 from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.build import Parts
 from minipeft.injection.module_tree import adapted_layers
@@ -25,13 +26,18 @@ QUANTIZED = 0.5
 
 
 def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
-    """A few base weights of each layer that the adapter is on and is not merged into, by the layer's name."""
+    """A few base weights of each layer that the adapter is on and is not merged into, by the layer's name.
+
+    And of the frozen weights that may not be in the base's checkpoint, by their own names.
+    """
     remembered = model.__dict__[STATE].samples.get(adapter_name, {})
-    return {
+    adapted = {
         name: sample(layer.ops, layer.base_layer, layer.adapter(adapter_name)) or remembered.get(name, [])
         for name, layer in adapted_layers(model)
         if layer.owns(adapter_name) and not layer.merged
     }
+    frozen = {name: remembered.get(name) or _sample_of(weight) for name, weight in frozen_weights(model, adapter_name)}
+    return adapted | {name: values for name, values in frozen.items() if values}
 
 
 def remember_base(model: nn.Module) -> None:
@@ -40,12 +46,14 @@ def remember_base(model: nn.Module) -> None:
     state.samples = {name: base_samples(model, name) for name in state.configs}
 
 
-def planned_samples(plan: Plan, parts: Parts) -> dict[str, list[float]]:
-    """What `base_samples` will return once the parts of a plan are in its model."""
-    return {
+def planned_samples(model: nn.Module, plan: Plan, parts: Parts, wanted: Collection[str]) -> dict[str, list[float]]:
+    """What `base_samples` will return once the parts of a plan are in its model; of frozen weights only those `wanted`."""
+    adapted = {
         site.name: sample(site.ops, site.candidate.base, adapter)
         for site, adapter in zip(plan.adapters, parts.adapters, strict=True)
     }
+    frozen = {name: _sample_of(weight) for name, weight in planned_frozen_weights(model, plan) if name in wanted}
+    return adapted | frozen
 
 
 @torch.no_grad()
@@ -55,15 +63,25 @@ def sample(ops: LayerOps, base: nn.Module, adapter: Adapter) -> list[float]:
     A ninth number, the tolerance, marks the sample of a quantized layer, whose values are not the float weight's.
     """
     weight = ops.read_weight(base)
-    if weight.is_meta or weight.numel() == 0 or type(weight) not in (Tensor, nn.Parameter):
-        return []  # another type is a sharded weight, of which this process has one part
-    weight = adapter.untouched(weight)
-    if weight.numel() == 0:
+    if not _is_readable(weight):
         return []
+    values = _sample_of(adapter.untouched(weight))
+    return [*values, QUANTIZED] if values and ops.is_quantized else values
+
+
+@torch.no_grad()
+def _sample_of(weight: Tensor) -> list[float]:
+    if not _is_readable(weight):
+        return []
+    weight = weight if weight.ndim == 2 else weight.reshape(1, -1)
     rows, columns = _places(*weight.shape)
     values = [float(f"{value:.6g}") for value in weight[rows, columns].tolist()]
-    values += [QUANTIZED] if ops.is_quantized else []
     return values if all(map(is_sample, values)) else []  # JSON has no NaN
+
+
+def _is_readable(weight: Tensor) -> bool:
+    # Another type is a sharded weight, of which this process has one part.
+    return not weight.is_meta and weight.numel() > 0 and type(weight) in (Tensor, nn.Parameter)
 
 
 @functools.cache

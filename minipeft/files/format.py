@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class AdapterFile(TensorFile):
 
     config: AdapterConfig
     base: Mapping[str, list[float]]  # samples of the base weights by module, see `minipeft.files.base_samples`
+    kept: tuple[str, ...] = ()  # modules that it brings and that do not train, see `minipeft.injection.fresh_parts`
 
 
 def open_adapter(directory: Path) -> AdapterFile:
@@ -62,7 +63,7 @@ def open_adapter(directory: Path) -> AdapterFile:
     else:
         raise CheckpointError(f"{directory} has no {CONFIG_FILE}.")
     config = config_from_dict(values, f"{directory / CONFIG_FILE}")
-    return AdapterFile(**vars(weights), config=config, base=own.get("base") or {})
+    return AdapterFile(**vars(weights), config=config, base=own.get("base") or {}, kept=tuple(own.get("kept", ())))
 
 
 def _open_weights(directory: Path) -> TensorFile:
@@ -96,7 +97,9 @@ def _own(weights: TensorFile) -> dict[str, Any]:
 def _is_own(own: Any) -> bool:
     if not isinstance(own, dict) or not all(isinstance(own.get(key, {}), dict) for key in ("config", "base")):
         return False
-    rows = own.get("base", {}).values()
+    rows, kept = own.get("base", {}).values(), own.get("kept", [])
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        return False
     return own.get("version", VERSION) == VERSION and all(
         isinstance(row, list) and all(map(is_sample, row)) for row in rows
     )
@@ -107,13 +110,16 @@ def is_sample(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e39
 
 
-def own_metadata(config: Mapping[str, Any], base: Mapping[str, Any], directory: Path) -> dict[str, str]:
+def own_metadata(
+    config: Mapping[str, Any], base: Mapping[str, Any], kept: Sequence[str], directory: Path
+) -> dict[str, str]:
     """Safetensors metadata for an adapter that is about to be written into a directory."""
     try:
         previous = _digest(read_object(directory / CONFIG_FILE))
     except CheckpointError:
         previous = None
     own = {"version": VERSION, "config": dict(config), "previous": previous, "base": dict(base)}
+    own |= {"kept": list(kept)} if kept else {}
     return {"format": "pt", "minipeft": json.dumps(own)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from minipeft.files.base_samples import planned_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import open_adapter
+from minipeft.files.frozen_weights import warn_of_missing_parts
 from minipeft.files.new_rows import find_new_rows
 from minipeft.injection.build import Parts, build, build_from
 from minipeft.injection.plan import Plan
@@ -28,16 +30,18 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
     file = open_adapter(directory)
     new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
+    plan = replace(plan, saved=tuple(replace(site, trains=site.name not in file.kept) for site in plan.saved))
     shapes = build(plan, on_meta=True)
     expected = Expected(
         model,
         {key: tensor for key, tensor in shapes.file_tensors(plan).items() if key not in new_rows.values},
-        base={} if allow_base_mismatch else planned_samples(plan, shapes),
+        base={} if allow_base_mismatch else planned_samples(model, plan, shapes, file.base),
         tied={site.name: site.tied_to for site in plan.adapters if site.tied_to is not None},
         done=new_rows.tables,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
     )
     values = read_values(file, expected, strict=strict)
+    warn_of_missing_parts(file, model, plan)
     return plan, build_from(plan, {**values, **new_rows.values})
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import ConfigError, told
-from minipeft.files.vocabulary_tables import Table, base_vocabulary, tables
+from minipeft.files.vocabulary_tables import Table, base_rows, base_vocabulary, tables
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import wrappers
@@ -55,13 +55,13 @@ def with_tables(
         return dict(tensors), dict(config)
     if save != "auto":
         raise ConfigError(f'save_embedding_layers must be True, False or "auto", not {told(save)}.')
-    base_size = base_vocabulary(model)
-    if base_size is None:
+    if base_vocabulary(model) is None:
         return dict(tensors), dict(config)
     # In each tensor the rows that train come first, then those that were only added.
     all_tensors, trained = dict(tensors), _ids_by_name(model, config)
     ids = dict(trained)
     for name, table in tables(model).items():
+        base_size = base_rows(model, name, table) or 0
         missing = sorted(set(range(base_size, len(table.weight))) - set(trained.get(name, ())))
         if not missing or _copies(table, adapter_name) or set(missing) <= set(config.get("token_indices") or ()):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,11 @@ def _shortest(names: list[str], model: nn.Module) -> list[str]:
 
 
 def save_adapter(
-    directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Any]
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    base: Mapping[str, Any],
+    kept: Sequence[str] = (),
 ) -> None:
     """Write the two files of an adapter, both or neither (see `minipeft.files.atomic`).
 
@@ -105,6 +109,7 @@ def save_adapter(
         tensors: as `adapter_tensors` returns them.
         config: as `file_config` returns it.
         base: as `minipeft.files.base_samples.base_samples` returns it.
+        kept: modules that are saved and do not train, see `minipeft.injection.fresh_parts`.
 
     Raises:
         CheckpointError: the directory cannot be written, or holds a whole model.
@@ -116,7 +121,7 @@ def save_adapter(
         )
     copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     copies = registry.method_class(config["peft_type"].lower()).compacted(copies, config)
-    weights = with_sorted_metadata(safetensors.torch.save(copies, own_metadata(config, base, directory)))
+    weights = with_sorted_metadata(safetensors.torch.save(copies, own_metadata(config, base, kept, directory)))
     # Only the top level is sorted: within rank_pattern the first key that fits decides, so its order has a meaning.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})

@@ -165,7 +165,7 @@ class SavableModel(nn.Module):
     def _write_adapter(
         self, directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> None:
-        save_adapter(directory, tensors, config, base_samples(self, name))
+        save_adapter(directory, tensors, config, base_samples(self, name), self._state.kept.get(name, ()))
         write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
 
     def _all_or(self, adapter_name: str | None, selected: Sequence[str] | None = None) -> list[str]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from minipeft.files.atomic import read_limited
-from minipeft.files.hub import is_hub_id
-from minipeft.files.strict_json import MAX_CONFIG_BYTES
+from minipeft.files.base_checkpoint import base_config, stored_rows
 from minipeft.injection.wrapper import innermost
-from minipeft.transformers_model import input_embedding, name_or_path, output_head
+from minipeft.transformers_model import input_embedding, is_from_checkpoint, output_head, vocabulary_size
 
 
 class Table(NamedTuple):
@@ -38,15 +33,25 @@ def tables(model: nn.Module) -> dict[str, Table]:
 
 def base_vocabulary(model: nn.Module) -> int | None:
     """``vocab_size`` in the ``config.json`` of the base that the model was loaded from, if that is on this machine."""
-    place = name_or_path(model)
-    if place is None or len(place) >= 4096:
-        return None
-    path: object = Path(place) / "config.json"
-    if not Path(place).is_dir() and is_hub_id(place):
-        path = try_to_load_from_cache(place, "config.json", revision=getattr(model.config, "_commit_hash", None))
-    try:
-        values = json.loads(read_limited(Path(path), MAX_CONFIG_BYTES)) if isinstance(path, str | Path) else {}
-        size = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size"))
-    except (ValueError, AttributeError, RecursionError):  # CheckpointError is a ValueError
-        return None
-    return size if isinstance(size, int) else None
+    values = base_config(model)
+    for part in (values.get("text_config"), values):
+        size = part.get("vocab_size") if isinstance(part, dict) else None
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def base_rows(model: nn.Module, name: str, table: Table) -> int | None:
+    """How many rows of a table the base has, if that is on this machine: perhaps more than its vocabulary.
+
+    mllama has 8 for images besides, and some tables are padded. The checkpoint says so; without it, a table that is
+    still the one that was loaded, for a vocabulary of unchanged size, was not resized.
+    """
+    size = base_vocabulary(model)
+    if size is None or len(table.weight) <= size:
+        return size
+    stored = stored_rows(model, name, table.weight.shape[1])
+    if stored is not None:
+        return max(stored, size)
+    untouched = isinstance(table.weight, nn.Parameter) and is_from_checkpoint(table.weight)
+    return len(table.weight) if untouched and vocabulary_size(model) == size else size

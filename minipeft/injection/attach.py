@@ -14,6 +14,7 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError
 from minipeft.injection.apply import apply, eject
 from minipeft.injection.build import Parts
+from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Switch
@@ -38,6 +39,7 @@ class AdapterState:
         default_factory=dict
     )  # layers that did not use an adapter, see `injection.watch`
     refuses_idle: bool = False  # an idle layer is an error, not a warning
+    kept: dict[str, tuple[str, ...]] = field(default_factory=dict)  # see `minipeft.injection.fresh_parts`
     samples: dict[str, dict[str, list[float]]] = field(
         default_factory=dict
     )  # see `minipeft.files.base_samples.remember_base`
@@ -92,7 +94,9 @@ def attach(
         raise
     if first:
         model.__dict__[STATE] = state
+        model.__dict__[ORIGINS] = plan.origins
     state.configs[adapter_name] = plan.config
+    state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
     state.resting[adapter_name] = set()
     for path, wrapper in wrappers(model):
         for index, parameter in enumerate(wrapper.trainable_parameters(adapter_name)):
@@ -132,6 +136,7 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
     """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
     eject(model, keep_trained=keep_trained)
     trained_before = model.__dict__.pop(STATE).trained_before
+    model.__dict__.pop(ORIGINS, None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained_before)
     model.__class__ = original_class(mixin, type(model))

@@ -71,6 +71,9 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
         adapter.key_prefix = site.prefix
         adapters[site.name] = adapter.train(base.training)
     copies = [trained_copy(s.candidate.base, s.only, on_meta=on_meta) for s in plan.saved]
+    for saved, twin in zip(plan.saved, copies, strict=True):
+        if not saved.trains:
+            twin.requires_grad_(False)
     return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies))
 
 

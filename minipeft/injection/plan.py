@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.fresh_parts import (
+    FreshParts,
+    Origins,
+    find_fresh_parts,
+    find_origins,
+    warn_of_fresh_parts,
+    with_fresh_parts,
+)
 from minipeft.injection.module_tree import Candidate, candidates
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.sites import AdapterSite, SavedSite, module_sites
@@ -28,6 +36,7 @@ class Plan:
     adapters: tuple[AdapterSite, ...]
     saved: tuple[SavedSite, ...]
     prepared: tuple[tuple[LayerOps, nn.Module], ...] = ()  # layers, adapted or not, that need `LayerOps.prepare`
+    origins: Origins = field(default_factory=Origins)
 
 
 def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True) -> Plan:
@@ -44,10 +53,14 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         RegistryError: the method is unknown.
     """
     config = config.for_model_type(model_type(model))
-    found = candidates(model)
+    found, origins = candidates(model), find_origins(model)
     _check_no_peft(found)
+    # A file names all that it brings, so nothing is added to it.
+    fresh = find_fresh_parts(model, config, found, origins) if every_pattern else FreshParts()
+    config = with_fresh_parts(config, fresh)
     saved = [
-        SavedSite(name, found[name], None) for name in select_saved(model, config, found, every_pattern=every_pattern)
+        SavedSite(name, found[name], None, name not in fresh.kept)
+        for name in select_saved(model, config, found, every_pattern=every_pattern)
     ]
     sites = _targeted(model, config, found, [site.name for site in saved], every_pattern)
     sites += _companions(model, config, found, every_pattern)
@@ -58,7 +71,9 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     for site in saved:
         _check_saveable(site)
     warn_of_tied_layers(model, sites)
-    return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)))
+    if every_pattern:
+        warn_of_fresh_parts(model, config, fresh, origins)
+    return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins)
 
 
 def _check_no_peft(found: Mapping[str, Candidate]) -> None:

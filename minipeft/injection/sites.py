@@ -40,6 +40,7 @@ class SavedSite:
     name: str
     candidate: Candidate
     only: tuple[str, ...] | None
+    trains: bool = True  # False: only saved, see `minipeft.injection.fresh_parts`
 
 
 def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_pattern: bool) -> Iterator[AdapterSite]:

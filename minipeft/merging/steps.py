@@ -15,7 +15,7 @@ from minipeft.merging.report import relative_error
 from minipeft.merging.rounding import add_product, rounded
 from minipeft.merging.unmerge import Undo, original_of, total_delta
 from minipeft.quantization.dequantize import output_error
-from minipeft.transformers_model import mark_untied
+from minipeft.transformers_model import mark_as_loaded, mark_untied
 
 
 @dataclass
@@ -182,6 +182,7 @@ class Replace(Step):
         new, bias, _, change = self.merged()
         self.relative_error = relative_error(ops.read_weight(base).detach(), new, change)
         replacement = ops.write_weight(base, new, bias)
+        mark_as_loaded(replacement, base)
         self.output_error = output_error(self.layer, self.names, replacement)
         self.layer.base_layer = replacement
 

@@ -9,7 +9,7 @@ from minipeft.errors import MergeError, StateError, all_or_nothing
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import candidates
 from minipeft.layers.base import layer_ops
-from minipeft.transformers_model import forget_quantization
+from minipeft.transformers_model import forget_quantization, mark_as_loaded
 
 
 @all_or_nothing
@@ -35,6 +35,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         assert ops is not None
         weight, bias = ops.read_weight(candidate.base).to(dtype), ops.read_bias(candidate.base)
         layer = ops.write_weight(candidate.base, weight, bias)
+        mark_as_loaded(layer, candidate.base)
         for parent, attribute in candidate.places:
             setattr(parent, attribute, layer)
     forget_quantization(model)

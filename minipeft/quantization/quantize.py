@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing, hint, shown
+from minipeft.injection.fresh_parts import find_origins
 from minipeft.injection.module_tree import Candidate, TensorIndex, candidates
 from minipeft.injection.targets import HEAD_NAMES
 from minipeft.injection.wrapper import Wrapper
 from minipeft.layers.base import LayerOps, is_plain_linear, layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.patterns import is_suffix
-from minipeft.transformers_model import output_head
+from minipeft.transformers_model import mark_as_loaded, output_head
 
 
 @all_or_nothing
@@ -23,8 +24,8 @@ from minipeft.transformers_model import output_head
 def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str] = ()) -> nn.Module:
     """Replace the linear layers of a float model by quantized, frozen ones, in place; returns the model.
 
-    The output head and task heads, embeddings, layers tied to another module, and layers with a forward of their own
-    stay in float. The float weights are freed with the last reference to them.
+    The output head and task heads, layers that the checkpoint lacks, embeddings, layers tied to another module, and
+    layers with a forward of their own stay in float. The float weights are freed with the last reference to them.
 
     Args:
         model: any model without adapters, with weights in float32, bfloat16 or float16, on any device.
@@ -55,7 +56,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
 
 def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candidate, LayerOps]]:
     found, index = candidates(model), TensorIndex(model)
-    head = output_head(model)
+    head, new = output_head(model), find_origins(model).fresh
     skipped: set[int] = set()
     for entry in [skip_modules] if isinstance(skip_modules, str) else skip_modules:
         hits = [c.module for c in found.values() if any(is_suffix(entry, name) for name in c.names)]
@@ -70,7 +71,8 @@ def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candida
         layer, ops = candidate.base, layer_ops(candidate.base)
         if ops is None or not ops.in_all_linear or ops.is_quantized or not is_plain_linear(ops, layer):
             continue
-        is_head = layer is head or name.rpartition(".")[2] in HEAD_NAMES
+        # A layer that the checkpoint lacks has to train in full, as a head has.
+        is_head = layer is head or name.rpartition(".")[2] in HEAD_NAMES or f"{name}.weight" in new
         weight = layer.weight
         assert isinstance(weight, Tensor)
         if is_head or id(layer) in skipped or index.also_used_by(weight, layer):
@@ -105,4 +107,5 @@ def _replacement(candidate: Candidate, ops: LayerOps, quantizer: QuantizedLinear
     # transformers' name for the class that was replaced; dequantizing makes a layer of this class again.
     quantized.source_cls = type(layer)  # type: ignore[assignment]
     quantizer.prepare(quantized)
+    mark_as_loaded(quantized, layer)
     return quantized.requires_grad_(False).train(layer.training)

@@ -1,0 +1,84 @@
+"""The checkpoint that a base was loaded from, if it is on this machine: its configuration and the shapes of its tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+
+from minipeft.errors import CheckpointError
+from minipeft.files.atomic import read_limited
+from minipeft.files.hub import is_hub_id
+from minipeft.files.strict_json import MAX_CONFIG_BYTES
+from minipeft.files.tensor_file import MAX_HEADER_BYTES, open_tensors
+from minipeft.transformers_model import name_or_path
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def base_config(model: nn.Module) -> dict[str, Any]:
+    """``config.json`` of the base; empty if it is not here, or is not an object."""
+    values = _read_json(_find(model, CONFIG), MAX_CONFIG_BYTES)
+    return values if isinstance(values, dict) else {}
+
+
+def stored_rows(model: nn.Module, table: str, width: int) -> int | None:
+    """How many rows a table, named by its module, has in the base's safetensors files; None if that cannot be said.
+
+    A checkpoint may have other names for the outer modules, so the key that ends most alike is taken.
+    """
+    weights, index = _find(model, WEIGHTS), _read_json(_find(model, INDEX), MAX_HEADER_BYTES)
+    try:
+        if weights is not None:
+            shapes = dict(open_tensors(weights).shapes)
+        else:
+            key_to_file = index.get("weight_map") if isinstance(index, dict) else None
+            places = (
+                {k: v for k, v in key_to_file.items() if isinstance(v, str)} if isinstance(key_to_file, dict) else {}
+            )
+            files = {_find(model, places[key]) for key in _closest(table, list(places))}
+            shapes = {k: v for path in files if path is not None for k, v in open_tensors(path).shapes.items()}
+    except CheckpointError:
+        return None
+    rows = {
+        shapes[key][0] for key in _closest(table, list(shapes)) if len(shapes[key]) == 2 and shapes[key][1] == width
+    }
+    return rows.pop() if len(rows) == 1 else None
+
+
+def _closest(table: str, keys: list[str]) -> list[str]:
+    """The keys of weights that share the most last components with a table's, at least the module's own name."""
+    wanted = [*table.split("."), "weight"]
+
+    def alike(key: str) -> int:
+        parts = key.split(".")
+        pairs = zip(reversed(parts), reversed(wanted), strict=False)
+        return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(parts), len(wanted)))
+
+    scores = {key: alike(key) for key in keys}
+    best = max(scores.values(), default=0)
+    return [key for key, score in scores.items() if score == best >= 2]
+
+
+def _find(model: nn.Module, file: str) -> Path | None:
+    place = name_or_path(model)
+    if place is None or len(place) >= 4096 or Path(file).name != file:
+        return None
+    if Path(place).is_dir() or not is_hub_id(place):
+        path = Path(place) / file
+    else:
+        found = try_to_load_from_cache(place, file, revision=getattr(model.config, "_commit_hash", None))
+        if not isinstance(found, str):
+            return None
+        path = Path(found)
+    return path if path.is_file() else None
+
+
+def _read_json(path: Path | None, limit: int) -> Any:
+    try:
+        return None if path is None else json.loads(read_limited(path, limit))
+    except (ValueError, RecursionError):  # CheckpointError is a ValueError
+        return None

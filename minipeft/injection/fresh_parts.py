@@ -1,0 +1,187 @@
+"""Parts of a model that its checkpoint lacks, such as a new classification head, which `from_pretrained` drew at random.
+
+Whoever loads the base again gets other values, so an adapter has to bring these parts along. Where a model does not say
+what it was loaded with, its weights are of unknown origin, and `minipeft.files.frozen_weights` compares them on loading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from minipeft.config import HEADS_OF_TASK, AdapterConfig
+from minipeft.errors import shown
+from minipeft.injection.module_tree import Candidate, candidates
+from minipeft.injection.targets import select_parameters, select_saved, select_targets, within
+from minipeft.transformers_model import (
+    base_model,
+    computed_parameters,
+    input_embedding,
+    is_from_checkpoint,
+    loadable_parts,
+    output_head,
+)
+
+ORIGINS = "_minipeft_origins"  # their name in an adapted model's __dict__, which is copied and pickled with the model
+# These are indexed or iterated over, not called, so a copy cannot stand in their place.
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Full names of base parameters: those that the checkpoint lacks, and those of which that is not known."""
+
+    fresh: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class FreshParts:
+    """Modules, by name, that are new in a model: those that train in full, and those that are only saved."""
+
+    trained: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+def base_parameters(model: nn.Module, found: Mapping[str, Candidate]) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Every (full name, owner, parameter) of a base, without the adapters on it."""
+    seen: set[int] = set()
+    owners = [("", model)]
+    for name, candidate in found.items():
+        wrapped = candidate.module is not candidate.base
+        inner = candidate.base.named_modules() if wrapped else [("", candidate.base)]
+        owners += [(f"{name}.{path}" if path else name, module) for path, module in inner]
+    for name, owner in owners:
+        for own, parameter in owner._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{name}.{own}" if name else own), owner, parameter
+
+
+def find_origins(model: nn.Module) -> Origins:
+    """Which parameters of a base come from its checkpoint, by the marks of `from_pretrained` when it was first adapted.
+
+    A part in which most parameters have no mark was changed since, or is not from a checkpoint: nothing is known of it.
+    """
+    remembered = model.__dict__.get(ORIGINS)
+    if isinstance(remembered, Origins):
+        return remembered
+    parameters = {name: (parameter, owner) for name, owner, parameter in base_parameters(model, candidates(model))}
+    fresh: set[str] = set()
+    unknown = dict.fromkeys(name for name, (p, _) in parameters.items() if _is_plain(p))
+    for part in loadable_parts(model):
+        inside = {id(p) for p in part.parameters()}
+        names = [name for name in unknown if id(parameters[name][0]) in inside]
+        new = [name for name in names if not is_from_checkpoint(parameters[name][0])]
+        if 2 * len(new) <= len(names):
+            computed = computed_parameters(part)
+            fresh.update(name for name in new if computed is None or not computed.search(name))
+            unknown = {name: None for name in unknown if name not in set(names)}
+    return Origins(frozenset(fresh), frozenset(unknown))
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether this process has the whole of it, as floats; a quantized or sharded weight has a type of its own."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
+
+
+def find_fresh_parts(
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], origins: Origins
+) -> FreshParts:
+    """The new modules that `config` leaves out of `modules_to_save`.
+
+    All of them train with a classification task, and one that is targeted trains in any case: low rank on top of random
+    weights has no use.
+    """
+    task = config.task_type in HEADS_OF_TASK
+    if not origins.fresh and not (task and origins.unknown):
+        return FreshParts()
+    saved = set(select_saved(model, config, found, every_pattern=False))
+    free = {
+        name: candidate
+        for name, candidate in found.items()
+        if not within(name, saved) and not any(within(other, {name}) for other in saved)
+    }
+    fresh = set(_topmost_fresh(model, found, free, origins.fresh)) if origins.fresh else set()
+    if task and origins.unknown:
+        fresh |= {name for name in _beside_base_model(model, found, free, origins.unknown) if not within(name, fresh)}
+    parts = [name for name in found if name in fresh]
+    if task or config.bias == "all":
+        return FreshParts(tuple(parts))
+    targets = set(select_targets(model, config, found, every_pattern=False)) if parts else set()
+    targets |= set(select_parameters(model, config, found, every_pattern=False)) if parts else set()
+    trained = tuple(name for name in parts if any(within(target, {name}) for target in targets))
+    return FreshParts(trained, tuple(name for name in parts if name not in trained))
+
+
+def _topmost_fresh(
+    model: nn.Module, found: Mapping[str, Candidate], free: Mapping[str, Candidate], fresh: Collection[str]
+) -> list[str]:
+    """The largest modules all of whose parameters are new, without the tables of the vocabulary."""
+    tables = {id(module) for module in (input_embedding(model), output_head(model))}
+    new = {id(p) for name, _, p in base_parameters(model, found) if name in fresh}
+    whole = {
+        name
+        for name, candidate in free.items()
+        if not isinstance(candidate.base, CONTAINERS)
+        and id(candidate.module) not in tables
+        and any(True for _ in candidate.base.parameters())
+        and all(id(p) in new for p in candidate.base.parameters())
+    }
+    return [name for name in free if name in whole and not within(name.rpartition(".")[0], whole)]
+
+
+def _beside_base_model(
+    model: nn.Module, found: Mapping[str, Candidate], free: Mapping[str, Candidate], unknown: Collection[str]
+) -> list[str]:
+    """What stands beside the base model in a model with a head: DistilBERT's pre_classifier, wav2vec2's projector.
+
+    Without layers whose weights the base model uses too, as a head may that is tied to the embedding.
+    """
+    base = base_model(model)
+    if base is None:
+        return []
+    used = {id(parameter) for parameter in base.parameters()}
+    names = {id(p): name for name, _, p in base_parameters(model, found)}
+    head = output_head(model)
+    return [
+        name
+        for name, candidate in free.items()
+        if "." not in name
+        and candidate.module is not head
+        and not isinstance(candidate.base, CONTAINERS)
+        and any(names.get(id(p)) in unknown for p in candidate.base.parameters())
+        and not any(id(p) in used for p in candidate.base.parameters())
+    ]
+
+
+def with_fresh_parts(config: AdapterConfig, parts: FreshParts) -> AdapterConfig:
+    """The configuration with these parts in `modules_to_save`, by their full names, as PEFT reads them too."""
+    names = (*parts.trained, *parts.kept)
+    return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *names)) if names else config
+
+
+def warn_of_fresh_parts(model: nn.Module, config: AdapterConfig, parts: FreshParts, origins: Origins) -> None:
+    """Name the new weights that are treated otherwise than the configuration asks, or cannot be saved."""
+    found = candidates(model)
+    bare = [
+        name
+        for name, owner, _ in base_parameters(model, found)
+        if name in origins.fresh and owner._modules and not isinstance(owner, CONTAINERS)
+    ]
+    unasked = () if config.task_type in HEADS_OF_TASK else parts.trained
+    for names, fate in (
+        (parts.kept, "stays frozen as it is and is saved with the adapter; to train it, name it in modules_to_save"),
+        (unasked, "is trained and saved in full, since an update on top of random weights has no use"),
+        (bare, "is neither trained nor saved, as a parameter next to child modules"),
+    ):
+        if names:
+            warnings.warn(
+                f"{shown(names)}: not in the checkpoint of this {type(model).__name__}, so drawn at random when it was "
+                f"loaded; it {fate}.",
+                stacklevel=5,
+            )
