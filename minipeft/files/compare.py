@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, nearest, shown, told
 from minipeft.files.base_samples import check_samples
-from minipeft.files.format import DTYPES, PROVENANCE, AdapterFile
+from minipeft.files.format import DTYPES, FLOATS, PROVENANCE, AdapterFile
 from minipeft.files.new_rows import resize_hint
 from minipeft.files.peft_extras import check_extras, find_copies, find_repeats
 
@@ -87,10 +88,19 @@ def _compare_shapes(file: AdapterFile, expected: Expected) -> None:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         hint = max(resize_hint(expected.model, there, here) for _, there, here in wrong[:3])
         raise CheckpointError(f"{misfit}: {'; '.join(said)}{more}. Is it for another base?{hint}")
-    for key in common if expected.exact else ():
-        there, here = DTYPES[file.dtypes[key]], expected.tensors[key].dtype
-        if there != here:
-            raise CheckpointError(f"{file.path}: {key} is {there} there and {here} here.")
+    for key in common:
+        _compare_dtype(file, key, expected.tensors[key].dtype, exact=expected.exact)
+
+
+def _compare_dtype(file: AdapterFile, key: str, here: torch.dtype, *, exact: bool) -> None:
+    """Values are converted between floating point types, unless `exact`; a counter (BatchNorm has one) is an integer."""
+    there = DTYPES[file.dtypes[key]]
+    if here.is_floating_point and not there.is_floating_point:
+        raise CheckpointError(
+            f"{file.path}: {key!r} is {file.dtypes[key]}; adapters are floating point ({', '.join(FLOATS)})."
+        )
+    if there != here and (exact or not here.is_floating_point):
+        raise CheckpointError(f"{file.path}: {key} is {there} there and {here} here.")
 
 
 def _compare_keys(file: AdapterFile, expected: Expected, unexpected: list[str], strict: bool) -> None:

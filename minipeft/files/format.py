@@ -26,7 +26,10 @@ from minipeft.files.tensor_file import TensorFile, damaged, open_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 VERSION = 1
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+# What an adapter trains is floating point; a module trained in full may also have buffers that count.
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES = {**FLOATS, **INTEGERS, "BOOL": torch.bool}
 # Keys that say where a file comes from, not what its tensors mean.
 PROVENANCE = {"base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping"}
 

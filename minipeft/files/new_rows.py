@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError
-from minipeft.files.format import AdapterFile
+from minipeft.files.format import FLOATS, AdapterFile
 from minipeft.files.resized_vocabulary import OPTION, ROWS
 from minipeft.files.vocabulary_tables import tables
 from minipeft.injection.build import PREFIX
@@ -69,7 +69,12 @@ def _keys_of_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Ten
     owners = {}
     for key, shape in file.shapes.items():
         name, weight = weights.get(key, ("", None))
-        if not isinstance(weight, Tensor) or id(weight) not in names or len(shape) != 2:
+        if (
+            not isinstance(weight, Tensor)
+            or id(weight) not in names
+            or len(shape) != 2
+            or file.dtypes[key] not in FLOATS
+        ):
             continue
         if any(is_suffix(entry, name) for entry in trained):
             continue
