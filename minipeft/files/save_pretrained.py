@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minipeft.errors import ConfigError, StateError, hint, shown
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
+from minipeft.files.lost_state import warn_of_lost_state
 from minipeft.files.model_card import public_base, update_card, write_card
 from minipeft.files.resized_vocabulary import with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
@@ -90,6 +91,8 @@ class SavableModel(nn.Module):
         check_trainer()
         if convert_to_lora and state_dict is not None:
             raise ConfigError("convert_to_lora saves the live tensors; give it or state_dict, not both.")
+        if is_main_process:
+            warn_of_lost_state(self)
         for name in names if is_main_process else ():
             if name in self._state.idle:
                 warnings.warn(f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}", stacklevel=2)
@@ -137,6 +140,7 @@ class SavableModel(nn.Module):
             ConfigError: both a pull request and a branch.
         """
         names = self._all_or(adapter_name)
+        warn_of_lost_state(self)
         with tempfile.TemporaryDirectory() as folder:
             for name in names:
                 config = self._file_config(name)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from minipeft.class_swap import mixed_class, original_class
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError
 from minipeft.injection.apply import apply, eject
+from minipeft.injection.base_state import buffer_samples, hold_still, let_go
 from minipeft.injection.build import Parts
 from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import wrappers
@@ -43,6 +44,8 @@ class AdapterState:
     samples: dict[str, dict[str, list[float]]] = field(
         default_factory=dict
     )  # see `minipeft.files.base_samples.remember_base`
+    held: set[str] = field(default_factory=set)  # norms of the base that would be in training mode, see `hold_norms`
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # samples of the base's, as they were when it was adapted
 
 
 def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
@@ -95,6 +98,7 @@ def attach(
     if first:
         model.__dict__[STATE] = state
         model.__dict__[ORIGINS] = plan.origins
+        state.buffers = buffer_samples(model)
     state.configs[adapter_name] = plan.config
     state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
     state.resting[adapter_name] = set()
@@ -109,6 +113,13 @@ def attach(
     if first:
         model.requires_grad_(False)
         switch_to(model, (adapter_name,))
+    hold_norms(model)
+
+
+def hold_norms(model: nn.Module) -> None:
+    """Hold the running statistics still that no file will hold, see `minipeft.injection.base_state`."""
+    state: AdapterState = model.__dict__[STATE]
+    state.held |= hold_still(model, state.trainable)
 
 
 def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
@@ -135,8 +146,9 @@ def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
     """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
     eject(model, keep_trained=keep_trained)
-    trained_before = model.__dict__.pop(STATE).trained_before
+    state: AdapterState = model.__dict__.pop(STATE)
     model.__dict__.pop(ORIGINS, None)
+    let_go(model, state.held)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained_before)
+        parameter.requires_grad_(name in state.trained_before)
     model.__class__ = original_class(mixin, type(model))

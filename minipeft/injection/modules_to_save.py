@@ -53,13 +53,15 @@ class SavedModule(Wrapper):
 
 
 def trained_copy(original: nn.Module, only: tuple[str, ...] | None, *, on_meta: bool = False) -> nn.Module:
-    """A copy of a module to train for one adapter; parameters not named in `only` are shared with the original."""
+    """A copy of a module to train for one adapter; parameters not named in `only`, and then buffers, are shared with the original."""
     memo: dict[int, Any] = {}
     for name, parameter in original.named_parameters():
         if only is not None and name not in only:
             memo[id(parameter)] = parameter
         elif on_meta:
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), False)
+    if only is not None:  # statistics are not copied, since no file will hold the copy's
+        memo |= {id(buffer): buffer for buffer in original.buffers()}
     twin = copy.deepcopy(original, memo)
     for tensor in copy_tensors(twin, only).values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))

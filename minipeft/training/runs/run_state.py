@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.base_samples import base_samples
+from minipeft.files.lost_state import warn_of_lost_state
 from minipeft.files.model_card import write_card
 from minipeft.files.save import file_config, save_adapter
 from minipeft.model import AdaptedModel
@@ -110,6 +111,7 @@ class TrainingState:
         if adapter.keep:
             config = file_config(model, model.adapter_configs[name], name)
             try:
+                warn_of_lost_state(model)
                 save_adapter(Path(directory), adapter.tensors, config, base_samples(model, name))
                 write_card(Path(directory), config, sum(tensor.numel() for tensor in adapter.tensors.values()))
             except Exception as caught:

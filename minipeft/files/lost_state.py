@@ -1,0 +1,36 @@
+"""What has changed in the base, by hand or by itself, and is in no adapter's file: said when an adapter is saved."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from minipeft.errors import shown
+from minipeft.injection.attach import STATE, AdapterState
+from minipeft.injection.base_state import base_modules, buffer_samples, changed_buffers
+
+
+def warn_of_lost_state(model: nn.Module) -> None:
+    """Warn about parameters of the base that were unfrozen by hand, and buffers that changed since it was adapted."""
+    state: AdapterState = model.__dict__[STATE]
+    unfrozen = [
+        f"{name}.{key}" if name else key
+        for name, module in base_modules(model).items()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    if unfrozen:
+        _warn(unfrozen, "of the base train (requires_grad is True)")
+    changed = changed_buffers(state.buffers, buffer_samples(model))
+    if changed:
+        _warn(changed, "of the base changed since it was adapted")
+
+
+def _warn(names: list[str], fact: str) -> None:
+    modules = sorted({name.rpartition(".")[0] for name in names} - {""})
+    warnings.warn(
+        f"{shown(names)} {fact}. That is no part of the adapter, so its file does not hold it. To train and save these "
+        f"modules too, name them in modules_to_save: {shown(modules)}.",
+        stacklevel=3,
+    )
