@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from minipeft.class_swap import mixed_class, original_class
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.after_load import follow_loads
 from minipeft.injection.apply import apply, eject
 from minipeft.injection.base_state import buffer_samples, hold_still, let_go
 from minipeft.injection.build import Parts
@@ -103,6 +105,8 @@ def attach(
     state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
     state.resting[adapter_name] = set()
     for path, wrapper in wrappers(model):
+        if isinstance(wrapper, AdaptedLayer):
+            follow_loads(wrapper)
         for index, parameter in enumerate(wrapper.trainable_parameters(adapter_name)):
             if trainable and parameter.requires_grad:
                 state.resting[adapter_name].add((path, index))

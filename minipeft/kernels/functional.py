@@ -95,3 +95,10 @@ def is_column_major(weight: Tensor) -> bool:
 def accumulation_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which a weight is merged: float32, or float64 for a float64 weight."""
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor without its gradient; of one that is sharded over processes (DTensor), all of it on each of them."""
+    gather = getattr(tensor, "full_tensor", None)
+    full: Tensor = tensor if gather is None else gather()
+    return full.detach()

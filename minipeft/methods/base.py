@@ -119,6 +119,13 @@ class Adapter(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not adapt tied layers")
 
+    def base_loaded(self, base: nn.Module, ops: LayerOps) -> None:
+        """Read again what the adapter keeps of the layer's values: ``load_state_dict`` may have given it others.
+
+        Override it if `__init__` keeps a copy of some of them that is not in the ``state_dict``, for use while another
+        adapter is merged into the layer.
+        """
+
     def changed_rows(self) -> tuple[Tensor, Tensor] | None:
         """(indices (n,), change (n, in)) if all it does is to add the change to these rows of W (columns in an embedding).
 

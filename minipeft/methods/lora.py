@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, MergeError, StateError
-from minipeft.kernels.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta
+from minipeft.kernels.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta, whole
 from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
@@ -135,7 +135,7 @@ class Lora(Adapter):
 
     config_class = LoraConfig
     runs_base = True
-    original_bias: Tensor | None
+    original_bias: Tensor | None  # kept, since another adapter may be merged into the layer's bias later
     initial_A: Tensor | None
     initial_B: Tensor | None
 
@@ -163,12 +163,15 @@ class Lora(Adapter):
         self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0])) if config.lora_bias else None
         start = bias.detach() if config.bias != "none" and bias is not None else None
         self.lora_bias = None if start is None else nn.Parameter(start.clone())
-        # Stored, since another adapter may be merged into the layer's bias later.
         self.register_buffer("original_bias", None if start is None else start.clone(), persistent=False)
         self.trains_bias = self.lora_bias is not None or self.lora_B_bias is not None
         for name, factor in (("initial_A", self.lora_A), ("initial_B", self.lora_B)):
             self.register_buffer(name, torch.zeros_like(factor.detach()) if init.of_weight else None)
         self.reset_parameters(config.init_lora_weights, weight)
+
+    def base_loaded(self, base: nn.Module, ops: LayerOps) -> None:
+        if self.original_bias is not None and (bias := ops.read_bias(base)) is not None:
+            self.original_bias = whole(bias).clone()
 
     @torch.no_grad()
     def reset_parameters(self, init_lora_weights: bool | str, weight: Tensor) -> None:

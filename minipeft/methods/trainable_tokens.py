@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, TargetError, told
+from minipeft.kernels.functional import whole
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
@@ -129,15 +130,19 @@ class TrainableTokens(Adapter):
                 f"token {max(ids)} is beyond the {len(rows)} rows of {type(base).__name__}. Call "
                 f"model.resize_token_embeddings({max(ids) + 1}) first, as when the tokens were added."
             )
-        indices = torch.tensor(ids, device=rows.device)
-        self.register_buffer("indices", indices, persistent=False)
-        ascending, order = (indices, indices) if rows.is_meta else indices.sort()
-        self.register_buffer("ascending", ascending, persistent=False)
-        self.register_buffer("order", order, persistent=False)
-        # Stored, since another adapter may be merged into the table later.
-        self.register_buffer("original", rows[indices].clone(), persistent=False)
+        for name in ("indices", "ascending", "order", "original"):
+            self.register_buffer(name, None, persistent=False)
+        self.base_loaded(base, ops)
         start = self.original if config.init_weights or rows.is_meta else torch.randn_like(self.original)
         self.trainable_tokens_delta = nn.Parameter(start.clone())
+
+    @torch.no_grad()
+    def base_loaded(self, base: nn.Module, ops: LayerOps) -> None:
+        weight = whole(ops.read_weight(base))
+        self.indices = torch.tensor(self.ids, device=weight.device)
+        self.ascending, self.order = (self.indices, self.indices) if weight.is_meta else self.indices.sort()
+        # Stored, since another adapter may be merged into the table later.
+        self.original = self._table(weight)[self.indices].clone()
 
     def _table(self, weight: Tensor) -> Tensor:
         """The canonical weight with one token per row."""
@@ -180,9 +185,9 @@ class TrainableTokens(Adapter):
         return self.indices, self.change()
 
     def for_tied(self, base: nn.Module, ops: LayerOps) -> Self:
-        twin = copy.copy(self)
-        for name in ("_parameters", "_buffers", "_modules"):
-            setattr(twin, name, dict(getattr(self, name)))
+        twin = copy.copy(
+            self
+        )  # with the same dictionaries of parameters and buffers, so a tensor put into one is in both
         twin.is_embedding = ops.is_embedding
         return twin
 

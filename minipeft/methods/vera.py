@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from minipeft.config import AdapterConfig
 from minipeft.layers.base import LayerOps, takes_vectors
@@ -68,12 +69,24 @@ class Projections(nn.Module):
 
     def __init__(self, r: int, out_features: int, in_features: int, key: int, device: torch.device) -> None:
         super().__init__()
-        generator = None if device.type == "meta" else torch.Generator("cpu").manual_seed(key)
-        for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
+        self.key, self.shapes = key, {"vera_A": (r, in_features), "vera_B": (out_features, r)}
+        self.is_empty = False  # whether the memory was never filled
+        self.draw(device)
+
+    def draw(self, device: torch.device) -> None:
+        """Draw both from the key, on this device; on the meta device only their shapes."""
+        generator = None if device.type == "meta" else torch.Generator("cpu").manual_seed(self.key)
+        for name, shape in self.shapes.items():
             bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))  # Kaiming-uniform
             factor = torch.empty(shape, dtype=torch.float32, device="meta" if generator is None else "cpu")
             factor.uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, factor.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As ever; ``to_empty`` of a model built on the meta device gives memory without values."""
+        self.is_empty = self.is_empty or any(factor.is_meta for factor in self.buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 @register_method("vera")
@@ -110,6 +123,11 @@ class Vera(Adapter):
         if not config.init_weights:
             nn.init.ones_(self.vera_lambda_b)
             nn.init.normal_(self.vera_lambda_d)
+
+    def base_loaded(self, base: nn.Module, ops: LayerOps) -> None:
+        if self.projections.is_empty:
+            self.projections.draw(self.vera_lambda_b.device)
+            self.projections.is_empty = False
 
     def _factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """This layer's part of the shared pair, (r, in) and (out, r)."""
