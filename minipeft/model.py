@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from torch import nn
 from tqdm.auto import tqdm
-from typing_extensions import Self
 
 from minipeft import registry
 from minipeft.class_swap import reduced
@@ -20,9 +19,10 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.apply import discard
-from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, hold_norms, switch_to
+from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, switch_to
 from minipeft.injection.build import build
 from minipeft.injection.first_pass import watched_call
+from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.merging.mergeable_model import MergeableModel
@@ -118,7 +118,7 @@ def _check_adaptable(model: object) -> None:
     registry.load_plugins()
 
 
-class AdaptedModel(MergeableModel):
+class AdaptedModel(OwnMethods, MergeableModel):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property
@@ -141,17 +141,6 @@ class AdaptedModel(MergeableModel):
         """`active_adapters` as PEFT's attribute has it: the name alone if there is only one."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
-
-    def train(self, mode: bool = True) -> Self:
-        """As ever, but norms whose running statistics are the frozen base's stay in evaluation mode.
-
-        Their statistics would move in training, and no adapter file holds them: see `minipeft.injection.base_state`.
-        """
-        super().train(mode)
-        if (state := self.__dict__.get(STATE)) is not None:
-            state.held = set()
-            hold_norms(self)
-        return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, including adapters; shared parameters count once."""

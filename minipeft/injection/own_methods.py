@@ -1,0 +1,96 @@
+"""The model's own methods that have to mind its adapters: its training mode, and the size of its vocabulary."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from minipeft.errors import StateError, all_or_nothing, shown
+from minipeft.injection.attach import STATE, hold_norms
+from minipeft.injection.module_tree import wrappers
+from minipeft.injection.wrapper import innermost
+from minipeft.transformers_model import input_embedding, output_head
+
+
+class OwnMethods(nn.Module):
+    """The part of `minipeft.AdaptedModel` that comes in front of methods of torch's and transformers'."""
+
+    def train(self, mode: bool = True) -> Self:
+        """As ever, but norms whose running statistics are the frozen base's stay in evaluation mode.
+
+        Their statistics would move in training, and no adapter file holds them: see `minipeft.injection.base_state`.
+        """
+        super().train(mode)
+        if (state := self.__dict__.get(STATE)) is not None:
+            state.held = set()
+            hold_norms(self)
+        return self
+
+    @all_or_nothing
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Transformers' method, for a model whose embedding and output head have no adapter and no trained copy.
+
+        Raises:
+            StateError: one of them has, and the size would change: what it holds fits the old one.
+        """
+        parent: Any = super()
+        embedding, head = input_embedding(self), output_head(self)
+        taken = _adapted_with(self, embedding) + _adapted_with(self, head)
+        if not taken or embedding is None:
+            return parent.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        sizes = {_rows(table) for table in (embedding, head) if table is not None}
+        wanted = _rows(embedding) if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            wanted = math.ceil(wanted / pad_to_multiple_of) * pad_to_multiple_of
+        if (
+            sizes == {wanted} or new_num_tokens is pad_to_multiple_of is None
+        ):  # transformers' own would freeze the wrapper
+            return embedding
+        raise StateError(
+            f"resize_token_embeddings: {shown(dict.fromkeys(taken))} is adapted or trained in full at its present size of "
+            f"{shown(sorted(sizes))} rows. Resize the base first, then adapt it or load the adapter."
+        )
+
+    @all_or_nothing
+    def set_input_embeddings(self, value: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' method, for a table that has no adapter and no trained copy.
+
+        Raises:
+            StateError: it has, and they would be lost with it.
+        """
+        _check_replaceable(self, input_embedding(self), value)
+        parent: Any = super()
+        return parent.set_input_embeddings(value, *args, **kwargs)
+
+    @all_or_nothing
+    def set_output_embeddings(self, new_embeddings: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As `set_input_embeddings`, for the output head."""
+        _check_replaceable(self, output_head(self), new_embeddings)
+        parent: Any = super()
+        return parent.set_output_embeddings(new_embeddings, *args, **kwargs)
+
+
+def _rows(table: nn.Module) -> int:
+    weight = innermost(table).weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
+
+
+def _check_replaceable(model: nn.Module, table: nn.Module | None, replacement: nn.Module) -> None:
+    taken = [] if replacement is table else _adapted_with(model, table)
+    if taken:
+        raise StateError(
+            f"{shown(taken)} is adapted or trained in full, which would be lost with the replaced layer. Replace it in the "
+            "base first, then adapt that or load the adapter."
+        )
+
+
+def _adapted_with(model: nn.Module, table: nn.Module | None) -> list[str]:
+    """Names of the adapted and copied modules that are this table, are tied to it, or contain it."""
+    tensors = set() if table is None else {id(p) for p in innermost(table).parameters()}
+    return [name for name, wrapper in wrappers(model) if any(id(p) in tensors for p in wrapper.base_layer.parameters())]
