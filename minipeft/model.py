@@ -26,9 +26,9 @@ from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.merging.mergeable_model import MergeableModel
-from minipeft.merging.tied_weights import check_trained_copies
+from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
 from minipeft.quantization.dequantize import dequantize as make_float
-from minipeft.transformers_model import mark_untied, wrapping_class
+from minipeft.transformers_model import mark_untied, says_tied, wrapping_class
 
 
 @all_or_nothing
@@ -238,13 +238,15 @@ class AdaptedModel(OwnMethods, MergeableModel):
             MergeError: a check failed.
         """
         names = self._active_or(adapter_names)
-        untied = check_trained_copies(self, names)
+        untied, was_tied = check_trained_copies(self, names), says_tied(self)
         progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
         self._merge(names, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
         if untied:
             mark_untied(self)
         self._state.switch.active, self._state.switch.enabled = names, True
         detach(self, AdaptedModel, keep_trained=True)
+        if was_tied and not says_tied(self):
+            cut_remaining_ties(self)
         return make_float(self) if dequantize else self
 
     @all_or_nothing

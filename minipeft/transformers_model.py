@@ -103,12 +103,16 @@ def recomputable_blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def says_tied(model: nn.Module) -> bool:
+    """Whether the config says that the output head shares the weight of the input embedding."""
+    return getattr(getattr(model, "config", None), "tie_word_embeddings", None) is True
+
+
 def mark_untied(model: nn.Module) -> bool:
     """Record in the config that the output head has its own weight; returns whether the config said it was tied."""
-    config = getattr(model, "config", None)
-    said_tied = getattr(config, "tie_word_embeddings", None) is True
+    said_tied = says_tied(model)
     if said_tied:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     return said_tied
 
 

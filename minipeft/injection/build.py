@@ -70,11 +70,13 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
                 parameter.data = parameter.data.float()
         adapter.key_prefix = site.prefix
         adapters[site.name] = adapter.train(base.training)
-    copies = [trained_copy(s.candidate.base, s.only, on_meta=on_meta) for s in plan.saved]
-    for saved, twin in zip(plan.saved, copies, strict=True):
+    copies: dict[str, nn.Module] = {}
+    for saved in plan.saved:
+        tied = None if saved.tied_to is None else copies[saved.tied_to]
+        copies[saved.name] = trained_copy(saved.candidate.base, saved.only, tied, on_meta=on_meta)
         if not saved.trains:
-            twin.requires_grad_(False)
-    return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies))
+            copies[saved.name].requires_grad_(False)
+    return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies.values()))
 
 
 def build_from(plan: Plan, tensors: Mapping[str, Tensor]) -> Parts:

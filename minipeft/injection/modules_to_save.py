@@ -52,8 +52,14 @@ class SavedModule(Wrapper):
         return (tensor for tensor in self.file_tensors(adapter_name).values() if isinstance(tensor, nn.Parameter))
 
 
-def trained_copy(original: nn.Module, only: tuple[str, ...] | None, *, on_meta: bool = False) -> nn.Module:
-    """A copy of a module to train for one adapter; parameters not named in `only`, and then buffers, are shared with the original."""
+def trained_copy(
+    original: nn.Module, only: tuple[str, ...] | None, tied_to: nn.Module | None = None, *, on_meta: bool = False
+) -> nn.Module:
+    """A copy of a module to train for one adapter.
+
+    Parameters not named in `only`, and then buffers, are shared with the original, and the weight with `tied_to`, the
+    trained copy of a module tied to this one.
+    """
     memo: dict[int, Any] = {}
     for name, parameter in original.named_parameters():
         if only is not None and name not in only:
@@ -62,6 +68,8 @@ def trained_copy(original: nn.Module, only: tuple[str, ...] | None, *, on_meta: 
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), False)
     if only is not None:  # statistics are not copied, since no file will hold the copy's
         memo |= {id(buffer): buffer for buffer in original.buffers()}
+    if tied_to is not None:
+        memo[id(original.weight)] = tied_to.weight
     twin = copy.deepcopy(original, memo)
     for tensor in copy_tensors(twin, only).values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))

@@ -47,9 +47,7 @@ class OwnMethods(nn.Module):
         wanted = _rows(embedding) if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
             wanted = math.ceil(wanted / pad_to_multiple_of) * pad_to_multiple_of
-        if (
-            sizes == {wanted} or new_num_tokens is pad_to_multiple_of is None
-        ):  # transformers' own would freeze the wrapper
+        if sizes == {wanted} or {new_num_tokens, pad_to_multiple_of} == {None}:  # transformers would freeze the wrapper
             return embedding
         raise StateError(
             f"resize_token_embeddings: {shown(dict.fromkeys(taken))} is adapted or trained in full at its present size of "

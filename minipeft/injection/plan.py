@@ -23,7 +23,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.sites import AdapterSite, SavedSite, module_sites
 from minipeft.injection.target_parameters import check_alone, parameter_sites
 from minipeft.injection.targets import select_parameters, select_saved, select_targets, to_prepare
-from minipeft.injection.tied_sites import check_shared, warn_of_tied_layers, with_tied_sites
+from minipeft.injection.tied_sites import check_shared, warn_of_tied_layers, with_tied_copies, with_tied_sites
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.transformers_model import model_type
 
@@ -66,6 +66,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     sites += _companions(model, config, found, every_pattern)
     sites = with_tied_sites(model, found, sites)
     check_shared(config, sites, [site.name for site in saved])
+    saved = with_tied_copies(model, found, saved, sites)
     if config.bias == "all":
         saved += _bias_sites(found, sites, saved)
     for site in saved:

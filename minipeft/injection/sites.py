@@ -41,6 +41,7 @@ class SavedSite:
     candidate: Candidate
     only: tuple[str, ...] | None
     trains: bool = True  # False: only saved, see `minipeft.injection.fresh_parts`
+    tied_to: str | None = None  # the site whose copy holds the weight of this one's too, since the two share it
 
 
 def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_pattern: bool) -> Iterator[AdapterSite]:

@@ -11,8 +11,10 @@ from torch import nn
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
 from minipeft.injection.module_tree import Candidate, TensorIndex
-from minipeft.injection.sites import AdapterSite, ops_for
+from minipeft.injection.sites import AdapterSite, SavedSite, ops_for
 from minipeft.injection.targets import within
+from minipeft.injection.wrapper import innermost
+from minipeft.transformers_model import input_embedding
 
 
 def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[AdapterSite]) -> list[AdapterSite]:
@@ -78,6 +80,42 @@ def check_shared(config: AdapterConfig, sites: list[AdapterSite], saved: list[st
                 f"{site.name}: bias='all' would leave out its bias, since {method} trains rows of its weight. "
                 "Use bias='none' or 'lora_only'."
             )
+
+
+def with_tied_copies(
+    model: nn.Module, found: dict[str, Candidate], saved: list[SavedSite], adapted: list[AdapterSite]
+) -> list[SavedSite]:
+    """These sites and, for a table that encoder and decoder share, a site for every module tied to it.
+
+    T5, BART and their kin call their encoder's and decoder's own embeddings, which are tied to the table that the model
+    names (``shared``); nothing calls that one. So whatever is tied to it, and not named itself, uses its trained copy. In
+    PEFT, which copies the table alone, that copy does nothing. A head tied to an embedding that is called keeps its own
+    weight, as in PEFT.
+
+    Raises:
+        TargetError: a module tied to the table is adapted.
+    """
+    table = input_embedding(model)
+    leader = next((site for site in saved if table is not None and site.candidate.base is innermost(table)), None)
+    weight = None if leader is None else leader.candidate.base._parameters.get("weight")
+    if leader is None or weight is None:
+        return saved
+    tied = [module for _, module in TensorIndex(model).owners(weight) if module is not leader.candidate.base]
+    if not any(isinstance(module, nn.Embedding) for module in tied):
+        return saved
+    named, taken = [site.name for site in saved], {id(site.candidate.base) for site in adapted}
+    followers = [
+        SavedSite(name, candidate, (), tied_to=leader.name)
+        for name, candidate in found.items()
+        if any(candidate.base is module for module in tied) and not within(name, named)
+    ]
+    for site in followers:
+        if id(site.candidate.base) in taken:
+            raise TargetError(
+                f"{site.name} shares its weight with {leader.name}, which is trained in full, so it cannot be adapted too. "
+                "Choose one of the two."
+            )
+    return [*saved, *followers]
 
 
 def warn_of_tied_layers(model: nn.Module, sites: list[AdapterSite]) -> None:

@@ -73,5 +73,25 @@ def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
                     raise MergeError(f"{path}.{key}: the trained values are not finite.")
                 original = wrapper.base_layer.state_dict(keep_vars=True)[key]
                 owner = wrapper.base_layer.get_submodule(key.rpartition(".")[0])
-                unties |= bool(index.also_used_by(original, owner))
+                unties |= bool(index.also_used_by(original, owner, *_followers(model, name, tensor)))
     return unties
+
+
+def _followers(model: nn.Module, adapter_name: str, trained: Tensor) -> list[nn.Module]:
+    """The modules that use this trained tensor in place of their own weight, so that they stay tied to it."""
+    copies = [(w.base_layer, w.adapters[adapter_name]) for _, w in wrappers(model) if adapter_name in w.adapters]
+    return [base for base, copy in copies if any(tensor is trained for tensor in copy.parameters())]
+
+
+def cut_remaining_ties(model: nn.Module) -> None:
+    """Give every module that shares a parameter its own: the model's config says now that nothing is tied.
+
+    Where several modules share a table and one of them was untied, transformers would find no weight for the others when
+    it loads the merged model.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(id(parameter))

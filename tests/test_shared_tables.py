@@ -1,0 +1,130 @@
+"""A table that encoder and decoder share (T5, BART, Pegasus), trained in full: all that is tied to it uses the copy."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, disturb, foreign_code, logits, t5, token_ids
+from torch import nn
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+)
+
+from minipeft import LoraConfig, TargetError, get_lora_model, load_adapter
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+
+def bart():
+    torch.manual_seed(0)
+    return BartForConditionalGeneration(BartConfig(**SIZES, bos_token_id=0)).eval()
+
+
+def pegasus():
+    torch.manual_seed(0)
+    return PegasusForConditionalGeneration(PegasusConfig(**SIZES)).eval()
+
+
+FAMILIES = {"t5": t5, "bart": bart, "pegasus": pegasus}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def trained(family, saved=("shared",), **options):
+    target = "q" if family == "t5" else "q_proj"
+    return disturb(
+        get_lora_model(FAMILIES[family](), LoraConfig(r=2, target_modules=[target], modules_to_save=saved, **options))
+    )
+
+
+@every_family
+def test_the_shared_table_trains_as_it_does_in_the_plain_model(family):
+    model = trained(family)
+    table = model.get_input_embeddings().adapters["default"].weight
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    plain = FAMILIES[family]()
+    with torch.no_grad():
+        plain.get_input_embeddings().weight.copy_(table)
+    assert torch.equal(logits(model), logits(plain))
+    ids = token_ids()
+    for each in (model, plain):
+        each(input_ids=ids, labels=ids).loss.backward()
+    torch.testing.assert_close(table.grad, plain.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-6)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(FAMILIES[family]()))
+    assert sum(p.numel() == table.numel() for p in model.parameters() if p.requires_grad) == 1
+
+
+@every_family
+def test_it_is_saved_once_and_comes_back(family, tmp_path):
+    model = trained(family)
+    assert sum("lora" not in key for key in model.adapter_state_dict()) == 1
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(FAMILIES[family](), tmp_path, is_trainable=True)
+    assert torch.equal(logits(loaded), logits(model))
+    expected = logits(disturb(loaded, seed=5))
+    assert torch.equal(logits(copy.deepcopy(loaded)), expected)
+    assert torch.equal(logits(disturb(pickle.loads(pickle.dumps(model)), seed=5)), expected)
+
+
+@every_family
+@pytest.mark.parametrize("saved", [("shared",), ("embed_tokens",), ("lm_head",), ("shared", "lm_head")], ids=" ".join)
+def test_merged_saved_and_reloaded_it_is_the_same_model(family, saved, tmp_path):
+    model = trained(family, saved)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+    with foreign_code():
+        merged.save_pretrained(tmp_path)
+        reloaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(reloaded), logits(merged))
+    if saved == ("shared",):
+        assert (
+            len({id(p) for name, p in merged.named_parameters(remove_duplicate=False) if p.shape[0] == VOCABULARY}) == 1
+        )
+
+
+@every_family
+def test_unloaded_it_is_the_base(family):
+    model = trained(family).unload()
+    plain = FAMILIES[family]()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_module_tied_to_a_trained_table_is_not_adapted_too():
+    config = LoraConfig(r=2, target_modules=["q", "lm_head"], modules_to_save=["shared"])
+    with pytest.raises(TargetError, match=r"lm_head shares its weight with shared, which is trained in full"):
+        get_lora_model(t5(), config)
+
+
+def test_lora_on_some_of_the_tied_tables_survives_merging_saving_and_reloading(tmp_path):
+    with pytest.warns(UserWarning, match="shares its weight"):
+        model = disturb(get_lora_model(bart(), LoraConfig(r=2, target_modules=["encoder.embed_tokens"])))
+    expected = logits(model)
+    merged = model.merge_and_unload(untie=True)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+    with foreign_code():
+        merged.save_pretrained(tmp_path)
+        reloaded = BartForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(reloaded), logits(merged))
