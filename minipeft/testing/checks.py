@@ -16,7 +16,7 @@ from minipeft.testing.behaviour import (
     shapes,
 )
 from minipeft.testing.case import Case
-from minipeft.testing.files import files
+from minipeft.testing.files import files, whole_state
 from minipeft.testing.merging import merges
 from minipeft.testing.reads import acts, reads
 from minipeft.testing.runtime import checkpointing, copies, disabled, failed_injection, one_graph
@@ -38,6 +38,7 @@ CHECKS: tuple[Check, ...] = (
     reads,
     acts,
     files,
+    whole_state,
     copies,
     one_graph,
     checkpointing,

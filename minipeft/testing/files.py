@@ -1,4 +1,4 @@
-"""A saved adapter is loaded bit for bit, and anything wrong with a file stops the load."""
+"""A saved adapter, or the state of a whole model, is loaded bit for bit; anything wrong with a file stops the load."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError
 from minipeft.files.format import WEIGHTS_FILE
-from minipeft.model import load_adapter
+from minipeft.model import get_adapter_model, load_adapter
 from minipeft.testing.case import Case, fingerprint
 
 
@@ -42,6 +42,26 @@ def files(case: Case) -> str | None:
             refusals += _load_refused(case, directory, what, x, expected)
         if refusals < len(damaged) - len(saved) + 1:
             raise case.fail("files", "a file loads whichever of its tensors is missing")
+    return None
+
+
+def whole_state(case: Case) -> str | None:
+    """The ``state_dict`` of a whole model, loaded into one that had another base until then, gives the same output."""
+    model = case.adapted()
+    x, state = case.input(case.base()), model.state_dict()
+    try:
+        case.base().load_state_dict(case.base().state_dict())
+    except Exception as error:
+        return f"{case.layer} itself cannot load its own state ({error})"
+    base = case.base()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.mul_(1.5)
+    other = get_adapter_model(base, case.config())
+    other.load_state_dict(state)
+    if not torch.equal(other(x), model(x)):
+        raise case.fail("whole_state", "with the state of the whole model, another base computes something else")
     return None
 
 
