@@ -8,6 +8,7 @@ from typing import Any
 
 from minipeft.errors import ConfigError, hint, shown, told
 from minipeft.patterns import compiled
+from minipeft.wrapper_names import unwrapped_name
 
 MAX_RANK = 2**16
 
@@ -69,7 +70,7 @@ def names(name: str, value: object) -> tuple[str, ...] | None:
         or not all(isinstance(entry, str) and entry for entry in entries)
     ):
         raise ConfigError(f"{name} must be a non-empty list of non-empty strings, not {told(value, 200)}.")
-    return tuple(dict.fromkeys(entries))
+    return tuple(dict.fromkeys(map(unwrapped_name, entries)))
 
 
 def names_or_regex(name: str, value: object) -> tuple[str, ...] | str | None:
@@ -80,7 +81,7 @@ def names_or_regex(name: str, value: object) -> tuple[str, ...] | str | None:
                 f"{name} is an empty string; give a list of suffixes such as ['c_attn'], or a regular expression."
             )
         compiled(value, name)
-        return value
+        return unwrapped_name(value)
     return names(name, value)
 
 
@@ -101,4 +102,4 @@ def pattern_table(name: str, value: object, check: Any) -> dict[str, Any]:
             raise ConfigError(f"{name}: the key {told(key)} is not a name pattern.")
         compiled(key, name)
         check(f"{name}[{told(key)}]", item)
-    return dict(value)
+    return {unwrapped_name(key): item for key, item in value.items()}

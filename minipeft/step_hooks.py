@@ -14,6 +14,7 @@ from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.first_pass import idle_message
 from minipeft.injection.module_tree import adapters_of
 from minipeft.methods.base import Adapter
+from minipeft.wrapper_names import ATTRIBUTES, unwrapped_name
 
 
 def after_step(model: nn.Module, step: int) -> None:
@@ -126,7 +127,7 @@ def _by_module(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         path, _, key = name.rpartition("/")
-        parts.setdefault(path, {})[key] = tensor
+        parts.setdefault(unwrapped_name(path), {})[key] = tensor
     return parts
 
 
@@ -145,5 +146,5 @@ def _adapted(model: nn.Module) -> nn.Module | None:
     """The adapted model itself, out of DDP, DeepSpeed's engine and ``torch.compile``."""
     inner: nn.Module | None = model
     while inner is not None and STATE not in inner.__dict__:
-        inner = next((inner._modules[name] for name in ("module", "_orig_mod") if name in inner._modules), None)
+        inner = next((inner._modules[name] for name in ATTRIBUTES.values() if name in inner._modules), None)
     return inner

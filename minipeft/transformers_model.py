@@ -10,8 +10,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from minipeft.wrapper_names import ATTRIBUTES, unwrapped
+
 # Modules around a model: adapt what is inside, then wrap it.
-WRAPPING = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "PeftModel"}
+WRAPPING = {*ATTRIBUTES, "PeftModel"}
 # What transformers keeps of a quantization on a model, besides `quantization_config` in its config.
 QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -135,4 +137,4 @@ def _returned_by(model: nn.Module, method: str) -> nn.Module | None:
         module = get() if callable(get) else None
     except NotImplementedError:  # transformers raises it for a model that has none
         return None
-    return module if isinstance(module, nn.Module) else None
+    return unwrapped(module) if isinstance(module, nn.Module) else None

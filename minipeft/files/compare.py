@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from minipeft.files.base_samples import check_samples
 from minipeft.files.format import DTYPES, FLOATS, PROVENANCE, AdapterFile
 from minipeft.files.new_rows import resize_hint
 from minipeft.files.peft_extras import check_extras, find_copies, find_repeats
+from minipeft.wrapper_names import unwrapped_name
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def read_values(file: AdapterFile, expected: Expected, *, strict: bool = True) -
     Raises:
         CheckpointError: the configuration, a key, a shape or the base differs, or the file is damaged or not finite.
     """
+    file = _unwrapped(file, expected)
     _compare_config(file, expected)
     _compare_shapes(file, expected)
     check_samples(file, expected.base, exact=expected.exact, advice=expected.base_advice)
@@ -63,6 +65,15 @@ def read_values(file: AdapterFile, expected: Expected, *, strict: bool = True) -
     values = file.read([key for key in file.shapes if key in wanted])
     check_extras(file, values, copies, repeats)
     return {key: value for key, value in values.items() if key in expected.tensors}
+
+
+def _unwrapped(file: AdapterFile, expected: Expected) -> AdapterFile:
+    """The file under the names that the model has without wrappers, if it was saved with theirs."""
+    if not any(unwrapped_name(key) != key for key in file.shapes):
+        return file
+    base = {name if name in expected.base else unwrapped_name(name): row for name, row in file.base.items()}
+    file = file.renamed(lambda key: key if key in expected.tensors else unwrapped_name(key))
+    return replace(file, base=base)
 
 
 def _compare_config(file: AdapterFile, expected: Expected) -> None:

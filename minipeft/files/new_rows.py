@@ -18,6 +18,7 @@ from minipeft.files.vocabulary_tables import tables
 from minipeft.injection.build import PREFIX
 from minipeft.injection.wrapper import innermost
 from minipeft.patterns import is_suffix
+from minipeft.wrapper_names import named_modules
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _keys_of_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Ten
     names = {id(weight): name for name, weight in known.items()}
     weights = {
         f"{PREFIX}{name}.weight": (name, getattr(innermost(module), "weight", None))
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in named_modules(model, remove_duplicate=False)
         if not name.endswith(".base_layer")
     }
     owners = {}

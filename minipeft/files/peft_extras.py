@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
 from minipeft.injection.build import PREFIX
+from minipeft.wrapper_names import named_parameters
 
 
 def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dict[str, Tensor]:
@@ -53,7 +54,7 @@ def _untied(key: str, tied: Mapping[str, str]) -> str:
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Base parameters under every key that PEFT may give them: with and without the infix of its wrappers."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model, remove_duplicate=False):
         plain = name.replace(".base_layer.", ".")
         owner, _, last = plain.rpartition(".")
         for key in (plain, f"{owner}.base_layer.{last}", f"{owner}.original_module.{last}"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, own_metadata, with_
 from minipeft.injection.build import PREFIX, shared_tensors
 from minipeft.injection.module_tree import adapted_layers, adapters_of, candidates, layers_of, wrappers
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.patterns import is_suffix
+from minipeft.patterns import full_matches, is_suffix
 from minipeft.transformers_model import name_or_path
+from minipeft.wrapper_names import unwrapped_name
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -42,13 +43,23 @@ def tensors_from_state(
     Raises:
         CheckpointError: it lacks one of them.
     """
-    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    names = {id(tensor): unwrapped_name(name) for name, tensor in model.state_dict(keep_vars=True).items()}
+    state = _of_the_model(state, names.values())
     found = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
     missing = [name for name in found.values() if name not in state]
     if missing:
         raise CheckpointError(f"state_dict lacks {shown(missing, 3)} of this model.")
     # A tensor in no state_dict of the model is a constant, so the live one is right.
     return {key: state[found[key]] if key in found else tensor for key, tensor in tensors.items()}
+
+
+def _of_the_model(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """A state with the names that a model's tensors have, if it is that of a wrapper around the model."""
+    state = {unwrapped_name(name): tensor for name, tensor in state.items()}
+    prefix = "module."  # DDP's
+    if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in names):
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, compact: bool = True) -> dict[str, Any]:
@@ -62,6 +73,8 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, c
         # An entry for a module inside another entry's module would match nothing when the file is read.
         saved = [n for n, w in wrappers(model) if isinstance(w, SavedModule) and adapter_name in w.adapters]
         entries = [entry for entry in config.modules_to_save if any(is_suffix(entry, name) for name in saved)]
+        if len(entries) < len(config.modules_to_save):  # an entry may be a name with a wrapper's part in it
+            entries += [name for name in saved if not any(is_suffix(entry, name) for entry in entries)]
         values["modules_to_save"] = entries or None
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for _, layer in layers_of(model, adapter_name))
@@ -84,6 +97,8 @@ def _resolved_targets(model: nn.Module, config: AdapterConfig, adapter_name: str
             return names  # other readers would adapt a tied layer, too, that the user's list names
     if not isinstance(targets, str) and not all(any(is_suffix(entry, name) for entry in targets) for name in names):
         return names  # the user's list has another name for a module that has several
+    if isinstance(targets, str) and len(full_matches(targets, names, "target_modules")) < len(names):
+        return names
     return config.to_dict()["target_modules"]
 
 

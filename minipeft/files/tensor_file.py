@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import Self
 
 from minipeft.errors import CheckpointError, shown
 
@@ -18,12 +19,24 @@ UNREADABLE = (OSError, SafetensorError, RuntimeError, MemoryError)
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file whose header has been read: shapes, dtypes ("F32", "BF16", ...) and metadata by key."""
+    """A safetensors file whose header has been read: shapes, dtypes ("F32", "BF16", ...) and metadata by key.
+
+    `stored_as` says which key stands in the file for one that was renamed.
+    """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     metadata: Mapping[str, str]
+    stored_as: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The same file under other keys; as it is if two keys would become one."""
+        keys = {rename(key): key for key in self.shapes}
+        if len(keys) < len(self.shapes):
+            return self
+        shapes, dtypes = ({new: old[key] for new, key in keys.items()} for old in (self.shapes, self.dtypes))
+        return replace(self, shapes=shapes, dtypes=dtypes, stored_as=keys)  # type: ignore[arg-type]
 
     def read(self, keys: Iterable[str] | None = None, *, finite: bool = True) -> dict[str, Tensor]:
         """Read these tensors (None: all) into memory.
@@ -37,7 +50,7 @@ class TensorFile:
         try:
             with safe_open(self.path, "pt") as file:
                 # Copies: the library maps the file, which may be removed while its tensors are in use.
-                tensors = {key: file.get_tensor(key).clone() for key in wanted}
+                tensors = {key: file.get_tensor(self.stored_as.get(key, key)).clone() for key in wanted}
         except UNREADABLE as error:
             raise damaged(self.path, error) from None
         if any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):

@@ -21,6 +21,7 @@ from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Switch
+from minipeft.wrapper_names import named_parameters
 
 STATE = "_minipeft"  # the state's name in the model's __dict__, which is copied and pickled with the model
 
@@ -85,7 +86,7 @@ def attach(
     first, old_class = STATE not in model.__dict__, type(model)
     state = model.__dict__.get(STATE) or AdapterState()
     if first:
-        state.trained_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        state.trained_before = frozenset(name for name, p in named_parameters(model) if p.requires_grad)
         try:
             model.__class__ = mixed_class(mixin, old_class)
         except TypeError as error:
@@ -153,6 +154,6 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
     state: AdapterState = model.__dict__.pop(STATE)
     model.__dict__.pop(ORIGINS, None)
     let_go(model, state.held)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         parameter.requires_grad_(name in state.trained_before)
     model.__class__ = original_class(mixin, type(model))

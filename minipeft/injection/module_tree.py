@@ -10,44 +10,57 @@ from torch import Tensor, nn
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.methods.base import Adapter
+from minipeft.wrapper_names import named_children, named_modules, wrapper_class
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that could be adapted: all its names, and the (parent, attribute) places that refer to it."""
+    """A module that could be adapted: all its names, and the (parent, attribute) places that refer to it.
+
+    If there are wrappers such as ``torch.compile``'s around it or above it, `wrapped_names` are the names with those.
+    """
 
     module: nn.Module
     names: tuple[str, ...]
     places: tuple[tuple[nn.Module, str], ...]
+    wrapped_names: tuple[str, ...] = ()
 
     @property
     def base(self) -> nn.Module:
         """The layer itself, without wrappers around it."""
         return innermost(self.module)
 
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """Every name that a pattern may use for it."""
+        return (*self.names, *self.wrapped_names)
+
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
-    """Every module below the model, by its first name, without those inside a wrapper."""
+    """Every module below the model, by its first name, without those inside a `Wrapper`."""
     names: dict[int, list[str]] = {}
+    wrapped: dict[int, list[str]] = {}
     places: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
     modules: dict[int, nn.Module] = {}
-    for name, parent, attribute, module in _walk(model, ""):
+    for name, path, parent, attribute, module in _walk(model, "", ""):
         modules[id(module)] = module
         names.setdefault(id(module), []).append(name)
+        wrapped.setdefault(id(module), []).extend([path] if path != name else [])
         places.setdefault(id(module), {})[id(parent), attribute] = (parent, attribute)
     return {
-        names[key][0]: Candidate(module, tuple(names[key]), tuple(places[key].values()))
+        names[key][0]: Candidate(module, tuple(names[key]), tuple(places[key].values()), tuple(wrapped[key]))
         for key, module in modules.items()
     }
 
 
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    for attribute, child in module._modules.items():
-        if child is not None:
-            name = f"{prefix}{attribute}"
-            yield name, module, attribute, child
-            if not isinstance(child, Wrapper):
-                yield from _walk(child, f"{name}.")
+def _walk(module: nn.Module, own: str, path: str) -> Iterator[tuple[str, str, nn.Module, str, nn.Module]]:
+    """(name, name with the parts of foreign wrappers, parent, attribute, module); those wrappers are left out."""
+    for name, attribute, child in named_children(module, own):
+        full = f"{path}{attribute}"
+        if wrapper_class(child) is None:
+            yield name, full, module, attribute, child
+        if not isinstance(child, Wrapper):
+            yield from _walk(child, name, f"{full}.")
 
 
 def occupants(module: nn.Module) -> Iterator[Wrapper]:
@@ -59,7 +72,7 @@ def occupants(module: nn.Module) -> Iterator[Wrapper]:
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every (name, wrapper) of a model, each once, under the name its tensors have in a file."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, Wrapper):
             yield name, module
 
@@ -88,7 +101,7 @@ class TensorIndex:
 
     def __init__(self, model: nn.Module) -> None:
         self._by_storage: dict[tuple[str, int], list[tuple[nn.Module, str, nn.Parameter]]] = {}
-        for name, module in model.named_modules():
+        for name, module in named_modules(model):
             for parameter_name, parameter in module._parameters.items():
                 if parameter is not None:
                     full_name = f"{name}.{parameter_name}" if name else parameter_name

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.injection.wrapper import Switch, Wrapper
+from minipeft.wrapper_names import unwrapped_name
 
 
 class SavedModule(Wrapper):
@@ -78,4 +79,5 @@ def trained_copy(
 
 def copy_tensors(module: nn.Module, only: tuple[str, ...] | None) -> dict[str, Tensor]:
     """The tensors of a trained copy that are saved: its state, or only those named in `only`."""
-    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if only is None or name in only}
+    state = {unwrapped_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    return {name: tensor for name, tensor in state.items() if only is None or name in only}

@@ -26,6 +26,7 @@ from minipeft.injection.targets import select_parameters, select_saved, select_t
 from minipeft.injection.tied_sites import check_shared, warn_of_tied_layers, with_tied_copies, with_tied_sites
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.transformers_model import model_type
+from minipeft.wrapper_names import FIXED_PARAMETERS, wrapper_class
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     sites = with_tied_sites(model, found, sites)
     check_shared(config, sites, [site.name for site in saved])
     saved = with_tied_copies(model, found, saved, sites)
+    _check_not_wrapped(model, [*sites, *saved])
     if config.bias == "all":
         saved += _bias_sites(found, sites, saved)
     for site in saved:
@@ -81,6 +83,23 @@ def _check_no_peft(found: Mapping[str, Candidate]) -> None:
     for name, candidate in found.items():
         if type(candidate.module).__module__.startswith("peft."):
             raise TargetError(f"{name}: PEFT has adapted this layer already; unload that adapter first.")
+
+
+def _check_not_wrapped(model: nn.Module, sites: Sequence[AdapterSite | SavedSite]) -> None:
+    """Refuse to add parameters inside of DDP and the like, which would neither synchronise nor shard them."""
+    inside = {
+        id(inner): kind
+        for wrapper in model.modules()
+        if (kind := wrapper_class(wrapper)) in FIXED_PARAMETERS
+        for inner in wrapper.modules()
+    }
+    for site in sites:
+        kind = inside.get(id(site.candidate.base))
+        if kind is not None:
+            raise TargetError(
+                f"{site.name}: {kind} wraps a part of the model and handles only the parameters that it was made with. "
+                "Adapt the model first, then wrap it."
+            )
 
 
 def _targeted(

@@ -33,7 +33,7 @@ def select_targets(
         TargetError: a pattern matches nothing, nothing is left, or there is no default for this model.
     """
     saved = set(select_saved(model, config, found, every_pattern=every_pattern))
-    names = {name: first for first, candidate in found.items() for name in candidate.names}
+    names = {name: first for first, candidate in found.items() for name in candidate.known_as}
     excluded = (
         set(_matching(config.exclude_modules, names, "exclude_modules", model, every_pattern))
         if config.exclude_modules
@@ -64,7 +64,9 @@ def select_saved(
     of_task = HEADS_OF_TASK.get(config.task_type or "", ())
     wanted = tuple(dict.fromkeys((*(config.modules_to_save or ()), *of_task)))
     hits = {
-        entry: [first for first, candidate in found.items() if any(is_suffix(entry, name) for name in candidate.names)]
+        entry: [
+            first for first, candidate in found.items() if any(is_suffix(entry, name) for name in candidate.known_as)
+        ]
         for entry in wanted
     }
     for entry in config.modules_to_save or ():
@@ -97,7 +99,7 @@ def select_parameters(
     for first, candidate in found.items() if wanted else ():
         for parameter in (name for name, value in candidate.base._parameters.items() if value is not None):
             names.append(f"{first}.{parameter}")
-            hits = wanted.intersection(e for name in candidate.names for e in endings(f"{name}.{parameter}"))
+            hits = wanted.intersection(e for name in candidate.known_as for e in endings(f"{name}.{parameter}"))
             if hits:
                 chosen.setdefault(first, []).append(parameter)
                 unused -= hits

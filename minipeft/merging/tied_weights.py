@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, wrappers
-from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.modules_to_save import SavedModule, copy_tensors
 
 
 def tied_layers(
@@ -71,9 +71,8 @@ def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
             for key, tensor in wrapper.file_tensors(name).items():
                 if not tensor.isfinite().all():
                     raise MergeError(f"{path}.{key}: the trained values are not finite.")
-                original = wrapper.base_layer.state_dict(keep_vars=True)[key]
-                owner = wrapper.base_layer.get_submodule(key.rpartition(".")[0])
-                unties |= bool(index.also_used_by(original, owner, *_followers(model, name, tensor)))
+                original, inside = copy_tensors(wrapper.base_layer, wrapper.only)[key], wrapper.base_layer.modules()
+                unties |= bool(index.also_used_by(original, *inside, *_followers(model, name, tensor)))
     return unties
 
 

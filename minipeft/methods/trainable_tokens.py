@@ -22,6 +22,7 @@ from minipeft.methods.base import Adapter
 from minipeft.options import flag, integer
 from minipeft.registry import register_method
 from minipeft.transformers_model import input_embedding
+from minipeft.wrapper_names import named_modules, unwrapped_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class TrainableTokensConfig(AdapterConfig):
 
     def default_modules(self, model: nn.Module) -> Sequence[str] | None:
         embedding = input_embedding(model)
-        names = [name for name, module in model.named_modules() if module is embedding]
+        names = [name for name, module in named_modules(model) if module is embedding]
         if not names:
             raise TargetError(
                 f"{type(model).__name__} names no input embedding (get_input_embeddings), so say by name which module "
@@ -85,7 +86,7 @@ def token_option(name: str, value: object) -> tuple[int, ...] | dict[str, tuple[
         return None if value is None else token_ids(name, value)
     if not value or not all(isinstance(module, str) and module for module in value):
         raise ConfigError(f"{name} must map module names to lists of token ids, not {told(value, 100)}.")
-    return {module: token_ids(f"{name}[{told(module)}]", ids) for module, ids in value.items()}
+    return {unwrapped_name(module): token_ids(f"{name}[{told(module)}]", ids) for module, ids in value.items()}
 
 
 def tokens_beside(option: Sequence[int] | Mapping[str, Sequence[int]] | None) -> list[tuple[str, AdapterConfig]]:

@@ -1,0 +1,82 @@
+"""Names of modules without the parts that wrappers add, such as ``_orig_mod`` of ``torch.compile``.
+
+A file should not depend on how the model was wrapped when it was saved. So every name that is shown, compared or saved is
+the one that the module has without wrappers: from the tree (`named_modules`), or for a text from elsewhere (`unwrapped_name`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+# Class of a wrapper, by name since some are not installed -> where it holds its module. A module that has such a name
+# by itself, say an attribute `module` of a user's class, keeps it.
+ATTRIBUTES = {
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+}
+# Those that synchronise or shard the parameters they were made with, and no others.
+FIXED_PARAMETERS = frozenset({"DeepSpeedEngine", "DistributedDataParallel", "FullyShardedDataParallel"})
+_SURE = "|".join(sorted(set(ATTRIBUTES.values()) - {"module"}))
+# As a part of a name or of a regular expression for names; not a name by itself.
+_PART = re.compile(rf"(?<![A-Za-z0-9_])(?:{_SURE})\\?\.|(?<=[A-Za-z0-9_])\\?\.(?:{_SURE})$")
+
+
+def unwrapped_name(name: str) -> str:
+    """A name, or a pattern for names, without the parts that can only come from a wrapper; `module` may be a real name."""
+    return _PART.sub("", name)
+
+
+def wrapper_class(module: nn.Module) -> str | None:
+    """The name in `ATTRIBUTES` of the class that wraps another module, if `module` is such a wrapper."""
+    known = (cls.__name__ for cls in type(module).__mro__ if cls.__name__ in ATTRIBUTES)
+    return next((name for name in known if module._modules.get(ATTRIBUTES[name]) is not None), None)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside wrappers, or the module itself."""
+    while (name := wrapper_class(module)) is not None:
+        inner = module._modules[ATTRIBUTES[name]]
+        assert inner is not None
+        module = inner
+    return module
+
+
+def named_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """(name, attribute, child) of a module whose own name is `prefix`; what a wrapper holds has the wrapper's name."""
+    wrapper = wrapper_class(module)
+    held = None if wrapper is None else ATTRIBUTES[wrapper]
+    for attribute, child in module._modules.items():
+        if child is not None:
+            yield prefix if attribute == held else f"{prefix}.{attribute}".lstrip("."), attribute, child
+
+
+def named_modules(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """``module.named_modules()`` with these names; a wrapper and the module in it have the same."""
+    seen: set[int] = set()
+    stack = [("", module)]
+    while stack:
+        name, current = stack.pop()
+        if remove_duplicate and id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield name, current
+        stack += [(child_name, child) for child_name, _, child in reversed(list(named_children(current, name)))]
+
+
+def named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """``module.named_parameters()`` with these names."""
+    seen: set[int] = set()
+    for name, owner in named_modules(module, remove_duplicate=remove_duplicate):
+        for attribute, parameter in owner._parameters.items():
+            if parameter is None or (remove_duplicate and id(parameter) in seen):
+                continue
+            seen.add(id(parameter))
+            yield f"{name}.{attribute}".lstrip("."), parameter
