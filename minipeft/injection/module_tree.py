@@ -63,6 +63,11 @@ def _walk(module: nn.Module, own: str, path: str) -> Iterator[tuple[str, str, nn
             yield from _walk(child, name, f"{full}.")
 
 
+def is_callable(module: nn.Module) -> bool:
+    """Whether a module can be called: a list of layers or of parameters cannot, so nothing can take its place."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
 def occupants(module: nn.Module) -> Iterator[Wrapper]:
     """The wrappers in a module's place, the outermost first."""
     while isinstance(module, Wrapper):

@@ -18,7 +18,7 @@ from minipeft.injection.fresh_parts import (
     warn_of_fresh_parts,
     with_fresh_parts,
 )
-from minipeft.injection.module_tree import Candidate, candidates
+from minipeft.injection.module_tree import Candidate, candidates, is_callable
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.sites import AdapterSite, SavedSite, module_sites
 from minipeft.injection.target_parameters import check_alone, parameter_sites
@@ -152,6 +152,11 @@ def _bias_sites(
 
 def _check_saveable(site: SavedSite) -> None:
     module, base = site.candidate.module, site.candidate.base
+    if not is_callable(base):
+        raise TargetError(
+            f"modules_to_save: {site.name} is a {type(base).__name__}, which is never called itself, so a trained copy of "
+            "it would not be used. Name modules that are called."
+        )
     for inner in base.modules() if site.only is None else ():
         ops = layer_ops(inner)
         if ops is not None and ops.is_quantized:

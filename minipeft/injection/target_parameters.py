@@ -9,7 +9,7 @@ from torch import nn
 from minipeft import registry
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError
-from minipeft.injection.module_tree import Candidate
+from minipeft.injection.module_tree import Candidate, is_callable
 from minipeft.injection.sites import AdapterSite, check_needs_no_call, check_occupants, site
 from minipeft.injection.targets import within
 from minipeft.layers.base import LayerOps
@@ -35,6 +35,11 @@ def parameter_sites(
                 "nothing. Target the module around it."
             )
     every_ops = [_ops_of(name, candidate.base, parameter) for parameter in parameters]
+    if not is_callable(candidate.base):
+        raise TargetError(
+            f"target_parameters: {name} is a {type(candidate.base).__name__}, which is never called, so the adapted "
+            "parameter would not be used. Only parameters of a module that is called can be adapted."
+        )
     check_occupants(name, candidate.module, every_ops)
     for height, parameter, ops in zip(reversed(range(len(parameters))), parameters, every_ops, strict=True):
         config = configs[f"{name}.{parameter}"]

@@ -78,11 +78,20 @@ def select_saved(
             f"task_type {config.task_type!r} trains the head ({shown(of_task)}), and {type(model).__name__} has none. "
             "Name the head in modules_to_save, or leave task_type out."
         )
-    return [
+    outermost = [
         name
         for name in found
         if name in chosen and not any(name != other and within(name, {other}) for other in chosen)
     ]
+    return [each for name in outermost for each in _called(name, found)]
+
+
+def _called(name: str, found: dict[str, Candidate]) -> list[str]:
+    """The module itself; for a list of modules, which nobody calls, those in it."""
+    if not isinstance(found[name].base, nn.ModuleList | nn.ModuleDict):
+        return [name]
+    inside = [first for first, c in found.items() if any(other.rpartition(".")[0] == name for other in c.names)]
+    return [each for first in inside for each in _called(first, found)]
 
 
 def select_parameters(
