@@ -18,6 +18,7 @@ from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
+from minipeft.injection.absent import check_loaded
 from minipeft.injection.apply import discard
 from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, switch_to
 from minipeft.injection.build import build
@@ -106,7 +107,9 @@ def _plan(model: nn.Module, config: AdapterConfig) -> Plan:
     if not isinstance(config, AdapterConfig) or not hasattr(type(config), "method"):
         raise ConfigError(f"config must be the configuration of a method, such as LoraConfig, not {config!r:.100}.")
     _check_adaptable(model)
-    return plan_injection(model, config)
+    plan = plan_injection(model, config)
+    check_loaded(model, plan, may_be_empty=True)
+    return plan
 
 
 def _check_adaptable(model: object) -> None:

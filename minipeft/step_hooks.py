@@ -45,7 +45,7 @@ def extra_loss(model: nn.Module) -> Tensor:
     Raises:
         StateError: the model has no adapter.
     """
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))  # some may be offloaded
     with torch.autocast(device.type, enabled=False):
         losses = [method.extra_loss(adapters, config) for method, adapters, config in _training(model)]
         given = [loss for loss in losses if loss is not None]

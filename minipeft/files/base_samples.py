@@ -16,7 +16,9 @@ from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.build import Parts
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.injection.plan import Plan
+from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import LayerOps
+from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
 
 SAMPLES = 8
@@ -62,6 +64,11 @@ def sample(ops: LayerOps, base: nn.Module, adapter: Adapter) -> list[float]:
 
     A ninth number, the tolerance, marks the sample of a quantized layer, whose values are not the float weight's.
     """
+    with present(innermost(base)):
+        return _sampled(ops, base, adapter)
+
+
+def _sampled(ops: LayerOps, base: nn.Module, adapter: Adapter) -> list[float]:
     weight = ops.read_weight(base)
     if not _is_readable(weight):
         return []

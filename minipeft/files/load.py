@@ -13,6 +13,7 @@ from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import open_adapter
 from minipeft.files.frozen_weights import warn_of_missing_parts
 from minipeft.files.new_rows import find_new_rows
+from minipeft.injection.absent import check_loaded
 from minipeft.injection.build import Parts, build, build_from
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
@@ -31,6 +32,7 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
     new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
     plan = replace(plan, saved=tuple(replace(site, trains=site.name not in file.kept) for site in plan.saved))
+    check_loaded(model, plan, may_be_empty=False)
     shapes = build(plan, on_meta=True)
     expected = Expected(
         model,

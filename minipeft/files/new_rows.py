@@ -17,6 +17,7 @@ from minipeft.files.resized_vocabulary import OPTION, ROWS
 from minipeft.files.vocabulary_tables import tables
 from minipeft.injection.build import PREFIX
 from minipeft.injection.wrapper import innermost
+from minipeft.layers.offloaded import values_of
 from minipeft.patterns import is_suffix
 from minipeft.wrapper_names import named_modules
 
@@ -45,7 +46,8 @@ def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
     for key, owner in owners.items():
         if not torch.equal(found.setdefault(owner, values[key]), values[key]):
             raise CheckpointError(f"{file.path}: {key} differs from {owner}, to which it is tied.")
-    ids = {name: _differing_rows(table, known[name]) for name, table in found.items()}
+    here = values_of(model, {name: known[name] for name in found})
+    ids = {name: _differing_rows(table, here[name]) for name, table in found.items()}
     ids = {name: rows for name, rows in ids.items() if rows and 2 * len(rows) <= len(found[name])}
     fields = {f.name for f in dataclasses.fields(file.config)}
     if not ids or OPTION not in fields or getattr(file.config, OPTION) is not None:

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
 from minipeft.injection.build import PREFIX
+from minipeft.layers.offloaded import values_of
 from minipeft.wrapper_names import named_parameters
 
 
 def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dict[str, Tensor]:
     """Which of these keys copy a base parameter, such as an embedding table, by name and shape -> that parameter."""
     base = _base_tensors(model) if keys else {}
-    return {key: base[key] for key in keys if key in base and base[key].shape == file.shapes[key]}
+    found = {key: base[key] for key in keys if key in base and base[key].shape == file.shapes[key]}
+    return values_of(model, found)
 
 
 def find_repeats(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.wrapper import innermost
+from minipeft.layers.offloaded import values_of
 from minipeft.patterns import is_suffix
 from minipeft.transformers_model import name_or_path
 
@@ -71,7 +72,7 @@ def with_tables(
             continue
         key = f"{PREFIX}{name}.{ROWS}"
         before = [all_tensors[key]] if name in trained else []
-        rows = table.weight.detach()[missing]
+        rows = values_of(model, {name: table.weight})[name].detach()[missing]
         all_tensors[key] = torch.cat([*before, rows.to(before[0])]) if before else rows
         ids[name] = [*trained.get(name, ()), *missing]
     return all_tensors, dict(config) if ids == trained else {**config, OPTION: ids}

@@ -23,6 +23,7 @@ from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_trainer
 from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.first_pass import idle_message
+from minipeft.layers.offloaded import values_of
 
 DEFAULT = "default"
 
@@ -103,6 +104,7 @@ class SavableModel(nn.Module):
             if convert_to_lora:
                 tensors, config = as_lora(self, self._state.configs[name], name)
             tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
+            tensors = values_of(self, tensors)
             self._write_adapter(directory_of(Path(save_directory), name), name, tensors, config)
 
     def push_to_hub(

@@ -15,6 +15,7 @@ from minipeft.injection.stored_weight import stored_weight
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
 from minipeft.kernels.functional import accumulation_dtype
 from minipeft.layers.base import LayerOps
+from minipeft.layers.offloaded import HOOK, on_device_of, present
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
 
@@ -46,6 +47,9 @@ class AdaptedLayer(Wrapper):
         return self.read(name, value, names) if names else value
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if HOOK in self._modules["base_layer"].__dict__:  # accelerate's, which may offload the weight
+            with present(self.owner):
+                return self.run_with(self.acting(), on_device_of(self.owner, x), *args, **kwargs)
         return self.run_with(self.acting(), x, *args, **kwargs)
 
     def acting(self) -> tuple[str, ...]:
@@ -86,20 +90,22 @@ class AdaptedLayer(Wrapper):
         """The weight or bias `own`, called `name`, with these adapters folded in; another parameter as it is."""
         adapters = [self.adapter(each) for each in names]
         is_bias = own is self.ops.read_bias(self.base_layer)
-        if is_bias and not any(adapter.overrides("merge") or adapter.overrides("merge_after") for adapter in adapters):
+        if is_bias and not own.is_meta and not any(adapter.overrides("merge") or adapter.overrides("merge_after") for adapter in adapters):
             return _sum_of_biases(own, adapters)
         if not is_bias and (self.stored is None or self.stored.name != name):
             return own
 
         def compute() -> Tensor:
             self.switch.note_read(self)
-            with torch.autocast(own.device.type, enabled=False):
-                weight, bias = self.folded(names)
-                if is_bias:
-                    assert bias is not None
-                    return bias.to(own.dtype)
-                assert self.stored is not None
-                return self.stored.from_canonical(weight, own)
+            with present(self.owner):
+                device = self.ops.read_weight(self.base_layer).device.type
+                with torch.autocast(device, enabled=False):
+                    weight, bias = self.folded(names)
+            if is_bias:
+                assert bias is not None
+                return bias.to(own.dtype)
+            assert self.stored is not None
+            return self.stored.from_canonical(weight, own)
 
         return adapted_value(own, compute, [p for adapter in adapters for p in adapter.parameters()])
 
@@ -182,6 +188,11 @@ class AdaptedWeight(AdaptedLayer):
     ops: UncalledOps
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with present(self.owner):
+            return self.run_with_weights(*args, **kwargs)
+
+    def run_with_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the module with the adapted weights in place of its own."""
         weights = self.adapted_weights()
         return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
 

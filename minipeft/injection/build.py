@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
+from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
 
 HALF = frozenset({torch.bfloat16, torch.float16})
@@ -56,15 +57,16 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
     bases = [_on_meta(site.candidate.base) if on_meta else site.candidate.base for site in plan.adapters]
     shared: dict[type[Adapter], object | None] = {}
     for cls in dict.fromkeys(site.adapter_class for site in plan.adapters):
-        shared[cls] = cls.share(
-            [(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls], plan.config
-        )
+        members = [(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls]
+        with present(members[0][0]):  # what they share lies on the device of the first
+            shared[cls] = cls.share(members, plan.config)
     adapters: dict[str, Adapter] = {}
     for base, site in zip(bases, plan.adapters, strict=True):
         if site.tied_to is not None:
             adapters[site.name] = adapters[site.tied_to].for_tied(base, site.ops)
             continue
-        adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
+        with present(base):
+            adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
         for parameter in adapter.parameters():
             if autocast_adapter_dtype and parameter.dtype in HALF:
                 parameter.data = parameter.data.float()
@@ -97,6 +99,7 @@ def _cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
 
 def _on_meta(base: nn.Module) -> nn.Module:
     stand_in = copy.copy(base)
+    vars(stand_in).pop(HOOK, None)
     stand_in._parameters = {
         # Made anew: a quantized weight, a subclass of Tensor, may not be able to move to the meta device.
         k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.injection.wrapper import Switch, Wrapper
+from minipeft.layers.offloaded import all_present, without_offloading
 from minipeft.wrapper_names import unwrapped_name
 
 
@@ -61,17 +63,18 @@ def trained_copy(
     Parameters not named in `only`, and then buffers, are shared with the original, and the weight with `tied_to`, the
     trained copy of a module tied to this one.
     """
-    memo: dict[int, Any] = {}
-    for name, parameter in original.named_parameters():
-        if only is not None and name not in only:
-            memo[id(parameter)] = parameter
-        elif on_meta:
-            memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), False)
-    if only is not None:  # statistics are not copied, since no file will hold the copy's
-        memo |= {id(buffer): buffer for buffer in original.buffers()}
-    if tied_to is not None:
-        memo[id(original.weight)] = tied_to.weight
-    twin = copy.deepcopy(original, memo)
+    memo = without_offloading(original)
+    with contextlib.nullcontext() if on_meta else all_present(original):
+        for name, parameter in original.named_parameters():
+            if only is not None and name not in only:
+                memo[id(parameter)] = parameter
+            elif on_meta:
+                memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), False)
+        if only is not None:  # statistics are not copied, since no file will hold the copy's
+            memo |= {id(buffer): buffer for buffer in original.buffers()}
+        if tied_to is not None:
+            memo[id(original.weight)] = tied_to.weight
+        twin = copy.deepcopy(original, memo)
     for tensor in copy_tensors(twin, only).values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))
     return twin

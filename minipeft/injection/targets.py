@@ -91,7 +91,7 @@ def _called(name: str, found: dict[str, Candidate]) -> list[str]:
     if not isinstance(found[name].base, nn.ModuleList | nn.ModuleDict):
         return [name]
     inside = [first for first, c in found.items() if any(other.rpartition(".")[0] == name for other in c.names)]
-    return [each for first in inside for each in _called(first, found)]
+    return [each for first in inside for each in _called(first, found)] or [name]
 
 
 def select_parameters(

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from minipeft.config import AdapterConfig
@@ -14,6 +15,7 @@ from minipeft.injection.module_tree import Candidate, TensorIndex
 from minipeft.injection.sites import AdapterSite, SavedSite, ops_for
 from minipeft.injection.targets import within
 from minipeft.injection.wrapper import innermost
+from minipeft.layers.offloaded import offloads, present
 from minipeft.transformers_model import input_embedding
 
 
@@ -37,8 +39,7 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
             _check_alike(first, site)
             continue
         complete.append(site)
-        weight = site.candidate.base._parameters.get("weight")
-        for owner, module in index.owners(weight) if weight is not None else []:
+        for owner, module in _owners(index, found, site.candidate.base):
             if module is site.candidate.base:
                 continue
             if id(module) not in names:
@@ -48,6 +49,25 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
             complete.append(replace(site, name=name, candidate=found[name], ops=ops, targeted=False, tied_to=site.name))
             first_of[id(module)] = site
     return complete
+
+
+def _owners(index: TensorIndex, found: dict[str, Candidate], base: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(parameter name, module) of everything that shares the weight of this layer."""
+    weight = base._parameters.get("weight")
+    if weight is None:
+        return []
+    owners = index.owners(weight)
+    # Offloading gives each of two tied layers a weight of its own, so only the values tell.
+    for name, candidate in found.items():
+        other = candidate.base
+        twin = other._parameters.get("weight")
+        if twin is None or twin.shape != weight.shape or any(other is module for _, module in owners):
+            continue
+        if offloads(base) or offloads(other):
+            with present(base), present(other):
+                if torch.equal(base.get_parameter("weight").cpu(), other.get_parameter("weight").cpu()):
+                    owners.append((f"{name}.weight", other))
+    return owners
 
 
 def _check_alike(first: AdapterSite, second: AdapterSite) -> None:

@@ -14,6 +14,7 @@ from minipeft.errors import MergeError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, adapted_layers
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_bound
+from minipeft.layers.offloaded import offloads
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.merging.steps import AddInPlace, Replace, Step, Write
 from minipeft.merging.tied_weights import adapts_tied_layers, shared_parameters, tied_layers
@@ -68,6 +69,11 @@ def _step(
     base, ops = layer.base_layer, layer.ops
     if not ops.can_merge:
         raise MergeError(f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}.")
+    if any(offloads(holder.owner) for holder in (layer, *tied)):
+        raise MergeError(
+            f"{path}: accelerate offloads its weight, so a merged one would be lost at the next call. Load the model "
+            "without offloading to merge, or keep the adapter unmerged."
+        )
     dtype = dtype_to_merge_in(path, layer, model, options.dequantize)
     layer.check_separable(path, names)
     for holder in (layer, *tied):

@@ -1,0 +1,107 @@
+"""Layers whose weights accelerate keeps on a CPU or a disk, and brings to a device for each call.
+
+Between calls such a weight is on the meta device, with a shape and no values. accelerate's hook is all that knows them, so
+everything that needs a value asks here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import StateError
+
+HOOK = "_hf_hook"  # where accelerate keeps the hook of a module
+
+
+def offloads(module: nn.Module) -> bool:
+    """Whether accelerate brings this module's own weights for a call and takes them away afterwards."""
+    return any(getattr(hook, "offload", False) is True for hook in _hooks(module))
+
+
+@contextlib.contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """Within the block the module has its weights, also after a call of it. For any other module nothing happens."""
+    if not offloads(module):
+        yield
+        return
+    hook: Any = vars(module)[HOOK]
+    hook.pre_forward(module)
+    setattr(module, HOOK, _resident(hook))  # which leaves the weights where they are
+    try:
+        yield
+    finally:
+        setattr(module, HOOK, hook)
+        hook.post_forward(module, None)
+
+
+@contextlib.contextmanager
+def all_present(module: nn.Module) -> Iterator[None]:
+    """`present` for a module and everything in it."""
+    with contextlib.ExitStack() as stack:
+        for inner in module.modules():
+            stack.enter_context(present(inner))
+        yield
+
+
+def values_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """These parameters and buffers of a model; of those that are offloaded, copies of the values.
+
+    Raises:
+        StateError: one has no values, since the model was never loaded.
+    """
+    places: dict[int, tuple[nn.Module, str]] = {}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        for module in filter(offloads, model.modules()):
+            places |= {id(p): (module, name) for name, p in (module._parameters | module._buffers).items()}
+    return {key: _value(key, tensor, places) for key, tensor in tensors.items()}
+
+
+def _value(key: str, tensor: Tensor, places: Mapping[int, tuple[nn.Module, str]]) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    if id(tensor) not in places:
+        raise StateError(f"{key} is on the meta device, without values. Load the model first.")
+    module, name = places[id(tensor)]
+    with present(module):
+        value: Tensor = getattr(module, name)
+        return value.detach().clone()
+
+
+def on_device_of(module: nn.Module, x: Any) -> Any:
+    """An input, on the device where accelerate runs this module."""
+    device = next((d for hook in _hooks(module) if (d := getattr(hook, "execution_device", None)) is not None), None)
+    return x.to(device) if device is not None and isinstance(x, Tensor) else x
+
+
+def without_offloading(module: nn.Module) -> dict[int, Any]:
+    """For `copy.deepcopy`, the hooks that copies of a module and those in it get, by the ``id`` of the old ones."""
+    hooks = [vars(inner)[HOOK] for inner in module.modules() if HOOK in vars(inner)]
+    return {id(hook): _resident(hook) for hook in hooks}
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    hook: Any = vars(module).get(HOOK)
+    return () if hook is None else (hook, *getattr(hook, "hooks", ()))
+
+
+def _resident(hook: Any) -> Any:
+    """A hook that moves inputs as this one does, and no weights."""
+    twin = copy.copy(hook)
+    if hasattr(twin, "hooks"):  # several in one
+        twin.hooks = tuple(map(_resident, twin.hooks))
+    elif getattr(twin, "offload", False) is True:
+        twin.offload, twin.weights_map, twin.tied_params_map = False, None, None
+    return twin
+
+
+def is_absent(module: nn.Module) -> bool:
+    """Whether a module's own parameters have no values and nothing brings them before a call of it."""
+    return any(p is not None and p.device == torch.device("meta") for p in module._parameters.values()) and not (
+        offloads(module)
+    )
