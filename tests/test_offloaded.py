@@ -1,5 +1,7 @@
 """Bases whose weights accelerate keeps on a CPU or a disk: the same values, gradients and files as without offloading."""
 
+import contextlib
+
 import accelerate
 import pytest
 import safetensors.torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from minipeft import (
     AdaLoraConfig,
+    ContractError,
     IA3Config,
     LoraConfig,
     MergeError,
@@ -21,6 +24,8 @@ from minipeft import (
     get_lora_model,
     load_adapter,
 )
+from minipeft.testing.case import case_of
+from minipeft.testing.runtime import offloading
 
 WEIGHTS = "adapter_model.safetensors"
 X = torch.arange(24).reshape(2, 12)
@@ -210,3 +215,16 @@ def test_a_block_whose_weights_come_all_at_once_is_refused(tmp_path):
 
 def fingerprint_without_values(model):
     return [(name, id(module), type(module), sorted(vars(module))) for name, module in model.named_modules()]
+
+
+@contextlib.contextmanager
+def nothing(module):
+    yield
+
+
+def test_the_contract_suite_notices_a_weight_that_is_not_there(monkeypatch):
+    case = case_of("dora", "torch.nn.modules.linear.Linear", None, None, {})
+    assert offloading(case) is None
+    monkeypatch.setattr("minipeft.injection.adapted_layer.present", nothing)
+    with pytest.raises((ContractError, RuntimeError), match="offloading|meta"):
+        offloading(case)

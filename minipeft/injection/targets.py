@@ -10,12 +10,11 @@ from torch import nn
 from minipeft import registry
 from minipeft.config import ALL_LINEAR, HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import TargetError, hint, nearest, shown
+from minipeft.injection.all_linear import all_linear, warn_of_layers_left_out
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.patterns import endings, full_matches, is_suffix
-from minipeft.transformers_model import knows_its_head, model_type, output_head
-
-HEAD_NAMES = ("score", "classifier", "qa_outputs")
+from minipeft.transformers_model import model_type
 
 
 def select_targets(
@@ -41,7 +40,10 @@ def select_targets(
     )
     eligible = [name for name in names if name not in excluded and not within(name, saved)]
     if config.target_modules == ALL_LINEAR:
-        chosen = _all_linear(model, found, eligible)
+        chosen, left_out = all_linear(model, found, eligible)
+        if every_pattern:
+            adapted = select_parameters(model, config, found, every_pattern=False)
+            warn_of_layers_left_out({n: r for n, r in left_out.items() if n not in adapted}, found, stacklevel=6)
     else:
         patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
@@ -161,21 +163,6 @@ def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind:
         count = sum(is_suffix(close, name) for name in names)
         where = f" (closest: {close!r}, {count} {kind}{'s' if count != 1 else ''})"
     return f"{option}: {entry!r} matches no {kind} of {type(model).__name__}{where}."
-
-
-def _all_linear(model: nn.Module, found: dict[str, Candidate], eligible: list[str]) -> list[str]:
-    head, names_its_head = output_head(model), knows_its_head(model)
-    chosen = []
-    for name in eligible:
-        candidate = found.get(name)  # a module's other names are the same module
-        if candidate is None or candidate.module is head:
-            continue
-        if names_its_head and name.rpartition(".")[2] in HEAD_NAMES and head is None:
-            continue
-        ops = layer_ops(candidate.base)
-        if ops is not None and ops.in_all_linear:
-            chosen.append(name)
-    return chosen
 
 
 def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) -> list[str]:

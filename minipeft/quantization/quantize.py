@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing, hint, shown
+from minipeft.injection.all_linear import HEAD_NAMES
 from minipeft.injection.fresh_parts import find_origins
 from minipeft.injection.module_tree import Candidate, TensorIndex, candidates
-from minipeft.injection.targets import HEAD_NAMES
 from minipeft.injection.wrapper import Wrapper
 from minipeft.layers.base import LayerOps, is_plain_linear, layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps

@@ -100,11 +100,16 @@ class Case:
         return self.adapter.config_class(**selection, **self.options)
 
     def adapted(
-        self, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = SIZES, *, moved: bool = True
+        self,
+        dtype: torch.dtype = torch.float32,
+        sizes: tuple[int, int] = SIZES,
+        *,
+        moved: bool = True,
+        base: nn.Module | None = None,
     ) -> AdaptedModel:
-        """The adapted model, in eval mode; if `moved`, with its adapter changed as training would."""
+        """The adapted model, in eval mode; if `moved`, with its adapter changed as training would. `base` is to be adapted."""
         with _seeded(1):
-            model = get_adapter_model(self.base(dtype, sizes), self.config())
+            model = get_adapter_model(self.base(dtype, sizes) if base is None else base, self.config())
         return move(model) if moved else model
 
     def input(self, model: nn.Module, seed: int = 2) -> Tensor:

@@ -19,7 +19,7 @@ from minipeft.testing.case import Case
 from minipeft.testing.files import files, whole_state
 from minipeft.testing.merging import merges
 from minipeft.testing.reads import acts, reads
-from minipeft.testing.runtime import checkpointing, copies, disabled, failed_injection, one_graph
+from minipeft.testing.runtime import checkpointing, copies, disabled, failed_injection, offloading, one_graph
 
 Check = Callable[[Case], "str | None"]
 CHECKS: tuple[Check, ...] = (
@@ -42,4 +42,5 @@ CHECKS: tuple[Check, ...] = (
     copies,
     one_graph,
     checkpointing,
+    offloading,
 )

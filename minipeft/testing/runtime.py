@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from typing import Any
 
@@ -83,6 +84,27 @@ def checkpointing(case: Case) -> str | None:
     return None
 
 
+def offloading(case: Case) -> str | None:
+    """On a base that accelerate offloads, output and gradients are the same, and the adapter is where the layer runs."""
+    base, plain = case.base(), case.base().requires_grad_(False)
+    x = case.input(plain)
+    try:
+        importlib.import_module("accelerate").cpu_offload(
+            base.requires_grad_(False), execution_device=torch.device("cpu")
+        )
+        works = torch.equal(base(x), plain(x))
+    except Exception:  # whatever it is, it is not the adapter's fault
+        works = False
+    if not works:
+        return f"{case.layer} itself does not work when accelerate offloads it"
+    expected, model = case.adapted(), case.adapted(base=base)
+    if any(tensor.is_meta for tensor in model.adapter_state_dict().values()):
+        raise case.fail("offloading", "the adapter is made on the meta device, without values")
+    case.same("offloading", "the output on an offloaded base", model(x), expected(x))
+    _same_gradients(case, "offloading", _backward(model, x), _gradients(expected, x))
+    return None
+
+
 def disabled(case: Case) -> str | None:
     """Inside ``disable_adapter`` the model is its base, bit for bit; afterwards the adapter acts and trains as before."""
     model, base = case.adapted(), case.base().requires_grad_(False)  # frozen too: torch's attention has a path for that
@@ -115,9 +137,14 @@ def failed_injection(case: Case) -> str | None:
     return None
 
 
-def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _backward(model: nn.Module, x: Tensor) -> nn.Module:
     model.zero_grad()
     torch.autograd.backward(loss(model, x))
+    return model
+
+
+def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    _backward(model, x)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -1,0 +1,89 @@
+"""``target_modules="all-linear"``: every linear layer but the output head.
+
+Those that cannot be adapted are named in one warning, since the user asked for all of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from minipeft import registry
+from minipeft.injection.module_tree import Candidate
+from minipeft.layers.base import FLOAT_DTYPES, layer_ops
+from minipeft.transformers_model import knows_its_head, output_head
+
+HEAD_NAMES = ("score", "classifier", "qa_outputs")
+KINDS = 8  # that a warning names
+
+
+def all_linear(
+    model: nn.Module, found: Mapping[str, Candidate], eligible: Iterable[str]
+) -> tuple[list[str], dict[str, str]]:
+    """The linear layers among these names; and the modules with linear maps that cannot be adapted, with the reason."""
+    head, names_its_head = output_head(model), knows_its_head(model)
+    chosen, left_out = [], {}
+    for name in eligible:
+        candidate = found.get(name)  # a module's other names are the same module
+        if candidate is None or candidate.module is head:
+            continue
+        if names_its_head and name.rpartition(".")[2] in HEAD_NAMES and head is None:
+            continue
+        ops = layer_ops(candidate.base)
+        if ops is not None and ops.in_all_linear:
+            chosen.append(name)
+        elif (reason := _why_left_out(candidate)) is not None:
+            left_out[name] = reason
+    return chosen, left_out
+
+
+def warn_of_layers_left_out(reasons: Mapping[str, str], found: Mapping[str, Candidate], *, stacklevel: int) -> None:
+    """Warn about the modules that were left out, by name and reason: a few words for all of one kind."""
+    kinds: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        kinds.setdefault(f"{type(found[name].base).__name__} ({reason})", []).append(name)
+    said = [f"{len(names)} {kind} such as {names[0]}" for kind, names in kinds.items()]
+    more = [f"{len(said) - KINDS} more kinds"] if len(said) > KINDS else []
+    if said:
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {'; '.join(said[:KINDS] + more)}.", stacklevel=stacklevel + 1
+        )
+
+
+def _why_left_out(candidate: Candidate) -> str | None:
+    """Why a module that is a linear map, or holds some, is not adapted; None for any other module."""
+    base = candidate.base
+    if isinstance(base, nn.MultiheadAttention):
+        return "read and not called; target_modules can name it"
+    if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in candidate.places):
+        return None  # it goes with its parent
+    if _is_linear(base) and layer_ops(base) is None:
+        return _weight_of(base)
+    fused = [name for name, own in base._parameters.items() if own is not None and own.ndim >= 2]
+    if fused and "expert" in type(base).__name__.lower():
+        return f"fused; target_parameters can name {' and '.join(fused)}"
+    return None
+
+
+def _is_linear(base: nn.Module) -> bool:
+    """Whether a module is a linear layer by its type or its name, and has a weight."""
+    known = any(ops.in_all_linear for _, ops in registry.layer_candidates(type(base)))
+    named = "linear" in type(base).__name__.lower() and not base._modules
+    own = [t for t in (*base._parameters.values(), *base._buffers.values()) if t is not None]
+    return known or (named and any(tensor.ndim >= 2 for tensor in own))
+
+
+def _weight_of(base: nn.Module) -> str:
+    weight = base._parameters.get("weight")
+    if parametrize.is_parametrized(base) or (weight is None and isinstance(vars(base).get("weight"), Tensor)):
+        return "its weight is computed, by weight_norm, prune or the like"
+    if weight is None:
+        return "no weight that minipeft can read; see register_layer"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}; see register_layer"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    return "no LayerOps for it; see register_layer"
