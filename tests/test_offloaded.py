@@ -183,6 +183,20 @@ def test_checkpointing_and_a_second_adapter_on_an_offloaded_base(tmp_path):
     assert len(expected) == len(found) > 0
 
 
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_code_that_reads_an_offloaded_layer_gets_the_adapted_weight(how, tmp_path):
+    config = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], bias="lora_only")
+    torch.manual_seed(0)
+    whole = disturb(get_lora_model(gpt2(), config))
+    torch.manual_seed(0)
+    model = disturb(get_lora_model(OFFLOAD[how](gpt2(), tmp_path), config))
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"):
+        for value in ("weight", "bias"):
+            read, expected = (getattr(each.get_submodule(name), value) * 1 for each in (model, whole))
+            assert torch.allclose(read, expected, atol=1e-6)
+            assert read.requires_grad
+
+
 def _backward(model):
     output(model).square().mean().backward()
     return model

@@ -110,7 +110,7 @@ def test_a_wrapped_base_is_adapted_saved_and_loaded_as_a_plain_one(kind, plain, 
     assert dict(wrappers(made)).keys() == dict(wrappers(loaded)).keys()
 
 
-@pytest.mark.parametrize("kind", ["activation checkpointing", "DataParallel"])
+@pytest.mark.parametrize("kind", BEFORE)
 def test_a_wrapped_layer_and_a_wrapped_copy_act(kind, plain):
     _, folder, expected = plain
     assert torch.allclose(output(load_adapter(wrap_parts(llama(), kind), folder)), expected, atol=1e-6)
