@@ -18,7 +18,7 @@ from minipeft.injection.module_tree import adapted_layers
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import LayerOps
-from minipeft.layers.offloaded import present
+from minipeft.layers.offloaded import each_value, present
 from minipeft.methods.base import Adapter
 
 SAMPLES = 8
@@ -38,7 +38,8 @@ def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
         for name, layer in adapted_layers(model)
         if layer.owns(adapter_name) and not layer.merged
     }
-    frozen = {name: remembered.get(name) or _sample_of(weight) for name, weight in frozen_weights(model, adapter_name)}
+    weights = each_value(model, frozen_weights(model, adapter_name))
+    frozen = {name: remembered.get(name) or _sample_of(weight) for name, weight in weights}
     return adapted | {name: values for name, values in frozen.items() if values}
 
 
@@ -54,8 +55,8 @@ def planned_samples(model: nn.Module, plan: Plan, parts: Parts, wanted: Collecti
         site.name: sample(site.ops, site.candidate.base, adapter)
         for site, adapter in zip(plan.adapters, parts.adapters, strict=True)
     }
-    frozen = {name: _sample_of(weight) for name, weight in planned_frozen_weights(model, plan) if name in wanted}
-    return adapted | frozen
+    weights = [(name, weight) for name, weight in planned_frozen_weights(model, plan) if name in wanted]
+    return adapted | {name: _sample_of(weight) for name, weight in each_value(model, weights)}
 
 
 @torch.no_grad()

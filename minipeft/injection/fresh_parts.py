@@ -25,6 +25,7 @@ from minipeft.transformers_model import (
     loadable_parts,
     output_head,
 )
+from minipeft.wrapper_names import named_modules
 
 ORIGINS = "_minipeft_origins"  # their name in an adapted model's __dict__, which is copied and pickled with the model
 # These are indexed or iterated over, not called, so a copy cannot stand in their place.
@@ -53,7 +54,7 @@ def base_parameters(model: nn.Module, found: Mapping[str, Candidate]) -> Iterato
     owners = [("", model)]
     for name, candidate in found.items():
         wrapped = candidate.module is not candidate.base
-        inner = candidate.base.named_modules() if wrapped else [("", candidate.base)]
+        inner = named_modules(candidate.base) if wrapped else [("", candidate.base)]
         owners += [(f"{name}.{path}" if path else name, module) for path, module in inner]
     for name, owner in owners:
         for own, parameter in owner._parameters.items():

@@ -120,7 +120,8 @@ def with_tied_copies(
     weight = None if leader is None else leader.candidate.base._parameters.get("weight")
     if leader is None or weight is None:
         return saved
-    tied = [module for _, module in TensorIndex(model).owners(weight) if module is not leader.candidate.base]
+    base = leader.candidate.base
+    tied = [module for _, module in _owners(TensorIndex(model), found, base) if module is not base]
     if not any(isinstance(module, nn.Embedding) for module in tied):
         return saved
     named, taken = [site.name for site in saved], {id(site.candidate.base) for site in adapted}

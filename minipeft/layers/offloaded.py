@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,22 +55,26 @@ def values_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     Raises:
         StateError: one has no values, since the model was never loaded.
     """
-    places: dict[int, tuple[nn.Module, str]] = {}
-    if any(tensor.is_meta for tensor in tensors.values()):
+    values = dict(each_value(model, tensors.items()))
+    absent = next((key for key, value in values.items() if value.is_meta), None)
+    if absent is not None:
+        raise StateError(f"{absent} is on the meta device, without values. Load the model first.")
+    return values
+
+
+def each_value(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """As `values_of`, one after the other, so that no two copies are in memory; what has no values comes as it is."""
+    pairs, places = list(tensors), dict[int, tuple[nn.Module, str]]()
+    if any(tensor.is_meta for _, tensor in pairs):
         for module in filter(offloads, model.modules()):
             places |= {id(p): (module, name) for name, p in (module._parameters | module._buffers).items()}
-    return {key: _value(key, tensor, places) for key, tensor in tensors.items()}
-
-
-def _value(key: str, tensor: Tensor, places: Mapping[int, tuple[nn.Module, str]]) -> Tensor:
-    if not tensor.is_meta:
-        return tensor
-    if id(tensor) not in places:
-        raise StateError(f"{key} is on the meta device, without values. Load the model first.")
-    module, name = places[id(tensor)]
-    with present(module):
-        value: Tensor = getattr(module, name)
-        return value.detach().clone()
+    for key, tensor in pairs:
+        if tensor.is_meta and id(tensor) in places:
+            module, name = places[id(tensor)]
+            with present(module):
+                yield key, getattr(module, name).detach().clone()
+        else:
+            yield key, tensor
 
 
 def on_device_of(module: nn.Module, x: Any) -> Any:
