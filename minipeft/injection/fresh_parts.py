@@ -17,6 +17,7 @@ from minipeft.config import HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import shown
 from minipeft.injection.module_tree import Candidate, candidates
 from minipeft.injection.targets import select_parameters, select_saved, select_targets, within
+from minipeft.layers.offloaded import offloads
 from minipeft.transformers_model import (
     base_model,
     computed_parameters,
@@ -73,7 +74,7 @@ def find_origins(model: nn.Module) -> Origins:
         return remembered
     parameters = {name: (parameter, owner) for name, owner, parameter in base_parameters(model, candidates(model))}
     fresh: set[str] = set()
-    unknown = dict.fromkeys(name for name, (p, _) in parameters.items() if _is_plain(p))
+    unknown = dict.fromkeys(name for name, (p, owner) in parameters.items() if _is_plain(p, owner))
     for part in loadable_parts(model):
         inside = {id(p) for p in part.parameters()}
         names = [name for name in unknown if id(parameters[name][0]) in inside]
@@ -85,9 +86,10 @@ def find_origins(model: nn.Module) -> Origins:
     return Origins(frozenset(fresh), frozenset(unknown))
 
 
-def _is_plain(parameter: nn.Parameter) -> bool:
+def _is_plain(parameter: nn.Parameter, owner: nn.Module) -> bool:
     """Whether this process has the whole of it, as floats; a quantized or sharded weight has a type of its own."""
-    return type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
+    there = not parameter.is_meta or offloads(owner)
+    return type(parameter) is nn.Parameter and parameter.is_floating_point() and there
 
 
 def find_fresh_parts(
