@@ -15,6 +15,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, adapted_layers
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_bound
 from minipeft.layers.uncalled import UncalledOps
+from minipeft.merging.order import check_order
 from minipeft.merging.steps import AddInPlace, Replace, Step, Write
 from minipeft.merging.tied_weights import adapts_tied_layers, shared_parameters, tied_layers
 from minipeft.quantization.dequantize import check_replaceable, dtype_to_merge_in
@@ -69,8 +70,8 @@ def _step(
     if not ops.can_merge:
         raise MergeError(f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}.")
     dtype = dtype_to_merge_in(path, layer, model, options.dequantize)
-    layer.check_separable(path, names)
     for holder in (layer, *tied):
+        check_order(path, holder, names, permanent=not options.undoable)
         _check_own_forward(path, holder, names)
     common = (model, path, layer, names, tied)
     if ops.is_quantized:
