@@ -187,8 +187,8 @@ class AdaptedModel(OwnMethods, MergeableModel):
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._check_known(names)
-        if self._state.merged:
-            raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
+        if merged := self._state.merged or self._state.set_aside:
+            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
         self._check_compatible(names)
         switch_to(self, names)
 
@@ -200,7 +200,7 @@ class AdaptedModel(OwnMethods, MergeableModel):
             StateError: the name is unknown, or the adapter is active or merged (`unload` removes the last one).
         """
         self._check_known((adapter_name,))
-        if adapter_name in self._state.switch.active or adapter_name in self._state.merged:
+        if adapter_name in (*self._state.switch.active, *self._state.merged, *self._state.set_aside):
             raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one, or unload().")
         discard(self, adapter_name)
         del self._state.configs[adapter_name], self._state.resting[adapter_name]
@@ -211,7 +211,10 @@ class AdaptedModel(OwnMethods, MergeableModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model computes exactly what its base does; merged adapters are unmerged meanwhile."""
+        """Within the context the model computes exactly what its base does; merged adapters are unmerged meanwhile.
+
+        They count as merged all the same, so `set_adapter` and deleting one of them are refused, as outside.
+        """
         with self._unmerged(), self._state.switch.off():
             yield
 
@@ -231,7 +234,8 @@ class AdaptedModel(OwnMethods, MergeableModel):
 
         Args:
             progressbar: show one.
-            safe_merge, adapter_names, untie: as in `merge_adapter`.
+            safe_merge, untie: as in `merge_adapter`.
+            adapter_names: these alone, and the others are dropped. None: the merged and the active ones.
             dequantize: make the whole model float instead of refusing to merge into quantized layers.
 
         Raises:
@@ -240,7 +244,8 @@ class AdaptedModel(OwnMethods, MergeableModel):
         names = self._active_or(adapter_names)
         untied, was_tied = check_trained_copies(self, names), says_tied(self)
         progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
-        self._merge(names, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
+        merged = names if adapter_names is not None else tuple(dict.fromkeys((*self._state.merged, *names)))
+        self._merge(merged, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
         if untied:
             mark_untied(self)
         self._state.switch.active, self._state.switch.enabled = names, True

@@ -36,6 +36,8 @@ class AdapterState:
         default_factory=dict
     )  # (module, index) of the parameters an idle adapter would train
     merged: tuple[str, ...] = ()
+    set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
+    pauses: int = 0  # how many contexts are open in which nothing is merged
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
     unwatched: set[str] = field(default_factory=set)  # adapters of which no forward pass has been watched yet
     idle: dict[str, list[str]] = field(
