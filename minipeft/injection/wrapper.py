@@ -70,7 +70,8 @@ class Wrapper(nn.Module, ABC):
         modules = self.__dict__.get("_modules", {})
         if name in modules:
             return modules[name]
-        if "base_layer" not in modules:  # still being built, or being unpickled
+        special = name.startswith("__")  # such as the __deepcopy__ of a parametrized layer, which would copy that alone
+        if special or "base_layer" not in modules:  # still being built, or being unpickled
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(modules["base_layer"], name)
 
