@@ -21,6 +21,7 @@ from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.apply import discard
 from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, switch_to
 from minipeft.injection.build import build
+from minipeft.injection.checkpointing import training_setter
 from minipeft.injection.first_pass import watched_call
 from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan
@@ -278,6 +279,11 @@ class AdaptedModel(OwnMethods, MergeableModel):
         state = self.__dict__.get(STATE)
         with state.switch.off() if state is not None else contextlib.nullcontext():
             return super().get_parameter(target)
+
+    @property
+    def _set_gradient_checkpointing(self) -> Any:
+        """What transformers has under this name; a model that lacks it lacks it here, too."""
+        return training_setter(self, super()._set_gradient_checkpointing)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(AdaptedModel, self, super().__reduce_ex__(protocol))
