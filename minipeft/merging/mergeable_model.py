@@ -13,6 +13,7 @@ from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
+from minipeft.merging.training_guard import watch
 
 
 class MergeableModel(SavableModel):
@@ -56,7 +57,7 @@ class MergeableModel(SavableModel):
     def _take_out(self) -> None:
         if self._state.merged:
             unmerge(self)
-            self._state.merged = ()
+            self._note_merged(())
 
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
@@ -95,10 +96,14 @@ class MergeableModel(SavableModel):
         except BaseException:
             if not (stuck := merged_names(self)):  # by a permanent merge that could not be taken back
                 merge(self, before, untie=True, dequantize=True)
-            self._state.merged = stuck or before
+            self._note_merged(stuck or before, undoable=not stuck)
             raise
-        self._state.merged = names
+        self._note_merged(names, undoable=options.get("undoable", True))
         return report
+
+    def _note_merged(self, names: tuple[str, ...], *, undoable: bool = True) -> None:
+        self._state.merged = names
+        watch(self, bool(names) and undoable)  # after a permanent merge there is no adapter to train
 
     def _active_or(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
