@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from minipeft import step_hooks
 from minipeft.errors import StateError, shown
 from minipeft.files.restore import restore_adapters
+from minipeft.merging.training_guard import check_training
 from minipeft.model import AdaptedModel
 from minipeft.trainer_checkpoint import RECORD, restore_best, resume, save_schedules, save_whole_adapters
 
@@ -24,8 +25,11 @@ class _AfterStep(TrainerCallback):
     def __init__(self, trainer: AdapterTrainerMixin) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.trainer._check_schedule()
+        adapted = self.trainer._adapted()
+        if adapted is not None and optimizer is not None:
+            check_training(adapted, optimizer)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._after_step()

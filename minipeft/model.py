@@ -22,6 +22,7 @@ from minipeft.injection.absent import check_loaded
 from minipeft.injection.apply import discard
 from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, switch_to
 from minipeft.injection.build import build
+from minipeft.injection.checkpointing import training_setter
 from minipeft.injection.first_pass import watched_call
 from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan
@@ -190,8 +191,8 @@ class AdaptedModel(OwnMethods, MergeableModel):
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._check_known(names)
-        if self._state.merged:
-            raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
+        if merged := self._state.merged or self._state.set_aside:
+            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
         self._check_compatible(names)
         switch_to(self, names)
 
@@ -203,7 +204,7 @@ class AdaptedModel(OwnMethods, MergeableModel):
             StateError: the name is unknown, or the adapter is active or merged (`unload` removes the last one).
         """
         self._check_known((adapter_name,))
-        if adapter_name in self._state.switch.active or adapter_name in self._state.merged:
+        if adapter_name in (*self._state.switch.active, *self._state.merged, *self._state.set_aside):
             raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one, or unload().")
         discard(self, adapter_name)
         del self._state.configs[adapter_name], self._state.resting[adapter_name]
@@ -214,7 +215,10 @@ class AdaptedModel(OwnMethods, MergeableModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model computes exactly what its base does; merged adapters are unmerged meanwhile."""
+        """Within the context the model computes exactly what its base does; merged adapters are unmerged meanwhile.
+
+        They count as merged all the same, so `set_adapter` and deleting one of them are refused, as outside.
+        """
         with self._unmerged(), self._state.switch.off():
             yield
 
@@ -234,7 +238,8 @@ class AdaptedModel(OwnMethods, MergeableModel):
 
         Args:
             progressbar: show one.
-            safe_merge, adapter_names, untie: as in `merge_adapter`.
+            safe_merge, untie: as in `merge_adapter`.
+            adapter_names: these alone, and the others are dropped. None: the merged and the active ones.
             dequantize: make the whole model float instead of refusing to merge into quantized layers.
 
         Raises:
@@ -243,7 +248,8 @@ class AdaptedModel(OwnMethods, MergeableModel):
         names = self._active_or(adapter_names)
         untied, was_tied = check_trained_copies(self, names), says_tied(self)
         progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
-        self._merge(names, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
+        merged = names if adapter_names is not None else tuple(dict.fromkeys((*self._state.merged, *names)))
+        self._merge(merged, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
         if untied:
             mark_untied(self)
         self._state.switch.active, self._state.switch.enabled = names, True
@@ -276,6 +282,11 @@ class AdaptedModel(OwnMethods, MergeableModel):
         state = self.__dict__.get(STATE)
         with state.switch.off() if state is not None else contextlib.nullcontext():
             return super().get_parameter(target)
+
+    @property
+    def _set_gradient_checkpointing(self) -> Any:
+        """What transformers has under this name; a model that lacks it lacks it here, too."""
+        return training_setter(self, super()._set_gradient_checkpointing)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(AdaptedModel, self, super().__reduce_ex__(protocol))

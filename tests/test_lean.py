@@ -1,5 +1,6 @@
 """lean(): the same loss and gradients, in less, on real transformers models; and refusals where that would not hold."""
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -202,17 +203,41 @@ def test_a_plain_frozen_head_model_can_be_lean_too():
     assert_same_learning(loss_and_gradients(model), expected)
 
 
-def test_evaluation_and_generation_stay_bit_for_bit():
-    model = in_training().eval()
-    expected = model(input_ids=IDS, labels=LABELS)
+@contextlib.contextmanager
+def a_plain_call(model, mode):
+    """A call that is no training: in evaluation mode, or without gradients."""
+    model.train(mode == "training mode without gradients")
+    with torch.set_grad_enabled(mode == "evaluation with gradients"):
+        yield
+
+
+MODES = ["evaluation", "evaluation with gradients", "training mode without gradients"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("checkpointing", ["last", "mlp", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_what_is_not_training_stays_bit_for_bit(make, dtype, checkpointing, mode):
+    model = in_training(make()).to(dtype)
     options = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
-    tokens = model.generate(IDS, generation_config=options)
-    lean(model)
-    found = model(input_ids=IDS, labels=LABELS)
-    torch.testing.assert_close(found.logits, expected.logits)
-    torch.testing.assert_close(found.loss, expected.loss)
-    assert found.past_key_values is not None
-    assert torch.equal(model.generate(IDS, generation_config=options), tokens)
+
+    def seen():
+        with a_plain_call(model, mode):
+            output = model(input_ids=IDS, labels=LABELS)
+            with model.disable_adapter():
+                base = model(input_ids=IDS)
+            tokens = model.generate(IDS, generation_config=options)
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(output.loss, wanted) if output.loss.requires_grad else ()
+        keys = [layer.keys for layer in (*output.past_key_values.layers, *base.past_key_values.layers)]
+        return output.logits, output.loss, base.logits, tokens, *keys, *gradients
+
+    expected = seen()
+    lean(model, checkpointing)
+    found = seen()
+    assert len(found) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_without_labels_training_gives_logits():

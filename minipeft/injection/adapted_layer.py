@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_value import adapted_value
 from minipeft.injection.stored_weight import stored_weight
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
@@ -120,10 +119,9 @@ class AdaptedLayer(Wrapper):
         """
         weight, bias = self.ops.read_weight(self.base_layer), self.ops.read_bias(self.base_layer)
         dtype = accumulation_dtype(weight)
-        base_weight = weight = weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        weight, bias = own = weight.to(dtype), None if bias is None else bias.to(dtype)
         for name in names:
-            weight, bias = self.adapter(name).merge_after(weight, bias, base_weight)
+            weight, bias = self.adapter(name).merge_after(weight, bias, *own)
         return weight, bias
 
     @property
@@ -148,20 +146,6 @@ class AdaptedLayer(Wrapper):
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         if self.owns(adapter_name):
             yield from self.adapter(adapter_name).parameters()
-
-    def check_separable(self, path: str, names: tuple[str, ...]) -> None:
-        """Check that merging only these adapters leaves the combined effect of all active ones unchanged.
-
-        Raises:
-            MergeError: one of them reads the base weight, and another acts without being merged.
-        """
-        left_out = tuple(name for name in self.switch.active if name in self.adapters and name not in names)
-        readers = [name for name in names + left_out if self.adapter(name).overrides("merge_after")]
-        if left_out and readers:
-            raise MergeError(
-                f"{path}: {shown(readers)} depends on the base weight, so {shown(names)} cannot be merged "
-                f"without {shown(left_out)}."
-            )
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         if not self.owns(adapter_name):

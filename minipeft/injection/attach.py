@@ -17,6 +17,7 @@ from minipeft.injection.after_load import follow_loads
 from minipeft.injection.apply import apply, eject
 from minipeft.injection.base_state import buffer_samples, hold_still, let_go
 from minipeft.injection.build import Parts
+from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkpoints_train
 from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
@@ -37,6 +38,8 @@ class AdapterState:
         default_factory=dict
     )  # (module, index) of the parameters an idle adapter would train
     merged: tuple[str, ...] = ()
+    set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
+    pauses: int = 0  # how many contexts are open in which nothing is merged
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
     unwatched: set[str] = field(default_factory=set)  # adapters of which no forward pass has been watched yet
     idle: dict[str, list[str]] = field(
@@ -118,6 +121,7 @@ def attach(
     if first:
         model.requires_grad_(False)
         switch_to(model, (adapter_name,))
+        let_checkpoints_train(model)
     hold_norms(model)
 
 
@@ -151,6 +155,7 @@ def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
     """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
     eject(model, keep_trained=keep_trained)
+    leave_checkpoints_alone(model)
     state: AdapterState = model.__dict__.pop(STATE)
     model.__dict__.pop(ORIGINS, None)
     let_go(model, state.held)

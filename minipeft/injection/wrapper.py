@@ -18,16 +18,19 @@ class Switch:
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.enabled = True
+        self.contexts_off = 0  # how many `off` contexts are open
         self.read: set[int] | None = None  # ids of the wrappers whose weight is used, while a pass is watched
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Within the context no adapter acts."""
-        before, self.enabled = self.enabled, False
+        """Within the context no adapter acts. Several may be open, and end in any order."""
+        self.contexts_off += 1
+        self.enabled = False
         try:
             yield
         finally:
-            self.enabled = before
+            self.contexts_off -= 1
+            self.enabled = self.contexts_off == 0
 
     def note_read(self, wrapper: Wrapper) -> None:
         """Remember that something used the adapted weight of this layer."""
@@ -67,7 +70,8 @@ class Wrapper(nn.Module, ABC):
         modules = self.__dict__.get("_modules", {})
         if name in modules:
             return modules[name]
-        if "base_layer" not in modules:  # still being built, or being unpickled
+        special = name.startswith("__")  # such as the __deepcopy__ of a parametrized layer, which would copy that alone
+        if special or "base_layer" not in modules:  # still being built, or being unpickled
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(modules["base_layer"], name)
 

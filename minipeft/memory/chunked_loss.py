@@ -89,7 +89,11 @@ class LeanLoss:
 def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Pre-hook of the model: decides whether this call's loss is computed in chunks."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
-    if not model.training or torch.compiler.is_compiling() or not _still_fits(model, loss.head):
+    if (
+        not (model.training and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+        or not _still_fits(model, loss.head)
+    ):
         return None
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
     if given.get("labels") is None and kwargs.get("shift_labels") is None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from minipeft.class_swap import SameFunction, mixed_class, plain_class
+from minipeft.class_swap import SameFunction, mixed_class, original_class, plain_class
 from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper
@@ -25,6 +25,7 @@ from minipeft.memory.modules import (
     FastLinear,
     FusedGelu,
     Recomputed,
+    RecomputedBlock,
     RecomputedMlp,
     recompute_block,
     trim_before,
@@ -57,8 +58,8 @@ def lean(
 
     GELUs composed of single operations become one kernel. The outputs of norms and GELUs are recomputed for the
     adapters instead of kept. The loss of a causal language model is computed from a few rows of logits at a time.
-    Frozen layers use the faster matrix library. All this acts in training mode only; evaluation and generation do not
-    change.
+    Frozen layers use the faster matrix library. All this acts in training mode with gradients only; any other call
+    computes what it did, bit for bit.
 
     A tiny batch is run before and after, and the call is refused if loss or gradients differ. Call it after adapting
     the model, and again, with all options, after adding adapters or to change an option.
@@ -132,7 +133,9 @@ def unlean(model: nn.Module) -> None:
 def _keep_blocks(state: LeanState) -> None:
     """Stop recomputing blocks."""
     for block in state.blocks:
-        for name in ("gradient_checkpointing", "_gradient_checkpointing_func", sample_slices.ROWS):
+        if RecomputedBlock in type(block).__mro__:
+            block.__class__ = original_class(RecomputedBlock, type(block))
+        for name in ("recomputes", "_gradient_checkpointing_func", sample_slices.ROWS):
             block.__dict__.pop(name, None)
     state.blocks.clear()
 
@@ -191,6 +194,7 @@ def _recompute(model: nn.Module, state: LeanState, checkpointing: str | None) ->
         return
     state.blocks = blocks if checkpointing == "block" else blocks[-1:]
     for block in state.blocks:
+        block.__class__ = mixed_class(RecomputedBlock, type(block))
         block.gradient_checkpointing = True  # type: ignore[assignment]
         block._gradient_checkpointing_func = recompute_block  # type: ignore[assignment]
     if checkpointing == "block":

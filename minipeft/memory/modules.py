@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,12 +23,26 @@ CHEAP = {"GELUActivation", "GELUTanh", "SiLUActivation", "QuickGELUActivation", 
 CHEAP_TYPES = (nn.LayerNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid)
 
 
+FUSED_GELU = nn.GELU(approximate="tanh")
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether a call of the module may be part of training; in any other call it computes what it did, bit for bit."""
+    return module.training and torch.is_grad_enabled()
+
+
 class FusedGelu(SameFunction):
-    """The tanh approximation of GELU (arXiv:1606.08415) as one kernel, which keeps only its input."""
+    """The tanh approximation of GELU (arXiv:1606.08415) as one kernel, which keeps only its input.
+
+    It rounds once, where the composed one rounds after each operation: in bfloat16 the two may differ by one rounding.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(x, approximate="tanh")
-        return recompute.mark(y, self, x, pointwise=True) if torch.is_grad_enabled() else y
+        if not learns(self):
+            y: Tensor = super().forward(x)
+            return y
+        # The backward pass, in which nothing learns, recomputes what this call computed.
+        return recompute.mark(FUSED_GELU(x), FUSED_GELU, x, pointwise=True)
 
 
 class Recomputed(SameFunction):
@@ -38,7 +51,7 @@ class Recomputed(SameFunction):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)
         activation = not any(True for _ in self.parameters())
-        return recompute.mark(y, self, x, pointwise=activation) if torch.is_grad_enabled() else y
+        return recompute.mark(y, self, x, pointwise=activation) if learns(self) else y
 
 
 class FastLinear(SameFunction):
@@ -50,7 +63,7 @@ class FastLinear(SameFunction):
     lean_ops: LayerOps
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
+        if learns(self):
             y = lean_linear(x, self.lean_ops.linear_weight(self, x), self.lean_ops.read_bias(self))
             if y is not None:
                 return y
@@ -65,7 +78,7 @@ class RecomputedMlp(SameFunction):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = partial(super().forward, **kwargs)
-        if not self.training or not torch.is_grad_enabled() or not wants_gradient(self, args, kwargs):
+        if not learns(self) or not wants_gradient(self, args, kwargs):
             return run(*args)
         source = recompute.source_of(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
         if source is None:
@@ -77,6 +90,25 @@ class RecomputedMlp(SameFunction):
 def _after(run: Callable[[Tensor], Any], norm: nn.Module) -> Callable[[Tensor], Any]:
     """``run(norm(x))``. It must not hold the input itself, which an outer recomputation may have freed."""
     return lambda x: run(recompute.output(norm, x))
+
+
+class RecomputedBlock(SameFunction):
+    """A block that transformers recomputes in the backward pass, unless there is none.
+
+    Where it is recomputed, transformers leaves its keys and values out of the cache, so without gradients, as when a
+    model in training mode generates text, it must not be.
+    """
+
+    recomputes: bool = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """What transformers asks before each call."""
+        return self.recomputes and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.recomputes = value
 
 
 def recompute_block(function: Any, *args: Any) -> Any:
@@ -100,7 +132,7 @@ def _trimmed(function: Any, *args: Any) -> Any:
 
 def trim_before(module: nn.Module | None, args: tuple[Any, ...]) -> None:
     """Return freed memory to the system before a call; can be used as a forward pre-hook."""
-    if args and isinstance(args[0], Tensor):
+    if (module is None or learns(module)) and args and isinstance(args[0], Tensor):
         malloc_trim.trim(args[0].device.type)
 
 

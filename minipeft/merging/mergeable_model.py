@@ -13,6 +13,7 @@ from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
+from minipeft.merging.training_guard import watch
 
 
 class MergeableModel(SavableModel):
@@ -45,23 +46,37 @@ class MergeableModel(SavableModel):
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out of the base weights again, bit for bit.
 
+        Within `disable_adapter` they are out already; then they are not merged again when it ends.
+
         Raises:
             MergeError: a merged weight was written or converted in the meantime.
         """
+        self._take_out()
+        self._state.set_aside = ()
+
+    def _take_out(self) -> None:
         if self._state.merged:
             unmerge(self)
-            self._state.merged = ()
+            self._note_merged(())
 
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
-        """Within the context the base weights are the original ones; afterwards, merged adapters are merged again."""
+        """Within the context the base weights are the original ones; afterwards, merged adapters are merged again.
+
+        Several such contexts may be open and end in any order: it is the end of the last one that merges.
+        """
         state, merged = self._state, self._state.merged
-        self.unmerge_adapter()
+        self._take_out()
+        state.set_aside = merged or state.set_aside
+        state.pauses += 1
         try:
             yield
         finally:
-            if merged and self.__dict__.get(STATE) is state:  # unless it was unloaded in the meantime
-                self._merge(merged, untie=True, dequantize=True)  # as allowed before
+            state.pauses -= 1
+            if state.pauses == 0:
+                again, state.set_aside = state.set_aside, ()
+                if again and self.__dict__.get(STATE) is state:  # unless it was unloaded in the meantime
+                    self._merge(again, untie=True, dequantize=True)  # as allowed before
 
     def _check_compatible(self, names: tuple[str, ...]) -> None:
         for path, wrapper in wrappers(self) if len(names) > 1 else ():
@@ -75,16 +90,20 @@ class MergeableModel(SavableModel):
         """Have exactly these adapters merged: one rounding for all, not one each. The options are those of `merge`."""
         self._check_compatible(names)
         if names != (before := self._state.merged):
-            self.unmerge_adapter()
+            self._take_out()
         try:
             report = merge(self, names, **options)
         except BaseException:
             if not (stuck := merged_names(self)):  # by a permanent merge that could not be taken back
                 merge(self, before, untie=True, dequantize=True)
-            self._state.merged = stuck or before
+            self._note_merged(stuck or before, undoable=not stuck)
             raise
-        self._state.merged = names
+        self._note_merged(names, undoable=options.get("undoable", True))
         return report
+
+    def _note_merged(self, names: tuple[str, ...], *, undoable: bool = True) -> None:
+        self._state.merged = names
+        watch(self, bool(names) and undoable)  # after a permanent merge there is no adapter to train
 
     def _active_or(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         names = tuple(self._state.switch.active if adapter_names is None else adapter_names)

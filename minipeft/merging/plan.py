@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from minipeft import registry
 from minipeft.errors import MergeError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, adapted_layers
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_bound
 from minipeft.layers.offloaded import offloads
-from minipeft.layers.uncalled import UncalledOps
+from minipeft.merging.order import check_order
 from minipeft.merging.steps import AddInPlace, Replace, Step, Write
 from minipeft.merging.tied_weights import adapts_tied_layers, shared_parameters, tied_layers
+from minipeft.merging.trial import check_by_trial, check_stored
 from minipeft.quantization.dequantize import check_replaceable, dtype_to_merge_in
-
-TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-_forward = operator.attrgetter("forward")
 
 
 @dataclass(frozen=True)
@@ -75,14 +70,16 @@ def _step(
             "without offloading to merge, or keep the adapter unmerged."
         )
     dtype = dtype_to_merge_in(path, layer, model, options.dequantize)
-    layer.check_separable(path, names)
+    written = [] if ops.is_quantized else _written(layer, names)
     for holder in (layer, *tied):
-        _check_own_forward(path, holder, names)
+        check_stored(path, holder, written)
+        check_order(path, holder, names, permanent=not options.undoable)
+        check_by_trial(path, holder, names)
     common = (model, path, layer, names, tied)
     if ops.is_quantized:
         return Replace(*common, {}, dtype, options.undoable, options.reported)
     owners = [layer.owner, *(other.owner for other in tied)]
-    shared = shared_parameters(path, owners, _written(layer, names), index, options.untie)
+    shared = shared_parameters(path, owners, written, index, options.untie)
     if not options.undoable:
         factors = _proved_finite(layer, names)
         if factors is not None and _holds_its_weight(layer):
@@ -133,24 +130,3 @@ def _holds_its_weight(layer: AdaptedLayer) -> bool:
         own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel() and own.dtype == weight.dtype
         for own in layer.owner.parameters(recurse=False)
     )
-
-
-def _check_own_forward(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> None:
-    """A subclass may use its weight in its own way: try the merge on a copy of such a layer, with a random input."""
-    base = layer.base_layer
-    registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops == layer.ops), type(base))
-    if isinstance(layer.ops, UncalledOps) or _forward(type(base)) is _forward(registered):
-        return  # a weight that is read is the merged one at every call
-    trial = copy.deepcopy(layer).eval()
-    trial.switch.active, trial.switch.enabled, trial.merged = names, True, ()
-    with torch.random.fork_rng(devices=[]):
-        x = layer.ops.example_input(base)
-    expected = trial(x)
-    weight, bias = trial.folded(names)
-    merged = layer.ops.write_weight(trial.base_layer, weight, bias)(x)
-    error = float((merged - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    if not error <= TRIAL_TOLERANCE[layer.ops.read_weight(base).dtype]:
-        raise MergeError(
-            f"{path}: {type(base).__name__} has a forward of its own, and with the merged weight its output is off by "
-            f"{error:.2g}. Keep the adapter unmerged, or register_layer a LayerOps that knows this layer."
-        )

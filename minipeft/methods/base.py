@@ -84,6 +84,8 @@ class Adapter(nn.Module, ABC):
     def merge_bias(self, bias: Tensor | None) -> Tensor | None:
         """The bias (out,) that goes with ``W + delta(W)``; by default the layer's own. Without `factors` if it is another.
 
+        What it adds must not depend on the bias, so that adapters which add may be merged in any order.
+
         Raises:
             MergeError: the layer has no bias to change.
         """
@@ -104,11 +106,13 @@ class Adapter(nn.Module, ABC):
         """
         return x
 
-    def merge_after(self, weight: Tensor, bias: Tensor | None, base_weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`merge` into a weight that may hold other adapters already; `base_weight` is the layer's own.
+    def merge_after(
+        self, weight: Tensor, bias: Tensor | None, base_weight: Tensor, base_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`merge` into a weight and bias that may hold other adapters already; the last two are the layer's own.
 
-        Override it if what the adapter does depends on the values of the base weight. It is then merged together with
-        the other active adapters of its layer, or not at all.
+        Override it if what the adapter does depends on the values of the base weight or bias. It is then merged together
+        with the other active adapters of its layer, or not at all.
         """
         return self.merge(weight, bias)
 
@@ -200,6 +204,10 @@ class Adapter(nn.Module, ABC):
             )
 
     # For the library:
+
+    def adds(self, weight: Tensor) -> bool:
+        """Whether all it does is to add to this canonical weight. What does not add does not commute with other adapters."""
+        return self.factors() is not None or self.delta(weight) is not None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep claims and code together: what a parent says about a method is dropped by a class that replaces it."""

@@ -30,6 +30,8 @@ class Dora(Lora):
     starts as its base; in float32 at least, since a rounded length would scale the row. The norm gets no gradient (section
     4.3), and the bias is not scaled. With dropout, as in PEFT, only what is added to W x sees ``d = dropout(x)``:
     ``y = W x + b + (c - 1) W d + c s B A d`` with ``c = m / |W + s B A|``. A row of length zero keeps c = 1.
+
+    What adapters before it have made of the layer is scaled as well: all of y but the layer's own b.
     """
 
     runs_base = True
@@ -49,12 +51,15 @@ class Dora(Lora):
         return self.with_bias(base, ops, _scaled(base, ops, y, y, c, whole=True))
 
     def _dropped(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None, c: Tensor) -> Tensor:
-        y = ops.call(base, x) if y is None else y
+        own = ops.call(base, x)
         x = F.dropout(x, self.dropout)
         lora_A, lora_B = self.pair()
         h = ops.project_in(base, x, lora_A.to(x.dtype)) * self.scaling
-        low = ops.project_out(base, h, lora_B.to(x.dtype)).to(y.dtype)
-        return y + _scaled(base, ops, low, ops.call(base, x) + low, c, whole=False)
+        low = ops.project_out(base, h, lora_B.to(x.dtype)).to(own.dtype)
+        linear = ops.call(base, x) + low
+        if y is not None:
+            linear = linear + (y - own)  # what adapters before this one added; their input is not dropped here
+        return (own if y is None else y) + _scaled(base, ops, low, linear, c, whole=False)
 
     def scale(self, weight: Tensor) -> Tensor:
         """``m / |W + s B A|``, shape (out,), for the canonical base weight (out, in); differentiable in m."""
@@ -89,11 +94,16 @@ class Dora(Lora):
         return self.kept[2]
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.merge_after(weight, bias, weight)
+        return self.merge_after(weight, bias, weight, bias)
 
-    def merge_after(self, weight: Tensor, bias: Tensor | None, base_weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def merge_after(
+        self, weight: Tensor, bias: Tensor | None, base_weight: Tensor, base_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         moved = weight + Lora.delta(self, weight).to(weight.dtype)
-        return moved * self.scale(base_weight).to(weight.dtype).unsqueeze(1), self.merge_bias(bias)
+        c = self.scale(base_weight).to(weight.dtype)
+        if bias is not None and base_bias is not None:
+            bias = base_bias + c * (bias - base_bias)
+        return moved * c.unsqueeze(1), self.merge_bias(bias)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {**super().file_tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}

@@ -92,6 +92,12 @@ def _algebra(case: Case, name: str, layer: AdaptedLayer) -> None:
     delta, factors = adapter.delta(weight), adapter.factors()
     if delta is not None:
         case.same(name, "W + delta(W)", weight + delta.to(weight), merged)
+        if bias is not None:
+            wide = bias.detach().to(weight)
+            moved, still = adapter.merge_bias(wide + 1), adapter.merge_bias(wide)
+            assert moved is not None
+            assert still is not None
+            case.same(name, "what merge_bias adds to another bias", moved - 1, still)
     if factors is not None:
         case.same(name, "W + up @ down, its factors", weight + (factors[0] @ factors[1]).to(weight), merged)
 

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from minipeft.errors import StateError
+from minipeft.merging.training_guard import check_training
 from minipeft.step_hooks import after_step, extra_loss, has_schedule, refuse_idle_layers
 from minipeft.training.data.collate import Batch, Store, eval_batches
 from minipeft.training.data.order import Update
@@ -68,7 +69,7 @@ class Updater:
 
     Raises:
         StateError: `auto_batch` or the method's schedule does not work with a sharded model or DeepSpeed, or the engine
-            clips or divides differently.
+            clips or divides differently, an adapter that trains is merged, or the optimizer has none of its parameters.
     """
 
     def __init__(
@@ -101,6 +102,8 @@ class Updater:
             raise StateError(
                 "the adapter's own schedule needs whole tensors; it does not work with a sharded model or DeepSpeed."
             )
+        if engine is None and not self.sharded:
+            check_training(model, optimizer)
         if engine is not None:
             self._check_engine()
             for index, parameter in enumerate(self.parameters):

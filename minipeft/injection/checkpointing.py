@@ -1,0 +1,66 @@
+"""Reentrant gradient checkpointing of transformers' models, so that it trains whatever a model's input is.
+
+It gives no gradient to what a block holds if no tensor that the block is called with requires one. transformers makes the
+embeddings of token ids require one; the first blocks of vision and audio models stay without, and so do the adapters in
+them. Such a call is checkpointed in torch's other way, which takes as little memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in each module that checkpoints
+
+
+def let_checkpoints_train(model: nn.Module) -> None:
+    """Change the checkpointing functions of a model's modules that are reentrant."""
+    for module in model.modules():
+        function = vars(module).get(FUNCTION)
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
+            setattr(module, FUNCTION, functools.partial(_checkpoint, function))
+
+
+def leave_checkpoints_alone(model: nn.Module) -> None:
+    """Undo `let_checkpoints_train`."""
+    for module in model.modules():
+        function = vars(module).get(FUNCTION)
+        if isinstance(function, functools.partial) and function.func is _checkpoint:
+            setattr(module, FUNCTION, function.args[0])
+
+
+def training_setter(model: nn.Module, setter: Callable[..., None]) -> Callable[..., None]:
+    """The method of transformers that turns checkpointing on and off, followed by `let_checkpoints_train`."""
+    if "value" in inspect.signature(setter).parameters:
+        return setter  # of code written for transformers before 4.35, which calls torch itself
+    return functools.partial(_set, model, setter)
+
+
+def _set(model: nn.Module, setter: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    setter(*args, **kwargs)
+    let_checkpoints_train(model)
+
+
+def _checkpoint(reentrant: functools.partial[Any], function: Any, *args: Any) -> Any:
+    """Checkpoint a call; not in the reentrant way if that would lose a gradient, which it gives to `args` alone."""
+    bound = (*function.args, *function.keywords.values()) if isinstance(function, functools.partial) else ()
+    inside = any(tensor.requires_grad for value in bound for tensor in _tensors(value))
+    given = any(isinstance(value, Tensor) and value.requires_grad for value in args)
+    if not torch.is_grad_enabled():
+        return function(*args)
+    if inside or not given:
+        return reentrant.func(function, *args, **{**reentrant.keywords, "use_reentrant": False})
+    return reentrant(function, *args)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,93 @@
+"""Naming training that would teach an adapter nothing: it is merged, or the optimizer does not have its parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minipeft.errors import StateError, shown
+from minipeft.injection.attach import STATE, AdapterState
+from minipeft.injection.module_tree import adapted_layers, wrappers
+
+
+def watch(model: nn.Module, merged: bool) -> None:
+    """Warn at the first training pass from now on, or, if nothing is merged any more, not at all."""
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is _warn_once:
+            del model._forward_hooks[key], model._forward_hooks_with_kwargs[key]
+    if merged:
+        model.register_forward_hook(_warn_once, with_kwargs=True)
+
+
+def merged_in_training(model: nn.Module) -> Sequence[str]:
+    """The merged adapters of an adapted model whose parameters are meant to train."""
+    state: AdapterState = model.__dict__[STATE]
+    return [name for name in state.merged if name in state.trainable and _requires_grad(model, name)]
+
+
+def message(names: Sequence[str]) -> str:
+    """What to say of these adapters."""
+    return (
+        f"{shown(names)} is merged into the base, so training gives it no gradient. Call unmerge_adapter() before training; "
+        "if this is no training, model.eval() or torch.no_grad() says so."
+    )
+
+
+def check_training(model: nn.Module, optimizer: Optimizer) -> None:
+    """Check that training can teach the active adapters of a model something.
+
+    Args:
+        model: on its device, not wrapped and not sharded; without adapters all is well.
+        optimizer: of the run; one that has some of an adapter's parameters is taken for a choice.
+
+    Raises:
+        StateError: an adapter that trains is merged, or the optimizer has none of its parameters.
+    """
+    state: AdapterState | None = model.__dict__.get(STATE)
+    if state is None:
+        return
+    if names := merged_in_training(model):
+        raise StateError(message(names))
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name in state.switch.active:
+        own = [p for _, wrapper in wrappers(model) for p in wrapper.trainable_parameters(name) if p.requires_grad]
+        if own and held.isdisjoint(map(id, own)):
+            raise StateError(
+                f"the optimizer has none of the {len(own)} parameters that adapter {name!r} trains. Make it after adapting "
+                "the model, from the parameters that require a gradient."
+            )
+
+
+def _warn_once(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    # Without a gradient or labels it may be inference that nobody called eval() for, and backward() would fail.
+    if kwargs.get("labels") is None and not any(tensor.requires_grad for tensor in _tensors(output)):
+        return
+    names = merged_in_training(model)
+    if names:
+        watch(model, merged=False)
+        warnings.warn(message(names), stacklevel=1)  # between here and the caller there are torch's frames only
+
+
+def _requires_grad(model: nn.Module, name: str) -> bool:
+    """Whether a part that is merged does; modules that the adapter trains in full train all the same."""
+    merged = (layer for _, layer in adapted_layers(model) if name in layer.merged)
+    return any(p.requires_grad for layer in merged for p in layer.trainable_parameters(name))
+
+
+def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """The tensors of an output: alone, or in tuples, dictionaries and objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth > 0:
+        inside = value.values() if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping | tuple | list):
+            inside = getattr(value, "__dict__", {}).values()
+        for item in inside:
+            yield from _tensors(item, depth - 1)

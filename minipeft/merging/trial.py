@@ -1,0 +1,112 @@
+"""Whether a merge into one layer would hold: the layer stores its weight, and computes with it what the adapters do."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from minipeft import registry
+from minipeft.errors import MergeError
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.layers.base import LayerOps
+from minipeft.layers.uncalled import UncalledOps
+
+TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_forward = operator.attrgetter("forward")
+
+
+def check_stored(path: str, layer: AdaptedLayer, written: list[Tensor]) -> None:
+    """Check that the layer still is what its ops accept: its weight may be computed or replaced since it was adapted.
+
+    Args:
+        path: name of the layer.
+        layer: to merge into.
+        written: its weight, and its bias if the merge writes that too.
+
+    Raises:
+        MergeError: it is not, or its bias is computed, so what a merge writes would be lost at the next call.
+    """
+    ops, owner = layer.ops, layer.owner
+    if isinstance(ops, UncalledOps):
+        accepted = type(owner._parameters.get(ops.parameter)) is nn.Parameter
+    else:
+        accepted = ops.accepts(owner)
+    if not accepted:
+        raise MergeError(
+            f"{path}: the weight of this {type(owner).__name__} is no longer a plain parameter that a merge can write: "
+            "pruning, a parametrization, sharding or a quantization was applied after adapting. Undo that first."
+        )
+    own = type(layer.ops).read_bias is LayerOps.read_bias  # otherwise its ops know better than we do
+    if len(written) > 1 and own and owner._parameters.get("bias") is None:
+        raise MergeError(
+            f"{path}: the bias of this {type(owner).__name__} is computed (by pruning or a parametrization), so a "
+            "merge cannot write it. Undo that first."
+        )
+
+
+def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> None:
+    """Compare outputs for a random input if a subclass, a hook or a patched forward may use the weight in its own way.
+
+    Hooks are called in evaluation mode; the layer's weights stay as they are.
+
+    Raises:
+        MergeError: the merged layer would compute something else, or the trial fails.
+    """
+    base = layer.base_layer
+    registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops == layer.ops), type(base))
+    attached = "forward" in vars(base) or any(getattr(base, hooks) for hooks in HOOKS)
+    own_forward = _forward(type(base)) is not _forward(registered)
+    if isinstance(layer.ops, UncalledOps) or layer.ops.is_quantized or not (own_forward or attached):
+        return  # a weight that is read is the merged one at every call; a quantized layer with hooks is refused elsewhere
+    what = "has hooks or a patched forward" if attached else "has a forward of its own"
+    try:
+        error = _output_error(layer, names)
+    except Exception as raised:
+        raise MergeError(
+            f"{path}: {type(base).__name__} {what}, and trying the merge on a random input failed "
+            f"({type(raised).__name__}: {raised!s:.200}). Keep the adapter unmerged, or remove what is attached."
+        ) from raised
+    if not error <= TRIAL_TOLERANCE[layer.ops.read_weight(base).dtype]:
+        raise MergeError(
+            f"{path}: {type(base).__name__} {what}, and with the merged weight its output is off by {error:.2g}. Keep the "
+            "adapter unmerged, or register_layer a LayerOps that knows this layer."
+        )
+
+
+def _output_error(layer: AdaptedLayer, names: tuple[str, ...]) -> float:
+    base, ops = layer.base_layer, layer.ops
+    with _in_evaluation(base, *map(layer.adapter, names)):
+        with torch.random.fork_rng(devices=[]):
+            x = ops.example_input(base)
+        expected = layer.run_with(names, x)
+        bare = _without_hooks(base)
+        written = ops.write_weight(bare, *layer.folded(names))
+        # Called as the layer itself: a patched forward may hold the module that it was made for.
+        merged = functional_call(base, dict(written.named_parameters()), (x,)) if written is bare else written(x)
+    return float((merged - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def _without_hooks(base: nn.Module) -> nn.Module:
+    """A copy whose hooks and patched forward, which may hold anything, are not copied."""
+    left_out: dict[int, object] = {id(getattr(base, hooks)): {} for hooks in HOOKS}
+    left_out |= {id(vars(base)[name]): None for name in ("forward", "_hf_hook") if name in vars(base)}
+    return copy.deepcopy(base, left_out)
+
+
+@contextlib.contextmanager
+def _in_evaluation(*modules: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

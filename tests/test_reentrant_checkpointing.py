@@ -1,0 +1,142 @@
+"""Reentrant gradient checkpointing gives every adapter the gradient that it has without, whatever the model's input is."""
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+import transformers as tf
+from tiny_models import gpt2, t5
+from torch import nn
+
+from minipeft import LoraConfig, get_lora_model
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(1, 90, (2, 5), generator=torch.Generator().manual_seed(2))
+
+
+def vit():
+    config = tf.ViTConfig(image_size=8, patch_size=4, num_labels=3, **SIZES, **NO_DROPOUT)
+    return tf.ViTForImageClassification(config), lambda model: model(pixel_values=PIXELS).logits
+
+
+def wav2vec2():
+    sizes = {"conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
+    none = dict.fromkeys(
+        ("hidden_dropout", "attention_dropout", "feat_proj_dropout", "activation_dropout", "layerdrop"), 0.0
+    )
+    config = tf.Wav2Vec2Config(
+        **SIZES, **sizes, **none, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_prob=0.0
+    )
+    sound = torch.randn(2, 80, generator=torch.Generator().manual_seed(1))
+    return tf.Wav2Vec2Model(config), lambda model: model(sound).last_hidden_state
+
+
+def clip():
+    config = tf.CLIPConfig(
+        text_config={**SIZES, "vocab_size": 96, "projection_dim": 8, "eos_token_id": 3},
+        vision_config={**SIZES, "image_size": 8, "patch_size": 4, "projection_dim": 8},
+        projection_dim=8,
+    )
+    return tf.CLIPModel(config), lambda model: model(input_ids=IDS, pixel_values=PIXELS).logits_per_image
+
+
+def encoder_decoder():
+    return t5(), lambda model: model(input_ids=IDS, decoder_input_ids=IDS).logits
+
+
+def from_embeddings():
+    given = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    return gpt2(), lambda model: model(inputs_embeds=given[..., : model.config.hidden_size]).logits
+
+
+MODELS = {"vit": vit, "wav2vec2": wav2vec2, "clip": clip, "t5": encoder_decoder, "inputs_embeds": from_embeddings}
+
+
+def made(kind):
+    torch.manual_seed(0)
+    model, call = MODELS[kind]()
+    return model, lambda model: call(model).double().sin().sum()
+
+
+def adapted(model):
+    return get_lora_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).train()
+
+
+def gradients(model, call):
+    model.zero_grad()
+    call(model).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def enable(model, **options):
+    name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else None
+    getattr(model, name or "gradient_checkpointing_enable")(options)
+
+
+def disable(model):
+    name = "activation_checkpointing_disable" if hasattr(model, "activation_checkpointing_disable") else None
+    getattr(model, name or "gradient_checkpointing_disable")()
+
+
+@pytest.mark.parametrize("first", ["adapted", "checkpointed"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_reentrant_checkpointing_gives_the_same_gradients(kind, first):
+    model, call = made(kind)
+    if first == "checkpointed":
+        enable(model, use_reentrant=True)
+    adapted(model)
+    if first == "adapted":
+        enable(model, use_reentrant=True)
+    found = gradients(model, call)
+    disable(model)
+    expected = gradients(model, call)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def functions(model):
+    return [vars(m)["_gradient_checkpointing_func"] for m in model.modules() if "gradient_checkpointing" in vars(m)]
+
+
+def test_unloading_and_disabling_leave_the_functions_of_transformers():
+    model, _ = made("vit")
+    enable(model, use_reentrant=True)
+    before = functions(model)
+    assert before
+    assert all(isinstance(function, functools.partial) for function in before)
+    adapted(model)
+    assert not any(now is then for now, then in zip(functions(model), before, strict=True))
+    model.unload()
+    assert all(now is then for now, then in zip(functions(model), before, strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_trained_as_well(copied):
+    model, call = made("vit")
+    adapted(model)
+    expected = gradients(model, call)
+    enable(model, use_reentrant=True)
+    assert gradients(copied(model), call).keys() == expected.keys()
+
+
+def test_a_call_without_gradients_and_the_other_kind_of_checkpointing_are_left_alone():
+    model, call = made("vit")
+    adapted(model)
+    with torch.no_grad():
+        expected = call(model)
+        enable(model, use_reentrant=True)
+        assert torch.equal(call(model), expected)
+    enable(model, use_reentrant=False)
+    assert all(function.keywords == {"use_reentrant": False} for function in functions(model))
+
+
+def test_a_model_without_checkpointing_has_none_when_it_is_adapted():
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    assert not hasattr(model, "_set_gradient_checkpointing")
+    with pytest.raises(AttributeError, match="gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable()

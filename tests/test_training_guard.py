@@ -1,0 +1,127 @@
+"""Training that would teach an adapter nothing is named: merged adapters, and an optimizer made for other parameters."""
+
+import warnings
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_models import adapted, bert_classifier, gpt2, token_ids
+from torch import nn
+from transformers import TrainingArguments
+
+from minipeft import LoraConfig, StateError, get_lora_model, load_adapter
+from minipeft.hf import AdapterTrainer
+from minipeft.merging.training_guard import check_training
+from minipeft.testing.case import fingerprint
+from minipeft.training.updates import Updater
+
+LABELS = torch.tensor([0, 1])
+
+
+def classifier():
+    return get_lora_model(bert_classifier(), LoraConfig(r=2, task_type="SEQ_CLS")).train()
+
+
+def loss(model):
+    return model(input_ids=token_ids(), labels=LABELS).loss
+
+
+def test_a_training_pass_with_a_merged_adapter_warns_once_a_merge():
+    model = classifier()
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=r"'default' is merged.*no gradient.*unmerge_adapter\(\)") as said:
+        loss(model).backward()
+    assert "minipeft" in said[0].filename
+    loss(model)
+    model.unmerge_adapter()
+    loss(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="no gradient"):
+        loss(model)
+
+
+def test_an_adapter_that_is_all_that_trains_is_named_too():
+    model = adapted(gpt2()).train()
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="'default' is merged"):
+        model(input_ids=token_ids(), labels=token_ids())
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "no gradients", "nothing trains", "frozen"])
+def test_other_passes_say_nothing(mode):
+    model = classifier()
+    if mode == "frozen":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora" not in name)
+    if mode == "nothing trains":
+        model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    model.merge_adapter()
+    model.train(mode != "evaluation")
+    with torch.set_grad_enabled(mode != "no gradients"):
+        model(torch.randn(2, 4)) if mode == "nothing trains" else loss(model)
+
+
+def test_a_second_adapter_that_trains_on_top_of_a_merged_one_says_nothing_if_that_does_not_train(tmp_path):
+    first = adapted(gpt2())
+    first.save_pretrained(tmp_path)
+    model = gpt2()
+    load_adapter(model, tmp_path)
+    model.merge_adapter()
+    model.add_adapter("second", LoraConfig(r=2))
+    model.unmerge_adapter()
+    model.set_adapter(["default", "second"])
+    model.merge_adapter(["default"])
+    model.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
+
+
+@pytest.mark.parametrize("leave", ["unmerge_adapter", "unload", "merge_and_unload"])
+def test_nothing_is_left_behind(leave):
+    model = classifier()
+    before = fingerprint(model)
+    model.merge_adapter()
+    getattr(model, leave)()
+    assert not model._forward_hooks
+    assert not model._forward_hooks_with_kwargs
+    assert leave != "unmerge_adapter" or fingerprint(model) == before
+
+
+def test_an_optimizer_without_any_of_the_adapters_parameters_is_refused():
+    base = bert_classifier()
+    optimizer = torch.optim.SGD(base.parameters(), 0.1)
+    model = get_lora_model(base, LoraConfig(r=2, task_type="SEQ_CLS"))
+    with pytest.raises(StateError, match=r"optimizer has none .*'default'.*after adapting"):
+        check_training(model, optimizer)
+    check_training(model, torch.optim.SGD([p for n, p in model.named_parameters() if n.endswith("lora_B")], 0.1))
+    check_training(base.unload(), optimizer)
+
+
+def test_training_while_merged_is_refused():
+    model = classifier()
+    model.merge_adapter()
+    with warnings.catch_warnings(), pytest.raises(StateError, match="'default' is merged"):
+        check_training(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1))
+
+
+@pytest.mark.parametrize("fault", ["optimizer", "merged"])
+def test_the_trainer_refuses_both_before_the_first_step(fault, tmp_path):
+    base = gpt2()
+    optimizer = torch.optim.SGD(base.parameters(), 0.1)
+    model = adapted(base)
+    if fault == "merged":
+        model.merge_adapter()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    data = [{"input_ids": ids, "labels": ids} for ids in token_ids()]
+    trainer = AdapterTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
+    with pytest.raises(StateError, match="optimizer has none" if fault == "optimizer" else "is merged"):
+        trainer.train()
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_the_updater_refuses_an_optimizer_made_before_adapting():
+    base = gpt2()
+    optimizer = torch.optim.SGD(base.parameters(), 0.1)
+    model, accelerator = adapted(base), Accelerator(cpu=True)
+    with pytest.raises(StateError, match="optimizer has none"):
+        Updater(accelerator, model, accelerator.prepare(optimizer), micro_batch=1, clip=1.0)
