@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, StateError, get_lora_model
+from minipeft.files import trainer_guard
 from minipeft.hf import AdapterTrainer, AdapterTrainerMixin, restore_adapters
 from minipeft.training.lora_plus import lora_plus_groups
 
@@ -78,6 +79,14 @@ def test_a_plain_trainer_trains_saves_the_adapter_and_nothing_of_the_base(tmp_pa
     assert torch.equal(logits(loaded), logits(model.eval()))
     plain = model.unload().state_dict()
     assert all(torch.equal(plain[name], base[name]) for name in base)
+
+
+def test_a_plain_trainer_says_at_its_first_checkpoint_that_it_cannot_resume(tmp_path, caplog):
+    trainer_guard._say_no_resume.cache_clear()
+    trained(Trainer(adapted(), arguments(tmp_path, max_steps=2, save_steps=1), train_dataset=DATA))
+    said = [record.message for record in caplog.records if "cannot resume" in record.message]
+    assert len(said) == 1
+    assert "AdapterTrainer" in said[0]
 
 
 def test_a_plain_trainer_does_not_resume_from_a_fresh_adapter(tmp_path):

@@ -10,11 +10,12 @@ import torch
 from test_quantized import gpt2, llama
 from tiny_models import VOCABULARY, disturb, foreign_code, logits, token_ids
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig
+from minipeft.hf import AdapterTrainer
 from minipeft.layers.base import layer_ops
 
 with foreign_code():
@@ -234,3 +235,43 @@ def test_lean_works_on_a_quantized_base():
     for found, wanted in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     assert copy.deepcopy(model).config.vocab_size == VOCABULARY
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int8_weight_only"])
+@every_family
+def test_a_model_that_we_quantized_is_saved_and_loads_again(kind, family, tmp_path):
+    model = {"gpt2": gpt2, "llama": llama}[family]()
+    with foreign_code():
+        minipeft.quantize(model, kind)
+    if (kind, family) == ("int8_weight_only", "gpt2"):  # transformers would load it the wrong way round
+        with foreign_code(), pytest.raises(RuntimeError, match="storage"):
+            model.save_pretrained(tmp_path)
+        return
+    with foreign_code():
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model.eval()))
+    head = again.get_output_embeddings()
+    assert type(head) is nn.Linear
+    assert torch.equal(head.weight, model.get_output_embeddings().weight)
+    minipeft.dequantize(model)
+    assert not hasattr(model, "hf_quantizer")
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("loading", ["nf4", "int8", "ours"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("ours", [False, True], ids=["Trainer", "AdapterTrainer"])
+def test_the_trainer_trains_adapters_on_a_quantized_base(loading, checkpointing, ours, loaded, tmp_path):
+    model = minipeft.quantize(llama()) if loading == "ours" else loaded("llama", loading)
+    minipeft.get_lora_model(model, our_config("llama"))
+    before = copy.deepcopy(model.adapter_state_dict())
+    row = token_ids()[0]
+    options = {"max_steps": 2, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path), activation_checkpointing=checkpointing, **options)
+    trainer = AdapterTrainer if ours else Trainer
+    with foreign_code():
+        trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row}] * 8).train()
+    after = model.adapter_state_dict()
+    assert all(not torch.equal(after[key], before[key]) for key in before if "lora_B" in key)
+    assert not getattr(model.unload(), "_hf_peft_config_loaded", False)

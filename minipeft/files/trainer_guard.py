@@ -7,14 +7,18 @@ line in the log. A model does not know which trainer it is in, so this looks for
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from typing import Any
 
 from minipeft.errors import StateError
 
+logger = logging.getLogger("minipeft")
+
 
 def check_trainer() -> None:
-    """Refuse to save for a plain Trainer that will load the best checkpoint at the end.
+    """Refuse to save for a plain Trainer that will load the best checkpoint at the end; say that it cannot resume.
 
     Raises:
         StateError: such a trainer is among the callers.
@@ -28,12 +32,28 @@ def check_trainer() -> None:
                 "use minipeft.hf.AdapterTrainer, or class MyTrainer(AdapterTrainerMixin, "
                 f"{type(trainer).__name__}), or load_best_model_at_end=False."
             )
+        if frame.f_code.co_name == "_save_checkpoint" and _is_plain(frame.f_locals.get("self")):
+            _say_no_resume(type(frame.f_locals["self"]).__name__)
         frame = frame.f_back
 
 
 def _loses_best(trainer: Any) -> bool:
+    return _is_plain(trainer) and bool(trainer.args.load_best_model_at_end)
+
+
+def _is_plain(trainer: Any) -> bool:
+    """Whether this is a Trainer that cannot read an adapter back; FSDP and DeepSpeed have their own checkpoints."""
     is_trainer = any((c.__module__, c.__name__) == ("transformers.trainer", "Trainer") for c in type(trainer).__mro__)
     if not is_trainer or getattr(trainer, "restores_adapters", False):
         return False
-    shards = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these have their own checkpoints
-    return bool(trainer.args.load_best_model_at_end) and not shards
+    return not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+@functools.cache
+def _say_no_resume(trainer: str) -> None:
+    logger.warning(
+        "%s saves the adapter in its checkpoints, but cannot resume from one. To resume, use minipeft.hf.AdapterTrainer, or "
+        "class MyTrainer(AdapterTrainerMixin, %s); both also read these checkpoints.",
+        trainer,
+        trainer,
+    )

@@ -18,6 +18,14 @@ from minipeft.transformers_model import input_embedding, output_head
 class OwnMethods(nn.Module):
     """The part of `minipeft.AdaptedModel` that comes in front of methods of torch's and transformers'."""
 
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """What transformers' Trainer asks of a quantized model before it trains it: whether it has adapters.
+
+        True for quantized models only, since transformers takes it for PEFT's adapters elsewhere.
+        """
+        return bool(getattr(self, "is_quantized", False)) and STATE in self.__dict__
+
     def train(self, mode: bool = True) -> Self:
         """As ever, but norms whose running statistics are the frozen base's stay in evaluation mode.
 

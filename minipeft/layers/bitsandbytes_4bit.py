@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,16 @@ class Linear4bitOps(QuantizedLinearOps):
         quantized = bnb.Params4bit(weight, False, blocksize=blocksize, quant_type=kind, module=layer)
         layer.weight = quantized.to(weight.device)
         return with_bias(layer, bias)
+
+    def transformers_config(self, kind: str, dtype: torch.dtype, in_float: Sequence[str], transposed: bool) -> Any:
+        transformers: Any = importlib.import_module("transformers")
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(in_float),
+        )
 
     def prepare(self, base: Any) -> None:
         """Keep bitsandbytes from storing the weight in another layout, and undo it if that has happened.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class Linear8bitLtOps(QuantizedLinearOps):
         # It is quantized when it leaves the CPU.
         layer.weight = bnb.Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
         return with_bias(layer, bias)
+
+    def transformers_config(self, kind: str, dtype: torch.dtype, in_float: Sequence[str], transposed: bool) -> Any:
+        transformers: Any = importlib.import_module("transformers")
+        return transformers.BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=OUTLIER, llm_int8_skip_modules=list(in_float)
+        )
 
 
 def _scales(base: Any) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +54,17 @@ class QuantizedLinearOps(LayerOps):
             ValueError: it cannot quantize such a weight.
         """
         raise ValueError(f"there is no quantized layer of the kind {kind!r}")
+
+    def transformers_config(self, kind: str, dtype: torch.dtype, in_float: Sequence[str], transposed: bool) -> Any:
+        """The ``quantization_config`` with which transformers loads a saved model with such layers; None if it cannot.
+
+        Args:
+            kind: one of the `kinds`.
+            dtype: of the model's other weights.
+            in_float: names of the linear layers that are not quantized.
+            transposed: whether some stand in for layers that store (in, out), such as GPT-2's.
+        """
+        return None
 
     def linear_weight(self, base: Any, x: Tensor) -> Weight | None:
         return self._maker(base, x) if base.training else None  # evaluation is the layer's own, bit for bit

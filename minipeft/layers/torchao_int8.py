@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,3 +51,10 @@ class Int8TensorOps(QuantizedLinearOps):
         layer.weight = nn.Parameter(weight, False)
         torchao.quantize_(with_bias(layer, bias), torchao.Int8WeightOnlyConfig())
         return layer
+
+    def transformers_config(self, kind: str, dtype: torch.dtype, in_float: Sequence[str], transposed: bool) -> Any:
+        if transposed:
+            return None  # transformers would load them the wrong way round
+        torchao: Any = importlib.import_module("torchao.quantization")
+        transformers: Any = importlib.import_module("transformers")
+        return transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=list(in_float))

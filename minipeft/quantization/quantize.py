@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +53,24 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
     for candidate, layer in replacements:
         for parent, attribute in candidate.places:
             setattr(parent, attribute, layer)
+    _note(model, quantizers[kind], kind)
     return model
+
+
+def _note(model: nn.Module, quantizer: QuantizedLinearOps, kind: str) -> None:
+    """Note how a transformers model is quantized, as `from_pretrained` does, so that a saved one loads again."""
+    if not hasattr(model, "_from_config") or not hasattr(model, "config"):
+        return
+    layers = {name: (candidate.base, layer_ops(candidate.base)) for name, candidate in candidates(model).items()}
+    in_float = [n for n, (_, ops) in layers.items() if ops is not None and ops.in_all_linear and not ops.is_quantized]
+    dtypes = [p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()]
+    transposed = any(getattr(layer, "source_cls", nn.Linear) is not nn.Linear for layer, _ in layers.values())
+    config = quantizer.transformers_config(kind, dtypes[0] if dtypes else torch.float32, in_float, transposed)
+    if config is not None:
+        auto: Any = importlib.import_module("transformers.quantizers.auto")
+        values: dict[str, Any] = {"hf_quantizer": auto.AutoHfQuantizer.from_config(config, pre_quantized=True)}
+        vars(model).update(values)
+        vars(model.config)["quantization_config"] = config
 
 
 def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candidate, LayerOps]]:
