@@ -34,7 +34,7 @@ class FusedQKV(Adapter):
         return y + ops.project_out(base, ops.project_in(base, x, self.lora_A.to(x.dtype)), self.up().to(x.dtype))
 
     def factors(self):
-        return self.up().detach(), self.lora_A.detach()
+        return self.up(), self.lora_A
 
 
 def main():
@@ -48,7 +48,9 @@ def main():
         model.save_pretrained(folder)
         logits, loaded, merged = model(ids).logits, load_adapter(fresh, folder), model.merge_and_unload()
         results = logits, loaded(ids).logits, merged(ids).logits
-    change = (merged.transformer.h[0].attn.c_attn.weight - fresh.transformer.h[0].attn.c_attn.weight).detach()
+    change = (
+        merged.transformer.h[0].attn.c_attn.weight - fresh.transformer.h[0].attn.c_attn.base_layer.weight
+    ).detach()
     print("size of the change of q, k, v:", *(f"{float(part.norm()):.3f}" for part in change.chunk(3, dim=1)))
     return change, *results
 

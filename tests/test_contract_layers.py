@@ -102,7 +102,8 @@ def uncompiled(monkeypatch):
 def keeps_the_contract(method, layer, make, **options):
     report = check_pair(method, layer, make, **options)
     assert report.refused is None
-    assert set(report.passed) == {check.__name__ for check in HERE}, report
+    skipped = {"offloading"} if layer is nn.MultiheadAttention else set()  # accelerate cannot offload it
+    assert set(report.passed) == {check.__name__ for check in HERE} - skipped, report
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -152,7 +152,8 @@ def test_a_packed_weight_is_refused_not_misread():
         TargetError, match="0: torch.nn.modules.linear.Linear is registered, but .*Parameter of torch.uint8"
     ):
         get_lora_model(model, LoraConfig(target_modules=["0"]))
-    assert chosen(model, target_modules="all-linear") == ["1"]
+    with pytest.warns(UserWarning, match="leaves out 1 Linear"):
+        assert chosen(model, target_modules="all-linear") == ["1"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
