@@ -61,7 +61,7 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
         ConfigError: it is not 1 to 64 letters, digits, '_' and '-', or it is the name of an attribute of ModuleDict.
         StateError: it is taken.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
             f"adapter name {name!r:.100} is not allowed: use 1 to 64 letters, digits, '_' and '-' that do not name a module "
             "attribute, such as 'default'."

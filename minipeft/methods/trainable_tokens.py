@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -70,9 +71,8 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
             f"{name} must be a non-empty list of token ids such as [50257, 50258], not {told(value, 100)}."
         )
     ids = tuple(integer(f"{name}[{place}]", index, at_least=0) for place, index in enumerate(value))
-    twice = next((index for index in ids if ids.count(index) > 1), None) if len(set(ids)) < len(ids) else None
-    if twice is not None:
-        raise ConfigError(f"{name} has the token {twice} more than once.")
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"{name} has the token {Counter(ids).most_common(1)[0][0]} more than once.")
     return ids
 
 
