@@ -31,7 +31,8 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
     file = open_adapter(directory)
     new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
-    plan = replace(plan, saved=tuple(replace(site, trains=site.name not in file.kept) for site in plan.saved))
+    kept = set(file.kept)
+    plan = replace(plan, saved=tuple(replace(site, trains=site.name not in kept) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
     shapes = build(plan, on_meta=True)
     expected = Expected(

@@ -25,6 +25,8 @@ from minipeft.registry import register_method
 from minipeft.transformers_model import input_embedding
 from minipeft.wrapper_names import named_modules, unwrapped_name
 
+MAX_TABLES = 100  # a model has one or two, some a few more; each is looked for in all its modules
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableTokensConfig(AdapterConfig):
@@ -86,6 +88,8 @@ def token_option(name: str, value: object) -> tuple[int, ...] | dict[str, tuple[
         return None if value is None else token_ids(name, value)
     if not value or not all(isinstance(module, str) and module for module in value):
         raise ConfigError(f"{name} must map module names to lists of token ids, not {told(value, 100)}.")
+    if len(value) > MAX_TABLES:
+        raise ConfigError(f"{name} names {len(value):,} modules; {MAX_TABLES} are allowed.")
     return {unwrapped_name(module): token_ids(f"{name}[{told(module)}]", ids) for module, ids in value.items()}
 
 
