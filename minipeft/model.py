@@ -17,7 +17,6 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
-from minipeft.files.reading import reading
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.absent import check_loaded
 from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, remove, switch_to
@@ -97,8 +96,7 @@ def load_adapter(
         directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     with model._unmerged() if isinstance(model, AdaptedModel) else contextlib.nullcontext():
-        with reading(path):
-            plan, parts = load_parts(model, path, strict=strict, allow_base_mismatch=allow_base_mismatch)
+        plan, parts = load_parts(model, path, strict=strict, allow_base_mismatch=allow_base_mismatch)
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
         if not is_trainable:
             warn_if_idle(path, parts)
