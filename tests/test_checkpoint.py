@@ -173,7 +173,15 @@ def test_peft_s_ways_to_say_which_adapters_and_how(tmp_path):
         ({"selected_adapters": ["default", "fr"]}, "no adapter 'fr'"),
         ({"selected_adapters": []}, "at least one"),
         ({"adapter_name": "default", "selected_adapters": ["default"]}, "not both"),
-        ({"adapter_name": True}, "no adapter True"),  # PEFT's second argument by position, safe_serialization
+        ({"adapter_name": False}, "no adapter False"),  # transformers' is_main_process, PEFT's safe_serialization
+        ({"push_to_hub": True}, r"push_to_hub=True is not possible; call model.push_to_hub"),
+        ({"variant": "fp16"}, "variant='fp16' is not possible"),
+        ({"save_peft_format": False}, "save_peft_format=False is not possible"),
+        ({"distributed_checkpoint": True}, "distributed_checkpoint=True is not possible"),
+        ({"max_shard_size": "1KB"}, "max_shard_size='1KB', and this adapter, which is always one file, has"),
+        ({"max_shard_size": "a lot"}, "max_shard_size='a lot' is not possible; give bytes"),
+        ({"save_function": "torch.save"}, "save_function='torch.save' is not possible"),
+        ({"max_shard": 1}, "has no option 'max_shard' .closest: 'max_shard_size'"),
     ],
 )
 def test_options_that_make_no_sense_write_nothing(tmp_path, options, said):

@@ -12,5 +12,10 @@ def is_transformed() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether this runs under ``torch.jit.trace``, a transform of ``torch.func``, or forward-mode differentiation."""
-    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether this runs under ``torch.jit.trace``, ``make_fx``, a transform of ``torch.func``, or in forward mode."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )

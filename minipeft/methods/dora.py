@@ -84,7 +84,7 @@ class Dora(Lora):
         for the device at every call, and the norm takes little time.
         """
         is_plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.numel() > 0
-        if is_transformed() or torch._C._len_torch_dispatch_stack() > 0 or not is_plain:  # a tensor may have no values
+        if is_transformed() or not is_plain:
             return None
         dtype = _norm_dtype(weight, self.lora_A, self.lora_B)
         rows, columns = (max(1, size // SAMPLED) for size in weight.shape)
