@@ -1,8 +1,9 @@
-"""Stopping a transformers Trainer that would lose the best adapter, at its first checkpoint instead of at its end.
+"""Stopping those who save an adapted model in a way that cannot be read back, when they save instead of when they read.
 
 Trainer only reads an adapter back if ``isinstance(model, PeftModel)``. For any other model it looks for whole weights, so
 ``load_best_model_at_end`` fails after the last step or, for an adapter in a sub-directory, keeps the last adapter with a
-line in the log. A model does not know which trainer it is in, so this looks for one on the call stack.
+line in the log. A plain model around an adapted one would save the keys of adapted layers. A model does not know who
+saves it, so this looks for them on the call stack.
 """
 
 from __future__ import annotations
