@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import minipeft
 from minipeft import registry
+from minipeft.options import integer
 from minipeft.training import report
 from minipeft.training.data.encoding import Encoding
 from minipeft.training.data.examples import Examples
@@ -418,15 +419,19 @@ class Run:
         folder = checkpoint_to_resume(self.checkpoints, self.args.resume)
         if folder is None:
             return 0
-        progress = self.state.restore(folder)
+        progress = self.state.restore(folder, go_to=self.go_to)
         if self.args.resume not in (None, "latest") and self.accelerator.is_main_process:
             self.checkpoints.discard_newer(progress.step)
         self.accelerator.wait_for_everyone()
-        self.updater.micro_batch = progress.position["micro_batch"]
-        if isinstance(self.order, StreamOrder):
-            self.order.restore(progress.position["data"])
         self.accelerator.print(f"going on from {folder}, after update {progress.step} of {self.updates}")
         return progress.step
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Continue with the data where a checkpoint left off."""
+        micro_batch = integer("micro_batch", position["micro_batch"], at_least=1)
+        if isinstance(self.order, StreamOrder):
+            self.order.restore(position["data"])
+        self.updater.micro_batch = micro_batch
 
     def save_adapter(self) -> None:
         if is_sharded(self.model):

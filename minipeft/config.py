@@ -154,12 +154,14 @@ class AdapterConfig(metaclass=_KnownNames):
         """The configuration for each of the targeted modules; by default as `pattern_options` says."""
         if not self.pattern_options:
             return dict.fromkeys(names, self)
-        found, made, configs = self._deciding_keys(names), dict[tuple[str | None, ...], Self](), {}
+        found, made, configs = self._deciding_keys(names), dict[str, Self](), {}
         for name in names:
-            keys = tuple(key.get(name) for key in found.values())
-            if keys not in made:
-                made[keys] = self._with_values(dict(zip(found, keys, strict=True)))
-            configs[name] = made[keys]
+            keys = {table: key.get(name) for table, key in found.items()}
+            # By value, of which there are few even with a key per module: making a configuration checks all of it.
+            values = repr([None if key is None else getattr(self, table)[key] for table, key in keys.items()])
+            if values not in made:
+                made[values] = self._with_values(keys)
+            configs[name] = made[values]
         return configs
 
     def unused_options(self, names: Sequence[str]) -> list[str]:

@@ -10,10 +10,18 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 UNCHANGED = "Nothing was changed."
+MAX_MESSAGE, MAX_ITEM = 2000, 200  # characters
 
 
 class MinipeftError(Exception):
-    """Base of every error that minipeft raises on purpose. The call that raised it has changed nothing."""
+    """Base of every error that minipeft raises on purpose. The call that raised it has changed nothing.
+
+    Names from files and from users get into messages, so a message is cut off at 2,000 characters and has no control
+    characters, with which a terminal could be made to show something else.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(MinipeftError, ValueError):
@@ -83,20 +91,38 @@ def all_or_nothing(verb: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def printable(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Text for a message: cut off in the middle, and with characters escaped that would not show, but for line ends."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}[...]{text[-limit // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def shown(values: Iterable[object], limit: int = 5) -> str:
     """List values for a message, the first `limit` of them: ``'a', 'b' and 3 more``."""
-    items = [repr(value) if isinstance(value, str) else str(value) for value in values]
+    items = list(values)
+    first = [
+        told(item, MAX_ITEM) if isinstance(item, str) else printable(str(item), MAX_ITEM) for item in items[:limit]
+    ]
     if len(items) > limit:
-        return f"{', '.join(items[:limit])} and {len(items) - limit} more"
-    return ", ".join(items) if items else "none"
+        return f"{', '.join(first)} and {len(items) - limit} more"
+    return ", ".join(first) if first else "none"
 
 
 def told(value: object, limit: int = 50) -> str:
-    """Any value for a message, cut off; even an integer with more digits than Python converts to text."""
+    """Any value for a message, cut off; even one that cannot be shown, as an integer of more digits than Python converts."""
     try:
         return f"{value!r:.{limit}}"
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} too long to show"
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
+
+
+def told_error(error: BaseException, limit: int = 200) -> str:
+    """What an exception of others says, for a message: its text, or its class if it has none."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return printable(" ".join(str(said).split()), limit)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -19,8 +19,7 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.absent import check_loaded
-from minipeft.injection.apply import discard
-from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, switch_to
+from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, remove, switch_to
 from minipeft.injection.build import build
 from minipeft.injection.checkpointing import training_setter
 from minipeft.injection.first_pass import watched_call
@@ -206,12 +205,7 @@ class AdaptedModel(OwnMethods, MergeableModel):
         self._check_known((adapter_name,))
         if adapter_name in (*self._state.switch.active, *self._state.merged, *self._state.set_aside):
             raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one, or unload().")
-        discard(self, adapter_name)
-        del self._state.configs[adapter_name], self._state.resting[adapter_name]
-        self._state.kept.pop(adapter_name, None)
-        self._state.trainable.discard(adapter_name)
-        self._state.unwatched.discard(adapter_name)
-        self._state.idle.pop(adapter_name, None)
+        remove(self, adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -261,8 +255,8 @@ class AdaptedModel(OwnMethods, MergeableModel):
     @all_or_nothing
     def unload(self) -> nn.Module:
         """Remove all adapters and return the base, bit for bit, in its original class."""
-        self.unmerge_adapter()
-        detach(self, AdaptedModel, keep_trained=False)
+        with self._unmerged():  # and merged again if detaching fails
+            detach(self, AdaptedModel, keep_trained=False)
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minipeft.errors import ConfigError, hint, shown, told
-from minipeft.patterns import compiled
+from minipeft.patterns import check_table, compiled
 from minipeft.wrapper_names import unwrapped_name
 
 MAX_RANK = 2**16
@@ -100,6 +100,6 @@ def pattern_table(name: str, value: object, check: Any) -> dict[str, Any]:
     for key, item in value.items():
         if not isinstance(key, str) or not key:
             raise ConfigError(f"{name}: the key {told(key)} is not a name pattern.")
-        compiled(key, name)
         check(f"{name}[{told(key)}]", item)
+    check_table(value, name)
     return {unwrapped_name(key): item for key, item in value.items()}

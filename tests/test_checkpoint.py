@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import adapted, gpt2, llama, logits, state_digest
+from tiny_models import adapted, disturb, gpt2, llama, logits, state_digest
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, MinipeftError, StateError, get_lora_model, load_adapter
@@ -173,13 +173,64 @@ def test_peft_s_ways_to_say_which_adapters_and_how(tmp_path):
         ({"selected_adapters": ["default", "fr"]}, "no adapter 'fr'"),
         ({"selected_adapters": []}, "at least one"),
         ({"adapter_name": "default", "selected_adapters": ["default"]}, "not both"),
-        ({"adapter_name": True}, "no adapter True"),  # PEFT's second argument by position, safe_serialization
+        ({"adapter_name": False}, "no adapter False"),  # transformers' is_main_process, PEFT's safe_serialization
+        ({"push_to_hub": True}, r"push_to_hub=True is not possible; call model.push_to_hub"),
+        ({"variant": "fp16"}, "variant='fp16' is not possible"),
+        ({"save_peft_format": False}, "save_peft_format=False is not possible"),
+        ({"distributed_checkpoint": True}, "distributed_checkpoint=True is not possible"),
+        ({"max_shard_size": "1KB"}, "max_shard_size='1KB', and this adapter, which is always one file, has"),
+        ({"max_shard_size": "a lot"}, "max_shard_size='a lot' is not possible; give bytes"),
+        ({"save_function": "torch.save"}, "save_function='torch.save' is not possible"),
+        ({"max_shard": 1}, "has no option 'max_shard' .closest: 'max_shard_size'"),
     ],
 )
 def test_options_that_make_no_sense_write_nothing(tmp_path, options, said):
     with pytest.raises(MinipeftError, match=said):
         adapted().save_pretrained(tmp_path / "adapter", **options)
     assert not (tmp_path / "adapter").exists()
+
+
+USUAL = {
+    "scripts of transformers": {"is_main_process": True, "save_function": torch.save},
+    "transformers": {
+        "max_shard_size": "5GB",
+        "push_to_hub": False,
+        "token": None,
+        "variant": None,
+        "save_peft_format": True,
+    },
+    "PEFT": {"safe_serialization": True, "selected_adapters": ["default"]},
+}
+
+
+@pytest.mark.parametrize("caller", USUAL)
+def test_what_others_hand_to_save_pretrained_is_taken(caller, tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "usual", **USUAL[caller])
+    model.save_pretrained(tmp_path / "by position", True)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
+    for folder in ("usual", "by position"):
+        assert {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} == expected
+
+
+def test_more_than_two_values_by_position_are_refused(tmp_path):
+    with pytest.raises(MinipeftError, match="all but the directory and adapter_name by name"):
+        adapted().save_pretrained(tmp_path, True, None)
+
+
+def test_a_plain_model_around_an_adapted_one_does_not_save_its_layers_keys(tmp_path):
+    model = gpt2()
+    disturb(get_lora_model(model.transformer, LoraConfig(r=2, target_modules=["c_attn"])))
+    assert "transformer.h.0.attn.c_attn.base_layer.weight" in model.state_dict()  # as a checkpoint of one's own
+    with pytest.raises(MinipeftError, match=r"model\.transformer\.save_pretrained"):
+        model.save_pretrained(tmp_path / "whole")
+    model.transformer.save_pretrained(tmp_path / "adapter")
+    loaded = gpt2()
+    load_adapter(loaded.transformer, tmp_path / "adapter")
+    model.transformer.merge_and_unload()
+    model.save_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "whole")), logits(loaded))
 
 
 def test_only_the_main_process_writes(tmp_path):

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from minipeft import Adapter, AdapterConfig, LoraConfig, MergeError, get_adapter_model, get_lora_model, register_method
 from minipeft.injection.module_tree import adapted_layers
+from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels.functional import largest, low_rank_bound, low_rank_product
 from minipeft.layers.linear import LinearOps
 from minipeft.merging import merge as merging
-from minipeft.merging.interrupts import interrupts_deferred
 from minipeft.merging.rounding import add_product
 from minipeft.merging.steps import Step, Write
 from minipeft.methods.lora import Lora

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import minipeft
 from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_lora_model
 from minipeft.training.distributed.ranks import agree
+from minipeft.training.runs import run_state
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.optimizer_state import load_exactly, optimizer_from_plain, optimizer_to_plain
 from minipeft.training.runs.plain import checked_json, from_plain, to_plain
@@ -463,6 +464,87 @@ def test_a_damaged_file_is_refused_and_nothing_has_changed(name, damage, saved):
     assert everything(run) == before
     assert name in str(caught.value) or damage in ("nonsense", "empty object")
     assert "\n" not in str(caught.value)
+
+
+def with_option(state, **values):
+    group, *others = state["optimizer"]["options"]
+    return {"optimizer": {**state["optimizer"], "options": [{**group, **values}, *others]}}
+
+
+def with_state(state, **values):
+    own = state["optimizer"]["state"]
+    return {"optimizer": {**state["optimizer"], "state": {name: {**old, **values} for name, old in own.items()}}}
+
+
+EDITS = {
+    "a rate that is text": lambda state: with_option(state, lr="0.1"),
+    "no rate": lambda state: with_option(state, lr=None),
+    "betas in a list": lambda state: with_option(state, betas=[0.9, 0.99]),
+    "moments that are text": lambda state: with_state(state, exp_avg="x"),
+    "moments in a list": lambda state: with_state(state, exp_avg=[1, 2]),
+    "a tensor that is not there": lambda state: with_state(state, exp_avg={"$tensor": "gone"}),
+    "a step that is text": lambda state: {"step": "3"},
+    "a negative step": lambda state: {"step": -3},
+    "a scheduler that is text": lambda state: {"scheduler": dict.fromkeys(state["scheduler"], "x")},
+    "a scheduler of numbers": lambda state: {"scheduler": [1, 2]},
+    "versions that are text": lambda state: {"versions": "new"},
+    "no format": lambda state: {"format": None},
+    "groups that are text": lambda state: {"optimizer": {**state["optimizer"], "groups": "ab"}},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_state_is_refused_and_nothing_has_changed(edit, saved):
+    folder, _, _ = saved
+    folder = change_state(folder, **EDITS[edit](json.loads((folder / "state.json").read_text())))
+    run = Run(net())
+    before = everything(run)
+    with pytest.raises((CheckpointError, ConfigError)):
+        run.state.restore(folder)
+    assert everything(run) == before
+
+
+def test_moments_of_another_shape_are_refused_and_nothing_has_changed(saved):
+    folder, _, _ = saved
+    tensors = safetensors.torch.load_file(folder / "optimizer.safetensors")
+    tensors = {name: torch.zeros(3, 3) if name.endswith("exp_avg") else t.clone() for name, t in tensors.items()}
+    folder = change(folder, "optimizer.safetensors", safetensors.torch.save(tensors))
+    run = Run(net())
+    before = everything(run)
+    with pytest.raises(CheckpointError, match=r"'exp_avg' has shape \[3, 3\]"):
+        run.state.restore(folder)
+    assert everything(run) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("step", ["load_exactly", "load_schedule_state", "set_rng_state"])
+def test_a_restore_that_breaks_off_puts_everything_back(step, error, saved, monkeypatch):
+    folder, _, _ = saved
+    run, real = Run(net()), getattr(run_state, step)
+    run.steps(1)
+    before, calls = everything(run), []
+
+    def failing(*args):
+        real(*args)
+        calls.append(args)
+        if len(calls) == 1:  # not when things are put back
+            raise error
+
+    monkeypatch.setattr(run_state, step, failing)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else CheckpointError):
+        run.state.restore(folder)
+    assert everything(run) == before
+    run.state.restore(folder)
+    assert everything(run) != before
+
+
+def test_a_position_that_is_none_is_refused_and_nothing_has_changed(saved):
+    folder, _, _ = saved
+    run = Run(net())
+    before = everything(run)
+    with pytest.raises(CheckpointError, match="position in .* cannot be read"):
+        run.state.restore(folder, go_to=lambda position: position["no such key"])
+    assert everything(run) == before
 
 
 def test_random_states_of_another_shape_are_refused_and_nothing_has_changed(saved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -9,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from minipeft.errors import CheckpointError
+from minipeft.errors import CheckpointError, MinipeftError, told_error
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -36,13 +37,16 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
             os.replace(source, target)
         for folder in {target.parent for target in temporary}:
             sync_folder(folder)
-    except OSError as error:
+    except MinipeftError:
+        raise
+    except Exception as error:  # also ValueError, for a path with a NUL
         raise CheckpointError(
-            f"{directory} cannot be written ({error.strerror or error}); its files are unchanged."
+            f"{directory} cannot be written ({told_error(error)}); its files are unchanged."
         ) from None
     finally:
         for source in temporary.values():
-            source.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # as in a directory that cannot be written
+                source.unlink(missing_ok=True)
 
 
 def hidden_beside(target: Path, kind: str) -> Path:
@@ -91,21 +95,3 @@ def alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def read_limited(path: Path, limit: int) -> bytes:
-    """Read a file of at most `limit` bytes.
-
-    Raises:
-        CheckpointError: it is missing, unreadable, larger, or not a plain file.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):  # unlike Path's, they never raise
-        raise CheckpointError(f"{path} is not a plain file.")  # a FIFO would block for ever
-    try:
-        with path.open("rb") as file:
-            payload = file.read(limit + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
-    if len(payload) > limit:
-        raise CheckpointError(f"{path} is larger than {limit:,} bytes, too large for an adapter.")
-    return payload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from minipeft.errors import CheckpointError
-from minipeft.files.atomic import read_limited
 from minipeft.files.hub import is_hub_id
+from minipeft.files.reading import read_limited
 from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_file import MAX_HEADER_BYTES, open_tensors
 from minipeft.transformers_model import name_or_path
@@ -67,14 +68,14 @@ def _find(model: nn.Module, file: str) -> Path | None:
     place = name_or_path(model)
     if place is None or len(place) >= 4096 or Path(file).name != file:
         return None
-    if Path(place).is_dir() or not is_hub_id(place):
+    if os.path.isdir(place) or not is_hub_id(place):
         path = Path(place) / file
     else:
         found = try_to_load_from_cache(place, file, revision=getattr(model.config, "_commit_hash", None))
         if not isinstance(found, str):
             return None
         path = Path(found)
-    return path if path.is_file() else None
+    return path if os.path.isfile(path) else None
 
 
 def _read_json(path: Path | None, limit: int) -> Any:

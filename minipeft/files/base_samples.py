@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from minipeft.errors import CheckpointError
+from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import AdapterFile, is_sample
 from minipeft.files.frozen_weights import frozen_weights, planned_frozen_weights
 from minipeft.injection.attach import STATE, AdapterState
@@ -110,7 +110,7 @@ def check_samples(file: AdapterFile, here: Mapping[str, list[float]], *, exact: 
         saved = file.base.get(name)
         if saved and values and not _alike(saved, values, exact):
             raise CheckpointError(
-                f"{file.path} was trained on another base: the weights of {name} differ (first {saved[0]:g} there, "
+                f"{file.path} was trained on another base: the weights of {printable(name, 200)} differ (first {saved[0]:g} there, "
                 f"{values[0]:g} here).{advice}"
             )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.config import config_from_dict
-from minipeft.errors import CheckpointError, nearest, shown, told
+from minipeft.errors import CheckpointError, nearest, printable, shown, told
 from minipeft.files.base_samples import check_samples
 from minipeft.files.format import DTYPES, FLOATS, PROVENANCE, AdapterFile
 from minipeft.files.new_rows import resize_hint
@@ -95,7 +95,10 @@ def _compare_shapes(file: AdapterFile, expected: Expected) -> None:
         raise CheckpointError(f"{misfit}: none of its {len(file.shapes)} keys is expected{closest}.")
     wrong = [(key, there, here) for key, there, here in pairs if there != here]
     if wrong:
-        said = [f"{key}: {told(list(there), 100)} in the file, {list(here)} here" for key, there, here in wrong[:3]]
+        said = [
+            f"{printable(key, 200)}: {told(list(there), 100)} in the file, {list(here)} here"
+            for key, there, here in wrong[:3]
+        ]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         hint = max(resize_hint(expected.model, there, here) for _, there, here in wrong[:3])
         raise CheckpointError(f"{misfit}: {'; '.join(said)}{more}. Is it for another base?{hint}")
@@ -131,4 +134,4 @@ def _closest(unexpected: list[str], missing: list[str]) -> str:
     if not unexpected or not missing:
         return ""
     match = nearest(unexpected[0], missing) or missing[0]
-    return f" ({unexpected[0]!r} came; {match!r} is expected)"
+    return f" ({told(unexpected[0], 200)} came; {told(match, 200)} is expected)"

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from minipeft.config import AdapterConfig, asks_nothing, config_from_dict
-from minipeft.errors import CheckpointError, shown
+from minipeft.errors import CheckpointError, shown, told
+from minipeft.files.reading import reading
 from minipeft.files.strict_json import parse, read_object
 from minipeft.files.tensor_file import TensorFile, damaged, open_tensors
 
@@ -53,7 +54,7 @@ def open_adapter(directory: Path) -> AdapterFile:
     weights = _open_weights(directory)
     own = _own(weights)
     saved = own.get("config")
-    if (directory / CONFIG_FILE).exists():
+    if os.path.exists(directory / CONFIG_FILE):
         values = read_object(directory / CONFIG_FILE)
         if saved is not None and _digest(values) != _digest(saved):
             if _digest(values) != own.get("previous"):
@@ -75,14 +76,18 @@ def _open_weights(directory: Path) -> TensorFile:
         raise CheckpointError(
             f"{directory} is not a directory; an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}."
         )
-    if not path.exists():
-        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".pkl"})
+    with reading(directory):
+        names = sorted(os.listdir(directory))
+    if WEIGHTS_FILE not in names:
+        pickles = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".pkl"}]
         fix = f" {shown(pickles)} is a pickle, which is never read: save it again with safe_serialization=True."
         raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}.{fix if pickles else ''}")
     weights = open_tensors(path)
     for key, dtype in weights.dtypes.items():
         if dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {key!r} is {dtype}; adapters are floating point ({', '.join(DTYPES)}).")
+            raise CheckpointError(
+                f"{path}: {told(key, 200)} is {dtype}; adapters are floating point ({', '.join(DTYPES)})."
+            )
     return weights
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from minipeft.errors import CheckpointError, ConfigError
 from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.model_card import CARD_FILE, MARK, is_repo_id
+from minipeft.files.reading import as_path
 
 Result = TypeVar("Result")
 
@@ -41,7 +42,8 @@ def adapter_directory(
         CheckpointError: the hub has no such adapter, or cannot be reached.
         ConfigError: a revision of a local directory, or a subfolder outside the directory.
     """
-    if subfolder is not None and (os.path.isabs(subfolder) or ".." in Path(subfolder).parts):
+    as_path(place, "directory")
+    if subfolder is not None and _leads_out(as_path(subfolder, "subfolder")):
         raise ConfigError(
             f"subfolder {subfolder!r:.100} must be a path within the adapter's directory, such as 'other'."
         )
@@ -67,6 +69,10 @@ def adapter_directory(
         path = Path(found)
         commit = path.parents[len(Path(subfolder or "").parts)].name  # a snapshot is named after its commit
     return path.parent
+
+
+def _leads_out(subfolder: Path) -> bool:
+    return subfolder.is_absolute() or ".." in subfolder.parts
 
 
 def is_hub_id(place: str | os.PathLike[str]) -> bool:

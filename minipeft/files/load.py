@@ -13,6 +13,7 @@ from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import open_adapter
 from minipeft.files.frozen_weights import warn_of_missing_parts
 from minipeft.files.new_rows import find_new_rows
+from minipeft.files.reading import reading
 from minipeft.injection.absent import check_loaded
 from minipeft.injection.build import Parts, build, build_from
 from minipeft.injection.plan import Plan
@@ -28,10 +29,12 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
     Raises:
         MinipeftError: see `minipeft.load_adapter`.
     """
-    file = open_adapter(directory)
-    new_rows = find_new_rows(file, model)
+    with reading(directory):
+        file = open_adapter(directory)
+        new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
-    plan = replace(plan, saved=tuple(replace(site, trains=site.name not in file.kept) for site in plan.saved))
+    kept = set(file.kept)
+    plan = replace(plan, saved=tuple(replace(site, trains=site.name not in kept) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
     shapes = build(plan, on_meta=True)
     expected = Expected(
@@ -42,7 +45,8 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         done=new_rows.tables,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
     )
-    values = read_values(file, expected, strict=strict)
+    with reading(directory):
+        values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(file, model, plan)
     return plan, build_from(plan, {**values, **new_rows.values})
 

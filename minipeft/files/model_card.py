@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from minipeft.errors import CheckpointError
 from minipeft.files.atomic import write_files
+from minipeft.files.reading import read_limited, reading
 
-CARD_FILE = "README.md"
+CARD_FILE, MAX_CARD_BYTES = "README.md", 2**24
 MARK = "<!-- written by minipeft; remove this line to keep your own text -->"
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -27,7 +30,7 @@ PIPELINES = {
 def public_base(config: Mapping[str, Any]) -> str | None:
     """The base model's name on the hub; None if the configuration names a place on this machine, or nothing."""
     base = config.get("base_model_name_or_path")
-    return base if isinstance(base, str) and is_repo_id(base) and not Path(base).exists() else None
+    return base if isinstance(base, str) and is_repo_id(base) and not os.path.exists(base) else None
 
 
 def is_repo_id(text: str) -> bool:
@@ -56,12 +59,21 @@ def update_card(directory: Path, config: Mapping[str, Any]) -> None:
         directory: has a ``README.md``, whose text and tags stay.
         config: the contents of ``adapter_config.json``.
     """
-    card = ModelCard((directory / CARD_FILE).read_text("utf-8"), ignore_metadata_errors=True)
-    facts = _facts(config)
-    facts["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *facts["tags"]]))
-    for key, value in facts.items():
-        card.data[key] = value
+    text = read_limited(directory / CARD_FILE, MAX_CARD_BYTES).decode("utf-8", errors="replace")
+    with reading(directory / CARD_FILE):
+        card = ModelCard(text, ignore_metadata_errors=True)
+        facts = _facts(config)
+        facts["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *facts["tags"]]))
+        for key, value in facts.items():
+            card.data[key] = value
     write_files(directory, {CARD_FILE: str(card).encode("utf-8")})
+
+
+def _is_ours(card: Path) -> bool:
+    try:
+        return MARK.encode() in read_limited(card, MAX_CARD_BYTES)
+    except CheckpointError:  # what cannot be read is somebody else's
+        return False
 
 
 def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> None:
@@ -72,8 +84,7 @@ def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> N
         config: the contents of ``adapter_config.json``.
         parameters: number of saved parameters.
     """
-    target = directory / CARD_FILE
-    if target.exists() and (not target.is_file() or MARK not in target.read_text("utf-8", errors="replace")):
+    if os.path.exists(directory / CARD_FILE) and not _is_ours(directory / CARD_FILE):
         return
     method = str(config["peft_type"]).lower()
     data = ModelCardData(**_facts(config))

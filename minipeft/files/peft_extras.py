@@ -46,10 +46,10 @@ def check_extras(
 
 def _untied(key: str, tied: Mapping[str, str]) -> str:
     """The key of the same tensor in the layer that a tied layer is tied to."""
-    for name, leader in tied.items():
-        if key.startswith(f"{PREFIX}{name}."):
-            rest = key.removeprefix(f"{PREFIX}{name}.").removeprefix("base_layer.")
-            return f"{PREFIX}{leader}.{rest}"
+    plain = key.removeprefix(PREFIX) if tied else ""
+    for place, character in enumerate(plain):
+        if character == "." and plain[:place] in tied:
+            return f"{PREFIX}{tied[plain[:place]]}.{plain[place + 1 :].removeprefix('base_layer.')}"
     return key
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from minipeft.errors import CheckpointError, StateError, all_or_nothing, shown
 from minipeft.files.base_samples import base_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from minipeft.files.reading import as_path, reading
 from minipeft.files.resized_vocabulary import with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
@@ -32,13 +34,14 @@ def restore_adapters(model: nn.Module, directory: str | Path) -> None:
         raise StateError(f"{type(model).__name__} is not adapted, so it has no adapters to restore.")
     if model._state.merged:
         raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
-    root, wanted = Path(directory), model._state.configs
-    found = _adapters_in(root)
-    if found != wanted.keys():
-        raise CheckpointError(
-            f"{root} holds the adapters {shown(sorted(found))}, and the model has {shown(sorted(wanted))}."
-        )
-    values = {name: _values(model, name, directory_of(root, name)) for name in wanted}
+    root, wanted = as_path(directory, "directory"), model._state.configs
+    with reading(root):
+        found = _adapters_in(root)
+        if found != wanted.keys():
+            raise CheckpointError(
+                f"{root} holds the adapters {shown(sorted(found))}, and the model has {shown(sorted(wanted))}."
+            )
+        values = {name: _values(model, name, directory_of(root, name)) for name in wanted}
     with torch.no_grad():
         for name, tensors in values.items():
             for key, live in model.adapter_state_dict(name).items():
@@ -46,13 +49,13 @@ def restore_adapters(model: nn.Module, directory: str | Path) -> None:
 
 
 def _adapters_in(root: Path) -> set[str]:
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise CheckpointError(f"{root} is not a directory, so there is no adapter to restore.")
     folders = {path.name: path for path in root.iterdir() if path.is_dir()}
     return {
         name
         for name, path in {**folders, DEFAULT: root}.items()
-        if (path / CONFIG_FILE).exists() or (path / WEIGHTS_FILE).exists()
+        if os.path.exists(path / CONFIG_FILE) or os.path.exists(path / WEIGHTS_FILE)
     }
 
 

@@ -20,7 +20,7 @@ from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, own_metadata, with_
 from minipeft.injection.build import PREFIX, shared_tensors
 from minipeft.injection.module_tree import adapted_layers, adapters_of, candidates, layers_of, wrappers
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.patterns import full_matches, is_suffix
+from minipeft.patterns import full_matches, is_suffix, matching
 from minipeft.transformers_model import name_or_path
 from minipeft.wrapper_names import unwrapped_name
 
@@ -95,7 +95,7 @@ def _resolved_targets(model: nn.Module, config: AdapterConfig, adapter_name: str
     for _, layer in adapted_layers(model):
         if adapter_name in layer.tied_adapters and not layer.adapter(adapter_name).key_prefix:
             return names  # other readers would adapt a tied layer, too, that the user's list names
-    if not isinstance(targets, str) and not all(any(is_suffix(entry, name) for entry in targets) for name in names):
+    if not isinstance(targets, str) and len(matching(targets, names)) < len(names):
         return names  # the user's list has another name for a module that has several
     if isinstance(targets, str) and len(full_matches(targets, names, "target_modules")) < len(names):
         return names

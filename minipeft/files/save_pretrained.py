@@ -17,15 +17,26 @@ from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
 from minipeft.files.lost_state import warn_of_lost_state
 from minipeft.files.model_card import public_base, update_card, write_card
+from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
+from minipeft.files.save_options import check_save_options, check_size
 from minipeft.files.to_lora import as_lora
-from minipeft.files.trainer_guard import check_trainer
+from minipeft.files.trainer_guard import check_outer_save, check_trainer
 from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.first_pass import idle_message
 from minipeft.layers.offloaded import values_of
 
 DEFAULT = "default"
+OWN_OPTIONS = (
+    "adapter_name",
+    "selected_adapters",
+    "state_dict",
+    "is_main_process",
+    "safe_serialization",
+    "convert_to_lora",
+    "save_embedding_layers",
+)
 
 
 def directory_of(root: Path, adapter_name: str) -> Path:
@@ -51,17 +62,28 @@ class SavableModel(nn.Module):
         self._check_known([adapter_name or known[0]])
         return adapter_tensors(self, adapter_name or known[0])
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Torch's own; refused if it is for a whole model around this one, which is about to be saved to be loaded again.
+
+        Raises:
+            StateError: it is.
+        """
+        if kwargs.get("prefix"):  # asked for by a module around this one
+            check_outer_save(self)
+        return super().state_dict(*args, **kwargs)
+
     def save_pretrained(
         self,
         save_directory: str | PathLike[str],
-        adapter_name: str | None = None,
-        *,
+        adapter_name: str | bool | None = None,
+        *unnamed: object,
         selected_adapters: Sequence[str] | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
         safe_serialization: bool = True,
         convert_to_lora: bool = False,
         save_embedding_layers: bool | str = "auto",
+        **others: Any,
     ) -> None:
         """Save adapters in PEFT's format, each completely or not at all, with a model card.
 
@@ -69,7 +91,8 @@ class SavableModel(nn.Module):
 
         Args:
             save_directory: created if it does not exist.
-            adapter_name: which adapter. None: all of them.
+            adapter_name: which adapter. None: all of them; and so does True, which transformers and PEFT take here.
+            unnamed: nothing.
             selected_adapters: PEFT's way to name several.
             state_dict: take the values from this (gathered) state of the model instead of the live tensors.
             is_main_process: False: write nothing.
@@ -77,10 +100,11 @@ class SavableModel(nn.Module):
             convert_to_lora: save any low-rank update, such as PiSSA's, as plain LoRA, see `minipeft.files.to_lora`.
             save_embedding_layers: "auto": if the vocabulary was resized since the base was loaded, also save its new
                 rows, as rows of tokens. True: the whole input and output tables, as PEFT does. False: neither.
+            others: options of transformers' method that change nothing here, see `minipeft.files.save_options`.
 
         Raises:
-            ConfigError: two options contradict each other; `safe_serialization` is False; or a table is to be saved
-                whole of which rows train.
+            ConfigError: an option is unknown, cannot be honoured, or contradicts another; `safe_serialization` is False; or
+                a table is to be saved whole of which rows train.
             StateError: there is no such adapter; or the caller is a Trainer that could not load the best one at the end.
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
@@ -88,7 +112,9 @@ class SavableModel(nn.Module):
             raise ConfigError(
                 "safe_serialization must be True: adapters are saved as safetensors, never as a pickle, which can run code."
             )
-        names = self._all_or(adapter_name, selected_adapters)
+        root = as_path(save_directory, "save_directory")
+        check_save_options(others, unnamed, OWN_OPTIONS)
+        names = self._all_or(None if adapter_name is True else adapter_name, selected_adapters)
         check_trainer()
         if convert_to_lora and state_dict is not None:
             raise ConfigError("convert_to_lora saves the live tensors; give it or state_dict, not both.")
@@ -105,7 +131,9 @@ class SavableModel(nn.Module):
                 tensors, config = as_lora(self, self._state.configs[name], name)
             tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
             tensors = values_of(self, tensors)
-            self._write_adapter(directory_of(Path(save_directory), name), name, tensors, config)
+            check_size(others, tensors)
+            with writing(root):
+                self._write_adapter(directory_of(root, name), name, tensors, config)
 
     def push_to_hub(
         self,
@@ -174,10 +202,11 @@ class SavableModel(nn.Module):
         save_adapter(directory, tensors, config, base_samples(self, name), self._state.kept.get(name, ()))
         write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
 
-    def _all_or(self, adapter_name: str | None, selected: Sequence[str] | None = None) -> list[str]:
+    def _all_or(self, adapter_name: str | bool | None, selected: Sequence[str] | None = None) -> list[str]:
         if adapter_name is not None and selected is not None:
             raise ConfigError("give adapter_name or selected_adapters, not both.")
-        names = list(self._state.configs if selected is None else selected) if adapter_name is None else [adapter_name]
+        named = None if adapter_name is None else [adapter_name]
+        names: list[Any] = named or list(self._state.configs if selected is None else selected)
         self._check_known(names)
         return names
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import Self
 
-from minipeft.errors import CheckpointError, shown
+from minipeft.errors import CheckpointError, shown, told_error
 
 MAX_HEADER_BYTES = 2**24
-# Raised by the library for bytes that are not a safetensors file, and for a file too large to be mapped into memory.
-UNREADABLE = (OSError, SafetensorError, RuntimeError, MemoryError)
+MAX_DIMENSIONS = 16  # a long shape takes long to multiply and to show
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TensorFile:
             with safe_open(self.path, "pt") as file:
                 # Copies: the library maps the file, which may be removed while its tensors are in use.
                 tensors = {key: file.get_tensor(self.stored_as.get(key, key)).clone() for key in wanted}
-        except UNREADABLE as error:
+        except Exception as error:  # the library's, and those of a file too large to be mapped into memory
             raise damaged(self.path, error) from None
         if any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):
             raise CheckpointError(f"{self.path} changed while it was being read.")
@@ -67,17 +67,22 @@ def open_tensors(path: Path) -> TensorFile:
     Raises:
         CheckpointError: the file is missing, damaged, or not a plain file.
     """
-    if not path.is_file():  # a FIFO would block for ever
-        raise CheckpointError(f"{path} is not a plain file.")
+    if not os.path.isfile(path):  # a FIFO would block for ever
+        raise CheckpointError(f"{path} is not a plain file, or cannot be seen.")
     try:
         _check_header_length(path)
         with safe_open(path, "pt") as file:
             slices = {key: file.get_slice(key) for key in sorted(file.keys())}
             shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
             dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
-            return TensorFile(path, shapes, dtypes, file.metadata() or {})
-    except UNREADABLE as error:
+            metadata = file.metadata() or {}
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
+    except Exception as error:
         raise damaged(path, error) from None
+    if any(len(shape) > MAX_DIMENSIONS for shape in shapes.values()):
+        raise damaged(path, f"a tensor of more than {MAX_DIMENSIONS} dimensions")
+    return TensorFile(path, shapes, dtypes, metadata)
 
 
 def _check_header_length(path: Path) -> None:
@@ -91,4 +96,5 @@ def _check_header_length(path: Path) -> None:
 
 def damaged(path: Path, reason: object) -> CheckpointError:
     """The error for a file whose bytes are not what they should be."""
-    return CheckpointError(f"{path} is damaged ({str(reason)[:200]}).")
+    said = told_error(reason) if isinstance(reason, Exception) else reason
+    return CheckpointError(f"{path} is damaged ({said}).")

@@ -1,8 +1,9 @@
-"""Stopping a transformers Trainer that would lose the best adapter, at its first checkpoint instead of at its end.
+"""Stopping those who save an adapted model in a way that cannot be read back, when they save instead of when they read.
 
 Trainer only reads an adapter back if ``isinstance(model, PeftModel)``. For any other model it looks for whole weights, so
 ``load_best_model_at_end`` fails after the last step or, for an adapter in a sub-directory, keeps the last adapter with a
-line in the log. A model does not know which trainer it is in, so this looks for one on the call stack.
+line in the log. A plain model around an adapted one would save the keys of adapted layers. A model does not know who
+saves it, so this looks for them on the call stack.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import functools
 import inspect
 import logging
 from typing import Any
+
+from torch import nn
 
 from minipeft.errors import StateError
 
@@ -34,6 +37,26 @@ def check_trainer() -> None:
             )
         if frame.f_code.co_name == "_save_checkpoint" and _is_plain(frame.f_locals.get("self")):
             _say_no_resume(type(frame.f_locals["self"]).__name__)
+        frame = frame.f_back
+
+
+def check_outer_save(inner: nn.Module) -> None:
+    """Refuse to give the keys of an adapted model to a plain one around it, of which it is a part, that is being saved.
+
+    Raises:
+        StateError: a caller's ``save_pretrained`` is at work on such a model.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        outer = frame.f_locals.get("self") if frame.f_code.co_name == "save_pretrained" else None
+        parts = dict(outer.named_modules()) if isinstance(outer, nn.Module) and outer is not inner else {}
+        name = next((name for name, part in parts.items() if part is inner), None)
+        if name is not None:
+            raise StateError(
+                f"{type(outer).__name__}.save_pretrained would save the keys of adapted layers, which from_pretrained does "
+                f"not know, since {name} is adapted. Save the adapter by model.{name}.save_pretrained(...); for a whole "
+                f"model, first model.{name}.merge_and_unload() or unload()."
+            )
         frame = frame.f_back
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
+
+from minipeft.kernels.transformed import is_transformed
 
 Compute = Callable[[], Tensor]
 
@@ -112,8 +113,7 @@ def adapted_value(own: nn.Parameter, compute: Compute, parameters: Sequence[Tens
         compute: gives the value in the shape and dtype of `own`, differentiable in `parameters`.
         parameters: of the adapters.
     """
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed:
+    if is_transformed():
         return compute()
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         value: Tensor = _Read.apply(own, compute, *parameters)  # type: ignore[no-untyped-call]

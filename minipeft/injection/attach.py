@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +14,14 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.after_load import follow_loads
-from minipeft.injection.apply import apply, eject
+from minipeft.injection.apply import apply, discard, eject
 from minipeft.injection.base_state import buffer_samples, hold_still, let_go
 from minipeft.injection.build import Parts
 from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkpoints_train
 from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
+from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
 from minipeft.injection.wrapper import Switch
 from minipeft.wrapper_names import named_parameters
 
@@ -61,7 +62,7 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
         ConfigError: it is not 1 to 64 letters, digits, '_' and '-', or it is the name of an attribute of ModuleDict.
         StateError: it is taken.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
             f"adapter name {name!r:.100} is not allowed: use 1 to 64 letters, digits, '_' and '-' that do not name a module "
             "attribute, such as 'default'."
@@ -86,8 +87,21 @@ def attach(
     Raises:
         StateError: the class of the model cannot be changed.
     """
-    first, old_class = STATE not in model.__dict__, type(model)
     state = model.__dict__.get(STATE) or AdapterState()
+    with unchanged_on_error(model, state, state.switch):
+        _attach(model, mixin, plan, parts, adapter_name, state, trainable)
+
+
+def _attach(
+    model: nn.Module,
+    mixin: type[nn.Module],
+    plan: Plan,
+    parts: Parts,
+    adapter_name: str,
+    state: AdapterState,
+    trainable: bool,
+) -> None:
+    first, old_class = STATE not in model.__dict__, type(model)
     if first:
         state.trained_before = frozenset(name for name, p in named_parameters(model) if p.requires_grad)
         try:
@@ -96,11 +110,7 @@ def attach(
             raise StateError(
                 f"{old_class.__name__} does not allow changing its class, which adapting does ({error})."
             ) from None
-    try:
-        apply(plan, parts, adapter_name, state.switch)
-    except BaseException:
-        model.__class__ = old_class
-        raise
+    apply(plan, parts, adapter_name, state.switch)
     if first:
         model.__dict__[STATE] = state
         model.__dict__[ORIGINS] = plan.origins
@@ -120,7 +130,7 @@ def attach(
         state.trainable.add(adapter_name)
     if first:
         model.requires_grad_(False)
-        switch_to(model, (adapter_name,))
+        _switch(model, state, (adapter_name,), {adapter_name} & state.trainable, ())
         let_checkpoints_train(model)
     hold_norms(model)
 
@@ -139,26 +149,48 @@ def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
     """
     state: AdapterState = model.__dict__[STATE]
     starting, stopping = set(names) - set(state.switch.active), set(state.switch.active) - set(names)
-    state.switch.active = names
     if not (starting | stopping) & state.trainable:
+        state.switch.active = names
         return
-    for name in stopping & state.trainable:
+    with flags_unchanged_on_error(model, state, state.switch):
+        _switch(model, state, names, starting & state.trainable, stopping & state.trainable)
+
+
+def _switch(
+    model: nn.Module, state: AdapterState, names: tuple[str, ...], starting: Collection[str], stopping: Collection[str]
+) -> None:
+    state.switch.active = names
+    for name in stopping:
         state.resting[name] = set()
     for path, wrapper in wrappers(model):
-        for name in (starting | stopping) & state.trainable:
+        for name in (*starting, *stopping):
             for index, parameter in enumerate(wrapper.trainable_parameters(name)):
                 if name in stopping and parameter.requires_grad:
                     state.resting[name].add((path, index))
                 parameter.requires_grad_(name in starting and (path, index) in state.resting[name])
 
 
+def remove(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter that does not act, and what the model knows of it."""
+    state: AdapterState = model.__dict__[STATE]
+    with unchanged_on_error(model, state):
+        discard(model, adapter_name)
+        del state.configs[adapter_name], state.resting[adapter_name]
+        state.kept.pop(adapter_name, None)
+        state.trainable.discard(adapter_name)
+        state.unwatched.discard(adapter_name)
+        state.idle.pop(adapter_name, None)
+
+
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
     """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
-    eject(model, keep_trained=keep_trained)
-    leave_checkpoints_alone(model)
-    state: AdapterState = model.__dict__.pop(STATE)
-    model.__dict__.pop(ORIGINS, None)
-    let_go(model, state.held)
-    for name, parameter in named_parameters(model):
-        parameter.requires_grad_(name in state.trained_before)
-    model.__class__ = original_class(mixin, type(model))
+    state: AdapterState = model.__dict__[STATE]
+    with unchanged_on_error(model, state, state.switch):
+        eject(model, keep_trained=keep_trained)
+        leave_checkpoints_alone(model)
+        del model.__dict__[STATE]
+        model.__dict__.pop(ORIGINS, None)
+        let_go(model, state.held)
+        for name, parameter in named_parameters(model):
+            parameter.requires_grad_(name in state.trained_before)
+        model.__class__ = original_class(mixin, type(model))

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minipeft.errors import TargetError, told_error
 from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
+from minipeft.injection.sites import SavedSite
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
 
@@ -75,10 +77,22 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
     copies: dict[str, nn.Module] = {}
     for saved in plan.saved:
         tied = None if saved.tied_to is None else copies[saved.tied_to]
-        copies[saved.name] = trained_copy(saved.candidate.base, saved.only, tied, on_meta=on_meta)
+        copies[saved.name] = _copied(saved, tied, on_meta)
         if not saved.trains:
             copies[saved.name].requires_grad_(False)
     return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies.values()))
+
+
+def _copied(site: SavedSite, tied: nn.Module | None, on_meta: bool) -> nn.Module:
+    try:
+        return trained_copy(site.candidate.base, site.only, tied, on_meta=on_meta)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever a module's own copying raises
+        raise TargetError(
+            f"{site.name} cannot be trained in full, since {type(site.candidate.base).__name__} cannot be copied "
+            f"({told_error(error)})."
+        ) from error
 
 
 def build_from(plan: Plan, tensors: Mapping[str, Tensor]) -> Parts:

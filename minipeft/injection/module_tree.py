@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from minipeft.injection.adapted_layer import AdaptedLayer
@@ -65,6 +66,8 @@ def _walk(module: nn.Module, own: str, path: str) -> Iterator[tuple[str, str, nn
 
 def is_callable(module: nn.Module) -> bool:
     """Whether a module can be called: a list of layers or of parameters cannot, so nothing can take its place."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 

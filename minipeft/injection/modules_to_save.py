@@ -74,6 +74,9 @@ def trained_copy(
             memo |= {id(buffer): buffer for buffer in original.buffers()}
         if tied_to is not None:
             memo[id(original.weight)] = tied_to.weight
+        # weight_norm and pruning keep a weight that they compute in each call, and that deepcopy refuses.
+        kept = [value for module in original.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+        memo |= {id(value): value.detach().clone() for value in kept if not value.is_leaf}
         twin = copy.deepcopy(original, memo)
     for tensor in copy_tensors(twin, only).values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -64,27 +63,22 @@ def select_saved(
         TargetError: an entry matches no module, or the task's head is missing.
     """
     of_task = HEADS_OF_TASK.get(config.task_type or "", ())
-    wanted = tuple(dict.fromkeys((*(config.modules_to_save or ()), *of_task)))
+    wanted = {*(config.modules_to_save or ()), *of_task}
     hits = {
-        entry: [
-            first for first, candidate in found.items() if any(is_suffix(entry, name) for name in candidate.known_as)
-        ]
-        for entry in wanted
+        first: wanted.intersection(ending for name in candidate.known_as for ending in endings(name))
+        for first, candidate in found.items()
     }
-    for entry in config.modules_to_save or ():
-        if not hits[entry] and entry not in of_task and every_pattern:
-            raise TargetError(_no_match("modules_to_save", entry, list(found), model))
-    chosen = {name for names in hits.values() for name in names}
+    unused = wanted.difference(of_task, *hits.values())
+    if unused and every_pattern:
+        first_unused = next(entry for entry in config.modules_to_save or () if entry in unused)
+        raise TargetError(_no_match("modules_to_save", first_unused, list(found), model))
+    chosen = {first for first, entries in hits.items() if entries}
     if of_task and not chosen and every_pattern:
         raise TargetError(
             f"task_type {config.task_type!r} trains the head ({shown(of_task)}), and {type(model).__name__} has none. "
             "Name the head in modules_to_save, or leave task_type out."
         )
-    outermost = [
-        name
-        for name in found
-        if name in chosen and not any(name != other and within(name, {other}) for other in chosen)
-    ]
+    outermost = [name for name in found if name in chosen and not within(name.rpartition(".")[0], chosen)]
     return [each for name in outermost for each in _called(name, found)]
 
 
@@ -171,8 +165,9 @@ def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) ->
         return chosen
     wanted = set(config.layers_to_transform)  # type: ignore[arg-type]
     kept, seen = [], set()
+    patterns = {pattern: place for place, pattern in enumerate(config.layers_pattern or ())}
     for name in chosen:
-        index = _layer_index(name, config.layers_pattern)
+        index = _layer_index(name, patterns)
         if index is not None:
             seen.add(index)
         if index in wanted:
@@ -181,21 +176,23 @@ def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) ->
     if missing and every_pattern:
         have = f"0 to {max(seen)}" if seen else "none; check layers_pattern"
         raise TargetError(f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have}).")
+    before, after = ({ending for name in names for ending in endings(name)} for names in (chosen, kept))
     for entry in config.target_modules or () if every_pattern else ():
-        if any(is_suffix(entry, name) for name in chosen) and not any(is_suffix(entry, name) for name in kept):
+        if entry in before and entry not in after:
             raise TargetError(f"target_modules: {entry!r} is in none of the layers {shown(sorted(wanted))}.")
     return kept
 
 
-def _layer_index(name: str, layers_pattern: Sequence[str] | str | None) -> int | None:
-    if layers_pattern is None:
-        match = re.match(r".*?\.(\d+)\.", f".{name}.")
-        return int(match[1]) if match else None
-    for pattern in layers_pattern:
-        match = re.match(rf".*?\.{re.escape(pattern)}\.(\d+)\.", f".{name}.")
-        if match:
-            return int(match[1])
-    return None
+def _layer_index(name: str, patterns: Mapping[str, int]) -> int | None:
+    """The first number in a name; if there are patterns, the first one behind the earliest pattern that has one."""
+    parts = name.split(".")
+    numbers = [(".".join(parts[:place]), int(part)) for place, part in enumerate(parts) if part.isdecimal()]
+    if not patterns:
+        return numbers[0][1] if numbers else None
+    behind = [
+        (patterns[ending], number) for before, number in numbers for ending in endings(before) if ending in patterns
+    ]
+    return min(behind, key=lambda pair: pair[0])[1] if behind else None
 
 
 def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConfig) -> Sequence[str] | str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.kernels import matmul
+from minipeft.kernels.transformed import is_transformed
 
 # A tensor (out, in), or a function that makes it in a given dtype: a new tensor without history.
 Weight: TypeAlias = "Tensor | Callable[[torch.dtype], Tensor]"
@@ -25,19 +26,14 @@ def held_or_made(weight: Weight, dtype: torch.dtype) -> Tensor:
 def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
     """Whether the product may be one autograd node of ours: weight and bias are frozen plain tensors that match x.
 
-    Nested tensors, compiling and functorch transforms rule it out. If the weight is made, its maker vouches for the dtype
+    Nested tensors, compiling, tracing and functorch transforms rule it out. If the weight is made, its maker vouches for the dtype
     (see `LayerOps.linear_weight`).
     """
     if isinstance(weight, Tensor):
         plain = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
         if not plain or not (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)):
             return False
-    return (
-        (bias is None or not bias.requires_grad)
-        and not x.is_nested
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return (bias is None or not bias.requires_grad) and not x.is_nested and not is_transformed()
 
 
 def lean_linear(x: Tensor, weight: Weight | None, bias: Tensor | None) -> Tensor | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+
+from minipeft.kernels.transformed import is_transformed
 
 _ATTRIBUTE = "_minipeft_source"
 
@@ -33,7 +34,7 @@ def mark(output: Tensor, module: nn.Module, input: Tensor, *, pointwise: bool = 
         input: what it was given.
         pointwise: it is an activation, so that the gradient can also go through it a few rows at a time.
     """
-    if not torch.compiler.is_compiling() and output is not input:
+    if not is_transformed() and output is not input:
         output.__dict__[_ATTRIBUTE] = Source(module, input, output._version, pointwise)
     return output
 

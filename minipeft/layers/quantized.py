@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.kernels.frozen_linear import Weight, can_fuse, frozen_linear
+from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps, layer_ops
 
 
@@ -79,7 +80,7 @@ class QuantizedLinearOps(LayerOps):
 
     def _maker(self, base: Any, x: Tensor) -> Weight | None:
         # Without a gradient there is nothing to keep, and the layer's own kernels may be better.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self.calls_linear(base, x):
+        if is_transformed() or not torch.is_grad_enabled() or not self.calls_linear(base, x):
             return None
         return functools.partial(self.dequantized, base)
 

@@ -19,6 +19,7 @@ from minipeft.errors import LeanError
 from minipeft.injection.wrapper import innermost
 from minipeft.kernels import malloc_trim
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
+from minipeft.kernels.transformed import is_transformed
 
 
 class PassesThrough(SameFunction):
@@ -89,11 +90,7 @@ class LeanLoss:
 def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Pre-hook of the model: decides whether this call's loss is computed in chunks."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
-    if (
-        not (model.training and torch.is_grad_enabled())
-        or torch.compiler.is_compiling()
-        or not _still_fits(model, loss.head)
-    ):
+    if not (model.training and torch.is_grad_enabled()) or is_transformed() or not _still_fits(model, loss.head):
         return None
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
     if given.get("labels") is None and kwargs.get("shift_labels") is None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from minipeft.class_swap import SameFunction
 from minipeft.kernels import malloc_trim, recompute
 from minipeft.kernels.frozen_linear import lean_linear
+from minipeft.kernels.transformed import is_traced
 from minipeft.layers.base import LayerOps
 from minipeft.memory import sample_slices
 
@@ -28,7 +29,7 @@ FUSED_GELU = nn.GELU(approximate="tanh")
 
 def learns(module: nn.Module) -> bool:
     """Whether a call of the module may be part of training; in any other call it computes what it did, bit for bit."""
-    return module.training and torch.is_grad_enabled()
+    return module.training and torch.is_grad_enabled() and not is_traced()
 
 
 class FusedGelu(SameFunction):

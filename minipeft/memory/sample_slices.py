@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.kernels.transformed import is_transformed
+
 ROWS = "_minipeft_slice_rows"  # in a layer's __dict__: tokens per slice; 0 if its last run showed that it cannot be cut
 DEFAULT_ROWS = {"cpu": 1024, "cuda": 8192}  # enough for matrix products to run at full speed
 # Arguments of transformers' layers with one row per sample, if their first dimension is the batch size.
@@ -38,7 +40,7 @@ def run(layer: nn.Module, forward: Call, args: Sequence[Any], checkpointed: Call
         checkpointed: calls a function on arguments and recomputes it in the backward pass.
     """
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or x.dim() != 3 or torch.compiler.is_compiling():
+    if not isinstance(x, Tensor) or x.dim() != 3 or is_transformed():
         return checkpointed(forward, *args)
     rows = layer.__dict__.get(ROWS, 0)
     states = _random_states(x.device)

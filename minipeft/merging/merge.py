@@ -11,7 +11,7 @@ from torch import nn
 
 from minipeft.errors import MergeError
 from minipeft.injection.module_tree import adapted_layers
-from minipeft.merging.interrupts import interrupts_deferred
+from minipeft.interrupts import interrupts_deferred
 from minipeft.merging.plan import Options, plan_merge
 from minipeft.merging.report import MergeReport
 from minipeft.merging.steps import AddInPlace, Step

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from minipeft.errors import CheckpointError, StateError, shown
 from minipeft.kernels.functional import lora_factors
+from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps
 from minipeft.methods.adalora_config import RANKS_SUFFIX, AdaLoraConfig
 from minipeft.methods.base import Adapter
@@ -58,7 +59,7 @@ class AdaLora(Adapter):
         self.seen = (0, 0, 0.0)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
-        if self.training and self.step < 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.training and self.step < 0 and torch.is_grad_enabled() and not is_transformed():
             self._miss_schedule()
         dropout, down = self.dropout if self.training else 0.0, self.lora_A * self.lora_E
         return low_rank_forward(base, ops, x, y, down, self.lora_B, self.scaling, dropout)

@@ -13,6 +13,7 @@ from torch.amp import is_autocast_available
 
 from minipeft.kernels import matmul
 from minipeft.kernels.functional import accumulation_dtype, is_column_major
+from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps
 from minipeft.methods.lora import Lora, LoraConfig
 from minipeft.registry import register_method
@@ -83,7 +84,7 @@ class Dora(Lora):
         for the device at every call, and the norm takes little time.
         """
         is_plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.numel() > 0
-        if torch.compiler.is_compiling() or not is_plain:
+        if is_transformed() or not is_plain:
             return None
         dtype = _norm_dtype(weight, self.lora_A, self.lora_B)
         rows, columns = (max(1, size // SAMPLED) for size in weight.shape)
@@ -151,7 +152,7 @@ def squared_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _through(weight: Tensor, A: Tensor) -> Tensor:
     """``W A^T``, shape (out, r), in A's dtype."""
-    product: Callable[[Tensor, Tensor], Tensor] = torch.mm if torch.compiler.is_compiling() else matmul.narrow
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm if is_transformed() else matmul.narrow
     if weight.dtype == A.dtype:
         return product(weight, A.t())
     cross = A.new_zeros(len(weight), len(A))
@@ -163,7 +164,7 @@ def _through(weight: Tensor, A: Tensor) -> Tensor:
 def _blocks(weight: Tensor, values: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, part) of contiguous parts with about this many values each."""
     across = int(is_column_major(weight))
-    small = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    small = weight.device.type == "cpu" and not is_transformed()
     step = max(1, (values if small else WIDENED) // max(1, weight.shape[1 - across]))
     for start in range(0, weight.shape[across], step):
         some, every = slice(start, start + step), slice(None)

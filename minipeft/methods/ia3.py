@@ -14,7 +14,7 @@ from minipeft.config import AdapterConfig
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.options import flag, names_or_regex
-from minipeft.patterns import full_matches, is_suffix
+from minipeft.patterns import endings, full_matches, matching
 from minipeft.registry import default_targets, register_method, register_targets
 
 # Target modules and which of them are feedforward modules, by model_type, as in PEFT: keys, values, and the way out of
@@ -91,14 +91,15 @@ class IA3Config(AdapterConfig):
         patterns = self.feedforward_modules or ()
         if isinstance(patterns, str):
             return full_matches(patterns, names, "feedforward_modules")
-        return [name for name in names if any(is_suffix(entry, name) for entry in patterns)]
+        return matching(patterns, names)
 
     def unused_options(self, names: Sequence[str]) -> list[str]:
         patterns = self.feedforward_modules or ()
         if isinstance(patterns, str):
             is_default = patterns in default_targets("ia3", "feedforward_modules").values()
             return [] if is_default or self._feedforward(names) else [f"feedforward_modules: {patterns}"]
-        return [f"feedforward_modules: {e}" for e in patterns if not any(is_suffix(e, name) for name in names)]
+        used = {ending for name in names for ending in endings(name)}
+        return [f"feedforward_modules: {entry}" for entry in patterns if entry not in used]
 
 
 @register_method("ia3")

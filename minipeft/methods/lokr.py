@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.lycoris import Lycoris, LycorisConfig
 from minipeft.options import flag, integer, one_of
@@ -74,7 +75,7 @@ class LoKr(Lycoris):
                 shapes = {f"lokr_w{which}": (rows, columns)}
             for name, shape in shapes.items():
                 self.register_parameter(name, nn.Parameter(weight.new_empty(shape)))
-                nn.init.kaiming_uniform_(self.get_parameter(name), a=math.sqrt(5))
+                nn.init.kaiming_uniform_(getattr(self, name), a=math.sqrt(5))
         starts_at_zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
         for name, parameter in self.named_parameters():
             if name in starts_at_zero[config.init_weights]:
@@ -82,8 +83,8 @@ class LoKr(Lycoris):
 
     def _factor(self, name: str) -> Tensor:
         if name in self._parameters:
-            return self.get_parameter(name)
-        return self.get_parameter(f"{name}_a") @ self.get_parameter(f"{name}_b")
+            return getattr(self, name)
+        return getattr(self, f"{name}_a") @ getattr(self, f"{name}_b")
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         C, D = self._factor("lokr_w1"), self._factor("lokr_w2") * self.scaling
@@ -116,7 +117,7 @@ def _kronecker_linear(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
         with torch.autocast(device, enabled=False):
             return _kronecker_linear(x, C, D)
     C, D = C.to(x.dtype), D.to(x.dtype)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return _product(x, C, D)  # a compiler decides itself what to save
     return _KroneckerLinear.apply(x, C, D)  # type: ignore[no-untyped-call]
 
@@ -129,7 +130,7 @@ def _product(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
 
 def _each(C: Tensor, X: Tensor) -> Tensor:
     """C times each of the matrices in X, (rows, m, n)."""
-    return torch.bmm(C.expand(len(X), *C.shape), X)
+    return torch.bmm(C.expand(X.shape[0], *C.shape), X)
 
 
 class _KroneckerLinear(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,6 +24,8 @@ from minipeft.options import flag, integer
 from minipeft.registry import register_method
 from minipeft.transformers_model import input_embedding
 from minipeft.wrapper_names import named_modules, unwrapped_name
+
+MAX_TABLES = 100  # a model has one or two, some a few more; each is looked for in all its modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +73,8 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
             f"{name} must be a non-empty list of token ids such as [50257, 50258], not {told(value, 100)}."
         )
     ids = tuple(integer(f"{name}[{place}]", index, at_least=0) for place, index in enumerate(value))
-    twice = next((index for index in ids if ids.count(index) > 1), None) if len(set(ids)) < len(ids) else None
-    if twice is not None:
-        raise ConfigError(f"{name} has the token {twice} more than once.")
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"{name} has the token {Counter(ids).most_common(1)[0][0]} more than once.")
     return ids
 
 
@@ -86,6 +88,8 @@ def token_option(name: str, value: object) -> tuple[int, ...] | dict[str, tuple[
         return None if value is None else token_ids(name, value)
     if not value or not all(isinstance(module, str) and module for module in value):
         raise ConfigError(f"{name} must map module names to lists of token ids, not {told(value, 100)}.")
+    if len(value) > MAX_TABLES:
+        raise ConfigError(f"{name} names {len(value):,} modules; {MAX_TABLES} are allowed.")
     return {unwrapped_name(module): token_ids(f"{name}[{told(module)}]", ids) for module, ids in value.items()}
 
 

@@ -138,9 +138,8 @@ class Vera(Adapter):
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         A, B = self._factors(x.device)
-        if (
-            not torch.is_grad_enabled() and takes_vectors(ops) and not self.is_embedding
-        ):  # nothing to keep: scale vectors
+        keeps = torch.is_grad_enabled() and not torch.jit.is_tracing()  # a trace is checked without gradients
+        if not keeps and takes_vectors(ops) and not self.is_embedding:  # nothing to keep: scale vectors
             y = ops.call(base, x) if y is None else y
             h = ops.project_in(base, x, A.to(x.dtype)) * self.vera_lambda_d
             more = ops.project_out(base, h.to(x.dtype), B.to(x.dtype)) * self.vera_lambda_b

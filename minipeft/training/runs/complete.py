@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.errors import CheckpointError, shown
-from minipeft.files.atomic import read_limited, sync_folder, write_and_sync
+from minipeft.files.atomic import sync_folder, write_and_sync
+from minipeft.files.reading import read_limited
 
 COMPLETE, FORMAT = "COMPLETE", 1
 MAX_COMPLETE_BYTES, CHUNK_BYTES = 2**20, 2**22

@@ -14,7 +14,8 @@ from types import TracebackType
 import filelock
 
 from minipeft.errors import CheckpointError
-from minipeft.files.atomic import read_limited, write_files
+from minipeft.files.atomic import write_files
+from minipeft.files.reading import read_limited
 
 LOCK_FILE, OWNER_FILE = "run.lock", "run.owner.json"
 MAX_OWNER_BYTES = 2**16

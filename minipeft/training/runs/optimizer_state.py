@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from minipeft.errors import CheckpointError, StateError, shown
+from minipeft.errors import CheckpointError, StateError, shown, told
 from minipeft.training.runs.plain import from_plain, to_plain
 
 PLAIN = (type(None), bool, int, float)  # what an optimizer may keep for a parameter besides tensors
@@ -83,14 +83,46 @@ def optimizer_from_plain(
         other = options[index].keys() ^ (optimizer.param_groups[index].keys() - {"params"})
         if other:
             raise CheckpointError(f"group {index} of the optimizer is of another kind: {shown(sorted(other))} differ.")
+        for key, value in options[index].items():
+            check_alike(f"{key} of group {index} of the optimizer", value, optimizer.param_groups[index][key])
     numbers = {name: number for number, name in enumerate(name for group in groups for name in group)}
+    state = {numbers[name]: from_plain(values, get) for name, values in saved["state"].items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state.items():
+        _check_state(values, parameters[number])
     return {
-        "state": {numbers[name]: from_plain(values, get) for name, values in saved["state"].items()},
+        "state": state,
         "param_groups": [
             {**values, "params": [numbers[name] for name in names]}
             for values, names in zip(options, groups, strict=True)
         ],
     }
+
+
+def _check_state(values: Mapping[str, Any], parameter: Tensor) -> None:
+    for key, value in values.items():
+        if not isinstance(value, (*PLAIN, Tensor)):
+            raise CheckpointError(
+                f"the optimizer's {told(key)} is a {type(value).__name__}, neither a tensor nor a number."
+            )
+        # Factors of Adafactor have length 1 in one dimension, and those of 8-bit optimizers fewer dimensions.
+        if isinstance(value, Tensor) and value.ndim == parameter.ndim > 1:
+            if any(there not in (1, here) for there, here in zip(value.shape, parameter.shape, strict=True)):
+                raise CheckpointError(
+                    f"the optimizer's {told(key)} has shape {list(value.shape)}, and the parameter {list(parameter.shape)}."
+                )
+
+
+def check_alike(what: str, saved: Any, here: Any) -> None:
+    """Check that a value can take another's place: a number that of a number, anything that of None, else the same type.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    numbers = isinstance(saved, int | float | Tensor) and isinstance(here, int | float | Tensor)
+    unset = here is None or (saved is None and isinstance(here, bool))  # such as foreach
+    if not (numbers or unset or type(saved) is type(here)):
+        raise CheckpointError(f"{what} is {told(saved)} there, and {told(here)} here.")
 
 
 def load_exactly(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ A checkpoint is a folder with the adapter in PEFT's format, which `minipeft.load
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.base_samples import base_samples
 from minipeft.files.lost_state import warn_of_lost_state
 from minipeft.files.model_card import write_card
+from minipeft.files.reading import reading
 from minipeft.files.save import file_config, save_adapter
 from minipeft.model import AdaptedModel
-from minipeft.step_hooks import load_schedule_state
+from minipeft.step_hooks import load_schedule_state, schedule_state
 from minipeft.training.distributed.ranks import agree, rank_and_world_size
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.optimizer_state import load_exactly, sharded_like
 from minipeft.training.runs.plain import checked_json
-from minipeft.training.runs.rng import set_rng_state
-from minipeft.training.runs.saved_run import Progress, read_run
+from minipeft.training.runs.rng import rng_state, set_rng_state
+from minipeft.training.runs.saved_run import Progress, SavedRun, read_run
 from minipeft.training.runs.snapshot import Collected, Live, Snapshot, Stateful, capture
 
 
@@ -120,17 +122,23 @@ class TrainingState:
 
     @all_or_nothing
     def restore(
-        self, folder: str | os.PathLike[str], *, may_differ: Sequence[str] = (), exact: bool = True
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        may_differ: Sequence[str] = (),
+        exact: bool = True,
+        go_to: Callable[[Any], object] | None = None,
     ) -> Progress:
         """Put the live objects into the state of a checkpoint. Every process calls it; all restore it, or none does.
 
-        Everything is read and compared before anything is changed.
+        Everything is read and compared before anything is changed, and changes are taken back if one fails.
 
         Args:
             folder: a checkpoint, such as `Checkpoints.latest` returns.
             may_differ: keys of the configuration that may have changed, ``"a.b"`` for one within another.
             exact: False: also accept another number of processes or other devices; the random generators are then left
                 alone.
+            go_to: takes the position in the data, before anything else changes; it raises if that is not a position.
 
         Returns:
             Where the run stood.
@@ -142,10 +150,31 @@ class TrainingState:
         saved, error = None, None
         try:
             saved = read_run(self.live, Path(folder), may_differ, exact)
+            if go_to is not None:
+                with reading(f"the position in {folder}"):
+                    go_to(saved.progress.position)
         except Exception as caught:
             error = caught
         agree(error)
         assert saved is not None
+        put_back = self._way_back()
+        try:
+            with reading(folder):
+                self._load(saved)
+        except BaseException as caught:
+            put_back()
+            if not isinstance(caught, Exception):
+                raise
+            error = caught
+        try:
+            agree(error)
+        except Exception:
+            if error is None:  # another process could not
+                put_back()
+            raise
+        return saved.progress
+
+    def _load(self, saved: SavedRun) -> None:
         with torch.no_grad():
             for key, tensor in self.live.tensors().items():
                 tensor.copy_(sharded_like(tensor, saved.adapter[key]))
@@ -156,4 +185,29 @@ class TrainingState:
                 helper.load_state_dict(saved.helpers[name])
         if saved.rng:  # last, so that nothing draws after it
             set_rng_state(saved.rng)
-        return saved.progress
+
+    def _way_back(self) -> Callable[[], None]:
+        """What puts the live objects back into their present state."""
+        live, optimizer = (
+            self.live,
+            getattr(self.live.optimizer, "optimizer", self.live.optimizer),
+        )  # Accelerate wraps it
+        tensors = [(tensor, tensor.detach().clone()) for tensor in live.tensors().values()]
+        state, groups = optimizer.state, optimizer.param_groups  # loading replaces them
+        schedule = {key: tensor.clone() for key, tensor in schedule_state(live.model, live.adapter_name).items()}
+        helpers = [
+            (helper, copy.deepcopy(helper.state_dict())) for helper in live.helpers.values() if helper is not None
+        ]
+        rng = rng_state()
+
+        def put_back() -> None:
+            with torch.no_grad():
+                for tensor, value in tensors:
+                    tensor.copy_(value)
+            optimizer.state, optimizer.param_groups = state, groups
+            load_schedule_state(live.model, live.adapter_name, schedule)
+            for helper, kept in helpers:
+                helper.load_state_dict(kept)
+            set_rng_state(rng)
+
+        return put_back

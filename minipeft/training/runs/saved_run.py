@@ -9,25 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
-from minipeft.errors import CheckpointError, ConfigError, shown
+from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.base_samples import base_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from minipeft.files.reading import read_limited
 from minipeft.files.save import file_config
 from minipeft.files.tensor_file import open_tensors
+from minipeft.options import integer
 from minipeft.step_hooks import check_schedule_state
 from minipeft.training.distributed.ranks import rank_and_world_size
 from minipeft.training.runs.checkpoints import verify
-from minipeft.training.runs.optimizer_state import optimizer_from_plain
+from minipeft.training.runs.optimizer_state import check_alike, optimizer_from_plain
 from minipeft.training.runs.plain import from_plain
 from minipeft.training.runs.rng import check_rng_state
 from minipeft.training.runs.snapshot import FORMAT, OPTIMIZER_FILE, RNG_FILE, STATE_FILE, Live, versions
 
 FILES = {CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE}
 SHOWN = 100  # characters of a value
+MAX_STATE_BYTES = 2**26
 NOT_SET = object()
 
 
@@ -68,16 +70,16 @@ def read_run(live: Live, folder: Path, may_differ: Sequence[str] = (), exact: bo
         raise CheckpointError(f"{folder} is not a checkpoint of a training run: it has {shown(files)}.")
     try:
         return _read(live, folder, may_differ, exact)
-    except ConfigError:
+    except (ConfigError, Warning):
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{folder} cannot be resumed from: {error}") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is not a checkpoint of this format ({error!r:.200}).") from None
+    except Exception as error:  # whatever an edited state leads to
+        raise CheckpointError(f"{folder} is not a checkpoint of this format ({told(error, 200)}).") from None
 
 
 def _read(live: Live, folder: Path, may_differ: Sequence[str], exact: bool) -> SavedRun:
-    state = json.loads((folder / STATE_FILE).read_bytes())
+    state = json.loads(read_limited(folder / STATE_FILE, MAX_STATE_BYTES))
     if state["format"] != FORMAT:
         raise CheckpointError(f"it has format {state['format']!r}, and this version reads {FORMAT}.")
     _compare_runs(live, folder, state, may_differ, exact)
@@ -89,7 +91,8 @@ def _read(live: Live, folder: Path, may_differ: Sequence[str], exact: bool) -> S
     rng = _random_state(folder / RNG_FILE, state["world_size"], exact)
     schedule = from_plain(state.get("schedule"), tensors.__getitem__)
     check_schedule_state(live.model, live.adapter_name, schedule)
-    return SavedRun(adapter, optimizer, schedule, helpers, rng, Progress(state["step"], state["position"]))
+    step = integer("step", state["step"], at_least=0, at_most=2**63)
+    return SavedRun(adapter, optimizer, schedule, helpers, rng, Progress(step, state["position"]))
 
 
 def _compare_runs(live: Live, folder: Path, state: Mapping[str, Any], may_differ: Sequence[str], exact: bool) -> None:
@@ -152,9 +155,12 @@ def _read_helper(live: Live, name: str, saved: Any, tensors: Mapping[str, Tensor
         there, here = ("no", "a") if saved is None else ("a", "no")
         raise CheckpointError(f"the run then had {there} {name}, and now has {here}.")
     state = from_plain(saved, tensors.__getitem__)
-    other = () if helper is None else state.keys() ^ helper.state_dict().keys()
+    live_state = {} if helper is None else helper.state_dict()
+    other = () if helper is None else state.keys() ^ live_state.keys()
     if other:
         raise CheckpointError(f"the {name} is of another kind: {shown(sorted(other))} differ.")
+    for key, value in live_state.items():
+        check_alike(f"{key} of the {name}", state[key], value)
     return state
 
 

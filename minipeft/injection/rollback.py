@@ -1,0 +1,71 @@
+"""Taking back what was done to a model's structure when that fails halfway, or is interrupted by Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft.interrupts import interrupts_deferred
+
+CONTAINERS = {dict, OrderedDict, set}
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
+    """If the block raises anything, the model is what it was: the same objects, of the same classes, with the same flags.
+
+    Values of tensors are not kept, so the block must not write any.
+
+    Args:
+        model: with all its modules.
+        others: plain objects that the block changes too, such as the model's adapter state.
+    """
+    with _put_back_on_error([*model.modules(), *others], [*model.parameters(), *model.buffers()]):
+        yield
+
+
+@contextlib.contextmanager
+def flags_unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
+    """As `unchanged_on_error`, for a block that changes flags and the other objects, but no module."""
+    with _put_back_on_error(others, list(model.parameters())):
+        yield
+
+
+@contextlib.contextmanager
+def _put_back_on_error(things: Iterable[object], tensors: Iterable[Tensor]) -> Iterator[None]:
+    kept = [_kept(thing) for thing in things]
+    flags = [(tensor, tensor.requires_grad) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with interrupts_deferred():
+            for one in kept:
+                _put_back(*one)
+            for tensor, flag in flags:
+                if tensor.requires_grad is not flag:
+                    tensor.requires_grad_(flag)
+        raise
+
+
+def _kept(thing: object) -> tuple[Any, type, dict[str, Any], list[tuple[Any, Any]], list[Any]]:
+    """An object, its class, its ``__dict__``, copies of that and of the attributes that are containers, and empty ones."""
+    own = vars(thing)
+    containers = [value for value in own.values() if type(value) in CONTAINERS]
+    full = [(own, own.copy()), *[(container, container.copy()) for container in containers if container]]
+    return thing, type(thing), own, full, [container for container in containers if not container]
+
+
+def _put_back(thing: Any, kind: type, own: dict[str, Any], full: list[tuple[Any, Any]], empty: list[Any]) -> None:
+    if type(thing) is not kind:
+        thing.__class__ = kind
+    if vars(thing) is not own:
+        object.__setattr__(thing, "__dict__", own)
+    for container in empty:
+        container.clear()
+    for container, content in full:
+        container.clear()
+        container.update(content)

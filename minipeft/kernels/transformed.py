@@ -1,0 +1,21 @@
+"""Whether torch records or transforms what is computed: only its own operations will do then, without hand-written backward passes."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether this runs under a compiler, `torch.export`, or as `is_traced` says."""
+    return torch.compiler.is_compiling() or is_traced()
+
+
+def is_traced() -> bool:
+    """Whether this runs under ``torch.jit.trace``, ``make_fx``, a transform of ``torch.func``, or in forward mode."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )

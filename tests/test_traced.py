@@ -1,0 +1,109 @@
+"""Traced, exported, and differentiated by torch.func or in forward mode: torch's own operations compute what we do."""
+
+import pytest
+import torch
+from tiny_models import disturb
+from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import minipeft
+from minipeft.kernels.transformed import is_traced, is_transformed
+
+TARGETS = {"target_modules": ["0", "3"]}
+CONFIGS = {
+    "lora": minipeft.LoraConfig(r=4, **TARGETS),
+    "dora": minipeft.LoraConfig(r=4, use_dora=True, **TARGETS),
+    "ia3": minipeft.IA3Config(feedforward_modules=["3"], **TARGETS),
+    "vera": minipeft.VeraConfig(r=4, init_weights=False, **TARGETS),
+    "adalora": minipeft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, **TARGETS),
+    "loha": minipeft.LoHaConfig(r=3, **TARGETS),
+    "lokr": minipeft.LoKrConfig(r=3, **TARGETS),
+    "oft": minipeft.OFTConfig(oft_block_size=4, **TARGETS),
+}
+# What torch does on the way is not ours.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+every_method = pytest.mark.parametrize("method", CONFIGS)
+
+
+def net(method):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 8))
+    return disturb(minipeft.get_adapter_model(base, CONFIGS[method])).eval()
+
+
+def batch(rows, seed=1):
+    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("called", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("traced", [torch.no_grad, torch.enable_grad])
+@every_method
+def test_a_traced_model_computes_the_same_on_any_batch(method, traced, called):
+    model = net(method)
+    with traced():
+        trace = torch.jit.trace(model, (batch(3),))
+    with called():
+        for rows in (1, 3, 7):
+            torch.testing.assert_close(trace(batch(rows)), model(batch(rows)))
+
+
+def by_differences(model, x, direction):
+    """The derivative along a direction in float64, from two values."""
+    exact, step = model.double(), 1e-5
+    with torch.no_grad():
+        ends = [exact(x.double() + sign * step * direction.double()) for sign in (1, -1)]
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+@every_method
+def test_forward_mode_gives_the_derivative(method):
+    model, x, direction = net(method), batch(5), batch(5, seed=2)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+    by_jvp = torch.func.jvp(model, (x,), (direction,))[1]
+    expected = by_differences(model, x, direction)
+    torch.testing.assert_close(tangent.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_jvp.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_forward_mode_in_the_adapters_parameters_gives_the_derivative(method):
+    model, x = net(method), batch(5)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    state = {name: parameter.detach() for name, parameter in model.named_parameters() if name in names}
+    along = {
+        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(3)) for name, value in state.items()
+    }
+    tangent = torch.func.jvp(lambda p: torch.func.functional_call(model, p, (x,)), (state,), (along,))[1]
+    exact, ends = model.double(), []
+    for step in (1e-5, -1e-5):
+        moved = {name: state[name].double() + step * along[name].double() for name in names}
+        ends.append(torch.func.functional_call(exact, moved, (x.double(),)).detach())
+    torch.testing.assert_close(tangent.double(), (ends[0] - ends[1]) / 2e-5, rtol=1e-3, atol=1e-4)
+
+
+@every_method
+def test_function_transforms_go_through(method):
+    model, x = net(method), batch(4)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    each = torch.func.vmap(torch.func.grad(lambda row: model(row).square().sum()))(x)
+    (together,) = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)
+    torch.testing.assert_close(each, together)
+    hessian = torch.func.hessian(lambda row: model(row).square().sum())(x[0].detach())
+    torch.testing.assert_close(hessian, hessian.t(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(make_fx(model)(x.detach())(batch(4)), model(batch(4)))
+
+
+def test_an_ordinary_call_is_not_taken_for_a_traced_one():
+    seen = []
+
+    def function(x):
+        seen.append((is_traced(), is_transformed()))
+        return x * 2
+
+    function(batch(2))
+    torch.func.vmap(function)(batch(2))
+    with forward_ad.dual_level():
+        function(batch(2))
+    assert seen == [(False, False), (True, True), (True, True)]
