@@ -19,10 +19,8 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.absent import check_loaded
-from minipeft.injection.attach import STATE, AdapterState, attach, check_name, detach, remove, switch_to
+from minipeft.injection.attach import attach, check_name, detach, remove, switch_to
 from minipeft.injection.build import build
-from minipeft.injection.checkpointing import training_setter
-from minipeft.injection.first_pass import watched_call
 from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
@@ -258,29 +256,6 @@ class AdaptedModel(OwnMethods, MergeableModel):
         with self._unmerged():  # and merged again if detaching fails
             detach(self, AdaptedModel, keep_trained=False)
         return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own call. The first one with an adapter also finds out whether the adapter acts everywhere.
-
-        Raises:
-            StateError: in training with `minipeft.hf.AdapterTrainer` or `Updater`, a layer does not use its adapter.
-                Elsewhere it is a warning.
-        """
-        state: AdapterState | None = self.__dict__.get(STATE)
-        if state is None or not state.unwatched:
-            return super().__call__(*args, **kwargs)
-        return watched_call(self, super().__call__, args, kwargs)
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """The parameter of this name, as torch has it; for an adapted layer that of its base layer, as tying weights wants."""
-        state = self.__dict__.get(STATE)
-        with state.switch.off() if state is not None else contextlib.nullcontext():
-            return super().get_parameter(target)
-
-    @property
-    def _set_gradient_checkpointing(self) -> Any:
-        """What transformers has under this name; a model that lacks it lacks it here, too."""
-        return training_setter(self, super()._set_gradient_checkpointing)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(AdaptedModel, self, super().__reduce_ex__(protocol))

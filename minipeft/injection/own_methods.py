@@ -1,7 +1,8 @@
-"""The model's own methods that have to mind its adapters: its training mode, and the size of its vocabulary."""
+"""The model's own methods that have to mind its adapters: calls, training mode, recomputation, vocabulary."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.errors import StateError, all_or_nothing, shown
-from minipeft.injection.attach import STATE, hold_norms
+from minipeft.injection.attach import STATE, AdapterState, hold_norms
+from minipeft.injection.checkpointing import training_setter
+from minipeft.injection.first_pass import watched_call
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.wrapper import innermost
 from minipeft.transformers_model import input_embedding, output_head
@@ -36,6 +39,29 @@ class OwnMethods(nn.Module):
             state.held = set()
             hold_norms(self)
         return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own call. The first one with an adapter also finds out whether the adapter acts everywhere.
+
+        Raises:
+            StateError: in training with `minipeft.hf.AdapterTrainer` or `Updater`, a layer does not use its adapter.
+                Elsewhere it is a warning.
+        """
+        state: AdapterState | None = self.__dict__.get(STATE)
+        if state is None or not state.unwatched:
+            return super().__call__(*args, **kwargs)
+        return watched_call(self, super().__call__, args, kwargs)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of this name, as torch has it; for an adapted layer that of its base layer, as tying weights wants."""
+        state = self.__dict__.get(STATE)
+        with state.switch.off() if state is not None else contextlib.nullcontext():
+            return super().get_parameter(target)
+
+    @property
+    def _set_gradient_checkpointing(self) -> Any:
+        """What transformers has under this name; a model that lacks it lacks it here, too."""
+        return training_setter(self, super()._set_gradient_checkpointing)  # type: ignore[misc]
 
     @all_or_nothing
     def resize_token_embeddings(
