@@ -285,7 +285,7 @@ def save_and_die(directory, call, step, number, keep):
 SCENARIOS = {"again": (2, 20, 1), "next": (3, 30, 2)}
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", ["again", pytest.param("next", marks=pytest.mark.slow)])
 def test_a_process_that_dies_before_any_write_leaves_old_or_new_and_the_next_save_tidies_up(
     scenario, tmp_path, processes
 ):
