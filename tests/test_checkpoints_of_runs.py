@@ -22,8 +22,9 @@ import safetensors.torch
 import torch
 from deaths import EXIT_CODE, die_before
 
-from minipeft import CheckpointError, ConfigError
+from minipeft import CheckpointError, ConfigError, StateError
 from minipeft.training.runs.checkpoints import Checkpoints, verify
+from minipeft.training.runs.output_dir import checkpoint_to_resume, the_only_run
 from minipeft.training.runs.snapshot import Snapshot
 from minipeft.training.runs.step_folders import FOREIGN_LEFTOVER_SECONDS
 
@@ -453,3 +454,23 @@ def test_finding_a_checkpoint_needs_no_torch():
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints"])
+def test_a_run_that_died_before_its_first_checkpoint_is_not_sent_in_a_circle(left, tmp_path):
+    (tmp_path / left).mkdir() if left == "checkpoints" else (tmp_path / left).write_text("")
+    with pytest.raises(CheckpointError, match="take --overwrite instead"):
+        checkpoint_to_resume(Checkpoints(tmp_path), "latest")
+    with pytest.raises(StateError, match="holds a run already") as caught:
+        the_only_run(tmp_path, resume=False, overwrite=False).__enter__()
+    assert "--overwrite begins anew" in str(caught.value)
+    assert "--resume" not in str(caught.value)
+    with the_only_run(tmp_path, resume=False, overwrite=True):
+        assert checkpoint_to_resume(Checkpoints(tmp_path), None) is None
+
+
+def test_an_empty_directory_is_begun_without_the_flag(tmp_path):
+    with pytest.raises(CheckpointError, match="leave the flag out to begin"):
+        checkpoint_to_resume(Checkpoints(tmp_path), "latest")
+    with the_only_run(tmp_path, resume=False, overwrite=False):
+        assert checkpoint_to_resume(Checkpoints(tmp_path), None) is None

@@ -12,6 +12,7 @@ from minipeft.training.distributed.launch import restarts
 from minipeft.training.distributed.ranks import agree, rank_and_world_size
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.lock import RunLock
+from minipeft.training.runs.step_folders import complete_folders
 
 RESULTS = ("adapter_config.json", "metrics.jsonl", "checkpoints")
 
@@ -62,14 +63,20 @@ def the_only_run(directory: Path, *, resume: bool, overwrite: bool) -> Iterator[
 
 
 def _check_unused(directory: Path, resume: bool, overwrite: bool) -> None:
-    found = [name for name in RESULTS if (directory / name).exists()]
+    found = results_in(directory)
     if found and not (resume or overwrite):
+        goes_on = "--resume goes on with it, " if complete_folders(Checkpoints(directory).folder) else ""
         raise StateError(
-            f"--output_dir {directory} holds a run already ({', '.join(found)}): --resume goes on with it, "
-            "--overwrite begins anew, or choose another directory."
+            f"--output_dir {directory} holds a run already ({', '.join(found)}): {goes_on}--overwrite begins anew, or "
+            "choose another directory."
         )
     if overwrite:
         Checkpoints(directory).discard_newer(-1)
+
+
+def results_in(directory: Path) -> list[str]:
+    """What a run has left in its directory, perhaps before its first checkpoint."""
+    return [name for name in RESULTS if (directory / name).exists()]
 
 
 def checkpoint_to_resume(checkpoints: Checkpoints, resume: str | None) -> Path | None:
@@ -87,7 +94,6 @@ def checkpoint_to_resume(checkpoints: Checkpoints, resume: str | None) -> Path |
         return Path(resume)
     folder = checkpoints.latest() if resume or restarts() else None
     if folder is None and resume and not restarts():
-        raise CheckpointError(
-            f"--resume: there is no complete checkpoint in {checkpoints.folder}; leave the flag out to begin."
-        )
+        begin = "take --overwrite instead" if results_in(checkpoints.folder.parent) else "leave the flag out"
+        raise CheckpointError(f"--resume: there is no complete checkpoint in {checkpoints.folder}; {begin} to begin.")
     return folder
