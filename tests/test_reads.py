@@ -95,6 +95,10 @@ def test_what_changes_a_weight_in_place_changes_the_base_layer():
         assert (base == 2).all()
         nn.init.ones_(model.read.weight)
         assert (base == 1).all()
+        torch.add(base, 4.0, out=model.read.weight)
+        assert (base == 5).all()
+        model.read.weight[1] = 7
+        assert (base[1] == 7).all()
     model.read.weight.data[0] = 3
     assert (base[0] == 3).all()
     model.read.weight.requires_grad_(True)

@@ -43,11 +43,17 @@ class AdaptedValue(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        writes = [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-        args = tuple(a.written() if i in writes and isinstance(a, AdaptedValue) else a for i, a in enumerate(args))
-        args, kwargs = tree_map_only(AdaptedValue, AdaptedValue.computed, (args, kwargs))
-        return func(*args, **kwargs)
+        arguments = func._schema.arguments
+        written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+
+        def given(name: str, value: Any) -> Any:
+            return tree_map_only(AdaptedValue, cls.written if name in written else cls.computed, value)
+
+        positional = [given(argument.name, value) for argument, value in zip(arguments, args, strict=False)]
+        return func(*positional, **{name: given(name, value) for name, value in (kwargs or {}).items()})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.written()[index] = value
 
     def computed(self) -> Tensor:
         """The value, computed at the first call."""
