@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -26,18 +27,16 @@ def check_trainer() -> None:
     Raises:
         StateError: such a trainer is among the callers.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        trainer = frame.f_locals.get("self") if frame.f_code.co_name == "_save" else None
+    for trainer in _callers("_save"):
         if _loses_best(trainer):
             raise StateError(
                 f"{type(trainer).__name__} with load_best_model_at_end cannot read an adapter back, so nothing was saved; "
                 "use minipeft.hf.AdapterTrainer, or class MyTrainer(AdapterTrainerMixin, "
                 f"{type(trainer).__name__}), or load_best_model_at_end=False."
             )
-        if frame.f_code.co_name == "_save_checkpoint" and _is_plain(frame.f_locals.get("self")):
-            _say_no_resume(type(frame.f_locals["self"]).__name__)
-        frame = frame.f_back
+    for trainer in _callers("_save_checkpoint"):
+        if _is_plain(trainer):
+            _say_no_resume(type(trainer).__name__)
 
 
 def check_outer_save(inner: nn.Module) -> None:
@@ -46,9 +45,7 @@ def check_outer_save(inner: nn.Module) -> None:
     Raises:
         StateError: a caller's ``save_pretrained`` is at work on such a model.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        outer = frame.f_locals.get("self") if frame.f_code.co_name == "save_pretrained" else None
+    for outer in _callers("save_pretrained"):
         parts = dict(outer.named_modules()) if isinstance(outer, nn.Module) and outer is not inner else {}
         name = next((name for name, part in parts.items() if part is inner), None)
         if name is not None:
@@ -57,6 +54,14 @@ def check_outer_save(inner: nn.Module) -> None:
                 f"not know, since {name} is adapted. Save the adapter by model.{name}.save_pretrained(...); for a whole "
                 f"model, first model.{name}.merge_and_unload() or unload()."
             )
+
+
+def _callers(method: str) -> Iterator[Any]:
+    """The objects whose method of this name is at work, the innermost first."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == method:
+            yield frame.f_locals.get("self")
         frame = frame.f_back
 
 

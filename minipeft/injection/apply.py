@@ -18,9 +18,7 @@ from minipeft.layers.uncalled import UncalledOps
 
 
 def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
-    """Put the built parts of a plan in place; an error on the way takes back what was done."""
-    made: list[tuple[Wrapper, Candidate]] = []
-    added: list[Wrapper] = []
+    """Put the built parts of a plan in place. `minipeft.injection.attach` takes it back if it fails half way."""
     sites: list[tuple[Candidate, nn.Module, object, Callable[[nn.Module], Wrapper], bool]] = []
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
         kind: type[AdaptedLayer] = AdaptedWeight if isinstance(site.ops, UncalledOps) else AdaptedLayer
@@ -30,26 +28,15 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
         sites.append((saved.candidate, module, None, partial(SavedModule, switch=switch, only=saved.only), False))
     for prepared, base in plan.prepared:
         prepared.prepare(base)
-    try:
-        for candidate, part, ops, wrap, follows in sites:
-            parent, attribute = candidate.places[0]
-            occupant = parent.get_submodule(attribute)
-            wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) == ops), None)
-            if wrapper is None:
-                wrapper = place.put(wrap, occupant, candidate.places)
-                made.append((wrapper, candidate))
-            else:
-                added.append(wrapper)
-            wrapper.adapters[adapter_name] = part
-            if follows:
-                wrapper.tied_adapters.add(adapter_name)
-    except BaseException:
-        for wrapper in added:
-            if adapter_name in wrapper.adapters:
-                wrapper.drop(adapter_name)
-        for wrapper, candidate in reversed(made):
-            place.take_out(wrapper, wrapper.base_layer, candidate.places)
-        raise
+    for candidate, part, ops, wrap, follows in sites:
+        parent, attribute = candidate.places[0]
+        occupant = parent.get_submodule(attribute)
+        wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) == ops), None)
+        if wrapper is None:
+            wrapper = place.put(wrap, occupant, candidate.places)
+        wrapper.adapters[adapter_name] = part
+        if follows:
+            wrapper.tied_adapters.add(adapter_name)
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:

@@ -43,9 +43,7 @@ class AdapterState:
     pauses: int = 0  # how many contexts are open in which nothing is merged
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
     unwatched: set[str] = field(default_factory=set)  # adapters of which no forward pass has been watched yet
-    idle: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # layers that did not use an adapter, see `injection.watch`
+    idle: dict[str, list[str]] = field(default_factory=dict)  # layers not using an adapter, see `injection.watch`
     refuses_idle: bool = False  # an idle layer is an error, not a warning
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)  # see `minipeft.injection.fresh_parts`
     samples: dict[str, dict[str, list[float]]] = field(

@@ -15,7 +15,7 @@ from torch import nn
 
 from minipeft.config import HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import shown
-from minipeft.injection.module_tree import Candidate, candidates
+from minipeft.injection.module_tree import Candidate, candidates, is_callable
 from minipeft.injection.targets import select_parameters, select_saved, select_targets, within
 from minipeft.layers.offloaded import offloads
 from minipeft.transformers_model import (
@@ -29,8 +29,6 @@ from minipeft.transformers_model import (
 from minipeft.wrapper_names import named_modules
 
 ORIGINS = "_minipeft_origins"  # their name in an adapted model's __dict__, which is copied and pickled with the model
-# These are indexed or iterated over, not called, so a copy cannot stand in their place.
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _topmost_fresh(
     whole = {
         name
         for name, candidate in free.items()
-        if not isinstance(candidate.base, CONTAINERS)
+        if is_callable(candidate.base)
         and id(candidate.module) not in tables
         and any(True for _ in candidate.base.parameters())
         and all(id(p) in new for p in candidate.base.parameters())
@@ -156,7 +154,7 @@ def _beside_base_model(
         for name, candidate in free.items()
         if "." not in name
         and candidate.module is not head
-        and not isinstance(candidate.base, CONTAINERS)
+        and is_callable(candidate.base)
         and any(names.get(id(p)) in unknown for p in candidate.base.parameters())
         and not any(id(p) in used for p in candidate.base.parameters())
     ]
@@ -174,7 +172,7 @@ def warn_of_fresh_parts(model: nn.Module, config: AdapterConfig, parts: FreshPar
     bare = [
         name
         for name, owner, _ in base_parameters(model, found)
-        if name in origins.fresh and owner._modules and not isinstance(owner, CONTAINERS)
+        if name in origins.fresh and owner._modules and is_callable(owner)
     ]
     unasked = () if config.task_type in HEADS_OF_TASK else parts.trained
     for names, fate in (

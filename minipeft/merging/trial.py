@@ -15,6 +15,7 @@ from minipeft import registry
 from minipeft.errors import MergeError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.layers.base import LayerOps
+from minipeft.layers.offloaded import HOOK
 from minipeft.layers.uncalled import UncalledOps
 
 TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -96,7 +97,7 @@ def _output_error(layer: AdaptedLayer, names: tuple[str, ...]) -> float:
 def _without_hooks(base: nn.Module) -> nn.Module:
     """A copy whose hooks and patched forward, which may hold anything, are not copied."""
     left_out: dict[int, object] = {id(getattr(base, hooks)): {} for hooks in HOOKS}
-    left_out |= {id(vars(base)[name]): None for name in ("forward", "_hf_hook") if name in vars(base)}
+    left_out |= {id(vars(base)[name]): None for name in ("forward", HOOK) if name in vars(base)}
     return copy.deepcopy(base, left_out)
 
 

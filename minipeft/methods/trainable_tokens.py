@@ -190,9 +190,8 @@ class TrainableTokens(Adapter):
         return self.indices, self.change()
 
     def for_tied(self, base: nn.Module, ops: LayerOps) -> Self:
-        twin = copy.copy(
-            self
-        )  # with the same dictionaries of parameters and buffers, so a tensor put into one is in both
+        # With the same dictionaries of parameters and buffers, so a tensor put into one is in both.
+        twin = copy.copy(self)
         twin.is_embedding = ops.is_embedding
         return twin
 

@@ -68,8 +68,7 @@ def _note(model: nn.Module, quantizer: QuantizedLinearOps, kind: str) -> None:
     config = quantizer.transformers_config(kind, dtypes[0] if dtypes else torch.float32, in_float, transposed)
     if config is not None:
         auto: Any = importlib.import_module("transformers.quantizers.auto")
-        values: dict[str, Any] = {"hf_quantizer": auto.AutoHfQuantizer.from_config(config, pre_quantized=True)}
-        vars(model).update(values)
+        vars(model)["hf_quantizer"] = auto.AutoHfQuantizer.from_config(config, pre_quantized=True)
         vars(model.config)["quantization_config"] = config
 
 

@@ -188,10 +188,8 @@ class TrainingState:
 
     def _way_back(self) -> Callable[[], None]:
         """What puts the live objects back into their present state."""
-        live, optimizer = (
-            self.live,
-            getattr(self.live.optimizer, "optimizer", self.live.optimizer),
-        )  # Accelerate wraps it
+        live = self.live
+        optimizer = getattr(live.optimizer, "optimizer", live.optimizer)  # Accelerate wraps it
         tensors = [(tensor, tensor.detach().clone()) for tensor in live.tensors().values()]
         state, groups = optimizer.state, optimizer.param_groups  # loading replaces them
         schedule = {key: tensor.clone() for key, tensor in schedule_state(live.model, live.adapter_name).items()}
