@@ -1,100 +1,30 @@
-"""minipeft: LoRA and its relatives for any torch model, in files that PEFT, transformers and vLLM read."""
+"""minipeft: LoRA and its relatives for any torch model, in files that PEFT, transformers and vLLM read.
+
+What it offers stands in `minipeft.api`, which is imported at the first use, and torch with it: so ``minipeft --help``
+answers at once.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
 
-from minipeft import layers, methods  # noqa: F401  (importing them registers the built-in classes)
-from minipeft.config import AdapterConfig
-from minipeft.errors import (
-    CheckpointError,
-    ConfigError,
-    ContractError,
-    DataError,
-    LeanError,
-    MergeError,
-    MinipeftError,
-    RegistryError,
-    StateError,
-    TargetError,
-)
-from minipeft.injection import default_targets  # noqa: F401  (registers the defaults)
-from minipeft.layers.base import LayerOps
-from minipeft.memory.lean import lean, unlean
-from minipeft.merging.report import MergeReport
-from minipeft.methods.adalora_config import AdaLoraConfig
-from minipeft.methods.base import Adapter
-from minipeft.methods.ia3 import IA3Config
-from minipeft.methods.loha import LoHaConfig
-from minipeft.methods.lokr import LoKrConfig
-from minipeft.methods.lora import LoraConfig
-from minipeft.methods.oft import OFTConfig
-from minipeft.methods.trainable_tokens import TrainableTokensConfig
-from minipeft.methods.vera import VeraConfig
-from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
-from minipeft.quantization.dequantize import dequantize
-from minipeft.quantization.quantize import quantize
-from minipeft.registry import register_adapter, register_layer, register_method, register_targets
-from minipeft.step_hooks import after_step, extra_loss
+if TYPE_CHECKING:
+    from minipeft.api import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 
-def get_lora_model(
-    model: nn.Module,
-    config: LoraConfig | None = None,
-    adapter_name: str = "default",
-    *,
-    autocast_adapter_dtype: bool = True,
-) -> AdaptedModel:
-    """Adapt a model in place with LoRA and freeze its base; see `get_adapter_model`. The default config is ``LoraConfig()``.
-
-    Raises:
-        MinipeftError: a value, pattern or layer cannot be used; the model is unchanged, bit for bit.
-    """
-    config = LoraConfig() if config is None else config
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(
-            f"get_lora_model takes a LoraConfig, not {type(config).__name__}; get_adapter_model takes the configuration of any method."
-        )
-    return get_adapter_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+def __getattr__(name: str) -> object:
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    try:
+        value = globals()[name] = getattr(importlib.import_module("minipeft.api"), name)
+        return value
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
-__all__ = [
-    "AdaLoraConfig",
-    "AdaptedModel",
-    "Adapter",
-    "AdapterConfig",
-    "CheckpointError",
-    "ConfigError",
-    "ContractError",
-    "DataError",
-    "IA3Config",
-    "LayerOps",
-    "LeanError",
-    "LoHaConfig",
-    "LoKrConfig",
-    "LoraConfig",
-    "MergeError",
-    "MergeReport",
-    "MinipeftError",
-    "OFTConfig",
-    "RegistryError",
-    "StateError",
-    "TargetError",
-    "TrainableTokensConfig",
-    "VeraConfig",
-    "after_step",
-    "dequantize",
-    "extra_loss",
-    "get_adapter_model",
-    "get_lora_model",
-    "lean",
-    "load_adapter",
-    "quantize",
-    "register_adapter",
-    "register_layer",
-    "register_method",
-    "register_targets",
-    "unlean",
-]
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module("minipeft.api").__all__})

@@ -10,12 +10,14 @@ Four functions fill it, for the built-in classes and for plugins alike:
 * ``register_adapter("lora", layer=nn.Linear)`` or ``register_adapter("lora", pattern="lm_head")``: an override.
 
 Types are looked up along the MRO, the most derived first, so the order of registration never matters. A dotted name keeps
-a heavy package out of ``import minipeft``. Plugins are entry points in the group ``minipeft.plugins``.
+a heavy package out of ``import minipeft``. Plugins are entry points in the group ``minipeft.plugins``. A look-up loads the
+built-in classes first.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.metadata
 import os
 import re
@@ -42,6 +44,7 @@ class _Tables:
 
 
 _tables = _Tables()
+_BUILT_IN = ["minipeft.layers", "minipeft.methods", "minipeft.injection.default_targets"]  # until they are loaded
 _plugins_loaded = False
 
 
@@ -193,6 +196,7 @@ def method_class(method: str) -> type[Any]:
     Raises:
         RegistryError: there is no such method; the message lists the known ones.
     """
+    _load_built_in()
     cls = _tables.methods.get(method)
     if cls is None:
         known = sorted(_tables.methods)
@@ -202,6 +206,7 @@ def method_class(method: str) -> type[Any]:
 
 def method_names() -> list[str]:
     """Names of the registered methods, sorted."""
+    _load_built_in()
     return sorted(_tables.methods)
 
 
@@ -218,11 +223,19 @@ def adapter_class(method: str, module_name: str, layer_type: type) -> type[Any]:
 
 def default_targets(method: str | None = None, option: str = "target_modules") -> dict[str, tuple[str, ...] | str]:
     """The default patterns by ``model_type``, of one method (None: the general ones) and option."""
+    _load_built_in()
     return {key[2]: patterns for key, patterns in _tables.targets.items() if key[:2] == (method, option)}
+
+
+def _load_built_in() -> None:
+    """Import what registers the built-in classes, at the first look-up."""
+    while _BUILT_IN:
+        importlib.import_module(_BUILT_IN.pop(0))
 
 
 def _settle_dotted_names() -> None:
     """Replace an alias (``torch.nn.Linear``) by the class's own name once its package is loaded."""
+    _load_built_in()
     tables: tuple[dict[str, dict[str, Any]], ...] = (_tables.layers, _tables.by_layer)
     for table in tables:
         for key in list(table):
@@ -237,6 +250,7 @@ def load_plugins() -> None:
     A plugin that fails is named in a warning and its registrations are undone; the others load.
     """
     global _plugins_loaded, _tables
+    _load_built_in()
     if _plugins_loaded or os.environ.get("MINIPEFT_DISABLE_PLUGINS") == "1":
         return
     _plugins_loaded = True

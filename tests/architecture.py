@@ -36,15 +36,15 @@ def imported(path: Path) -> Iterator[str]:
 
 @functools.cache
 def graph(root: Path = ROOT) -> dict[str, set[str]]:
-    """Module -> modules that it imports, without the front door, which imports everything."""
+    """Module -> modules that it imports, without the two front doors."""
     files = {name: path for path, name in modules(root)}
     known = {name.removesuffix(".__init__"): name for name in files}
     found = {known[n]: {known[other] for other in imported(p) if other in known} for n, p in _plain(files)}
     # A package that imports its own modules, to let them register, stands on no higher floor than they do.
     for package in ("minipeft.layers.__init__", "minipeft.methods.__init__"):
         found[package] = set()
-    del found["minipeft.__init__"]
-    return {name: others - {name, "minipeft.__init__"} for name, others in found.items()}
+    doors = {"minipeft.__init__", "minipeft.__main__"}
+    return {name: others - {name} - doors for name, others in found.items() if name not in doors}
 
 
 def _plain(files: dict[str, Path]) -> Iterator[tuple[str, Path]]:

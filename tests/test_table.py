@@ -1,5 +1,6 @@
 """The table of methods and layer types: true to the registry, and written between two lines of a file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from minipeft.testing import table
 from minipeft.testing.table import BEGIN, END, code_lines, main, refusals, with_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+COUNT = re.compile(r"\b\d+(?= \|)")  # a cell of a table that is a number
 
 
 class PickyConfig(Lora.config_class):
@@ -113,10 +115,12 @@ def test_the_command_prints_the_table(capsys):
 
 
 def test_the_readme_holds_what_the_command_prints():
+    """Ticks to the letter. Line counts to a tenth: an edit of a method must not have to touch the README."""
     text = README.read_text("utf-8")
-    if BEGIN not in text:
-        pytest.skip(f"README.md has no line {BEGIN!r} yet")
     try:
-        assert with_table(text, table.table()) == text, "run: python -m minipeft.testing.table --write README.md"
-    except TargetError as error:
+        expected = with_table(text, table.table())
+    except TargetError as error:  # a layer's package is not installed
         pytest.skip(str(error))
+    assert COUNT.sub("#", text) == COUNT.sub("#", expected), "run: python -m minipeft.testing.table --write README.md"
+    written, true = ([int(count) for count in COUNT.findall(each)] for each in (text, expected))
+    assert written == pytest.approx(true, rel=0.1), "run: python -m minipeft.testing.table --write README.md"

@@ -1,0 +1,1 @@
+"""The commands: ``minipeft ...`` and ``python -m minipeft ...``, one file each."""
