@@ -62,6 +62,7 @@ def test_training_and_evaluation_share_no_document():
         assert not train & held_out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # transformers' notes on a model under construction
 def test_a_few_steps_of_the_build_learn(tmp_path, monkeypatch):
     build = build_script()

@@ -555,7 +555,7 @@ def test_json_nested_deeper_than_any_config_is_refused(saved, key):
     refused(saved, "not valid JSON")
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_no_damage_to_the_bytes_gets_past_unnoticed(tmp_path_factory, data):
     """Cut, flip and insert anywhere: either one of our errors and an untouched model, or all tensors finite and in shape."""
@@ -583,7 +583,7 @@ def test_no_damage_to_the_bytes_gets_past_unnoticed(tmp_path_factory, data):
         assert loaded.adapter_state_dict().keys() == adapted().adapter_state_dict().keys()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_set_of_renamed_dropped_or_reshaped_tensors_is_refused(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("keys")

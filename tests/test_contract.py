@@ -21,7 +21,6 @@ ALL = {check.__name__ for check in CHECKS}
 MERGES = {"merge_float64", "merge_float32", "merge_bfloat16"}
 PAIRS = [(method, layer) for method in registry.method_names() for layer in registry.layers()]
 
-
 of_built_in = functools.cache(check_pair)  # nothing of a built-in pair is tried twice
 
 
@@ -44,12 +43,21 @@ def isolated():
         yield
 
 
+# On these layer types every method is always tried, and lora on every layer type. The other pairs are slow.
+COMMON = {registry.qualified(layer) for layer in (nn.Linear, nn.Embedding, Conv1D)}
+
+
 def compiled(method, layer):
-    """The pairs that are always compiled: lora on every layer type, and every method on Linear. The others are slow."""
+    """The pairs that are always compiled."""
     return method == "lora" or layer == registry.qualified(nn.Linear)
 
 
-@pytest.mark.parametrize(("method", "layer"), PAIRS, ids=lambda name: name.rpartition(".")[2])
+def pair(method, layer):
+    marks = () if method == "lora" or layer in COMMON else pytest.mark.slow
+    return pytest.param(method, layer, marks=marks, id=f"{method}-{layer.rpartition('.')[2]}")
+
+
+@pytest.mark.parametrize(("method", "layer"), [pair(*names) for names in PAIRS])
 def test_every_method_keeps_the_contract_on_every_layer_or_says_what_is_missing(method, layer, request):
     if not compiled(method, layer):
         request.getfixturevalue("uncompiled")

@@ -296,6 +296,7 @@ def test_a_compiled_backward_pass_gives_the_gradients_of_the_fused_one(compiled)
     assert_all_close(taken_gradients(model), gradients(model, ids))
 
 
+@pytest.mark.slow
 def test_a_compiled_backward_pass_works_under_autocast(compiled):
     model, ids = one_block(), BATCHES[FEW]
     with torch.autocast("cpu", torch.bfloat16):
@@ -308,6 +309,7 @@ def test_a_compiled_backward_pass_works_under_autocast(compiled):
     assert_all_close(found, taken_gradients(model), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_with_dropout(compiled):
     model, ids = one_block(dropout=0.2), BATCHES[FEW]
     run, optimizer, losses = compiled(model), an_optimizer(model), []
