@@ -75,6 +75,7 @@ def test_the_default_targets_of_a_common_family_exist(model_type):
     check_family(model_type)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "model_type", [m for m in MODEL_TYPES if m not in COMMON.split() and m not in NO_MODEL_OF_ITS_OWN]
