@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from minipeft import step_hooks
 from minipeft.errors import StateError, shown
 from minipeft.files.restore import restore_adapters
+from minipeft.integrations.trl import arguments_for_trl, is_of_trl
 from minipeft.merging.training_guard import check_training
 from minipeft.model import AdaptedModel
 from minipeft.trainer_checkpoint import RECORD, restore_best, resume, save_schedules, save_whole_adapters
@@ -59,6 +60,8 @@ class AdapterTrainerMixin:
     _extra_loss_added = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if is_of_trl(type(self)):
+            args, kwargs = (), arguments_for_trl(_after(AdapterTrainerMixin, type(self)), args, kwargs)
         super().__init__(*args, **kwargs)
         trainer: Any = self
         trainer.add_callback(_AfterStep(self))
@@ -75,6 +78,8 @@ class AdapterTrainerMixin:
 
     def _unwrapped(self) -> AdaptedModel | None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, AdaptedModel) and hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # it is in a PeftModel
         return model if isinstance(model, AdaptedModel) else None
 
     def _scheduled(self) -> AdaptedModel | None:
@@ -180,6 +185,12 @@ class AdapterTrainerMixin:
         adapted = self._adapted()
         if adapted is not None and self.is_world_process_zero():
             adapted.create_or_update_model_card(self.args.output_dir)
+
+
+def _after(mixin: type, cls: type) -> type:
+    """The class whose ``__init__`` is next after a mixin's."""
+    rest = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
+    return next(base for base in rest if "__init__" in vars(base))
 
 
 class AdapterTrainer(AdapterTrainerMixin, Trainer):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minipeft import registry
@@ -20,7 +20,7 @@ from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.absent import check_loaded
 from minipeft.injection.attach import attach, check_name, detach, remove, switch_to
-from minipeft.injection.build import build
+from minipeft.injection.build import PREFIX, build
 from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
@@ -101,7 +101,7 @@ def load_adapter(
     return cast(AdaptedModel, model)
 
 
-def _plan(model: nn.Module, config: AdapterConfig) -> Plan:
+def _plan(model: nn.Module, config: object) -> Plan:
     if not isinstance(config, AdapterConfig) or not hasattr(type(config), "method"):
         raise ConfigError(f"config must be the configuration of a method, such as LoraConfig, not {config!r:.100}.")
     _check_adaptable(model)
@@ -119,6 +119,11 @@ def _check_adaptable(model: object) -> None:
     registry.load_plugins()
 
 
+class _Names(list[str]):
+    def __call__(self) -> list[str]:
+        return self
+
+
 class AdaptedModel(OwnMethods, MergeableModel):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
@@ -129,8 +134,8 @@ class AdaptedModel(OwnMethods, MergeableModel):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that act now."""
-        return list(self._state.switch.active)
+        """Names of the adapters that act now. Transformers has a method of this name, so it can be called, too."""
+        return _Names(self._state.switch.active)
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
@@ -156,17 +161,25 @@ class AdaptedModel(OwnMethods, MergeableModel):
         )
 
     @all_or_nothing
-    def add_adapter(self, adapter_name: str, config: AdapterConfig, *, autocast_adapter_dtype: bool = True) -> None:
-        """Add another adapter, inactive until `set_adapter`.
+    def add_adapter(
+        self,
+        adapter_name: str | AdapterConfig,
+        config: AdapterConfig | str = DEFAULT,
+        *,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add another adapter, inactive until `set_adapter`; transformers' order, the configuration first, is understood.
 
         Raises:
             MinipeftError: as `get_adapter_model`; or the name is taken.
         """
+        if not isinstance(adapter_name, str):
+            adapter_name, config = str(config), adapter_name
         check_name(adapter_name, self.adapter_configs)
         with self._unmerged():  # an adapter starts from the base, not from other adapters
             plan = _plan(self, config)
             parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
-            attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
+            attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
 
     def load_adapter(
         self,
@@ -213,6 +226,33 @@ class AdaptedModel(OwnMethods, MergeableModel):
         """
         with self._unmerged(), self._state.switch.off():
             yield
+
+    @all_or_nothing
+    def disable_adapters(self) -> None:
+        """Transformers' verb: no adapter acts until `enable_adapters`.
+
+        Raises:
+            StateError: an adapter is merged; `disable_adapter` takes it out for a while.
+        """
+        if merged := self._state.merged:
+            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
+        self._state.switch.turn(False)
+
+    def enable_adapters(self) -> None:
+        """Transformers' verb: the active adapters act again."""
+        self._state.switch.turn(True)
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Tensor]:
+        """Transformers' verb: an adapter's live tensors (None: the active one's), with their keys in a file less its prefix.
+
+        Raises:
+            StateError: there is no such adapter.
+            ConfigError: a `state_dict` is given, which `save_pretrained` takes.
+        """
+        if state_dict is not None:
+            raise ConfigError("get_adapter_state_dict gives the live tensors; pass state_dict to save_pretrained().")
+        tensors = self.adapter_state_dict(adapter_name or next(iter(self.active_adapters), None))
+        return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
     @all_or_nothing
     def merge_and_unload(

@@ -22,7 +22,7 @@ FLOORS = (
     ("injection",),
     ("files", "quantization", "memory"),
     ("merging", "step_hooks"),
-    ("model", "trainer_checkpoint"),
+    ("model", "trainer_checkpoint", "integrations"),
     ("api", "hf", "training", "testing", "cli"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.errors import StateError, all_or_nothing, shown
+from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.injection.attach import STATE, AdapterState, hold_norms
 from minipeft.injection.checkpointing import training_setter
 from minipeft.injection.first_pass import watched_call
@@ -46,7 +46,12 @@ class OwnMethods(nn.Module):
         Raises:
             StateError: in training with `minipeft.hf.AdapterTrainer` or `Updater`, a layer does not use its adapter.
                 Elsewhere it is a warning.
+            ConfigError: `adapter_names` is given, which transformers' models take without a word.
         """
+        if "adapter_names" in kwargs:
+            raise ConfigError(
+                "adapter_names is not implemented: all rows of a batch use the active adapters. See set_adapter."
+            )
         state: AdapterState | None = self.__dict__.get(STATE)
         if state is None or not state.unwatched:
             return super().__call__(*args, **kwargs)

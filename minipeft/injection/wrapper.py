@@ -19,6 +19,7 @@ class Switch:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.contexts_off = 0  # how many `off` contexts are open
+        self.stays_off = False  # until `turn` says otherwise
         self.read: set[int] | None = None  # ids of the wrappers whose weight is used, while a pass is watched
 
     @contextlib.contextmanager
@@ -30,7 +31,12 @@ class Switch:
             yield
         finally:
             self.contexts_off -= 1
-            self.enabled = self.contexts_off == 0
+            self.enabled = self.contexts_off == 0 and not self.stays_off
+
+    def turn(self, on: bool) -> None:
+        """Let adapters act, or not, until further notice."""
+        self.stays_off = not on
+        self.enabled = on and self.contexts_off == 0
 
     def note_read(self, wrapper: Wrapper) -> None:
         """Remember that something used the adapted weight of this layer."""

@@ -7,6 +7,8 @@ import functools
 import platform
 from collections.abc import Callable
 
+import torch
+
 
 def trim(device_type: str) -> None:
     """Return the pages of freed arrays that lie between used ones; only on a CPU with glibc.
@@ -14,7 +16,8 @@ def trim(device_type: str) -> None:
     Arrays of tens of megabytes leave holes in glibc's heap that arrays of the same size do not fit into again, since
     torch asks for aligned ones. That makes a training step take a fifth more memory; the call takes milliseconds.
     """
-    give_back = _malloc_trim() if device_type == "cpu" else None
+    wanted = device_type == "cpu" and not torch.compiler.is_compiling()
+    give_back = _malloc_trim() if wanted else None
     if give_back is not None:
         give_back(0)
 

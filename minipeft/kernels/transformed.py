@@ -13,7 +13,7 @@ def is_transformed() -> bool:
 
 def is_traced() -> bool:
     """Whether this runs under ``torch.jit.trace``, ``make_fx``, a transform of ``torch.func``, or in forward mode."""
-    return (
+    return not torch.compiler.is_dynamo_compiling() and (  # which cannot trace the questions below
         torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

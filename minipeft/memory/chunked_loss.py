@@ -8,6 +8,7 @@ logits. If the model changes the tensor in between (a soft cap, a scale), the ca
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from minipeft.injection.wrapper import innermost
 from minipeft.kernels import malloc_trim
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 from minipeft.kernels.transformed import is_transformed
+
+_log = logging.getLogger("minipeft")
 
 
 class PassesThrough(SameFunction):
@@ -51,6 +54,7 @@ class LeanLoss:
     original: Any
     set_before: bool
     takes_use_cache: bool
+    left_alone: bool = False  # and that has been logged
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The loss: in chunks if the head passed its input through, else the model's own."""
@@ -88,15 +92,16 @@ class LeanLoss:
 
 
 def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Pre-hook of the model: decides whether this call's loss is computed in chunks."""
+    """Pre-hook of the model: decides whether this call's loss is computed in chunks. A compiler sees the whole logits."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
-    if not (model.training and torch.is_grad_enabled()) or is_transformed() or not _still_fits(model, loss.head):
+    if not (model.training and torch.is_grad_enabled()):
         return None
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
     if given.get("labels") is None and kwargs.get("shift_labels") is None:
         return None
-    malloc_trim.trim(next(model.parameters()).device.type)
-    loss.head.passing = Passing()  # type: ignore[assignment]
+    if not is_transformed() and _still_fits(model, loss.head):
+        malloc_trim.trim(next(model.parameters()).device.type)
+        loss.head.passing = Passing()  # type: ignore[assignment]
     # A training step does not read the cache, which would copy all keys and values.
     free = given.get("use_cache") is None and ("use_cache" in kwargs or "use_cache" not in given)
     if loss.takes_use_cache and free and given.get("past_key_values") is None:
@@ -130,6 +135,14 @@ def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return None
     del loss.head.passing
     if output is None:  # the call failed
+        return None
+    if passing.hidden is None:  # the head was not called: TRL multiplies by its weight itself, in chunks of its own
+        if not loss.left_alone:
+            loss.left_alone = True
+            _log.info(
+                "lean: %s was not asked for its logits, so its loss is left to the code that called it.",
+                type(model).__name__,
+            )
         return None
     if not passing.used:
         raise LeanError(f"{type(model).__name__} did not compute its loss by loss_function; pass chunked_loss=False.")

@@ -26,6 +26,12 @@ class Probe:
 
     def __init__(self, model: nn.Module, *, with_labels: bool) -> None:
         self.with_labels = with_labels
+        reads = getattr(model, "main_input_name", "input_ids")
+        if reads != "input_ids":
+            raise LeanError(
+                f"lean() is for models that read token ids, and {type(model).__name__} reads {reads}. To save memory, call "
+                "its gradient_checkpointing_enable()."
+            )
         try:
             self.loss, self.gradients = _run(model, with_labels)
         except Exception as error:

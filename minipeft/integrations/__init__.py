@@ -1,0 +1,1 @@
+"""Adapted models inside other libraries, one file each."""

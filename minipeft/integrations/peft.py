@@ -1,0 +1,220 @@
+"""Adapted models for tools that know PEFT's alone, and minipeft's fused layer for models that PEFT adapts.
+
+TRL, accelerate and transformers ask ``isinstance(model, peft.PeftModel)``. `as_peft_model` puts an adapted model into one.
+Whoever stays with PEFT (``peft_config=`` of TRL's trainers) gets the fused layer by `config`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import peft
+from peft.tuners.lora.layer import Linear, dispatch_default
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from minipeft.config import AdapterConfig, config_from_dict
+from minipeft.errors import ConfigError, StateError
+from minipeft.files.save import file_config
+from minipeft.injection.module_tree import wrappers
+from minipeft.kernels.frozen_linear import can_fuse
+from minipeft.kernels.lora_linear import lora_linear
+from minipeft.merging.mergeable_model import MergeableModel
+
+PREFIX = "base_model.model."
+
+
+class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
+    """A `peft.PeftModel` that holds an adapted model of minipeft's; see `as_peft_model`.
+
+    The verbs that both libraries have are the adapted model's own. What only PEFT has is refused.
+    """
+
+    _is_prompt_learning = False
+    prefix = "adapters."  # a part of the name of every adapter's parameter
+
+    def __init__(self, model: MergeableModel) -> None:
+        nn.Module.__init__(self)
+        self.base_model = _Holder(model)
+        self._configs: dict[str, tuple[AdapterConfig, Any]] = {}
+
+    def get_base_model(self) -> Any:
+        """The adapted model. PEFT calls what is inside a `PeftModel` its base model, adapters and all."""
+        return self.base_model.model
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """For each adapter the configuration that PEFT would have read from its file."""
+        model = self.get_base_model()
+        for name, own in model.adapter_configs.items():
+            if self._configs.get(name, (None,))[0] is not own:
+                values = {**file_config(model, own, name), "inference_mode": own.inference_mode}
+                self._configs[name] = own, peft.PeftConfig.from_peft_type(**values)
+        return {name: self._configs[name][1] for name in model.adapter_configs}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that act now."""
+        return self.get_base_model().active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name alone if there is only one."""
+        return self.get_base_model().active_adapter
+
+    @property
+    def peft_type(self) -> Any:
+        """That of the first adapter."""
+        return next(iter(self.peft_config.values())).peft_type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted model's own."""
+        return self.get_base_model().generate(*args, **kwargs)
+
+    def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
+        """Add an adapter, which does not train until it is told to, as in PEFT.
+
+        With the configuration of an adapter that is here, as `peft_config` gives it, the new one is its exact copy: so TRL
+        makes its reference.
+
+        Raises:
+            MinipeftError: see `minipeft.AdaptedModel.add_adapter`.
+        """
+        model = self.get_base_model()
+        source = next((name for name, (_, known) in self._configs.items() if known is peft_config), None)
+        own = as_own_config(peft_config) if source is None else model.adapter_configs[source]
+        model.add_adapter(adapter_name, own)
+        for _, wrapper in wrappers(model):
+            for parameter in wrapper.trainable_parameters(adapter_name):
+                parameter.requires_grad_(False)
+            if source is not None and source in wrapper.adapters:
+                wrapper.adapters[adapter_name].load_state_dict(wrapper.adapters[source].state_dict())
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Let this adapter act. Whether adapters train does not change, so `inference_mode` has nothing to do."""
+        self.get_base_model().set_adapter(adapter_name)
+
+    def save_pretrained(
+        self, save_directory: Any, *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
+    ) -> None:
+        """See the adapted model's own method; a `state_dict` of this object is understood, too."""
+        if state_dict is not None:
+            state_dict = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
+        self.get_base_model().save_pretrained(save_directory, state_dict=state_dict, **options)
+
+
+class _Holder(nn.Module):
+    """What PEFT calls the tuner: the model under ``model``, and its attributes."""
+
+    def __init__(self, model: MergeableModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+
+def _passed_on(name: str) -> Any:
+    """The attribute of the adapted model; PEFT has a method of this name."""
+
+    def method(self: AdaptedPeftModel, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(self.get_base_model(), name, None)
+        if own is None:
+            raise StateError(
+                f"{name}() is PEFT's own, and minipeft adapted this model; see the verbs of get_base_model()."
+            )
+        return own(*args, **kwargs)
+
+    return functools.update_wrapper(method, getattr(peft.PeftModel, name))
+
+
+for _name in set(dir(peft.PeftModel)) - set(dir(nn.Module)) - set(vars(AdaptedPeftModel)):
+    if not _name.startswith("_") and isinstance(inspect.getattr_static(peft.PeftModel, _name), FunctionType):
+        setattr(AdaptedPeftModel, _name, _passed_on(_name))
+
+
+def as_peft_model(model: MergeableModel) -> AdaptedPeftModel:
+    """The adapted model inside a `peft.PeftModel`, for TRL and whatever else asks for one; nothing is copied.
+
+    Raises:
+        ConfigError: the model is not adapted.
+    """
+    if not isinstance(model, MergeableModel):
+        raise ConfigError(
+            f"as_peft_model takes a model that minipeft has adapted, not {type(model).__name__}; "
+            "call get_lora_model(model, LoraConfig(...)) first."
+        )
+    return AdaptedPeftModel(model)
+
+
+def as_own_config(config: Any) -> AdapterConfig:
+    """What a configuration of PEFT's says, as one of minipeft's.
+
+    Raises:
+        ConfigError: it asks for something that is not implemented.
+    """
+    if isinstance(config, AdapterConfig):
+        return config
+    if not isinstance(config, peft.PeftConfig):
+        raise ConfigError(f"expected the configuration of a method, not {type(config).__name__}.")
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    return config_from_dict({**values, "peft_type": config.peft_type.value}, type(config).__name__)
+
+
+class FusedLinear(Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer on `nn.Linear` and GPT-2's `Conv1D`, computed by `minipeft.kernels.lora_linear` where it is plain LoRA.
+
+    With several adapters at once, a variant, a bias of its own, mixed batches, or when merged, it is PEFT's own code.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        base, weight = self.base_layer, self.base_layer.weight
+        weight = weight.t() if isinstance(base, Conv1D) else weight
+        plain = len(names) == 1 and not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
+        if not plain or self.lora_B[names[0]].bias is not None or not can_fuse(x, weight, base.bias):
+            return super().forward(x, *args, **kwargs)
+        dropout = self.lora_dropout[names[0]]
+        probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        down, up = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
+        return lora_linear(x, weight, base.bias, down, up, self.scaling[names[0]], probability)
+
+
+def _fused(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
+    """PEFT's layer for a linear target, fused; None for what else derives from `nn.Linear`, which PEFT then looks at."""
+    module = dispatch_default(target, adapter_name, **kwargs) if type(target) in (nn.Linear, Conv1D) else None
+    if type(module) is Linear:
+        module.__class__ = FusedLinear
+    return module
+
+
+def config(own: AdapterConfig | peft.LoraConfig) -> peft.LoraConfig:
+    """A configuration for PEFT (``get_peft_model``, or ``peft_config=`` of TRL's trainers) with minipeft's fused layer.
+
+    Args:
+        own: LoRA's options, minipeft's or PEFT's.
+
+    Raises:
+        ConfigError: it is the configuration of something else.
+    """
+    if isinstance(own, AdapterConfig):
+        values = {**own.to_dict(), "inference_mode": own.inference_mode}
+        own = peft.PeftConfig.from_peft_type(**values)
+    if not isinstance(own, peft.LoraConfig):
+        raise ConfigError(f"config takes a LoraConfig, minipeft's or PEFT's, not {type(own).__name__}.")
+    custom: dict[Any, Callable[..., Any]] = {nn.Linear: _fused, Conv1D: _fused}
+    own._register_custom_module(custom)
+    return own

@@ -1,0 +1,46 @@
+"""Adapted models in TRL's trainers, which know adapters only as PEFT's."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from minipeft.errors import StateError, shown
+from minipeft.merging.mergeable_model import MergeableModel
+
+
+def arguments_for_trl(trainer: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a trainer of TRL's, by name, with an adapted model as TRL wants it: inside a `peft.PeftModel`.
+
+    So DPO, KTO, GRPO and RLOO take the adapter as it is now for their reference, where they would load the base again.
+
+    Args:
+        trainer: the class after ours, TRL's or one derived from it.
+        args, kwargs: as it was called.
+
+    Raises:
+        StateError: a reference model is passed along; or the adapters do not have the names that TRL gives them.
+    """
+    given = inspect.signature(trainer).bind_partial(*args, **kwargs).arguments
+    given = {**given, **given.pop("kwargs", {})}
+    model = given.get("model")
+    if not isinstance(model, nn.Module) or not isinstance(model, MergeableModel):
+        return given
+    if given.get("ref_model") is not None:
+        raise StateError("ref_model is not needed: the reference is the adapter as it is now. Leave ref_model out.")
+    names = list(model.peft_config)  # type: ignore[arg-type]
+    if "default" not in names or "ref" in names:
+        raise StateError(
+            f"TRL trains the adapter 'default' and makes a reference of it, 'ref'; this model has {shown(names)}. Load or "
+            "make the adapter to train under the name 'default'."
+        )
+    from minipeft.integrations.peft import as_peft_model
+
+    return {**given, "model": as_peft_model(model)}
+
+
+def is_of_trl(cls: type) -> bool:
+    """Whether a trainer's class is TRL's, or derived from one."""
+    return any(base.__module__.partition(".")[0] == "trl" for base in cls.__mro__)

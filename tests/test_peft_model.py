@@ -1,0 +1,180 @@
+"""Adapted models where PEFT's are expected, PEFT's configurations here, and the fused layer inside PEFT: against the real PEFT."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from tiny_models import gpt2
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import minipeft
+from minipeft import ConfigError, LoraConfig, StateError, get_adapter_model, get_lora_model
+from minipeft.integrations.peft import AdaptedPeftModel, FusedLinear, as_own_config, as_peft_model, config
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+IDS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
+
+
+def moved(model):
+    """Trainable values that depend on their names' lengths alone, so equal in two libraries."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                chance = torch.Generator().manual_seed(len(name))
+                parameter.copy_(torch.randn(parameter.shape, generator=chance) / 10)
+    return model.eval()
+
+
+@pytest.fixture
+def wrapped():
+    return as_peft_model(moved(get_lora_model(llama(), LoraConfig(r=4, target_modules="all-linear"))))
+
+
+def test_it_is_a_peft_model_around_the_same_model(wrapped):
+    model = wrapped.get_base_model()
+    assert isinstance(wrapped, peft.PeftModel)
+    assert isinstance(model, minipeft.AdaptedModel)
+    assert torch.equal(wrapped(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert torch.equal(wrapped.generate(IDS, max_new_tokens=3), model.generate(IDS, max_new_tokens=3))
+    assert {id(p) for p in wrapped.parameters()} == {id(p) for p in model.parameters()}
+    assert wrapped.config is model.config
+    assert wrapped.active_adapter == "default"
+    assert wrapped.peft_config["default"].r == 4
+    assert isinstance(wrapped.peft_config["default"], peft.LoraConfig)
+    assert wrapped.peft_config["default"] is wrapped.peft_config["default"]
+    wrapped.train()
+    assert model.training
+
+
+def test_the_verbs_do_what_the_model_does(wrapped, tmp_path):
+    adapted = wrapped(input_ids=IDS).logits
+    with wrapped.disable_adapter():
+        assert torch.equal(wrapped(input_ids=IDS).logits, llama()(input_ids=IDS).logits)
+    wrapped.save_pretrained(tmp_path, state_dict=wrapped.state_dict(), is_main_process=True)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(theirs(input_ids=IDS).logits, adapted, rtol=1e-5, atol=1e-5)
+    assert wrapped.get_nb_trainable_parameters() == wrapped.get_base_model().get_nb_trainable_parameters()
+    torch.testing.assert_close(wrapped.merge_and_unload()(input_ids=IDS).logits, adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_only_peft_has_is_refused_by_name(wrapped):
+    with pytest.raises(StateError, match="get_layer_status"):
+        wrapped.get_layer_status()
+    with pytest.raises(ConfigError, match="not Llama"):
+        as_peft_model(llama())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_2"},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_added_with_the_configuration_of_another_is_its_copy_and_does_not_train(options):
+    """As TRL makes its reference."""
+    model = moved(get_lora_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **options)))
+    wrapped = as_peft_model(model)
+    expected, trainable = wrapped(input_ids=IDS).logits, wrapped.get_nb_trainable_parameters()[0]
+    wrapped.add_adapter("ref", wrapped.peft_config["default"])
+    assert wrapped.get_nb_trainable_parameters()[0] == trainable
+    for name, parameter in wrapped.named_parameters():
+        if ".default." in name:
+            assert torch.equal(wrapped.get_parameter(name.replace(".default.", ".ref.")), parameter)
+    wrapped.set_adapter("ref")
+    assert torch.equal(wrapped(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        peft.LoraConfig(
+            r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"
+        ),
+        peft.LoraConfig(r=4, target_modules="all-linear", use_rslora=True, rank_pattern={"q_proj": 2}),
+        peft.LoraConfig(r=4, use_dora=True, target_modules={"q_proj"}),
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.LoHaConfig(r=2, target_modules=["q_proj"]),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_a_configuration_of_peft_is_taken_as_what_it_says(theirs):
+    model = get_adapter_model(llama(), as_own_config(theirs))
+    other = peft.get_peft_model(llama(), copy.deepcopy(theirs))
+    assert model.get_nb_trainable_parameters()[0] == other.get_nb_trainable_parameters()[0]
+
+
+def test_what_a_configuration_of_peft_asks_for_in_vain_is_refused():
+    with pytest.raises(ConfigError, match="layer_replication"):
+        as_own_config(peft.LoraConfig(layer_replication=[[0, 2]]))
+    with pytest.raises(ConfigError, match="not dict"):
+        as_own_config({"r": 4})
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("own", [LoraConfig, peft.LoraConfig])
+def test_the_fused_layer_inside_peft_computes_what_peft_does(make, own):
+    options = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+    theirs = moved(peft.get_peft_model(make(), peft.LoraConfig(**options, fan_in_fan_out=make is gpt2)))
+    fused = moved(peft.get_peft_model(make(), config(own(**options, fan_in_fan_out=make is gpt2))))
+    assert sum(type(module) is FusedLinear for module in fused.modules()) > 5
+    losses = [model(input_ids=IDS, labels=IDS).loss for model in (theirs, fused)]
+    assert torch.allclose(*losses, rtol=1e-6)
+    for loss in losses:
+        loss.backward()
+    for (name, parameter), other in zip(theirs.named_parameters(), fused.parameters(), strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    with theirs.disable_adapter(), fused.disable_adapter():
+        assert torch.equal(theirs(input_ids=IDS).logits, fused(input_ids=IDS).logits)
+    torch.testing.assert_close(
+        fused.merge_and_unload()(input_ids=IDS).logits, theirs.merge_and_unload()(input_ids=IDS).logits
+    )
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_where_it_is_not_plain_lora_the_layer_is_pefts(options):
+    theirs = moved(peft.get_peft_model(llama(), peft.LoraConfig(r=4, **options)))
+    fused = moved(peft.get_peft_model(llama(), config(peft.LoraConfig(r=4, **options))))
+    assert torch.equal(theirs(input_ids=IDS).logits, fused(input_ids=IDS).logits)
+
+
+def test_transformers_verbs_do_the_same_as_ours():
+    model = moved(get_lora_model(llama(), LoraConfig(r=4)))
+    adapted, base = model(input_ids=IDS).logits, llama()(input_ids=IDS).logits
+    assert model.active_adapters() == model.active_adapters == ["default"]
+    model.disable_adapters()
+    assert torch.equal(model(input_ids=IDS).logits, base)
+    with model.disable_adapter():
+        pass
+    assert torch.equal(model(input_ids=IDS).logits, base)
+    model.enable_adapters()
+    assert torch.equal(model(input_ids=IDS).logits, adapted)
+    model.add_adapter(LoraConfig(r=2), "second")
+    assert list(model.adapter_configs) == ["default", "second"]
+    tensors = model.get_adapter_state_dict()
+    assert tensors["model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (4, 32)
+    model.merge_adapter()
+    with pytest.raises(StateError, match="unmerge_adapter"):
+        model.disable_adapters()
+
+
+def test_a_keyword_that_the_base_would_swallow_is_refused():
+    with pytest.raises(ConfigError, match="adapter_names"):
+        get_lora_model(llama(), LoraConfig(r=4))(input_ids=IDS, adapter_names=["default", "__base__"])
+
+
+def test_the_wrapper_has_no_copy_of_its_own_in_memory(wrapped):
+    assert isinstance(wrapped, AdaptedPeftModel)
+    assert set(dict(wrapped.named_children())) == {"base_model"}
