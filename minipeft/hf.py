@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from minipeft import step_hooks
@@ -77,10 +78,7 @@ class AdapterTrainerMixin:
         return None if self.is_fsdp_enabled or self.is_deepspeed_enabled else self._unwrapped()
 
     def _unwrapped(self) -> AdaptedModel | None:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not isinstance(model, AdaptedModel) and hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # it is in a PeftModel
-        return model if isinstance(model, AdaptedModel) else None
+        return adapted_part(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _scheduled(self) -> AdaptedModel | None:
         """The model if an adapter that trains needs its own loss or a call after each step."""
@@ -162,11 +160,11 @@ class AdapterTrainerMixin:
             if not self.args.save_only_model:
                 save_schedules(adapted, Path(output_dir))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
         adapted = self._adapted()
         if adapted is None:
-            parent._load_from_checkpoint(resume_from_checkpoint, model)
+            parent._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         else:
             resume(adapted, Path(resume_from_checkpoint))
 
@@ -185,6 +183,27 @@ class AdapterTrainerMixin:
         adapted = self._adapted()
         if adapted is not None and self.is_world_process_zero():
             adapted.create_or_update_model_card(self.args.output_dir)
+
+
+def adapted_part(model: nn.Module) -> AdaptedModel | None:
+    """The adapted model that this is or holds, as sentence-transformers' models and PEFT's do; None if there is none.
+
+    Raises:
+        StateError: something else in it trains, too, or there are several: a checkpoint of one adapter would not hold them.
+    """
+    if isinstance(model, AdaptedModel):
+        return model
+    parts = [module for module in model.modules() if isinstance(module, AdaptedModel)]
+    if not parts:
+        return None
+    own = {id(parameter) for parameter in parts[0].parameters()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if len(parts) > 1 or others:
+        raise StateError(
+            f"{type(model).__name__} trains {shown(others or ['several adapted models'])} besides its adapted part, and a "
+            "checkpoint holds one adapted model's adapters alone. Freeze the rest, or save it yourself."
+        )
+    return parts[0]
 
 
 def _after(mixin: type, cls: type) -> type:
