@@ -19,6 +19,7 @@ from minipeft.errors import (
 )
 from minipeft.layers.base import LayerOps
 from minipeft.memory.lean import lean, unlean
+from minipeft.merging.from_disk.merge import merge_from_disk
 from minipeft.merging.report import MergeReport
 from minipeft.methods.adalora_config import AdaLoraConfig
 from minipeft.methods.base import Adapter
@@ -87,6 +88,7 @@ __all__ = [
     "get_lora_model",
     "lean",
     "load_adapter",
+    "merge_from_disk",
     "quantize",
     "register_adapter",
     "register_layer",

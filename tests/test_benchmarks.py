@@ -137,6 +137,12 @@ def test_saved_bytes_counts_a_storage_once_and_no_parameters(monkeypatch):
     assert saved_bytes(lambda: (layer(x), layer(x)), layer) == x.nbytes
 
 
+@pytest.mark.slow  # two processes that import everything
+def test_the_benchmark_of_merging_on_disk_compares_with_peft(main, capsys):
+    main("merge_memory")(["--quick"])
+    assert capsys.readouterr().out.count("peak resident memory") == 2
+
+
 def test_every_committed_row_names_its_device_versions_and_commit():
     files = sorted((BENCHMARKS / "results").glob("*.csv"))
     assert files

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from minipeft.cli.inspect import inspect
+from minipeft.cli.merge import merge
 from minipeft.errors import MinipeftError
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(inspect)
+app.command()(merge)
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""Adapters from and to the Hugging Face Hub: download two files by name, upload one folder."""
+"""Adapters from and to the Hugging Face Hub: download two files by name, upload one folder. And whole bases from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from minipeft.errors import CheckpointError, ConfigError
@@ -69,6 +69,42 @@ def adapter_directory(
         path = Path(found)
         commit = path.parents[len(Path(subfolder or "").parts)].name  # a snapshot is named after its commit
     return path.parent
+
+
+def base_directory(
+    place: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local directory of a whole model; arguments and rules as for `adapter_directory`.
+
+    Of a repository only the files that `minipeft.merge_from_disk` reads are downloaded: safetensors and small ones.
+
+    Raises:
+        CheckpointError: the hub has no such model, or cannot be reached.
+        ConfigError: a revision of a local directory.
+    """
+    as_path(place, "base")
+    if os.path.isdir(place) or not is_hub_id(place):
+        if revision is not None:
+            raise ConfigError(f"{place} is not a repository on the hub, so it has no revision {revision!r}.")
+        return Path(place)
+    try:
+        found = snapshot_download(
+            str(place),
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"],
+            ignore_patterns=["consolidated*", "original/*", "onnx/*"],
+            library_name="minipeft",
+        )
+    except Exception as error:  # as above
+        why = _why(error, "model", local_files_only)
+        raise CheckpointError(f"{place!r} is not a directory here, and {why}") from None
+    return Path(found)
 
 
 def _leads_out(subfolder: Path) -> bool:

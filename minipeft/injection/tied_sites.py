@@ -15,7 +15,7 @@ from minipeft.injection.module_tree import Candidate, TensorIndex
 from minipeft.injection.sites import AdapterSite, SavedSite, ops_for
 from minipeft.injection.targets import within
 from minipeft.injection.wrapper import innermost
-from minipeft.layers.offloaded import offloads, present
+from minipeft.layers.offloaded import hides_ties, present
 from minipeft.transformers_model import input_embedding
 
 
@@ -63,7 +63,7 @@ def _owners(index: TensorIndex, found: dict[str, Candidate], base: nn.Module) ->
         twin = other._parameters.get("weight")
         if twin is None or twin.shape != weight.shape or any(other is module for _, module in owners):
             continue
-        if offloads(base) or offloads(other):
+        if hides_ties(base) or hides_ties(other):
             with present(base), present(other):
                 if torch.equal(base.get_parameter("weight").cpu(), other.get_parameter("weight").cpu()):
                     owners.append((f"{name}.weight", other))

@@ -24,6 +24,11 @@ def offloads(module: nn.Module) -> bool:
     return any(getattr(hook, "offload", False) is True for hook in _hooks(module))
 
 
+def hides_ties(module: nn.Module) -> bool:
+    """Whether only values tell what this module's weights are tied to: accelerate makes a new parameter at each call."""
+    return offloads(module) and not any(getattr(hook, "keeps_ties", False) for hook in _hooks(module))
+
+
 @contextlib.contextmanager
 def present(module: nn.Module) -> Iterator[None]:
     """Within the block the module has its weights, also after a call of it. For any other module nothing happens."""

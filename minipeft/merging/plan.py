@@ -47,12 +47,12 @@ def plan_merge(model: nn.Module, names: tuple[str, ...], options: Options) -> li
         here = tuple(name for name in names if name in layer.adapters)
         if here and not layer.merged and layer not in done:
             tied = tied_layers(layer, names, may_be_tied)
-            steps.append(_step(model, path, layer, here, tied, index, options))
+            steps.append(plan_step(model, path, layer, here, tied, index, options))
             done.update(tied)
     return steps
 
 
-def _step(
+def plan_step(
     model: nn.Module,
     path: str,
     layer: AdaptedLayer,
@@ -61,6 +61,20 @@ def _step(
     index: TensorIndex,
     options: Options,
 ) -> Step:
+    """The step for one layer, checked; see `plan_merge`.
+
+    Args:
+        model: of the layer.
+        path: name of the layer.
+        layer: to merge into.
+        names: of the adapters to merge, in order.
+        tied: layers that share the weight and these adapters.
+        index: of the tensors of the model.
+        options: how to merge.
+
+    Raises:
+        MergeError: the layer cannot be merged, or not with these options.
+    """
     base, ops = layer.base_layer, layer.ops
     if not ops.can_merge:
         raise MergeError(f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}.")

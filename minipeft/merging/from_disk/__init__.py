@@ -1,0 +1,1 @@
+"""Merging an adapter into a checkpoint on disk, one tensor at a time."""

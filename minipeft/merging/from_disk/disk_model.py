@@ -1,0 +1,146 @@
+"""A model whose weights are brought from a checkpoint on disk while they are needed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.merging.from_disk.base import Base
+from minipeft.merging.from_disk.names import Group, Renamed, find_groups
+from minipeft.merging.from_disk.presence import bring
+from minipeft.merging.from_disk.stored import same_bytes
+from minipeft.transformers_model import input_embedding, output_head
+
+Places = list[tuple[str, nn.Module, str]]  # name of a parameter, its owner, and its name there
+
+
+@dataclass(frozen=True)
+class DiskModel:
+    """A model and where its values are.
+
+    Attributes:
+        model: on the meta device, but for what the checkpoint lacks: those parameters are NaN.
+        state: its parameters and persistent buffers by name, before it is adapted.
+        groups: name of a parameter or buffer -> what it is stored as, if the stored values are the model's.
+        unfit: name of a parameter -> what the base stores under its name in another shape.
+        ties: the names of each parameter that has several.
+        tables: names of the input embedding's and the output head's weight.
+    """
+
+    model: nn.Module
+    state: Mapping[str, Tensor]
+    groups: Mapping[str, Group]
+    unfit: Mapping[str, Group]
+    ties: tuple[tuple[str, ...], ...]
+    tables: frozenset[str]
+
+    def source(self, name: str) -> Group | None:
+        """What a parameter is read from: its own group, or that of a parameter tied to it."""
+        names = next((names for names in self.ties if name in names), (name,))
+        return next((self.groups[each] for each in (name, *names) if each in self.groups), None)
+
+
+def connect(model: nn.Module, base: Base) -> DiskModel:
+    """Have the parameters of a model read from a checkpoint; parameters that share a value in the model stay shared.
+
+    Raises:
+        MergeError: see `minipeft.merging.from_disk.names.find_groups`.
+    """
+    groups, unfit = find_groups(model, model.state_dict(), base.tensors.values()), dict[str, Group]()
+    tables = _tables(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        group = groups.get(name)
+        if group is not None and group.made[name].shape != parameter.shape:
+            grown = _grown(group, name, parameter) if name in tables else None
+            if grown is None:
+                unfit[name] = groups.pop(name)
+            else:
+                groups[name] = grown
+    places = _places(model)
+    dtype = _dtype(model, groups)
+    for shared in places:
+        _connect(shared, groups, dtype)
+    ties = tuple(tuple(name for name, _, _ in shared) for shared in _places(model) if len(shared) > 1)
+    return DiskModel(model, dict(model.state_dict(keep_vars=True)), groups, unfit, ties, tables)
+
+
+def _tables(model: nn.Module) -> frozenset[str]:
+    found = [module for module in (input_embedding(model), output_head(model)) if module is not None]
+    names = model.named_modules(remove_duplicate=False)
+    found = [module for module in found if module._parameters.get("weight") is not None]
+    return frozenset(f"{name}.weight" for name, module in names if any(module is table for table in found))
+
+
+def _grown(group: Group, name: str, parameter: nn.Parameter) -> Group | None:
+    """The group of a table with more rows than are stored, None if it is not that."""
+    stored = group.stored[0]
+    if not isinstance(group, Renamed) or len(stored.shape) != 2 or stored.shape[1] != parameter.shape[1]:
+        return None
+    if stored.shape[0] > len(parameter):
+        return None
+    return replace(group, made={name: group.made[name].new_empty(parameter.shape)})
+
+
+def _places(model: nn.Module) -> list[Places]:
+    """The places of each parameter."""
+    found: dict[int, Places] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((f"{path}.{name}".lstrip("."), module, name))
+    return list(found.values())
+
+
+def _dtype(model: nn.Module, groups: Mapping[str, Group]) -> torch.dtype:
+    """What loading would give a part that the checkpoint lacks: the configuration's dtype, or that of the first weight."""
+    found = getattr(model.config, "dtype", None)
+    stored = (made.dtype for group in groups.values() for made in group.made.values())
+    first = next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    return found if isinstance(found, torch.dtype) else first
+
+
+def _connect(places: Places, groups: Mapping[str, Group], dtype: torch.dtype) -> None:
+    """Have one parameter read in all its places; two that the base stores with other values are not tied."""
+    stored = [place for place in places if place[0] in groups]
+    if not stored:
+        old = places[0][1]._parameters[places[0][2]]
+        assert old is not None
+        # No file holds NaN for a base, so nothing is compared with it.
+        value = (
+            torch.full(old.shape, float("nan"), dtype=dtype)
+            if old.is_floating_point()
+            else torch.zeros(old.shape, dtype=old.dtype)
+        )
+        _put(nn.Parameter(value, requires_grad=old.requires_grad), places)
+        return
+    first = stored[0]
+    apart = [place for place in stored[1:] if not _equal(groups[first[0]], groups[place[0]])]
+    _bring(first[0], groups[first[0]], [place for place in places if place not in apart])
+    for place in apart:
+        _bring(place[0], groups[place[0]], [place])
+
+
+def _bring(name: str, group: Group, places: Places) -> None:
+    made = group.made[name]
+    parameter = nn.Parameter(torch.empty_like(made), requires_grad=made.is_floating_point())
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # it is in the checkpoint
+    _put(parameter, places)
+    for _, module, own in places:
+        bring(module, own, functools.partial(_value, group, name))
+
+
+def _put(parameter: nn.Parameter, places: Places) -> None:
+    for _, module, name in places:
+        module._parameters[name] = parameter
+
+
+def _value(group: Group, name: str) -> Tensor:
+    return group.read()[name]
+
+
+def _equal(one: Group, other: Group) -> bool:
+    return all(same_bytes(a, b) for a, b in zip(one.stored, other.stored, strict=False))
