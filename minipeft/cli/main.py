@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from minipeft.cli.convert import convert
 from minipeft.cli.inspect import inspect
 from minipeft.errors import MinipeftError
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(inspect)
+app.command()(convert)
 
 
 @app.callback()
