@@ -26,7 +26,7 @@ LAYERS = {
     "mlp.proj": "mlp.down_proj",
 }
 FUSED = ("attn.qkv", "attn.attn")  # the second in litgpt's early versions
-MAX_YAML_BYTES = 2**16
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**16, 16
 _KEY = re.compile(r"(?:transformer\.h\.(\d{1,6})\.([\w.]+)|(lm_head))\.lora_([AB])")
 
 
@@ -67,8 +67,10 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
 
 def _yaml(source: Source, name: str) -> Mapping[str, Any]:
     path = source.directory / name
+    text = read_limited(path, MAX_YAML_BYTES)
     try:
-        values = yaml.safe_load(read_limited(path, MAX_YAML_BYTES))
+        _check_plain(text)
+        values = yaml.safe_load(text)
     except CheckpointError:
         raise
     except Exception as error:  # yaml's own, RecursionError, ValueError
@@ -76,6 +78,18 @@ def _yaml(source: Source, name: str) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, not a mapping.")
     return values
+
+
+def _check_plain(text: bytes) -> None:
+    """Refuse what makes a small YAML text large or slow: aliases, and deep nesting. Raises ValueError."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_YAML_DEPTH:
+            raise ValueError(f"it has aliases, or is nested deeper than {MAX_YAML_DEPTH} levels")
 
 
 def _base(model: Mapping[str, Any]) -> str | None:

@@ -70,7 +70,7 @@ def _write(source: Path, target: Path) -> None:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{source} cannot be read ({told_error(error)}).") from None
-    tensors = _tensors(source, found)
+    tensors = dense(source, found)
     needed, size = sum(tensor.nbytes for tensor in tensors.values()), source.stat().st_size
     if needed > 2 * size + 2**20:  # tied tensors may lie in the file once
         raise CheckpointError(f"{source}: its tensors claim {needed:,} bytes, and the file has {size:,}.")
@@ -79,7 +79,12 @@ def _write(source: Path, target: Path) -> None:
     )
 
 
-def _tensors(source: Path, found: Any) -> Mapping[str, Any]:
+def dense(source: Path, found: Any) -> Mapping[str, Any]:
+    """What ``torch.load`` gave, if it is a dictionary of dense tensors, each with all of its values in the file.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     import torch
 
     if isinstance(found, Mapping) and set(found) == {"model"}:  # litgpt's
