@@ -56,7 +56,7 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
         match = _KEY.fullmatch(key)
         if match is None:
             raise CheckpointError(f"{path}: {told(key, 200)} belongs to a method of LyCORIS that is not read.")
-        names = dotted.get(match[2], [])
+        names = next((dotted[name] for name in _spellings(component, match[2]) if name in dotted), [])
         if len(names) != 1:
             raise CheckpointError(_misnamed(path, match[2], names, dotted))
         if match[3] in modules.setdefault(names[0], {}):
@@ -83,14 +83,21 @@ def _dotted(known: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def _spellings(component: str, name: str) -> list[str]:
+    """The names a module may go by: transformers 5 dropped the `text_model` around a text encoder of CLIP's."""
+    around = "text_model_"
+    return [name, name.removeprefix(around), f"{around}{name}"] if component.startswith("text_encoder") else [name]
+
+
 def _misnamed(path: object, name: str, names: Sequence[str], dotted: Mapping[str, object]) -> str:
     if names:
         return f"{path}: {told(name, 200)} may be {shown(names)} of this model, so it is not read."
-    which = (
-        " These are names of Stability's own UNet; convert the file with diffusers first." if "_blocks_" in name else ""
-    )
-    sgm = which if name.startswith(("input_blocks", "output_blocks", "middle_block")) else ""
-    return f"{path}: {told(name, 200)} names no module of this model{hint(name, dotted) if not sgm else ''}.{sgm}"
+    if name.startswith(("input_blocks", "output_blocks", "middle_block")):
+        return (
+            f"{path}: {told(name, 200)} is a name of Stability's own UNet, and this model has diffusers' names. "
+            "Load the file with a pipeline's load_lora_weights and save it with its save_lora_weights first."
+        )
+    return f"{path}: {told(name, 200)} names no module of this model{hint(name, dotted)}."
 
 
 def _alphas(source: Source, keys: Sequence[str]) -> dict[str, float]:
