@@ -70,7 +70,8 @@ def test_what_a_pipeline_saves_is_loaded_and_converted_alpha_kept(tmp_path):
     layers, config = get_peft_model_state_dict(pipe.unet), pipe.unet.peft_config["default"].to_dict()
     pipe.save_lora_weights(tmp_path / "a", unet_lora_layers=layers, unet_lora_adapter_metadata=config)
     convert(tmp_path / "a", tmp_path / "b")
-    for folder in ("a", "b"):
+    pipe.unet.save_lora_adapter(tmp_path / "c")  # names no part of a pipeline
+    for folder in ("a", "b", "c"):
         model = minipeft.load_adapter(pipeline().unet, tmp_path / folder)
         torch.testing.assert_close(output(model), output(pipe.unet), rtol=0, atol=1e-5)
 

@@ -65,7 +65,7 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
         ConfigError: the configuration asks for something that is not allowed or not implemented.
     """
     weights = open_weights(directory)
-    known = format_of(weights.shapes)
+    known = format_of(weights)
     if known is not None:
         part = only_part(source_of(weights, modules), known)
         logger.info("%s: read as a file of %s.", weights.path, known.name)
@@ -109,7 +109,7 @@ def open_weights(directory: Path) -> TensorFile:
         names = sorted(os.listdir(directory))
     name = WEIGHTS_FILE if WEIGHTS_FILE in names else weights_in(names)
     weights = None if name is None else open_tensors(directory / name)
-    if weights is None or (name != WEIGHTS_FILE and format_of(weights.shapes) is None):
+    if weights is None or (name != WEIGHTS_FILE and format_of(weights) is None):
         pickles = pickles_in(names)
         fix = f" {shown(pickles)} is a pickle, which is never read; `minipeft convert {directory}` makes safetensors of it."
         raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}.{fix if pickles else ''}")

@@ -77,7 +77,7 @@ def _convert(
     modules: Callable[[str], Collection[str] | None],
     pickle: Path | None = None,
 ) -> list[Path]:
-    known = format_of(weights.shapes)
+    known = format_of(weights)
     if known is None:
         return [_same_kind(weights, directory, out, pickle)]
     if out is None:

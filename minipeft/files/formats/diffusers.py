@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Computed, Format, Module, Part, Source, part, rank_of
 from minipeft.files.strict_json import parse
+from minipeft.files.tensor_file import TensorFile
 from minipeft.patterns import first_keys
 
 WEIGHTS_FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
+_FIRST = tuple(f"{component}." for component in COMPONENTS)
 _ENDS = {
     "lora_A.weight": "lora_A.weight",
     "lora_B.weight": "lora_B.weight",
@@ -29,24 +31,24 @@ _ENDS = {
     "lora_magnitude_vector": "lora_magnitude_vector",
     "alpha": "alpha",
 }
-_KEY = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.({'|'.join(map(re.escape, _ENDS))})")
+_KEY = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _ENDS))})")
 # The oldest form: what was adapted stands in the name of the attention's processor.
-_PROCESSOR = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+?)(\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 # What minipeft must know of a configuration in the metadata; the rest says where the adapter comes from.
 _KEPT = ("use_dora", "use_rslora", "lora_dropout")
 
 
-def knows(keys: Collection[str]) -> bool:
-    """Whether all keys name a part of a pipeline, and one is a factor of LoRA."""
-    first = tuple(f"{component}." for component in COMPONENTS)
-    return all(key.startswith(first) for key in keys) and any("lora" in key for key in keys)
+def knows(file: TensorFile) -> bool:
+    """Whether all keys name a part of a pipeline, or none does and the metadata is diffusers', and one is of LoRA."""
+    named = [key.startswith(_FIRST) for key in file.shapes]
+    return (all(named) or (not any(named) and METADATA in file.metadata)) and any("lora" in key for key in file.shapes)
 
 
 def components(keys: Iterable[str]) -> dict[str, list[str]]:
-    """The keys by the part of the pipeline that they are for."""
+    """The keys by the part of the pipeline that they are for; a part that saved its own adapter names none."""
     found: dict[str, list[str]] = {}
     for key in keys:
-        found.setdefault(key.partition(".")[0], []).append(key)
+        found.setdefault(key.partition(".")[0] if key.startswith(_FIRST) else "", []).append(key)
     return found
 
 
@@ -55,7 +57,7 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
     file, metadata = source.file, _metadata(source, component)
     ends: dict[str, dict[str, str]] = {}
     for key in keys:
-        name, end = _place(source, key)
+        name, end = _place(source, component, key)
         if end in ends.setdefault(name, {}):
             raise CheckpointError(f"{file.path}: {name} has {end} twice.")
         ends[name][end] = key
@@ -78,19 +80,18 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
     return part(source, keys, modules, spent=alphas, known=source.modules(component), **values)
 
 
-def _place(source: Source, key: str) -> tuple[str, str]:
+def _place(source: Source, component: str, key: str) -> tuple[str, str]:
     """The module that a key is for, and the end of PEFT's key."""
-    processor = _PROCESSOR.fullmatch(key)
-    if processor is not None and processor[1].startswith("text_encoder"):
-        layer = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}[processor[4]]
-        return f"{processor[2]}.{layer}", "lora_A.weight" if processor[5] == "down" else "lora_B.weight"
+    inner = key.removeprefix(f"{component}.")
+    processor = _PROCESSOR.fullmatch(inner)
     if processor is not None:
-        layer = {"out": "to_out.0"}.get(processor[4], f"to_{processor[4]}")
-        return f"{processor[2]}.{layer}", "lora_A.weight" if processor[5] == "down" else "lora_B.weight"
-    match = _KEY.fullmatch(key)
+        is_text = component.startswith("text_encoder")
+        layer = f"{processor[2]}_proj" if is_text else {"out": "to_out.0"}.get(processor[2], f"to_{processor[2]}")
+        return f"{processor[1]}.{layer}", "lora_A.weight" if processor[3] == "down" else "lora_B.weight"
+    match = _KEY.fullmatch(inner)
     if match is None:
         raise CheckpointError(f"{source.file.path}: {told(key, 200)} is not a key of diffusers' LoRA.")
-    return match[2], _ENDS[match[3]]
+    return match[1], _ENDS[match[2]]
 
 
 def _metadata(source: Source, component: str) -> Mapping[str, Any]:
@@ -104,7 +105,7 @@ def _metadata(source: Source, component: str) -> Mapping[str, Any]:
         values = None
     if not isinstance(values, dict):
         raise CheckpointError(f"{source.file.path}: its metadata {METADATA} is not a JSON object.")
-    first = f"{component}."
+    first = f"{component}." if component else ""
     return {key.removeprefix(first): value for key, value in values.items() if key.startswith(first)}
 
 

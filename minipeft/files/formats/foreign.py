@@ -84,13 +84,13 @@ class Format:
 
     Attributes:
         name: whose it is, for messages: ``mlx-lm``.
-        knows: whether these keys can only be of this format; it sees all of a file's.
+        knows: whether a file with these keys and this metadata can only be of this format.
         read: a component's name and keys -> its adapter. Raises CheckpointError.
         components: keys -> component's name -> its keys.
     """
 
     name: str
-    knows: Callable[[Collection[str]], bool]
+    knows: Callable[[TensorFile], bool]
     read: Callable[[Source, str, Sequence[str]], Part]
     components: Callable[[Iterable[str]], Mapping[str, list[str]]] = field(default=whole)
 

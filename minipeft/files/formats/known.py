@@ -14,6 +14,7 @@ from minipeft.files.formats.kohya import KOHYA
 from minipeft.files.formats.litgpt import LITGPT
 from minipeft.files.formats.mlx import MLX
 from minipeft.files.formats.torchtune import TORCHTUNE
+from minipeft.files.tensor_file import TensorFile
 
 FORMATS = (MLX, TORCHTUNE, LITGPT, KOHYA, DIFFUSERS)
 NAMES = ("adapters.safetensors", "pytorch_lora_weights.safetensors")
@@ -21,9 +22,9 @@ NAMES = ("adapters.safetensors", "pytorch_lora_weights.safetensors")
 PICKLES = re.compile(r"adapter_model\.(?:bin|pt)|adapter_\d+\.pt|pytorch_lora_weights\.bin|lit_model\.pth\.lora")
 
 
-def format_of(keys: Collection[str]) -> Format | None:
-    """The format of a file with these keys; None: PEFT's, or none that is known."""
-    return next((known for known in FORMATS if keys and known.knows(keys)), None)
+def format_of(file: TensorFile) -> Format | None:
+    """The format of a file; None: PEFT's, or none that is known."""
+    return next((known for known in FORMATS if file.shapes and known.knows(file)), None)
 
 
 def weights_in(names: Collection[str]) -> str | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from minipeft.errors import CheckpointError, hint, shown, told
 from minipeft.files.formats.foreign import Format, Part, Source, part
 from minipeft.files.formats.lycoris import ENDS, method
+from minipeft.files.tensor_file import TensorFile
 
 # Prefix -> the part of a diffusers pipeline. A pipeline has a unet or a transformer, and kohya has one word for both.
 COMPONENTS = {
@@ -28,8 +29,9 @@ _KEY = re.compile(rf"({'|'.join(COMPONENTS)})_([^.]+)\.({'|'.join(map(re.escape,
 _PREFIXES = tuple(f"{prefix}_" for prefix in COMPONENTS)
 
 
-def knows(keys: Collection[str]) -> bool:
+def knows(file: TensorFile) -> bool:
     """Whether all keys begin as kohya's do; what follows may be a method that is not read."""
+    keys = file.shapes
     return bool(keys) and all(key.startswith(_PREFIXES) and "." in key for key in keys)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -18,6 +18,7 @@ from torch import Tensor
 from minipeft.errors import CheckpointError, told, told_error
 from minipeft.files.formats.foreign import Computed, Format, Module, Part, Source, part, rank_of
 from minipeft.files.reading import read_limited
+from minipeft.files.tensor_file import TensorFile
 
 LAYERS = {
     "attn.proj": "self_attn.o_proj",
@@ -30,8 +31,9 @@ MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**16, 16
 _KEY = re.compile(r"(?:transformer\.h\.(\d{1,6})\.([\w.]+)|(lm_head))\.lora_([AB])")
 
 
-def knows(keys: Collection[str]) -> bool:
+def knows(file: TensorFile) -> bool:
     """Whether all keys are of litgpt's names and end as its keys do."""
+    keys = file.shapes
     return all(_KEY.fullmatch(key) for key in keys) and any(key.endswith("lora_A") for key in keys)
 
 

@@ -8,20 +8,22 @@ embedding ``lora_a[tokens] lora_b``, so both factors are the transposes of PEFT'
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Computed, Format, Module, Part, Source, part, rank_of
+from minipeft.files.tensor_file import TensorFile
 
 ENDS = ("lora_a", "lora_b", "m")
 EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embedding"}
 
 
-def knows(keys: Collection[str]) -> bool:
+def knows(file: TensorFile) -> bool:
     """Whether all keys end as mlx-lm's do."""
+    keys = file.shapes
     ends = [key.rpartition(".")[2] for key in keys]
     return all(end in ENDS for end in ends) and "lora_a" in ends
 

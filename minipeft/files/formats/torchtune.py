@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Computed, Format, Module, Part, Source, part, rank_of
 from minipeft.files.strict_json import read_object
+from minipeft.files.tensor_file import TensorFile
 
 NAMES = {
     "attn.q_proj": "self_attn.q_proj",
@@ -33,8 +34,9 @@ ROTATES_NEIGHBOURS = {"llama": True, "mistral": True, "gemma": True, "gemma2": T
 _KEY = re.compile(r"(?:layers\.(\d{1,6})\.((?:attn|mlp)\.\w+)|(output))\.(lora_a\.weight|lora_b\.weight|magnitude)")
 
 
-def knows(keys: Collection[str]) -> bool:
+def knows(file: TensorFile) -> bool:
     """Whether all keys end as torchtune's do."""
+    keys = file.shapes
     ends = (".lora_a.weight", ".lora_b.weight", ".magnitude")
     return all(key.endswith(ends) for key in keys) and any(key.endswith(ends[0]) for key in keys)
 
