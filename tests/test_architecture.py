@@ -78,8 +78,10 @@ def test_nothing_is_unpickled_and_nothing_foreign_is_imported_at_once():
     for path, name in modules():
         text = path.read_text("utf-8")
         if name != "minipeft.testing.runtime":  # which reads back what it has just written
-            assert "import pickle" not in text, name
-        assert "torch.load" not in text.replace("safetensors.torch.load", ""), name
+            # pickletools reads the steps of a pickle and takes none.
+            assert "import pickle" not in text.replace("import pickletools", ""), name
+        if name != "minipeft.files.formats.pickled":  # which `minipeft convert` runs as a process apart, after a check
+            assert "torch.load" not in text.replace("safetensors.torch.load", ""), name
 
 
 def test_all_names_what_there_is():

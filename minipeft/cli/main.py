@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from minipeft.cli.convert import convert
 from minipeft.cli.inspect import inspect
 from minipeft.cli.merge import merge
 from minipeft.errors import MinipeftError
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(inspect)
+app.command()(convert)
 app.command()(merge)
 
 

@@ -3,16 +3,18 @@
 Both files must come from one save. So the safetensors metadata holds, under ``minipeft``, the configuration that the
 weights were saved with, the digest of the configuration file that this save replaced, and samples of the base weights.
 With these a reader can tell an interrupted save, for which it takes the configuration in the weights, from two files
-that were mixed by hand, which it refuses. PEFT's files have no such metadata and open too. A pickle is never read.
+that were mixed by hand, which it refuses. PEFT's files have no such metadata and open too, and so do those of other tools,
+see `minipeft.files.formats`. A pickle is never read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,13 @@ import torch
 
 from minipeft.config import AdapterConfig, asks_nothing, config_from_dict
 from minipeft.errors import CheckpointError, shown, told
+from minipeft.files.formats.foreign import Source
+from minipeft.files.formats.known import format_of, only_part, pickles_in, weights_in
 from minipeft.files.reading import reading
 from minipeft.files.strict_json import parse, read_object
 from minipeft.files.tensor_file import TensorFile, damaged, open_tensors
 
+logger = logging.getLogger("minipeft")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 VERSION = 1
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -44,14 +49,28 @@ class AdapterFile(TensorFile):
     kept: tuple[str, ...] = ()  # modules that it brings and that do not train, see `minipeft.injection.fresh_parts`
 
 
-def open_adapter(directory: Path) -> AdapterFile:
+def unknown(component: str) -> None:
+    """No names of modules, where there is no model to ask."""
+
+
+def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | None] = unknown) -> AdapterFile:
     """Read the configuration and the header of the weights.
+
+    Args:
+        directory: as PEFT, minipeft or another tool wrote it.
+        modules: the names of the model's modules, for formats that can only be read with them.
 
     Raises:
         CheckpointError: a file is missing, hostile or damaged, or the two come from different saves.
         ConfigError: the configuration asks for something that is not allowed or not implemented.
     """
-    weights = _open_weights(directory)
+    weights = open_weights(directory)
+    known = format_of(weights)
+    if known is not None:
+        part = only_part(source_of(weights, modules), known)
+        logger.info("%s: read as a file of %s.", weights.path, known.name)
+        config = config_from_dict(part.values, f"{weights.path}")
+        return AdapterFile(**vars(part.tensors), config=config, base={})
     own = _own(weights)
     saved = own.get("config")
     if os.path.exists(directory / CONFIG_FILE):
@@ -70,23 +89,34 @@ def open_adapter(directory: Path) -> AdapterFile:
     return AdapterFile(**vars(weights), config=config, base=own.get("base") or {}, kept=tuple(own.get("kept", ())))
 
 
-def _open_weights(directory: Path) -> TensorFile:
-    path = directory / WEIGHTS_FILE
+def source_of(weights: TensorFile, modules: Callable[[str], Collection[str] | None]) -> Source:
+    """The weights of another tool with the configuration next to them."""
+    path = weights.path.parent / CONFIG_FILE
+    return Source(weights, weights.path.parent, read_object(path) if os.path.exists(path) else {}, modules)
+
+
+def open_weights(directory: Path) -> TensorFile:
+    """The weights in an adapter's directory, unread, under the keys that they are stored by.
+
+    Raises:
+        CheckpointError: there are none, or they are hostile, damaged, or of another dtype than adapters have.
+    """
     if not os.path.isdir(directory):  # unlike Path's, it answers False for names that are too long or hold a NUL
         raise CheckpointError(
             f"{directory} is not a directory; an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}."
         )
     with reading(directory):
         names = sorted(os.listdir(directory))
-    if WEIGHTS_FILE not in names:
-        pickles = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".pkl"}]
-        fix = f" {shown(pickles)} is a pickle, which is never read: save it again with safe_serialization=True."
+    name = WEIGHTS_FILE if WEIGHTS_FILE in names else weights_in(names)
+    weights = None if name is None else open_tensors(directory / name)
+    if weights is None or (name != WEIGHTS_FILE and format_of(weights) is None):
+        pickles = pickles_in(names)
+        fix = f" {shown(pickles)} is a pickle, which is never read; `minipeft convert {directory}` makes safetensors of it."
         raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}.{fix if pickles else ''}")
-    weights = open_tensors(path)
     for key, dtype in weights.dtypes.items():
         if dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: {told(key, 200)} is {dtype}; adapters are floating point ({', '.join(DTYPES)})."
+                f"{weights.path}: {told(key, 200)} is {dtype}; adapters are floating point ({', '.join(DTYPES)})."
             )
     return weights
 

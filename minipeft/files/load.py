@@ -19,6 +19,7 @@ from minipeft.injection.build import Parts, build, build_from
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.methods.base import Adapter
+from minipeft.wrapper_names import named_modules
 
 
 def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mismatch: bool) -> tuple[Plan, Parts]:
@@ -30,7 +31,7 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         MinipeftError: see `minipeft.load_adapter`.
     """
     with reading(directory):
-        file = open_adapter(directory)
+        file = open_adapter(directory, lambda _: [name for name, _ in named_modules(model) if name])
         new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
     kept = set(file.kept)

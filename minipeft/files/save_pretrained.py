@@ -17,6 +17,7 @@ from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
 from minipeft.files.lost_state import warn_of_lost_state
 from minipeft.files.model_card import public_base, update_card, write_card
+from minipeft.files.pipeline_base import save_base_for_pipeline
 from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
@@ -120,6 +121,7 @@ class SavableModel(nn.Module):
             raise ConfigError("convert_to_lora saves the live tensors; give it or state_dict, not both.")
         if is_main_process:
             warn_of_lost_state(self)
+            save_base_for_pipeline(self, root)
         for name in names if is_main_process else ():
             if name in self._state.idle:
                 warnings.warn(f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}", stacklevel=2)

@@ -27,14 +27,14 @@ def check_trainer() -> None:
     Raises:
         StateError: such a trainer is among the callers.
     """
-    for trainer in _callers("_save"):
+    for trainer in callers("_save"):
         if _loses_best(trainer):
             raise StateError(
                 f"{type(trainer).__name__} with load_best_model_at_end cannot read an adapter back, so nothing was saved; "
                 "use minipeft.hf.AdapterTrainer, or class MyTrainer(AdapterTrainerMixin, "
                 f"{type(trainer).__name__}), or load_best_model_at_end=False."
             )
-    for trainer in _callers("_save_checkpoint"):
+    for trainer in callers("_save_checkpoint"):
         if _is_plain(trainer):
             _say_no_resume(type(trainer).__name__)
 
@@ -45,7 +45,7 @@ def check_outer_save(inner: nn.Module) -> None:
     Raises:
         StateError: a caller's ``save_pretrained`` is at work on such a model.
     """
-    for outer in _callers("save_pretrained"):
+    for outer in callers("save_pretrained"):
         parts = dict(outer.named_modules()) if isinstance(outer, nn.Module) and outer is not inner else {}
         name = next((name for name, part in parts.items() if part is inner), None)
         if name is not None:
@@ -56,7 +56,7 @@ def check_outer_save(inner: nn.Module) -> None:
             )
 
 
-def _callers(method: str) -> Iterator[Any]:
+def callers(method: str) -> Iterator[Any]:
     """The objects whose method of this name is at work, the innermost first."""
     frame = inspect.currentframe()
     while frame is not None:

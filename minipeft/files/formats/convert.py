@@ -1,0 +1,136 @@
+"""Adapters of other tools, and pickles, as directories of PEFT's kind: what ``minipeft convert`` does."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+
+from minipeft.config import config_from_dict
+from minipeft.errors import CheckpointError, shown
+from minipeft.files.atomic import write_files
+from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, source_of, unknown
+from minipeft.files.formats.base_modules import modules_of
+from minipeft.files.formats.foreign import Format, Part
+from minipeft.files.formats.known import format_of, is_one_file, parts, pickles_in, weights_in
+from minipeft.files.formats.pickled import write_safetensors
+from minipeft.files.reading import as_path, reading, writing
+from minipeft.files.strict_json import MAX_CONFIG_BYTES, read_object
+from minipeft.files.tensor_file import TensorFile, open_tensors
+
+
+def convert(place: str | Path, out: str | Path | None = None, base: str | Path | None = None) -> list[Path]:
+    """Write what a directory or file holds as PEFT's kind: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    A pickle is read in a process of its own, see `minipeft.files.formats.pickled`. No model is loaded.
+
+    Args:
+        place: a directory that another tool wrote, or a file in one.
+        out: where to; an adapter for several parts of a pipeline becomes one directory for each in it. None: next to an
+            ``adapter_model.bin``, which stays.
+        base: the model's directory or the pipeline's, for formats that need the names of its modules.
+
+    Returns:
+        The directories that were written.
+
+    Raises:
+        MinipeftError: there is nothing to convert, it is hostile or damaged, or a tensor has no place; nothing is written.
+    """
+    source = as_path(place, "place")
+    target = None if out is None else as_path(out, "out")
+    modules = unknown if base is None else modules_of(as_path(base, "base"))
+    with reading(source):
+        path = _weights(source)
+        if path.suffix == ".safetensors":
+            return _convert(open_tensors(path), path.parent, target, modules)
+        with tempfile.TemporaryDirectory() as folder:
+            inner = Path(folder) / WEIGHTS_FILE
+            write_safetensors(path, inner)
+            return _convert(open_tensors(inner), path.parent, target, modules, pickle=path)
+
+
+def _weights(place: Path) -> Path:
+    """The file to read: safetensors if there are any, else the only pickle of an adapter."""
+    if os.path.isfile(place) and is_one_file(place):
+        return place
+    if not os.path.isdir(place):
+        raise CheckpointError(f"{place} is neither a directory nor the weights of an adapter.")
+    names = sorted(os.listdir(place))
+    name = WEIGHTS_FILE if WEIGHTS_FILE in names else weights_in(names)
+    if name is not None:
+        return place / name
+    pickles = pickles_in(names)
+    if len(pickles) != 1:
+        raise CheckpointError(f"{place} holds {shown(pickles)} of the weights that can be converted; name one file.")
+    return place / pickles[0]
+
+
+def _convert(
+    weights: TensorFile,
+    directory: Path,
+    out: Path | None,
+    modules: Callable[[str], Collection[str] | None],
+    pickle: Path | None = None,
+) -> list[Path]:
+    known = format_of(weights)
+    if known is None:
+        return [_same_kind(weights, directory, out, pickle)]
+    if out is None:
+        raise CheckpointError(f"{directory} holds a file of {known.name}; say where to write the adapter to, as OUT.")
+    written = _files(weights, directory, modules, known)
+    for folder, files in written.items():
+        _check_free(out / folder)
+        write_files(out / folder, files)
+    return [out / folder for folder in written]
+
+
+def _files(
+    weights: TensorFile, directory: Path, modules: Callable[[str], Collection[str] | None], known: Format
+) -> dict[str, Mapping[str, bytes]]:
+    """The two files of each part, all made before the first is written; one part alone has no folder of its own."""
+    source = replace(source_of(weights, modules), directory=directory, config=_config(directory))
+    found = parts(source, known)
+    return {name if len(found) > 1 else "": _as_peft(part, weights.path) for name, part in found.items()}
+
+
+def _config(directory: Path) -> Mapping[str, object]:
+    path = directory / CONFIG_FILE
+    return read_object(path) if os.path.exists(path) else {}
+
+
+def _as_peft(part: Part, path: Path) -> dict[str, bytes]:
+    config = config_from_dict(part.values, f"{path}").to_dict()
+    weights = safetensors.torch.save(part.tensors.read(), {"format": "pt"})
+    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
+    return {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")}
+
+
+def _same_kind(weights: TensorFile, directory: Path, out: Path | None, pickle: Path | None) -> Path:
+    """PEFT's own pickle as safetensors: the keys and the configuration stay as they are."""
+    if pickle is None:
+        raise CheckpointError(f"{weights.path} is of PEFT's kind already, or of none that is known.")
+    values = _config(directory)
+    if "peft_type" not in values:
+        raise CheckpointError(
+            f"{directory} has no {CONFIG_FILE} of PEFT's, and {pickle.name} is of no kind that is known."
+        )
+    weights.read()  # refuses NaN and infinity
+    target = directory if out is None else out
+    _check_free(target)
+    files = {WEIGHTS_FILE: weights.path.read_bytes()}
+    if out is not None:
+        with (directory / CONFIG_FILE).open("rb") as file:
+            files[CONFIG_FILE] = file.read(MAX_CONFIG_BYTES)
+    with writing(target):
+        write_files(target, files)
+    return target
+
+
+def _check_free(directory: Path) -> None:
+    if os.path.exists(directory / WEIGHTS_FILE):
+        raise CheckpointError(f"{directory} has an {WEIGHTS_FILE} already; give a folder without one.")

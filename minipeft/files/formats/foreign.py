@@ -1,0 +1,184 @@
+"""What a file of another tool comes to: a configuration of PEFT's kind, and tensors under PEFT's keys.
+
+A format is a file of this folder with a `Format`: it knows its files by their keys, and says for each module which
+tensors it has. Nothing is computed before the tensors are read (see `Computed`). That every stored
+tensor has found a place, and every module has what it needs, is checked here for all formats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import CheckpointError, shown
+from minipeft.files.tensor_file import TensorFile
+from minipeft.patterns import endings
+
+PREFIX = "base_model.model."  # of every key in PEFT's files
+NEEDED = {"LORA": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})}
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor that is computed from stored ones when it is read: from which, what comes out, and how."""
+
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    function: Callable[..., Tensor]
+
+    def make(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensor, in memory of its own."""
+        return self.function(*tensors).clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of another tool, of which the header has been read, and what is known around it.
+
+    Attributes:
+        file: the weights.
+        directory: what else the tool wrote.
+        config: ``adapter_config.json`` there; empty if there is none.
+        modules: the names of the modules of a component of the model, such as "unet"; None: not known.
+    """
+
+    file: TensorFile
+    directory: Path
+    config: Mapping[str, Any]
+    modules: Callable[[str], Collection[str] | None]
+
+
+@dataclass(frozen=True)
+class Module:
+    """What a file holds for one module: each tensor by the end of PEFT's key, as the stored key or how it is made."""
+
+    tensors: Mapping[str, str | Computed]
+    r: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter for one component of a model, as PEFT's kind."""
+
+    values: Mapping[str, Any]  # of adapter_config.json
+    tensors: TensorFile
+
+
+def whole(keys: Iterable[str]) -> dict[str, list[str]]:
+    """All keys as those of one component without a name."""
+    return {"": list(keys)}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files of one tool are known and read.
+
+    Attributes:
+        name: whose it is, for messages: ``mlx-lm``.
+        knows: whether a file with these keys and this metadata can only be of this format.
+        read: a component's name and keys -> its adapter. Raises CheckpointError.
+        components: keys -> component's name -> its keys.
+    """
+
+    name: str
+    knows: Callable[[TensorFile], bool]
+    read: Callable[[Source, str, Sequence[str]], Part]
+    components: Callable[[Iterable[str]], Mapping[str, list[str]]] = field(default=whole)
+
+
+def part(
+    source: Source,
+    keys: Iterable[str],
+    modules: Mapping[str, Module],
+    *,
+    peft_type: str = "LORA",
+    spent: Collection[str] = (),
+    known: Collection[str] | None = None,
+    **values: Any,
+) -> Part:
+    """The adapter that these modules make up.
+
+    Args:
+        source: where they come from.
+        keys: the stored keys that must all have found their place.
+        modules: by their names in the model.
+        peft_type: the method.
+        spent: keys that were read for the configuration.
+        known: the names of the modules that the model has, if they are known.
+        values: more of the configuration.
+
+    Raises:
+        CheckpointError: a stored tensor has no place, or a module lacks one.
+    """
+    tensors = {f"{PREFIX}{name}.{end}": how for name, module in modules.items() for end, how in module.tensors.items()}
+    file = source.file
+    used = {key for how in tensors.values() for key in (how.sources if isinstance(how, Computed) else (how,))}
+    left = [key for key in keys if key not in used and key not in spent]
+    if left or not modules:
+        raise CheckpointError(f"{file.path}: there is no place in an adapter for {shown(left, 3)}.")
+    for name, module in modules.items():
+        if peft_type in NEEDED and not any(pair <= module.tensors.keys() for pair in NEEDED[peft_type]):
+            raise CheckpointError(f"{file.path}: {name} has {shown(sorted(module.tensors))} alone, not a pair.")
+    stored = {key: how for key, how in tensors.items() if isinstance(how, str)}
+    made = {key: how for key, how in tensors.items() if isinstance(how, Computed)}
+    translated = replace(
+        file,
+        shapes={**{k: file.shapes[how] for k, how in stored.items()}, **{k: how.shape for k, how in made.items()}},
+        dtypes={**{k: file.dtypes[how] for k, how in stored.items()}, **{k: how.dtype for k, how in made.items()}},
+        metadata={},
+        stored_as=stored,
+        made=made,
+    )
+    config = {"peft_type": peft_type, **_ranks(modules, "alpha" if peft_type != "LORA" else "lora_alpha")}
+    return Part({**config, **_targets(modules, known), **values}, translated)
+
+
+def _ranks(modules: Mapping[str, Module], alpha: str) -> dict[str, Any]:
+    """Rank and alpha: the most common ones, and tables of those that differ."""
+    ranks, alphas = ({name: getattr(module, what) for name, module in modules.items()} for what in ("r", "alpha"))
+    r, most = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": r,
+        alpha: _plain(most),
+        "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != r},
+        "alpha_pattern": {_exactly(name): _plain(value) for name, value in alphas.items() if value != most},
+    }
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}$"
+
+
+def _plain(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _targets(modules: Mapping[str, Module], known: Collection[str] | None) -> dict[str, Any]:
+    """The names as targets. A reader takes them as endings, so what else ends in one is excluded."""
+    others = [n for n in known or () if n not in modules and any(ending in modules for ending in endings(n))]
+    return {"target_modules": list(modules), **({"exclude_modules": others} if others else {})}
+
+
+def rank_of(source: Source, down: str, up: str, *, down_axis: int, up_axis: int) -> int:
+    """The rank of a pair of factors, from their shapes.
+
+    Raises:
+        CheckpointError: one is missing or is no matrix, or the two disagree.
+    """
+    shapes = [source.file.shapes.get(key, ()) for key in (down, up)]
+    axes = (down_axis, up_axis)
+    if any(len(shape) < 2 for shape in shapes):
+        raise CheckpointError(f"{source.file.path}: {down} and {up} are not a pair of matrices.")
+    ranks = [shape[axis] for shape, axis in zip(shapes, axes, strict=True)]
+    if ranks[0] != ranks[1] or ranks[0] < 1:
+        raise CheckpointError(f"{source.file.path}: {down} is of rank {ranks[0]}, and {up} of rank {ranks[1]}.")
+    return ranks[0]

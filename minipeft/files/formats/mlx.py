@@ -1,0 +1,87 @@
+"""mlx-lm's adapters: ``adapters.safetensors``, and ``adapter_config.json`` with the options of the training run.
+
+A linear layer there computes ``x W^T + scale (x lora_a) lora_b`` with `lora_a` (in, r) and `lora_b` (r, out), and an
+embedding ``lora_a[tokens] lora_b``, so both factors are the transposes of PEFT's; see ``mlx_lm/tuner/lora.py`` and
+``mlx_lm/tuner/utils.py``. `m` (out,) is DoRA's magnitude. The update is scaled by `scale` itself, not by scale / r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from minipeft.errors import CheckpointError, told
+from minipeft.files.formats.foreign import Computed, Format, Module, Part, Source, part, rank_of
+from minipeft.files.tensor_file import TensorFile
+
+ENDS = ("lora_a", "lora_b", "m")
+EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embedding"}
+
+
+def knows(file: TensorFile) -> bool:
+    """Whether all keys end as mlx-lm's do."""
+    keys = file.shapes
+    ends = [key.rpartition(".")[2] for key in keys]
+    return all(end in ENDS for end in ends) and "lora_a" in ends
+
+
+def read(source: Source, component: str, keys: Sequence[str]) -> Part:
+    """The adapter in PEFT's layout: the factors transposed, and alpha = scale * rank."""
+    parameters = source.config.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"{source.directory}: adapter_config.json of mlx-lm has no lora_parameters.")
+    scale, rank = parameters.get("scale"), parameters.get("rank")
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or not isinstance(rank, int):
+        raise CheckpointError(
+            f"{source.directory}: lora_parameters must say scale and rank, not {told(scale)} and {told(rank)}."
+        )
+    if "alpha" in parameters:
+        raise CheckpointError(
+            f"{source.directory}: lora_parameters has alpha besides scale. Early versions of mlx-lm scaled by "
+            "scale * alpha / rank, and today's scale by scale. Put in what was meant, and take alpha out."
+        )
+    names = dict.fromkeys(key.rpartition(".")[0] for key in keys)
+    modules = {name: _module(source, name, scale) for name in names}
+    for name, module in modules.items():
+        if module.r != rank:
+            raise CheckpointError(
+                f"{source.file.path}: {name} is of rank {module.r}, and the configuration says {rank}."
+            )
+    dora = any(key.endswith(".m") for key in keys)
+    values: dict[str, Any] = {"use_dora": True} if dora else {}
+    model, dropout = source.config.get("model"), parameters.get("dropout", 0.0)
+    return part(
+        source,
+        keys,
+        modules,
+        lora_dropout=dropout,
+        base_model_name_or_path=model if isinstance(model, str) else None,
+        **values,
+    )
+
+
+def _module(source: Source, name: str, scale: float) -> Module:
+    a, b, m = (f"{name}.{end}" for end in ENDS)
+    shapes = source.file.shapes
+    if len(shapes.get(a, ())) > 2:
+        raise CheckpointError(
+            f"{source.file.path}: {name} adapts the experts of a layer at once ({told(list(shapes[a]))}), which is not read."
+        )
+    rank = rank_of(source, a, b, down_axis=1, up_axis=0)
+    is_embedding = name.rpartition(".")[2] in EMBEDDINGS
+    if is_embedding and m in shapes:
+        raise CheckpointError(f"{source.file.path}: {name} is an embedding with DoRA, which mlx-lm computes otherwise.")
+    ends = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+    tensors = {end: _transposed(source, key) for end, key in zip(ends, (a, b), strict=True)}
+    return Module({**tensors, **({"lora_magnitude_vector": m} if m in shapes else {})}, rank, scale * rank)
+
+
+def _transposed(source: Source, key: str) -> Computed:
+    rows, columns = source.file.shapes[key]
+    return Computed((key,), (columns, rows), source.file.dtypes[key], Tensor.t)
+
+
+MLX = Format("mlx-lm", knows, read)

@@ -1,0 +1,119 @@
+"""The tensors of a pickle as safetensors, read in a process of its own with limits on its time and memory.
+
+`load_adapter` never comes here; ``minipeft convert`` does. Three things stand between a hostile file and the user: the
+check of `minipeft.files.formats.archive`, ``torch.load(weights_only=True)``, and a process that may use little more
+memory than the file has bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minipeft.errors import CheckpointError, MinipeftError, told, told_error
+from minipeft.files.formats.archive import check_archive
+
+SECONDS, SECONDS_PER_GIB, SPARE_MEMORY = 60.0, 60.0, 2**30
+REFUSED = 3  # exit code of the process when it has printed why
+
+
+def write_safetensors(source: Path, target: Path) -> None:
+    """Write the tensors of a file of ``torch.save`` to a new safetensors file; the names stay.
+
+    Args:
+        source: holds a dictionary of tensors, or one under the key "model".
+        target: in an empty folder of ours, in which the process runs.
+
+    Raises:
+        CheckpointError: the file holds more than tensors, is damaged, or takes too long or too much memory.
+    """
+    if not os.path.isfile(source):
+        raise CheckpointError(f"{source} is not a plain file, or cannot be seen.")
+    seconds = SECONDS + SECONDS_PER_GIB * source.stat().st_size / 2**30
+    # The folders this process imports from, but not the current one, in which somebody may have put a torch.py.
+    package = str(Path(__file__).resolve().parents[3])
+    folders = [package, *(os.path.abspath(place) for place in sys.path if place)]
+    command = [sys.executable, "-m", __spec__.name, os.path.abspath(source), os.path.abspath(target)]
+    try:
+        result = subprocess.run(
+            command,
+            cwd=target.parent,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(f"{source} takes more than {seconds:.0f} s to read.") from None
+    if result.returncode == REFUSED:
+        raise CheckpointError(result.stdout.decode("utf-8", "replace").strip())
+    if result.returncode != 0:
+        last = result.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise CheckpointError(f"{source} cannot be read (exit code {result.returncode}: {last:.200}).")
+
+
+def _write(source: Path, target: Path) -> None:
+    """What the process does."""
+    _limit_memory(SPARE_MEMORY)
+    check_archive(source)
+    _limit_memory(None)
+    import torch  # only now: a file that the check refuses is not worth the wait
+    from safetensors.torch import save_file
+
+    _limit_memory(4 * source.stat().st_size + SPARE_MEMORY)
+    try:
+        found = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{source} cannot be read ({told_error(error)}).") from None
+    tensors = dense(source, found)
+    needed, size = sum(tensor.nbytes for tensor in tensors.values()), source.stat().st_size
+    if needed > 2 * size + 2**20:  # tied tensors may lie in the file once
+        raise CheckpointError(f"{source}: its tensors claim {needed:,} bytes, and the file has {size:,}.")
+    save_file(
+        {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}, target
+    )
+
+
+def dense(source: Path, found: Any) -> Mapping[str, Any]:
+    """What ``torch.load`` gave, if it is a dictionary of dense tensors, each with all of its values in the file.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    import torch
+
+    if isinstance(found, Mapping) and set(found) == {"model"}:  # litgpt's
+        found = found["model"]
+    if not isinstance(found, Mapping) or not found:
+        raise CheckpointError(f"{source} holds {told(type(found).__name__)} and no dictionary of tensors.")
+    for key, tensor in found.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+            raise CheckpointError(f"{source}: {told(key)} is not the name of a dense tensor.")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{source}: {told(key)} claims more values than the file holds of it.")
+    return found
+
+
+def _limit_memory(more: int | None) -> None:
+    """Let this process map that many bytes more than it does (None: any), if the system can say how many those are."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (hard if more is None else pages * resource.getpagesize() + more, hard))
+    except (ImportError, OSError, ValueError):
+        return  # the check of the archive compares all sizes with the file's
+
+
+if __name__ == "__main__":
+    try:
+        _write(Path(sys.argv[1]), Path(sys.argv[2]))
+    except MinipeftError as error:
+        print(error)
+        sys.exit(REFUSED)

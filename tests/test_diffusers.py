@@ -1,0 +1,118 @@
+"""diffusers reads our adapters and we read its, alpha kept; run where diffusers is installed."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import foreign_code
+
+import minipeft
+from minipeft.files.formats.convert import convert
+from minipeft.files.formats.diffusers import pipeline_file
+
+with foreign_code():
+    diffusers = pytest.importorskip("diffusers")
+    from peft import get_peft_model_state_dict
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CONFIG = {"r": 2, "lora_alpha": 6, "alpha_pattern": {"conv1": 1}, "target_modules": ["to_q", "to_out.0", "conv1"]}
+
+
+def pipeline():
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        norm_num_groups=2,
+        attention_head_dim=2,
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=100, bos_token_id=0, eos_token_id=1, **sizes))
+    parts = dict.fromkeys(("vae", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
+    scheduler = diffusers.DDIMScheduler()
+    return diffusers.StableDiffusionPipeline(
+        unet=unet, text_encoder=text, scheduler=scheduler, requires_safety_checker=False, **parts
+    )
+
+
+def output(unet):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return unet(torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 16)).sample
+
+
+def adapted(pipe):
+    return minipeft.get_lora_model(pipe.unet, minipeft.LoraConfig(init_lora_weights=False, **CONFIG))
+
+
+def test_a_pipeline_reads_what_pipeline_file_makes(tmp_path):
+    pipe, plain = pipeline(), pipeline()
+    model = adapted(pipe)
+    tensors = {key: tensor.detach() for key, tensor in model.adapter_state_dict().items()}
+    stored, metadata = pipeline_file({"unet": (tensors, model.adapter_configs["default"].to_dict())})
+    save_file(stored, tmp_path / "pytorch_lora_weights.safetensors", metadata)
+    plain.load_lora_weights(tmp_path)
+    torch.testing.assert_close(output(plain.unet), output(model), rtol=0, atol=1e-5)
+
+
+def test_what_a_pipeline_saves_is_loaded_and_converted_alpha_kept(tmp_path):
+    pipe = pipeline()
+    with foreign_code():
+        from peft import LoraConfig
+
+        pipe.unet.add_adapter(LoraConfig(init_lora_weights=False, **CONFIG))
+    layers, config = get_peft_model_state_dict(pipe.unet), pipe.unet.peft_config["default"].to_dict()
+    pipe.save_lora_weights(tmp_path / "a", unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+    convert(tmp_path / "a", tmp_path / "b")
+    pipe.unet.save_lora_adapter(tmp_path / "c")  # names no part of a pipeline
+    for folder in ("a", "b", "c"):
+        model = minipeft.load_adapter(pipeline().unet, tmp_path / folder)
+        torch.testing.assert_close(output(model), output(pipe.unet), rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_with_an_adapted_part_saves_and_loads_again(tmp_path):
+    pipe = pipeline()
+    model = adapted(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert isinstance(model, minipeft.AdaptedModel)
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, vae=None, tokenizer=None)
+    assert torch.equal(output(again.unet), output(pipeline().unet))
+    loaded = minipeft.load_adapter(again.unet, tmp_path / "unet")
+    assert torch.equal(output(loaded), output(model))
+
+
+def test_a_pipeline_with_an_adapted_text_encoder_is_refused(tmp_path):
+    pipe = pipeline()
+    minipeft.get_lora_model(pipe.text_encoder, minipeft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(minipeft.StateError, match=r"unload\(\)"):
+        pipe.save_pretrained(tmp_path)
+
+
+def test_kohyas_names_of_a_real_unet_and_text_encoder_find_their_modules(tmp_path):
+    """sd-scripts networks/lora.py: the names of Linear and Conv2d in the blocks, with underscores for dots."""
+    pipe, tensors = pipeline(), {}
+    for part, prefix in ((pipe.unet, "lora_unet_"), (pipe.text_encoder, "lora_te_text_model_")):
+        for name, module in part.named_modules():
+            if type(module) in (torch.nn.Linear, torch.nn.Conv2d) and ("blocks" in name or "layers" in name):
+                shape, first = module.weight.shape, prefix + name.replace(".", "_")
+                tensors[f"{first}.lora_down.weight"] = torch.randn(2, *shape[1:]) / 9
+                tensors[f"{first}.lora_up.weight"] = torch.randn(shape[0], 2, *(1,) * (len(shape) - 2)) / 9
+                tensors[f"{first}.alpha"] = torch.tensor(1.0)
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "x.safetensors")
+    pipe.save_pretrained(tmp_path / "base")
+    written = convert(tmp_path / "in", tmp_path / "out", tmp_path / "base")
+    assert [path.name for path in written] == ["text_encoder", "unet"]
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    start = copy.deepcopy(pipe.unet).get_submodule(name).weight.detach()
+    merged = minipeft.load_adapter(pipe.unet, tmp_path / "out" / "unet").merge_and_unload()
+    first = f"lora_unet_{name.replace('.', '_')}"
+    update = tensors[f"{first}.lora_up.weight"] @ tensors[f"{first}.lora_down.weight"] / 2
+    torch.testing.assert_close(merged.get_submodule(name).weight.detach(), start + update, rtol=0, atol=1e-6)
+    minipeft.load_adapter(pipe.text_encoder, tmp_path / "out" / "text_encoder")

@@ -1,0 +1,218 @@
+"""Adapters of other tools: each format, good, damaged and ambiguous, against the tool's formula in float64."""
+
+import json
+
+import pytest
+import torch
+from foreign_files import MAKERS, Parts, kohya, litgpt, llm, mlx, torchtune, write_json
+from safetensors.torch import load_file, save_file
+from tiny_models import state_digest
+
+import minipeft
+from minipeft.files.formats.convert import convert
+
+FORMATS = sorted(MAKERS)
+
+
+def weights_file(folder):
+    (path,) = folder.glob("*.safetensors")
+    return path
+
+
+def check_updates(model, directory, updates):
+    before = {name: model.get_submodule(name).weight.clone() for name, _ in model.named_modules() if name in updates}
+    others = {name: p.clone() for name, p in model.named_parameters() if name.removesuffix(".weight") not in updates}
+    merged = minipeft.load_adapter(model, directory).merge_and_unload()
+    for name, update in updates.items():
+        change = merged.get_submodule(name).weight - before[name]
+        torch.testing.assert_close(change, update, rtol=1e-6, atol=1e-9)
+    assert all(torch.equal(merged.get_parameter(name), value) for name, value in others.items())
+
+
+def refused(directory, model, *named):
+    before = state_digest(model)
+    with pytest.raises(minipeft.MinipeftError) as caught:
+        minipeft.load_adapter(model, directory)
+    assert state_digest(model) == before
+    assert str(caught.value).count("\n") == 0
+    for word in named:
+        assert word in str(caught.value)
+
+
+def changed(folder, change):
+    """Change the tensors of the only safetensors file in a folder."""
+    from safetensors import safe_open
+
+    path = weights_file(folder)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_of_another_tool_changes_the_weights_as_that_tool_would(name, tmp_path):
+    maker, model = MAKERS[name]
+    updates = maker(tmp_path)
+    check_updates(model(), tmp_path, updates)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_convert_writes_is_the_same_adapter(name, tmp_path):
+    maker, model = MAKERS[name]
+    source, out, base = tmp_path / "in", tmp_path / "out", tmp_path / "base"
+    source.mkdir()
+    base.mkdir()
+    updates = maker(source)
+    save_file(model().state_dict(), base / "model.safetensors")
+    assert convert(source, out, base) == [out]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    check_updates(model(), out, updates)
+
+
+@pytest.mark.parametrize("damage", ["a key less", "a key more", "another shape", "not finite"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_damaged_file_is_refused_whole(name, damage, tmp_path):
+    maker, model = MAKERS[name]
+    maker(tmp_path)
+
+    def change(tensors):
+        key = next(key for key in sorted(tensors) if "alpha" not in key)
+        if damage == "a key less":
+            del tensors[key]
+        elif damage == "a key more":
+            end = "down_blocks_0_to_q.lora_x.weight" if "_to_q." in " ".join(tensors) else "lora_A.weight"
+            first = key.partition("down_blocks")[0] if "down_blocks" in key else "model.layers.7."
+            tensors[f"{first}{end}"] = torch.zeros(2, 2)
+        elif damage == "another shape":
+            tensors[key] = torch.zeros(3, *tensors[key].shape[1:])
+        else:
+            tensors[key][0, 0] = float("nan")
+
+    changed(tmp_path, change)
+    refused(tmp_path, model())
+    if damage != "another shape":  # which only the model may tell
+        with pytest.raises(minipeft.MinipeftError):
+            convert(tmp_path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_mlx_that_says_alpha_besides_scale_is_ambiguous(tmp_path):
+    mlx(tmp_path)
+    write_json(tmp_path, lora_parameters={"rank": 4, "scale": 10.0, "alpha": 16, "dropout": 0.0})
+    refused(tmp_path, llm(), "alpha", "scale")
+
+
+def test_mlx_of_another_rank_than_its_configuration_is_refused(tmp_path):
+    mlx(tmp_path)
+    write_json(tmp_path, lora_parameters={"rank": 8, "scale": 10.0, "dropout": 0.0})
+    refused(tmp_path, llm(), "rank 4", "8")
+
+
+def test_mlx_with_experts_is_refused_by_name(tmp_path):
+    mlx(tmp_path)
+    changed(tmp_path, lambda tensors: tensors.update({"a.switch_mlp.up_proj.lora_a": torch.zeros(2, 4, 8)}))
+    refused(tmp_path, llm(), "switch_mlp", "experts")
+
+
+def test_dora_of_mlx_is_read(tmp_path):
+    """mlx_lm/tuner/dora.py: m / |W + scale B A| times the rows of W + scale B A."""
+    mlx(tmp_path)
+    name, model = "model.layers.1.self_attn.q_proj", llm()
+    m = torch.rand(32, generator=torch.Generator().manual_seed(0)) + 1
+
+    def alone(tensors):
+        for key in [key for key in tensors if not key.startswith(name)]:
+            del tensors[key]
+        tensors[f"{name}.m"] = m
+
+    changed(tmp_path, alone)
+    a, b = (t.double() for t in load_file(weights_file(tmp_path)).values() if t.ndim == 2)
+    weight = model.get_submodule(name).weight.detach() + 20.0 * (a @ b).T
+    expected = m.double().unsqueeze(1) * weight / weight.norm(dim=1, keepdim=True)
+    merged = minipeft.load_adapter(model, tmp_path).merge_and_unload()
+    torch.testing.assert_close(merged.get_submodule(name).weight.detach(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_torchtune_without_the_number_of_heads_is_refused(tmp_path):
+    torchtune(tmp_path)
+    (tmp_path / "config.json").unlink()
+    refused(tmp_path, llm(), "config.json")
+
+
+def test_torchtune_of_an_unknown_model_is_refused(tmp_path):
+    torchtune(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3"}))
+    refused(tmp_path, llm(), "phi3", "llama")
+
+
+def test_litgpt_of_a_model_with_joined_layers_is_refused(tmp_path):
+    litgpt(tmp_path)
+    text = (tmp_path / "model_config.yaml").read_text().replace("Tiny", "Phi-3-mini")
+    (tmp_path / "model_config.yaml").write_text(text)
+    refused(tmp_path, llm(), "Phi-3-mini", "merge_lora")
+
+
+@pytest.mark.parametrize(
+    "text", ["- 1", "a: [", "!!python/object/apply:os.system ['touch canary']", "[" * 5000, "a: &a [1]\nb: *a"]
+)
+def test_a_hostile_yaml_is_one_error(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    litgpt(tmp_path)
+    (tmp_path / "hyperparameters.yaml").write_text(text)
+    refused(tmp_path, llm(), "hyperparameters.yaml")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_kohya_that_two_modules_would_answer_to_is_ambiguous(tmp_path):
+    kohya(tmp_path)
+    model = Parts()
+    model.down_blocks_0 = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 12)})
+    refused(tmp_path, model, "down_blocks.0.to_q", "down_blocks_0.to_q")
+
+
+def test_kohya_for_two_parts_is_not_loaded_into_one_model(tmp_path):
+    kohya(tmp_path)
+    changed(tmp_path, lambda tensors: tensors.update({"lora_te_x.lora_down.weight": torch.zeros(2, 2)}))
+    refused(tmp_path, Parts(), "unet", "text_encoder", "minipeft convert")
+
+
+def test_kohya_for_two_parts_becomes_two_adapters(tmp_path):
+    source, out, base = (tmp_path / name for name in ("in", "out", "base"))
+    for folder in (source, base / "unet", base / "text_encoder"):
+        folder.mkdir(parents=True)
+    updates = kohya(source)
+    changed(
+        source,
+        lambda tensors: tensors.update(
+            {key.replace("_unet_", "_te_"): t.clone() for key, t in tensors.items() if "_to_q." in key}
+        ),
+    )
+    for part in ("unet", "text_encoder"):
+        save_file(Parts().state_dict(), base / part / "model.safetensors")
+    assert convert(source, out, base) == [out / "text_encoder", out / "unet"]
+    check_updates(Parts(), out / "unet", updates)
+    check_updates(Parts(), out / "text_encoder", {"down_blocks.0.to_q": updates["down_blocks.0.to_q"]})
+
+
+def test_kohya_without_the_names_of_a_model_cannot_be_converted(tmp_path):
+    kohya(tmp_path)
+    with pytest.raises(minipeft.CheckpointError, match="--base"):
+        convert(tmp_path, tmp_path / "out")
+
+
+def test_an_adapter_of_peft_is_not_converted_again(tmp_path):
+    minipeft.get_lora_model(llm()).save_pretrained(tmp_path)
+    with pytest.raises(minipeft.CheckpointError, match="PEFT's kind already"):
+        convert(tmp_path, tmp_path / "out")
+
+
+def test_ten_thousand_keys_are_read_at_once(tmp_path):
+    """A loop over the keys within one would take minutes."""
+    from minipeft.files.format import open_adapter
+
+    tensors = {f"model.layers.{i}.q.lora_{end}": torch.zeros(1, 1) for i in range(5_000) for end in "ab"}
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    write_json(tmp_path, lora_parameters={"rank": 1, "scale": 1.0})
+    assert len(open_adapter(tmp_path).shapes) == 10_000
