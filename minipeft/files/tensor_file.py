@@ -36,7 +36,8 @@ class TensorFile:
         if len(keys) < len(self.shapes):
             return self
         shapes, dtypes = ({new: old[key] for new, key in keys.items()} for old in (self.shapes, self.dtypes))
-        return replace(self, shapes=shapes, dtypes=dtypes, stored_as=keys)  # type: ignore[arg-type]
+        stored_as = {new: self.stored_as.get(key, key) for new, key in keys.items()}
+        return replace(self, shapes=shapes, dtypes=dtypes, stored_as=stored_as)  # type: ignore[arg-type]
 
     def read(self, keys: Iterable[str] | None = None, *, finite: bool = True) -> dict[str, Tensor]:
         """Read these tensors (None: all) into memory.
