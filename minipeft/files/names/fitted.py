@@ -10,7 +10,7 @@ from torch import nn
 
 from minipeft.errors import CheckpointError, told
 from minipeft.files.format import AdapterFile
-from minipeft.files.names.key_mapping import renamed_by
+from minipeft.files.names.key_mapping import MAX_NAME, renamed_by
 from minipeft.files.names.modules import ModuleNames
 from minipeft.files.names.other_class import OtherClass
 from minipeft.files.names.places import Places, is_shared
@@ -45,7 +45,7 @@ def fitted(
         ConfigError: `key_mapping` is not a table, or takes too long.
     """
     places = Places(model, file.config)
-    if key_mapping is None and places.take(file.shapes):
+    if key_mapping is None and (places.take(file.shapes) or any(len(key) > MAX_NAME for key in file.shapes)):
         return file
     plain = {key: plain_name(key) for key in file.shapes if not is_shared(key)}
     if key_mapping is not None:
@@ -77,14 +77,16 @@ def _best(readings: Iterator[Reading], places: Places, strict: bool) -> Reading 
     """The first reading that gives every key a place; if not `strict`, else the first that gives more keys one."""
     tried = []
     for reading in readings:
-        if reading.is_injective():
-            tried.append((reading, reading.placed(places)))
-            if tried[-1][1] == len(reading.names):
-                return reading
+        if not reading.is_injective():
+            continue
+        if reading.fits(places):
+            return reading
+        tried.append(reading)
     if strict or not tried:
         return None
-    first, best = tried[0], max(tried, key=lambda pair: pair[1])
-    return best[0] if best[1] > first[1] else None
+    placed = [reading.placed(places) for reading in tried]
+    best = max(placed)
+    return tried[placed.index(best)] if best > placed[0] else None
 
 
 def _by_user(

@@ -22,13 +22,13 @@ from minipeft.transformers_model import loadable_parts
 MAX_PARTS = 64  # of a name in a file
 MAX_MODULES = 64  # that end alike: a name that fits more says nothing
 # What may stand before a part of a model. Others, such as ``bert``, say which model it is, so they are not exchanged.
-PREFIXES = frozenset(
-    """
-    audio_encoder audio_model audio_tower backbone base_model image_encoder image_tower language_backbone language_model
-    llm lm model module pretrained_model text_backbone text_encoder text_model thinker transformer video_tower
-    vision_backbone vision_encoder vision_model vision_tower visual vlm
-    """.split()
+TEXT = ("language_backbone", "language_model", "llm", "lm", "text_backbone", "text_encoder", "text_model", "thinker")
+SEEN_OR_HEARD = (
+    *("image_encoder", "image_tower", "video_tower", "vision_backbone", "vision_encoder", "vision_model"),
+    *("vision_tower", "visual", "audio_encoder", "audio_model", "audio_tower"),
 )
+WHOLE = ("backbone", "base_model", "model", "module", "pretrained_model", "transformer", "vlm")
+PREFIXES = frozenset((*TEXT, *SEEN_OR_HEARD, *WHOLE))
 
 
 @dataclass

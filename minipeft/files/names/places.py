@@ -79,8 +79,8 @@ class Places:
 
 
 def is_shared(key: str) -> bool:
-    """Whether this is the key of a tensor that all layers share, such as ``base_model.vera_A``."""
-    return key.startswith(ROOT) and not key.startswith(PREFIX) and "." not in key.removeprefix(ROOT)
+    """Whether this is the key of a tensor that all layers share: ``base_model.vera_A``, perhaps with the adapter's name."""
+    return key.startswith(ROOT) and not key.startswith(PREFIX) and key.count(".") <= 2
 
 
 def _owns(module: nn.Module, tail: str) -> bool:

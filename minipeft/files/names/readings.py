@@ -20,6 +20,10 @@ class Reading:
     names: Mapping[str, str]
     rule: str
 
+    def fits(self, places: Places) -> bool:
+        """Whether every name has a place."""
+        return all(places.place(name) is not None for name in self.names.values())
+
     def placed(self, places: Places) -> int:
         """How many of the names have a place."""
         return sum(places.place(name) is not None for name in self.names.values())
