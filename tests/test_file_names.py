@@ -448,6 +448,20 @@ def test_every_methods_state_is_read_with_the_adapters_name(case, tmp_path):
     torch.testing.assert_close(output(model), want, atol=1e-5, rtol=1e-5)
 
 
+def test_a_whole_state_with_the_base_in_it_is_read(tmp_path):
+    base = llama()
+    model = adapted(base, lora(modules_to_save=["lm_head"]))
+    directory = write(model, tmp_path / "file")
+    state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    save_file(state, directory / "adapter_model.safetensors")
+    loaded = minipeft.load_adapter(copy.deepcopy(base), directory)
+    torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
+    state[PREFIX + "model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(state, directory / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="differs from this model's"):
+        minipeft.load_adapter(base, directory)
+
+
 def test_two_readings_are_refused_with_both_and_key_mapping_decides(tmp_path):
     tower, model = clip_vision(), clip()
     model.vision_model.load_state_dict(tower.state_dict())

@@ -55,7 +55,7 @@ def load_parts(
         done=new_rows.tables,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
     )
-    file = without_adapter_name(file, {*expected.tensors, *expected.done})
+    file = without_adapter_name(file, expected.tensors)
     with reading(directory):
         values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(file, model, plan)

@@ -16,6 +16,7 @@ logger = logging.getLogger("minipeft")
 File = TypeVar("File", bound=TensorFile)
 MAX_PARTS = 64  # of a key
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+VALUES = frozenset({"weight", "bias"})  # how keys end behind the adapter's name
 _TRAINED_COPY = "modules_to_save"
 
 
@@ -33,10 +34,13 @@ def without_adapter_name(file: File, expected: Collection[str]) -> File:
     A script that saves PEFT's ``state_dict()`` itself writes such keys. PEFT's own files do not have the name.
     """
     others = [key for key in file.shapes if key not in expected]
-    names = {name for key in others[:1] for name in _possible(key, expected)}
+    # In such a state all tensors of an adapter have the name, and only biases, which are the base's, do not.
+    if not all(key.endswith(".bias") for key in file.shapes.keys() - set(others)):
+        return file
+    names = next((names for key in others if (names := _possible(key, expected))), [])
     if len(names) != 1:
         return file
-    (name,) = names
+    name = names[0]
     renamed = {key: short for key in others for short in _short_forms(key, name) if short in expected}
     if renamed:
         logger.info("%s: the adapter's name %r was left out of %d keys", file.path.parent, name, len(renamed))
@@ -46,9 +50,7 @@ def without_adapter_name(file: File, expected: Collection[str]) -> File:
 def _possible(key: str, expected: Collection[str]) -> list[str]:
     """The parts of a key without which it is expected."""
     parts = key.split(".", MAX_PARTS)
-    names = [
-        part for part in dict.fromkeys(parts[-3:] if len(parts) <= MAX_PARTS else ()) if part not in ("weight", "bias")
-    ]
+    names = [part for part in dict.fromkeys(parts[-3:] if len(parts) <= MAX_PARTS else ()) if part not in VALUES]
     names += [after for before, after in itertools.pairwise(parts) if before == _TRAINED_COPY]
     return [
         name
@@ -63,5 +65,7 @@ def _short_forms(key: str, name: str) -> list[str]:
     if not found:
         return []
     head, tail = head.removesuffix(f".{_TRAINED_COPY}"), tail.removesuffix(".")
+    if not tail and head.rpartition(".")[2] in VALUES:
+        return []
     # A tensor that PEFT keeps in a module of its own, such as DoRA's magnitude, has no ``.weight`` in a file.
     return [f"{head}.{tail}", head] if tail == "weight" else [f"{head}.{tail}" if tail else head]
