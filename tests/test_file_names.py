@@ -361,6 +361,64 @@ def adapted_names(model):
     return [(name, m) for name, m in model.named_modules() if type(m).__name__ == "AdaptedLayer"]
 
 
+def qwen3_moe():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    return made(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**TEXT, **experts))
+
+
+def classifier():
+    return made(tf.LlamaForSequenceClassification, tf.LlamaConfig(**TEXT, num_labels=3))
+
+
+GATE_UP = "layers.0.mlp.experts.gate_up_proj"
+OPTIONS = {
+    "bare parameters": (qwen3_moe, {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, {}),
+    "bare parameter by full name": (
+        qwen3_moe,
+        {"target_parameters": [f"model.{GATE_UP}"], "rank_pattern": {f"model.{GATE_UP}": 2}},
+        {"target_parameters": [f"backbone.{GATE_UP}"], "rank_pattern": {f"backbone.{GATE_UP}": 2}},
+    ),
+    "layers_pattern": (llama, {"layers_to_transform": [1], "layers_pattern": "layers"}, {}),
+    "tied tables trained": (
+        lambda: llama(tie_word_embeddings=True),
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {},
+    ),
+    "tied rows": (lambda: llama(tie_word_embeddings=True), {"trainable_token_indices": [3, 4]}, {}),
+    "every bias": (qwen3_moe, {"bias": "all"}, {}),
+    "classifier": (classifier, {"task_type": "SEQ_CLS"}, {}),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_that_name_modules_follow_the_names(case, tmp_path):
+    build, options, edit = OPTIONS[case]
+    base = build()
+    model = adapted(base, lora(["q_proj"], **options))
+    directory = write(model, tmp_path / "old", renamed(("model.", "backbone.")), **edit)
+    loaded = minipeft.load_adapter(copy.deepcopy(base), directory)
+    torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again")
+    torch.testing.assert_close(output(theirs), output(model), atol=1e-5, rtol=1e-5)
+
+
+def test_the_ranks_that_adalora_left_follow_the_names(tmp_path):
+    base, kept = llama(), [True, False, True, True]
+    ranks = {f"model.layers.{n}.self_attn.q_proj.lora_E": kept for n in range(2)}
+    sizes = {"init_r": 4, "target_r": 2, "total_step": 10, "rank_pattern": ranks}
+    model = moved(
+        minipeft.get_adapter_model(copy.deepcopy(base), minipeft.AdaLoraConfig(target_modules=["q_proj"], **sizes))
+    )
+    model.save_pretrained(tmp_path)
+    rename = renamed(("model.", "backbone."))
+    edited(tmp_path, lambda tensors: {rename(key): tensor for key, tensor in tensors.items()})
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace("model.layers", "backbone.layers"))
+    torch.testing.assert_close(output(minipeft.load_adapter(base, tmp_path)), output(model))
+
+
 METHODS = {
     "dora": (lambda: lora(use_dora=True), {}),
     "rank pattern": (
@@ -512,7 +570,7 @@ def test_key_mapping_is_pefts(tmp_path):
 HOSTILE = {
     "two to one place": ({r"layers\.\d": "layers.0"}, "one place"),
     "no place": ({"q_proj": "nowhere"}, "has no such module"),
-    "explodes": ({"^(\\w|\\w\\w|\\.)*$(?<=x)": "y"}, "2 s"),
+    "explodes": ({"^(\\w|\\w\\w|\\.)*$(?<=x)": "y"}, "0.2 s"),
     "recursive": ({"(?R)": ""}, "recursive"),
     "repeats": ({"(a{9999}){9999}": ""}, "repeats"),
     "invalid": ({"(": ""}, "not a valid"),
@@ -525,8 +583,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_key_mapping_is_refused_and_changes_nothing(case, tmp_path):
+def test_a_hostile_key_mapping_is_refused_and_changes_nothing(case, tmp_path, monkeypatch):
     mapping, said = HOSTILE[case]
+    monkeypatch.setattr("minipeft.files.names.key_mapping.SECONDS_PER_OPTION", 0.2)
     base = llama()
     directory = write(adapted(base, lora()), tmp_path / "file")
     before = state_digest(base)
@@ -693,6 +752,7 @@ def test_a_quantized_base_is_no_hindrance(tmp_path):
     torch.testing.assert_close(output(minipeft.load_adapter(quantized, directory)), output(own))
 
 
+@pytest.mark.slow
 def test_many_keys_without_a_place_take_no_time(tmp_path):
     base = llava()
     directory = write(adapted(base, lora()), tmp_path / "old", BEFORE_4_52)
