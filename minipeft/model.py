@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
 
@@ -65,6 +65,7 @@ def load_adapter(
     strict: bool = True,
     *,
     allow_base_mismatch: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     subfolder: str | None = None,
@@ -83,6 +84,9 @@ def load_adapter(
         strict: require exactly the expected tensors. False: warn about missing and unexpected ones; missing ones keep
             their starting values. A wrong shape is always an error.
         allow_base_mismatch: skip the comparison of the base weights.
+        key_mapping: regular expressions for the names in the file -> replacements, as PEFT's; of each name, without
+            ``base_model.model.``, the first that is found is replaced. Names that other versions and classes of
+            transformers use are known without, see `minipeft.files.names.fitted`.
         revision, token, subfolder, local_files_only: see `minipeft.files.hub.adapter_directory`.
 
     Raises:
@@ -94,7 +98,9 @@ def load_adapter(
         directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     with model._unmerged() if isinstance(model, AdaptedModel) else contextlib.nullcontext():
-        plan, parts = load_parts(model, path, strict=strict, allow_base_mismatch=allow_base_mismatch)
+        plan, parts = load_parts(
+            model, path, strict=strict, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
+        )
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
         if not is_trainable:
             warn_if_idle(path, parts)

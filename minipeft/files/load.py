@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from minipeft.files.base_samples import planned_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import open_adapter
 from minipeft.files.frozen_weights import warn_of_missing_parts
+from minipeft.files.names.fitted import fitted
+from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
 from minipeft.files.reading import reading
 from minipeft.injection.absent import check_loaded
@@ -22,7 +25,14 @@ from minipeft.methods.base import Adapter
 from minipeft.wrapper_names import named_modules
 
 
-def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mismatch: bool) -> tuple[Plan, Parts]:
+def load_parts(
+    model: nn.Module,
+    directory: Path,
+    *,
+    strict: bool,
+    allow_base_mismatch: bool,
+    key_mapping: Mapping[str, str] | None = None,
+) -> tuple[Plan, Parts]:
     """Read an adapter directory and build what it describes for this model; the model is only read.
 
     Shapes are compared before memory is allocated for them, and everything is checked before anything is built.
@@ -32,6 +42,7 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
     """
     with reading(directory):
         file = open_adapter(directory, lambda _: [name for name, _ in named_modules(model) if name])
+        file = fitted(file, model, key_mapping, strict=strict)
         new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
     kept = set(file.kept)
@@ -46,6 +57,7 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         done=new_rows.tables,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
     )
+    file = without_adapter_name(file, expected.tensors)
     with reading(directory):
         values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(file, model, plan)

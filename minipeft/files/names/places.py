@@ -1,0 +1,93 @@
+"""The places that a model has for the keys of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from minipeft.config import AdapterConfig
+from minipeft.injection.build import PREFIX, ROOT
+from minipeft.injection.module_tree import candidates
+from minipeft.layers.base import layer_ops
+from minipeft.wrapper_names import unwrapped_name
+
+# What PEFT puts between a module's name and the tensor's: the module was wrapped for an adapter, or trained in full.
+INFIXES = frozenset({"base_layer", "modules_to_save", "original_module"})
+
+
+class Place(NamedTuple):
+    """A module of the model, and what follows its name in a key, such as ``lora_A.weight``."""
+
+    module: str
+    tail: str
+
+
+class Places:
+    """Looks up keys, and names without PEFT's prefix, among the modules of one model.
+
+    Args:
+        model: the model, plain or adapted; it is only read.
+        config: of the file; bare parameters are places only if its ``target_parameters`` name some.
+    """
+
+    def __init__(self, model: nn.Module, config: AdapterConfig) -> None:
+        self.model = model
+        self.found = candidates(model)
+        self.modules = {name: candidate.base for candidate in self.found.values() for name in candidate.known_as}
+        self.depth = max((name.count(".") + 1 for name in self.modules), default=0)
+        self._parameters = {entry.rpartition(".")[2] for entry in config.target_parameters or ()}
+        self._adaptable: dict[type[nn.Module], bool] = {}
+
+    def take(self, keys: Iterable[str]) -> bool:
+        """Whether every key of a file has its place under its own name."""
+        return all(self.takes(key) for key in keys)
+
+    def takes(self, key: str) -> bool:
+        """Whether a key has a place under its own name; tensors that all layers share belong to no module."""
+        if key.startswith(PREFIX):
+            name = key.removeprefix(PREFIX)
+            return self.place(name) is not None or self.place(unwrapped_name(name)) is not None
+        return is_shared(key)
+
+    def place(self, name: str) -> Place | None:
+        """Where a name without prefix belongs: the innermost module that it names, if that can have such a tensor."""
+        parts = name.split(".", self.depth + 1)
+        depth = next((n for n, part in enumerate(parts) if part in INFIXES), len(parts) - 1)
+        for end in range(min(depth, self.depth), 0, -1):
+            module = ".".join(parts[:end])
+            if module in self.modules:
+                tail = name[len(module) + 1 :]
+                return Place(module, tail) if self._can_have(self.modules[module], tail) else None
+        return None
+
+    def is_adapters(self, place: Place) -> bool:
+        """Whether a tensor belongs to an adapter on its module, and not to the module itself."""
+        first = place.tail.split(".", 1)[0]
+        if first in INFIXES and first != "base_layer":
+            return False
+        return not _owns(self.modules[place.module], _inner(place.tail))
+
+    def _can_have(self, module: nn.Module, tail: str) -> bool:
+        if tail.split(".", 1)[0] in INFIXES or _owns(module, tail):
+            return True
+        kind = type(module)
+        if kind not in self._adaptable:
+            self._adaptable[kind] = layer_ops(module) is not None
+        return self._adaptable[kind] or not self._parameters.isdisjoint(module._parameters)
+
+
+def is_shared(key: str) -> bool:
+    """Whether this is the key of a tensor that all layers share: ``base_model.vera_A``, perhaps with the adapter's name."""
+    return key.startswith(ROOT) and not key.startswith(PREFIX) and key.count(".") <= 2
+
+
+def _owns(module: nn.Module, tail: str) -> bool:
+    return tail in module._parameters or tail in module._buffers
+
+
+def _inner(tail: str) -> str:
+    while tail.startswith("base_layer."):
+        tail = tail.removeprefix("base_layer.")
+    return tail

@@ -1,0 +1,71 @@
+"""Keys without what wrappers and hand-written saves put around a name: prefixes, doubled ones, the adapter's name."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Collection
+from typing import TypeVar
+
+from minipeft.files.tensor_file import TensorFile
+from minipeft.injection.build import PREFIX
+from minipeft.wrapper_names import ATTRIBUTES, unwrapped_name
+
+logger = logging.getLogger("minipeft")
+File = TypeVar("File", bound=TensorFile)
+MAX_PARTS = 64  # of a key
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+VALUES = frozenset({"weight", "bias"})  # how keys end behind the adapter's name
+_TRAINED_COPY = "modules_to_save"
+
+
+def plain_name(key: str) -> str:
+    """The name in a key without prefixes: PEFT's, once or twice or not there at all, and those of wrappers."""
+    name = f".{key}".rpartition(f".{PREFIX}")[2].removeprefix(".")
+    parts, wrappers = name.split("."), set(ATTRIBUTES.values())
+    start = next((n for n, part in enumerate(parts) if part not in wrappers), 0)
+    return unwrapped_name(".".join(parts[start:]))
+
+
+def without_adapter_name(file: File, expected: Collection[str]) -> File:
+    """The file without the adapter's name in its keys, as in ``lora_A.default.weight``, if it was written with it.
+
+    A script that saves PEFT's ``state_dict()`` itself writes such keys. PEFT's own files do not have the name.
+    """
+    others = [key for key in file.shapes if key not in expected]
+    # In such a state all tensors of an adapter have the name, and only biases, which are the base's, do not.
+    if not all(key.endswith(".bias") for key in file.shapes.keys() - set(others)):
+        return file
+    names = next((names for key in others if (names := _possible(key, expected))), [])
+    if len(names) != 1:
+        return file
+    name = names[0]
+    renamed = {key: short for key in others for short in _short_forms(key, name) if short in expected}
+    if renamed:
+        logger.info("%s: the adapter's name %r was left out of %d keys", file.path.parent, name, len(renamed))
+    return file.renamed(lambda key: renamed.get(key, key))
+
+
+def _possible(key: str, expected: Collection[str]) -> list[str]:
+    """The parts of a key without which it is expected."""
+    parts = key.split(".", MAX_PARTS)
+    names = [part for part in dict.fromkeys(parts[-3:] if len(parts) <= MAX_PARTS else ()) if part not in VALUES]
+    names += [after for before, after in itertools.pairwise(parts) if before == _TRAINED_COPY]
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if _ADAPTER_NAME.fullmatch(name) and any(short in expected for short in _short_forms(key, name))
+    ]
+
+
+def _short_forms(key: str, name: str) -> list[str]:
+    """What a key is in PEFT's files, if `name` in it is the adapter's."""
+    head, found, tail = f"{key}.".rpartition(f".{name}.")
+    if not found:
+        return []
+    head, tail = head.removesuffix(f".{_TRAINED_COPY}"), tail.removesuffix(".")
+    if not tail and head.rpartition(".")[2] in VALUES:
+        return []
+    # A tensor that PEFT keeps in a module of its own, such as DoRA's magnitude, has no ``.weight`` in a file.
+    return [f"{head}.{tail}", head] if tail == "weight" else [f"{head}.{tail}" if tail else head]
