@@ -12,6 +12,7 @@ from minipeft.files.base_samples import planned_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import open_adapter
 from minipeft.files.frozen_weights import warn_of_missing_parts
+from minipeft.files.names.experts import fused_experts
 from minipeft.files.new_rows import find_new_rows
 from minipeft.files.reading import reading
 from minipeft.injection.absent import check_loaded
@@ -30,7 +31,7 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         MinipeftError: see `minipeft.load_adapter`.
     """
     with reading(directory):
-        file = open_adapter(directory)
+        file = fused_experts(open_adapter(directory), model)
         new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
     kept = set(file.kept)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import safe_open
 from torch import Tensor
@@ -17,11 +18,22 @@ MAX_HEADER_BYTES = 2**24
 MAX_DIMENSIONS = 16  # a long shape takes long to multiply and to show
 
 
+class Made(Protocol):
+    """A tensor that the file holds in another form, made when it is read; its shape and dtype are in the file's tables."""
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """The tensors that it is made of, by the keys that stand in the file."""
+
+    def make(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensor, from its sources in their order."""
+
+
 @dataclass(frozen=True)
 class TensorFile:
     """A safetensors file whose header has been read: shapes, dtypes ("F32", "BF16", ...) and metadata by key.
 
-    `stored_as` says which key stands in the file for one that was renamed.
+    `stored_as` says which key stands in the file for one that was renamed, and `made` how to make one that does not.
     """
 
     path: Path
@@ -29,6 +41,7 @@ class TensorFile:
     dtypes: Mapping[str, str]
     metadata: Mapping[str, str]
     stored_as: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    made: Mapping[str, Made] = field(default_factory=dict, kw_only=True)
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same file under other keys; as it is if two keys would become one."""
@@ -36,7 +49,9 @@ class TensorFile:
         if len(keys) < len(self.shapes):
             return self
         shapes, dtypes = ({new: old[key] for new, key in keys.items()} for old in (self.shapes, self.dtypes))
-        return replace(self, shapes=shapes, dtypes=dtypes, stored_as=keys)  # type: ignore[arg-type]
+        stored_as = {new: self.stored_as.get(key, key) for new, key in keys.items()}
+        made = {new: self.made[key] for new, key in keys.items() if key in self.made}
+        return replace(self, shapes=shapes, dtypes=dtypes, stored_as=stored_as, made=made)  # type: ignore[arg-type]
 
     def read(self, keys: Iterable[str] | None = None, *, finite: bool = True) -> dict[str, Tensor]:
         """Read these tensors (None: all) into memory.
@@ -50,7 +65,12 @@ class TensorFile:
         try:
             with safe_open(self.path, "pt") as file:
                 # Copies: the library maps the file, which may be removed while its tensors are in use.
-                tensors = {key: file.get_tensor(self.stored_as.get(key, key)).clone() for key in wanted}
+                tensors = {
+                    key: self.made[key].make([file.get_tensor(source) for source in self.made[key].sources])
+                    if key in self.made
+                    else file.get_tensor(self.stored_as.get(key, key)).clone()
+                    for key in wanted
+                }
         except Exception as error:  # the library's, and those of a file too large to be mapped into memory
             raise damaged(self.path, error) from None
         if any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):

@@ -54,6 +54,18 @@ def select_targets(
     return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
 
 
+def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
+    """Those of these names that a configuration selects, for layers that the model no longer has.
+
+    Without `target_modules`, and for ``"all-linear"``, all that is not excluded.
+    """
+    given, nothing = config.target_modules, nn.Module()
+    every = given is None or given == ALL_LINEAR
+    chosen = list(names) if every else _matching(given or (), names, "target_modules", nothing, False)
+    excluded = set(_matching(config.exclude_modules or (), names, "exclude_modules", nothing, False))
+    return [name for name in _in_layers(config, chosen, False) if name not in excluded]
+
+
 def select_saved(
     model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
 ) -> list[str]:
