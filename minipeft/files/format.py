@@ -13,7 +13,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class AdapterFile(TensorFile):
     config: AdapterConfig
     base: Mapping[str, list[float]]  # samples of the base weights by module, see `minipeft.files.base_samples`
     kept: tuple[str, ...] = ()  # modules that it brings and that do not train, see `minipeft.injection.fresh_parts`
+    said: Mapping[str, Any] = field(default_factory=dict)  # `CONFIG_FILE` as it is, with what no option says
 
 
 def open_adapter(directory: Path) -> AdapterFile:
@@ -67,7 +68,8 @@ def open_adapter(directory: Path) -> AdapterFile:
     else:
         raise CheckpointError(f"{directory} has no {CONFIG_FILE}.")
     config = config_from_dict(values, f"{directory / CONFIG_FILE}")
-    return AdapterFile(**vars(weights), config=config, base=own.get("base") or {}, kept=tuple(own.get("kept", ())))
+    kept = tuple(own.get("kept", ()))
+    return AdapterFile(**vars(weights), config=config, base=own.get("base") or {}, kept=kept, said=values)
 
 
 def _open_weights(directory: Path) -> TensorFile:

@@ -12,6 +12,7 @@ from minipeft.files.base_samples import planned_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import open_adapter
 from minipeft.files.frozen_weights import warn_of_missing_parts
+from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.experts import fused_experts
 from minipeft.files.new_rows import find_new_rows
 from minipeft.files.reading import reading
@@ -34,7 +35,7 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         file = fused_experts(open_adapter(directory), model)
         new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
-    kept = set(file.kept)
+    file, kept = todays_layout(file, plan), set(file.kept)
     plan = replace(plan, saved=tuple(replace(site, trains=site.name not in kept) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
     shapes = build(plan, on_meta=True)

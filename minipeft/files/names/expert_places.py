@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ from minipeft.transformers_model import model_type
 MAX_NAME = 500  # characters; the tables' expressions are made for the names of models
 # Of a name: what stands before its last number, the number, and what stands behind it.
 _NUMBERED = re.compile(r"(.*\.)(0|[1-9]\d{0,5})((?:\.[^.\d][^.]*)*)")
+_NUMBERS = re.compile(r"\.\d+(?=\.|$)")
 # Unsloth's GPT-OSS in 4 bits has a list of layers in the place of each parameter.
 _LISTS = re.compile(r"(.*\.experts\.)(gate_up|down)_projs\.\d+")
 
@@ -70,6 +71,7 @@ class Places:
         self._renamings, self._converters = _tables(model) if self.parameters else ([], [])
         self._scopes = {t.scope_prefix for t in self._converters if t.scope_prefix}
         self._known: dict[tuple[str, str], Place | None] = {}
+        self._unknown: set[str] = set()
 
     def of(self, name: str) -> Place | None:
         """The place of a layer of the file that is none in the model; None if it has no place, or is one.
@@ -88,7 +90,9 @@ class Places:
         if (before, behind) not in self._known:  # looked up once for all experts
             self._known[before, behind] = self._expert(f"{before}0{behind}")
         place = self._known[before, behind]
-        return None if place is None else replace(place, expert=int(number), around=(before, behind))
+        if place is None:
+            return None
+        return Place(place.module, place.parameter, place.part, place.parts, int(number), (before, behind))
 
     def _expert(self, name: str) -> Place | None:
         lists = _LISTS.fullmatch(name)
@@ -116,10 +120,14 @@ class Places:
         if name in self.modules or len(name) > MAX_NAME:  # a router was a layer, and may have kept its name
             own = self.parameters.get(f"{name}.weight")
             return None if own is None else Place(*own, around=(name, ""))
+        of_all_layers = _NUMBERS.sub(".0", name)
+        if of_all_layers in self._unknown:
+            return None
         for renamed, pattern in self._renamed(name):
             found = self._parameter(renamed) if pattern is None else None
             if found is not None:
                 return Place(*found, around=(name, ""))
+        self._unknown.add(of_all_layers)
         return None
 
     def _renamed(self, name: str) -> Iterator[tuple[str, str | None]]:

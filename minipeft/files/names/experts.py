@@ -10,20 +10,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from minipeft.config import AdapterConfig
-from minipeft.errors import CheckpointError, printable, shown
+from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import DTYPES, AdapterFile
 from minipeft.files.names.expert_config import with_parameters
+from minipeft.files.names.expert_lists import layer_configs
 from minipeft.files.names.expert_places import Place, Places
 from minipeft.files.names.expert_tensors import StackedA, StackedB
 from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
 from minipeft.injection.build import PREFIX
-from minipeft.injection.module_tree import Candidate, candidates
-from minipeft.injection.targets import select_parameters, selected_names
+from minipeft.injection.module_tree import candidates
+from minipeft.injection.targets import select_parameters
 from minipeft.patterns import endings
 
 FACTORS = ("lora_A", "lora_B")
@@ -61,19 +61,20 @@ def fused_experts(file: AdapterFile, model: nn.Module) -> AdapterFile:
         return file
     _check_plain(file, next(iter(found)))
     layers: dict[str, list[Layer]] = {}
-    for name, config in _configs(file, found, places.found).items():
+    for name, config in layer_configs(file, {name: layer.place for name, layer in found.items()}, places.found).items():
         keys = found[name].keys
         layer = Layer(name, found[name].place, (keys["lora_A"], keys["lora_B"]), config)
         layers.setdefault(layer.place.name, []).append(layer)
     pairs = {name: fused_pair(file, own, places.found[own[0].place.module].base) for name, own in layers.items()}
     config = with_parameters(file.config, places.found, found, pairs)
     log.info(
-        "%s: the LoRA of %d single layers, such as %s, is read as that of %d parameters, such as %s.",
+        "%s: the LoRA of %d single layers, such as %s, is read as that of %d parameters, such as %s%s.",
         file.path.parent,
         len(found),
         printable(next(iter(found)), 200),
         len(pairs),
         next(iter(pairs)),
+        ", and lora_dropout as 0, since it cannot act there" if getattr(file.config, "lora_dropout", 0) else "",
     )
     return _with_pairs(file, config, found, _by_key(select_parameters(model, config, dict(places.found)), pairs))
 
@@ -128,58 +129,6 @@ def _check_plain(file: AdapterFile, name: str) -> None:
             f"{file.path.parent}: {file.config.adapter_method} adapts {printable(name, 200)}, and this model has all experts "
             f"{ADVICE}"
         )
-
-
-def _configs(file: AdapterFile, found: Mapping[str, Found], modules: Mapping[str, Candidate]) -> dict[str, Any]:
-    """The configuration of each layer.
-
-    Raises:
-        CheckpointError: the configuration selects other layers than the file has, or two have the same place.
-    """
-    every: list[str] = []
-    for around, (place, size) in _lists(file, found, modules).items():
-        every += [str(number).join(around) for number in range(size)] if place.expert is not None else ["".join(around)]
-    stacks = {name: f"{name}.weight" for name in every if name in found and _is_whole_stack(found[name].place, modules)}
-    today = set(getattr(file.config, "target_parameters", None) or ())
-    chosen = set(selected_names(file.config, [name for name in every if name not in stacks]))
-    chosen |= {name for name, parameter in stacks.items() if not today.isdisjoint(endings(parameter))}
-    missing = [name for name in every if name in chosen and name not in found]
-    foreign = [name for name in found if name not in chosen]
-    if missing or foreign:
-        what = f"lacks {shown(missing, 3)}, which" if missing else f"holds {shown(foreign, 3)}, but not"
-        raise CheckpointError(f"{file.path} {what} its configuration selects.")
-    configs = file.config.for_modules([stacks.get(name, name) for name in found])
-    return {name: configs[stacks.get(name, name)] for name in found}
-
-
-def _lists(
-    file: AdapterFile, found: Mapping[str, Found], modules: Mapping[str, Candidate]
-) -> dict[tuple[str, str], tuple[Place, int]]:
-    """The old lists of experts: what stood around the index in a name -> (a place, how many experts the model has)."""
-    parts: dict[tuple[str, int], tuple[str, str]] = {}
-    lists: dict[tuple[str, str], tuple[Place, int]] = {}
-    for name, layer in found.items():
-        place = layer.place
-        if parts.setdefault((place.name, place.part), place.around) != place.around:
-            raise CheckpointError(
-                f"{file.path} has two layers that are {place.name} in this model; one is {printable(name, 200)}."
-            )
-        size = len(_parameter(place, modules))
-        if place.expert is not None and place.expert >= size:
-            raise CheckpointError(
-                f"{file.path} adapts {printable(name, 200)}, and {place.module} has {size} experts. Is it for another base?"
-            )
-        lists[place.around] = (place, size)
-    return lists
-
-
-def _parameter(place: Place, modules: Mapping[str, Candidate]) -> Tensor:
-    return modules[place.module].base._parameters[place.parameter]  # type: ignore[return-value]
-
-
-def _is_whole_stack(place: Place, modules: Mapping[str, Candidate]) -> bool:
-    """Whether a layer was all experts already, which only ``target_parameters`` could adapt."""
-    return place.expert is None and _parameter(place, modules).ndim == 3
 
 
 def _by_key(
