@@ -30,7 +30,7 @@ def with_parameters(
     short = _shortest(pairs, found)
     values: dict[str, Any] = {
         "target_modules": _targets(config.target_modules, found, old, {name.rpartition(".")[0] for name in pairs}),
-        "target_parameters": list(dict.fromkeys([*(given.target_parameters or ()), *short.values()])),
+        "target_parameters": list(dict.fromkeys([*_kept(given.target_parameters or (), found, old), *short.values()])),
         "lora_dropout": 0.0,
     }
     for option, table in TABLES.items():
@@ -42,10 +42,19 @@ def with_parameters(
     return replace(config, **values)
 
 
+def _kept(targets: Collection[str], found: Mapping[str, Candidate], old: Iterable[str]) -> list[str]:
+    """``target_parameters`` without those that only matched the weight of a layer that is none any more."""
+    gone = _used(targets, (f"{name}.weight" for name in old)) - _used(targets, _parameters(found))
+    return [target for target in targets if target not in gone]
+
+
+def _parameters(found: Mapping[str, Candidate]) -> list[str]:
+    return [f"{first}.{own}" for first, candidate in found.items() for own in candidate.base._parameters]
+
+
 def _shortest(names: Collection[str], found: Mapping[str, Candidate]) -> dict[str, str]:
     """For each parameter the last two parts of its name, if all that end so are among these, else all of it."""
-    every = (f"{first}.{own}" for first, candidate in found.items() for own in candidate.base._parameters)
-    others = {_ending(name) for name in every if name not in names}
+    others = {_ending(name) for name in _parameters(found) if name not in names}
     return {name: name if _ending(name) in others else _ending(name) for name in names}
 
 

@@ -169,13 +169,15 @@ def _bare_parameters(found: Mapping[str, Candidate]) -> Iterator[tuple[str, tupl
 
 def _tables(model: nn.Module) -> tuple[list[Any], list[Any]]:
     """The (renamings, converters) that transformers has for a model; both empty if it has none."""
-    if model_type(model) is None or "transformers" not in sys.modules:
+    # Only a model of transformers' own is worth the import, and has imported it.
+    if model_type(model) is None or not hasattr(model, "base_model_prefix") or "transformers" not in sys.modules:
         return [], []
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
-    except ImportError:  # transformers 4, whose models have the old names
+
+        table = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    except Exception:  # transformers 4, which has no tables; or what they make of a model that only looks like theirs
         return [], []
-    table = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     return renamings, [entry for entry in table if isinstance(entry, WeightConverter)]

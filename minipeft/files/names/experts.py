@@ -76,7 +76,9 @@ def fused_experts(file: AdapterFile, model: nn.Module) -> AdapterFile:
         next(iter(pairs)),
         ", and lora_dropout as 0, since it cannot act there" if getattr(file.config, "lora_dropout", 0) else "",
     )
-    return _with_pairs(file, config, found, _by_key(select_parameters(model, config, dict(places.found)), pairs))
+    return _with_pairs(
+        file, config, found, _by_key(select_parameters(model, config, dict(places.found), every_pattern=False), pairs)
+    )
 
 
 def _found(file: AdapterFile, places: Places) -> dict[str, Found]:
