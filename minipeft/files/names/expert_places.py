@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,13 +99,25 @@ class Places:
         if lists is not None:
             found = self._parameter(f"{lists[1]}{lists[2]}_proj")
             return None if found is None else Place(*found)
-        for renamed, pattern in self._renamed(name):
-            converter = next((c for c in self._converters if pattern in c.source_patterns), None)
-            found = self._parameter(renamed) if converter is not None else None
-            if converter is not None and found is not None and self._joins(converter, found):
-                sources = converter.source_patterns
-                return Place(*found, sources.index(pattern), len(sources))
-        return None
+        return self._only(name, self._converted)
+
+    def _only(self, name: str, read: Callable[[str], Place | None]) -> Place | None:
+        """The place of a name; or, as a part of the model may have a table of its own, of the only part that has one."""
+        found = [read(name)]
+        if found == [None]:
+            found = list({read(f"{scope}.{tail(name)}") for scope in self._scopes} - {None})
+        if len(found) > 1:
+            raise _ambiguous(name, [place.name for place in found if place is not None])
+        return found[0] if found else None
+
+    def _converted(self, name: str) -> Place | None:
+        renamed, pattern = self._renamed(name)
+        converter = next((c for c in self._converters if pattern in c.source_patterns), None)
+        found = self._parameter(renamed) if converter is not None else None
+        if converter is None or found is None or not self._joins(converter, found):
+            return None
+        sources = converter.source_patterns
+        return Place(*found, sources.index(pattern), len(sources))
 
     def _joins(self, converter: Any, found: tuple[str, str]) -> bool:
         """Whether a converter only stacks the experts, and puts the output features of several layers in a row."""
@@ -123,23 +135,24 @@ class Places:
         of_all_layers = _NUMBERS.sub(".0", name)
         if of_all_layers in self._unknown:
             return None
-        for renamed, pattern in self._renamed(name):
-            found = self._parameter(renamed) if pattern is None else None
-            if found is not None:
-                return Place(*found, around=(name, ""))
-        self._unknown.add(of_all_layers)
-        return None
+        place = self._only(name, self._moved)
+        if place is None:
+            self._unknown.add(of_all_layers)
+            return None
+        return Place(place.module, place.parameter, around=(name, ""))
 
-    def _renamed(self, name: str) -> Iterator[tuple[str, str | None]]:
+    def _moved(self, name: str) -> Place | None:
+        renamed, pattern = self._renamed(name)
+        found = self._parameter(renamed) if pattern is None else None
+        return None if found is None else Place(*found)
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
         """(today's name of its weight, the pattern of the converter that led there), by the tables."""
         if not self._renamings and not self._converters:
-            yield f"{name}.weight", None
-            return
+            return f"{name}.weight", None
         from transformers.core_model_loading import rename_source_key
 
-        # A part of the model may have a table of its own, for names that start with that part.
-        for full in (name, *(f"{scope}.{tail(name)}" for scope in self._scopes)):
-            yield rename_source_key(f"{full}.weight", self._renamings, self._converters)
+        return rename_source_key(f"{name}.weight", self._renamings, self._converters)
 
     def _parameter(self, name: str) -> tuple[str, str] | None:
         """The bare parameter of this name, or of the only name that ends like it from the list of layers on."""
@@ -147,8 +160,12 @@ class Places:
             return self.parameters[name]
         names = self._by_tail.get(tail(name), [])
         if len(names) > 1:
-            raise CheckpointError(f"{told(name, 200)} of the file can be {shown(names)} of this model.")
+            raise _ambiguous(name, names)
         return self.parameters[names[0]] if names else None
+
+
+def _ambiguous(name: str, names: list[str]) -> CheckpointError:
+    return CheckpointError(f"{told(name, 200)} of the file can be {shown(sorted(names))} of this model.")
 
 
 def tail(name: str) -> str:
