@@ -35,7 +35,7 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         file = fused_experts(open_adapter(directory), model)
         new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
-    file, kept = todays_layout(file, plan), set(file.kept)
+    kept = set(file.kept)
     plan = replace(plan, saved=tuple(replace(site, trains=site.name not in kept) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
     shapes = build(plan, on_meta=True)
@@ -47,6 +47,7 @@ def load_parts(model: nn.Module, directory: Path, *, strict: bool, allow_base_mi
         done=new_rows.tables,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
     )
+    file = todays_layout(file, plan)
     with reading(directory):
         values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(file, model, plan)
