@@ -33,6 +33,8 @@ _METADATA = {
     "inference_mode",
     "megatron_core",
     "qalora_group_size",
+    "lora_B_layout",
+    "unsloth_fused_expert_lora",
 }
 
 

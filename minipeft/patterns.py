@@ -110,7 +110,7 @@ def first_keys(patterns: Iterable[str], names: Sequence[str], where: str) -> dic
     order = {key: position for position, key in enumerate(patterns)}
     literal, expressions = _split(order)
     found: dict[str, str] = {}
-    for name in names:
+    for name in names if literal else ():
         hits = [key for ending in endings(name) for key in literal.get((ending == name, ending), ())]
         if hits:
             found[name] = min(hits, key=order.__getitem__)

@@ -15,7 +15,7 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class AdapterFile(TensorFile):
     config: AdapterConfig
     base: Mapping[str, list[float]]  # samples of the base weights by module, see `minipeft.files.base_samples`
     kept: tuple[str, ...] = ()  # modules that it brings and that do not train, see `minipeft.injection.fresh_parts`
+    said: Mapping[str, Any] = field(default_factory=dict)  # `CONFIG_FILE` as it is, with what no option says
 
 
 def unknown(component: str) -> None:
@@ -86,7 +87,8 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
     else:
         raise CheckpointError(f"{directory} has no {CONFIG_FILE}.")
     config = config_from_dict(values, f"{directory / CONFIG_FILE}")
-    return AdapterFile(**vars(weights), config=config, base=own.get("base") or {}, kept=tuple(own.get("kept", ())))
+    kept = tuple(own.get("kept", ()))
+    return AdapterFile(**vars(weights), config=config, base=own.get("base") or {}, kept=kept, said=values)
 
 
 def source_of(weights: TensorFile, modules: Callable[[str], Collection[str] | None]) -> Source:

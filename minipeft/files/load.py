@@ -13,6 +13,8 @@ from minipeft.files.base_samples import planned_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import open_adapter
 from minipeft.files.frozen_weights import warn_of_missing_parts
+from minipeft.files.names.expert_layout import todays_layout
+from minipeft.files.names.experts import fused_experts
 from minipeft.files.names.fitted import fitted
 from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
@@ -42,7 +44,7 @@ def load_parts(
     """
     with reading(directory):
         file = open_adapter(directory, lambda _: [name for name, _ in named_modules(model) if name])
-        file = fitted(file, model, key_mapping, strict=strict)
+        file = fitted(fused_experts(file, model), model, key_mapping, strict=strict)
         new_rows = find_new_rows(file, model)
     plan = plan_injection(model, new_rows.config, every_pattern=False)
     kept = set(file.kept)
@@ -57,7 +59,7 @@ def load_parts(
         done=new_rows.tables,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
     )
-    file = without_adapter_name(file, expected.tensors)
+    file = todays_layout(without_adapter_name(file, expected.tensors), plan)
     with reading(directory):
         values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(file, model, plan)

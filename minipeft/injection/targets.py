@@ -54,6 +54,19 @@ def select_targets(
     return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
 
 
+def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
+    """Those of these names that a configuration selects, for layers that the model no longer has.
+
+    Without `target_modules`, and for ``"all-linear"``, all that is not excluded.
+    """
+    given, nothing = config.target_modules, nn.Module()
+    every = given is None or given == ALL_LINEAR
+    chosen = list(names) if every else _matching(given or (), names, "target_modules", nothing, False)
+    unwanted = config.exclude_modules
+    excluded = set(_matching(unwanted, names, "exclude_modules", nothing, False) if unwanted else ())
+    return [name for name in _in_layers(config, chosen, False) if name not in excluded]
+
+
 def select_saved(
     model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
 ) -> list[str]:
@@ -143,8 +156,8 @@ def _matching(
             )
         return chosen
     entries = set(patterns)
-    unused = entries.difference(*(endings(name) for name in (all_names or names)))
-    if unused and every_pattern:
+    unused = entries.difference(*(endings(name) for name in (all_names or names))) if every_pattern else set()
+    if unused:
         raise TargetError(_no_match(option, next(entry for entry in patterns if entry in unused), names, model))
     return [name for name in names if not entries.isdisjoint(endings(name))]
 

@@ -1,0 +1,98 @@
+"""The configuration of a file with a LoRA for each expert, for a model that has the experts in one parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from minipeft.config import ALL_LINEAR, AdapterConfig
+from minipeft.files.names.fused_pair import FusedPair
+from minipeft.injection.module_tree import Candidate
+from minipeft.layers.base import layer_ops
+from minipeft.patterns import endings, first_keys, full_matches, matching
+
+TABLES = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+
+
+def with_parameters(
+    config: AdapterConfig, found: Mapping[str, Candidate], old: Collection[str], pairs: Mapping[str, FusedPair]
+) -> AdapterConfig:
+    """The configuration with parameters in ``target_parameters``, and without what only the old names matched.
+
+    Args:
+        config: of the file, plain LoRA.
+        found: the model's candidates.
+        old: names of the file's layers that are none in this model.
+        pairs: by the parameter's name.
+    """
+    given: Any = config
+    short = _shortest(pairs, found)
+    values: dict[str, Any] = {
+        "target_modules": _targets(config.target_modules, found, old, {name.rpartition(".")[0] for name in pairs}),
+        "target_parameters": list(dict.fromkeys([*_kept(given.target_parameters or (), found, old), *short.values()])),
+        "lora_dropout": 0.0,
+    }
+    for option, table in TABLES.items():
+        before, wanted = getattr(given, table), {name: getattr(pair, option) for name, pair in pairs.items()}
+        if before or set(wanted.values()) != {getattr(given, option)}:
+            used = set(first_keys(before, [*_layers(found), *pairs], table).values())
+            # The first key that fits decides, so the new ones come first.
+            values[table] = _by_ending(wanted, short) | {key: value for key, value in before.items() if key in used}
+    return replace(config, **values)
+
+
+def _kept(targets: Collection[str], found: Mapping[str, Candidate], old: Iterable[str]) -> list[str]:
+    """``target_parameters`` without those that only matched the weight of a layer that is none any more."""
+    gone = _used(targets, (f"{name}.weight" for name in old)) - _used(targets, _parameters(found))
+    return [target for target in targets if target not in gone]
+
+
+def _parameters(found: Mapping[str, Candidate]) -> list[str]:
+    return [f"{first}.{own}" for first, candidate in found.items() for own in candidate.base._parameters]
+
+
+def _shortest(names: Collection[str], found: Mapping[str, Candidate]) -> dict[str, str]:
+    """For each parameter the last two parts of its name, if all that end so are among these, else all of it."""
+    others = {_ending(name) for name in _parameters(found) if name not in names}
+    return {name: name if _ending(name) in others else _ending(name) for name in names}
+
+
+def _ending(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _by_ending(values: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
+    """A table with one key for all parameters of one ending, if these have the same value."""
+    of_ending: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        of_ending.setdefault(short[name], set()).add(value)
+    return {short[name] if len(of_ending[short[name]]) == 1 else name: value for name, value in values.items()}
+
+
+def _layers(found: Mapping[str, Candidate]) -> list[str]:
+    return [name for c in found.values() if layer_ops(c.base) is not None for name in c.known_as]
+
+
+def _targets(given: Any, found: Mapping[str, Candidate], old: Iterable[str], owners: set[str]) -> Any:
+    """``target_modules`` without what matches nothing any more, or a module whose parameter is adapted instead."""
+    if given is None or given == ALL_LINEAR:
+        return given
+    layers = _layers(found)
+    if isinstance(given, str):
+        names = full_matches(given, [*layers, *owners], "target_modules")
+        return given if names and not owners.intersection(names) else [name for name in names if name not in owners]
+    kept: list[str] = []
+    gone, here = _used(given, old), _used(given, layers)
+    for entry in given:
+        if entry in _used([entry], owners):
+            kept += matching([entry], layers)
+        elif entry in here or entry not in gone:
+            kept.append(entry)
+    return kept
+
+
+def _used(entries: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The entries that equal one of these names, or end it."""
+    wanted = set(entries)
+    return {ending for name in names for ending in endings(name) if ending in wanted}

@@ -1,0 +1,200 @@
+"""Where a module of older transformers stands in today's model: one expert's layer in a parameter for all of them.
+
+Which layer became which part of which parameter is read from transformers' own tables, with which it converts the
+checkpoints of models, so a new model needs nothing here. Nothing is guessed: names that the tables do not lead to a
+bare parameter of the model have no place.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from minipeft.errors import CheckpointError, shown, told
+from minipeft.injection.module_tree import Candidate
+from minipeft.layers.base import layer_ops
+from minipeft.transformers_model import model_type
+
+MAX_NAME = 500  # characters; the tables' expressions are made for the names of models
+# Of a name: what stands before its last number, the number, and what stands behind it.
+_NUMBERED = re.compile(r"(.*\.)(0|[1-9]\d{0,5})((?:\.[^.\d][^.]*)*)")
+_NUMBERS = re.compile(r"\.\d+(?=\.|$)")
+# Unsloth's GPT-OSS in 4 bits has a list of layers in the place of each parameter.
+_LISTS = re.compile(r"(.*\.experts\.)(gate_up|down)_projs\.\d+")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The part of a bare parameter that was a module of its own.
+
+    Attributes:
+        module: name of the module that has the parameter.
+        parameter: its name there.
+        part: which of the `parts` equal slices of its output features this is.
+        parts: how many layers were joined, such as 2 for gate and up.
+        expert: the index along the first dimension; None: the module had the whole parameter, as today.
+        around: what stands before and behind the index in the module's old name; without an index, the name and nothing.
+    """
+
+    module: str
+    parameter: str
+    part: int = 0
+    parts: int = 1
+    expert: int | None = None
+    around: tuple[str, str] = ("", "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.parameter}"
+
+
+class Places:
+    """The places of a file's modules in one model.
+
+    Args:
+        model: the model.
+        found: its candidates, see `minipeft.injection.module_tree`.
+    """
+
+    def __init__(self, model: nn.Module, found: Mapping[str, Candidate]) -> None:
+        self.found = found
+        self.modules = {name for candidate in found.values() for name in candidate.known_as}
+        self.parameters = dict(_bare_parameters(found))
+        self._by_tail: dict[str, list[str]] = {}
+        for name in self.parameters:
+            self._by_tail.setdefault(tail(name), []).append(name)
+        self._renamings, self._converters = _tables(model) if self.parameters else ([], [])
+        self._scopes = {t.scope_prefix for t in self._converters if t.scope_prefix}
+        self._known: dict[tuple[str, str], Place | None] = {}
+        self._unknown: set[str] = set()
+
+    def of(self, name: str) -> Place | None:
+        """The place of a layer of the file that is none in the model; None if it has no place, or is one.
+
+        Raises:
+            CheckpointError: there are two places for it.
+        """
+        return self.of_expert(name) or self._whole(name)
+
+    def of_expert(self, name: str) -> Place | None:
+        """The place of a layer of one expert."""
+        match = _NUMBERED.fullmatch(name) if len(name) <= MAX_NAME else None
+        if match is None or name in self.modules:
+            return None
+        before, number, behind = match.groups()
+        if (before, behind) not in self._known:  # looked up once for all experts
+            self._known[before, behind] = self._expert(f"{before}0{behind}")
+        place = self._known[before, behind]
+        if place is None:
+            return None
+        return Place(place.module, place.parameter, place.part, place.parts, int(number), (before, behind))
+
+    def _expert(self, name: str) -> Place | None:
+        lists = _LISTS.fullmatch(name)
+        if lists is not None:
+            found = self._parameter(f"{lists[1]}{lists[2]}_proj")
+            return None if found is None else Place(*found)
+        return self._only(name, self._converted)
+
+    def _only(self, name: str, read: Callable[[str], Place | None]) -> Place | None:
+        """The place of a name; or, as a part of the model may have a table of its own, of the only part that has one."""
+        found = [read(name)]
+        if found == [None]:
+            found = list({read(f"{scope}.{tail(name)}") for scope in self._scopes} - {None})
+        if len(found) > 1:
+            raise _ambiguous(name, [place.name for place in found if place is not None])
+        return found[0] if found else None
+
+    def _converted(self, name: str) -> Place | None:
+        renamed, pattern = self._renamed(name)
+        converter = next((c for c in self._converters if pattern in c.source_patterns), None)
+        found = self._parameter(renamed) if converter is not None else None
+        if converter is None or found is None or not self._joins(converter, found):
+            return None
+        sources = converter.source_patterns
+        return Place(*found, sources.index(pattern), len(sources))
+
+    def _joins(self, converter: Any, found: tuple[str, str]) -> bool:
+        """Whether a converter only stacks the experts, and puts the output features of several layers in a row."""
+        base = self.found[found[0]].base
+        if base._parameters[found[1]].ndim != 3 or getattr(base, "is_transposed", False):  # type: ignore[union-attr]
+            return False
+        steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+        joined = [("MergeModulelist", 0)] + [("Concatenate", 1)] * (len(converter.source_patterns) > 1)
+        return steps == joined and len(converter.target_patterns) == 1
+
+    def _whole(self, name: str) -> Place | None:
+        if name in self.modules or len(name) > MAX_NAME:  # a router was a layer, and may have kept its name
+            own = self.parameters.get(f"{name}.weight")
+            return None if own is None else Place(*own, around=(name, ""))
+        of_all_layers = _NUMBERS.sub(".0", name)
+        if of_all_layers in self._unknown:
+            return None
+        place = self._only(name, self._moved)
+        if place is None:
+            self._unknown.add(of_all_layers)
+            return None
+        return Place(place.module, place.parameter, around=(name, ""))
+
+    def _moved(self, name: str) -> Place | None:
+        renamed, pattern = self._renamed(name)
+        found = self._parameter(renamed) if pattern is None else None
+        return None if found is None else Place(*found)
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """(today's name of its weight, the pattern of the converter that led there), by the tables."""
+        if not self._renamings and not self._converters:
+            return f"{name}.weight", None
+        from transformers.core_model_loading import rename_source_key
+
+        return rename_source_key(f"{name}.weight", self._renamings, self._converters)
+
+    def _parameter(self, name: str) -> tuple[str, str] | None:
+        """The bare parameter of this name, or of the only name that ends like it from the list of layers on."""
+        if name in self.parameters:
+            return self.parameters[name]
+        names = self._by_tail.get(tail(name), [])
+        if len(names) > 1:
+            raise _ambiguous(name, names)
+        return self.parameters[names[0]] if names else None
+
+
+def _ambiguous(name: str, names: list[str]) -> CheckpointError:
+    return CheckpointError(f"{told(name, 200)} of the file can be {shown(sorted(names))} of this model.")
+
+
+def tail(name: str) -> str:
+    """A name from its first list on: 'layers.0.mlp.gate' of 'model.language_model.layers.0.mlp.gate'."""
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdecimal()), 1)
+    return ".".join(parts[max(first - 1, 0) :])
+
+
+def _bare_parameters(found: Mapping[str, Candidate]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Every parameter of 2 or 3 dimensions of a module that is not itself a layer: name -> (module, parameter)."""
+    for first, candidate in found.items():
+        bare = {n: p for n, p in candidate.base._parameters.items() if p is not None and p.ndim in (2, 3)}
+        if bare and layer_ops(candidate.base) is None:
+            for known in candidate.known_as:
+                yield from ((f"{known}.{parameter}", (first, parameter)) for parameter in bare)
+
+
+def _tables(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The (renamings, converters) that transformers has for a model; both empty if it has none."""
+    # Only a model of transformers' own is worth the import, and has imported it.
+    if model_type(model) is None or not hasattr(model, "base_model_prefix") or "transformers" not in sys.modules:
+        return [], []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        table = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    except Exception:  # transformers 4, which has no tables; or what they make of a model that only looks like theirs
+        return [], []
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in table if isinstance(entry, WeightConverter)]

@@ -1,0 +1,76 @@
+"""The factors of all experts in two tensors, made of one pair for each layer of each expert, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where the factors of one layer go in those of all experts.
+
+    Attributes:
+        source: key of its factor in the file.
+        expert: the index of its expert.
+        rank: the first of its ranks within the expert; the layers of one expert have theirs one after the other.
+        row: the first of its output features.
+        factor: what its B is multiplied by, to have the scaling of the others.
+    """
+
+    source: str
+    expert: int
+    rank: int
+    row: int = 0
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class StackedA:
+    """lora_A of all experts, shape (experts * r, in), with zeros where an expert has less than r ranks."""
+
+    blocks: tuple[Block, ...]
+    experts: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def sources(self) -> list[str]:
+        return [block.source for block in self.blocks]
+
+    def make(self, tensors: Sequence[Tensor]) -> Tensor:
+        stacked = torch.zeros(self.shape, dtype=self.dtype)
+        ranks = self.shape[0] // self.experts
+        for block, tensor in zip(self.blocks, tensors, strict=True):
+            start = block.expert * ranks + block.rank
+            stacked[start : start + len(tensor)] = tensor
+        return stacked
+
+
+@dataclass(frozen=True)
+class StackedB:
+    """lora_B of all experts, shape (out, r * experts) with the expert's index fastest, as PEFT has it.
+
+    Each layer has its own ranks and output features, so B is block diagonal within an expert: ``B A`` of the whole is that
+    of each layer, and nothing between them.
+    """
+
+    blocks: tuple[Block, ...]
+    experts: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def sources(self) -> list[str]:
+        return [block.source for block in self.blocks]
+
+    def make(self, tensors: Sequence[Tensor]) -> Tensor:
+        stacked = torch.zeros(self.shape, dtype=self.dtype).view(self.shape[0], -1, self.experts)
+        for block, tensor in zip(self.blocks, tensors, strict=True):
+            scaled = tensor if block.factor == 1 else tensor.double() * block.factor
+            rows, ranks = tensor.shape
+            stacked[block.row : block.row + rows, block.rank : block.rank + ranks, block.expert] = scaled.to(self.dtype)
+        return stacked.view(self.shape)

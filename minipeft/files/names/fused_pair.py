@@ -1,0 +1,112 @@
+"""The two factors of one parameter, from the pairs of the layers that it was, with shapes and scalings compared first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import CheckpointError, printable
+from minipeft.files.format import DTYPES, FLOATS, AdapterFile
+from minipeft.files.names.expert_places import Place
+from minipeft.files.names.expert_tensors import Block, StackedA, StackedB
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the file: its old name, its place today, the keys of its factors, and its LoRA configuration."""
+
+    name: str
+    place: Place
+    keys: tuple[str, str]
+    config: Any
+
+
+@dataclass(frozen=True)
+class FusedPair:
+    """The factors of a whole parameter, with the rank of each expert and the alpha that go with them.
+
+    A factor that the file holds as it is needed is its key there.
+    """
+
+    factors: tuple[StackedA | str, StackedB | str]
+    r: int
+    lora_alpha: float
+
+
+def fused_pair(file: AdapterFile, layers: Sequence[Layer], owner: nn.Module) -> FusedPair:
+    """The factors of one parameter of `owner`.
+
+    Raises:
+        CheckpointError: a shape does not fit, or the ranks differ so much that zeros would fill more than the parameter.
+    """
+    first, config = layers[0], layers[0].config
+    if first.place.expert is None:
+        return FusedPair(first.keys, config.r, config.lora_alpha)
+    features = _features(owner, first.place)
+    for layer in layers:
+        _check_shapes(file, layer, features)
+    starts, r = _ranks(layers)
+    rows, experts = features[1] // first.place.parts, len(_parameter(owner, first.place))
+    if r > max(features) and sum(layer.config.r for layer in layers) < r * experts:
+        raise CheckpointError(
+            f"{file.path}: the experts of {first.place.name} have ranks of up to {r:,}, and not all the same. To be stacked "
+            f"they would be filled with zeros, which is done up to {max(features):,}."
+        )
+    lora_alpha = config.lora_alpha * (math.sqrt(r / config.r) if config.use_rslora else r / config.r)
+    blocks = [
+        (layer, start, layer.place.part * rows, layer.config.scaling / config.scaling)
+        for layer, start in zip(layers, starts, strict=True)
+    ]
+    A = tuple(Block(layer.keys[0], _index(layer), start) for layer, start, _, _ in blocks)
+    B = tuple(Block(layer.keys[1], _index(layer), start, row, factor) for layer, start, row, factor in blocks)
+    is_scaled = any(block.factor != 1 for block in B)
+    dtypes = (_dtype(file, A), torch.promote_types(_dtype(file, B), torch.float32) if is_scaled else _dtype(file, B))
+    stacked_A = StackedA(A, experts, (experts * r, features[0]), dtypes[0])
+    stacked_B = StackedB(B, experts, (features[1], r * experts), dtypes[1])
+    return FusedPair((stacked_A, stacked_B), r, int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha)
+
+
+def _parameter(owner: nn.Module, place: Place) -> Tensor:
+    return getattr(owner, place.parameter)
+
+
+def _features(owner: nn.Module, place: Place) -> tuple[int, int]:
+    """(in, out) of one expert."""
+    rows, columns = _parameter(owner, place).shape[1:]
+    return (rows, columns) if getattr(owner, "is_transposed", False) else (columns, rows)
+
+
+def _index(layer: Layer) -> int:
+    assert layer.place.expert is not None
+    return layer.place.expert
+
+
+def _check_shapes(file: AdapterFile, layer: Layer, features: tuple[int, int]) -> None:
+    r, (inputs, outputs) = layer.config.r, features
+    for key, shape in zip(layer.keys, ((r, inputs), (outputs // layer.place.parts, r)), strict=True):
+        if file.shapes[key] != shape or DTYPES[file.dtypes[key]] not in FLOATS.values():
+            raise CheckpointError(
+                f"{file.path} does not fit {layer.place.name}: {printable(key, 200)} is {file.dtypes[key]} "
+                f"{list(file.shapes[key])} in the file, and {list(shape)} here. Is it for another base?"
+            )
+
+
+def _ranks(layers: Sequence[Layer]) -> tuple[list[int], int]:
+    """For each layer the first of its ranks within its expert, in the order of the parts; and the ranks of an expert."""
+    used: dict[int, int] = {}
+    starts = dict[str, int]()
+    for layer in sorted(layers, key=lambda layer: layer.place.part):
+        starts[layer.name] = used.get(_index(layer), 0)
+        used[_index(layer)] = starts[layer.name] + layer.config.r
+    return [starts[layer.name] for layer in layers], max(used.values())
+
+
+def _dtype(file: AdapterFile, blocks: Sequence[Block]) -> torch.dtype:
+    """The type that holds the values of all sources."""
+    return reduce(torch.promote_types, {DTYPES[file.dtypes[block.source]] for block in blocks})

@@ -1,0 +1,153 @@
+"""The other way: LoRA of fused experts as one pair for each layer of each expert, which servers and transformers 4 read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.config import config_from_dict
+from minipeft.errors import CheckpointError, printable, told
+from minipeft.injection.build import PREFIX
+from minipeft.kernels.functional import split_columns, split_rows
+from minipeft.patterns import endings
+
+# Parameter of all experts -> the layers of one, in the order of their output features.
+QWEN_LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+MIXTRAL_LAYERS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+_KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.lora_(A|B)\.weight")
+
+
+def split_experts(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    layers: Mapping[str, Sequence[str]] = QWEN_LAYERS,
+    around: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An adapter with a LoRA for each expert, ``experts.0.gate_proj.lora_A.weight``, and the same update.
+
+    Gate and up of an expert get its A, and each its own rows of B. Ranks that one of them does not use at all, as in a file
+    that was made of such pairs, are left out. Exact up to the scaling, which only the new alphas say.
+
+    Args:
+        tensors: of a file with fused experts, by key, as minipeft writes them.
+        config: its ``adapter_config.json``; ``target_parameters`` tells which parameters were adapted. Of several parameters
+            of one module the file has the first one innermost, as `layers` lists them.
+        layers: parameter -> the layers that it was made of, whose output features stand in a row. GPT-OSS, which alternates
+            gate and up, cannot be split so.
+        around: parts of names to replace, such as ``{".mlp.experts.": ".block_sparse_moe.experts."}`` for Mixtral.
+
+    Returns:
+        Tensors and configuration. Both as they were if no fused experts are adapted.
+
+    Raises:
+        CheckpointError: a parameter is not in `layers`, or the shapes are not those of the ranks in `config`.
+    """
+    lora: Any = config_from_dict({key: value for key, value in config.items() if key != "lora_dropout"})
+    stacks = _stacks(tensors, lora.target_parameters or (), layers)
+    if not stacks:
+        return dict(tensors), dict(config)
+    fused = {f"{key}{factor}.weight" for _, _, key in stacks.values() for factor in "AB"}
+    split = {key: tensor for key, tensor in tensors.items() if key not in fused}
+    configs, tables = lora.for_modules(list(stacks)), dict[str, tuple[int, float]]()
+    for name, (module, parameter, key) in stacks.items():
+        pairs = _pairs(tensors, key, configs[name].r, len(layers[parameter]))
+        for layer, (A, B) in zip(layers[parameter], pairs, strict=True):
+            for expert, (down, up) in enumerate(zip(A, B, strict=True)):
+                old = _replaced(f"{module}.{expert}.{layer}", around or {})
+                split[f"{PREFIX}{old}.lora_A.weight"] = down.contiguous()
+                split[f"{PREFIX}{old}.lora_B.weight"] = up.contiguous()
+                tables[old] = (A.shape[1], _alpha(configs[name], A.shape[1]))
+    return split, _config(config, lora, stacks, tables)
+
+
+def _stacks(
+    tensors: Mapping[str, Tensor], targets: Sequence[str], layers: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, str, str]]:
+    """Fused parameters: name -> (module, parameter, the key of its pair up to ``lora_``).
+
+    Raises:
+        CheckpointError: it is not known which parameter a pair is for.
+    """
+    heights: dict[str, set[int]] = {}
+    for key in tensors:
+        match = _KEY.fullmatch(key)
+        if match is not None:
+            heights.setdefault(match[1], set()).add(match[2].count("."))
+    stacks = {}
+    for module, found in heights.items():
+        own = [p for p in layers if not set(targets).isdisjoint(endings(f"{module}.{p}"))]
+        if not own:
+            continue
+        if found != set(range(len(own))):
+            raise CheckpointError(
+                f"{printable(module, 200)} has {len(found)} pairs, and target_parameters names {len(own)} of {list(layers)}."
+            )
+        for height, parameter in zip(reversed(range(len(own))), own, strict=True):
+            stacks[f"{module}.{parameter}"] = (module, parameter, f"{PREFIX}{module}{'.base_layer' * height}.lora_")
+    return stacks
+
+
+def _pairs(tensors: Mapping[str, Tensor], key: str, r: int, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each part (A, B) of all experts, shapes (experts, r, in) and (experts, out, r), without unused ranks."""
+    A, B = tensors[f"{key}A.weight"], tensors[f"{key}B.weight"]
+    if A.ndim != 2 or B.ndim != 2 or len(A) % r or B.shape[1] != len(A) or len(B) % parts or not len(A):
+        raise CheckpointError(
+            f"{printable(key, 200)}A and B are {list(A.shape)} and {list(B.shape)}, not those of experts of rank {r} in "
+            f"{parts} parts."
+        )
+    down, up = split_rows(A, len(A) // r), split_columns(B, len(A) // r)
+    for part in up.chunk(parts, 1):
+        used = part.ne(0).any(0).any(0)
+        chosen = used if used.any() else torch.ones_like(used)
+        yield down[:, chosen], part[:, :, chosen]
+
+
+def _alpha(config: Any, r: int) -> float:
+    """The alpha that gives rank r the scaling of this configuration."""
+    alpha: float = config.scaling * (r**0.5 if config.use_rslora else r)
+    if not config.use_rslora and (config.lora_alpha * r) % config.r == 0:
+        alpha = config.lora_alpha * r / config.r
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _replaced(name: str, around: Mapping[str, str]) -> str:
+    for old, new in around.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _config(
+    config: Mapping[str, Any],
+    lora: Any,
+    stacks: Mapping[str, tuple[str, str, str]],
+    tables: Mapping[str, tuple[int, float]],
+) -> dict[str, Any]:
+    """The configuration with the names of the layers as targets, which servers take; dense layers may have them too."""
+    ours = {entry for name in stacks for entry in endings(name)}
+    left = [entry for entry in lora.target_parameters if entry not in ours]
+    targets, names = config.get("target_modules"), list(dict.fromkeys(old.rpartition(".")[2] for old in tables))
+    if isinstance(targets, str) and targets != "all-linear":
+        raise CheckpointError(
+            f"target_modules {told(targets, 200)} is an expression; the experts' layers cannot be added to it."
+        )
+    values: dict[str, Any] = {**config, "target_parameters": left or None}
+    if targets != "all-linear":
+        values["target_modules"] = list(dict.fromkeys([*(targets or ()), *names]))
+    for place, (option, table) in enumerate((("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))):
+        before = {key: value for key, value in (config.get(table) or {}).items() if key not in ours}
+        keys = _short({old: pair[place] for old, pair in tables.items()})
+        values[table] = {**keys, **before} if before or set(keys.values()) != {config.get(option)} else {}
+    return values
+
+
+def _short(values: Mapping[str, float]) -> dict[str, float]:
+    """A table with one key for a layer of all experts, if that has one value everywhere, else with all names."""
+    general = {old: re.sub(r".*\.([^.]+)\.\d+\.([^.]+)", r"\1\\.\\d+\\.\2", old) for old in values}
+    found: dict[str, set[float]] = {}
+    for old, value in values.items():
+        found.setdefault(general[old], set()).add(value)
+    return {general[old] if len(found[general[old]]) == 1 else old: value for old, value in values.items()}
