@@ -26,7 +26,7 @@ from minipeft.methods.base import Adapter
 from minipeft.methods.ia3 import IA3Config
 from minipeft.methods.loha import LoHaConfig
 from minipeft.methods.lokr import LoKrConfig
-from minipeft.methods.lora import LoraConfig
+from minipeft.methods.lora_config import LoraConfig
 from minipeft.methods.oft import OFTConfig
 from minipeft.methods.trainable_tokens import TrainableTokensConfig
 from minipeft.methods.vera import VeraConfig

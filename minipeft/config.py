@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
@@ -15,6 +15,7 @@ from minipeft import registry
 from minipeft.errors import ConfigError, hint, shown, told
 from minipeft.options import flag, layer_indices, names, names_or_regex, one_of
 from minipeft.patterns import first_keys
+from minipeft.peft_options import WITHOUT_EFFECT, checked_other_keys, other_keys, read_value
 
 ALL_LINEAR = "all-linear"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -23,18 +24,6 @@ HEADS_OF_TASK = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
-}
-# Keys of PEFT's files that describe the file, or belong to options that have their own key.
-_METADATA = {
-    "peft_type",
-    "peft_version",
-    "auto_mapping",
-    "revision",
-    "inference_mode",
-    "megatron_core",
-    "qalora_group_size",
-    "lora_B_layout",
-    "unsloth_fused_expert_lora",
 }
 
 
@@ -67,6 +56,9 @@ class AdapterConfig(metaclass=_KnownNames):
             checkpoint lacks, see `minipeft.injection.fresh_parts`.
         base_model_name_or_path: written to the file; None: the model's own ``name_or_path``.
         inference_mode: add the adapter frozen.
+        other_keys: keys of a file that ask for nothing, such as a tool's bookkeeping; written back on saving.
+
+    In a file null or an empty list may stand for the default, and `modules_to_save` may match by mere endings, as in PEFT.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range, or an option does not exist.
@@ -74,6 +66,8 @@ class AdapterConfig(metaclass=_KnownNames):
 
     method: ClassVar[str]
     not_in_files: ClassVar[frozenset[str]] = frozenset()  # options below that PEFT's class of this method lacks
+    null_in_files: ClassVar[frozenset[str]] = frozenset()  # numbers that act in training only; null is the default
+    empty_in_files: ClassVar[frozenset[str]] = frozenset({"target_modules"})  # options of which [] does not mean None
     pattern_options: ClassVar[
         Mapping[str, str]
     ] = {}  # table from name patterns to values -> the option it sets per module
@@ -86,6 +80,7 @@ class AdapterConfig(metaclass=_KnownNames):
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
+    other_keys: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -112,6 +107,7 @@ class AdapterConfig(metaclass=_KnownNames):
                 f"base_model_name_or_path must be a string or None, not {told(self.base_model_name_or_path)}."
             )
         flag("inference_mode", self.inference_mode)
+        self._set("other_keys", checked_other_keys(self.other_keys))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the only way to set a field while a frozen dataclass is being built
@@ -127,6 +123,11 @@ class AdapterConfig(metaclass=_KnownNames):
     def bias(self) -> str:
         """With "all", the biases of modules that are not adapted train too."""
         return "none"
+
+    @property
+    def ensure_weight_tying(self) -> bool:
+        """Whether layers tied to an embedding are adapted, or trained in full, along with it."""
+        return False
 
     @property
     def target_parameters(self) -> Sequence[str] | None:
@@ -193,8 +194,9 @@ class AdapterConfig(metaclass=_KnownNames):
     def to_dict(self) -> dict[str, Any]:
         """PEFT's keys, JSON-ready; ``inference_mode`` is always written as true, as PEFT does."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {k: _listed(v) for k, v in values.items() if k not in self.not_in_files}
-        return {**plain, "peft_type": self.method.upper(), "inference_mode": True}
+        plain = {k: _listed(v) for k, v in values.items() if k not in self.not_in_files and k != "other_keys"}
+        # Last, as a file has them after the first save, so that the same adapter gives the same bytes.
+        return {**plain, "peft_type": self.method.upper(), "inference_mode": True, **self.other_keys}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -221,25 +223,28 @@ def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.jso
     if peft_type.upper() not in known_types:
         raise ConfigError(f"{where}: peft_type {told(peft_type)} is not implemented; known: {shown(known_types)}.")
     cls: type[AdapterConfig] = known_types[peft_type.upper()]
-    known = {f.name for f in dataclasses.fields(cls)}
-    foreign = {key: value for key, value in values.items() if key not in known | _METADATA and not asks_nothing(value)}
-    if foreign:
-        asked = ", ".join(f"{key} = {told(value, 60)}" for key, value in foreign.items())
-        raise ConfigError(f"{where} asks for {asked}, which minipeft does not implement for {peft_type}.")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in {*WITHOUT_EFFECT, "other_keys"}}
     try:
-        return cls.from_dict({key: value for key, value in values.items() if key in known - _METADATA})
+        others = other_keys(values, fields, cls.method)
+        return cls.from_dict({**_read_options(cls, fields, values), "other_keys": others})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _read_options(
+    cls: type[AdapterConfig], fields: Mapping[str, dataclasses.Field[Any]], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options that a file sets; a value that asks for nothing becomes the one that the class has for that."""
+    read = {name: values[name] for name in fields if name in values}
+    for name, value in read.items():
+        factory = fields[name].default_factory
+        default = fields[name].default if factory is dataclasses.MISSING else factory()
+        if default is not dataclasses.MISSING and (value is None or name not in cls.empty_in_files):
+            read[name] = read_value(value, default, null_is_default=name in cls.null_in_files)
+    return read
 
 
 def _listed(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _listed(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def asks_nothing(value: object) -> bool:
-    """Whether the value of an unknown key is a default that changes nothing: null, false, empty, or a mapping of those."""
-    if isinstance(value, Mapping):
-        return all(asks_nothing(item) for item in value.values())
-    return value is None or value is False or value == [] or value == ""

@@ -125,9 +125,9 @@ def told_error(error: BaseException, limit: int = 200) -> str:
     return printable(" ".join(str(said).split()), limit)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most similar to `name`, if any is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most similar to `name`, if any is close: more similar than `cutoff`, from 0 to 1."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

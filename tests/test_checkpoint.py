@@ -653,13 +653,14 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new_adapter(tmp_path, name,
     assert torch.equal(logits(load_adapter(gpt2(), folder)), logits(new))
 
 
-def test_files_have_the_mode_of_any_file_and_links_stay_links(tmp_path):
-    store = tmp_path / "store"
-    store.mkdir()
+def test_files_have_the_mode_of_any_file_and_links_within_the_folder_stay_links(tmp_path):
+    folder, outside = tmp_path / "adapter", tmp_path / "outside"
+    store = folder / "store"
+    store.mkdir(parents=True)
     (store / "weights").write_bytes(b"")
-    folder = tmp_path / "adapter"
-    folder.mkdir()
+    outside.write_bytes(b"of somebody else")
     (folder / WEIGHTS).symlink_to(store / "weights")
+    (folder / CONFIG).symlink_to(outside)
     umask = os.umask(0o027)
     try:
         adapted().save_pretrained(folder)
@@ -668,7 +669,20 @@ def test_files_have_the_mode_of_any_file_and_links_stay_links(tmp_path):
     assert stat.S_IMODE((folder / CONFIG).stat().st_mode) == 0o640
     assert (folder / WEIGHTS).is_symlink()
     assert (store / "weights").stat().st_size > 0
+    assert not (folder / CONFIG).is_symlink()  # a link out of the folder gives way to a file
+    assert outside.read_bytes() == b"of somebody else"
     load_adapter(gpt2(), folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_link_that_leads_out_of_the_folder_is_not_read(tmp_path, saved, name):
+    (saved / name).rename(tmp_path / name)
+    (saved / name).symlink_to(Path("..") / name)
+    refused(saved, "is a link that leads out of its folder")
+    (saved.parent / "link").symlink_to(saved)  # to the whole folder is fine
+    (saved / name).unlink()
+    (tmp_path / name).rename(saved / name)
+    load_adapter(gpt2(), saved.parent / "link")
 
 
 def test_an_adapter_is_not_saved_into_the_folder_of_a_whole_model(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 
 from minipeft import LoraConfig, get_lora_model, load_adapter
 from minipeft.errors import CheckpointError
-from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.restore import restore_adapters
 from minipeft.injection.fresh_parts import find_origins
 

@@ -144,6 +144,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = urlsplit(self.path).path
         self.note(path)
+        listed = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path)
+        if listed:
+            commit = self.server.repos[listed[1]].get(listed[2], listed[2])
+            files = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in self.server.trees[commit]]
+            return self.send(200, files)
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if not found or found[1] not in self.server.repos:
             return self.fail(404, "Repository not found", "RepoNotFound")
@@ -364,6 +369,26 @@ def test_what_the_hub_refuses_is_told_in_one_line(hub, monkeypatch):
 
     monkeypatch.setattr("minipeft.files.hub.hf_hub_download", unplugged)
     refused(r"the hub does not give its adapter_model.safetensors \(ConnectionError: first line\)", "user/repo")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["config.json", "model-00001-of-00002.safetensors"], "It is a whole model: load it with from_pretrained"),
+        (["checkpoint-5/" + WEIGHTS, "checkpoint-5/" + CONFIG], "is in its sub-directory 'checkpoint-5'"),
+        ([CONFIG, "pytorch_adapter.bin", "head_config.json"], "AdapterHub"),
+        ([CONFIG, "adapter_model.bin", "training_args.bin"], "'adapter_model.bin' is a pickle: download it"),
+        (["trainer_state.json", "optimizer.pt", "model.safetensors"], "its trainer saved a whole model"),
+        (["llama-q4.gguf"], "GGUF"),
+        (["README.md"], "has no adapter_model.safetensors. Nothing was"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[0],
+)
+def test_a_repository_without_an_adapter_is_named_as_what_it_is(hub, names, said):
+    adapted().push_to_hub("user/repo")
+    hub.put("user/repo", dict.fromkeys((WEIGHTS, CONFIG, CARD)))
+    hub.put("user/repo", dict.fromkeys(names, b"x"))
+    assert "the repository on the hub has no adapter_model.safetensors" in refused(said, "user/repo")
 
 
 def test_a_push_that_fails_says_so_and_changes_nothing(hub, monkeypatch):

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from minipeft.errors import CheckpointError, MinipeftError, told_error
+from minipeft.files.reading import is_inside
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write several files into a directory, which is created if need be: all to temporary names, then renamed in order.
 
-    A crash leaves each file old or new, never cut short. Links are followed, so a linked file stays a link. Temporary
-    files of killed processes of this machine are removed.
+    A crash leaves each file old or new, never cut short. Links within the folder are followed, so a linked file stays a
+    link; one that leads out of it is replaced by a file. Temporary files of killed processes of this machine are removed.
 
     Raises:
         CheckpointError: the directory cannot be written or the disk is full; the old files are unchanged.
@@ -30,7 +31,7 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         if needed > free:
             raise CheckpointError(f"{directory}: {needed:,} bytes are needed and {free:,} are free.")
         for name, payload in files.items():
-            target = Path(os.path.realpath(directory / name))
+            target = _target(directory, name)
             temporary[target] = hidden_beside(target, "tmp")
             write_and_sync(temporary[target], payload)
         for target, source in temporary.items():
@@ -47,6 +48,12 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         for source in temporary.values():
             with contextlib.suppress(OSError):  # as in a directory that cannot be written
                 source.unlink(missing_ok=True)
+
+
+def _target(directory: Path, name: str) -> Path:
+    """The file to replace: where a link within the folder leads to, and otherwise the name in the folder, link or not."""
+    target = Path(os.path.realpath(directory / name))
+    return target if is_inside(directory, target) else Path(os.path.realpath(directory)) / name
 
 
 def hidden_beside(target: Path, kind: str) -> Path:
@@ -77,7 +84,7 @@ def sync_folder(folder: Path) -> None:
 def _remove_orphans(directory: Path, names: Mapping[str, bytes]) -> None:
     host = socket.gethostname()
     for name in names:
-        target = Path(os.path.realpath(directory / name))
+        target = _target(directory, name)
         for orphan in target.parent.glob(f".{target.name}.tmp-{host}-*"):
             pid = orphan.name.rsplit("-", 2)[-2]
             if pid.isdigit() and not alive(int(pid)):

@@ -15,8 +15,9 @@ from minipeft.errors import CheckpointError, nearest, printable, shown, told
 from minipeft.files.base_samples import check_samples
 from minipeft.files.format import DTYPES, FLOATS, PROVENANCE, AdapterFile
 from minipeft.files.new_rows import resize_hint
+from minipeft.files.not_an_adapter import tensors_named
 from minipeft.files.peft_extras import check_extras, find_copies, find_repeats
-from minipeft.wrapper_names import unwrapped_name
+from minipeft.wrapper_names import named_parameters, unwrapped_name
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def read_values(file: AdapterFile, expected: Expected, *, strict: bool = True) -
     check_samples(file, expected.base, exact=expected.exact, advice=expected.base_advice)
     others = [key for key in file.shapes if key not in expected.tensors and key not in expected.done]
     allowed = [] if expected.exact else others
-    copies, repeats = find_copies(file, allowed, expected.model), find_repeats(file, allowed, expected.tied)
+    repeats = find_repeats(file, allowed, expected.tied)
+    copies = find_copies(file, [key for key in allowed if key not in repeats], expected.model)
     unexpected = [key for key in others if key not in copies and key not in repeats]
     _compare_keys(file, expected, unexpected, strict)
     wanted = {*expected.tensors, *copies, *repeats, *repeats.values()}
@@ -79,8 +81,10 @@ def _unwrapped(file: AdapterFile, expected: Expected) -> AdapterFile:
 def _compare_config(file: AdapterFile, expected: Expected) -> None:
     if expected.config is None:
         return
-    there, here = file.config.to_dict(), config_from_dict(expected.config).to_dict()
-    differ = [key for key in here if key not in PROVENANCE and here[key] != there.get(key)]
+    config = config_from_dict(expected.config)
+    there, here = file.config.to_dict(), config.to_dict()
+    compared = here.keys() - PROVENANCE - config.other_keys.keys()
+    differ = [key for key in here if key in compared and here[key] != there.get(key)]
     if differ:
         said = [f"{key} is {told(there.get(key), 100)} there and {told(here[key], 100)} here" for key in differ[:3]]
         raise CheckpointError(f"{file.path.parent} was saved with another configuration: {'; '.join(said)}.")
@@ -92,7 +96,8 @@ def _compare_shapes(file: AdapterFile, expected: Expected) -> None:
     misfit = f"{file.path} does not fit {type(expected.model).__name__}"
     if not common:
         closest = _closest(list(file.shapes), list(expected.tensors))
-        raise CheckpointError(f"{misfit}: none of its {len(file.shapes)} keys is expected{closest}.")
+        what = tensors_named(file.shapes, [name for name, _ in named_parameters(expected.model)])
+        raise CheckpointError(f"{misfit}: none of its {len(file.shapes)} keys is expected{closest}.{what}")
     wrong = [(key, there, here) for key, there, here in pairs if there != here]
     if wrong:
         said = [

@@ -21,16 +21,18 @@ from typing import Any
 
 import torch
 
-from minipeft.config import AdapterConfig, asks_nothing, config_from_dict
-from minipeft.errors import CheckpointError, shown, told
+from minipeft.config import AdapterConfig, config_from_dict
+from minipeft.errors import CheckpointError, ConfigError, shown, told
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.formats.foreign import Source
 from minipeft.files.formats.known import format_of, only_part, pickles_in, weights_in
-from minipeft.files.reading import reading
+from minipeft.files.not_an_adapter import config_named, folder_named, local_names
+from minipeft.files.reading import check_inside, reading
 from minipeft.files.strict_json import parse, read_object
 from minipeft.files.tensor_file import TensorFile, damaged, open_tensors
+from minipeft.peft_options import asks_nothing
 
 logger = logging.getLogger("minipeft")
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 VERSION = 1
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 # What an adapter trains is floating point; a module trained in full may also have buffers that count.
@@ -47,6 +49,7 @@ class AdapterFile(TensorFile):
     config: AdapterConfig
     base: Mapping[str, list[float]]  # samples of the base weights by module, see `minipeft.files.base_samples`
     kept: tuple[str, ...] = ()  # modules that it brings and that do not train, see `minipeft.injection.fresh_parts`
+    is_own: bool = False  # whether minipeft wrote it
     said: Mapping[str, Any] = field(default_factory=dict)  # `CONFIG_FILE` as it is, with what no option says
 
 
@@ -86,9 +89,12 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
         values = saved
     else:
         raise CheckpointError(f"{directory} has no {CONFIG_FILE}.")
+    what = "" if "peft_type" in values else config_named(values)
+    if what:
+        raise ConfigError(f"{directory / CONFIG_FILE} names no peft_type.{what}")
     config = config_from_dict(values, f"{directory / CONFIG_FILE}")
-    kept = tuple(own.get("kept", ()))
-    return AdapterFile(**vars(weights), config=config, base=own.get("base") or {}, kept=kept, said=values)
+    base, kept = own.get("base") or {}, tuple(own.get("kept", ()))
+    return AdapterFile(**vars(weights), config=config, base=base, is_own=bool(own), kept=kept, said=values)
 
 
 def source_of(weights: TensorFile, modules: Callable[[str], Collection[str] | None]) -> Source:
@@ -108,13 +114,15 @@ def open_weights(directory: Path) -> TensorFile:
             f"{directory} is not a directory; an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}."
         )
     with reading(directory):
-        names = sorted(os.listdir(directory))
-    name = WEIGHTS_FILE if WEIGHTS_FILE in names else weights_in(names)
+        names = local_names(directory)
+    name = WEIGHTS_FILE if WEIGHTS_FILE in names else weights_in([name for name in names if "/" not in name])
+    for file in (name, CONFIG_FILE):
+        check_inside(directory, file or "")
     weights = None if name is None else open_tensors(directory / name)
     if weights is None or (name != WEIGHTS_FILE and format_of(weights) is None):
         pickles = pickles_in(names)
         fix = f" {shown(pickles)} is a pickle, which is never read; `minipeft convert {directory}` makes safetensors of it."
-        raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}.{fix if pickles else ''}")
+        raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}.{fix if pickles else folder_named(names)}")
     for key, dtype in weights.dtypes.items():
         if dtype not in DTYPES:
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import TypeVar
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from minipeft.errors import CheckpointError, ConfigError
-from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.errors import CheckpointError, ConfigError, shown
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.formats import known
 from minipeft.files.model_card import CARD_FILE, MARK, is_repo_id
+from minipeft.files.not_an_adapter import folder_named
 from minipeft.files.reading import as_path
 
 Result = TypeVar("Result")
@@ -65,6 +68,8 @@ def adapter_directory(
             )
         except Exception as error:  # huggingface_hub's own, or of its HTTP library, which differs by version
             why = _why(error, name, local_files_only)
+            if _is_absent(error):
+                why += _what_is_there(str(place), subfolder, commit, token)
             raise CheckpointError(f"{place!r} is not a directory here, and {why}") from None
         path = Path(found)
         commit = path.parents[len(Path(subfolder or "").parts)].name  # a snapshot is named after its commit
@@ -120,9 +125,29 @@ def _why(error: Exception, name: str, local_files_only: bool) -> str:
     if constants.HF_HUB_OFFLINE or local_files_only:
         setting = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
         return f"its {name} is not in {constants.HF_HUB_CACHE}, the only place to look with {setting} set."
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+    if _is_absent(error):
         return f"the repository on the hub has no {name}."
     return f"the hub does not give its {name} ({_first_line(error)})."
+
+
+def _is_absent(error: Exception) -> bool:
+    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+
+
+def _what_is_there(repo_id: str, subfolder: str | None, commit: str | None, token: str | bool | None) -> str:
+    """What a repository without an adapter is, by its list of files; "" if the hub does not give that."""
+    with contextlib.suppress(Exception):
+        api, inner = HfApi(token=token, library_name="minipeft"), f"{Path(subfolder).as_posix()}/" if subfolder else ""
+        names = [
+            name.removeprefix(inner) for name in api.list_repo_files(repo_id, revision=commit) if name.startswith(inner)
+        ]
+        pickles = known.pickles_in(names)
+        return (
+            f" {shown(pickles)} is a pickle: download it, and `minipeft convert` makes safetensors of it."
+            if pickles
+            else folder_named(names)
+        )
+    return ""
 
 
 def _first_line(error: Exception) -> str:

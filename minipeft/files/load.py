@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from minipeft.config import AdapterConfig
+from minipeft.errors import shown
 from minipeft.files.base_samples import planned_samples
 from minipeft.files.compare import Expected, read_values
-from minipeft.files.format import open_adapter
+from minipeft.files.format import AdapterFile, open_adapter
 from minipeft.files.frozen_weights import warn_of_missing_parts
 from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.experts import fused_experts
 from minipeft.files.names.fitted import fitted
 from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
+from minipeft.files.peft_entries import as_peft_reads
 from minipeft.files.reading import reading
 from minipeft.injection.absent import check_loaded
-from minipeft.injection.build import Parts, build, build_from
+from minipeft.injection.build import PREFIX, Parts, build, build_from
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.methods.base import Adapter
+from minipeft.peft_options import KEPT
 from minipeft.wrapper_names import named_modules
+
+logger = logging.getLogger("minipeft")
 
 
 def load_parts(
@@ -44,9 +52,9 @@ def load_parts(
     """
     with reading(directory):
         file = open_adapter(directory, lambda _: [name for name, _ in named_modules(model) if name])
-        file = fitted(fused_experts(file, model), model, key_mapping, strict=strict)
+        file = as_peft_reads(fitted(fused_experts(file, model), model, key_mapping, strict=strict), model)
         new_rows = find_new_rows(file, model)
-    plan = plan_injection(model, new_rows.config, every_pattern=False)
+    plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False)
     kept = set(file.kept)
     plan = replace(plan, saved=tuple(replace(site, trains=site.name not in kept) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
@@ -55,7 +63,7 @@ def load_parts(
         model,
         {key: tensor for key, tensor in shapes.file_tensors(plan).items() if key not in new_rows.values},
         base={} if allow_base_mismatch else planned_samples(model, plan, shapes, file.base),
-        tied={site.name: site.tied_to for site in plan.adapters if site.tied_to is not None},
+        tied=_tied(plan),
         done=new_rows.tables,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
     )
@@ -63,7 +71,30 @@ def load_parts(
     with reading(directory):
         values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(file, model, plan)
+    if bookkeeping := file.config.other_keys.keys() - KEPT:
+        logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
     return plan, build_from(plan, {**values, **new_rows.values})
+
+
+def _tied(plan: Plan) -> dict[str, str]:
+    """The layers that share what another one has: name -> name of that one."""
+    adapters = {site.name: site.tied_to for site in plan.adapters if site.tied_to is not None}
+    return adapters | {site.name: site.tied_to for site in plan.saved if site.tied_to is not None}
+
+
+def _as_tied(file: AdapterFile, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """The configuration, without ``ensure_weight_tying`` if PEFT did not tie: its file has no keys of tied layers then.
+
+    PEFT ties only what it finds under the names ``embed_tokens`` and ``lm_head``.
+    """
+    if file.is_own or not config.ensure_weight_tying:
+        return config
+    names = _tied(plan_injection(model, config, every_pattern=False))
+    prefixes = tuple(f"{PREFIX}{name}." for name in names)
+    if any(key.startswith(prefixes) for key in file.shapes):
+        return config
+    option: dict[str, Any] = {"ensure_weight_tying": False}
+    return replace(config, **option)
 
 
 def warn_if_idle(directory: Path, parts: Parts) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
+from minipeft.files.tied_repeats import TRANSPOSED
 from minipeft.injection.build import PREFIX
 from minipeft.layers.offloaded import values_of
 from minipeft.wrapper_names import named_parameters
@@ -27,7 +28,13 @@ def find_repeats(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]
     PEFT repeats the bias of a trained head, and the tensors of a tied layer; `tied` says which layer that is tied to.
     """
     plain = {key: _untied(key.replace(".modules_to_save.", "."), tied) for key in keys}
-    return {key: other for key, other in plain.items() if other != key and file.shapes.get(other) == file.shapes[key]}
+    for key, other in plain.items():
+        if other not in file.shapes:  # the factors of a head and of its embedding are each other's transpose
+            plain[key] = _transposed(other)
+    shapes = {
+        key: file.shapes[key][::-1] if _is_transposed(key, other) else file.shapes[key] for key, other in plain.items()
+    }
+    return {key: other for key, other in plain.items() if other != key and file.shapes.get(other) == shapes[key]}
 
 
 def check_extras(
@@ -40,8 +47,19 @@ def check_extras(
                 f"{file.path} brings its own {key!r}, which differs from this model's. Use the base it was trained on."
             )
     for key, other in repeats.items():
-        if not torch.equal(values[key], values[other]):
+        repeated = values[other].t() if _is_transposed(key, other) else values[other]
+        if not torch.equal(values[key], repeated):
             raise CheckpointError(f"{file.path}: {key!r} and {other!r} should be equal, and differ.")
+
+
+def _transposed(key: str) -> str:
+    """The key of an embedding's factor whose transpose this factor of a linear layer is, or the key itself."""
+    ending = next((ending for ending in TRANSPOSED if key.endswith(ending)), "")
+    return key.removesuffix(ending) + TRANSPOSED[ending] if ending else key
+
+
+def _is_transposed(key: str, other: str) -> bool:
+    return other.endswith(tuple(TRANSPOSED.values())) and key.endswith(tuple(TRANSPOSED))
 
 
 def _untied(key: str, tied: Mapping[str, str]) -> str:

@@ -54,3 +54,25 @@ def read_limited(path: Path, limit: int) -> bytes:
     if len(payload) > limit:
         raise CheckpointError(f"{path} is larger than {limit:,} bytes, too large for an adapter.")
     return payload
+
+
+def check_inside(directory: Path, name: str) -> None:
+    """Check that a file of a folder is in it, if it is a link. In the hub's cache it is one to ``blobs``, which is allowed.
+
+    Raises:
+        CheckpointError: the link leads out of the folder, as one in an archive from a stranger may.
+    """
+    if not os.path.islink(directory / name) or is_inside(directory, Path(os.path.realpath(directory / name))):
+        return
+    raise CheckpointError(
+        f"{directory / name} is a link that leads out of its folder, to {os.path.realpath(directory / name)}. Put the file "
+        "itself there."
+    )
+
+
+def is_inside(directory: Path, target: Path) -> bool:
+    """Whether a path without links is in this folder, or is where the hub's cache keeps the contents of its files."""
+    folder = Path(os.path.realpath(directory))
+    # .../models--owner--name/snapshots/<commit>/[folder/]file -> .../models--owner--name/blobs/<digest>
+    stores = [parent.parent / "blobs" for parent in (folder, *folder.parents) if parent.name == "snapshots"]
+    return any(target.is_relative_to(place) for place in (folder, *stores))

@@ -117,7 +117,7 @@ def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         if (
             isinstance(table.module, AdaptedLayer)
             and adapted
-            and table.module.adapter(adapter_name).overrides("for_tied")
+            and table.module.adapter(adapter_name).changed_rows() is not None
         ):
             raise ConfigError(
                 f"save_embedding_layers=True: rows of {name} train, and the file holds those; leave it at 'auto'."

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from minipeft.errors import CheckpointError, StateError, all_or_nothing, shown
 from minipeft.files.base_samples import base_samples
 from minipeft.files.compare import Expected, read_values
-from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.format import open_adapter
 from minipeft.files.reading import as_path, reading
 from minipeft.files.resized_vocabulary import with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
+from minipeft.files.tied_repeats import followers
 
 
 @all_or_nothing
@@ -63,7 +65,9 @@ def _values(model: SavableModel, name: str, directory: Path) -> dict[str, Tensor
     live, config = model.adapter_state_dict(name), file_config(model, model._state.configs[name], name, compact=False)
     # If the vocabulary was resized, the file also holds rows of the base, which are only compared.
     tensors, config = with_tables(model, name, live, config, "auto", warn=False)
-    values = read_values(open_adapter(directory), Expected(model, tensors, base_samples(model, name), config))
+    tied = followers(model, model._state.configs[name], name)
+    expected = Expected(model, tensors, base_samples(model, name), config, tied=tied)
+    values = read_values(open_adapter(directory), expected)
     for key, tensor in tensors.items():
         own = live.get(key)
         if tensor is own:

@@ -16,11 +16,15 @@ from minipeft import registry
 from minipeft.config import ALL_LINEAR, AdapterConfig
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
-from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, own_metadata, with_sorted_metadata
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.format import own_metadata, with_sorted_metadata
+from minipeft.files.peft_entries import for_peft
+from minipeft.files.readable import check_values, warn_if_unreadable
+from minipeft.files.tied_repeats import followers
 from minipeft.injection.build import PREFIX, shared_tensors
 from minipeft.injection.module_tree import adapted_layers, adapters_of, candidates, layers_of, wrappers
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.patterns import full_matches, is_suffix, matching
+from minipeft.patterns import full_matches, matching
 from minipeft.transformers_model import name_or_path
 from minipeft.wrapper_names import unwrapped_name
 
@@ -70,19 +74,26 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, c
     values = config.to_dict()
     values["target_modules"] = _resolved_targets(model, config, adapter_name)
     if config.modules_to_save is not None:
-        # An entry for a module inside another entry's module would match nothing when the file is read.
-        saved = [n for n, w in wrappers(model) if isinstance(w, SavedModule) and adapter_name in w.adapters]
-        entries = [entry for entry in config.modules_to_save if any(is_suffix(entry, name) for name in saved)]
-        if len(entries) < len(config.modules_to_save):  # an entry may be a name with a wrapper's part in it
-            entries += [name for name in saved if not any(is_suffix(entry, name) for entry in entries)]
-        values["modules_to_save"] = entries or None
+        copies = [(name, w) for name, w in wrappers(model) if isinstance(w, SavedModule) and adapter_name in w.adapters]
+        saved = [name for name, wrapper in copies if wrapper.only is None]  # bias="all" copies biases alone
+        saved += [name for name in followers(model, config, adapter_name) if name in dict(copies)]
+        values["modules_to_save"] = for_peft(model, config.modules_to_save, saved) or None
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for _, layer in layers_of(model, adapter_name))
     method, adapters = registry.method_class(config.method), adapters_of(model, adapter_name)
     values |= method.file_options(values, adapters, compact)
     if config.base_model_name_or_path is None:
         values["base_model_name_or_path"] = name_or_path(model)
+    if config.task_type is None:
+        values.setdefault("auto_mapping", auto_mapping(model))
     return values
+
+
+def auto_mapping(model: nn.Module) -> dict[str, str]:
+    """The class of the base, by which PEFT's ``AutoPeftModel`` finds it without a task type."""
+    # FSDP2 makes a class of its own; the one that minipeft makes has the name of the base's.
+    cls = next(c for c in type(model).__mro__ if issubclass(c, nn.Module) and not c.__module__.startswith("torch.dist"))
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def _resolved_targets(model: nn.Module, config: AdapterConfig, adapter_name: str) -> Any:
@@ -94,7 +105,8 @@ def _resolved_targets(model: nn.Module, config: AdapterConfig, adapter_name: str
         return _shortest(names, model)
     for _, layer in adapted_layers(model):
         if adapter_name in layer.tied_adapters and not layer.adapter(adapter_name).key_prefix:
-            return names  # other readers would adapt a tied layer, too, that the user's list names
+            # Other readers would adapt a tied layer, too, that the user's list names; PEFT ties what is named.
+            return [*names, *followers(model, config, adapter_name)]
     if not isinstance(targets, str) and len(matching(targets, names)) < len(names):
         return names  # the user's list has another name for a module that has several
     if isinstance(targets, str) and len(full_matches(targets, names, "target_modules")) < len(names):
@@ -127,16 +139,18 @@ def save_adapter(
         kept: modules that are saved and do not train, see `minipeft.injection.fresh_parts`.
 
     Raises:
-        CheckpointError: the directory cannot be written, or holds a whole model.
+        CheckpointError: the directory cannot be written, or holds a whole model; or a tensor has no values here.
     """
     if os.path.exists(directory / "config.json") and any(directory.glob("model*.safetensors")):
         raise CheckpointError(
             f"{directory} holds a whole model; with an adapter next to it, transformers would load the two as one. "
             "Save the adapter to a directory of its own."
         )
+    check_values(directory, tensors)
     copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     copies = registry.method_class(config["peft_type"].lower()).compacted(copies, config)
     weights = with_sorted_metadata(safetensors.torch.save(copies, own_metadata(config, base, kept, directory)))
     # Only the top level is sorted: within rank_pattern the first key that fits decides, so its order has a meaning.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
+    warn_if_unreadable(directory, copies, weights, text.encode("utf-8"))
     write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})

@@ -22,6 +22,7 @@ from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
 from minipeft.files.save_options import check_save_options, check_size
+from minipeft.files.tied_repeats import followers, with_repeats
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_outer_save, check_trainer
 from minipeft.injection.attach import STATE, AdapterState
@@ -131,6 +132,7 @@ class SavableModel(nn.Module):
             config = self._file_config(name)
             if convert_to_lora:
                 tensors, config = as_lora(self, self._state.configs[name], name)
+            tensors = with_repeats(tensors, followers(self, self._state.configs[name], name))
             tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
             tensors = values_of(self, tensors)
             check_size(others, tensors)
@@ -178,7 +180,8 @@ class SavableModel(nn.Module):
                 config = self._file_config(name)
                 if public_base(config) is None:
                     config["base_model_name_or_path"] = None
-                tensors, config = with_tables(self, name, self.adapter_state_dict(name), config, "auto")
+                tensors = with_repeats(self.adapter_state_dict(name), followers(self, self._state.configs[name], name))
+                tensors, config = with_tables(self, name, tensors, config, "auto")
                 self._write_adapter(directory_of(Path(folder), name), name, tensors, config)
             return hub.push(
                 Path(folder),

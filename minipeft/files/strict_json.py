@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.errors import CheckpointError, told_error
+from minipeft.files.not_an_adapter import named
 from minipeft.files.reading import read_limited
 
 MAX_CONFIG_BYTES, MAX_DEPTH = 2**20, 32
@@ -18,7 +19,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         values = parse(payload)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({told_error(error, 100)}).") from None
+        raise CheckpointError(f"{path} is not valid JSON ({told_error(error, 100)}).{named(path)}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object.")
     return values

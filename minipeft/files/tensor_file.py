@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from minipeft.errors import CheckpointError, shown, told_error
+from minipeft.files.not_an_adapter import named
 
 MAX_HEADER_BYTES = 2**24
 MAX_DIMENSIONS = 16  # a long shape takes long to multiply and to show
@@ -110,11 +111,16 @@ def _check_header_length(path: Path) -> None:
     # 100 MB, and takes 5 s and 3 GiB to refuse one of 64 MiB of '{"":0},'. A real header is shorter than its tensors.
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    if length > max(MAX_HEADER_BYTES, path.stat().st_size - length):
+    if header_is_too_long(length, path.stat().st_size):
         raise OSError(f"its header claims {length:,} bytes")
+
+
+def header_is_too_long(length: int, size: int) -> bool:
+    """Whether the header of a file of this size is not one that is read; both in bytes."""
+    return length > max(MAX_HEADER_BYTES, size - length)
 
 
 def damaged(path: Path, reason: object) -> CheckpointError:
     """The error for a file whose bytes are not what they should be."""
     said = told_error(reason) if isinstance(reason, Exception) else reason
-    return CheckpointError(f"{path} is damaged ({said}).")
+    return CheckpointError(f"{path} is damaged ({said}).{named(path)}")

@@ -15,10 +15,9 @@ from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import layers_of, wrappers
 
 # What a plain LoRA configuration takes over from that of another method, besides `AdapterConfig`'s own options.
-KEPT = {"lora_dropout", "trainable_token_indices"}
+KEPT = {"lora_dropout", "trainable_token_indices", "ensure_weight_tying"}
 
 
-@torch.no_grad()
 @torch.no_grad()
 def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter as plain LoRA: one rank for all layers, the scaling in B, no pattern tables.
@@ -61,7 +60,7 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
         missing = rank - len(down)
         tensors[PREFIX + name.format("A")] = torch.cat([down, down.new_zeros(missing, down.shape[1])])
         tensors[PREFIX + name.format("B")] = torch.cat([up, up.new_zeros(len(up), missing)], 1)
-    kept = {f.name for f in dataclasses.fields(AdapterConfig)} | KEPT
+    kept = {f.name for f in dataclasses.fields(AdapterConfig)} | KEPT | {"auto_mapping"} | config.other_keys.keys()
     plain = {key: value for key, value in file_config(model, config, adapter_name).items() if key in kept}
     orientation = any(layer.ops.fan_in_fan_out for layer in layers.values())
     lora = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "fan_in_fan_out": orientation, "bias": "none"}

@@ -72,7 +72,7 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
         for parameter in adapter.parameters():
             if autocast_adapter_dtype and parameter.dtype in HALF:
                 parameter.data = parameter.data.float()
-        adapter.key_prefix = site.prefix
+        adapter.key_prefix, adapter.is_tied = site.prefix, adapter.ties(site.config)
         adapters[site.name] = adapter.train(base.training)
     copies: dict[str, nn.Module] = {}
     for saved in plan.saved:

@@ -10,6 +10,7 @@ from torch import nn
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.ensure_tying import with_one_adapter, with_one_copy
 from minipeft.injection.fresh_parts import (
     FreshParts,
     Origins,
@@ -63,7 +64,9 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         SavedSite(name, found[name], None, name not in fresh.kept)
         for name in select_saved(model, config, found, every_pattern=every_pattern)
     ]
+    saved = with_one_copy(model, config, found, saved)
     sites = _targeted(model, config, found, [site.name for site in saved], every_pattern)
+    sites = with_one_adapter(model, config, found, sites, saved, every_pattern)
     sites += _companions(model, config, found, every_pattern)
     sites = with_tied_sites(model, found, sites)
     check_shared(config, sites, [site.name for site in saved])

@@ -25,13 +25,15 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
     Raises:
         TargetError: two tied layers are to be adapted in different ways, or one cannot be adapted.
     """
-    if not any(site.adapter_class.overrides("for_tied") for site in sites):
+    table = input_embedding(model)
+    leads = None if table is None else innermost(table)
+    if not any(_ties(site, leads) for site in sites):
         return sites
     index, names = TensorIndex(model), {id(candidate.base): name for name, candidate in found.items()}
     first_of: dict[int, AdapterSite] = {}  # by tied layer: the site it is tied to
     complete = []
     for site in sites:
-        if not site.adapter_class.overrides("for_tied"):
+        if not _ties(site, leads):
             complete.append(site)
             continue
         first = first_of.get(id(site.candidate.base))
@@ -39,7 +41,7 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
             _check_alike(first, site)
             continue
         complete.append(site)
-        for owner, module in _owners(index, found, site.candidate.base):
+        for owner, module in owners(index, found, site.candidate.base):
             if module is site.candidate.base:
                 continue
             if id(module) not in names:
@@ -51,23 +53,29 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
     return complete
 
 
-def _owners(index: TensorIndex, found: dict[str, Candidate], base: nn.Module) -> list[tuple[str, nn.Module]]:
+def _ties(site: AdapterSite, table: nn.Module | None) -> bool:
+    """Whether a site reaches the layers tied to its own; with ``ensure_weight_tying`` only the input embedding's does."""
+    only_table = site.config.ensure_weight_tying
+    return site.adapter_class.ties(site.config) and (not only_table or site.candidate.base is table)
+
+
+def owners(index: TensorIndex, found: dict[str, Candidate], base: nn.Module) -> list[tuple[str, nn.Module]]:
     """(parameter name, module) of everything that shares the weight of this layer."""
     weight = base._parameters.get("weight")
     if weight is None:
         return []
-    owners = index.owners(weight)
+    holders = index.owners(weight)
     # Offloading gives each of two tied layers a weight of its own, so only the values tell.
     for name, candidate in found.items():
         other = candidate.base
         twin = other._parameters.get("weight")
-        if twin is None or twin.shape != weight.shape or any(other is module for _, module in owners):
+        if twin is None or twin.shape != weight.shape or any(other is module for _, module in holders):
             continue
         if hides_ties(base) or hides_ties(other):
             with present(base), present(other):
                 if torch.equal(base.get_parameter("weight").cpu(), other.get_parameter("weight").cpu()):
-                    owners.append((f"{name}.weight", other))
-    return owners
+                    holders.append((f"{name}.weight", other))
+    return holders
 
 
 def _check_alike(first: AdapterSite, second: AdapterSite) -> None:
@@ -121,7 +129,7 @@ def with_tied_copies(
     if leader is None or weight is None:
         return saved
     base = leader.candidate.base
-    tied = [module for _, module in _owners(TensorIndex(model), found, base) if module is not base]
+    tied = [module for _, module in owners(TensorIndex(model), found, base) if module is not base]
     if not any(isinstance(module, nn.Embedding) for module in tied):
         return saved
     named, taken = [site.name for site in saved], {id(site.candidate.base) for site in adapted}

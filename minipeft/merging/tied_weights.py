@@ -34,7 +34,7 @@ def _held(layer: AdaptedLayer, name: str) -> set[int] | None:
 
 def adapts_tied_layers(layer: AdaptedLayer) -> bool:
     """Whether an adapter here may also be on layers tied to this one."""
-    return any(layer.adapter(name).overrides("for_tied") for name in layer.adapters)
+    return any(layer.adapter(name).is_tied for name in layer.adapters)
 
 
 def shared_parameters(

@@ -51,6 +51,9 @@ class AdaLoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "adalora"
+    null_in_files = frozenset(
+        {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "lora_dropout", "r"}
+    )
 
     init_r: int = 12
     target_r: int = 8

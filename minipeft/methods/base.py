@@ -39,6 +39,7 @@ class Adapter(nn.Module, ABC):
     needs_one_of: ClassVar[tuple[str, ...]] = ("merge", "delta", "factors")
     config_class: ClassVar[type[AdapterConfig]]
     runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the layer's output itself
+    is_tied: bool = False  # whether it is on layers tied to its own too, see `ties`
     key_prefix: str = ""  # before its keys in a file, for an adapter from `AdapterConfig.companions`
 
     # Must say:
@@ -119,9 +120,14 @@ class Adapter(nn.Module, ABC):
     def for_tied(self, base: nn.Module, ops: LayerOps) -> Self:
         """This adapter, with the same parameter objects, for another layer tied to the weight of the first.
 
-        Overriding it says that the method also adapts tied layers.
+        Overriding it says that the method also adapts tied layers, unless `ties` says otherwise.
         """
         raise NotImplementedError(f"{type(self).__name__} does not adapt tied layers")
+
+    @classmethod
+    def ties(cls, config: AdapterConfig) -> bool:
+        """Whether an adapter with this configuration is put on layers tied to its own too, by `for_tied`."""
+        return cls.overrides("for_tied")
 
     def base_loaded(self, base: nn.Module, ops: LayerOps) -> None:
         """Read again what the adapter keeps of the layer's values: ``load_state_dict`` may have given it others.

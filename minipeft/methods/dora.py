@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
+from typing_extensions import Self
 
+from minipeft.errors import TargetError
 from minipeft.kernels import matmul
 from minipeft.kernels.functional import accumulation_dtype, is_column_major
 from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps
-from minipeft.methods.lora import Lora, LoraConfig
+from minipeft.methods.lora import Lora
+from minipeft.methods.lora_config import LoraConfig
 from minipeft.registry import register_method
 
 # Values per block of a weight: to square on a CPU, to multiply there, and on devices where each call costs more.
@@ -43,6 +46,12 @@ class Dora(Lora):
         magnitude = self._norm(ops.read_weight(base))
         positions = self.lora_B.shape[2:]  # of a convolution's kernel: PEFT's file has a shape of its own for it
         self.lora_magnitude_vector = nn.Parameter(magnitude.view(1, -1, *positions) if positions else magnitude)
+
+    def for_tied(self, base: nn.Module, ops: LayerOps) -> Self:
+        raise TargetError(
+            "ensure_weight_tying with use_dora: the rows of a head are the columns of its embedding, and the lengths of "
+            "both cannot be trained as one. Leave out one of the two options."
+        )
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         c = self.scale(ops.read_weight(base))

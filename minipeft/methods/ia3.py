@@ -63,6 +63,7 @@ class IA3Config(AdapterConfig):
     """
 
     method: ClassVar[str] = "ia3"
+    empty_in_files = frozenset({"target_modules", "feedforward_modules"})
     not_in_files: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
 
     feedforward_modules: Sequence[str] | str | None = None

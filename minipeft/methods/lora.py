@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -12,116 +10,14 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, MergeError, StateError
-from minipeft.kernels.functional import is_column_major, lora_delta, lora_factors, lora_scaling, stacked_delta, whole
+from minipeft.kernels.functional import is_column_major, lora_delta, lora_factors, stacked_delta, whole
 from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
-from minipeft.methods.lora_init import KEPT, Start, chosen_init
+from minipeft.methods.lora_config import LoraConfig
+from minipeft.methods.lora_init import Start, chosen_init
 from minipeft.methods.low_rank import low_rank_forward
-from minipeft.methods.trainable_tokens import token_option, tokens_beside
-from minipeft.options import alpha, flag, names, number, one_of, pattern_table, rank
 from minipeft.registry import register_method
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig(AdapterConfig):
-    """LoRA's options, on top of `AdapterConfig`'s; names, meanings and defaults are PEFT's.
-
-    Args:
-        r: rank of the update.
-        lora_alpha: the update is scaled by ``lora_alpha / r`` (`use_rslora`: ``/ sqrt(r)``, arXiv:2312.03732).
-        lora_dropout: probability of dropping an input feature on its way into A, in training; for an embedding, whose
-            input is one-hot, of dropping a token's update.
-        bias: "none"; "lora_only" trains the biases of adapted layers; "all" those of every other module too. They are
-            trained copies, so switching the adapter off restores the base exactly.
-        rank_pattern, alpha_pattern: regular expression -> value, for the whole module name or a dotted suffix of it.
-        init_lora_weights: how the factors start, see `minipeft.methods.lora_init`. True, "gaussian" and "orthogonal" start
-            with an update of zero. False does not (for tests). "pissa", "pissa_niter_N" and "olora" start from parts of
-            the weight. The weight stays as it is: ``scaling * B_0 A_0`` is stored and subtracted from the update. A file
-            that brings these starting factors along says "pissa_kept" and so on.
-        lora_bias: B has a bias, which scaled is added to the layer's; only with `init_lora_weights` True or False.
-        freeze_lora_A: train B alone (LoRA-FA, arXiv:2308.03303), so that only A x is kept of a layer's input for the
-            backward pass. Files do not say it; there the adapter is plain LoRA.
-        use_dora: DoRA (arXiv:2402.09353): train the length of each row of the weight separately from its direction.
-        target_parameters: suffixes of the names of bare parameters to adapt besides `target_modules` (which may then be
-            empty): of shape (out, in), (experts, out, in) or, in a module that says `is_transposed`, (experts, in, out).
-            `exclude_modules` and `layers_to_transform` do not apply to them.
-        trainable_token_indices: train the rows of these tokens as well, see `minipeft.methods.trainable_tokens`: ids for
-            the input embedding, or a mapping from module names to ids. Layers tied to it follow.
-        fan_in_fan_out: accepted for compatibility with PEFT and ignored: the layer knows its own orientation.
-    """
-
-    method: ClassVar[str] = "lora"
-    pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    bias: str = "none"
-    use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    init_lora_weights: bool | str = True
-    lora_bias: bool = False
-    freeze_lora_A: bool = False
-    use_dora: bool = False
-    target_parameters: Sequence[str] | None = None
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
-    fan_in_fan_out: bool = False
-
-    def __post_init__(self) -> None:
-        self._set("target_parameters", names("target_parameters", self.target_parameters or None))
-        super().__post_init__()
-        rank("r", self.r)
-        alpha("lora_alpha", self.lora_alpha)
-        number("lora_dropout", self.lora_dropout, at_least=0, below=1)
-        one_of("bias", self.bias, ("none", "all", "lora_only"))
-        self._set("rank_pattern", pattern_table("rank_pattern", self.rank_pattern, rank))
-        self._set("alpha_pattern", pattern_table("alpha_pattern", self.alpha_pattern, alpha))
-        chosen_init(self.init_lora_weights)
-        for name in ("use_rslora", "freeze_lora_A", "use_dora", "lora_bias", "fan_in_fan_out"):
-            flag(name, getattr(self, name))
-        self._set("trainable_token_indices", token_option("trainable_token_indices", self.trainable_token_indices))
-        if self.lora_bias and (self.use_dora or isinstance(self.init_lora_weights, str)):
-            raise ConfigError("lora_bias goes with init_lora_weights True or False only, and not with use_dora.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        config = super().from_dict(values)
-        chosen = chosen_init(config.init_lora_weights)
-        if chosen.init.of_weight and not chosen.kept:
-            raise ConfigError(
-                f"init_lora_weights {config.init_lora_weights!r} changes the base by factors that the file does not hold. "
-                "Convert it to plain LoRA where it was made: in PEFT, "
-                "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-            )
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        del values["freeze_lora_A"]
-        chosen = chosen_init(self.init_lora_weights)
-        if chosen.init.of_weight and not chosen.kept:
-            # Other readers would subtract factors that they compute themselves. This value they refuse.
-            values["init_lora_weights"] = f"{self.init_lora_weights}{KEPT}"
-        return values
-
-    @property
-    def adapter_method(self) -> str:
-        return "dora" if self.use_dora else self.method
-
-    @property
-    def scaling(self) -> float:
-        """Factor of the update, dimensionless."""
-        return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
-
-    def companions(self) -> Sequence[tuple[str, AdapterConfig]]:
-        return tokens_beside(self.trainable_token_indices)
-
-    def needs_a_call(self) -> list[str]:
-        used = {"lora_dropout": self.lora_dropout > 0, "bias": self.bias != "none"}
-        used |= {"lora_bias": self.lora_bias, "use_dora": self.use_dora}
-        return [f"{option} = {getattr(self, option)!r}" for option, is_set in used.items() if is_set]
 
 
 @register_method("lora")
@@ -138,6 +34,7 @@ class Lora(Adapter):
     original_bias: Tensor | None  # kept, since another adapter may be merged into the layer's bias later
     initial_A: Tensor | None
     initial_B: Tensor | None
+    is_swapped = False  # A and B change places: a head that is tied to an embedding with this adapter
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
@@ -169,6 +66,16 @@ class Lora(Adapter):
             self.register_buffer(name, torch.zeros_like(factor.detach()) if init.of_weight else None)
         self.reset_parameters(config.init_lora_weights, weight)
 
+    @classmethod
+    def ties(cls, config: AdapterConfig) -> bool:
+        return config.ensure_weight_tying
+
+    def for_tied(self, base: nn.Module, ops: LayerOps) -> Self:
+        # The weight of an embedding is the transpose of a head's: (B A)^T = A^T B^T.
+        twin = copy.copy(self)
+        twin.is_swapped, twin.is_embedding = ops.is_embedding != self.is_embedding, ops.is_embedding
+        return twin
+
     def base_loaded(self, base: nn.Module, ops: LayerOps) -> None:
         if self.original_bias is not None and (bias := ops.read_bias(base)) is not None:
             self.original_bias = whole(bias).clone()
@@ -187,12 +94,12 @@ class Lora(Adapter):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the whole update, shapes (r, in) and (out, r); of twice the rank if a start is subtracted."""
-        if not self.starts_from_weight:
-            return self.lora_A, self.lora_B
-        assert self.initial_A is not None
-        assert self.initial_B is not None
-        A, B = self.initial_A.to(self.lora_A.dtype), self.initial_B.to(self.lora_B.dtype)
-        return torch.cat([self.lora_A, A]), torch.cat([self.lora_B, -B], 1)
+        lora_A: Tensor = self.lora_A
+        lora_B: Tensor = self.lora_B
+        if self.initial_A is not None and self.initial_B is not None:
+            lora_A = torch.cat([lora_A, self.initial_A.to(lora_A.dtype)])
+            lora_B = torch.cat([lora_B, -self.initial_B.to(lora_B.dtype)], 1)
+        return (lora_B.t(), lora_A.t()) if self.is_swapped else (lora_A, lora_B)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         y = self.low_rank(base, ops, x, y)

@@ -171,6 +171,8 @@ INITS: dict[bool | str, Init] = {
 }
 # PEFT's others, by what they start from.
 NOT_HERE = {"eva": "inputs", "corda": "inputs", "lora_ga": "gradients", "loftq": "quantization error", "mica": "tail"}
+# Of these, those that leave the base as it is: the file holds plain LoRA. LoRA-GA, CorDA and LoftQ change the base.
+PLAIN = {"eva", "mica"}
 
 
 @dataclass(frozen=True)
@@ -205,3 +207,23 @@ def chosen_init(value: object) -> Chosen:
             return Chosen(init, int(match[2]) if match[2] else None, match[3] is not None)
     names = [*INITS, *(f"{name}_niter_4" for name, init in INITS.items() if init.iterates)]
     return Chosen(INITS[one_of("init_lora_weights", value, names)])
+
+
+def start_of_file(value: object) -> object:
+    """A value of ``init_lora_weights`` in a file, as one that starts here; a start that leaves no trace becomes True.
+
+    PEFT tells some names apart by their lower case only.
+
+    Raises:
+        ConfigError: the start changed the base, by factors that the file does not hold.
+    """
+    name = value.lower() if isinstance(value, str) else ""
+    if name in PLAIN:
+        return True
+    init = INITS.get(name.partition("_niter_")[0])
+    if name in NOT_HERE or (init is not None and init.of_weight and not name.endswith(KEPT)):
+        raise ConfigError(
+            f"init_lora_weights {value!r} changes the base by factors that the file does not hold. Convert it to plain "
+            "LoRA where it was made: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    return name if name in INITS else value

@@ -28,6 +28,7 @@ class LycorisConfig(AdapterConfig):
         use_effective_conv2d: False only.
     """
 
+    null_in_files = frozenset({"rank_dropout", "module_dropout"})
     pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
     r: int = 8

@@ -34,6 +34,7 @@ class OFTConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "oft"
+    null_in_files = frozenset({"module_dropout", "eps"})
 
     r: int = 0
     oft_block_size: int = 32

@@ -38,6 +38,7 @@ class VeraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "vera"
+    null_in_files = frozenset({"vera_dropout"})
     not_in_files: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 
     r: int = 256

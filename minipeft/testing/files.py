@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError
-from minipeft.files.format import WEIGHTS_FILE
+from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.model import get_adapter_model, load_adapter
 from minipeft.testing.case import Case, fingerprint
 

@@ -14,7 +14,8 @@ import safetensors.torch
 from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
-from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, source_of, unknown
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.format import source_of, unknown
 from minipeft.files.formats.base_modules import modules_of
 from minipeft.files.formats.foreign import Format, Part
 from minipeft.files.formats.known import format_of, is_one_file, parts, pickles_in, weights_in

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from minipeft import registry
 from minipeft.errors import MergeError, all_or_nothing, shown
-from minipeft.files.format import CONFIG_FILE, open_adapter
+from minipeft.files.file_names import CONFIG_FILE
+from minipeft.files.format import open_adapter
 from minipeft.files.hub import adapter_directory, base_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.reading import as_path, reading

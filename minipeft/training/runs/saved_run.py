@@ -14,7 +14,8 @@ from torch import Tensor
 from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.base_samples import base_samples
 from minipeft.files.compare import Expected, read_values
-from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.format import open_adapter
 from minipeft.files.reading import read_limited
 from minipeft.files.save import file_config
 from minipeft.files.tensor_file import open_tensors

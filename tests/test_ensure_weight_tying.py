@@ -1,0 +1,150 @@
+"""ensure_weight_tying: one adapter or trained copy for an embedding and its tied head, as in PEFT, both ways."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import disturb, foreign_code, gpt2, llama, logits, state_digest, token_ids
+
+import minipeft
+
+with foreign_code():
+    peft = pytest.importorskip("peft")
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Q = "q_proj"
+CASES = {
+    "embedding": {"target_modules": [Q, "embed_tokens"]},
+    "head": {"target_modules": [Q, "lm_head"]},
+    "both": {"target_modules": [Q, "embed_tokens", "lm_head"], "use_rslora": True, "lora_alpha": 3},
+    "regex": {"target_modules": r".*(q_proj|lm_head)"},
+    "saved embedding": {"target_modules": [Q], "modules_to_save": ["embed_tokens"]},
+    "saved head": {"target_modules": [Q], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": [Q], "trainable_token_indices": [6, 7]},
+    "nothing tied": {"target_modules": [Q]},
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def tied():
+    return llama(tie_word_embeddings=True)
+
+
+def config_of(library, case):
+    options = {key: list(value) if isinstance(value, list) else value for key, value in CASES[case].items()}
+    return library.LoraConfig(r=4, ensure_weight_tying=True, task_type="CAUSAL_LM", **options)
+
+
+def theirs(case):
+    with foreign_code():
+        return disturb(peft.get_peft_model(tied(), config_of(peft, case))).eval()
+
+
+def ours(case):
+    return disturb(minipeft.get_lora_model(tied(), config_of(minipeft, case))).eval()
+
+
+def same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def save_theirs(model, path):
+    with foreign_code():
+        model.save_pretrained(path)
+
+
+@every_case
+def test_a_file_of_peft_is_read_merged_and_written_back(case, tmp_path):
+    reference = theirs(case)
+    expected = logits(reference)
+    save_theirs(reference, tmp_path / "theirs")
+    model = minipeft.load_adapter(tied(), tmp_path / "theirs")
+    same(logits(model), expected)
+    model.save_pretrained(tmp_path / "ours")
+    with foreign_code():
+        same(logits(peft.PeftModel.from_pretrained(tied(), tmp_path / "ours").eval()), expected)
+    same(logits(minipeft.load_adapter(tied(), tmp_path / "ours")), expected)
+    merged = model.merge_and_unload()
+    same(logits(merged), expected)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+@every_case
+def test_a_live_model_trains_one_set_of_parameters_and_peft_reads_it(case, tmp_path):
+    model, reference = ours(case), theirs(case)
+    counts = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, reference)]
+    if case in {"saved embedding", "saved head", "tokens", "nothing tied"}:  # PEFT counts tied factors twice
+        assert counts[0] == counts[1]
+    else:
+        assert counts[0] < counts[1]
+    model.save_pretrained(tmp_path)
+    with foreign_code():
+        same(logits(peft.PeftModel.from_pretrained(tied(), tmp_path).eval()), logits(model))
+    same(logits(minipeft.load_adapter(tied(), tmp_path)), logits(model))
+    assert json.loads((tmp_path / CONFIG).read_text())["ensure_weight_tying"] is True
+
+
+def test_both_layers_give_gradients_to_the_shared_factors():
+    model = minipeft.get_lora_model(tied(), config_of(minipeft, "embedding"))
+    disturb(model)
+    ids = token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    A = model.model.embed_tokens.adapters["default"].lora_A
+    assert model.lm_head.adapters["default"].lora_A is A
+    used = torch.zeros(A.shape[1], dtype=torch.bool)
+    used[ids] = True
+    assert A.grad[:, ~used].abs().max() > 0  # which only the head reads
+
+
+def test_the_head_uses_the_transposed_factors():
+    model = ours("embedding")
+    embedding, head = model.model.embed_tokens.adapters["default"], model.lm_head.adapters["default"]
+    table = torch.eye(100, dtype=torch.float64)
+    down, up = (factor.double() for factor in head.pair())
+    update = embedding.scaling * (embedding.lora_B.double() @ embedding.lora_A.double()).t()
+    torch.testing.assert_close(table @ (head.scaling * up @ down), update)
+
+
+def test_a_repeat_that_differs_is_refused(tmp_path):
+    save_theirs(theirs("embedding"), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["base_model.model.lm_head.lora_B.weight"][3, 1] += 1
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    model = tied()
+    before = state_digest(model)
+    with pytest.raises(minipeft.CheckpointError, match="should be equal, and differ"):
+        minipeft.load_adapter(model, tmp_path)
+    assert state_digest(model) == before
+
+
+def test_where_peft_did_not_tie_nothing_is_tied(tmp_path):
+    """GPT-2 calls its table wte, which PEFT does not recognise."""
+    with foreign_code():
+        config = peft.LoraConfig(r=4, target_modules=["c_attn", "wte"], ensure_weight_tying=True)
+        reference = disturb(peft.get_peft_model(gpt2(), config)).eval()
+    save_theirs(reference, tmp_path)
+    with foreign_code():  # the base's lm_head stays as it is, which minipeft warns about
+        model = minipeft.load_adapter(gpt2(), tmp_path)
+    same(logits(model), logits(reference))
+
+
+def test_our_own_file_for_a_table_of_another_name_ties_in_peft(tmp_path):
+    config = minipeft.LoraConfig(r=4, target_modules=["c_attn", "wte"], ensure_weight_tying=True, task_type="CAUSAL_LM")
+    model = disturb(minipeft.get_lora_model(gpt2(), config)).eval()
+    model.save_pretrained(tmp_path)
+    with foreign_code():
+        same(logits(peft.PeftModel.from_pretrained(gpt2(), tmp_path).eval()), logits(model))
+    same(logits(minipeft.load_adapter(gpt2(), tmp_path)), logits(model))
+
+
+def test_dora_and_different_ranks_are_refused():
+    for options in ({"use_dora": True}, {"rank_pattern": {"lm_head": 2}}):
+        model = tied()
+        before = state_digest(model)
+        config = minipeft.LoraConfig(
+            r=4, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, **options
+        )
+        with pytest.raises(minipeft.TargetError, match="ensure_weight_tying"):
+            minipeft.get_lora_model(model, config)
+        assert state_digest(model) == before
