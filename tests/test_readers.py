@@ -12,6 +12,7 @@ from method_cases import CASES, ours
 from safetensors.torch import load_file, save_file
 from test_peft_interop import CASES as LORA
 from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, t5
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import minipeft
 from minipeft.errors import CheckpointError
@@ -426,3 +427,31 @@ def test_factors_of_odd_shapes_are_answered_or_refused(shape, tmp_path):
     if shape != (4, 32, 1, 1):
         with pytest.raises(CheckpointError):
             made_for(Reader.VLLM, tmp_path / "it", tmp_path / "out")
+
+
+def mixture():
+    config = Qwen3MoeConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=100,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[],
+    )
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("reader", SERVERS)
+def test_a_server_gets_experts_one_by_one(reader, tmp_path):
+    options = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "use_rslora": True}
+    model = adapted(mixture(), **QV, **options)
+    model.save_pretrained(tmp_path / "it")
+    made_for(reader, tmp_path / "it", tmp_path / "out")
+    assert asked(reader, tmp_path / "out").takes is Takes.YES
+    torch.testing.assert_close(logits(minipeft.load_adapter(mixture(), tmp_path / "out")), logits(model))

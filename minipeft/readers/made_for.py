@@ -16,7 +16,9 @@ from torch import Tensor
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from minipeft.files.names.split_experts import split_experts
 from minipeft.files.reading import reading
+from minipeft.files.tensor_file import TensorFile
 from minipeft.patterns import matching
 from minipeft.readers.contents import DIFFUSERS_FILE, MLX_FILE, Contents, read_contents
 from minipeft.readers.keys import PREFIX, Kind
@@ -132,10 +134,8 @@ def _plain(reader: Reader, contents: Contents, values: Mapping[str, Tensor], mad
     check_method(contents)
     _refuse_the_rest(reader, contents)
     if contents.config.get("target_parameters"):
-        raise CheckpointError(
-            f"{contents.directory} adapts fused experts (target_parameters), which {reader.value} wants one by one. "
-            "Merge it into the base: minipeft merge."
-        )
+        contents, values = _one_by_one(contents, values)
+        made.done.append("The fused experts have a pair for each layer of each expert.")
     before = pairs_of(contents, values)
     pairs = alike(before)
     made.done += _told(before, pairs)
@@ -150,6 +150,15 @@ def _plain(reader: Reader, contents: Contents, values: Mapping[str, Tensor], mad
         _write_diffusers(pairs, contents.directory, made)
     else:
         _write_peft({**rest, **_factors(pairs, PREFIX)}, _plain_config(contents, pairs, reader), made)
+
+
+def _one_by_one(contents: Contents, values: Mapping[str, Tensor]) -> tuple[Contents, dict[str, Tensor]]:
+    """The same adapter with a LoRA for each expert, as servers and transformers 4 have them."""
+    tensors, config = split_experts(values, contents.config)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    dtypes = dict.fromkeys(shapes, "F32")
+    path = contents.weights.path
+    return Contents(contents.directory, config, TensorFile(path, shapes, dtypes, {})), tensors
 
 
 def _refuse_the_rest(reader: Reader, contents: Contents) -> None:
