@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
-from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from minipeft.files.format import WEIGHTS_FILE, open_adapter
 from minipeft.files.names.split_experts import split_experts
 from minipeft.files.reading import reading
 from minipeft.files.tensor_file import TensorFile
 from minipeft.patterns import matching
-from minipeft.readers.contents import DIFFUSERS_FILE, MLX_FILE, Contents, read_contents
+from minipeft.readers.contents import Contents, read_contents
 from minipeft.readers.keys import PREFIX, Kind
 from minipeft.readers.names import Part, Reader
-from minipeft.readers.names_there import component_of, renamed_for
+from minipeft.readers.names_there import renamed_for
 from minipeft.readers.plain import Pair, alike, check_method, pairs_of
 from minipeft.readers.rules import Takes, answer
+from minipeft.readers.written import Made, factors, write_diffusers, write_mlx, write_peft
 from minipeft.wrapper_names import unwrapped_name
 
 # Readers of everything that PEFT writes; for the others an adapter becomes plain LoRA.
 WHOLE = (Reader.PEFT, Reader.TRANSFORMERS)
 # Options that a plain LoRA configuration keeps.
 KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "lora_dropout")
-
-
-@dataclass
-class Made:
-    """What was done to make an adapter that a reader takes.
-
-    Attributes:
-        files: written, by name.
-        done: what was changed, a sentence each.
-        dropped: keys that were left out, because that was asked for.
-    """
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    done: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
 
 
 def made_for(reader: Reader, directory: Path, out: Path, drop: Collection[Part] = ()) -> Made:
@@ -126,7 +109,7 @@ def _as_it_is(contents: Contents, values: Mapping[str, Tensor], made: Made) -> N
         raise CheckpointError(f"{contents.directory}: two of its keys would get the same name.")
     renamed = sum(key.text not in tensors for key in contents.keys)
     made.done += [f"{renamed} keys were renamed as PEFT writes them."] if renamed else []
-    _write_peft(tensors, contents.config, made)
+    write_peft(tensors, contents.config, made)
 
 
 def _plain(reader: Reader, contents: Contents, values: Mapping[str, Tensor], made: Made) -> None:
@@ -145,11 +128,11 @@ def _plain(reader: Reader, contents: Contents, values: Mapping[str, Tensor], mad
     pairs = {names[module]: pair for module, pair in pairs.items()}
     rest = {key.text: values[key.text] for key in contents.of(Kind.SAVED, Kind.COPY, Kind.TOKENS)}
     if reader is Reader.MLX:
-        _write_mlx(pairs, made)
+        write_mlx(pairs, made)
     elif reader is Reader.DIFFUSERS:
-        _write_diffusers(pairs, contents.directory, made)
+        write_diffusers(pairs, contents.directory, made)
     else:
-        _write_peft({**rest, **_factors(pairs, PREFIX)}, _plain_config(contents, pairs, reader), made)
+        write_peft({**rest, **factors(pairs, PREFIX)}, _plain_config(contents, pairs, reader), made)
 
 
 def _one_by_one(contents: Contents, values: Mapping[str, Tensor]) -> tuple[Contents, dict[str, Tensor]]:
@@ -187,14 +170,6 @@ def _told(before: Mapping[str, Pair], after: Mapping[str, Pair]) -> list[str]:
     return said
 
 
-def _factors(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for module, pair in pairs.items():
-        A, B = ("lora_embedding_A", "lora_embedding_B") if pair.is_embedding else ("lora_A.weight", "lora_B.weight")
-        tensors |= {f"{prefix}{module}.{A}": pair.down, f"{prefix}{module}.{B}": pair.up}
-    return tensors
-
-
 def _plain_config(contents: Contents, pairs: Mapping[str, Pair], reader: Reader) -> dict[str, Any]:
     first = next(iter(pairs.values()))
     alpha = first.scaling * first.rank
@@ -212,39 +187,6 @@ def _plain_config(contents: Contents, pairs: Mapping[str, Pair], reader: Reader)
         "bias": "none",
         "inference_mode": True,
     }
-
-
-def _write_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], made: Made) -> None:
-    made.files[WEIGHTS_FILE] = _saved(tensors)
-    made.files[CONFIG_FILE] = _json(dict(sorted(config.items())))
-
-
-def _write_mlx(pairs: Mapping[str, Pair], made: Made) -> None:
-    first = next(iter(pairs.values()))
-    others = [module for module, pair in pairs.items() if pair.down.ndim != 2]
-    if others:
-        raise CheckpointError(f"{others[0]} is a convolution, which mlx-lm does not adapt. Merge it: minipeft merge.")
-    tensors = {f"{module}.lora_a": pair.down.T for module, pair in pairs.items()}
-    tensors |= {f"{module}.lora_b": pair.up.T for module, pair in pairs.items()}
-    own = {"rank": first.rank, "scale": first.scaling, "dropout": 0.0, "keys": sorted(pairs)}
-    made.files[MLX_FILE] = _saved(tensors)
-    # The keys are whole names, so that the number of layers decides nothing.
-    made.files[CONFIG_FILE] = _json({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": own})
-
-
-def _write_diffusers(pairs: Mapping[str, Pair], directory: Path, made: Made) -> None:
-    component = component_of(pairs, directory)
-    # Without an alpha in the file diffusers multiplies with 1, so the scaling goes into B.
-    made.files[DIFFUSERS_FILE] = _saved(_factors({m: pair.scaled(1.0) for m, pair in pairs.items()}, f"{component}."))
-    made.done.append(f"The keys are those of a pipeline's {component}.")
-
-
-def _saved(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({key: t.contiguous() for key, t in sorted(tensors.items())}, {"format": "pt"})
-
-
-def _json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode("utf-8")
 
 
 def _check(reader: Reader, made: Made, out: Path) -> None:
