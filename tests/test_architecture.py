@@ -21,7 +21,7 @@ FLOORS = (
     ("methods",),
     ("injection",),
     ("files", "quantization", "memory"),
-    ("merging", "step_hooks"),
+    ("merging", "step_hooks", "readers"),
     ("model", "trainer_checkpoint", "integrations"),
     ("api", "hf", "training", "testing", "cli"),
 )

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from minipeft.cli.check import check
 from minipeft.cli.convert import convert
 from minipeft.cli.inspect import inspect
 from minipeft.cli.merge import merge
@@ -16,8 +17,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 app.command()(inspect)
+app.command()(check)
 app.command()(convert)
 app.command()(merge)
 
@@ -28,9 +31,21 @@ def commands() -> None:
 
 
 def main() -> None:
-    """Run the command that the arguments name; an error of ours is one line, and the exit code is 2."""
+    """Run the command that the arguments name; an error is one line, and the exit code is then 2."""
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        app()
+        code = app(arguments, prog_name="minipeft", standalone_mode=False)
     except MinipeftError as error:
-        print(f"minipeft: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(str(error))
+    except typer.Abort:
+        sys.exit(130)  # as a shell says of Ctrl-C
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # only click's have it, of which typer may hold a copy of its own
+            raise
+        _stop(error.format_message())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(message: str) -> None:
+    print(f"minipeft: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

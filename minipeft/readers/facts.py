@@ -1,0 +1,193 @@
+"""What the rules ask of an adapter; each answers with what it found, as the start of a sentence, or None."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+
+from minipeft.errors import shown, told
+from minipeft.readers.contents import MAX_NUMBER, Contents
+from minipeft.readers.keys import PREFIX, Kind
+from minipeft.wrapper_names import unwrapped_name
+
+Applies = Callable[[Contents], str | None]
+FLOATING = 1e-6  # relative difference of two scalings that are equal
+
+
+def one_of(names: Sequence[str]) -> str:
+    """The first name, and of how many."""
+    return shown(names[:1]) + (f" (one of {len(names)})" if len(names) > 1 else "")
+
+
+def methods_but(*methods: str) -> Applies:
+    """The adapter is of none of these methods."""
+    return lambda c: None if c.method in methods else f"peft_type {c.config.get('peft_type')!r}"
+
+
+def is_set(option: str, but: Collection[object] = ()) -> Applies:
+    """An option asks for something: it is neither null, false nor empty, nor one of `but`."""
+
+    def applies(contents: Contents) -> str | None:
+        value = contents.config.get(option)
+        return f"{option} = {told(value)}" if value and value not in but else None
+
+    return applies
+
+
+def lacks(*options: str) -> Applies:
+    """The configuration lacks one of these keys."""
+
+    def applies(contents: Contents) -> str | None:
+        missing = [option for option in options if option not in contents.config]
+        return f"the configuration has no {missing[0]}, which" if missing else None
+
+    return applies
+
+
+def holds(*kinds: Kind, but: tuple[str, ...] = ()) -> Applies:
+    """The file holds tensors of these kinds, under keys that do not end with one of `but`."""
+
+    def applies(contents: Contents) -> str | None:
+        keys = [key.text for key in contents.of(*kinds) if not key.text.endswith(but or ("\0",))]
+        return one_of(keys) if keys else None
+
+    return applies
+
+
+def holds_head(contents: Contents) -> str | None:
+    """An output head is adapted."""
+    names = {key.module for key in contents.of(Kind.FACTOR) if key.is_head}
+    return f"{one_of(sorted(names))} (an output head)" if names else None
+
+
+def without_prefix(contents: Contents) -> str | None:
+    """Keys do not start with ``base_model.model.`` exactly once."""
+    keys = [key.text for key in contents.keys if not contents.has_prefix(key)]
+    return f"{one_of(keys)}, which does not start with base_model.model. once," if keys else None
+
+
+def with_adapter_name(contents: Contents) -> str | None:
+    """Keys have an adapter's name in them, as in a live model's state_dict."""
+    keys = [key.text for key in contents.keys if ".default." in key.text or key.text.endswith(".default")]
+    return f"{one_of(keys)}, which has an adapter's name in it," if keys else None
+
+
+def with_wrappers(contents: Contents) -> str | None:
+    """Keys have a wrapper's part in them, such as ``_orig_mod``."""
+    texts = [key.text for key in contents.keys]
+    keys = [text for text in texts if unwrapped_name(text) != text or text.startswith(f"{PREFIX}module.")]
+    return f"{one_of(keys)}, which has a wrapper's name in it," if keys else None
+
+
+def not_selected(contents: Contents) -> str | None:
+    """The configuration does not select layers that the file has."""
+    names = contents.not_selected()
+    return f"{one_of(names)}, which target_modules does not select," if names else None
+
+
+def other_ranks(contents: Contents) -> str | None:
+    """The ranks in the file are not those of the configuration."""
+    for module, rank in contents.ranks.items():
+        there = rank_in_file(contents, module)
+        if contents.method == "LORA" and not contents.config.get("target_parameters") and there not in (None, rank):
+            return f"{module} has rank {there}, and the configuration says {rank}, which"
+    return None
+
+
+def rank_in_file(contents: Contents, module: str) -> int | None:
+    """The rank of a layer's factors, or None if it has no such factor."""
+    for part in ("lora_A.weight", "lora_embedding_A", "lora_A"):
+        shape = contents.shape(module, part)
+        if shape:
+            return shape[0]
+    return None
+
+
+def scaled_otherwise(reads: Callable[[Contents, str], float]) -> Applies:
+    """A reader multiplies updates with something else than the configuration asks for.
+
+    Args:
+        reads: what the reader multiplies the update of this layer with.
+    """
+
+    def applies(contents: Contents) -> str | None:
+        if contents.method != "LORA":
+            return None
+        factors = [reads(contents, module) / scaling for module, scaling in contents.scalings.items() if scaling]
+        wrong = [factor for factor in factors if not abs(factor - 1) <= FLOATING]
+        if not wrong:
+            return None
+        least, most = min(wrong), max(wrong)
+        by = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
+        asked = [option for option in ("use_rslora", "rank_pattern", "alpha_pattern") if contents.config.get(option)]
+        return f"{len(wrong)} of {len(factors)} updates come out times {by} ({', '.join(asked)}), since it"
+
+    return applies
+
+
+def alpha_over_r(contents: Contents, module: str) -> float:
+    """The scaling of a reader that knows the top-level options only; NaN if these are not numbers that it can divide."""
+    alpha, r = contents.config.get("lora_alpha", 8), contents.config.get("r", 8)
+    known = isinstance(alpha, int | float) and isinstance(r, int | float) and r > 0 and alpha <= MAX_NUMBER
+    return alpha / r if known else math.nan
+
+
+def mixed_ranks(contents: Contents) -> str | None:
+    """Some layer has another rank than the top-level option says."""
+    r = contents.config.get("r", 8)
+    names = [module for module in contents.layers if rank_in_file(contents, module) not in (None, r)]
+    plain = contents.method == "LORA" and not contents.config.get("target_parameters")
+    return f"{one_of(names)} of another rank than r = {r}" if names and plain else None
+
+
+def rank_above(limit: int) -> Applies:
+    """Some rank is larger than this."""
+
+    def applies(contents: Contents) -> str | None:
+        ranks = [rank for rank in (rank_in_file(contents, module) for module in contents.layers) if rank]
+        most = max([*ranks, *[r for r in [contents.config.get("r")] if isinstance(r, int)]], default=0)
+        return f"rank {most}" if most > limit else None
+
+    return applies
+
+
+def more_than_matrices(contents: Contents) -> str | None:
+    """A factor has more than two dimensions, as for a convolution."""
+    keys = [key.text for key in contents.of(Kind.FACTOR) if len(contents.weights.shapes[key.text]) != 2]
+    return f"{one_of(keys)}, which is not a matrix," if keys else None
+
+
+def experts(contents: Contents) -> str | None:
+    """Bare parameters are adapted, as those of fused experts."""
+    value = contents.config.get("target_parameters")
+    return f"target_parameters = {told(value)}" if value else None
+
+
+def modules_like(*words: str) -> Applies:
+    """A module with one of these words as a part of its name has an update."""
+
+    def applies(contents: Contents) -> str | None:
+        names = [module for module in contents.layers if not set(words).isdisjoint(module.split("."))]
+        return f"{names[0]}" if names else None
+
+    return applies
+
+
+def file_is_not(name: str) -> Applies:
+    """The weights are in another file than the one that is read."""
+    return lambda contents: None if contents.weights.path.name == name else f"{contents.weights.path.name}"
+
+
+def without_siblings(stacked: tuple[str, ...], needed: tuple[str, ...]) -> Applies:
+    """One of the `stacked` layers is adapted, and one of those `needed` next to it is not; the names end in these."""
+
+    def applies(contents: Contents) -> str | None:
+        names = contents.layers.keys()
+        for module in names:
+            parent, dot, last = module.rpartition(".")
+            missing = [name for name in needed if f"{parent}{dot}{name}" not in names] if last in stacked else []
+            if missing:
+                return f"{module} without {missing[0]}"
+        return None
+
+    return applies

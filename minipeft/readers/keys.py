@@ -1,0 +1,96 @@
+"""What a key of an adapter's file stands for: which module, and which part of its adapter."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from minipeft.patterns import is_suffix
+
+PREFIX = "base_model.model."
+HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier", "qa_outputs")
+
+
+class Kind(enum.Enum):
+    """What a tensor of a file is for."""
+
+    FACTOR = "a factor of a low-rank update"
+    START = "a factor of the start that minipeft subtracts"
+    MAGNITUDE = "DoRA's magnitude"
+    BIAS = "a trained bias"
+    METHOD = "a tensor of another method"
+    TOKENS = "rows of tokens"
+    COPY = "a copy of a base weight"
+    SAVED = "a module trained in full"
+
+
+# The end of a key after the module's name -> what it is.
+TAILS = {
+    "lora_A.weight": Kind.FACTOR,
+    "lora_B.weight": Kind.FACTOR,
+    "lora_embedding_A": Kind.FACTOR,
+    "lora_embedding_B": Kind.FACTOR,
+    "initial_lora_A.weight": Kind.START,
+    "initial_lora_B.weight": Kind.START,
+    "initial_lora_embedding_A": Kind.START,
+    "initial_lora_embedding_B": Kind.START,
+    "lora_magnitude_vector": Kind.MAGNITUDE,
+    "lora_B.bias": Kind.BIAS,
+    "base_layer.bias": Kind.BIAS,
+    "base_layer.weight": Kind.COPY,
+    "token_adapter.trainable_tokens_delta": Kind.TOKENS,
+    "trainable_tokens_delta": Kind.TOKENS,
+    "lora_a": Kind.METHOD,  # mlx-lm's
+    "lora_b": Kind.METHOD,
+    "lora_A": Kind.METHOD,
+    "lora_B": Kind.METHOD,
+    "lora_E": Kind.METHOD,
+    "oft_R.weight": Kind.METHOD,
+    "ia3_l": Kind.METHOD,
+    "vera_A": Kind.METHOD,
+    "vera_B": Kind.METHOD,
+    "vera_lambda_b": Kind.METHOD,
+    "vera_lambda_d": Kind.METHOD,
+}
+STARTS_OF_PARTS = ("hada_", "lokr_", "lora_", "oft_", "vera_")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a file, taken apart.
+
+    Attributes:
+        text: the key.
+        module: name of the module in the base.
+        part: what follows it, such as ``lora_A.weight``.
+        kind: what the tensor is for.
+    """
+
+    text: str
+    module: str
+    part: str
+    kind: Kind
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the module is an output head, by its name."""
+        return any(is_suffix(head, self.module) for head in HEADS)
+
+
+def taken_apart(text: str, *, bias: bool = False) -> Key:
+    """The parts of a key; `bias` says that the adapter trains biases of modules that are not adapted."""
+    name = text
+    while name.startswith(PREFIX):  # a wrapper around a wrapper doubles it
+        name = name.removeprefix(PREFIX)
+    name = name.removeprefix("base_model.")
+    words = name.replace(".default.", ".").removesuffix(".default").split(".")
+    for length in (2, 1):
+        part = ".".join(words[-length:])
+        known = TAILS.get(part)
+        if known is not None:
+            return Key(text, ".".join(words[:-length]), part, known)
+    for length in (2, 1):  # a method that this table does not know, or another layer type's names
+        if len(words) >= length and words[-length].startswith(STARTS_OF_PARTS):
+            return Key(text, ".".join(words[:-length]), ".".join(words[-length:]), Kind.METHOD)
+    module, last = ".".join(words[:-1]), words[-1]
+    return Key(text, module, last, Kind.BIAS if bias and last == "bias" else Kind.SAVED)

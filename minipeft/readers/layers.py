@@ -1,0 +1,128 @@
+"""What an adapter does to each layer, in figures from its file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import CheckpointError
+from minipeft.readers.contents import Contents
+from minipeft.readers.facts import rank_in_file
+from minipeft.readers.plain import Pair, pairs_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer.
+
+    Attributes:
+        module: its name.
+        rank: of the factors in the file; None for a method without factors.
+        scaling: what the update is multiplied with; None for a method without one.
+        norm: Frobenius norm of the update, or of all the layer's tensors if the method has no low-rank update.
+        relative: that norm over the weight's, estimated from the samples of the base in the file, or from DoRA's
+            magnitudes; None if the file has neither.
+        dtype: of its tensors, joined by "+" if they differ.
+        bytes: of its tensors.
+    """
+
+    module: str
+    rank: int | None
+    scaling: float | None
+    norm: float
+    relative: float | None
+    dtype: str
+    bytes: int
+
+    @property
+    def kind(self) -> str:
+        """The name with a star for each number in it."""
+        return ".".join("*" if word.isdigit() else word for word in self.module.split("."))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN."""
+        return {key: told(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+def told(value: float) -> float | str:
+    """A number, or what it is called if it is not finite."""
+    return value if math.isfinite(value) else str(value)
+
+
+def layers_of_file(contents: Contents, values: Mapping[str, Tensor], samples: Mapping[str, list[float]]) -> list[Layer]:
+    """Every adapted layer, in the order of the file.
+
+    Args:
+        contents: of the adapter.
+        values: its tensors by key.
+        samples: of the base's weights by module, see `minipeft.files.base_samples`.
+    """
+    made = []
+    for module, parts in contents.layers.items():
+        tensors = [values[key] for key in parts.values()]
+        pair = _pair(contents, module, values)
+        norm = update_norm(pair) if pair is not None else _norm(tensors)
+        shape = None if pair is None else (pair.up.shape[0], math.prod(pair.down.shape[1:]))
+        weight = _weight_norm(shape, samples.get(module), values.get(parts.get("lora_magnitude_vector", "")))
+        made.append(
+            Layer(
+                module,
+                rank_in_file(contents, module) or _rank(contents, module),
+                pair.scaling if pair is not None else contents.scalings.get(module),
+                norm,
+                norm / weight if weight and pair is not None else None,
+                "+".join(sorted({contents.weights.dtypes[key] for key in parts.values()})),
+                sum(tensor.nbytes for tensor in tensors),
+            )
+        )
+    return made
+
+
+def _pair(contents: Contents, module: str, values: Mapping[str, Tensor]) -> Pair | None:
+    """The low-rank part of a layer's update, whatever else the layer trains."""
+    only = {part: key for part, key in contents.layers[module].items() if part.partition("_")[0] in ("lora", "initial")}
+    only = {part: key for part, key in only.items() if part not in ("lora_magnitude_vector", "lora_B.bias")}
+    if contents.method not in ("LORA", "ADALORA") or contents.config.get("target_parameters"):
+        return None
+    try:
+        return pairs_of(_Single(contents, module, only), values)[module]
+    except CheckpointError:  # a factor is missing
+        return None
+
+
+class _Single(Contents):
+    """One layer of an adapter, and of that the factors only."""
+
+    def __init__(self, contents: Contents, module: str, parts: dict[str, str]) -> None:
+        super().__init__(contents.directory, contents.config, contents.weights)
+        self.__dict__.update(keys=[], layers={module: parts}, scalings=contents.scalings)
+
+
+def update_norm(pair: Pair) -> float:
+    """Frobenius norm of ``scaling * up @ down``, without forming the product."""
+    up, down = pair.up.double().flatten(1), pair.down.double().flatten(1)
+    squared = ((up.T @ up) * (down @ down.T)).sum()
+    return float(abs(pair.scaling) * squared.clamp_min(0).sqrt())
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())
+
+
+def _rank(contents: Contents, module: str) -> int | None:
+    if contents.method == "VERA" and isinstance(contents.config.get("r"), int):
+        return int(contents.config["r"])
+    return contents.ranks.get(module) if contents.method in ("LOHA", "LOKR") else None
+
+
+def _weight_norm(shape: tuple[int, int] | None, sample: list[float] | None, magnitude: Tensor | None) -> float | None:
+    if magnitude is not None:
+        return float(magnitude.double().norm())
+    if shape is None or not sample:
+        return None
+    return math.sqrt(sum(value * value for value in sample) / len(sample) * math.prod(shape))

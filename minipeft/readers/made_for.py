@@ -1,0 +1,201 @@
+"""Making an adapter that one reader takes from one that it does not: one rank, one scaling, its names, its format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from minipeft.errors import CheckpointError, shown
+from minipeft.files.atomic import write_files
+from minipeft.files.format import WEIGHTS_FILE, open_adapter
+from minipeft.files.names.split_experts import split_experts
+from minipeft.files.reading import reading
+from minipeft.files.tensor_file import TensorFile
+from minipeft.patterns import matching
+from minipeft.readers.contents import Contents, read_contents
+from minipeft.readers.keys import PREFIX, Kind
+from minipeft.readers.names import Part, Reader
+from minipeft.readers.names_there import renamed_for
+from minipeft.readers.plain import Pair, alike, check_method, pairs_of
+from minipeft.readers.rules import Takes, answer
+from minipeft.readers.written import Made, factors, write_diffusers, write_mlx, write_peft
+from minipeft.wrapper_names import unwrapped_name
+
+# Readers of everything that PEFT writes; for the others an adapter becomes plain LoRA.
+WHOLE = (Reader.PEFT, Reader.TRANSFORMERS)
+# Options that a plain LoRA configuration keeps.
+KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "lora_dropout")
+
+
+def made_for(reader: Reader, directory: Path, out: Path, drop: Collection[Part] = ()) -> Made:
+    """Write an adapter for a reader into a new or empty directory, all or nothing.
+
+    Args:
+        reader: who is to take it.
+        directory: of the adapter; it is only read.
+        out: where the new one goes.
+        drop: what may be left out.
+
+    Raises:
+        MinipeftError: the adapter cannot be read, this reader can take nothing that has its effect, or `out` is in use.
+    """
+    _check_place(directory, out)
+    contents = read_contents(directory)
+    if contents.weights.path.name != WEIGHTS_FILE:
+        raise CheckpointError(
+            f"{directory} is no adapter in PEFT's format; make it one first: minipeft convert DIR OUT."
+        )
+    open_adapter(directory)  # which refuses what cannot be right, such as two files of different saves
+    made = Made()
+    values = contents.weights.read()
+    contents = _without(contents, drop, made)
+    if reader in WHOLE and not contents.of(Kind.START):
+        _as_it_is(contents, values, made)
+    else:
+        _plain(reader, contents, values, made)
+    _check(reader, made, out)
+    write_files(out, made.files)
+    return made
+
+
+def _check_place(directory: Path, out: Path) -> None:
+    with reading(out):
+        if out.resolve() == directory.resolve():
+            raise CheckpointError(f"{out} is the adapter itself; name another directory for the new one.")
+        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+            raise CheckpointError(f"{out} is in use; name a new or an empty directory.")
+
+
+def _without(contents: Contents, drop: Collection[Part], made: Made) -> Contents:
+    """The same adapter without what is to be left out."""
+    gone = {key.text for key in contents.of(Kind.SAVED, Kind.COPY)} if Part.MODULES_TO_SAVE in drop else set()
+    gone |= {key.text for key in contents.of(Kind.TOKENS)} if Part.TOKENS in drop else set()
+    gone |= {key.text for key in contents.keys if key.is_head} if Part.HEAD in drop else set()
+    options = {"modules_to_save": None} if Part.MODULES_TO_SAVE in drop else {}
+    options |= {"trainable_token_indices": None} if Part.TOKENS in drop else {}
+    made.dropped += sorted(gone)
+    weights = contents.weights
+    shapes = {key: shape for key, shape in weights.shapes.items() if key not in gone}
+    dtypes = {key: weights.dtypes[key] for key in shapes}
+    known = {key: value for key, value in options.items() if key in contents.config}
+    left = Contents(
+        contents.directory,
+        {**contents.config, **known},
+        type(weights)(weights.path, shapes, dtypes, weights.metadata),
+    )
+    if not left.layers:
+        raise CheckpointError(f"{contents.directory}: without {shown(sorted(drop))} no update is left.")
+    if Part.HEAD in drop and gone:
+        return Contents(left.directory, {**left.config, "target_modules": list(left.layers)}, left.weights)
+    return left
+
+
+def _as_it_is(contents: Contents, values: Mapping[str, Tensor], made: Made) -> None:
+    """PEFT's own format: the tensors stay, under keys as PEFT writes them."""
+    tensors = {}
+    for key in contents.keys:
+        text = unwrapped_name(key.text.replace(".default.", ".").removesuffix(".default"))
+        while text.startswith(PREFIX * 2):
+            text = text.removeprefix(PREFIX)
+        if not text.startswith("base_model."):
+            text = f"{PREFIX}{text}"
+        tensors[text] = values[key.text]
+    if len(tensors) < len(contents.keys):
+        raise CheckpointError(f"{contents.directory}: two of its keys would get the same name.")
+    renamed = sum(key.text not in tensors for key in contents.keys)
+    made.done += [f"{renamed} keys were renamed as PEFT writes them."] if renamed else []
+    write_peft(tensors, contents.config, made)
+
+
+def _plain(reader: Reader, contents: Contents, values: Mapping[str, Tensor], made: Made) -> None:
+    """Plain LoRA of one rank and one scaling, as the reader wants to have it."""
+    check_method(contents)
+    _refuse_the_rest(reader, contents)
+    if contents.config.get("target_parameters"):
+        contents, values = _one_by_one(contents, values)
+        made.done.append("The fused experts have a pair for each layer of each expert.")
+    before = pairs_of(contents, values)
+    pairs = alike(before)
+    made.done += _told(before, pairs)
+    names = {module: renamed_for(reader, module) for module in pairs}
+    moved = [module for module, name in names.items() if name != module]
+    made.done += [f"{len(moved)} modules were renamed, as {moved[0]} to {names[moved[0]]}."] if moved else []
+    pairs = {names[module]: pair for module, pair in pairs.items()}
+    rest = {key.text: values[key.text] for key in contents.of(Kind.SAVED, Kind.COPY, Kind.TOKENS)}
+    if reader is Reader.MLX:
+        write_mlx(pairs, made)
+    elif reader is Reader.DIFFUSERS:
+        write_diffusers(pairs, contents.directory, made)
+    else:
+        write_peft({**rest, **factors(pairs, PREFIX)}, _plain_config(contents, pairs, reader), made)
+
+
+def _one_by_one(contents: Contents, values: Mapping[str, Tensor]) -> tuple[Contents, dict[str, Tensor]]:
+    """The same adapter with a LoRA for each expert, as servers and transformers 4 have them."""
+    tensors, config = split_experts(values, contents.config)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    dtypes = dict.fromkeys(shapes, "F32")
+    path = contents.weights.path
+    return Contents(contents.directory, config, TensorFile(path, shapes, dtypes, {})), tensors
+
+
+def _refuse_the_rest(reader: Reader, contents: Contents) -> None:
+    if reader in WHOLE:
+        return
+    flags = {Kind.SAVED: Part.MODULES_TO_SAVE, Kind.TOKENS: Part.TOKENS}
+    if reader not in (Reader.VLLM, Reader.LLAMA_CPP):  # which leave copies out by themselves
+        flags[Kind.COPY] = Part.MODULES_TO_SAVE
+    for kind, part in flags.items():
+        keys = contents.of(kind)
+        if keys:
+            raise CheckpointError(
+                f"{contents.directory}: {reader.value} cannot take {shown([keys[0].text])} ({kind.value}). Leave it out with "
+                f"--drop {part.value}, or keep its effect with minipeft merge."
+            )
+
+
+def _told(before: Mapping[str, Pair], after: Mapping[str, Pair]) -> list[str]:
+    first = next(iter(after.values()))
+    ranks, scalings = {pair.rank for pair in before.values()}, {pair.scaling for pair in before.values()}
+    said = [f"Ranks {min(ranks)} to {max(ranks)} became {first.rank}, with zeros."] if len(ranks) > 1 else []
+    if len(scalings) > 1:
+        said.append(f"{len(scalings)} scalings became {first.scaling:g}; the rest is in lora_B.")
+    if first.up.dtype != next(iter(before.values())).up.dtype:
+        said.append(f"The factors are {first.up.dtype} now, since they would have been rounded.")
+    return said
+
+
+def _plain_config(contents: Contents, pairs: Mapping[str, Pair], reader: Reader) -> dict[str, Any]:
+    first = next(iter(pairs.values()))
+    alpha = first.scaling * first.rank
+    targets = contents.listed("target_modules")
+    selected = targets if set(matching(targets, pairs)) == set(pairs) else sorted(pairs)
+    whole = reader in WHOLE
+    kept = [*KEPT, "exclude_modules", "layers_to_transform", "layers_pattern"] if selected is targets else KEPT
+    options = [*kept, "modules_to_save", "trainable_token_indices"] if whole else kept
+    config = {key: contents.config[key] for key in options if contents.config.get(key) is not None}
+    return config | {
+        "peft_type": "LORA",
+        "r": first.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": selected,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _check(reader: Reader, made: Made, out: Path) -> None:
+    """Ask the rules about what is going to be written."""
+    with TemporaryDirectory() as place:
+        for name, payload in made.files.items():
+            (Path(place) / name).write_bytes(payload)
+        found = answer(read_contents(Path(place)), reader)
+    if found.takes is not Takes.YES:
+        first = next(f for f in found.findings if f.rule.takes is found.takes)
+        fix = f" Try: {first.rule.fix}." if first.rule.fix else ""
+        raise CheckpointError(f"{reader.value} would still not take it: {first.reason}.{fix}")

@@ -1,0 +1,45 @@
+"""What diffusers reads: ``pipeline.load_lora_weights``."""
+
+from __future__ import annotations
+
+from minipeft.readers import facts
+from minipeft.readers.contents import DIFFUSERS_FILE, Contents
+from minipeft.readers.rules import Rule, Takes
+
+LOADING = "diffusers/loaders/peft.py (load_lora_adapter), diffusers 0.42.1"
+COMPONENTS = (
+    "unet.",
+    "transformer.",
+    "transformer_2.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoder_3.",
+    "controlnet.",
+)
+PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector", ".alpha")
+CONVERT = "minipeft convert DIR OUT --for diffusers"
+
+
+def no_component(contents: Contents) -> str | None:
+    """A key does not start with the name of a part of a pipeline."""
+    keys = [key for key in contents.weights.shapes if not key.startswith(COMPONENTS)]
+    return f"{facts.one_of(keys)}, which names no part of a pipeline," if keys else None
+
+
+def other_parts(contents: Contents) -> str | None:
+    """A key is for something else than a low-rank update."""
+    keys = [key for key in contents.weights.shapes if not key.endswith(PARTS) and ".lokr_" not in key]
+    return facts.one_of(keys) if keys else None
+
+
+RULES = (
+    Rule("component", no_component, Takes.NO, "is left out with a warning", LOADING, CONVERT),
+    Rule("keys", other_parts, Takes.PARTLY, "is left out", LOADING, f"{CONVERT} --drop modules_to_save"),
+    Rule(
+        "name",
+        lambda c: None if c.weights.path.name == DIFFUSERS_FILE else c.weights.path.name,
+        Takes.NOTE,
+        "is found only if it is the one .safetensors file there",
+        "diffusers/loaders/lora_base.py (_best_guess_weight_name), diffusers 0.42.1",
+    ),
+)

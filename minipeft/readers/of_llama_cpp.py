@@ -1,0 +1,109 @@
+"""What llama.cpp reads: ``convert_lora_to_gguf.py``, and ``--lora`` with the file that it makes."""
+
+from __future__ import annotations
+
+import math
+
+from minipeft.files.format import WEIGHTS_FILE
+from minipeft.readers import facts
+from minipeft.readers.contents import MAX_NUMBER, Contents
+from minipeft.readers.keys import Kind
+from minipeft.readers.rules import Rule, Takes
+
+SCRIPT = "convert_lora_to_gguf.py, llama.cpp, commit 56bf500"
+RUNTIME = "src/llama-adapter.cpp, llama.cpp"
+CONVERT = "minipeft convert DIR OUT --for llama.cpp"
+NORMS = ("_layernorm.weight", ".norm.weight")
+
+
+def scaling(contents: Contents, module: str) -> float:
+    """What llama.cpp multiplies an update with: the one alpha, over the rank of this update's tensor."""
+    alpha, rank = contents.config.get("lora_alpha", 8), facts.rank_in_file(contents, module)
+    return alpha / rank if rank and isinstance(alpha, int | float) and alpha <= MAX_NUMBER else math.nan
+
+
+RULES = (
+    Rule("format", facts.file_is_not(WEIGHTS_FILE), Takes.NO, "is not read", SCRIPT, "minipeft convert DIR OUT"),
+    Rule(
+        "method",
+        facts.methods_but("LORA"),
+        Takes.NO,
+        "is no LoRA, and no other method is read",
+        SCRIPT,
+        "minipeft merge",
+    ),
+    Rule("options", facts.lacks("lora_alpha"), Takes.NO, "is required", SCRIPT, CONVERT),
+    Rule("dora", facts.holds(Kind.MAGNITUDE), Takes.NO, "is an unexpected name", SCRIPT, "minipeft merge"),
+    Rule("bias", facts.holds(Kind.BIAS), Takes.NO, "is an unexpected name", SCRIPT, "minipeft merge"),
+    Rule("start", facts.holds(Kind.START), Takes.NO, "is an unexpected name", SCRIPT, CONVERT),
+    Rule(
+        "tokens",
+        facts.holds(Kind.TOKENS),
+        Takes.NO,
+        "is an unexpected name",
+        SCRIPT,
+        f"{CONVERT} --drop tokens, or minipeft merge",
+    ),
+    Rule(
+        "modules_to_save",
+        facts.holds(Kind.SAVED, but=NORMS),
+        Takes.NO,
+        "is an unexpected name",
+        SCRIPT,
+        f"{CONVERT} --drop modules_to_save, or minipeft merge",
+    ),
+    Rule(
+        "norms",
+        lambda c: facts.holds(Kind.SAVED)(c) if not facts.holds(Kind.SAVED, but=NORMS)(c) else None,
+        Takes.PARTLY,
+        "is written to the file and left out when that is read",
+        RUNTIME,
+        f"{CONVERT} --drop modules_to_save, or minipeft merge",
+    ),
+    Rule("adapter name", facts.with_adapter_name, Takes.NO, "is an unexpected name", SCRIPT, CONVERT),
+    Rule(
+        "scaling", facts.scaled_otherwise(scaling), Takes.PARTLY, "reads lora_alpha and nothing else", SCRIPT, CONVERT
+    ),
+    Rule("experts", facts.experts, Takes.NO, "has another layout there: one update an expert", SCRIPT, CONVERT),
+    Rule(
+        "transposed",
+        facts.is_set("fan_in_fan_out"),
+        Takes.NO,
+        "is not looked at: the script transposes the update along with GPT-2's weight",
+        "conversion/gpt2.py (modify_tensors), llama.cpp, commit 5535795",
+        "minipeft merge",
+    ),
+    Rule("matrices", facts.more_than_matrices, Takes.NO, "is not supported", SCRIPT, "minipeft merge"),
+    Rule(
+        "vision",
+        facts.modules_like("visual", "vision_tower", "vision_model", "audio_tower"),
+        Takes.NO,
+        "is not in the language model's file, the only one that an adapter is for",
+        SCRIPT,
+        "minipeft merge",
+    ),
+    Rule(
+        "wrapper",
+        lambda c: next((m for m in c.layers if m.startswith("model.language_model.")), None),
+        Takes.NO,
+        "has the name of a model with images; the script knows the language model's",
+        SCRIPT,
+        CONVERT,
+    ),
+    Rule(
+        "wrappers",
+        facts.with_wrappers,
+        Takes.NO,
+        "is not a name there",
+        SCRIPT,
+        "load it with minipeft and save it again",
+    ),
+    Rule(
+        "head",
+        facts.holds_head,
+        Takes.NOTE,
+        "is refused if the base ties it to its embedding",
+        f"{SCRIPT} (modify_tensors)",
+        f"{CONVERT} --drop head",
+    ),
+)

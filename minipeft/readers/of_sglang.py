@@ -1,0 +1,114 @@
+"""What SGLang reads: ``--enable-lora``."""
+
+from __future__ import annotations
+
+import re
+
+from minipeft.files.format import WEIGHTS_FILE
+from minipeft.readers import facts
+from minipeft.readers.contents import Contents
+from minipeft.readers.keys import Kind
+from minipeft.readers.rules import Rule, Takes
+
+CONFIG = "sglang/srt/lora/lora_config.py (LoRAConfig), SGLang 0.5.23"
+ADAPTER = "sglang/srt/lora/lora.py (LoRAAdapter), SGLang 0.5.23"
+MANAGER = "sglang/srt/lora/lora_manager.py, SGLang 0.5.23"
+POOL = "sglang/srt/lora/mem_pool.py (load_lora_weight_tensor), SGLang 0.5.23"
+TARGETS = "sglang/srt/lora/utils.py (get_normalized_target_modules), SGLang 0.5.23"
+CONVERT = "minipeft convert DIR OUT --for sglang"
+TABLES = ("embed_tokens", "lm_head")
+_LAYER = re.compile(r"layers\.\d+\.")
+_VISION = ("visual", "vision_tower", "vision_model", "audio_tower")
+
+
+def pattern_targets(contents: Contents) -> str | None:
+    """``target_modules`` is an expression."""
+    targets = contents.config.get("target_modules")
+    short = isinstance(targets, str) and targets in ("all", "all-linear")
+    return None if isinstance(targets, list) or short else f"target_modules = {targets!r}"
+
+
+def outside_layers(contents: Contents) -> str | None:
+    """Adapted modules that are neither in a numbered layer nor one of the two tables."""
+    names = [m for m in contents.layers if not _LAYER.search(f"{m}.") and m.rpartition(".")[2] not in TABLES]
+    return f"{facts.one_of(names)}, which is in no layers.N," if names else None
+
+
+RULES = (
+    Rule("format", facts.file_is_not(WEIGHTS_FILE), Takes.NO, "is not read", ADAPTER, "minipeft convert DIR OUT"),
+    Rule(
+        "method",
+        facts.methods_but("LORA"),
+        Takes.NO,
+        "is no LoRA, and no other method is read",
+        ADAPTER,
+        "minipeft merge",
+    ),
+    Rule("options", facts.lacks("r", "lora_alpha", "target_modules"), Takes.NO, "is required", CONFIG, CONVERT),
+    Rule("dora", facts.is_set("use_dora"), Takes.NO, "is refused", MANAGER, "minipeft merge"),
+    Rule("targets", pattern_targets, Takes.NO, "is refused: a list of names is needed", TARGETS, CONVERT),
+    Rule("ranks", facts.mixed_ranks, Takes.NO, "does not fit its buffer", POOL, CONVERT),
+    Rule(
+        "scaling",
+        facts.scaled_otherwise(facts.alpha_over_r),
+        Takes.PARTLY,
+        "reads lora_alpha / r only",
+        ADAPTER,
+        CONVERT,
+    ),
+    Rule("start", facts.holds(Kind.START), Takes.NO, "takes the place of the factor itself", POOL, CONVERT),
+    Rule(
+        "bias", facts.holds(Kind.BIAS, Kind.MAGNITUDE), Takes.NO, "takes the place of a factor", POOL, "minipeft merge"
+    ),
+    Rule(
+        "modules_to_save",
+        facts.holds(Kind.SAVED, Kind.COPY),
+        Takes.PARTLY,
+        "is left out without a word, or refused inside of a layer",
+        ADAPTER,
+        f"{CONVERT} --drop modules_to_save, or minipeft merge",
+    ),
+    Rule(
+        "tokens",
+        facts.holds(Kind.TOKENS),
+        Takes.PARTLY,
+        "is left out without a word",
+        ADAPTER,
+        f"{CONVERT} --drop tokens, or minipeft merge",
+    ),
+    Rule("outside", outside_layers, Takes.PARTLY, "is left out without a word", ADAPTER, "minipeft merge"),
+    Rule(
+        "vision",
+        facts.modules_like(*_VISION),
+        Takes.NO,
+        "would be taken for a layer of the language model, as only its number is read",
+        ADAPTER,
+        "minipeft merge",
+    ),
+    Rule(
+        "stacked",
+        facts.without_siblings(("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")),
+        Takes.NO,
+        "cannot be stacked",
+        f"{ADAPTER}.normalize_qkv_proj",
+        "minipeft merge",
+    ),
+    Rule(
+        "gate",
+        facts.without_siblings(("up_proj",), ("gate_proj",)),
+        Takes.NOTE,
+        "is refused for models that have one",
+        f"{ADAPTER}.normalize_gate_up_proj",
+        "minipeft merge",
+    ),
+    Rule("experts", facts.experts, Takes.NO, "has another layout there: one update an expert", POOL, CONVERT),
+    Rule("matrices", facts.more_than_matrices, Takes.NO, "has no LoRA layer there", POOL, "minipeft merge"),
+    Rule(
+        "wrappers",
+        facts.with_wrappers,
+        Takes.NO,
+        "is not a name there",
+        ADAPTER,
+        "load it with minipeft and save it again",
+    ),
+)

@@ -1,0 +1,83 @@
+"""Rules: what a reader does with an adapter, and where that was read."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from minipeft.readers.contents import Contents
+from minipeft.readers.names import Reader
+
+
+class Takes(str, enum.Enum):
+    """Whether a reader takes an adapter."""
+
+    YES = "yes"
+    PARTLY = "partly"  # it loads, with another effect than the adapter has
+    NO = "no"
+    NOTE = "note"  # it loads and is right, under a condition
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that a reader does with some adapters.
+
+    Attributes:
+        name: short, for programs.
+        applies: what of the adapter the rule is about, as the start of a sentence; None: nothing.
+        takes: what becomes of such an adapter.
+        consequence: the end of that sentence.
+        source: the file of the reader, or page, that says so, and its version.
+        fix: what to do about it.
+    """
+
+    name: str
+    applies: Callable[[Contents], str | None]
+    takes: Takes
+    consequence: str
+    source: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that applies, and to what."""
+
+    rule: Rule
+    what: str
+
+    @property
+    def reason(self) -> str:
+        """One sentence without its full stop."""
+        return f"{self.what} {self.rule.consequence}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether a reader takes an adapter, and why not."""
+
+    reader: Reader
+    findings: tuple[Finding, ...]
+
+    @property
+    def takes(self) -> Takes:
+        """The worst that the findings say; notes do not count."""
+        said = {finding.rule.takes for finding in self.findings}
+        return next((answer for answer in (Takes.NO, Takes.PARTLY) if answer in said), Takes.YES)
+
+
+@functools.cache
+def rules_of(reader: Reader) -> Sequence[Rule]:
+    """The rules of one reader, which has a module of its own in this package."""
+    module = importlib.import_module(f"minipeft.readers.of_{reader.value.replace('.', '_')}")
+    rules: Sequence[Rule] = module.RULES
+    return rules
+
+
+def answer(contents: Contents, reader: Reader) -> Answer:
+    """Whether a reader takes this adapter, by its rules."""
+    found = ((rule, rule.applies(contents)) for rule in rules_of(reader))
+    return Answer(reader, tuple(Finding(rule, what) for rule, what in found if what is not None))

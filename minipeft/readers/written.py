@@ -1,0 +1,78 @@
+"""The files of an adapter as one reader wants them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from minipeft.errors import CheckpointError
+from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.readers.contents import DIFFUSERS_FILE, MLX_FILE
+from minipeft.readers.names_there import component_of
+from minipeft.readers.plain import Pair
+
+
+@dataclass
+class Made:
+    """What was done to make an adapter that a reader takes.
+
+    Attributes:
+        files: written, by name.
+        done: what was changed, a sentence each.
+        dropped: keys that were left out, because that was asked for.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def factors(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:
+    """The tensors of pairs by PEFT\'s keys, with this before the module\'s name."""
+    tensors: dict[str, Tensor] = {}
+    for module, pair in pairs.items():
+        A, B = ("lora_embedding_A", "lora_embedding_B") if pair.is_embedding else ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"{prefix}{module}.{A}": pair.down, f"{prefix}{module}.{B}": pair.up}
+    return tensors
+
+
+def write_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], made: Made) -> None:
+    """PEFT's two files."""
+    made.files[WEIGHTS_FILE] = _saved(tensors)
+    made.files[CONFIG_FILE] = _json(dict(sorted(config.items())))
+
+
+def write_mlx(pairs: Mapping[str, Pair], made: Made) -> None:
+    """mlx-lm's two files; raises CheckpointError for a convolution."""
+    first = next(iter(pairs.values()))
+    others = [module for module, pair in pairs.items() if pair.down.ndim != 2]
+    if others:
+        raise CheckpointError(f"{others[0]} is a convolution, which mlx-lm does not adapt. Merge it: minipeft merge.")
+    tensors = {f"{module}.lora_a": pair.down.T for module, pair in pairs.items()}
+    tensors |= {f"{module}.lora_b": pair.up.T for module, pair in pairs.items()}
+    own = {"rank": first.rank, "scale": first.scaling, "dropout": 0.0, "keys": sorted(pairs)}
+    made.files[MLX_FILE] = _saved(tensors)
+    # The keys are whole names, so that the number of layers decides nothing.
+    made.files[CONFIG_FILE] = _json({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": own})
+
+
+def write_diffusers(pairs: Mapping[str, Pair], directory: Path, made: Made) -> None:
+    """The file of a diffusers pipeline; raises CheckpointError if it is not clear for which part of one."""
+    component = component_of(pairs, directory)
+    # Without an alpha in the file diffusers multiplies with 1, so the scaling goes into B.
+    made.files[DIFFUSERS_FILE] = _saved(factors({m: pair.scaled(1.0) for m, pair in pairs.items()}, f"{component}."))
+    made.done.append(f"The keys are those of a pipeline's {component}.")
+
+
+def _saved(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({key: t.contiguous() for key, t in sorted(tensors.items())}, {"format": "pt"})
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode("utf-8")
