@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import (
     CheckpointError,
     ConfigError,
@@ -39,17 +39,17 @@ from minipeft.step_hooks import after_step, extra_loss
 
 def get_lora_model(
     model: nn.Module,
-    config: LoraConfig | None = None,
+    config: object = None,
     adapter_name: str = "default",
     *,
     autocast_adapter_dtype: bool = True,
 ) -> AdaptedModel:
-    """Adapt a model in place with LoRA and freeze its base; see `get_adapter_model`. The default config is ``LoraConfig()``.
+    """Adapt a model in place with LoRA and freeze its base; see `get_adapter_model`. The default config is ``LoraConfig()``; PEFT's is taken, too.
 
     Raises:
         MinipeftError: a value, pattern or layer cannot be used; the model is unchanged, bit for bit.
     """
-    config = LoraConfig() if config is None else config
+    config = LoraConfig() if config is None else config_of_peft(config)
     if not isinstance(config, LoraConfig):
         raise ConfigError(
             f"get_lora_model takes a LoraConfig, not {type(config).__name__}; get_adapter_model takes the configuration of any method."

@@ -208,8 +208,29 @@ class AdapterConfig(metaclass=_KnownNames):
         return cls(**values)
 
 
-def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.json") -> AdapterConfig:
+def config_of_peft(config: object) -> object:
+    """What a configuration object of PEFT's says, as one of minipeft's; anything else as it is.
+
+    Raises:
+        ConfigError: it asks for something that is not implemented.
+    """
+    if isinstance(config, AdapterConfig) or not hasattr(config, "peft_type") or not hasattr(config, "to_dict"):
+        return config
+    said = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    said["peft_type"] = getattr(config.peft_type, "value", config.peft_type)
+    own = config_from_dict(said, type(config).__name__, live=True)
+    return dataclasses.replace(own, inference_mode=bool(said.get("inference_mode")))
+
+
+def config_from_dict(
+    values: Mapping[str, Any], where: str = "adapter_config.json", *, live: bool = False
+) -> AdapterConfig:
     """Build the configuration that PEFT's keys describe, and refuse by name what is not implemented.
+
+    Args:
+        values: by PEFT's names.
+        where: they were found, for messages.
+        live: they are for a model that is about to be adapted, and not for a file that holds its values.
 
     Raises:
         ConfigError: a value is not allowed, or a key asks for something that is not implemented.
@@ -226,7 +247,8 @@ def config_from_dict(values: Mapping[str, Any], where: str = "adapter_config.jso
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in {*WITHOUT_EFFECT, "other_keys"}}
     try:
         others = other_keys(values, fields, cls.method)
-        return cls.from_dict({**_read_options(cls, fields, values), "other_keys": others})
+        read = {**_read_options(cls, fields, values), "other_keys": {} if live else others}
+        return cls(**read) if live else cls.from_dict(read)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

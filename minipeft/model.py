@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from minipeft import registry
 from minipeft.class_swap import reduced
-from minipeft.config import AdapterConfig
+from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
@@ -38,7 +38,7 @@ def get_adapter_model(
 
     Args:
         model: any ``nn.Module``; it keeps its class family and its forward signature.
-        config: the method's configuration, such as `LoraConfig`.
+        config: the method's configuration, such as `LoraConfig`; PEFT's are taken as what they say.
         adapter_name: letters, digits, '_' and '-'.
         autocast_adapter_dtype: hold adapter parameters in float32 if the base is in half precision.
 
@@ -52,7 +52,7 @@ def get_adapter_model(
     check_name(adapter_name, ())
     plan = _plan(model, config)
     parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
-    attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not config.inference_mode)
+    attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
     return cast(AdaptedModel, model)
 
 
@@ -108,6 +108,7 @@ def load_adapter(
 
 
 def _plan(model: nn.Module, config: object) -> Plan:
+    config = config_of_peft(config)
     if not isinstance(config, AdapterConfig) or not hasattr(type(config), "method"):
         raise ConfigError(f"config must be the configuration of a method, such as LoraConfig, not {config!r:.100}.")
     _check_adaptable(model)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, StateError, get_adapter_model, get_lora_model
-from minipeft.integrations.peft import AdaptedPeftModel, FusedLinear, as_own_config, as_peft_model, config
+from minipeft.integrations.peft import AdaptedPeftModel, FusedLinear, as_peft_model, config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 IDS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -110,16 +110,28 @@ def test_an_adapter_added_with_the_configuration_of_another_is_its_copy_and_does
     ids=lambda given: type(given).__name__,
 )
 def test_a_configuration_of_peft_is_taken_as_what_it_says(theirs):
-    model = get_adapter_model(llama(), as_own_config(theirs))
+    model = get_adapter_model(llama(), theirs)
     other = peft.get_peft_model(llama(), copy.deepcopy(theirs))
     assert model.get_nb_trainable_parameters()[0] == other.get_nb_trainable_parameters()[0]
 
 
-def test_what_a_configuration_of_peft_asks_for_in_vain_is_refused():
-    with pytest.raises(ConfigError, match="layer_replication"):
-        as_own_config(peft.LoraConfig(layer_replication=[[0, 2]]))
-    with pytest.raises(ConfigError, match="not dict"):
-        as_own_config({"r": 4})
+def test_a_lora_config_of_peft_means_the_same_and_is_not_changed():
+    theirs = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    before = copy.deepcopy(theirs.to_dict())
+    model, other = get_lora_model(llama(), theirs), peft.get_peft_model(llama(), copy.deepcopy(theirs))
+    assert theirs.to_dict() == before
+    assert model.get_nb_trainable_parameters() == other.get_nb_trainable_parameters()
+    model.add_adapter("second", theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layer_replication": [[0, 2]]}, {"init_lora_weights": "eva"}, {"use_qalora": True}],
+    ids=str,
+)
+def test_what_a_configuration_of_peft_asks_for_in_vain_is_refused(options):
+    with pytest.raises(ConfigError, match=f"LoraConfig: .*{next(iter(options))}"):
+        get_lora_model(llama(), peft.LoraConfig(**options))
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import Linear, dispatch_default
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.config import AdapterConfig, config_from_dict
+from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError
 from minipeft.files.save import file_config
 from minipeft.injection.module_tree import wrappers
@@ -89,7 +89,7 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
         """
         model = self.get_base_model()
         source = next((name for name, (_, known) in self._configs.items() if known is peft_config), None)
-        own = as_own_config(peft_config) if source is None else model.adapter_configs[source]
+        own = peft_config if source is None else model.adapter_configs[source]
         model.add_adapter(adapter_name, own)
         for _, wrapper in wrappers(model):
             for parameter in wrapper.trainable_parameters(adapter_name):
@@ -158,20 +158,6 @@ def as_peft_model(model: MergeableModel) -> AdaptedPeftModel:
             "call get_lora_model(model, LoraConfig(...)) first."
         )
     return AdaptedPeftModel(model)
-
-
-def as_own_config(config: Any) -> AdapterConfig:
-    """What a configuration of PEFT's says, as one of minipeft's.
-
-    Raises:
-        ConfigError: it asks for something that is not implemented.
-    """
-    if isinstance(config, AdapterConfig):
-        return config
-    if not isinstance(config, peft.PeftConfig):
-        raise ConfigError(f"expected the configuration of a method, not {type(config).__name__}.")
-    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
-    return config_from_dict({**values, "peft_type": config.peft_type.value}, type(config).__name__)
 
 
 class FusedLinear(Linear):  # type: ignore[misc]

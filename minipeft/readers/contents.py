@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.errors import CheckpointError
-from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.reading import reading
 from minipeft.files.strict_json import read_object
 from minipeft.files.tensor_file import TensorFile, open_tensors

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
-from minipeft.files.format import WEIGHTS_FILE, open_adapter
+from minipeft.files.file_names import WEIGHTS_FILE
+from minipeft.files.format import open_adapter
 from minipeft.files.names.split_experts import split_experts
 from minipeft.files.reading import reading
 from minipeft.files.tensor_file import TensorFile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minipeft.files.format import WEIGHTS_FILE
+from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
 from minipeft.readers.contents import Contents
 from minipeft.readers.rules import Rule, Takes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from minipeft.files.format import WEIGHTS_FILE
+from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind

@@ -86,7 +86,7 @@ def _is_half(parts: set[str]) -> bool:
 def _refusal(contents: Contents) -> Iterator[str]:
     try:
         file = open_adapter(contents.directory)
-        known = set(file.config.to_dict())
+        known = file.config.to_dict().keys() - file.config.other_keys.keys()
     except MinipeftError as error:
         yield f"load_adapter refuses it: {error}"
         return

@@ -12,7 +12,7 @@ import safetensors.torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError
-from minipeft.files.format import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.readers.contents import DIFFUSERS_FILE, MLX_FILE
 from minipeft.readers.names_there import component_of
 from minipeft.readers.plain import Pair

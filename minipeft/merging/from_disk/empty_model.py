@@ -80,6 +80,7 @@ def empty_model(base: Base, file: AdapterFile, auto_mapping: Any = None) -> Empt
 def _model_class(transformers: Any, base: Base, config: Any, task: str | None, auto_mapping: Any) -> Any:
     names = base.config.get("architectures")
     own = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    _class_named(transformers, base, own)
     if isinstance(auto_mapping, Mapping) and str(auto_mapping.get("parent_library", "")).startswith("transformers."):
         own = auto_mapping.get("base_model_class") or own
     elif task in HEADS:
@@ -88,6 +89,10 @@ def _model_class(transformers: Any, base: Base, config: Any, task: str | None, a
         # A model for images and text is none of the causal ones, and is adapted as what it is.
         other = task not in GENERATING or own is None or own.endswith("Model")
         own = with_head[0] if with_head and own not in with_head and other else own
+    return _class_named(transformers, base, own)
+
+
+def _class_named(transformers: Any, base: Base, own: str | None) -> Any:
     cls = getattr(transformers, own, None) if isinstance(own, str) and own.isidentifier() else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise MergeError(
