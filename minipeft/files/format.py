@@ -24,6 +24,7 @@ import torch
 from minipeft.config import AdapterConfig, config_from_dict
 from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.formats.diffusers import DIFFUSERS
 from minipeft.files.formats.foreign import Source
 from minipeft.files.formats.known import format_of, only_part, pickles_in, weights_in
 from minipeft.files.not_an_adapter import config_named, folder_named, local_names
@@ -69,7 +70,10 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
         ConfigError: the configuration asks for something that is not allowed or not implemented.
     """
     weights = open_weights(directory)
+    values = read_object(directory / CONFIG_FILE) if os.path.exists(directory / CONFIG_FILE) else None
     known = format_of(weights)
+    if known is DIFFUSERS and values and "peft_type" in values:
+        known = None  # keys without PEFT's prefix look like diffusers', but PEFT's configuration says what they mean
     if known is not None:
         part = only_part(source_of(weights, modules), known)
         logger.info("%s: read as a file of %s.", weights.path, known.name)
@@ -77,8 +81,7 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
         return AdapterFile(**vars(part.tensors), config=config, base={})
     own = _own(weights)
     saved = own.get("config")
-    if os.path.exists(directory / CONFIG_FILE):
-        values = read_object(directory / CONFIG_FILE)
+    if values is not None:
         if saved is not None and _digest(values) != _digest(saved):
             if _digest(values) != own.get("previous"):
                 raise CheckpointError(
