@@ -44,7 +44,9 @@ def get_lora_model(
     *,
     autocast_adapter_dtype: bool = True,
 ) -> AdaptedModel:
-    """Adapt a model in place with LoRA and freeze its base; see `get_adapter_model`. The default config is ``LoraConfig()``; PEFT's is taken, too.
+    """Adapt a model in place with LoRA and freeze its base; see `get_adapter_model`. PEFT's configuration is taken, too.
+
+    Without one it is ``LoraConfig()``.
 
     Raises:
         MinipeftError: a value, pattern or layer cannot be used; the model is unchanged, bit for bit.

@@ -5,8 +5,10 @@ import functools
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
+import readers_table
 import torch
 from method_cases import CASES, ours
 from safetensors.torch import load_file, save_file
@@ -455,3 +457,9 @@ def test_a_server_gets_experts_one_by_one(reader, tmp_path):
     made_for(reader, tmp_path / "it", tmp_path / "out")
     assert asked(reader, tmp_path / "out").takes is Takes.YES
     torch.testing.assert_close(logits(minipeft.load_adapter(mixture(), tmp_path / "out")), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore")  # of names that only one of the readers takes
+def test_the_page_has_the_table_of_the_rules():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "files.md").read_text("utf-8")
+    assert readers_table.written(page) == page, "run: python -m tests.readers_table --write docs/files.md"
