@@ -74,7 +74,7 @@ ANYTHING += [
 
 @pytest.mark.parametrize("error", ANYTHING, ids=lambda error: type(error).__name__)
 def test_whatever_reading_raises_becomes_our_error(error, folder, monkeypatch):
-    monkeypatch.setattr(os, "listdir", raising(error))
+    monkeypatch.setattr(os, "scandir", raising(error))
     model = gpt2()
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_adapter(model, folder)

@@ -389,7 +389,8 @@ def launched(directory, *words):
     return process.wait(), process.stdout + process.stderr
 
 
-@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cold", [False, True])
 def test_a_killed_process_takes_the_others_down_and_the_launch_goes_on_from_the_checkpoint(cold, pair, flags, tmp_path):
     """The first process dies in its fourth save; the launcher restarts both, and they go on from the third."""
     directory = tmp_path / "run"

@@ -118,7 +118,8 @@ def open_weights(directory: Path) -> TensorFile:
         )
     with reading(directory):
         names = local_names(directory)
-    name = WEIGHTS_FILE if WEIGHTS_FILE in names else weights_in([name for name in names if "/" not in name])
+    ours = WEIGHTS_FILE in names or os.path.exists(directory / WEIGHTS_FILE)  # names may be cut off
+    name = WEIGHTS_FILE if ours else weights_in([name for name in names if "/" not in name])
     for file in (name, CONFIG_FILE):
         check_inside(directory, file or "")
     weights = None if name is None else open_tensors(directory / name)

@@ -11,11 +11,10 @@ from torch import Tensor
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_file import MAX_DIMENSIONS, header_is_too_long
-from minipeft.wrapper_names import unwrapped_name
 
 
 def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors without their values, and keys with a part of a wrapper's name.
+    """Refuse tensors without their values.
 
     Raises:
         CheckpointError: a file with them would be worth nothing.
@@ -28,9 +27,6 @@ def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
             "ZeRO-3 leaves a weight that it shards. Pass the gathered ones: save_pretrained(..., "
             "state_dict=accelerator.get_state_dict(model)), called on every process."
         )
-    wrapped = [key for key in tensors if unwrapped_name(key) != key]
-    if wrapped:
-        raise CheckpointError(f"{directory}: {shown(wrapped, 3)} would be saved under the name of a wrapper.")
 
 
 def warn_if_unreadable(directory: Path, tensors: Mapping[str, Tensor], weights: bytes, config: bytes) -> None:
