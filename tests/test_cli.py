@@ -13,6 +13,7 @@ from tiny_models import adapted, disturb, foreign_code, gpt2, llama
 from typer.testing import CliRunner
 
 import minipeft
+from minipeft import CheckpointError
 from minipeft.cli.main import app, main
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -89,6 +90,14 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, monkeypatch, ca
     assert (caught.value.code, said.out) == (2, "")
     assert said.err.startswith("minipeft: ")
     assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "convert"])
+def test_what_is_no_adapter_is_named_as_what_it_is(command, tmp_path):
+    gpt2().save_pretrained(tmp_path / "model")
+    more = [tmp_path / "out"] if command == "convert" else []
+    with pytest.raises(CheckpointError, match="a whole model"):
+        run(command, tmp_path / "model", *more)
 
 
 def test_inspect_prints_json_for_programs(adapter):

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minipeft.errors import CheckpointError
+from minipeft.errors import CheckpointError, shown
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.formats.known import pickles_in
+from minipeft.files.not_an_adapter import folder_named, local_names
 from minipeft.files.reading import reading
 from minipeft.files.strict_json import read_object
 from minipeft.files.tensor_file import TensorFile, open_tensors
@@ -152,12 +154,14 @@ def read_contents(directory: Path) -> Contents:
     if not os.path.isdir(directory):
         raise CheckpointError(f"{directory} is not a directory; an adapter is a directory with {CONFIG_FILE}.")
     with reading(directory):
-        names = sorted(os.listdir(directory))
+        names = sorted(local_names(directory))
         found = next(_weights(names), None)
         if found is None:
-            pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-            fix = f" {pickles[0]} is a pickle, which is never read here: minipeft convert makes safetensors of it."
-            raise CheckpointError(f"{directory} has none of {', '.join(FILES)}.{fix if pickles else ''}")
+            pickles = pickles_in(names)
+            fix = f" {shown(pickles)} is a pickle, which is never read here; minipeft convert makes safetensors of it."
+            raise CheckpointError(
+                f"{directory} has none of {', '.join(FILES)}.{fix if pickles else folder_named(names)}"
+            )
         config = read_object(directory / CONFIG_FILE) if CONFIG_FILE in names else {}
         return Contents(directory, config, open_tensors(directory / found))
 

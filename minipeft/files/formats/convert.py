@@ -20,6 +20,7 @@ from minipeft.files.formats.base_modules import modules_of
 from minipeft.files.formats.foreign import Format, Part
 from minipeft.files.formats.known import format_of, is_one_file, parts, pickles_in, weights_in
 from minipeft.files.formats.pickled import write_safetensors
+from minipeft.files.not_an_adapter import folder_named, local_names
 from minipeft.files.reading import as_path, reading, writing
 from minipeft.files.strict_json import MAX_CONFIG_BYTES, read_object
 from minipeft.files.tensor_file import TensorFile, open_tensors
@@ -67,7 +68,8 @@ def _weights(place: Path) -> Path:
         return place / name
     pickles = pickles_in(names)
     if len(pickles) != 1:
-        raise CheckpointError(f"{place} holds {shown(pickles)} of the weights that can be converted; name one file.")
+        fix = "; name one file." if pickles else f".{folder_named(local_names(place))}"
+        raise CheckpointError(f"{place} holds {shown(pickles)} of the weights that can be converted{fix}")
     return place / pickles[0]
 
 
@@ -114,7 +116,9 @@ def _as_peft(part: Part, path: Path) -> dict[str, bytes]:
 def _same_kind(weights: TensorFile, directory: Path, out: Path | None, pickle: Path | None) -> Path:
     """PEFT's own pickle as safetensors: the keys and the configuration stay as they are."""
     if pickle is None:
-        raise CheckpointError(f"{weights.path} is of PEFT's kind already, or of none that is known.")
+        raise CheckpointError(
+            f"{weights.path} is of PEFT's kind already, or of none that is known.{folder_named(local_names(weights.path.parent))}"
+        )
     values = _config(directory)
     if "peft_type" not in values:
         raise CheckpointError(
