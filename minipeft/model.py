@@ -170,34 +170,50 @@ class AdaptedModel(OwnMethods, MergeableModel):
     @all_or_nothing
     def add_adapter(
         self,
-        adapter_name: str | AdapterConfig,
-        config: AdapterConfig | str = DEFAULT,
+        adapter_name: str | AdapterConfig = DEFAULT,
+        config: AdapterConfig | str | None = None,
         *,
         autocast_adapter_dtype: bool = True,
+        peft_config: object = None,
+        adapter_config: object = None,
     ) -> None:
         """Add another adapter, inactive until `set_adapter`; transformers' order, the configuration first, is understood.
+
+        Args:
+            adapter_name: a name that the model does not use yet.
+            config: the method's configuration.
+            autocast_adapter_dtype: see `get_adapter_model`.
+            peft_config, adapter_config: what PEFT and transformers call `config`.
 
         Raises:
             MinipeftError: as `get_adapter_model`; or the name is taken.
         """
+        wanted: object = next((c for c in (config, peft_config, adapter_config) if c is not None), None)
         if not isinstance(adapter_name, str):
-            adapter_name, config = str(config), adapter_name
+            adapter_name, wanted = wanted if isinstance(wanted, str) else DEFAULT, adapter_name
         check_name(adapter_name, self.adapter_configs)
         with self._unmerged():  # an adapter starts from the base, not from other adapters
-            plan = _plan(self, config)
+            plan = _plan(self, wanted)
             parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
             attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
 
     def load_adapter(
         self,
-        directory: str | PathLike[str],
+        directory: str | PathLike[str] | None = None,
         adapter_name: str = DEFAULT,
         is_trainable: bool = False,
         strict: bool = True,
+        *,
+        model_id: str | PathLike[str] | None = None,
+        peft_model_id: str | PathLike[str] | None = None,
         **options: Any,
     ) -> AdaptedModel:
-        """Read another adapter into this model; see `minipeft.load_adapter`, which has the same options."""
-        return load_adapter(self, directory, adapter_name, is_trainable, strict, **options)
+        """Read another adapter into this model; see `minipeft.load_adapter`, which has the same options.
+
+        `model_id` and `peft_model_id` are what PEFT and transformers call `directory`.
+        """
+        place = next((p for p in (directory, model_id, peft_model_id) if p is not None), "")
+        return load_adapter(self, place, adapter_name, is_trainable, strict, **options)
 
     @all_or_nothing
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
@@ -214,16 +230,19 @@ class AdaptedModel(OwnMethods, MergeableModel):
         switch_to(self, names)
 
     @all_or_nothing
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter.
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several.
 
         Raises:
-            StateError: the name is unknown, or the adapter is active or merged (`unload` removes the last one).
+            StateError: a name is unknown, or the adapter is active or merged (`unload` removes the last one).
         """
-        self._check_known((adapter_name,))
-        if adapter_name in (*self._state.switch.active, *self._state.merged, *self._state.set_aside):
-            raise StateError(f"adapter {adapter_name!r} is in use; unmerge or set_adapter another one, or unload().")
-        remove(self, adapter_name)
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self._check_known(names)
+        used = [n for n in names if n in (*self._state.switch.active, *self._state.merged, *self._state.set_aside)]
+        if used:
+            raise StateError(f"adapter {shown(used)} is in use; unmerge or set_adapter another one, or unload().")
+        for name in names:
+            remove(self, name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

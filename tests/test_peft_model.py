@@ -175,6 +175,9 @@ def test_transformers_verbs_do_the_same_as_ours():
     assert torch.equal(model(input_ids=IDS).logits, adapted)
     model.add_adapter(LoraConfig(r=2), "second")
     assert list(model.adapter_configs) == ["default", "second"]
+    model.add_adapter(adapter_config=LoraConfig(r=2), adapter_name="third")
+    model.delete_adapter(["second", "third"])
+    assert list(model.adapter_configs) == ["default"]
     tensors = model.get_adapter_state_dict()
     assert tensors["model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (4, 32)
     model.merge_adapter()
