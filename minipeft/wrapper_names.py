@@ -6,6 +6,7 @@ the one that the module has without wrappers: from the tree (`named_modules`), o
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -36,8 +37,15 @@ def unwrapped_name(name: str) -> str:
 
 def wrapper_class(module: nn.Module) -> str | None:
     """The name in `ATTRIBUTES` of the class that wraps another module, if `module` is such a wrapper."""
-    known = (cls.__name__ for cls in type(module).__mro__ if cls.__name__ in ATTRIBUTES)
-    return next((name for name in known if module._modules.get(ATTRIBUTES[name]) is not None), None)
+    for name in _wrapper_classes(type(module)):
+        if module._modules.get(ATTRIBUTES[name]) is not None:
+            return name
+    return None
+
+
+@functools.lru_cache(4096)  # asked for every module of a model, again and again
+def _wrapper_classes(cls: type) -> tuple[str, ...]:
+    return tuple(base.__name__ for base in cls.__mro__ if base.__name__ in ATTRIBUTES)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
