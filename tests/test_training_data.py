@@ -306,7 +306,7 @@ def test_saved_data_sets_and_folders_give_their_splits(tmp_path):
         path = tmp_path / folder
         assert sorted(split_names(path)) == ["test", "train"]
         assert held_out_split(path) == "test"
-        assert tokens(encoded(path, letters())) == [[*spelled("a"), EOS, *spelled("b"), EOS]]
+        assert tokens(encoded(path, letters())) == [[*spelled("a"), EOS], [*spelled("b"), EOS]]
         for streaming in (False, True):
             assert [row["text"] for row in open_source(path, split="test", streaming=streaming).rows] == ["c"]
         with pytest.raises(MinipeftError, match=r"no split 'tests' \(closest: 'test'\); it has"):
@@ -384,8 +384,10 @@ def test_wrong_settings_are_refused(tmp_path):
         with pytest.raises(MinipeftError, match="must be"):
             Encoding(**options)
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(MinipeftError, match="packing=True is for text"):
-        encoded(path, letters(), packing=True)
+    with pytest.raises(MinipeftError, match="attend_across=True is for text"):
+        encoded(path, letters(), attend_across=True)
+    with pytest.raises(MinipeftError, match="leave one of them out"):
+        Encoding(8, packing=False, attend_across=True)
     with pytest.raises(MinipeftError, match="no eos token"):
         encoded(path, letters(eos_token=None))
     with pytest.raises(MinipeftError, match="lines=True is for"):
