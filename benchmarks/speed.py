@@ -1,4 +1,4 @@
-"""How fast: one adapted layer, a training step, decoding, merging, and every method, next to PEFT and the frozen base.
+"""How fast: one adapted layer, a training step, decoding, merging, every method and packed rows, next to PEFT and the frozen base.
 
     python benchmarks/speed.py                    # every part; the layers take most of the time
     python benchmarks/speed.py --part step
@@ -21,6 +21,7 @@ from layer import layer_part
 from merge import merge_part
 from methods import methods_part
 from options import Options
+from packing import packing_part
 from rows import RESULTS, Rows, device_name, show, write_rows
 from step import step_part
 from timing import busy, settle
@@ -31,6 +32,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Rows | None]]] = {
     "decode": decode_part,
     "merge": merge_part,
     "methods": methods_part,
+    "packing": packing_part,
 }
 
 

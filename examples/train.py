@@ -41,6 +41,7 @@ from minipeft.training import report
 from minipeft.training.data.encoding import Encoding
 from minipeft.training.data.examples import Examples
 from minipeft.training.data.order import Update, UpdateOrder
+from minipeft.training.data.packing import Packed
 from minipeft.training.data.sources import Source
 from minipeft.training.data.stream import StreamOrder
 from minipeft.training.data.texts import Texts, read_texts
@@ -120,7 +121,8 @@ class Flags:
     )
     dataset_config: str | None = flag(None, "of a data set that has several", needs=("dataset_name",), may_change=True)
     lines: bool = flag(False, "rows with 'text' are lines that follow each other, not documents")
-    packing: bool | None = flag(None, "join texts and cut them into blocks (default: for text only)")
+    packing: bool | None = flag(None, "fill rows with short examples, each as if alone (default: for text only)")
+    attend_across: bool = flag(False, "join documents to blocks in which they attend to each other")
     overlong: Literal["error", "truncate", "drop"] = flag("error", "what to do with prompts and chats > --max_length")
     streaming: bool = flag(False, "read the text while training", needs=("max_steps", "quick"))
 
@@ -270,8 +272,8 @@ def load_texts(args: Flags, tokenizer: PreTrainedTokenizerBase, model: PreTraine
         data,
         evaluation,
         tokenizer,
-        encoding(args),
-        model.config,
+        Encoding(args.max_length, args.packing, args.overlong, attend_across=args.attend_across),
+        model,
         dataset_config=args.dataset_config,
         lines=args.lines,
         streaming=args.streaming,
@@ -279,16 +281,12 @@ def load_texts(args: Flags, tokenizer: PreTrainedTokenizerBase, model: PreTraine
     )
 
 
-def encoding(args: Flags) -> Encoding:
-    return Encoding(args.max_length, args.packing, args.overlong)
-
-
 def update_size(args: Flags, accelerator: Accelerator) -> int:
     """Examples per update, over all processes."""
     return args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
-def count_updates(args: Flags, accelerator: Accelerator, text: Examples | Source) -> int:
+def count_updates(args: Flags, accelerator: Accelerator, text: Examples | Packed | Source) -> int:
     return args.max_steps or args.num_epochs * math.ceil(len(text) / update_size(args, accelerator))
 
 
@@ -310,11 +308,11 @@ class Run:
         if args.fsdp:
             shard(model, accelerator.device)
         size, self.epoch_updates = update_size(args, accelerator), 0
-        if isinstance(texts.train, Examples):
+        if isinstance(texts.train, Source):
+            self.order = StreamOrder(texts.train, tokenizer, texts.encoding, size, args.seed)
+        else:
             self.order = UpdateOrder(texts.train, size, args.seed)
             self.epoch_updates = self.order.updates_per_epoch
-        else:
-            self.order = StreamOrder(texts.train, tokenizer, encoding(args), size, args.seed)
         self.eval_every = args.eval_every or self.epoch_updates or updates
 
         optimizer = make_optimizer(args, model)

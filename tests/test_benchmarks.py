@@ -76,6 +76,14 @@ def test_the_decode_and_merge_benchmarks_run(main, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_packing_benchmark_compares_packed_rows_with_padding(main, tmp_path):
+    main("speed")(["--quick", "--part", "packing", "--output", str(tmp_path)])
+    rows = read(tmp_path / "speed_packing.csv")
+    assert [row["peer_name"] for row in rows] == ["padded as they come", "padded, sorted by length"]
+    assert {(row["subject"], row["unit"]) for row in rows} == {("packed", "tokens/s")}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_methods_benchmark_holds_every_method_of_both_libraries_against_peft(main, tmp_path):
     main("speed")(["--quick", "--part", "methods", "--output", str(tmp_path)])
     rows = read(tmp_path / "speed_methods.csv")

@@ -124,7 +124,7 @@ def by_hand():
     for number in range(UPDATES):
         total, examples = 0.0, rows.rows(order[number].indices)
         for example in examples:
-            ids, labels = (torch.from_numpy(a.astype(np.int64))[None] for a in example)
+            ids, labels = (torch.from_numpy(a.astype(np.int64))[None] for a in example[:2])
             logits = model(input_ids=ids).logits[0, :-1]
             total = total + F.cross_entropy(logits, labels[0, 1:], reduction="sum")
         loss = total / sum(int((example.labels[1:] != -100).sum()) for example in examples)

@@ -299,6 +299,21 @@ def test_prompts_with_completions_learn_the_completions_only(train, tmp_path):
     assert first == pytest.approx(total / tokens, rel=1e-5)
 
 
+def test_packed_prompts_are_evaluated_as_padded_ones_and_resumed_exactly(train, flags, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS), "utf-8")
+    flags = [*flags[4:], "--train_file", str(file), "--max_length", "64", "--batch_size", "2"]
+    train.main([*flags, "--output_dir", str(tmp_path / "padded")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main([*flags, "--packing", "--save_every", "3", "--keep", "9", "--output_dir", str(tmp_path / "whole")])
+    packed, padded = rows_of(tmp_path / "whole")[0], rows_of(tmp_path / "padded")[0]
+    assert packed["eval_loss"] == pytest.approx(padded["eval_loss"], rel=1e-5)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    directory = as_interrupted(tmp_path / "whole", tmp_path / "run", 3)
+    train.main([*flags, "--packing", "--resume", "--output_dir", str(directory)])
+    assert_same_run(directory, tmp_path / "whole")
+
+
 def test_a_stream_is_resumed_where_it_was(train, flags, tmp_path):
     rows = tmp_path / "rows.jsonl"
     lines = [line for line in CODE.splitlines() if len(line) > 20][:300]

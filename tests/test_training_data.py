@@ -121,7 +121,7 @@ def test_a_line_without_an_end_is_cut_and_not_lost(tmp_path, monkeypatch):
 def test_rows_that_are_lines_join_like_the_file_they_came_from(tmp_path):
     Dataset.from_dict({"text": CODE.splitlines()}).save_to_disk(tmp_path / "lines")
     source = open_source(tmp_path / "lines", lines=True)
-    assert joined(tokens(encode(source, letters(), Encoding(8)))) == spelled(CODE)
+    assert joined(tokens(encode(source, letters(), Encoding(8, attend_across=True)))) == spelled(CODE)
 
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(2, 9), st.lists(st.integers(1, 5), min_size=1))
@@ -141,13 +141,13 @@ def test_cutting_a_token_stream_equals_cutting_lists(lengths, size, chunks):
     assert found == [block for block in blocks if len(block) > 1]
 
 
-def test_documents_are_joined_with_eos_and_cut(tmp_path):
+def test_documents_that_may_attend_across_are_joined_with_eos_and_cut(tmp_path):
     texts = ["alpha", "", "beta gamma", "d"]
     path = write(tmp_path / "a.jsonl", [{"text": text, "id": n} for n, text in enumerate(texts)])
     flat = joined([*spelled(text), EOS] for text in texts if text)
     source = open_source(path)
     assert source.ignored == ("id",)
-    examples = encode(source, letters(), Encoding(8))
+    examples = encode(source, letters(), Encoding(8, attend_across=True))
     assert contents(examples) == [(flat[n : n + 8], flat[n : n + 8]) for n in range(0, len(flat), 8)]
     assert examples.counts[Fate.EMPTY] == 1
     assert "1 rows left out as empty" in examples.describe()
@@ -306,7 +306,7 @@ def test_saved_data_sets_and_folders_give_their_splits(tmp_path):
         path = tmp_path / folder
         assert sorted(split_names(path)) == ["test", "train"]
         assert held_out_split(path) == "test"
-        assert tokens(encoded(path, letters())) == [[*spelled("a"), EOS, *spelled("b"), EOS]]
+        assert tokens(encoded(path, letters())) == [[*spelled("a"), EOS], [*spelled("b"), EOS]]
         for streaming in (False, True):
             assert [row["text"] for row in open_source(path, split="test", streaming=streaming).rows] == ["c"]
         with pytest.raises(MinipeftError, match=r"no split 'tests' \(closest: 'test'\); it has"):
@@ -384,8 +384,10 @@ def test_wrong_settings_are_refused(tmp_path):
         with pytest.raises(MinipeftError, match="must be"):
             Encoding(**options)
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(MinipeftError, match="packing=True is for text"):
-        encoded(path, letters(), packing=True)
+    with pytest.raises(MinipeftError, match="attend_across=True is for text"):
+        encoded(path, letters(), attend_across=True)
+    with pytest.raises(MinipeftError, match="leave one of them out"):
+        Encoding(8, packing=False, attend_across=True)
     with pytest.raises(MinipeftError, match="no eos token"):
         encoded(path, letters(eos_token=None))
     with pytest.raises(MinipeftError, match="lines=True is for"):

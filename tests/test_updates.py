@@ -39,7 +39,7 @@ def mean_loss(model, examples):
     """Each example by itself, unpadded: an independent way to the mean over all tokens."""
     total, tokens = 0.0, 0
     for example in examples:
-        ids, labels = (torch.from_numpy(a.astype(np.int64))[None] for a in example)
+        ids, labels = (torch.from_numpy(a.astype(np.int64))[None] for a in example[:2])
         logits = model(input_ids=ids).logits[:, :-1]
         total = total + nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
         tokens += int((labels[:, 1:] != -100).sum())

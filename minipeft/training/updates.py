@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from minipeft.errors import StateError
 from minipeft.merging.training_guard import check_training
 from minipeft.step_hooks import after_step, extra_loss, has_schedule, refuse_idle_layers
-from minipeft.training.data.collate import Batch, Store, eval_batches
+from minipeft.training.data.collate import Batch, Store, eval_batches, model_inputs
 from minipeft.training.data.order import Update
 from minipeft.training.distributed.ranks import summed
 
@@ -41,7 +41,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
         batch: as `minipeft.training.data.collate.collate` makes it.
     """
     labels = batch["labels"]
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = model_inputs(batch)
     # A DeepSpeed engine passes on its model's attributes.
     if model.training and getattr(model, "_minipeft_lean", None) is not None and bool((labels[:, 1:] != -100).any()):
         output = model(**inputs, labels=labels, num_items_in_batch=1)

@@ -1,10 +1,10 @@
-"""Examples to batches: padded on the right, and the same number of batches on every process."""
+"""Examples to batches: padded on the right or packed, and the same number of batches on every process."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ Batch: TypeAlias = "dict[str, Tensor]"
 
 
 class Example(NamedTuple):
-    """Token ids and labels, each of shape (length,), int32."""
+    """Token ids and labels, each of shape (length,), int32; and the lengths of its documents if it is packed."""
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
+    documents: tuple[int, ...] = ()
 
 
 class Store(Protocol):
@@ -57,14 +58,31 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels`` (-100 where nothing is predicted), (examples, longest), int64.
+        Packed examples have ``position_ids`` that restart at each document, and no ``attention_mask``: transformers
+        looks for documents only if there is none. Padding is then a document of its own.
     """
     ids = [torch.from_numpy(example.input_ids.astype(np.int64)) for example in examples]
     labels = [torch.from_numpy(example.labels.astype(np.int64)) for example in examples]
-    return {
+    batch = {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
+    if any(example.documents for example in examples):
+        batch["position_ids"] = torch.stack([_positions(example, batch["labels"].shape[1]) for example in examples])
+    else:
+        batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return batch
+
+
+def _positions(example: Example, length: int) -> Tensor:
+    documents = example.documents or (len(example.input_ids),)
+    return torch.cat([torch.arange(tokens) for tokens in (*documents, length - sum(documents))])
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model's forward method takes of a batch. With a cache, transformers would not look for documents."""
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return inputs | {"use_cache": False} if "position_ids" in batch else inputs
 
 
 def filler(pad_id: int) -> Batch:

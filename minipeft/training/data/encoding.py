@@ -28,8 +28,9 @@ class Encoding:
 
     Attributes:
         max_length: the most tokens an example may have.
-        packing: join texts and cut them into blocks of `max_length`. None: do so for text, and never for prompts and
-            chats, which would attend to each other.
+        packing: fill rows of `max_length` with short examples, each computed as if it were alone; a continuous text is
+            cut into blocks. None: do so for text, and pad prompts and chats. See `minipeft.training.data.packing`.
+        attend_across: join documents and cut them into blocks in which they attend to each other. Text only.
         overlong: what to do with a prompt and completion or a chat of more tokens: ``"error"``, ``"truncate"`` its
             end or ``"drop"`` it. Text is always cut into blocks.
         empty: what to do with a row that has nothing to predict: ``"error"`` or ``"drop"``.
@@ -39,6 +40,7 @@ class Encoding:
     packing: bool | None = None
     overlong: str = "error"
     empty: str = "error"
+    attend_across: bool = False
 
     def __post_init__(self) -> None:
         if type(self.max_length) is not int or self.max_length < 2:
@@ -48,6 +50,8 @@ class Encoding:
         for name, allowed in (("overlong", ("error", "truncate", "drop")), ("empty", ("error", "drop"))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {shown(allowed)}, not {getattr(self, name)!r}.")
+        if self.attend_across and self.packing is False:
+            raise ConfigError("attend_across=True joins documents, and packing=False does not; leave one of them out.")
 
 
 class Fate(IntEnum):
@@ -78,11 +82,12 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kind: str, encoding: Encoding):
         self.tokenizer, self.kind, self.encoding = tokenizer, kind, encoding
         self.is_text = kind in ("run", "line", "text")
-        self.packing = self.is_text if encoding.packing is None else encoding.packing
-        if self.packing and not self.is_text:
-            raise ConfigError(
-                f"packing=True is for text: examples of kind {kind!r} would attend to each other; leave it out."
-            )
+        packing = self.is_text if encoding.packing is None else encoding.packing
+        if encoding.attend_across and not self.is_text:
+            raise ConfigError(f"attend_across=True is for text, not for examples of kind {kind!r}; leave it out.")
+        one_text = kind in ("run", "line") or encoding.attend_across
+        self.in_blocks = packing and one_text  # all rows are one text, cut every `max_length` tokens
+        self.in_rows = packing and not one_text  # examples share rows and are kept apart
         self.template = ChatTemplate(tokenizer) if kind == "chat" else None
         self.before = _prefix(tokenizer) if kind in ("text", "prompt") else []
         if kind in ("text", "prompt") and tokenizer.eos_token_id is None:

@@ -29,7 +29,7 @@ ROWS_PER_CALL = 200  # a tokenizer encodes them in parallel
 class Examples:
     """Examples of a text or a data set, each a stretch of one long stream of tokens on disk.
 
-    So packing needs no second copy. In memory an example takes 24 bytes.
+    So cutting needs no second copy. In memory an example takes 24 bytes.
 
     Attributes:
         ids: all tokens, end to end, int32.
@@ -125,7 +125,8 @@ def encode(
 ) -> Examples:
     """Encode all rows of a source, or read what an earlier run with the same rows, tokenizer and encoding cached.
 
-    Packing loses nothing: texts are joined over all rows, and the last block is kept even if it is short.
+    A text is cut into blocks over all its rows, and the last block is kept even if it is short. A document of more than
+    `max_length` tokens is cut too. The examples are not packed yet: `minipeft.training.data.packing.pack` does that.
 
     Args:
         source: rows, not streaming.
@@ -144,7 +145,7 @@ def encode(
     ends = np.cumsum(pc.list_value_length(column).to_numpy(), dtype=np.int64)
     starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
     if encoder.is_text:
-        if encoder.packing:
+        if encoder.in_blocks:
             starts, ends = np.array([0]), ends[-1:]
         starts, ends = cut(starts, ends, encoding.max_length)
         labels, targets = None, ends - starts - 1

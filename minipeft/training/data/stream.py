@@ -23,6 +23,7 @@ from minipeft.options import integer
 from minipeft.training.data.collate import Example, Ints
 from minipeft.training.data.encoding import IGNORED, Encoded, Encoder, Encoding, Fate, padding_id
 from minipeft.training.data.order import BUCKET, LARGEST_SEED, Update, shuffled
+from minipeft.training.data.packing import pack_in_memory
 from minipeft.training.data.sources import Source
 
 WINDOW = 64  # updates
@@ -32,6 +33,7 @@ class StreamOrder:
     """An iterator over the updates of a run, without end: when the rows end, a new epoch starts.
 
     The examples of `window` updates are held in memory and shuffled by `shuffled` with the key (seed, epoch, window).
+    Examples that share rows are packed window by window, so the last update of a window may have fewer rows.
     `state` describes the place in the run in a few numbers. `restore` encodes at most one window of rows again.
 
     Args:
@@ -132,7 +134,10 @@ class StreamOrder:
         self._place, self._held, self._updates = 0, held, self._shuffled(held, self._epoch, self._window)
 
     def _read_window(self, reader: _Reader) -> Window:
-        return Window(list(islice(reader, self.size * self.update_window)), self.pad_id)
+        rows, length = self.size * self.update_window, self.encoder.encoding.max_length
+        if not self.encoder.in_rows:
+            return Window(list(islice(reader, rows)), self.pad_id)
+        return Window(pack_in_memory(list(_up_to(rows * length, reader)), length), self.pad_id)
 
     def _shuffled(self, held: Window, epoch: int, window: int) -> list[Ints]:
         return shuffled(held.lengths, self.size, self.bucket, (self.seed, epoch, max(window, 0)))
@@ -234,12 +239,19 @@ class _Reader:
         ids, length = encoded.input_ids, self.encoder.encoding.max_length
         if encoded.labels is not None:
             return [_example(ids, encoded.labels)] if ids else []
-        if self.encoder.packing:
+        if self.encoder.in_blocks:
             ids = self.carry + ids
             self.carry = ids[len(ids) // length * length :]
             ids = ids[: len(ids) // length * length]
         blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
         return [_example(block, None) for block in blocks if len(block) > 1]
+
+
+def _up_to(tokens: int, examples: Iterator[Example]) -> Iterator[Example]:
+    """Examples until they have this many tokens; none is taken and not given."""
+    while tokens > 0 and (example := next(examples, None)) is not None:
+        tokens -= len(example.input_ids)
+        yield example
 
 
 def _example(ids: list[int], labels: list[int] | None) -> Example:

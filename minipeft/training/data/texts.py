@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from minipeft.errors import DataError
-from minipeft.training.data.encoding import Encoding, check_fit
+from minipeft.errors import ConfigError, DataError
+from minipeft.training.data.apart import why_not_apart
+from minipeft.training.data.encoding import Encoder, Encoding, check_fit
 from minipeft.training.data.examples import Examples, encode
+from minipeft.training.data.packing import Packed, pack
 from minipeft.training.data.sources import Source, held_out_split, open_source
+
+_log = logging.getLogger("minipeft")
 
 
 @dataclass(frozen=True)
@@ -22,21 +28,23 @@ class Texts:
     Attributes:
         train: examples to train on, or a source to stream them from.
         evaluation: examples to evaluate on, by name; one is "eval".
+        encoding: of `train`; its `packing` is what the model allows.
         held_out: whether these are the end of the text to train on.
     """
 
-    train: Examples | Source
-    evaluation: dict[str, Examples]
+    train: Examples | Packed | Source
+    evaluation: dict[str, Examples | Packed]
+    encoding: Encoding
     held_out: bool = False
 
     def fingerprints(self) -> dict[str, str]:
         """Digests of all texts by name, to compare when a run goes on. A stream has none."""
-        train = self.train.fingerprint if isinstance(self.train, Examples) else "a stream"
+        train = "a stream" if isinstance(self.train, Source) else self.train.fingerprint
         return {"train": train, **{name: text.fingerprint for name, text in self.evaluation.items()}}
 
     def describe(self, name: str) -> str:
         """Sizes of the texts, one line each."""
-        train = self.train.describe() if isinstance(self.train, Examples) else "a stream"
+        train = "a stream" if isinstance(self.train, Source) else self.train.describe()
         lines = [f"text {name}, to train on (train): {train}"]
         lines += [f"text {name}, to evaluate on ({key}): {text.describe()}" for key, text in self.evaluation.items()]
         if self.held_out:
@@ -49,7 +57,7 @@ def read_texts(
     evaluation: Mapping[str, str | os.PathLike[str]],
     tokenizer: PreTrainedTokenizerBase,
     encoding: Encoding,
-    model_config: Any,
+    model: Any,
     *,
     dataset_config: str | None = None,
     lines: bool = False,
@@ -63,34 +71,58 @@ def read_texts(
         evaluation: what to evaluate on, by name. If empty, it is the split of `data` for this, or else its end.
         tokenizer: of the model.
         encoding: lengths and packing.
-        model_config: transformers configuration of the model, which must be able to take the examples.
+        model: of transformers; it must be able to take the examples, and to keep packed ones apart.
         dataset_config: of a data set on the Hub that has several.
         lines: whether rows with ``text`` are lines that follow each other.
         streaming: whether to read the text to train on while training.
-        eval_examples: number of examples to evaluate on, per text. None: all.
+        eval_examples: number of examples to evaluate on, per text, before they are packed. None: all.
 
     Raises:
         DataError: a text cannot be read or encoded, or a stream has no text to evaluate on.
-        ConfigError: the model cannot take the examples.
+        ConfigError: the model cannot take the examples, or packing was asked for and it would not keep them apart.
     """
-    check_fit(encoding.max_length, 0, model_config)
+    check_fit(encoding.max_length, 0, model.config)
+    why_not = functools.cache(functools.partial(why_not_apart, model))  # asked only if examples would share rows
 
-    def encoded(data: str | os.PathLike[str], split: str = "train") -> Examples:
-        examples = encode(open_source(data, dataset_config, split, lines=lines), tokenizer, encoding)
-        check_fit(encoding.max_length, examples.largest_id, model_config)
+    def opened(data: str | os.PathLike[str], split: str = "train", streaming: bool = False) -> tuple[Source, Encoding]:
+        source = open_source(data, dataset_config, split, lines=lines, streaming=streaming)
+        return source, _allowed(encoding, Encoder(tokenizer, source.kind, encoding), type(model).__name__, why_not)
+
+    def encoded(source: Source, encoding: Encoding) -> Examples:
+        examples = encode(source, tokenizer, encoding)
+        check_fit(encoding.max_length, examples.largest_id, model.config)
         return examples
+
+    def packed(examples: Examples, source: Source, encoding: Encoding) -> Examples | Packed:
+        in_rows = Encoder(tokenizer, source.kind, encoding).in_rows
+        return pack(examples) if in_rows else examples
+
+    def evaluated(examples: Examples, source: Source, encoding: Encoding) -> Examples | Packed:
+        return packed(examples.select(0, min(len(examples), eval_examples or len(examples))), source, encoding)
 
     split = None if evaluation else held_out_split(data, dataset_config)
     if streaming and not (evaluation or split):
         raise DataError("--streaming: a stream has no end to hold out for the evaluation; give an --eval_file.")
-    train: Examples | Source
-    train = open_source(data, dataset_config, streaming=True, lines=lines) if streaming else encoded(data)
-    held_out = isinstance(train, Examples) and not (evaluation or split)
-    if held_out:
-        assert isinstance(train, Examples)
-        train, end = train.hold_out()
-        texts = {"eval": end}
-    else:
-        texts = {"eval": encoded(data, split)} if split else {name: encoded(text) for name, text in evaluation.items()}
-    texts = {name: text.select(0, min(len(text), eval_examples or len(text))) for name, text in texts.items()}
-    return Texts(train, texts, held_out)
+    source, own = opened(data, streaming=streaming)
+    others = {"eval": opened(data, split)} if split else {name: opened(text) for name, text in evaluation.items()}
+    texts = {name: evaluated(encoded(*other), *other) for name, other in others.items()}
+    if streaming:
+        return Texts(source, texts, own)
+    examples = encoded(source, own)
+    if not others:
+        examples, end = examples.hold_out()
+        texts = {"eval": evaluated(end, source, own)}
+    return Texts(packed(examples, source, own), texts, own, held_out=not others)
+
+
+def _allowed(encoding: Encoding, encoder: Encoder, model: str, why_not: Callable[[], str | None]) -> Encoding:
+    """The encoding, without packing if nobody asked for it and the model would not keep the examples apart."""
+    if not encoder.in_rows or (why := why_not()) is None:
+        return encoding
+    if encoding.packing:
+        raise ConfigError(
+            f"packing: {model} {why}, so packed examples would not be as if alone; pad them (--no-packing), or join "
+            "documents all the same (--attend_across)."
+        )
+    _log.info("packing: %s %s, so documents are padded; attend_across joins them all the same.", model, why)
+    return replace(encoding, packing=False)
