@@ -1,7 +1,6 @@
 """The house in order: lint, format, types, and imports that point down only."""
 
 import json
-import re
 import subprocess
 import sys
 import types
