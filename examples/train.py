@@ -66,6 +66,7 @@ EMBEDDED_PROMPTS = ["def read(self", "class Reader", "The file"]
 WARMUP, CLIP = 0.1, 1.0  # share of the updates; norm of the gradient
 QUICK_UPDATES, QUICK_EVAL_EXAMPLES = 30, 48
 SAMPLE_TOKENS = 64
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ class Flags:
     max_length: int = flag(128, "the most tokens an example may have", lowest=2)
     seed: int = flag(0, "of everything random", lowest=0)
 
+    dtype: Literal["float32", "bf16", "auto"] = flag(
+        "float32", "of the frozen base; auto: the checkpoint's own. The adapter is float32 in any case"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = flag(None, "(default: what accelerate launch was told)")
     lean: bool = flag(False, "the same training in less memory and time, see minipeft.lean")
     checkpointing: Literal["none", "last", "mlp", "block"] | None = flag(None, "what to recompute; implies --lean")
@@ -173,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
         logits = report.logits_of_first(model, texts.evaluation["eval"])
         if accelerator.is_main_process:
             show_results(args, run, report.sample_report(prompts, before, after))
-            base = load_base(args)[1].to(accelerator.device)
+            # Of a model that is divided over the processes, one alone cannot take the adapter out.
+            divided = args.fsdp or deepspeed.asked_for()
+            base = load_base(args)[1].to(accelerator.device) if divided else model.unload()
             print(report.check_adapter(logits, base, args.output_dir, texts.evaluation["eval"], args.quantize))
             print(f"written to {args.output_dir}: the adapter, metrics.jsonl, training_loss_curve.png, samples.txt")
         accelerator.wait_for_everyone()
@@ -238,11 +244,11 @@ def check_deepspeed(args: Flags, accelerator: Accelerator) -> None:
 
 
 def load_base(args: Flags) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The base that was named, in float32 or quantized; never another one."""
-    name = args.model_name
+    """The base that was named, in --dtype or quantized; never another one."""
+    name, dtype = args.model_name, DTYPES[args.dtype]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except Exception as error:  # of transformers, the Hub or the file system
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise minipeft.ConfigError(
