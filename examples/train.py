@@ -6,6 +6,10 @@ r"""Adapt a causal language model to a text, with LoRA or another method, and sh
     accelerate launch examples/train.py --model_name gpt2 --dataset_name Salesforce/wikitext \
         --dataset_config wikitext-2-raw-v1 --lines       # from the Hugging Face Hub
     accelerate launch examples/train.py --config run.yaml --save_every 100 --resume
+    accelerate launch examples/train.py --model_name Qwen/Qwen3-8B --train_file chats.jsonl --dtype bf16 \
+        --gradient_checkpointing --optim adamw_torch_fused --lr_scheduler_type cosine --max_length 2048
+
+Preferences (DPO, KTO, GRPO) are for TRL's trainers, which take an adapted model: see docs/training.md.
 
 It leaves in --output_dir: the adapter, metrics.jsonl, training_loss_curve.png, samples.txt, train_config.yaml and, with
 --save_every, checkpoints from which --resume goes on as if nothing had happened.
@@ -54,6 +58,7 @@ from minipeft.training.optimizers import (
     TORCH,
     WARMUP_RATIO,
     check_optimizer,
+    continue_schedule,
     make_optimizer,
     warmup_share,
 )
@@ -63,6 +68,7 @@ from minipeft.training.runs.interrupt import EXIT_CODE, Interrupt
 from minipeft.training.runs.metrics import Metrics
 from minipeft.training.runs.output_dir import check_writable, checkpoint_to_resume, the_only_run
 from minipeft.training.runs.run_state import TrainingState
+from minipeft.training.runs.saved_run import is_finished
 from minipeft.training.updates import Updater, evaluate
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -150,6 +156,7 @@ class Flags:
     dataset_config: str | None = flag(None, "of a data set that has several", needs=("dataset_name",), may_change=True)
     lines: bool = flag(False, "rows with 'text' are lines that follow each other, not documents")
     packing: bool | None = flag(None, "join texts and cut them into blocks (default: for text only)")
+    chat_template: Path | None = flag(None, "file with a Jinja template for chats", must_exist=True)
     overlong: Literal["error", "truncate", "drop"] = flag("error", "what to do with prompts and chats > --max_length")
     streaming: bool = flag(False, "read the text while training", needs=("max_steps", "quick"))
 
@@ -320,7 +327,7 @@ def check_deepspeed(args: Flags, accelerator: Accelerator) -> None:
 
 
 def load(args: Flags) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    return load_base(args.model_name, args.dtype, args.attn_implementation, args.quantize)
+    return load_base(args.model_name, args.dtype, args.attn_implementation, args.quantize, args.chat_template)
 
 
 def load_texts(args: Flags, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Texts:
@@ -476,9 +483,10 @@ class Run:
         if self.state is None:  # and SIGTERM came
             self.accelerator.print("train.py: warning: no checkpoint: DeepSpeed's runs have none", file=sys.stderr)
             return
-        data = self.order.state() if isinstance(self.order, StreamOrder) else None
+        position = {"micro_batch": self.updater.micro_batch, "updates": self.updates}
+        position["data"] = self.order.state() if isinstance(self.order, StreamOrder) else None
         try:
-            self.state.save(self.checkpoints, step, {"micro_batch": self.updater.micro_batch, "data": data})
+            self.state.save(self.checkpoints, step, position)
         except minipeft.CheckpointError as error:
             self.accelerator.print(f"train.py: warning: no checkpoint: {error}", file=sys.stderr)
 
@@ -487,7 +495,13 @@ class Run:
         folder = checkpoint_to_resume(self.checkpoints, self.args.resume)
         if folder is None:
             return 0
-        progress = self.state.restore(folder, go_to=self.go_to)
+        longer = is_finished(folder)  # so it may become a longer run, whose schedule then counts
+        may_differ = ("num_epochs", "max_steps") if longer else ()
+        progress = self.state.restore(folder, go_to=self.go_to, may_differ=may_differ)
+        if progress.step > self.updates:
+            raise minipeft.ConfigError(f"--resume: {progress.step} updates are done, so {self.updates} are too few.")
+        if longer:
+            continue_schedule(self.scheduler)
         if self.args.resume not in (None, "latest") and self.accelerator.is_main_process:
             self.checkpoints.discard_newer(progress.step)
         self.accelerator.wait_for_everyone()

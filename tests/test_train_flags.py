@@ -322,3 +322,26 @@ def test_a_hub_that_refuses_is_noticed_before_the_model_is_loaded(refused, bases
     assert "us/it" in refused("--push_to_hub", "--hub_model_id", "us/it")  # there is no network here
     assert bases == []
     assert "--push_to_hub" in refused("--hub_model_id", "us/it")
+
+
+def test_a_finished_run_can_be_extended(go):
+    common = ["--lr_scheduler_type", "constant", "--dropout", "0.1", "--save_every", "2", "--eval_every", "9"]
+    whole = go(*common, "--max_steps", "4", name="whole")
+    go(*common, "--max_steps", "2", name="run")
+    extended = go(*common, "--max_steps", "4", "--resume", name="run")
+    expected, found = (load_file(place / "adapter_model.safetensors") for place in (whole, extended))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_an_extended_run_goes_on_at_the_rate_of_the_longer_schedule(go, refused):
+    go("--max_steps", "2", "--save_every", "1", "--warmup_ratio", "0")
+    assert rates_of(go("--max_steps", "4", "--save_every", "1", "--warmup_ratio", "0", "--resume"))[
+        2:
+    ] == pytest.approx([5e-4, 2.5e-4])
+    assert "4 updates are done" in refused("--max_steps", "3", "--warmup_ratio", "0", "--save_every", "1", "--resume")
+
+
+def test_the_chat_template_of_a_file_takes_the_place_of_the_tokenizers(train, tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ messages }}", "utf-8")
+    tokenizer, _ = train.load(train.parse_args(["--chat_template", str(tmp_path / "chat.jinja")]))
+    assert tokenizer.chat_template == "{{ messages }}"

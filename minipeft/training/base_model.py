@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ DTYPES: dict[str, Any] = {"float32": torch.float32, "bf16": torch.bfloat16, "aut
 
 
 def load_base(
-    name: str, dtype: str = "float32", attention: str | None = None, quantized: str | None = None
+    name: str,
+    dtype: str = "float32",
+    attention: str | None = None,
+    quantized: str | None = None,
+    chat_template: Path | None = None,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """A causal language model and its tokenizer; never another one.
 
@@ -25,6 +30,7 @@ def load_base(
         dtype: a key of `DTYPES`; ``"auto"`` is the checkpoint's own.
         attention: transformers' ``attn_implementation``.
         quantized: how to quantize the base, if at all.
+        chat_template: a file with the template that takes the place of the tokenizer's.
 
     Raises:
         ConfigError: it is not there, has no such attention, or is not a causal language model.
@@ -46,6 +52,11 @@ def load_base(
         raise ConfigError(
             f"--model_name {name}: no weights for {min(info['missing_keys'])}; name a causal language model."
         )
+    if chat_template:
+        try:
+            tokenizer.chat_template = chat_template.read_text("utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"--chat_template {chat_template}: cannot be read ({error}).") from None
     if quantized:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line per call in int8
         model = quantize(model, quantized)

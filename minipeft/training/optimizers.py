@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from minipeft.errors import ConfigError
 from minipeft.training.lora_plus import lora_plus_groups
@@ -70,3 +71,13 @@ def warmup_share(schedule: str, ratio: float | None) -> float:
     if ratio is not None and not 0 <= ratio <= 1:
         raise ConfigError(f"--warmup_ratio {ratio}: give a share of the updates, from 0 to 1.")
     return WARMUP_RATIO if ratio is None else ratio
+
+
+def continue_schedule(schedule: LambdaLR) -> None:
+    """Set the rates that a schedule has where it stands, after the state of a shorter one was loaded into it."""
+    rates = [
+        base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
