@@ -39,7 +39,7 @@ import minipeft
 from minipeft import registry
 from minipeft.files.hub import create_repo
 from minipeft.options import integer
-from minipeft.training import report
+from minipeft.training import optimizers, report
 from minipeft.training.base_model import DTYPES, load_base
 from minipeft.training.data.encoding import Encoding
 from minipeft.training.data.examples import Examples
@@ -52,16 +52,6 @@ from minipeft.training.distributed.accelerator import start_accelerator
 from minipeft.training.distributed.sharding import is_sharded, shard
 from minipeft.training.flags import compared_values, flag, parse_flags, saved_values
 from minipeft.training.method_config import check_agrees, method_config
-from minipeft.training.optimizers import (
-    BITSANDBYTES,
-    SCHEDULES,
-    TORCH,
-    WARMUP_RATIO,
-    check_optimizer,
-    continue_schedule,
-    make_optimizer,
-    warmup_share,
-)
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.curve import plot_losses
 from minipeft.training.runs.interrupt import EXIT_CODE, Interrupt
@@ -118,9 +108,13 @@ class Flags:
     gradient_accumulation_steps: int = flag(1, "forward passes per update", lowest=1)
     auto_batch: bool = flag(False, "if memory runs out, halve the first and double the second", not_with=("fsdp",))
     learning_rate: float = flag(1e-3, "after the warm-up", above=0)
-    lr_scheduler_type: Literal[SCHEDULES] = flag("linear", "after the warm-up, the name transformers has for it")
-    warmup_ratio: float | None = flag(None, f"share of the updates (default: {WARMUP_RATIO}; none with constant)")
-    optim: str = flag("adamw_torch", f"one of {', '.join([*TORCH, *BITSANDBYTES])}")
+    lr_scheduler_type: Literal[optimizers.SCHEDULES] = flag(
+        "linear", "after the warm-up, the name transformers has for it"
+    )
+    warmup_ratio: float | None = flag(
+        None, f"share of the updates (default: {optimizers.WARMUP_RATIO}; none with constant)"
+    )
+    optim: str = flag("adamw_torch", f"one of {', '.join(optimizers.NAMES)}")
     lora_plus_ratio: float = flag(1.0, "B learns this many times faster than A, see arXiv:2402.12354")
     weight_decay: float = flag(0.01, "of AdamW", lowest=0)
     max_length: int = flag(128, "the most tokens an example may have", lowest=2)
@@ -246,12 +240,12 @@ def main(argv: list[str] | None = None) -> None:
 def parse_args(argv: list[str]) -> Flags:
     """The flags, with those filled in whose defaults depend on others."""
     args = parse_flags(Flags, argv, __doc__)
-    check_optimizer(args.optim)
-    if args.fsdp and args.optim in BITSANDBYTES:
+    optimizers.check_optimizer(args.optim)
+    if args.fsdp and args.optim in optimizers.BITSANDBYTES:
         raise minipeft.ConfigError(f"--optim {args.optim} does not go with --fsdp; take adamw_torch.")
     found: dict[str, Any] = {"checkpointing": "block" if args.gradient_checkpointing else args.checkpointing}
     found["lean"] = args.lean or found["checkpointing"] is not None
-    found["warmup_ratio"] = warmup_share(args.lr_scheduler_type, args.warmup_ratio)
+    found["warmup_ratio"] = optimizers.warmup_share(args.lr_scheduler_type, args.warmup_ratio)
     if args.model_name is None:
         found["model_name"] = str(EMBEDDED_MODEL)
         # IA3 treats layers in two ways and knows GPT-2's; trainable_tokens is for the embedding.
@@ -323,6 +317,8 @@ def check_deepspeed(args: Flags, accelerator: Accelerator) -> None:
         )
     if args.fsdp or args.auto_batch:
         raise minipeft.ConfigError("--fsdp and --auto_batch do not go with DeepSpeed; leave them out.")
+    if args.push_to_hub:
+        raise minipeft.ConfigError("--push_to_hub does not go with DeepSpeed; push the adapter after the run.")
     deepspeed.configure(accelerator, args.batch_size, CLIP)
 
 
@@ -389,8 +385,8 @@ class Run:
             self.order = StreamOrder(texts.train, tokenizer, encoding(args), size, args.seed)
         self.eval_every = args.eval_every or self.epoch_updates or updates
 
-        rates = (args.learning_rate, args.weight_decay, args.lora_plus_ratio)
-        optimizer = make_optimizer(model, args.optim, *rates)
+        numbers = (args.learning_rate, args.weight_decay, args.lora_plus_ratio)
+        optimizer = optimizers.make_optimizer(model, args.optim, *numbers)
         # The schedule counts updates, so accelerate must not prepare it: it would step once per process.
         self.scheduler = get_scheduler(
             args.lr_scheduler_type, optimizer, math.ceil(args.warmup_ratio * updates), updates
@@ -501,7 +497,7 @@ class Run:
         if progress.step > self.updates:
             raise minipeft.ConfigError(f"--resume: {progress.step} updates are done, so {self.updates} are too few.")
         if longer:
-            continue_schedule(self.scheduler)
+            optimizers.continue_schedule(self.scheduler)
         if self.args.resume not in (None, "latest") and self.accelerator.is_main_process:
             self.checkpoints.discard_newer(progress.step)
         self.accelerator.wait_for_everyone()

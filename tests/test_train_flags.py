@@ -168,8 +168,8 @@ def test_each_optimizer_trains_and_resumes_bit_for_bit(go, tmp_path, name):
     [("adamw_torch_fused", "AdamW", None), ("adamw_8bit", "AdamW8bit", torch.uint8), ("adamw_torch", "AdamW", None)],
 )
 def test_an_optimizer_is_the_one_that_its_name_says(go, train, monkeypatch, name, kind, state):
-    made, make = [], train.make_optimizer
-    monkeypatch.setattr(train, "make_optimizer", lambda *args: made.append(make(*args)) or made[0])
+    made, make = [], train.optimizers.make_optimizer
+    monkeypatch.setattr(train.optimizers, "make_optimizer", lambda *args: made.append(make(*args)) or made[0])
     if "8bit" in name:
         pytest.importorskip("bitsandbytes")
     go("--optim", name, "--rank", "64")

@@ -14,6 +14,7 @@ from minipeft.training.lora_plus import lora_plus_groups
 
 TORCH: dict[str, dict[str, Any]] = {"adamw_torch": {}, "adamw_torch_fused": {"fused": True}}
 BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "adamw_bnb_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+NAMES = (*TORCH, *BITSANDBYTES)
 # Those that need no more than a warm-up and a number of updates.
 SCHEDULES = (
     "linear",
@@ -33,8 +34,8 @@ def check_optimizer(name: str) -> None:
     Raises:
         ConfigError: the name is unknown, or its package is not installed.
     """
-    if name not in TORCH and name not in BITSANDBYTES:
-        raise ConfigError(f"--optim {name}: choose one of {', '.join([*TORCH, *BITSANDBYTES])}.")
+    if name not in NAMES:
+        raise ConfigError(f"--optim {name}: choose one of {', '.join(NAMES)}.")
     if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"--optim {name} needs bitsandbytes: pip install bitsandbytes, or take adamw_torch.")
 
