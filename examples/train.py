@@ -6,6 +6,10 @@ r"""Adapt a causal language model to a text, with LoRA or another method, and sh
     accelerate launch examples/train.py --model_name gpt2 --dataset_name Salesforce/wikitext \
         --dataset_config wikitext-2-raw-v1 --lines       # from the Hugging Face Hub
     accelerate launch examples/train.py --config run.yaml --save_every 100 --resume
+    accelerate launch examples/train.py --model_name Qwen/Qwen3-8B --train_file chats.jsonl --dtype bf16 \
+        --gradient_checkpointing --optim adamw_torch_fused --lr_scheduler_type cosine --max_length 2048
+
+Preferences (DPO, KTO, GRPO) are for TRL's trainers, which take an adapted model: see docs/training.md.
 
 It leaves in --output_dir: the adapter, metrics.jsonl, training_loss_curve.png, samples.txt, train_config.yaml and, with
 --save_every, checkpoints from which --resume goes on as if nothing had happened.
@@ -13,7 +17,6 @@ It leaves in --output_dir: the adapter, metrics.jsonl, training_loss_curve.png, 
 
 import contextlib
 import dataclasses
-import logging
 import math
 import os
 import sys
@@ -24,20 +27,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import torch
 import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import set_seed
-from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import minipeft
 from minipeft import registry
+from minipeft.files.hub import create_repo
 from minipeft.options import integer
-from minipeft.training import report
+from minipeft.training import optimizers, report
+from minipeft.training.base_model import DTYPES, load_base
 from minipeft.training.data.encoding import Encoding
 from minipeft.training.data.examples import Examples
 from minipeft.training.data.order import Update, UpdateOrder
@@ -49,14 +52,14 @@ from minipeft.training.distributed import deepspeed
 from minipeft.training.distributed.accelerator import start_accelerator
 from minipeft.training.distributed.sharding import is_sharded, shard
 from minipeft.training.flags import compared_values, flag, parse_flags, saved_values
-from minipeft.training.lora_plus import lora_plus_groups
-from minipeft.training.method_config import method_config
+from minipeft.training.method_config import check_agrees, method_config
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.curve import plot_losses
 from minipeft.training.runs.interrupt import EXIT_CODE, Interrupt
 from minipeft.training.runs.metrics import Metrics
 from minipeft.training.runs.output_dir import check_writable, checkpoint_to_resume, the_only_run
 from minipeft.training.runs.run_state import TrainingState
+from minipeft.training.runs.saved_run import is_finished
 from minipeft.training.updates import Updater, evaluate
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -64,7 +67,7 @@ EMBEDDED_MODEL = ASSETS / "tiny"  # pretrained on the Python documentation
 EMBEDDED_TARGETS = "c_attn,c_proj,c_fc"  # so small a model needs more than its attention to learn another language
 EMBEDDED_TEXT = {part: ASSETS / "corpus" / f"{part}.txt.gz" for part in ("code-train", "code-eval", "docs-eval")}
 EMBEDDED_PROMPTS = ["def read(self", "class Reader", "The file"]
-WARMUP, CLIP = 0.1, 1.0  # share of the updates; norm of the gradient
+CLIP = 1.0  # norm of the gradient
 QUICK_UPDATES, QUICK_EVAL_EXAMPLES = 30, 48
 SAMPLE_TOKENS = 64
 
@@ -74,33 +77,59 @@ class Flags:
     """All flags of this program: type, default, help and rules. `minipeft.training.flags` parses and checks them."""
 
     config: Path | None = flag(None, "YAML file of flags by name; flags given here override it", once=True)
-    model_name: str | None = flag(None, "Hub name or local directory (default: the embedded GPT-2 of 1 M parameters)")
+    model_name: str | None = flag(
+        None, "Hub name or local directory (default: the embedded GPT-2 of 1 M parameters)", also="model_name_or_path"
+    )
+    attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2, ... (default: transformers' choice)")
 
-    method: str = flag("lora", f"one of {', '.join(registry.method_names())}")
+    adapter: str | None = flag(None, "go on from this adapter; its configuration counts", may_change=True)
+    method: str | None = flag(None, f"one of {', '.join(registry.method_names())} (default: lora)")
     method_options: str | None = flag(None, "more options of the method as YAML, such as '{tinit: 20, tfinal: 50}'")
-    rank: int | None = flag(None, "of the update (default: 8 for LoRA, else the method's own)")
+    rank: int | None = flag(None, "of the update (default: 8 for LoRA, else the method's own)", also="lora_r")
     alpha: float | None = flag(
-        None, "the update is scaled by alpha / rank (default: 16 for LoRA, else the method's own)"
+        None, "the update is scaled by alpha / rank (default: 16 for LoRA, else the method's own)", also="lora_alpha"
     )
-    dropout: float | None = flag(None, "of the adapter's input (default: none); the base keeps its own")
+    dropout: float | None = flag(
+        None, "of the adapter's input (default: none); the base keeps its own", also="lora_dropout"
+    )
     target_modules: str | None = flag(
-        None, f"a,b,c or all-linear (default: minipeft's; for the embedded model {EMBEDDED_TARGETS})"
+        None,
+        f"a,b,c or all-linear (default: minipeft's; for the embedded model {EMBEDDED_TARGETS})",
+        also="lora_target_modules",
     )
+    init: str | None = flag(
+        None, "how LoRA begins: gaussian, pissa, olora, ... (default: B = 0)", also="init_lora_weights"
+    )
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(rank), arXiv:2312.03732")
+    use_dora: bool = flag(False, "learn the size of each row of the weight too, arXiv:2402.09353")
 
-    num_epochs: int = flag(3, "passes over the text", lowest=1)
+    num_epochs: int = flag(3, "passes over the text", lowest=1, also="num_train_epochs")
     max_steps: int = flag(0, "number of updates; if above 0 it overrides --num_epochs", lowest=0)
-    batch_size: int = flag(8, "examples per process and forward pass", lowest=1)
+    batch_size: int = flag(8, "examples per process and forward pass", lowest=1, also="per_device_train_batch_size")
     gradient_accumulation_steps: int = flag(1, "forward passes per update", lowest=1)
     auto_batch: bool = flag(False, "if memory runs out, halve the first and double the second", not_with=("fsdp",))
     learning_rate: float = flag(1e-3, "after the warm-up", above=0)
+    lr_scheduler_type: Literal[optimizers.SCHEDULES] = flag(
+        "linear", "after the warm-up, the name transformers has for it"
+    )
+    warmup_ratio: float | None = flag(
+        None, f"share of the updates (default: {optimizers.WARMUP_RATIO}; none with constant)"
+    )
+    optim: str = flag("adamw_torch", f"one of {', '.join(optimizers.NAMES)}")
     lora_plus_ratio: float = flag(1.0, "B learns this many times faster than A, see arXiv:2402.12354")
     weight_decay: float = flag(0.01, "of AdamW", lowest=0)
     max_length: int = flag(128, "the most tokens an example may have", lowest=2)
     seed: int = flag(0, "of everything random", lowest=0)
 
+    dtype: Literal[tuple(DTYPES)] = flag(
+        "float32", "of the frozen base; auto: the checkpoint's own. The adapter is float32 in any case"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = flag(None, "(default: what accelerate launch was told)")
     lean: bool = flag(False, "the same training in less memory and time, see minipeft.lean")
     checkpointing: Literal["none", "last", "mlp", "block"] | None = flag(None, "what to recompute; implies --lean")
+    gradient_checkpointing: bool = flag(
+        False, "the name that Trainers have for --checkpointing block", not_with=("checkpointing",)
+    )
     quantize: Literal["nf4", "fp4", "int8", "int8_weight_only"] | None = flag(
         None, "hold the base in 4 or 8 bits (QLoRA)", not_with=("fsdp",)
     )
@@ -123,16 +152,38 @@ class Flags:
     lines: bool = flag(False, "rows with 'text' are lines that follow each other, not documents")
     packing: bool | None = flag(None, "fill rows with short examples, each as if alone (default: for text only)")
     attend_across: bool = flag(False, "join documents to blocks in which they attend to each other")
+    chat_template: Path | None = flag(None, "file with a Jinja template for chats", must_exist=True)
     overlong: Literal["error", "truncate", "drop"] = flag("error", "what to do with prompts and chats > --max_length")
     streaming: bool = flag(False, "read the text while training", needs=("max_steps", "quick"))
 
+    max_eval_examples: int | None = flag(None, "evaluate on so many, the first (default: all)", lowest=1)
+
     output_dir: Path | None = flag(None, "(default: output/<model>-<text>)", may_change=True)
-    overwrite: bool = flag(False, "begin anew in a directory that holds a run", not_with=("resume",), once=True)
-    save_every: int = flag(0, "updates between checkpoints (default: none)", lowest=0, may_change=True)
-    keep: int = flag(2, "checkpoints to keep", lowest=1, may_change=True)
-    resume: str | None = flag(None, "go on from the latest checkpoint, or from this one", const="latest", once=True)
-    eval_every: int = flag(0, "updates between evaluations (default: an epoch)", lowest=0)
+    overwrite: bool = flag(
+        False,
+        "begin anew in a directory that holds a run",
+        not_with=("resume",),
+        once=True,
+        also="overwrite_output_dir",
+    )
+    save_every: int = flag(
+        0, "updates between checkpoints (default: none)", lowest=0, may_change=True, also="save_steps"
+    )
+    keep: int = flag(2, "checkpoints to keep", lowest=1, may_change=True, also="save_total_limit")
+    resume: str | None = flag(
+        None,
+        "go on from the latest checkpoint, or from this one",
+        const="latest",
+        once=True,
+        also="resume_from_checkpoint",
+    )
+    eval_every: int = flag(0, "updates between evaluations (default: an epoch)", lowest=0, also="eval_steps")
     log_with: str | None = flag(None, f"one or more of {','.join(LOGGER_TYPE_TO_CLASS)}", may_change=True)
+    push_to_hub: bool = flag(False, "push the adapter to the Hugging Face Hub", not_with=("fsdp",), may_change=True)
+    hub_model_id: str | None = flag(
+        None, "where to (default: the name of --output_dir)", needs=("push_to_hub",), may_change=True
+    )
+    hub_private_repo: bool = flag(False, "if it is created", needs=("push_to_hub",), may_change=True)
     quick: bool = flag(False, f"{QUICK_UPDATES} updates, unless --max_steps; short evaluations", may_change=True)
 
 
@@ -151,16 +202,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     check_writable(args.output_dir)
     adapter_config(args)  # a mistake in it is found before the model is loaded
+    if args.push_to_hub and os.environ.get("RANK", "0") == "0":  # as is a token that may not write
+        create_repo(hub_name(args), private=args.hub_private_repo or None)
     accelerator = make_accelerator(args)
     datasets.disable_progress_bars()  # one progress bar is enough: ours
     transformers.utils.logging.disable_progress_bar()
 
     set_seed(args.seed)
-    tokenizer, model = load_base(args)
+    tokenizer, model = load(args)
     with accelerator.main_process_first():  # the others find what the first has cached
         texts = load_texts(args, tokenizer, model)
     updates = count_updates(args, accelerator, texts.train)
-    model = minipeft.get_adapter_model(model, adapter_config(args, updates))
+    model = adapted(args, model, updates)
     accelerator.print(f"model: {args.model_name}", report.parameter_table(model), sep="\n")
     accelerator.print(texts.describe(text_name(args)))
 
@@ -175,7 +228,11 @@ def main(argv: list[str] | None = None) -> None:
         logits = report.logits_of_first(model, texts.evaluation["eval"])
         if accelerator.is_main_process:
             show_results(args, run, report.sample_report(prompts, before, after))
-            base = load_base(args)[1].to(accelerator.device)
+            if args.push_to_hub:
+                print(f"pushed to {model.push_to_hub(hub_name(args))}")
+            # Of a model that is divided over the processes, one alone cannot take the adapter out.
+            divided = args.fsdp or deepspeed.asked_for()
+            base = load(args)[1].to(accelerator.device) if divided else model.unload()
             print(report.check_adapter(logits, base, args.output_dir, texts.evaluation["eval"], args.quantize))
             print(f"written to {args.output_dir}: the adapter, metrics.jsonl, training_loss_curve.png, samples.txt")
         accelerator.wait_for_everyone()
@@ -185,14 +242,19 @@ def main(argv: list[str] | None = None) -> None:
 def parse_args(argv: list[str]) -> Flags:
     """The flags, with those filled in whose defaults depend on others."""
     args = parse_flags(Flags, argv, __doc__)
-    found: dict[str, Any] = {"lean": args.lean or args.checkpointing is not None}
+    optimizers.check_optimizer(args.optim)
+    if args.fsdp and args.optim in optimizers.BITSANDBYTES:
+        raise minipeft.ConfigError(f"--optim {args.optim} does not go with --fsdp; take adamw_torch.")
+    found: dict[str, Any] = {"checkpointing": "block" if args.gradient_checkpointing else args.checkpointing}
+    found["lean"] = args.lean or found["checkpointing"] is not None
+    found["warmup_ratio"] = optimizers.warmup_share(args.lr_scheduler_type, args.warmup_ratio)
     if args.model_name is None:
         found["model_name"] = str(EMBEDDED_MODEL)
         # IA3 treats layers in two ways and knows GPT-2's; trainable_tokens is for the embedding.
-        if args.target_modules is None and args.method not in ("ia3", "trainable_tokens"):
+        if args.target_modules is None and args.method not in ("ia3", "trainable_tokens") and not args.adapter:
             found["target_modules"] = EMBEDDED_TARGETS
-    if args.method == "lora":
-        defaults = {"rank": 8, "alpha": 16.0, "dropout": 0.0}
+    if args.method in (None, "lora") and not args.adapter:
+        defaults = {"method": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.0}
         found |= {name: default for name, default in defaults.items() if getattr(args, name) is None}
     if args.quick and not args.max_steps:
         found["max_steps"] = QUICK_UPDATES
@@ -210,14 +272,35 @@ def text_name(args: Flags) -> str:
     return "code" if uses_embedded_text(args) else args.dataset_name or args.train_file.name
 
 
-def adapter_config(args: Flags, updates: int = 0) -> minipeft.AdapterConfig:
+def shared_options(args: Flags) -> dict[str, Any]:
+    options = {name: getattr(args, name) for name in ("rank", "alpha", "dropout", "init")}
+    return options | {name: getattr(args, name) or None for name in ("use_rslora", "use_dora")}
+
+
+def adapter_config(args: Flags, updates: int = 0) -> minipeft.AdapterConfig | None:
+    if args.adapter:
+        return None  # its own counts
     return method_config(
         args.method,
-        {"rank": args.rank, "alpha": args.alpha, "dropout": args.dropout},
+        shared_options(args),
         target_modules=args.target_modules,
         options=args.method_options,
         updates=updates or args.max_steps,
     )
+
+
+def adapted(args: Flags, model: PreTrainedModel, updates: int) -> minipeft.AdaptedModel:
+    """The base with a new adapter, or with the one to go on from."""
+    if not args.adapter:
+        return minipeft.get_adapter_model(model, adapter_config(args, updates))
+    model = minipeft.load_adapter(model, args.adapter, is_trainable=True)
+    (config,) = model.adapter_configs.values()
+    check_agrees(config, args.adapter, args.method, shared_options(args), args.target_modules, args.method_options)
+    return model
+
+
+def hub_name(args: Flags) -> str:
+    return args.hub_model_id or args.output_dir.name
 
 
 def make_accelerator(args: Flags) -> Accelerator:
@@ -236,28 +319,13 @@ def check_deepspeed(args: Flags, accelerator: Accelerator) -> None:
         )
     if args.fsdp or args.auto_batch:
         raise minipeft.ConfigError("--fsdp and --auto_batch do not go with DeepSpeed; leave them out.")
+    if args.push_to_hub:
+        raise minipeft.ConfigError("--push_to_hub does not go with DeepSpeed; push the adapter after the run.")
     deepspeed.configure(accelerator, args.batch_size, CLIP)
 
 
-def load_base(args: Flags) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The base that was named, in float32 or quantized; never another one."""
-    name = args.model_name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # of transformers, the Hub or the file system
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise minipeft.ConfigError(
-            f"--model_name {name}: this is not a model directory, and the Hub does not have it ({reason}); "
-            "check the name and the network, or leave the flag out for the embedded model."
-        ) from None
-    if info["missing_keys"]:
-        missing = min(info["missing_keys"])
-        raise minipeft.ConfigError(f"--model_name {name}: no weights for {missing}; name a causal language model.")
-    if args.quantize:
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line per call in int8
-        model = minipeft.quantize(model, args.quantize)
-    return tokenizer, model
+def load(args: Flags) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    return load_base(args.model_name, args.dtype, args.attn_implementation, args.quantize, args.chat_template)
 
 
 def load_texts(args: Flags, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Texts:
@@ -277,7 +345,7 @@ def load_texts(args: Flags, tokenizer: PreTrainedTokenizerBase, model: PreTraine
         dataset_config=args.dataset_config,
         lines=args.lines,
         streaming=args.streaming,
-        eval_examples=QUICK_EVAL_EXAMPLES if args.quick else None,
+        eval_examples=args.max_eval_examples or (QUICK_EVAL_EXAMPLES if args.quick else None),
     )
 
 
@@ -315,9 +383,12 @@ class Run:
             self.epoch_updates = self.order.updates_per_epoch
         self.eval_every = args.eval_every or self.epoch_updates or updates
 
-        optimizer = make_optimizer(args, model)
+        numbers = (args.learning_rate, args.weight_decay, args.lora_plus_ratio)
+        optimizer = optimizers.make_optimizer(model, args.optim, *numbers)
         # The schedule counts updates, so accelerate must not prepare it: it would step once per process.
-        self.scheduler = get_scheduler("linear", optimizer, math.ceil(WARMUP * updates), updates)
+        self.scheduler = get_scheduler(
+            args.lr_scheduler_type, optimizer, math.ceil(args.warmup_ratio * updates), updates
+        )
         self.checkpoints = Checkpoints(args.output_dir, args.keep)
         self.state, engine = None, None
         if accelerator.deepspeed_plugin is None:
@@ -406,9 +477,10 @@ class Run:
         if self.state is None:  # and SIGTERM came
             self.accelerator.print("train.py: warning: no checkpoint: DeepSpeed's runs have none", file=sys.stderr)
             return
-        data = self.order.state() if isinstance(self.order, StreamOrder) else None
+        position = {"micro_batch": self.updater.micro_batch, "updates": self.updates}
+        position["data"] = self.order.state() if isinstance(self.order, StreamOrder) else None
         try:
-            self.state.save(self.checkpoints, step, {"micro_batch": self.updater.micro_batch, "data": data})
+            self.state.save(self.checkpoints, step, position)
         except minipeft.CheckpointError as error:
             self.accelerator.print(f"train.py: warning: no checkpoint: {error}", file=sys.stderr)
 
@@ -417,7 +489,13 @@ class Run:
         folder = checkpoint_to_resume(self.checkpoints, self.args.resume)
         if folder is None:
             return 0
-        progress = self.state.restore(folder, go_to=self.go_to)
+        longer = is_finished(folder)  # so it may become a longer run, whose schedule then counts
+        may_differ = ("num_epochs", "max_steps") if longer else ()
+        progress = self.state.restore(folder, go_to=self.go_to, may_differ=may_differ)
+        if progress.step > self.updates:
+            raise minipeft.ConfigError(f"--resume: {progress.step} updates are done, so {self.updates} are too few.")
+        if longer:
+            optimizers.continue_schedule(self.scheduler)
         if self.args.resume not in (None, "latest") and self.accelerator.is_main_process:
             self.checkpoints.discard_newer(progress.step)
         self.accelerator.wait_for_everyone()
@@ -441,13 +519,6 @@ class Run:
         self.accelerator.wait_for_everyone()
 
 
-def make_optimizer(args: Flags, model: minipeft.AdaptedModel) -> Optimizer:
-    groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
-    if args.lora_plus_ratio != 1:
-        groups = lora_plus_groups(model, args.learning_rate, args.lora_plus_ratio, args.weight_decay)
-    return AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay)
-
-
 def finite(loss: float) -> float:
     """A loss that JSON and exp() can take; beyond 100 nats per token there is nothing left to train."""
     if not loss < 100:
@@ -460,7 +531,8 @@ def show_results(args: Flags, run: Run, samples: str) -> None:
     (args.output_dir / "samples.txt").write_text(samples, "utf-8")
     print(samples)
     print(report.perplexity_report(run.metrics.rows))
-    method = f"LoRA of rank {args.rank}" if args.method == "lora" else args.method
+    (config,) = run.model.adapter_configs.values()
+    method = f"LoRA of rank {config.r}" if config.method == "lora" else config.method
     title = f"{Path(args.model_name).name} on {text_name(args)}, {method}"
     plot_losses(run.metrics.rows, args.output_dir / "training_loss_curve.png", title)
 

@@ -229,6 +229,7 @@ def fake(mixed_precision="no", **config):
         (["--save_every", "2"], fake(), "--save_every and --resume do not go with DeepSpeed"),
         (["--resume"], fake(), "--save_every and --resume do not go with DeepSpeed"),
         (["--fsdp"], fake(), "--fsdp and --auto_batch do not go with DeepSpeed"),
+        (["--push_to_hub"], fake(), "--push_to_hub does not go with DeepSpeed"),
         (["--auto_batch"], fake(), "--fsdp and --auto_batch do not go with DeepSpeed"),
         ([], fake(mixed_precision="bf16"), "mixed_precision bf16: DeepSpeed would round the weights"),
         ([], fake(optimizer={"type": "AdamW"}), "configuration has its own optimizer"),

@@ -276,10 +276,12 @@ def test_a_column_of_structs_renders_as_the_json_it_came_from(tmp_path):
     assert "[calculator]" in tokenizer.decode(tokens(from_disk)[1], clean_up_tokenization_spaces=False).replace(" ", "")
 
 
-def test_a_template_whose_beginnings_change_is_refused(tmp_path):
+def test_an_answer_that_the_template_leaves_out_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
-    template = "{{ messages | length }}" + PLAIN
-    with pytest.raises(MinipeftError, match=r"row 0: the chat template renders message 2 in another way"):
+    template = PLAIN.replace(
+        "{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and not loop.last %}{% elif True %}"
+    )
+    with pytest.raises(MinipeftError, match=r"row 0: what the assistant wrote in message 2 cannot be told"):
         encoded(path, chatty(letters(), template), 128)
 
 

@@ -155,6 +155,16 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
+def create_repo(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Create a repository if it does not exist, and return its full name.
+
+    Raises:
+        CheckpointError: the hub refuses, or cannot be reached.
+    """
+    api = HfApi(token=token, library_name="minipeft")
+    return _tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id, repo_id)
+
+
 def push(
     folder: Path,
     repo_id: str,
@@ -177,7 +187,7 @@ def push(
     if create_pr and revision is not None:
         raise ConfigError(f"create_pr opens a pull request against the main branch; leave out revision={revision!r}.")
     api = HfApi(token=token, library_name="minipeft")
-    repo_id = _tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id, repo_id)
+    repo_id = create_repo(repo_id, private=private, token=token)
     if revision is not None and not revision.startswith("refs/"):
         _tried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
     own_card = _tried(lambda: _has_card_of_its_own(api, repo_id, revision), repo_id)

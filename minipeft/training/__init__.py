@@ -10,6 +10,7 @@ data:
 - ``readers``: datasets names no line of a bad row, and holds an endless line in memory.
 - ``rows``: datasets checks types, not which columns make an example; TRL's checks sit inside its trainer.
 - ``chat``: transformers' assistant mask is empty without ``{% generation %}``, and wrong if offsets are trimmed.
+- ``forms``: the words of Alpaca's prompts and the speakers of ShareGPT's conversations are in no library.
 - ``encoding``: TRL encodes inside its trainer; datasets' hash of a tokenizer depends on the path it was loaded from.
 - ``examples``: the fingerprints of datasets are of paths, not of content.
 - ``packing``: TRL packs a copy, 1,000 rows at a time, inside its trainer.
@@ -41,6 +42,8 @@ runs:
 And:
 - ``updates``: accelerate and transformers wait for each other within a pass, so running out of memory hangs the others.
 - ``lora_plus``: PEFT has it for PEFT's own layers.
+- ``base_model``: transformers makes the weights that a checkpoint lacks, and its errors have many lines.
+- ``optimizers``: transformers makes them inside its trainer.
 - ``flags``: transformers' HfArgumentParser has no bounds or exclusions, and its YAML files do not convert values.
 - ``method_config``: which of a method's options a flag means is known only here.
 - ``report``: no library compares the saved adapter with the trained one.

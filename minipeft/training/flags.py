@@ -47,6 +47,7 @@ class Rules:
         not_with: flags that cannot be given together with this one.
         needs: flags of which at least one must be given too.
         may_change: whether the flag may change when a run goes on, because it does not affect what is computed.
+        also: another name for the flag, which other trainers have.
         once: whether the flag is for this start of a run only, so that the run's configuration leaves it out.
     """
 
@@ -58,6 +59,7 @@ class Rules:
     not_with: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     may_change: bool = False
+    also: str | None = None
     once: bool = False
 
 
@@ -115,7 +117,8 @@ def _make_parser(cls: Any, description: str | None) -> _Parser:
         if not (field.default is None or field.default is False or "(default" in text):
             text += f" (default: {field.default})"
         options = _options(types[field.name], rules)
-        parser.add_argument(f"--{field.name}", default=field.default, help=text.replace("%", "%%"), **options)
+        words = [f"--{name}" for name in (field.name, rules.also) if name]
+        parser.add_argument(*words, dest=field.name, default=field.default, help=text.replace("%", "%%"), **options)
     return parser
 
 
@@ -140,12 +143,17 @@ def _words_in(file: Path, cls: Any) -> Iterator[str]:
     if not isinstance(values, dict) or not all(isinstance(v, str | int | float | None) for v in values.values()):
         raise ConfigError(f"--config {file}: give one value per flag, such as 'rank: 8'.")
     pairs = {name for name, kind in get_type_hints(cls).items() if kind == bool | None}
-    names = [field.name for field in dataclasses.fields(cls)]
-    for name, value in values.items():
-        if name not in names:
+    fields = dataclasses.fields(cls)
+    names = {name: field.name for field in fields for name in (field.name, field.metadata["rules"].also) if name}
+    given: dict[str, str] = {}
+    for word, value in values.items():
+        name = names.get(word)
+        if name is None:
             raise ConfigError(
-                f"--config {file}: there is no flag --{name}{hint(str(name), names)}; --help lists the flags."
+                f"--config {file}: there is no flag --{word}{hint(str(word), names)}; --help lists the flags."
             )
+        if given.setdefault(name, word) != word:
+            raise ConfigError(f"--config {file}: {given[name]} and {word} are the same flag; give one of them.")
         if value is True:
             yield f"--{name}"
         elif value is False and name in pairs:

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from minipeft.errors import StateError
 from minipeft.model import AdaptedModel, load_adapter
+from minipeft.quantization.dequantize import float_dtype
 from minipeft.training.data.collate import Store
 
 TOLERANCES = {"reloaded": 1e-6, "merged": 1e-5}  # as shares of the largest logit
-INT8_TOLERANCE = 5e-2  # bitsandbytes' int8 layers round their input, merged layers do not
+ROUNDED = 5e-2  # merged weights are rounded to a half-precision base; int8 layers round their input, merged ones do not
 
 
 def parameter_table(model: AdaptedModel) -> str:
@@ -103,11 +104,11 @@ def logits_of_first(model: nn.Module, examples: Store) -> Tensor:
 
 
 def check_adapter(trained: Tensor, base: nn.Module, directory: Path, examples: Store, quantized: str | None) -> str:
-    """Compare the saved adapter, reloaded into a fresh base and then merged, with the model that was trained.
+    """Compare the saved adapter, reloaded into its base and then merged, with the model that was trained.
 
     Args:
         trained: `logits_of_first` of the trained model.
-        base: a fresh one on the same device; it is changed.
+        base: without adapters, on the same device, such as `AdaptedModel.unload` gives; it is changed.
         directory: holds the adapter.
         examples: those of `trained`.
         quantized: how the base is quantized, if it is.
@@ -119,12 +120,13 @@ def check_adapter(trained: Tensor, base: nn.Module, directory: Path, examples: S
         StateError: one is larger than rounding explains.
     """
     largest, lines = trained.abs().max().item(), []
+    rounded = quantized == "int8" or float_dtype(base) != torch.float32
     loaded = load_adapter(base, directory)
     model: nn.Module = loaded
     for name, tolerance in TOLERANCES.items():
         if name == "merged":
             model = loaded.merge_and_unload(untie=True, dequantize=quantized is not None)
-            tolerance = INT8_TOLERANCE if quantized == "int8" else tolerance
+            tolerance = ROUNDED if rounded else tolerance
         difference = (logits_of_first(model, examples) - trained).abs().max().item()
         lines.append(
             f"{name} against trained model: logits differ by {difference:.1e}; allowed {tolerance * largest:.1e}"

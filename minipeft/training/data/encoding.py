@@ -16,7 +16,7 @@ from minipeft.errors import ConfigError, DataError, shown
 from minipeft.training.data.chat import ChatTemplate
 from minipeft.training.data.rows import check_row
 
-VERSION = 1  # of the encoding; cached rows of another version are not used
+VERSION = 2  # of the encoding; cached rows of another version are not used
 IGNORED = -100  # torch.nn.functional.cross_entropy skips these labels
 LINES_PER_RUN = 1000
 PROBE = "a"
@@ -139,9 +139,12 @@ class Encoder:
             examples.append(self._fitted(ids, [number >= start for number in range(len(ids))], name))
         return examples
 
-    def _chat(self, messages: list[dict[str, Any]], name: str) -> Encoded:
+    def _chat(self, chat: Any, name: str) -> Encoded:
         assert self.template is not None
-        return self._fitted(*self.template.encode(messages, name), name)
+        tools = None
+        if isinstance(chat, dict):
+            chat, tools = chat["messages"], chat["tools"]
+        return self._fitted(*self.template.encode(chat, name, tools), name)
 
     def _ended(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id

@@ -17,7 +17,7 @@ from typing import TextIO
 from minipeft.errors import DataError
 from minipeft.training.data.rows import check_row, kind_of
 
-VERSION = 1  # of the readers; cached rows of another version are not used
+VERSION = 2  # of the readers; cached rows of another version are not used
 RUN_CHARACTERS = 1 << 16  # long, so few runs end inside a paragraph; short, so many fit in memory
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 

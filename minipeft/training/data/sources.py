@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
 from minipeft.errors import DataError, MinipeftError, hint, shown
 from minipeft.training.data.readers import VERSION, columns_of, is_json, json_rows, text_runs
-from minipeft.training.data.rows import COLUMNS, kind_of
+from minipeft.training.data.rows import COLUMNS, kind_of, used_columns
 
 Rows: TypeAlias = "Dataset | IterableDataset"
 TABLES = {".parquet": "parquet", ".csv": "csv"}
@@ -35,17 +35,14 @@ class Source:
         kind: ``"run"`` for pieces of a text, ``"line"`` for its lines, ``"text"`` for documents, ``"prompt"`` for
             prompts with completions, ``"chat"`` for conversations.
         ignored: columns that are not used.
+        columns: those that are used.
     """
 
     name: str
     rows: Rows
     kind: str
     ignored: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that are used."""
-        return COLUMNS.get(self.kind, ("text",))
+    columns: tuple[str, ...] = ("text",)
 
     @property
     def streaming(self) -> bool:
@@ -92,7 +89,7 @@ def open_source(
         load = partial(datasets.load_dataset, str(data), config, split=split, streaming=streaming)
         source = _from_rows(_attempt(load, str(data)), str(data))
     if lines and source.kind == "text":
-        return Source(source.name, source.rows, "line", source.ignored)
+        return replace(source, kind="line")
     if lines and source.kind != "run":
         raise DataError(
             f"{data}: lines=True is for a column 'text', but these columns make examples of kind {source.kind}."
@@ -140,7 +137,7 @@ def _from_files(paths: list[Path], name: str, streaming: bool) -> Source:
     keys = columns_of(paths[0])
     row_kind = kind_of(keys, name)
     rows = _generated(json_rows, COLUMNS[row_kind], values | {"kind": row_kind}, name, streaming)
-    return Source(name, rows, row_kind, _unused(keys, row_kind))
+    return Source(name, rows, row_kind, _unused(keys, row_kind), COLUMNS[row_kind])
 
 
 def _generated(
@@ -185,11 +182,12 @@ def _from_rows(rows: Rows, name: str) -> Source:
     if not columns or (isinstance(rows, Dataset) and len(rows) == 0):
         raise DataError(f"{name} is empty; give data with at least one row.")
     kind = kind_of(columns, name)
-    return Source(name, rows, kind, _unused(columns, kind))
+    return Source(name, rows, kind, _unused(columns, kind), used_columns(kind, columns))
 
 
 def _unused(columns: Iterable[str], kind: str) -> tuple[str, ...]:
-    return tuple(column for column in columns if column not in COLUMNS[kind])
+    columns = list(columns)
+    return tuple(column for column in columns if column not in used_columns(kind, columns))
 
 
 def _pick(splits: Any, split: str, name: str) -> Any:

@@ -55,7 +55,7 @@ def optimizer_to_plain(
     names = [name for group in groups for name in group]
     for index, values in sorted(saved["state"].items()):
         for key, value in values.items():
-            if not isinstance(value, (*PLAIN, Tensor)):
+            if not _is_state(value):
                 raise CheckpointError(
                     f"the optimizer keeps a {type(value).__name__} as {key!r} of {names[index]}, which cannot be saved; "
                     "allowed are tensors, numbers, bools and None."
@@ -99,9 +99,15 @@ def optimizer_from_plain(
     }
 
 
+def _is_state(value: Any) -> bool:
+    # bitsandbytes puts what it keeps for a parameter into a dictionary of its own when it is saved.
+    inner = value.values() if type(value) is dict else [value]
+    return all(isinstance(part, (*PLAIN, Tensor)) for part in inner)
+
+
 def _check_state(values: Mapping[str, Any], parameter: Tensor) -> None:
     for key, value in values.items():
-        if not isinstance(value, (*PLAIN, Tensor)):
+        if not _is_state(value):
             raise CheckpointError(
                 f"the optimizer's {told(key)} is a {type(value).__name__}, neither a tensor nor a number."
             )

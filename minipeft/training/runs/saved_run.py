@@ -59,6 +59,15 @@ class SavedRun:
     progress: Progress
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a checkpoint is of the end of its run, whose position has the number of ``updates``."""
+    try:
+        state = json.loads(read_limited(folder / STATE_FILE, MAX_STATE_BYTES))
+        return state["step"] == state["position"]["updates"]
+    except (CheckpointError, OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False  # reading it in earnest says what is wrong
+
+
 def read_run(live: Live, folder: Path, may_differ: Sequence[str] = (), exact: bool = True) -> SavedRun:
     """Read a checkpoint and compare it with the live objects; see `TrainingState.restore`.
 
