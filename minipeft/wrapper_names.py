@@ -37,7 +37,7 @@ def unwrapped_name(name: str) -> str:
 
 def wrapper_class(module: nn.Module) -> str | None:
     """The name in `ATTRIBUTES` of the class that wraps another module, if `module` is such a wrapper."""
-    for name in _wrapper_classes(type(module)):
+    for name in _wrapper_classes(type(module)):  # type: ignore[arg-type]
         if module._modules.get(ATTRIBUTES[name]) is not None:
             return name
     return None
