@@ -80,7 +80,7 @@ def test_nothing_is_unpickled_and_nothing_foreign_is_imported_at_once():
         text = path.read_text("utf-8")
         if name != "minipeft.testing.runtime":  # which reads back what it has just written
             # pickletools reads the steps of a pickle and takes none.
-            assert not re.search(r"\bimport pickle\b", text).replace("import pickletools", ""), name
+            assert not re.search(r"\bimport pickle\b", text), name
         if name != "minipeft.files.formats.pickled":  # which `minipeft convert` runs as a process apart, after a check
             assert "torch.load" not in text.replace("safetensors.torch.load", ""), name
 
