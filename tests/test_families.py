@@ -5,13 +5,17 @@ import contextlib
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from minipeft import LoraConfig, get_lora_model
 from minipeft.injection.default_targets import DEFAULTS
 from minipeft.injection.plan import plan
+
+try:
+    from transformers.initialization import no_init_weights
+except ModuleNotFoundError:  # before transformers 5
+    from transformers.modeling_utils import no_init_weights
 
 MODEL_TYPES = [model_type for _, types in DEFAULTS for model_type in types.split()]
 COMMON = (

@@ -1,0 +1,78 @@
+"""Transformers' adapter verbs on an adapted model are ours: they work where transformers refuses the PEFT there is, or finds none."""
+
+import pytest
+import torch
+from tiny_models import foreign_code, llama, token_ids
+from transformers import TrainingArguments
+from transformers.integrations import PeftAdapterMixin
+
+import minipeft
+from minipeft import LoraConfig, StateError, get_lora_model
+from minipeft.hf import AdapterTrainer
+
+IDS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+NOT_VERBS = {"enable_peft_hotswap"}  # only for compiled models of PEFT's
+VERBS = sorted(name for name in vars(PeftAdapterMixin) if not name.startswith("_") and name not in NOT_VERBS)
+
+
+@pytest.fixture(autouse=True)
+def no_peft_is_good_enough(monkeypatch):
+    """As with transformers 5.24, which asks for a PEFT that does not exist yet."""
+
+    def refuse(min_version):
+        raise ValueError(f"the version of PEFT must be >= {min_version}")
+
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", refuse)
+    monkeypatch.setattr("transformers.integrations.peft.is_peft_available", lambda: False, raising=False)
+
+
+@pytest.fixture
+def model():
+    return get_lora_model(llama(), LoraConfig(r=4, init_lora_weights=False)).eval()
+
+
+def test_this_is_what_transformers_itself_says():
+    with pytest.raises(ValueError, match="PEFT"):
+        llama().disable_adapters()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_public_verb_is_ours(model, verb):
+    owner = next(cls for cls in type(model).__mro__ if verb in vars(cls))
+    assert owner.__module__.startswith("minipeft.")
+
+
+def test_the_verbs_work(model, tmp_path):
+    adapted, base = model(input_ids=IDS).logits, llama().eval()(input_ids=IDS).logits
+    model.disable_adapters()
+    assert torch.equal(model(input_ids=IDS).logits, base)
+    model.enable_adapters()
+    assert torch.equal(model(input_ids=IDS).logits, adapted)
+    model.add_adapter(LoraConfig(r=2), "second")
+    model.set_adapter("second")
+    assert model.active_adapters() == ["second"]
+    assert torch.equal(model(input_ids=IDS).logits, base)
+    assert any(key.endswith("lora_A.weight") for key in model.get_adapter_state_dict("default"))
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    model.save_pretrained(tmp_path)
+    again = minipeft.load_adapter(llama(), tmp_path).eval()
+    assert torch.equal(again(input_ids=IDS).logits, adapted)
+    with pytest.raises(StateError, match="in use"):
+        again.delete_adapter("default")
+
+
+def test_a_trainer_saves_and_resumes(model, tmp_path):
+    data = [{"input_ids": row, "labels": row} for row in token_ids(8, 10)]
+    options = {
+        "per_device_train_batch_size": 2,
+        "save_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    for steps, resumed in ((1, None), (2, True)):
+        arguments = TrainingArguments(str(tmp_path), max_steps=steps, **options)
+        with foreign_code():
+            AdapterTrainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resumed)
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
