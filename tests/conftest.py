@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to it
 _connect = socket.socket.connect
 # The files that take longest go first, so that both processes are done at the same time.
 LONGEST = ("train_runs", "architecture", "train", "contract", "hf_trainer", "distributed", "peft_interop", "families")
