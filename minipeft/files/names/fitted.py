@@ -22,6 +22,7 @@ from minipeft.injection.build import PREFIX
 
 logger = logging.getLogger("minipeft")
 TABLES = "transformers' tables of renamed weights"
+MAX_TENSORS = 16  # of an adapter on one module; no other names give places to more
 
 
 def fitted(
@@ -45,7 +46,8 @@ def fitted(
         ConfigError: `key_mapping` is not a table, or takes too long.
     """
     places = Places(model, file.config)
-    if key_mapping is None and (places.take(file.shapes) or any(len(key) > MAX_NAME for key in file.shapes)):
+    hopeless = len(file.shapes) > MAX_TENSORS * len(places.modules) or any(len(key) > MAX_NAME for key in file.shapes)
+    if key_mapping is None and (places.take(file.shapes) or hopeless):
         return file
     plain = {key: plain_name(key) for key in file.shapes if not is_shared(key)}
     if key_mapping is not None:
