@@ -10,6 +10,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     bert_classifier,
@@ -35,6 +36,7 @@ with foreign_code():
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 PREFIX = "base_model.model."
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
 PATTERNS = {
     "rank_pattern": {"mlp.c_proj": 2, r"h\.1\.attn\.c_attn": 5},
     "alpha_pattern": {"c_fc": 3, "^transformer.h.0.attn.c_proj": 24},
@@ -165,6 +167,8 @@ def files_of(tmp_path_factory):
 
     @functools.cache
     def made(whose, case):
+        if case == "t5 shared embedding" and TRANSFORMERS < (5,):
+            pytest.skip("before transformers 5, PEFT's adapter on T5's shared embedding acts in neither of its stacks")
         directory = tmp_path_factory.mktemp(whose)
         if whose == "theirs":
             reference = disturb(theirs(case))
@@ -514,7 +518,12 @@ def test_we_read_what_transformers_saves_of_an_adapter(tmp_path):
     factory, options = CASES["gpt2 conv1d"]
     plain = factory()
     with foreign_code():
-        plain.add_adapter(peft.LoraConfig(**options))
+        try:
+            plain.add_adapter(peft.LoraConfig(**options))
+        except ValueError as error:  # transformers 5.24 wants PEFT 0.22
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(f"transformers refuses this PEFT: {error}")
         disturb(plain)
         plain.save_pretrained(tmp_path)
     assert_close(logits(minipeft.load_adapter(factory(), tmp_path)), logits(plain.eval()))
