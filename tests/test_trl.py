@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minipeft import LoraConfig, StateError, get_lora_model, lean, load_adapter
 from minipeft.hf import AdapterTrainerMixin
+from minipeft.integrations.trl import arguments_for_trl
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -201,3 +202,11 @@ def test_what_trl_cannot_work_with_is_refused_before_training(folder, tmp_path):
     other = load_adapter(base(folder), folder / "adapter", "mine", is_trainable=True)
     with pytest.raises(StateError, match="'default'"):
         DPO(model=other, **arguments)
+
+
+def test_without_peft_what_needs_no_reference_trains_and_the_rest_says_so(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    model = ours(folder)
+    assert arguments_for_trl(trl.SFTTrainer, (model,), {})["model"] is model
+    with pytest.raises(StateError, match="pip install peft"):
+        arguments_for_trl(trl.DPOTrainer, (), {"model": model})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 
 from minipeft.errors import StateError, shown
 from minipeft.merging.mergeable_model import MergeableModel
+
+WITHOUT_REFERENCE = frozenset({"SFTTrainer", "RewardTrainer"})  # these train an adapted model as it is
 
 
 def arguments_for_trl(trainer: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +24,8 @@ def arguments_for_trl(trainer: type, args: tuple[Any, ...], kwargs: dict[str, An
         args, kwargs: as it was called.
 
     Raises:
-        StateError: a reference model is passed along; or the adapters do not have the names that TRL gives them.
+        StateError: a reference model is passed along; the adapters do not have the names that TRL gives them; or PEFT is
+            not installed and the trainer needs a reference.
     """
     given = inspect.signature(trainer).bind_partial(*args, **kwargs).arguments
     given = {**given, **given.pop("kwargs", {})}
@@ -35,6 +39,12 @@ def arguments_for_trl(trainer: type, args: tuple[Any, ...], kwargs: dict[str, An
         raise StateError(
             f"TRL trains the adapter 'default' and makes a reference of it, 'ref'; this model has {shown(names)}. Load or "
             "make the adapter to train under the name 'default'."
+        )
+    if importlib.util.find_spec("peft") is None:
+        if any(base.__name__ in WITHOUT_REFERENCE for base in trainer.__mro__):
+            return given
+        raise StateError(
+            f"{trainer.__name__} compares with a reference, which TRL takes from PEFT's models: pip install peft."
         )
     from minipeft.integrations.peft import as_peft_model
 

@@ -29,9 +29,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class StackedA:
-    """lora_A of all experts, shape (experts * r, in), with zeros where an expert has less than r ranks."""
-
+class _Stacked:
     blocks: tuple[Block, ...]
     experts: int
     shape: tuple[int, int]
@@ -40,6 +38,10 @@ class StackedA:
     @property
     def sources(self) -> list[str]:
         return [block.source for block in self.blocks]
+
+
+class StackedA(_Stacked):
+    """lora_A of all experts, shape (experts * r, in), with zeros where an expert has less than r ranks."""
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
         stacked = torch.zeros(self.shape, dtype=self.dtype)
@@ -50,22 +52,12 @@ class StackedA:
         return stacked
 
 
-@dataclass(frozen=True)
-class StackedB:
+class StackedB(_Stacked):
     """lora_B of all experts, shape (out, r * experts) with the expert's index fastest, as PEFT has it.
 
     Each layer has its own ranks and output features, so B is block diagonal within an expert: ``B A`` of the whole is that
     of each layer, and nothing between them.
     """
-
-    blocks: tuple[Block, ...]
-    experts: int
-    shape: tuple[int, int]
-    dtype: torch.dtype
-
-    @property
-    def sources(self) -> list[str]:
-        return [block.source for block in self.blocks]
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
         stacked = torch.zeros(self.shape, dtype=self.dtype).view(self.shape[0], -1, self.experts)
