@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.kernels import matmul
-from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
+from minipeft.kernels.chunked_cross_entropy import rows_per_chunk
 
 
 def matrix_products(
@@ -34,7 +34,7 @@ def matrix_products(
     split = (batch, tokens, heads, width // heads)
     q, k, v = (new(split).normal_().transpose(1, 2).requires_grad_() for _ in range(3))
     d_attention = new(split).normal_().transpose(1, 2)
-    chunk = max(1, CHUNK_BYTES[weight.device.type] // (4 * len(weight)))
+    chunk = rows_per_chunk(weight, weight)
     d_logits = new(chunk, len(weight)).normal_()
     layers = [layer for block in model.transformer.h for layer in (block.attn.c_attn, block.attn.c_proj)]
     layers += [layer for block in model.transformer.h for layer in (block.mlp.c_fc, block.mlp.c_proj)]
@@ -71,7 +71,7 @@ def other_work(model: nn.Module, batch: int, tokens: int) -> Callable[[], None]:
     new, rows = head.new_empty, batch * tokens
     x = {features: new(rows, features).normal_() for features in (width, 3 * width, 4 * width)}
     statistics = (new(rows, 1).fill_(0.0), new(rows, 1).fill_(1.0))
-    chunk = max(1, CHUNK_BYTES[head.device.type] // (4 * len(head)))
+    chunk = rows_per_chunk(head, head)
     logits, labels = new(chunk, len(head)).normal_(), torch.zeros(chunk, 1, dtype=torch.long, device=head.device)
     layers = [layer for _, layer in adapted_layers(model)]
     block_norms = [norm for block in model.transformer.h for norm in (block.ln_1, block.ln_2)]

@@ -16,7 +16,8 @@ from torch import Tensor
 from minipeft.errors import LeanError
 from minipeft.kernels import matmul
 
-CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}  # of logits; under 32 MiB glibc reuses the same memory
+CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}  # of logits
+CHUNK_ROWS = 256  # at least: each chunk reads the whole head, which takes longer than multiplying by it for a few rows
 
 
 def causal_lm_loss(
@@ -88,9 +89,13 @@ class _Summed(torch.autograd.Function):
         gradient = torch.zeros_like(rows) if wanted else None
         added = None if change is None else change.to(hidden.dtype)
         of_change = torch.zeros_like(change, dtype=exact) if change is not None and trains else None
-        for some in torch.split(kept, rows_per_chunk(hidden, weight)):
+        chunks = torch.split(kept, rows_per_chunk(hidden, weight))
+        room = rows.new_empty(len(chunks[0]), len(weight))  # for all chunks: new memory costs more than it seems
+        wide = room if room.dtype is exact else torch.empty_like(room, dtype=exact)
+        for some in chunks:
             x, target = rows[some], targets[some, None]
-            logs = matmul.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(exact)
+            logits = matmul.linear(x, weight, None if bias is None else bias.to(x.dtype), room=room[: len(x)])
+            logs = logits if logits.dtype is exact else wide[: len(x)].copy_(logits)
             if rows_changed is not None and added is not None:
                 logs.index_add_(1, rows_changed, F.linear(x, added).to(exact))
             torch.log_softmax(logs, 1, out=logs)
@@ -101,7 +106,8 @@ class _Summed(torch.autograd.Function):
             probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1))
             of_rows = None if rows_changed is None else probabilities[:, rows_changed]
             if gradient is not None:
-                gradient[some] = matmul.linear(probabilities.to(x.dtype), weight.t())
+                given = logits if logits is logs else logits.copy_(probabilities)
+                gradient[some] = matmul.linear(given, weight.t())
                 if of_rows is not None and added is not None:
                     gradient[some] += of_rows.to(x.dtype) @ added
             if of_change is not None and of_rows is not None:
@@ -118,6 +124,6 @@ class _Summed(torch.autograd.Function):
 
 
 def rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
-    """How many rows of logits fit into `CHUNK_BYTES`."""
+    """How many rows of logits are made at a time."""
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    return max(1, budget // (4 * len(weight)))
+    return max(CHUNK_ROWS, budget // (4 * len(weight)))

@@ -19,28 +19,29 @@ WORTH_IT = 2**20  # multiplications below which preparing oneDNN costs more than
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, outside autograd.
 
     Args:
         x: shape (..., in_features), any layout.
         weight: shape (out_features, in_features), any layout.
         bias: shape (out_features,), or None.
+        room: memory of the result's shape and dtype, contiguous; used if the library can write there.
 
     Returns:
-        Shape (..., out_features), contiguous, not a view of anything.
+        Shape (..., out_features), contiguous, not a view of anything but of `room`.
     """
     rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
     if through_onednn(rows, weight):
         # `.data`, since autograd would forbid writing later into a view that was made in here.
         y: Tensor = _onednn()(rows, weight, bias, "none", [], "")
         return y.view(shape).data
-    return torch_linear(x, weight, bias)
+    return torch_linear(x, weight, bias, room=room)
 
 
-def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tensor | None = None) -> Tensor:
     """`linear` by the same kernel as ``torch.nn.functional.linear``, so with the same bits."""
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    y = x.new_empty(*x.shape[:-1], weight.shape[0]) if room is None else room
     rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, weight.shape[0])
     if bias is None:
         torch.mm(rows, weight.t(), out=flat)
