@@ -53,10 +53,19 @@ def original_class(mixin: type[nn.Module], cls: type) -> type[nn.Module]:
 def reduced(mixin: type[nn.Module], model: nn.Module, plain: Any) -> Any:
     """`plain`, the result of ``__reduce_ex__``, naming the class by mixin and original: pickle cannot find a class made at run time."""
     if plain[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-        return (_new, (mixin, original_class(mixin, type(model)), *plain[1][1:]), *plain[2:])
+        return (_new, (mixin, _parts(original_class(mixin, type(model))), *plain[1][1:]), *plain[2:])
     return plain
 
 
-def _new(mixin: type[nn.Module], cls: type[nn.Module], *args: Any) -> nn.Module:
-    mixed = mixed_class(mixin, cls)
+def _parts(cls: type) -> Any:
+    """A class that pickle can find, or a mixin and the parts of the class under it."""
+    return (cls.__bases__[0], _parts(cls.__bases__[1])) if cls in _mixed.values() else cls
+
+
+def _whole(parts: Any) -> type[nn.Module]:
+    return mixed_class(parts[0], _whole(parts[1])) if isinstance(parts, tuple) else parts
+
+
+def _new(mixin: type[nn.Module], parts: Any, *args: Any) -> nn.Module:
+    mixed = mixed_class(mixin, _whole(parts))
     return mixed.__new__(mixed, *args)

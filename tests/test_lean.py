@@ -10,6 +10,7 @@ import torch
 from tiny_models import VOCABULARY, adapted, bert_classifier, foreign_code, gpt2, llama, t5
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
@@ -548,6 +549,43 @@ def test_a_block_of_gpt2_keeps_so_many_arrays_of_its_width(subject, units):
     unit = 2 * 32 * 256 * 4
     small = 2 * 32 * 4 * (4 + 4 + 2)  # h of four adapters, mean and deviation of two norms, two heads' sums
     assert units * unit <= block <= units * unit + small
+
+
+def rotary_model(kind, dtype, n_layer, ff):
+    """Grouped heads: keys and values of half a unit together."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": ff, "num_hidden_layers": n_layer, "num_attention_heads": 4}
+    config = {"num_key_value_heads": 1, "vocab_size": 64, "use_cache": False, "head_dim": 64}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **config, **ids)).to(dtype).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "subject", "units"),
+    [
+        # Two norms' inputs, q and the output of attention, k and v (a quarter each), gate and up (three each).
+        ("llama", "none", 4 + 0.5 + 2 * 3),
+        ("mistral", "none", 4 + 0.5 + 2 * 3),
+        ("phi3", "none", 5 + 0.25 + 1.5 + 2 * 3),  # v is a view of q, k and v, and the output of attention is copied
+        ("qwen3", "none", 4 + 0.5 + 1 + 0.25 + 2 * 3),  # and the inputs of the norms of q and k
+        ("llama", "mlp", 4 + 0.5),
+        ("llama", "block", 1),
+    ],
+)
+def test_a_block_of_the_llama_family_keeps_so_many_arrays_of_its_width(kind, subject, units, dtype):
+    """In units of one (rows, width) array of the model's dtype, as for GPT-2."""
+
+    def model(n_layer):
+        base = rotary_model(kind, dtype, n_layer, 3 * 256)
+        targets = [name for name, layer in base.named_modules() if type(layer) is nn.Linear and "lm_head" not in name]
+        return lean(in_training(base, r=1, target_modules=targets), subject)
+
+    block = bytes_kept(model(3)) - bytes_kept(model(2))
+    unit, rows = 2 * 32 * 256 * dtype.itemsize, 2 * 32
+    heads = 4 * (4 + 2 * 5)  # of attention the sums of four heads, and of norms of q and k a deviation each
+    casts = 2 * 20 * 256 if dtype is torch.bfloat16 else 0  # of A and B
+    assert units * unit <= block <= units * unit + rows * (4 * 7 + 2 * 4 + heads) + casts
 
 
 @pytest.mark.skipif(not onednn_is_faster(), reason="MKL is the faster library here")

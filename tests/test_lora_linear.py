@@ -466,7 +466,7 @@ def test_a_marked_input_that_was_written_since_is_kept_itself():
 
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("rows", [1, 40, SLICE + 3])
+@pytest.mark.parametrize("rows", [1, 40, SLICE["cpu"] + 3])
 def test_the_gradient_goes_through_an_activation_in_slices(rows, dropout):
     x, weight, b, A, B = arguments((rows,))
     gelu = nn.GELU(approximate="tanh")
@@ -510,6 +510,48 @@ def test_the_gradient_of_a_gradient_goes_through_a_recomputed_input(pointwise):
 
     assert torch.autograd.gradcheck(f, (x, A, B))
     assert torch.autograd.gradgradcheck(f, (x, A, B))
+
+
+class Gated(nn.Module):
+    def forward(self, gate, up):
+        return nn.functional.silu(gate) * up
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("rows", [3, SLICE["cpu"] + 3])
+def test_the_gradient_goes_through_a_function_of_two_tensors(rows):
+    x, weight, b, A, B = arguments((rows,))
+    gate, up = (torch.randn_like(x, requires_grad=True) for _ in range(2))
+
+    def f(gate, up, A, B, marked=True):
+        z = Gated()(gate, up)
+        return lora_linear(recompute.mark(z, Gated(), gate, up, pointwise=True) if marked else z, weight, b, A, B, S)
+
+    given = (gate, up, A, B)
+    dy = torch.randn(rows, len(weight), dtype=x.dtype)
+    for found, wanted in zip(
+        torch.autograd.grad(f(*given), given, dy), torch.autograd.grad(f(*given, False), given, dy), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+    if rows == 3:
+        assert torch.autograd.gradgradcheck(f, given)
+
+
+def test_layers_that_share_an_input_compute_it_again_once(monkeypatch):
+    x, weight, b, A, B = arguments((6,))
+    norm, calls, forward = nn.LayerNorm(5, dtype=torch.float64).requires_grad_(False), [], nn.LayerNorm.forward
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: calls.append(1) or forward(self, x))
+
+    def total(z):
+        return sum(lora_linear(z, weight, b, A * i, B, S).square().sum() for i in (1, 2, 3))
+
+    expected = torch.autograd.grad(total(norm(x)), (x, A, B))
+    y = total(recompute.mark(norm(x), norm, x))
+    calls.clear()
+    for passes in (1, 2):
+        for found, wanted in zip(torch.autograd.grad(y, (x, A, B), retain_graph=True), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+        assert len(calls) == passes
 
 
 def test_training_equals_the_composed_way_step_by_step(monkeypatch):

@@ -1,7 +1,7 @@
 """The gradients of `minipeft.kernels.lora_linear`.
 
-`ctx` is the context of its autograd node: `scaling`, `mask`, `module` (which makes x from what was kept, or None) and
-`goes_through` (whether the gradient goes through that module, too).
+`ctx` is the context of its autograd node: `scaling`, `mask`, `again` (which makes x from what was kept, or None) and
+`goes_through` (whether the gradient goes through what made x, too).
 """
 
 from __future__ import annotations
@@ -16,23 +16,31 @@ from minipeft.kernels import matmul, merged_weight, recompute
 from minipeft.kernels.dropout_mask import project_down
 from minipeft.kernels.frozen_linear import Weight, held_or_made
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, A and B
-SLICE = 512  # rows whose gradient goes through an activation at once; a multiple of `dropout_mask.ROWS`
+Kept = tuple[Tensor, ...]
+Gradients = tuple[tuple[Tensor | None, ...], Tensor | None, Tensor | None]  # of x or what it was made from, A and B
+KEPT = 9  # where `kept` begins among the node's inputs
+SLICE = {
+    "cpu": 512,
+    "cuda": 8192,
+}  # rows whose gradient goes through an activation at once; multiples of `dropout_mask.ROWS`
 
 
 def gradients(
-    dy: Tensor, kept: Tensor | None, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+    dy: Tensor, kept: Kept, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
 ) -> Gradients:
-    """The gradients that are needed of the input, A and B, in their shapes.
+    """The gradients that are needed, in the shapes of what they are for.
 
     Args:
         dy: gradient of the output, shape (..., out).
-        kept: the input, or what the module makes it from, shape (..., in); None with a frozen A.
+        kept: the input, or what it is made from, each of shape (..., in); nothing with a frozen A.
         weight: shape (out, in), or a function that makes it.
         lora_A: shape (r, in).
         lora_B: shape (out, r).
         h: ``drop(x) A^T``, shape (rows, r), if it was kept.
         ctx: see above.
+
+    Returns:
+        The gradient of the input alone, or of each of `kept` if it goes through what made x; and those of A and B.
 
     Raises:
         StateError: a gradient of a gradient needs an input that was not kept.
@@ -40,49 +48,54 @@ def gradients(
     if torch.is_grad_enabled():
         return _second_order(dy, kept, weight, lora_A, lora_B, ctx)
     if ctx.goes_through:
-        assert kept is not None
         return _in_slices(dy, kept, weight, lora_A, lora_B, h, ctx)
     return _at_once(dy, kept, weight, lora_A, lora_B, h, ctx)
 
 
+def _wants_x(ctx: Any) -> bool:
+    return any(ctx.needs_input_grad[KEPT:]) if ctx.goes_through else bool(ctx.needs_input_grad[0])
+
+
 def _at_once(
-    dy: Tensor, kept: Tensor | None, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+    dy: Tensor, kept: Kept, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
 ) -> Gradients:
-    x = kept if kept is None or ctx.module is None else recompute.output(ctx.module, kept)
+    x = None if not kept else kept[0] if ctx.again is None else ctx.again.output(kept)
     shape = (*dy.shape[:-1], lora_A.shape[1])
     rows, dy = None if x is None else x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     W, merged = _multiplier(dy, weight, lora_A, lora_B, ctx)
     dx, dA, dB = _first_order(dy, rows, W, merged, lora_A, lora_B, h, ctx)
-    return None if dx is None else dx.view(shape), dA, dB
+    return (None if dx is None else dx.view(shape),), dA, dB
 
 
 def _in_slices(
-    dy: Tensor, kept: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
+    dy: Tensor, kept: Kept, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
 ) -> Gradients:
     """Through the activation before, whose arrays are the widest of all, a slice of the rows at a time."""
-    into, dy = kept.reshape(-1, kept.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    W, merged = _multiplier(into, weight, lora_A, lora_B, ctx)
-    gradient, sums = torch.empty_like(into), [torch.zeros_like(lora_A), torch.zeros_like(lora_B)]
-    for start in range(0, len(into), SLICE):
-        some = slice(start, start + SLICE)
-        entry = into[some].detach().requires_grad_()
+    into, dy = [tensor.reshape(-1, tensor.shape[-1]) for tensor in kept], dy.reshape(-1, dy.shape[-1])
+    W, merged = _multiplier(into[0], weight, lora_A, lora_B, ctx)
+    found, sums = [torch.empty_like(rows) for rows in into], [torch.zeros_like(lora_A), torch.zeros_like(lora_B)]
+    size = SLICE.get(dy.device.type, SLICE["cuda"])
+    for start in range(0, len(dy), size):
+        some = slice(start, start + size)
+        entries = [rows[some].detach().requires_grad_() for rows in into]
         with torch.enable_grad():
-            rows = recompute.output(ctx.module, entry)
-        found = _first_order(
-            dy[some], rows.detach(), W, merged, lora_A, lora_B, None if h is None else h[some], ctx, start
+            x = recompute.output(ctx.again.module, *entries)
+        dx, *more = _first_order(
+            dy[some], x.detach(), W, merged, lora_A, lora_B, None if h is None else h[some], ctx, start
         )
-        for total, more in zip(sums, found[1:], strict=True):
-            if more is not None:
-                total += more
-        assert found[0] is not None
-        (gradient[some],) = torch.autograd.grad(rows, entry, found[0])
-    _, _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
-    return gradient.view(kept.shape), sums[0] if wants_A else None, sums[1] if wants_B else None
+        for total, gradient in zip(sums, more, strict=True):
+            if gradient is not None:
+                total += gradient
+        for rows, gradient in zip(found, torch.autograd.grad(x, entries, dx), strict=True):
+            rows[some] = gradient
+    _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
+    gradients = tuple(rows.view(tensor.shape) for rows, tensor in zip(found, kept, strict=True))
+    return gradients, sums[0] if wants_A else None, sums[1] if wants_B else None
 
 
 def _multiplier(rows: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> tuple[Tensor | None, bool]:
     """What dy is multiplied by to give dx, if that is needed, and whether it is W + s B A instead of W."""
-    if not ctx.needs_input_grad[0]:
+    if not _wants_x(ctx):
         return None, False
     W = held_or_made(weight, rows.dtype)
     if ctx.mask is not None or not merged_weight.pays(rows, W):
@@ -100,9 +113,9 @@ def _first_order(
     h: Tensor | None,
     ctx: Any,
     start: int = 0,
-) -> Gradients:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of some rows from `start` on, shapes (rows, in), (r, in) and (out, r); without the rows none of A."""
-    wants_x, _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
+    wants_x, (_, _, _, wants_A, wants_B, *_) = _wants_x(ctx), ctx.needs_input_grad
     s, mask = ctx.scaling, ctx.mask
     dx = dA = dB = None
     if wants_B:
@@ -126,7 +139,7 @@ def _through_mask(
     dx: Tensor | None, rows: Tensor | None, g: Tensor, lora_A: Tensor, ctx: Any, start: int
 ) -> Tensor | None:
     """Add to dx what comes through A and the mask, and return the gradient of A, if it is needed."""
-    wants_A, factor = ctx.needs_input_grad[4], ctx.scaling * ctx.mask.scale
+    wants_A, factor = ctx.needs_input_grad[3], ctx.scaling * ctx.mask.scale
     dA, shaped = torch.zeros_like(lora_A), dx if rows is None else rows
     for block, survives, dropped in ctx.mask.blocks(shaped, start) if shaped is not None else ():
         if wants_A:
@@ -136,12 +149,10 @@ def _through_mask(
     return dA if wants_A else None
 
 
-def _second_order(
-    dy: Tensor, kept: Tensor | None, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any
-) -> Gradients:
+def _second_order(dy: Tensor, kept: Kept, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> Gradients:
     """The same in differentiable operations, for a gradient of the gradient; the h that was kept has no history."""
-    x = kept if kept is None or ctx.module is None else recompute.output(ctx.module, kept)
-    if x is None and ctx.needs_input_grad[5]:
+    x = None if not kept else kept[0] if ctx.again is None else recompute.output(ctx.again.module, *kept)
+    if x is None and ctx.needs_input_grad[4]:
         raise StateError("with lora_A frozen the input is not kept, and a gradient of the gradient of lora_B needs it.")
     shape, dy = (*dy.shape[:-1], lora_A.shape[1]), dy.reshape(-1, dy.shape[-1])
     rows = dy.new_empty(len(dy), lora_A.shape[1]) if x is None else x.reshape(-1, x.shape[-1])
@@ -154,8 +165,7 @@ def _second_order(
     through_A = g @ lora_A
     dx = (dy @ held_or_made(weight, dy.dtype) + (through_A if factors is None else through_A * factors)).view(shape)
     if x is None:
-        return dx, None, None
-    if ctx.goes_through and kept is not None:
-        (dx,) = torch.autograd.grad(x, kept, dx, create_graph=True)
+        return (dx,), None, None
+    through = torch.autograd.grad(x, kept, dx, create_graph=True) if ctx.goes_through else (dx,)
     into_A = rows if factors is None else rows * factors
-    return dx, g.t() @ into_A, ctx.scaling * dy.t() @ (into_A @ lora_A.t())
+    return through, g.t() @ into_A, ctx.scaling * dy.t() @ (into_A @ lora_A.t())

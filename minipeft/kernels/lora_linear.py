@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minipeft.kernels import lora_gradients, matmul, merged_weight, recompute
 from minipeft.kernels.dropout_mask import DropoutMask, project_down
@@ -83,13 +83,14 @@ def _learning(
 ) -> Tensor:
     # Only the gradient of A needs x again: with a frozen A only h is kept (LoRA-FA, arXiv:2308.03303).
     source = recompute.source_of(x) if lora_A.requires_grad else None
-    kept, module = (x if lora_A.requires_grad else None, None)
+    kept = () if not lora_A.requires_grad else (x,) if source is None else source.inputs
+    goes_through = source is not None and recompute.leads_back(x, source)
     if source is not None:
-        kept, module = source.input, source.module
-    entry = kept if source is not None and recompute.leads_back(x, source) else x
-    given = x if entry is x else x.detach()
+        source.again.users += 1
+    again = None if source is None else source.again
+    given = x.detach() if goes_through else x
     return _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        entry, given, weight, bias, lora_A, lora_B, scaling, mask, kept, module
+        given, weight, bias, lora_A, lora_B, scaling, mask, again, goes_through, *kept
     )
 
 
@@ -118,15 +119,14 @@ def _product(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The map is applied to `x`, and the gradient goes to `entry`: x, or what an activation made x from.
+    """The map is applied to `x`; with `goes_through` the gradient skips x, and goes to the inputs of what made x.
 
-    `kept` is x, or what `module` makes x from; None with a frozen A.
+    `kept` is x, or the inputs that `again` makes x from; nothing with a frozen A.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        entry: Tensor,
         x: Tensor,
         weight: Weight,
         bias: Tensor | None,
@@ -134,16 +134,17 @@ class _LoraLinear(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         mask: DropoutMask | None,
-        kept: Tensor | None,
-        module: nn.Module | None,
+        again: recompute.Again | None,
+        goes_through: bool,
+        *kept: Tensor,
     ) -> Tensor:
         y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask, matmul.linear)
-        if kept is None and h is None:
+        if not kept and h is None:
             h = project_down(x.reshape(-1, x.shape[-1]), lora_A, mask)
         held = isinstance(weight, Tensor)
-        ctx.save_for_backward(kept, weight if held else None, lora_A, lora_B, h)
+        ctx.save_for_backward(weight if held else None, lora_A, lora_B, h, *kept)
         ctx.make = None if held else weight
-        ctx.scaling, ctx.mask, ctx.module, ctx.goes_through = scaling, mask, module, entry is not x
+        ctx.scaling, ctx.mask, ctx.again, ctx.goes_through = scaling, mask, again, goes_through
         return y
 
     @staticmethod
@@ -151,6 +152,7 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_autocast_enabled(dy.device.type):
             with torch.autocast(dy.device.type, enabled=False):
                 return _LoraLinear.backward(ctx, dy)
-        kept, weight, lora_A, lora_B, h = ctx.saved_tensors
-        dx, dA, dB = lora_gradients.gradients(dy, kept, ctx.make or weight, lora_A, lora_B, h, ctx)
-        return dx, None, None, None, dA, dB, *[None] * 4
+        weight, lora_A, lora_B, h, *kept = ctx.saved_tensors
+        into, dA, dB = lora_gradients.gradients(dy, tuple(kept), ctx.make or weight, lora_A, lora_B, h, ctx)
+        through = into if ctx.goes_through else (None,) * len(kept)
+        return None if ctx.goes_through else into[0], None, None, dA, dB, *[None] * 4, *through

@@ -6,8 +6,9 @@ marks its output here lets the adapter keep the module's input, and recompute th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from minipeft.kernels.transformed import is_transformed
@@ -15,27 +16,48 @@ from minipeft.kernels.transformed import is_transformed
 _ATTRIBUTE = "_minipeft_source"
 
 
+class Again:
+    """A module's output, computed again in the backward pass: once for all layers that were given it, as q, k and v are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.users = 0  # how many layers are going to ask for the output
+        self._left = 0  # how many of them have not done so yet in this backward pass
+        self._output: Tensor | None = None
+
+    def output(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The output, without a history."""
+        if self._output is None:
+            with torch.no_grad():
+                self._output, self._left = output(self.module, *inputs), self.users
+        found, self._left = self._output, self._left - 1
+        if self._left <= 0:
+            self._output = None
+        return found
+
+
 @dataclass(frozen=True)
 class Source:
-    """``module(input)`` gave the tensor, when it had this version."""
+    """``module(*inputs)`` gave the tensor, when it had this version."""
 
     module: nn.Module
-    input: Tensor
+    inputs: tuple[Tensor, ...]
     version: int
     pointwise: bool
+    again: Again = field(compare=False)
 
 
-def mark(output: Tensor, module: nn.Module, input: Tensor, *, pointwise: bool = False) -> Tensor:
+def mark(output: Tensor, module: nn.Module, *inputs: Tensor, pointwise: bool = False) -> Tensor:
     """Note on a module's output what it came from.
 
     Args:
         output: what the module returned.
-        module: a pure function of one tensor, row by row, without trainable parameters.
-        input: what it was given.
-        pointwise: it is an activation, so that the gradient can also go through it a few rows at a time.
+        module: a pure function, row by row, without trainable parameters.
+        inputs: what it was given, tensors of one shape.
+        pointwise: it works element by element, so that the gradient can also go through it a few rows at a time.
     """
-    if not is_transformed() and output is not input:
-        output.__dict__[_ATTRIBUTE] = Source(module, input, output._version, pointwise)
+    if not is_transformed() and all(output is not input for input in inputs):
+        output.__dict__[_ATTRIBUTE] = Source(module, inputs, output._version, pointwise, Again(module))
     return output
 
 
@@ -53,9 +75,10 @@ def source_of(tensor: Tensor) -> Source | None:
 
 def leads_back(tensor: Tensor, source: Source) -> bool:
     """Whether the gradient may go straight to what the tensor came from, since nothing looks at the tensor's own."""
-    return source.pointwise and source.input.requires_grad and not tensor.retains_grad and not tensor._backward_hooks
+    free = not tensor.retains_grad and not tensor._backward_hooks
+    return source.pointwise and free and all(input.requires_grad for input in source.inputs)
 
 
-def output(module: nn.Module, input: Tensor) -> Tensor:
+def output(module: nn.Module, *inputs: Tensor) -> Tensor:
     """The tensor recomputed; differentiable if gradients are enabled."""
-    return type(module).forward(module, input)
+    return type(module).forward(module, *inputs)

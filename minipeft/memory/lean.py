@@ -18,15 +18,16 @@ from minipeft.kernels import matmul
 from minipeft.layers.base import is_plain_linear, layer_ops
 from minipeft.memory import sample_slices
 from minipeft.memory.chunked_loss import LeanLoss, PassesThrough, after_forward, before_forward, is_frozen
+from minipeft.memory.gated_mlp import gated_mixin
 from minipeft.memory.modules import (
-    CHEAP,
-    CHEAP_TYPES,
     TANH_GELUS,
     FastLinear,
     FusedGelu,
     Recomputed,
     RecomputedBlock,
     RecomputedMlp,
+    is_cheap_activation,
+    is_rms_norm,
     recompute_block,
     trim_before,
 )
@@ -44,7 +45,9 @@ STATE = "_minipeft_lean"
 class LeanState:
     """What `unlean` must undo: plain data in the model's __dict__, so copies and pickles carry it."""
 
-    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before the change
+    mixed: list[tuple[nn.Module, type[nn.Module]]] = field(
+        default_factory=list
+    )  # modules, and what they were mixed with
     blocks: list[nn.Module] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     chunked_loss: bool = False
@@ -56,10 +59,10 @@ def lean(
 ) -> Model:
     """Change a transformers model, in place, to train in less memory and time with the same loss and gradients.
 
-    GELUs composed of single operations become one kernel. The outputs of norms and GELUs are recomputed for the
-    adapters instead of kept. The loss of a causal language model is computed from a few rows of logits at a time.
-    Frozen layers use the faster matrix library. All this acts in training mode with gradients only; any other call
-    computes what it did, bit for bit.
+    GELUs composed of single operations become one kernel. The outputs of norms and activations, gated ones (SwiGLU)
+    included, are recomputed for the adapters instead of kept. The loss of a causal language model is computed from a few
+    rows of logits at a time. Frozen layers use the faster matrix library. All this acts in training mode with gradients
+    only; any other call computes what it did, bit for bit.
 
     A tiny batch is run before and after, and the call is refused if loss or gradients differ. Call it after adapting
     the model, and again, with all options, after adding adapters or to change an option.
@@ -105,7 +108,7 @@ def lean(
     except BaseException:
         unlean(model)
         raise
-    if not (state.classes or state.blocks or state.chunked_loss):
+    if not (state.mixed or state.blocks or state.chunked_loss):
         unlean(model)
         raise LeanError(f"there is nothing in {type(model).__name__} that lean() could improve with these options.")
     logger.info("lean: %s", describe(state))
@@ -117,7 +120,7 @@ def unlean(model: nn.Module) -> None:
     state: LeanState | None = model.__dict__.pop(STATE, None)
     if state is None:
         return
-    for module in model.modules():  # not those of `state.classes`: adapting has moved some into new objects
+    for module in model.modules():  # not those of `state.mixed`: adapting has moved some into new objects
         if isinstance(module, SameFunction):
             module.__class__ = plain_class(type(module))
             module.__dict__.pop("lean_ops", None)
@@ -143,9 +146,8 @@ def _keep_blocks(state: LeanState) -> None:
 def describe(state: LeanState) -> str:
     """What `lean` changed, in one line."""
     counts: dict[str, int] = {}
-    for module, _ in state.classes:
-        mixin = next(base.__name__ for base in type(module).__mro__ if SameFunction in base.__bases__)
-        counts[mixin] = counts.get(mixin, 0) + 1
+    for _, mixin in state.mixed:
+        counts[mixin.__name__] = counts.get(mixin.__name__, 0) + 1
     said = [f"{count} {name}" for name, count in counts.items()]
     if state.blocks:
         said.append(f"{len(state.blocks)} blocks recomputed")
@@ -156,13 +158,15 @@ def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> N
     adapted = {id(wrapper.base_layer) for wrapper in model.modules() if isinstance(wrapper, Wrapper)}
     head = output_head(model)
     for module in model.modules():
-        frozen = not any(p.requires_grad for p in module.parameters())
-        if "forward" in module.__dict__ or not frozen or module is head:
-            continue  # patched, trained itself, or left to _chunk_loss
-        name = type(module).__name__
-        if name in TANH_GELUS:
+        if "forward" in module.__dict__ or module is head:
+            continue  # patched, or left to _chunk_loss
+        if (gated := gated_mixin(module)) is not None:
+            _mix(module, gated, state)
+        if any(p.requires_grad for p in module.parameters()):
+            continue  # trained itself
+        if type(module).__name__ in TANH_GELUS:
             _mix(module, FusedGelu, state)
-        elif name in CHEAP or name.endswith("RMSNorm") or type(module) in CHEAP_TYPES:
+        elif type(module) is nn.LayerNorm or is_rms_norm(module) or is_cheap_activation(module):
             _mix(module, Recomputed, state)
         elif fast_linear and id(module) not in adapted:
             ops = layer_ops(module)
@@ -172,7 +176,7 @@ def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> N
 
 
 def _mix(module: nn.Module, mixin: type[nn.Module], state: LeanState) -> None:
-    state.classes.append((module, type(module)))
+    state.mixed.append((module, mixin))
     module.__class__ = mixed_class(mixin, type(module))
 
 

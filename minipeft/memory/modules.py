@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from minipeft.class_swap import SameFunction
 from minipeft.kernels import malloc_trim, recompute
 from minipeft.kernels.frozen_linear import lean_linear
+from minipeft.kernels.keeps_inputs import keeping_inputs
 from minipeft.kernels.transformed import is_traced
 from minipeft.layers.base import LayerOps
 from minipeft.memory import sample_slices
@@ -21,8 +22,8 @@ from minipeft.memory import sample_slices
 TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}
 # Cheap functions of one tensor that depend on nothing that changes within a step.
 CHEAP = {"GELUActivation", "GELUTanh", "SiLUActivation", "QuickGELUActivation", "ReLUSquaredActivation"}
-CHEAP_TYPES = (nn.LayerNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid)
-
+CHEAP_TYPES = (nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid)
+HALF = (torch.float16, torch.bfloat16)
 
 FUSED_GELU = nn.GELU(approximate="tanh")
 
@@ -49,10 +50,26 @@ class FusedGelu(SameFunction):
 class Recomputed(SameFunction):
     """A norm or activation whose output the next adapter recomputes instead of keeping it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
-        activation = not any(True for _ in self.parameters())
-        return recompute.mark(y, self, x, pointwise=activation) if learns(self) else y
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not learns(self):
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        if x.dtype in HALF and is_rms_norm(self):
+            y = keeping_inputs(super().forward, x)
+        else:
+            y = super().forward(x)
+        return recompute.mark(y, self, x, pointwise=is_cheap_activation(self))
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether it is one of transformers' norms that are composed of single operations and work in float32."""
+    return type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+
+
+def is_cheap_activation(module: nn.Module) -> bool:
+    """Whether it is an activation that works element by element and takes little time."""
+    known = type(module).__name__ in (CHEAP | TANH_GELUS) or isinstance(module, CHEAP_TYPES)
+    return known and not any(True for _ in module.parameters())
 
 
 class FastLinear(SameFunction):
@@ -85,12 +102,12 @@ class RecomputedMlp(SameFunction):
         if source is None:
             return checkpoint(run, *args, use_reentrant=False)
         # Keep the input of the preceding norm, which the norm keeps anyway.
-        return checkpoint(_after(run, source.module), source.input, use_reentrant=False)
+        return checkpoint(_after(run, source.module), *source.inputs, use_reentrant=False)
 
 
 def _after(run: Callable[[Tensor], Any], norm: nn.Module) -> Callable[[Tensor], Any]:
     """``run(norm(x))``. It must not hold the input itself, which an outer recomputation may have freed."""
-    return lambda x: run(recompute.output(norm, x))
+    return lambda *inputs: run(recompute.output(norm, *inputs))
 
 
 class RecomputedBlock(SameFunction):
