@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from minipeft import registry
 from minipeft.class_swap import reduced
+from minipeft.combining.model import CombinableModel
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files.hub import adapter_directory
@@ -131,7 +132,7 @@ class _Names(list[str]):
         return self
 
 
-class AdaptedModel(OwnMethods, MergeableModel):
+class AdaptedModel(OwnMethods, CombinableModel, MergeableModel):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property
@@ -230,19 +231,39 @@ class AdaptedModel(OwnMethods, MergeableModel):
         switch_to(self, names)
 
     @all_or_nothing
-    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+    def delete_adapter(self, adapter_name: str | Sequence[str], *, activate: str | Sequence[str] | None = None) -> None:
         """Remove an adapter, or several.
 
+        Args:
+            adapter_name: which.
+            activate: what acts afterwards. None: what acts now, less what is deleted. If that leaves nothing, say here
+                what takes its place; PEFT picks the first adapter that is left.
+
         Raises:
-            StateError: a name is unknown, or the adapter is active or merged (`unload` removes the last one).
+            StateError: a name is unknown, an adapter is merged, or nothing would act (`unload` removes the last one).
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._check_known(names)
-        used = [n for n in names if n in (*self._state.switch.active, *self._state.merged, *self._state.set_aside)]
-        if used:
-            raise StateError(f"adapter {shown(used)} is in use; unmerge or set_adapter another one, or unload().")
-        for name in names:
-            remove(self, name)
+        if merged := [n for n in names if n in (*self._state.merged, *self._state.set_aside)]:
+            raise StateError(f"adapter {shown(merged)} is in use: it is merged into the base. unmerge_adapter() first.")
+        stay = [n for n in self._state.configs if n not in names]
+        active = tuple(n for n in self._state.switch.active if n not in names)
+        if activate is not None:
+            active = (activate,) if isinstance(activate, str) else tuple(activate)
+            self._check_known(active)
+            if gone := [n for n in active if n in names]:
+                raise StateError(f"activate: {shown(gone)} is to be deleted; left are: {shown(stay)}.")
+            self._check_compatible(active)
+            if active != self._state.switch.active and (held := self._state.merged or self._state.set_aside):
+                raise StateError(f"{shown(held)} is merged into the base; call unmerge_adapter() first.")
+        if not active:
+            fix = (
+                f"say what acts instead: delete_adapter({names[0]!r}, activate={stay[0]!r})"
+                if stay
+                else "call unload()"
+            )
+            raise StateError(f"adapter {shown(names)} is in use, and no other one is active; {fix}.")
+        remove(self, names, active)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

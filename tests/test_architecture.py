@@ -22,7 +22,7 @@ FLOORS = (
     ("methods",),
     ("injection",),
     ("files", "quantization", "memory"),
-    ("merging", "step_hooks", "readers"),
+    ("merging", "combining", "step_hooks", "readers"),
     ("model", "trainer_checkpoint", "integrations"),
     ("api", "hf", "training", "testing", "cli"),
 )

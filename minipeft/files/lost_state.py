@@ -9,6 +9,7 @@ from torch import nn
 from minipeft.errors import shown
 from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.base_state import base_modules, buffer_samples, changed_buffers
+from minipeft.injection.module_tree import adapters_of
 
 
 def warn_of_lost_state(model: nn.Module) -> None:
@@ -25,6 +26,19 @@ def warn_of_lost_state(model: nn.Module) -> None:
     changed = changed_buffers(state.buffers, buffer_samples(model))
     if changed:
         _warn(changed, "of the base changed since it was adapted")
+
+
+def warn_of_scale(model: nn.Module, adapter_name: str) -> None:
+    """Warn about an adapter that `set_scale` lets act with another strength than its file will say."""
+    scales = {
+        path: adapter.strength for path, adapter in adapters_of(model, adapter_name).items() if adapter.strength != 1
+    }
+    if scales:
+        warnings.warn(
+            f"saving adapter {adapter_name!r}: set_scale lets it act with {shown(sorted(set(scales.values())), 3)} of its "
+            f"update on {shown(scales, 2)}, and the file holds it at full strength. convert_to_lora=True saves it as it acts.",
+            stacklevel=3,
+        )
 
 
 def _warn(names: list[str], fact: str) -> None:

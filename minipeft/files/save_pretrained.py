@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minipeft.errors import ConfigError, StateError, hint, shown
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
-from minipeft.files.lost_state import warn_of_lost_state
+from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
 from minipeft.files.model_card import public_base, update_card, write_card
 from minipeft.files.pipeline_base import save_base_for_pipeline
 from minipeft.files.reading import as_path, writing
@@ -132,6 +132,8 @@ class SavableModel(nn.Module):
             config = self._file_config(name)
             if convert_to_lora:
                 tensors, config = as_lora(self, self._state.configs[name], name)
+            else:
+                warn_of_scale(self, name)
             tensors = with_repeats(tensors, followers(self, self._state.configs[name], name))
             tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
             tensors = values_of(self, tensors)
@@ -177,6 +179,7 @@ class SavableModel(nn.Module):
         warn_of_lost_state(self)
         with tempfile.TemporaryDirectory() as folder:
             for name in names:
+                warn_of_scale(self, name)
                 config = self._file_config(name)
                 if public_base(config) is None:
                     config["base_model_name_or_path"] = None

@@ -143,6 +143,12 @@ class AdaptedLayer(Wrapper):
         super().drop(adapter_name)
         self.tied_adapters.discard(adapter_name)
 
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        self.merged = tuple(new if name == old else name for name in self.merged)
+        if old in self.tied_adapters:
+            self.tied_adapters = (self.tied_adapters - {old}) | {new}
+
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         if self.owns(adapter_name):
             yield from self.adapter(adapter_name).parameters()

@@ -22,7 +22,7 @@ from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
-from minipeft.injection.wrapper import Switch
+from minipeft.injection.wrapper import Switch, replace_key
 from minipeft.wrapper_names import named_parameters
 
 STATE = "_minipeft"  # the state's name in the model's __dict__, which is copied and pickled with the model
@@ -168,16 +168,39 @@ def _switch(
                 parameter.requires_grad_(name in starting and (path, index) in state.resting[name])
 
 
-def remove(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter that does not act, and what the model knows of it."""
+def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ...]) -> None:
+    """Remove adapters, and what the model knows of them; afterwards exactly the adapters `active`, which stay, act."""
     state: AdapterState = model.__dict__[STATE]
-    with unchanged_on_error(model, state):
-        discard(model, adapter_name)
-        del state.configs[adapter_name], state.resting[adapter_name]
-        state.kept.pop(adapter_name, None)
-        state.trainable.discard(adapter_name)
-        state.unwatched.discard(adapter_name)
-        state.idle.pop(adapter_name, None)
+    with unchanged_on_error(model, state, state.switch):
+        switch_to(model, active)
+        for name in adapter_names:
+            discard(model, name)
+            del state.configs[name], state.resting[name]
+            for known in (state.kept, state.idle, state.samples):
+                known.pop(name, None)
+            state.trainable.discard(name)
+            state.unwatched.discard(name)
+
+
+def rename(model: nn.Module, old: str, new: str) -> None:
+    """Give an adapter another name, in the same place among the others; merged or not, it acts as before."""
+    state: AdapterState = model.__dict__[STATE]
+
+    def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(new if name == old else name for name in names)
+
+    with unchanged_on_error(model, state, state.switch):
+        state.switch.active, state.merged = renamed(state.switch.active), renamed(state.merged)
+        state.set_aside = renamed(state.set_aside)
+        for table in (state.configs, state.resting, state.idle, state.kept, state.samples):
+            replace_key(table, old, new)
+        for names in (state.trainable, state.unwatched):
+            if old in names:
+                names.remove(old)
+                names.add(new)
+        for _, wrapper in wrappers(model):
+            if old in wrapper.adapters:
+                wrapper.rename(old, new)
 
 
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:

@@ -72,6 +72,10 @@ class Wrapper(nn.Module, ABC):
         """Remove an adapter."""
         del self.adapters[adapter_name]
 
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter that is here another name, in its place among the others."""
+        replace_key(self.adapters._modules, old, new)
+
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         if name in modules:
@@ -103,3 +107,10 @@ def innermost(module: nn.Module) -> nn.Module:
     while isinstance(module, Wrapper):
         module = module.base_layer
     return module
+
+
+def replace_key(table: dict[str, Any], old: str, new: str) -> None:
+    """Rename a key of a table, if it is there, without moving it; in place, since others may hold the table."""
+    items = [(new if key == old else key, value) for key, value in table.items()]
+    table.clear()
+    table.update(items)

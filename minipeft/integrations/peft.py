@@ -88,8 +88,8 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
             MinipeftError: see `minipeft.AdaptedModel.add_adapter`.
         """
         model = self.get_base_model()
-        source = next((name for name, (_, known) in self._configs.items() if known is peft_config), None)
-        own = peft_config if source is None else model.adapter_configs[source]
+        own = next((own for own, known in self._configs.values() if known is peft_config), peft_config)
+        source = next((name for name, known in model.adapter_configs.items() if known is own), None)
         model.add_adapter(adapter_name, own)
         for _, wrapper in wrappers(model):
             for parameter in wrapper.trainable_parameters(adapter_name):

@@ -33,6 +33,7 @@ class AdaLora(Adapter):
 
     config_class = AdaLoraConfig
     runs_base = True
+    scaling: float
     left: Tensor | None
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: AdaLoraConfig, shared: object | None) -> None:
@@ -42,7 +43,7 @@ class AdaLora(Adapter):
         self.scaling = config.lora_alpha / (config.init_r + 1e-5)  # PEFT's divisor; it does not follow the rank
         self.beta1, self.beta2 = config.beta1, config.beta2
         self.dropout = config.lora_dropout
-        r = sum(self.kept)
+        self.rank = r = sum(self.kept)
         self.lora_A = nn.Parameter(weight.new_empty(r, in_features))
         self.lora_E = nn.Parameter(weight.new_empty(r, 1))
         self.lora_B = nn.Parameter(weight.new_empty(out_features, r))

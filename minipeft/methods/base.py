@@ -40,6 +40,9 @@ class Adapter(nn.Module, ABC):
     config_class: ClassVar[type[AdapterConfig]]
     runs_base: ClassVar[bool] = False  # `forward` may get y=None, and then computes the layer's output itself
     is_tied: bool = False  # whether it is on layers tied to its own too, see `ties`
+    scaling: float | None = None  # the factor of the whole update, if there is one: see `rescale`
+    strength: float = 1.0  # what `set_scale` multiplies it by
+    rank: int | None = None  # of the update, as the configuration says it
     key_prefix: str = ""  # before its keys in a file, for an adapter from `AdapterConfig.companions`
 
     # Must say:
@@ -72,6 +75,15 @@ class Adapter(nn.Module, ABC):
         A permanent merge is then one product added in place.
         """
         return None
+
+    def stacked_factors(self) -> tuple[Tensor, Tensor] | None:
+        """(up, down) of the update of the weight alone, shapes (matrices, out, r) and (matrices, r, in).
+
+        As `factors`, but whatever the bias does, and for each of the matrices that the weight is a stack of, such as
+        experts. By default `factors` as a stack of one.
+        """
+        factors = self.factors()
+        return None if factors is None else (factors[0].unsqueeze(0), factors[1].unsqueeze(0))
 
     def delta(self, weight: Tensor) -> Tensor | None:
         """The dense update (out, in) in float32 or float64, if ``merge(W, b)[0] == W + delta(W)``.
@@ -211,6 +223,24 @@ class Adapter(nn.Module, ABC):
 
     # For the library:
 
+    def rescale(self, scale: float) -> None:
+        """Multiply the whole update by `scale`: that of the configuration times this, whatever it was before.
+
+        A method whose update has one factor keeps it as `scaling`, set in `__init__`, and reads it at every use: in
+        `forward`, and in `factors` or `delta`.
+        """
+        full: float | None = self.__dict__.setdefault("full_scaling", self.scaling)
+        assert full is not None
+        self.scaling, self.strength = full * scale, scale
+
+    @property
+    def is_scalable(self) -> bool:
+        """Whether its update is a sum that goes with `scaling`; what multiplies the weight has no such factor."""
+        own = type(self)  # asked of the class itself: DoRA takes back what its parent says
+        return isinstance(self.scaling, int | float) and (
+            own.factors is not Adapter.factors or own.delta is not Adapter.delta
+        )
+
     def adds(self, weight: Tensor) -> bool:
         """Whether all it does is to add to this canonical weight. What does not add does not commute with other adapters."""
         return self.factors() is not None or self.delta(weight) is not None
@@ -221,7 +251,13 @@ class Adapter(nn.Module, ABC):
         own = vars(cls)
         runs_base = own.get("runs_base", cls.runs_base and "forward" not in own)
         cls.runs_base = runs_base and not cls.overrides("before")
-        together = ("merge", "delta", "factors", "merge_after")  # they say the same thing in different ways
+        together = (
+            "merge",
+            "delta",
+            "factors",
+            "stacked_factors",
+            "merge_after",
+        )  # they say the same thing in different ways
         if not own.keys().isdisjoint(together):
             for name in together:
                 setattr(cls, name, own.get(name, vars(Adapter)[name]))

@@ -10,7 +10,15 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, MergeError, StateError
-from minipeft.kernels.functional import is_column_major, lora_delta, lora_factors, stacked_delta, whole
+from minipeft.kernels.functional import (
+    is_column_major,
+    lora_delta,
+    lora_factors,
+    split_columns,
+    split_rows,
+    stacked_delta,
+    whole,
+)
 from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
@@ -34,6 +42,7 @@ class Lora(Adapter):
     original_bias: Tensor | None  # kept, since another adapter may be merged into the layer's bias later
     initial_A: Tensor | None
     initial_B: Tensor | None
+    scaling: float
     is_swapped = False  # A and B change places: a head that is tied to an embedding with this adapter
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
@@ -41,7 +50,7 @@ class Lora(Adapter):
         weight, bias = ops.read_weight(base), ops.read_bias(base)
         shape_A, shape_B = ops.factor_shapes(base, config.r)
         self.is_embedding, self.num_experts = ops.is_embedding, shape_A[0] // config.r
-        self.scaling, self.dropout = config.scaling, config.lora_dropout
+        self.scaling, self.rank, self.dropout = config.scaling, config.r, config.lora_dropout
         init = chosen_init(config.init_lora_weights).init
         self.starts_from_weight = init.of_weight
         if ops.is_embedding and config.freeze_lora_A:
@@ -140,6 +149,18 @@ class Lora(Adapter):
         if self.trains_bias or self.num_experts > 1:
             return None  # the merge changes more than the weight, or takes more than one product
         return lora_factors(*self._matrices(), self.scaling)
+
+    def stacked_factors(self) -> tuple[Tensor, Tensor]:
+        up, down = lora_factors(*self._matrices(), self.scaling)
+        return split_columns(up, self.num_experts), split_rows(down, self.num_experts)
+
+    @torch.no_grad()
+    def hold(self, up: Tensor, down: Tensor, bias: Tensor | None) -> None:
+        """Hold this update: `stacked_factors` of the adapter's own rank, and what is added to the bias, shape (out,)."""
+        self.lora_A.data = (down / self.scaling).flatten(0, 1).reshape(self.lora_A.shape).contiguous()
+        self.lora_B.data = up.permute(1, 2, 0).reshape(self.lora_B.shape).contiguous()
+        if self.lora_B_bias is not None and bias is not None:
+            self.lora_B_bias.data = bias / self.scaling
 
     def delta(self, weight: Tensor) -> Tensor:
         if self.num_experts > 1:

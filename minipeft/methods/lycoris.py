@@ -58,12 +58,14 @@ class Lycoris(Adapter):
         rescales: whether the remaining rows are scaled up to keep their mean.
     """
 
+    scaling: float
+
     def __init__(
         self, base: nn.Module, ops: LayerOps, config: LycorisConfig, shared: object | None, rescales: bool
     ) -> None:
         super().__init__(base, ops, config, shared)
         self.out_features, self.in_features = ops.shape(base)
-        self.scaling = config.alpha / config.r
+        self.scaling, self.rank = config.alpha / config.r, config.r
         self.rank_dropout, self.module_dropout, self.rescales = config.rank_dropout, config.module_dropout, rescales
 
     def passes(self, like: Tensor) -> Tensor | None:

@@ -101,6 +101,7 @@ class Vera(Adapter):
 
     config_class = VeraConfig
     runs_base = True
+    scaling: float
     projections: Projections
 
     @classmethod
@@ -116,6 +117,7 @@ class Vera(Adapter):
         assert isinstance(shared, Projections)
         self.out_features, self.in_features = ops.shape(base)
         self.is_embedding = ops.is_embedding
+        self.scaling, self.rank = 1.0, config.r
         self.dropout, self.saves_projections = config.vera_dropout, config.save_projection
         self.projections = shared
         weight = ops.read_weight(base)
@@ -142,18 +144,18 @@ class Vera(Adapter):
         keeps = torch.is_grad_enabled() and not torch.jit.is_tracing()  # a trace is checked without gradients
         if not keeps and takes_vectors(ops) and not self.is_embedding:  # nothing to keep: scale vectors
             y = ops.call(base, x) if y is None else y
-            h = ops.project_in(base, x, A.to(x.dtype)) * self.vera_lambda_d
+            h = ops.project_in(base, x, A.to(x.dtype)) * (self.scaling * self.vera_lambda_d)
             more = ops.project_out(base, h.to(x.dtype), B.to(x.dtype)) * self.vera_lambda_b
             assert isinstance(y, Tensor)
             return y + more.to(y.dtype)
         # Both vectors scale B. A then stays frozen, so only A x is saved for the backward pass, and nothing as large as y.
         up = self.vera_lambda_b.unsqueeze(1) * B * self.vera_lambda_d
-        return low_rank_forward(base, ops, x, y, A, up, 1.0, self.dropout if self.training else 0.0)
+        return low_rank_forward(base, ops, x, y, A, up, self.scaling, self.dropout if self.training else 0.0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self._factors(self.vera_lambda_b.device)
         dtype = torch.promote_types(self.vera_lambda_b.dtype, torch.float32)
-        down = self.vera_lambda_d.to(dtype).unsqueeze(1) * A.to(dtype)
+        down = (self.scaling * self.vera_lambda_d.to(dtype)).unsqueeze(1) * A.to(dtype)
         return self.vera_lambda_b.to(dtype).unsqueeze(1) * B.to(dtype), down
 
     def file_tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Several adapters on one model: their life (names, strength, status), and one adapter made of several."""

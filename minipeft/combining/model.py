@@ -1,0 +1,154 @@
+"""The verbs of an adapted model for several adapters: names, strength, status, and one adapter made of several."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from minipeft.combining.combination import Combination
+from minipeft.combining.report import CombineReport
+from minipeft.combining.scale import rescale
+from minipeft.combining.status import Status, adapter_status, layer_status
+from minipeft.combining.weighted import add_weighted
+from minipeft.errors import ConfigError, StateError, all_or_nothing, shown, told
+from minipeft.files.save_pretrained import SavableModel
+from minipeft.injection.attach import check_name, rename
+from minipeft.options import number
+
+logger = logging.getLogger("minipeft")
+FAR = 0.1  # relative error from which a combination that is meant as a sum is worth a warning
+
+
+class CombinableModel(SavableModel):
+    """The part of `minipeft.AdaptedModel` that manages several adapters and combines them."""
+
+    @all_or_nothing
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name. It stays active, merged and in training if it is, and keeps its place.
+
+        Raises:
+            ConfigError: the new name is not allowed, see `minipeft.injection.attach.check_name`.
+            StateError: the old name is unknown, or the new one is taken.
+        """
+        self._check_known([old])
+        if new != old:
+            check_name(new, self._state.configs)
+            rename(self, old, new)
+
+    def adapter_status(self) -> Status:
+        """A row for each adapter: method, rank, strength, active, merged, trainable, dtype, device. A table if printed."""
+        return adapter_status(self)
+
+    def layer_status(self) -> Status:
+        """As `adapter_status`, with a row for each adapter on each layer."""
+        return layer_status(self)
+
+    @all_or_nothing
+    def set_scale(self, adapter_name: str, scale: float, pattern: str | None = None) -> None:
+        """Let an adapter act with this multiple of its update, at once and until further notice; 1 is the adapter itself.
+
+        Merging folds that in. A file holds the adapter at full strength, and saving it warns about that;
+        ``save_pretrained(convert_to_lora=True)`` writes the scale into the factors.
+
+        Args:
+            adapter_name: which adapter.
+            scale: any number; 0 is off, a negative one subtracts.
+            pattern: a regular expression for the whole name of a layer or its end after a dot, as in ``rank_pattern``:
+                only those layers. None: all of them, whatever was set before.
+
+        Raises:
+            StateError: the name is unknown or merged, or the effect of the adapter is not an update times a number, as
+                with DoRA, OFT and (IA)^3.
+            TargetError: the pattern matches no layer.
+        """
+        self._check_known([adapter_name])
+        number("scale", scale)
+        if pattern is not None and not (isinstance(pattern, str) and pattern):
+            raise ConfigError(
+                f"pattern must be a regular expression for names of layers, or None, not {told(pattern)}."
+            )
+        if adapter_name in (*self._state.merged, *self._state.set_aside):
+            raise StateError(f"adapter {adapter_name!r} is merged into the base; call unmerge_adapter() first.")
+        rescale(self, adapter_name, scale, pattern)
+
+    @all_or_nothing
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        different_targets: bool = False,
+    ) -> CombineReport:
+        """Make a new LoRA adapter of several adapters, frozen and inactive until `set_adapter`, and say what that cost.
+
+        The weighted sum of their updates, ``sum_i w_i D_i``, is what each type is compared with:
+
+        * "cat" is exact: the factors stand next to each other, and the ranks add up. It takes any method whose update
+          is a product: LoRA, LoHa, VeRA, AdaLoRA.
+        * "svd" is the nearest update of rank `svd_rank`. It takes LoKr, too. The SVD is that of a small core, since no
+          array as large as a weight is needed.
+        * "linear" adds the factors themselves, which leaves products of one adapter's A with another one's B.
+        * "ties", "dare_linear", "dare_ties" and "magnitude_prune" do so after leaving out values, see
+          `minipeft.combining.task_arithmetic`; with "_svd" at the end, they leave out values of whole updates.
+
+        Results are PEFT's, but for what is wrong there: `use_rslora` and `lora_bias` count as they act; a combination of
+        one adapter is what `combination_type` says, and not always "linear"; ranks are the same on all layers, as the
+        configuration says. Random masks are drawn by torch's generator in PEFT's order, but PEFT draws the starting values of
+        the new adapter before.
+
+        Args:
+            adapters: their names, each once.
+            weights: one each; negative ones subtract.
+            adapter_name: of the new one.
+            combination_type: see above.
+            svd_rank: of the result; None: the largest rank of these adapters.
+            svd_clamp: a quantile, by which the values of the factors are limited after an SVD.
+            svd_full_matrices: PEFT's option, which changes nothing in the result.
+            svd_driver: of ``torch.linalg.svd``, on CUDA only.
+            density: the share of values that the types with pruning keep, above 0 and at most 1.
+            majority_sign_method: how TIES elects signs: "total" or "frequency".
+            different_targets: let an adapter lack layers that others have: its update is zero there.
+
+        Returns:
+            The distance from the weighted sum, per layer and in all. It also goes to the logger "minipeft".
+
+        Raises:
+            StateError: a name is unknown or taken; an adapter multiplies the weight (DoRA, OFT, (IA)^3) or trains modules or
+                rows of tokens in full; a value is not finite; or an adapter is merged.
+            ConfigError: a number or an option is not allowed.
+            TargetError: the adapters are on different layers, or what is to be added differs in rank or has no factors.
+        """
+        weights_by_name = self._checked_weights(adapters, weights)
+        check_name(adapter_name, self._state.configs)
+        how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        if svd_driver is not None and any(p.device.type != "cuda" for p in self.parameters()):
+            raise ConfigError("svd_driver is for CUDA, and this model is elsewhere; leave it out.")
+        if merged := self._state.merged or self._state.set_aside:
+            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
+        report = add_weighted(self, weights_by_name, adapter_name, how, different_targets=different_targets)
+        is_far = combination_type in ("linear", "svd") and report.total > FAR
+        logger.log(logging.WARNING if is_far else logging.INFO, "%s", report)
+        return report
+
+    def _checked_weights(self, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+        if isinstance(adapters, str) or not isinstance(adapters, Sequence):
+            raise ConfigError(f"adapters must be a list of names, not {told(adapters)}.")
+        if isinstance(weights, str) or not isinstance(weights, Sequence):
+            raise ConfigError(f"weights must be a list of numbers, not {told(weights)}.")
+        if repeated := [name for name, count in Counter(adapters).items() if count > 1]:
+            raise StateError(f"adapters: {shown(repeated)} stands there more than once; add up its weights.")
+        self._check_known(adapters)
+        if len(adapters) != len(weights):
+            raise ConfigError(
+                f"weights must have one number for each of the {len(adapters)} adapters, not {len(weights)}."
+            )
+        return {name: number(f"the weight of {name!r}", w) for name, w in zip(adapters, weights, strict=True)}

@@ -1,0 +1,102 @@
+"""One LoRA adapter made of several adapters: its values, its configuration, and its place in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft import registry
+from minipeft.combining.combination import Combination, measured, summed_bias
+from minipeft.combining.products import padded
+from minipeft.combining.report import CombineReport
+from minipeft.combining.sources import Update, sources, widest
+from minipeft.config import AdapterConfig
+from minipeft.errors import TargetError, shown
+from minipeft.injection.attach import STATE, AdapterState, attach
+from minipeft.injection.build import build
+from minipeft.injection.plan import plan
+from minipeft.options import rank as checked_rank
+
+METHOD = "lora"
+TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+Values = dict[str, tuple[Tensor, Tensor, "Tensor | None"]]
+
+
+@torch.no_grad()
+def add_weighted(
+    model: nn.Module, weights: Mapping[str, float], adapter_name: str, how: Combination, *, different_targets: bool
+) -> CombineReport:
+    """See `minipeft.combining.model.CombinableModel.add_weighted_adapter`. Until all values are there, the model is only read."""
+    found = sources(model, weights, different_targets=different_targets)
+    values, report = _combined(found, how)
+    state: AdapterState = model.__dict__[STATE]
+    configs = {name: state.configs[name] for name in weights}
+    made = plan(model, _config(found, configs, values, report.rank), every_pattern=False)
+    # A suffix in a list of names may fit more modules than the one it was taken from.
+    sites = tuple(site for site in made.adapters if (site.tied_to or site.name) in found)
+    if missing := found.keys() - {site.name for site in sites}:
+        raise TargetError(f"{shown(sorted(missing))}: this layer cannot have an adapter of its own any more.")
+    made = replace(made, adapters=sites, saved=())
+    with torch.random.fork_rng():  # the starting values are replaced, so they draw nothing
+        parts = build(made, autocast_adapter_dtype=False)
+    for site, adapter in zip(made.adapters, parts.adapters, strict=True):
+        if site.tied_to is None:
+            one: Any = adapter
+            one.hold(*values[site.name])
+    attach(model, type(model), made, parts, adapter_name, trainable=False)
+    return report
+
+
+def _combined(found: Mapping[str, list[Update]], how: Combination) -> tuple[Values, CombineReport]:
+    """The factors of each layer in the adapter's own dtype, all of one rank, and what they cost."""
+    dtype, made, norms, distances = widest(found), {}, {}, {}
+    ranks = [_rank(update) for updates in found.values() for update in updates]
+    for path, updates in found.items():
+        pair = how.of(path, updates, ranks)
+        up, down = (factor.to(dtype) for factor in pair)
+        if not (up.isfinite().all() and down.isfinite().all()):
+            raise TargetError(f"{path}: the combined factors are not finite in {dtype}; use smaller weights.")
+        made[path] = up, down
+        norms[path], distances[path] = measured(updates, (up, down))
+    rank = checked_rank("the rank of the combined adapter", max(down.shape[-2] for _, down in made.values()))
+    biases = {path: summed_bias(updates) for path, updates in found.items()}
+    values = {
+        path: (*padded(*pair, rank), None if (bias := biases[path]) is None else bias.to(dtype))
+        for path, pair in made.items()
+    }
+    return values, CombineReport(how.combination_type, rank, norms, distances)
+
+
+def _rank(update: Update) -> int:
+    factors = update.factors()
+    return factors[1].shape[-2] if factors is not None else update.adapter.rank or 1
+
+
+def _config(
+    found: Mapping[str, list[Update]], configs: Mapping[str, AdapterConfig], values: Values, rank: int
+) -> AdapterConfig:
+    """The configuration of a plain LoRA on these layers: one rank, scaling 1, no pattern tables."""
+    first = next(iter(configs.values()))
+    options: dict[str, Any] = {name: getattr(first, name) for name in TARGETING}
+    alike = all(getattr(config, name) == value for config in configs.values() for name, value in options.items())
+    if not alike or options["target_modules"] is None:  # a default of the method, and another method's differs
+        names = [path for path, updates in found.items() if updates[0].layer.targeted]
+        parameters = [entry for config in configs.values() for entry in config.target_parameters or ()]
+        options = {"target_modules": names, "target_parameters": list(dict.fromkeys(parameters)) or None}
+    cls = registry.method_class(METHOD).config_class
+    known = {f.name for f in fields(first)}
+    kept = {
+        name: getattr(first, name) for name in ("lora_dropout", "task_type", "base_model_name_or_path") if name in known
+    }
+    return cls(
+        **options,
+        **kept,
+        r=rank,
+        lora_alpha=rank,
+        lora_bias=any(bias is not None for _, _, bias in values.values()),
+        ensure_weight_tying=any(config.ensure_weight_tying for config in configs.values()),
+    )
