@@ -80,9 +80,11 @@ class Combination:
         # Clamping depends on the signs of the singular vectors: those of the whole matrix, as in PEFT.
         if self.combination_type == "svd" and len(known) == len(pairs) and self.svd_clamp is None:
             return truncated(*joined(known, weights), left, self.svd_driver)
-        dense = [update.dense() for update in updates]
+        ops = updates[0].layer.ops
+        turned = ops.fan_in_fan_out or ops.is_embedding  # as PEFT holds it, so that random masks are the same
+        dense = [update.dense().mT if turned else update.dense() for update in updates]
         matrix = weighted_sum(dense, weights, self.scheme, self.density, self.majority_sign_method)
-        up, down = truncated_matrix(matrix, left, self.svd_driver)
+        up, down = truncated_matrix(matrix.mT if turned else matrix, left, self.svd_driver)
         return (up, down) if self.svd_clamp is None else clamped(up, down, self.svd_clamp)
 
     def _of_factors(self, path: str, updates: Sequence[Update]) -> Factors:

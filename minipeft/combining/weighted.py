@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -62,6 +63,8 @@ def _combined(found: Mapping[str, list[Update]], how: Combination) -> tuple[Valu
             raise TargetError(f"{path}: the combined factors are not finite in {dtype}; use smaller weights.")
         made[path] = up, down
         norms[path], distances[path] = measured(updates, (up, down))
+        if not math.isfinite(norms[path] + distances[path]):
+            raise TargetError(f"{path}: the weighted sum of the updates is not finite; use smaller weights.")
     rank = checked_rank("the rank of the combined adapter", max(down.shape[-2] for _, down in made.values()))
     biases = {path: summed_bias(updates) for path, updates in found.items()}
     values = {

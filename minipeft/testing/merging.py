@@ -70,6 +70,7 @@ def _merge(case: Case, name: str, dtype: torch.dtype, sizes: tuple[int, int]) ->
     model.unmerge_adapter()
     if fingerprint(model) != before or not torch.equal(model(x), expected):
         raise case.fail(name, "unmerging does not bring back every bit")
+    _scale(case, name, model, x, noise)
     merged = model.merge_and_unload(**options)
     if type(merged) is not Holder or layers_of(merged):
         raise case.fail(name, "merge_and_unload leaves something of the adapter in the model")
@@ -100,6 +101,33 @@ def _algebra(case: Case, name: str, layer: AdaptedLayer) -> None:
             case.same(name, "what merge_bias adds to another bias", moved - 1, still)
     if factors is not None:
         case.same(name, "W + up @ down, its factors", weight + (factors[0] @ factors[1]).to(weight), merged)
+
+
+def _scale(case: Case, name: str, model: AdaptedModel, x: Tensor, noise: float) -> None:
+    """Check that a method with a `scaling` reads it at every use: in the forward pass, and in what is merged."""
+    layers = layers_of(model)
+    if not all(layer.adapter("default").is_scalable for layer in layers):
+        return
+    expected, options = model(x), _merge_options(case)
+    full = [_update(layer) for layer in layers]
+    model.set_scale("default", 0.5)
+    for layer, whole in zip(layers, full, strict=True):
+        case.same(name, "the update at half strength", _update(layer), whole / 2)
+    half = model(x)
+    if torch.equal(half, expected):
+        raise case.fail(name, "set_scale does not change the output: forward must read self.scaling")
+    model.merge_adapter(**options)
+    case.same(name, "the merged output at half strength", model(x), half, noise)
+    model.unmerge_adapter()
+    model.set_scale("default", 1.0)
+    if not torch.equal(model(x), expected):
+        raise case.fail(name, "set_scale(1) does not bring back the output")
+
+
+def _update(layer: AdaptedLayer) -> Tensor:
+    update = layer.adapter("default").delta(layer.ops.read_weight(layer.base_layer).detach())
+    assert update is not None
+    return update.detach()
 
 
 def _merge_options(case: Case) -> dict[str, Any]:
