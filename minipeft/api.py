@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from minipeft.combining.report import CombineReport
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import (
     CheckpointError,
@@ -65,6 +66,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "CheckpointError",
+    "CombineReport",
     "ConfigError",
     "ContractError",
     "DataError",

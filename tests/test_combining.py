@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import adapted, bert_classifier, disturb, foreign_code, gpt2, logits, refuses, state_digest
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import minipeft
@@ -312,6 +313,48 @@ def test_experts_are_combined_one_by_one(kind):
     else:
         assert report.total < 1e-12
         torch.testing.assert_close(model.mix(x), both)
+
+
+def mixtral():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3}
+    torch.manual_seed(0)
+    config = MixtralConfig(**sizes, num_hidden_layers=1, intermediate_size=24, vocab_size=100)
+    return MixtralForCausalLM(config).eval()
+
+
+def test_experts_of_transformers_and_other_layers_are_combined_into_a_file_that_peft_reads(tmp_path):
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model = get_lora_model(mixtral(), LoraConfig(r=2, init_lora_weights=False, **targets), "a")
+    model.add_adapter("b", LoraConfig(r=3, init_lora_weights=False, **targets))
+    report = model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "new", "cat")
+    assert len(report.norms) == 3
+    model.set_adapter(["a", "b"])
+    model.set_scale("a", 0.5)
+    model.set_scale("b", -2.0)
+    expected = logits(model)
+    model.set_adapter("new")
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path, "new")
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(mixtral(), tmp_path / "new")
+        torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_weights_that_an_attention_reads_are_combined_too(tmp_path):
+    def attention():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"att": nn.MultiheadAttention(8, 2)}).double()
+
+    x = torch.randn(5, 2, 8, dtype=torch.float64)
+    options = {"target_modules": ["att"], "init_lora_weights": False}
+    model = get_lora_model(attention(), LoraConfig(r=2, **options), "a")
+    model.add_adapter("b", LoraConfig(r=3, **options))
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", "cat")
+    model.set_adapter(["a", "b"])
+    expected = model.att(x, x, x)[0]
+    model.save_pretrained(tmp_path, "new")
+    again = load_adapter(attention(), tmp_path / "new")
+    torch.testing.assert_close(again.att(x, x, x)[0], expected)
 
 
 def test_an_adapter_of_an_embedding_and_the_head_tied_to_it_stays_on_both(tmp_path):

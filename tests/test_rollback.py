@@ -42,6 +42,12 @@ def with_two(tmp_path):
     return model
 
 
+def two_plain(tmp_path):
+    model = adapted()
+    model.add_adapter("b", LoraConfig(init_lora_weights=False))
+    return model
+
+
 def merged(tmp_path):
     model = adapted()
     model.merge_adapter()
@@ -57,6 +63,9 @@ VERBS = {
     "load a second": (with_one, lambda model, folder: model.load_adapter(folder, "other")),
     "set_adapter": (with_two, lambda model, _: model.set_adapter("other")),
     "delete_adapter": (with_two, lambda model, _: model.delete_adapter("other")),
+    "delete_adapter, active": (with_two, lambda model, _: model.delete_adapter("default", activate="other")),
+    "rename_adapter": (with_two, lambda model, _: model.rename_adapter("default", "new")),
+    "add_weighted_adapter": (two_plain, lambda model, _: model.add_weighted_adapter(["default", "b"], [1, 1], "new")),
     "unload": (with_two, lambda model, _: model.unload()),
 }
 # Functions that the verbs call on the way, by the module that calls them.
