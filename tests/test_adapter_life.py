@@ -126,6 +126,7 @@ def test_tied_layers_follow_a_rename(options):
     ("old", "new", "error", "said"),
     [
         ("d", "e", StateError, "no adapter 'd'"),
+        (["a"], "e", StateError, r"no adapter ['a']"),
         ("a", "b", StateError, "there is an adapter 'b' already"),
         ("a", "x/y", ConfigError, "not allowed"),
         ("a", "keys", ConfigError, "not allowed"),

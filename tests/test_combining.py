@@ -481,6 +481,8 @@ WRONG = {
     "a name twice": (StateError, (["b", "b"], [1, 1], "n"), {}, "'b' stands there more than once"),
     "no name": (StateError, ([], [], "n"), {}, "at least one"),
     "a name for a list": (ConfigError, ("default", [1], "n"), {}, "list of names"),
+    "lists for names": (ConfigError, ([["b"], ["default"]], [1, 1], "n"), {}, "list of names"),
+    "a number for a flag": (ConfigError, (AB, [1, 1], "n"), {"svd_full_matrices": 1}, "svd_full_matrices must be True"),
     "too few weights": (ConfigError, (AB, [1], "n"), {}, "each of the 2 adapters, not 1"),
     "NaN": (ConfigError, (AB, [1, math.nan], "n"), {}, "the weight of 'b'"),
     "a word": (ConfigError, (AB, [1, "1"], "n"), {}, "the weight of 'b'"),

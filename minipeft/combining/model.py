@@ -14,7 +14,7 @@ from minipeft.combining.weighted import add_weighted
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown, told
 from minipeft.files.save_pretrained import SavableModel
 from minipeft.injection.attach import check_name, rename
-from minipeft.options import number
+from minipeft.options import flag, number
 
 logger = logging.getLogger("minipeft")
 FAR = 0.1  # relative error from which a combination that is meant as a sum is worth a warning
@@ -129,6 +129,7 @@ class CombinableModel(SavableModel):
         """
         weights_by_name = self._checked_weights(adapters, weights)
         check_name(adapter_name, self._state.configs)
+        flag("svd_full_matrices", svd_full_matrices)
         how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         if svd_driver is not None and any(p.device.type != "cuda" for p in self.parameters()):
             raise ConfigError("svd_driver is for CUDA, and this model is elsewhere; leave it out.")
@@ -140,7 +141,11 @@ class CombinableModel(SavableModel):
         return report
 
     def _checked_weights(self, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
-        if isinstance(adapters, str) or not isinstance(adapters, Sequence):
+        if (
+            isinstance(adapters, str)
+            or not isinstance(adapters, Sequence)
+            or not all(isinstance(a, str) for a in adapters)
+        ):
             raise ConfigError(f"adapters must be a list of names, not {told(adapters)}.")
         if isinstance(weights, str) or not isinstance(weights, Sequence):
             raise ConfigError(f"weights must be a list of numbers, not {told(weights)}.")

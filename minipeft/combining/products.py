@@ -42,9 +42,8 @@ def truncated(up: Tensor, down: Tensor, rank: int, driver: str | None = None) ->
     """
     Q, R = torch.linalg.qr(up)
     P, S = torch.linalg.qr(down.mT)
-    # The core is (r, r), so float64 costs nothing that shows.
-    left, right = truncated_matrix((R.double() @ S.mT.double()), rank, driver)
-    return Q @ left.to(up.dtype), right.to(down.dtype) @ P.mT
+    left, right = truncated_matrix(R @ S.mT, rank, driver)
+    return Q @ left, right @ P.mT
 
 
 def truncated_matrix(matrix: Tensor, rank: int, driver: str | None = None) -> Factors:

@@ -12,7 +12,7 @@ from typing import Any, cast
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
-from minipeft.errors import ConfigError, StateError, hint, shown
+from minipeft.errors import ConfigError, StateError, hint, shown, told
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
@@ -221,8 +221,8 @@ class SavableModel(nn.Module):
     def _check_known(self, names: Sequence[str]) -> None:
         known = self._state.configs
         for name in names:
-            if name not in known:
-                raise StateError(f"no adapter {name!r}{hint(str(name), known)}; there are: {shown(known)}.")
+            if not isinstance(name, str) or name not in known:
+                raise StateError(f"no adapter {told(name)}{hint(str(name), known)}; there are: {shown(known)}.")
         if not names or len(set(names)) != len(names):
             raise StateError(
                 f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter()."
