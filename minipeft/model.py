@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from minipeft import registry
 from minipeft.class_swap import reduced
+from minipeft.combining.deletion import active_without
 from minipeft.combining.model import CombinableModel
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
@@ -244,26 +245,11 @@ class AdaptedModel(OwnMethods, CombinableModel, MergeableModel):
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._check_known(names)
-        if merged := [n for n in names if n in (*self._state.merged, *self._state.set_aside)]:
-            raise StateError(f"adapter {shown(merged)} is in use: it is merged into the base. unmerge_adapter() first.")
-        stay = [n for n in self._state.configs if n not in names]
-        active = tuple(n for n in self._state.switch.active if n not in names)
-        if activate is not None:
-            active = (activate,) if isinstance(activate, str) else tuple(activate)
-            self._check_known(active)
-            if gone := [n for n in active if n in names]:
-                raise StateError(f"activate: {shown(gone)} is to be deleted; left are: {shown(stay)}.")
-            self._check_compatible(active)
-            if active != self._state.switch.active and (held := self._state.merged or self._state.set_aside):
-                raise StateError(f"{shown(held)} is merged into the base; call unmerge_adapter() first.")
-        if not active:
-            fix = (
-                f"say what acts instead: delete_adapter({names[0]!r}, activate={stay[0]!r})"
-                if stay
-                else "call unload()"
-            )
-            raise StateError(f"adapter {shown(names)} is in use, and no other one is active; {fix}.")
-        remove(self, names, active)
+        wanted = (activate,) if isinstance(activate, str) else None if activate is None else tuple(activate)
+        if wanted is not None:
+            self._check_known(wanted)
+            self._check_compatible(wanted)
+        remove(self, names, active_without(self._state, names, wanted))
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
