@@ -126,7 +126,9 @@ class Flags:
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = flag(None, "(default: what accelerate launch was told)")
     lean: bool = flag(False, "the same training in less memory and time, see minipeft.lean")
-    checkpointing: Literal["none", "last", "mlp", "block"] | None = flag(None, "what to recompute; implies --lean")
+    checkpointing: Literal["none", "last", "mlp", "block", "sqrt"] | None = flag(
+        None, "what to recompute; implies --lean"
+    )
     gradient_checkpointing: bool = flag(
         False, "the name that Trainers have for --checkpointing block", not_with=("checkpointing",)
     )

@@ -103,7 +103,7 @@ def checkpoints_blocks(model):
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block", "sqrt"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_loss_and_gradients_are_what_they_were(make, dropout, checkpointing):
@@ -114,8 +114,8 @@ def test_loss_and_gradients_are_what_they_were(make, dropout, checkpointing):
     assert_same_learning(found, expected)
     assert found[0].logits is None
     assert "logits" not in found[0]
-    assert ("RecomputedMlp" in mixins(model)) == (checkpointing in ("mlp", "block"))
-    assert checkpoints_blocks(model) == (checkpointing in ("last", "block"))
+    assert ("RecomputedMlp" in mixins(model)) == (checkpointing in ("mlp", "block", "sqrt"))
+    assert checkpoints_blocks(model) == (checkpointing in ("last", "block", "sqrt"))
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -128,7 +128,7 @@ def test_it_is_generic_over_causal_language_models(kind):
 
 
 @pytest.mark.parametrize("p", [{"resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1}])
-@pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block", "sqrt"])
 def test_the_models_own_dropout_draws_the_same_masks(checkpointing, p):
     base = gpt2()
     for module in base.modules():
@@ -286,7 +286,7 @@ def test_a_failing_call_leaves_the_head_as_it_was():
     assert model(input_ids=IDS).logits.shape[-1] == VOCABULARY
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block", "sqrt"])
 def test_unlean_brings_everything_back(checkpointing):
     model = in_training()
     classes = [type(module) for module in model.modules()]
@@ -317,7 +317,7 @@ def test_another_call_replaces_the_options():
     expected = loss_and_gradients(model)
     for checkpointing in ("block", "last", "mlp", "none"):
         assert_same_learning(loss_and_gradients(lean(model, checkpointing)), expected)
-        assert checkpoints_blocks(model) == (checkpointing in ("last", "block"))
+        assert checkpoints_blocks(model) == (checkpointing in ("last", "block", "sqrt"))
     assert not lean(model, chunked_loss=False)(input_ids=IDS, labels=LABELS).logits.isnan().any()
 
 
@@ -447,6 +447,7 @@ def test_the_probe_leaves_modes_generators_gradients_and_buffers_alone():
     [
         (lambda: lean(in_training(), "blocks"), LeanError, "closest: 'block'"),
         (lambda: lean(in_training(), True), LeanError, "must be one of"),
+        (lambda: lean(in_training(), 0), LeanError, "or a number of blocks, not 0"),
         (lambda: lean(nn.Linear(2, 2)), StateError, "takes a transformers model"),
         (lambda: lean("gpt2"), StateError, "takes a transformers model"),
         (
@@ -549,6 +550,65 @@ def test_a_block_of_gpt2_keeps_so_many_arrays_of_its_width(subject, units):
     unit = 2 * 32 * 256 * 4
     small = 2 * 32 * 4 * (4 + 4 + 2)  # h of four adapters, mean and deviation of two norms, two heads' sums
     assert units * unit <= block <= units * unit + small
+
+
+@pytest.mark.parametrize(("checkpointing", "kept"), [("block", (9, 4)), ("sqrt", (3, 2)), (4, (3, 1)), (2, (5, 2))])
+def test_a_group_of_blocks_keeps_one_array_of_its_width(checkpointing, kept):
+    def model(n_layer):
+        config = copy.deepcopy(gpt2(use_cache=False).config)
+        config.n_layer, config.n_embd, config.n_head = n_layer, 64, 2
+        return lean(in_training(type(gpt2())(config).train(), r=1, target_modules=["c_attn", "c_fc"]), checkpointing)
+
+    unit = 2 * 32 * 64 * 4
+    assert bytes_kept(model(9)) - bytes_kept(model(4)) == (kept[0] - kept[1]) * unit
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("dtype", [torch.float32, "autocast"])
+def test_groups_of_blocks_compute_their_inputs_again_to_the_last_bit(make, dropout, dtype):
+    config = copy.deepcopy(make(use_cache=False).config)
+    setattr(config, "n_layer" if make is gpt2 else "num_hidden_layers", 7)
+    torch.manual_seed(0)
+    base = type(make())(config)
+    model = in_training(base, target_modules="all-linear", lora_dropout=dropout)
+    ids = torch.randint(VOCABULARY, (4, 16))
+
+    def gradients(checkpointing):
+        lean(model, checkpointing)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return [loss, *found]
+
+    wanted = gradients("block")
+    for checkpointing in ("sqrt", 2, 7, 100):
+        assert all(torch.equal(f, w) for f, w in zip(gradients(checkpointing), wanted, strict=True))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.manual_seed(1)
+    copied(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_feed_forward_modules_are_recomputed_in_tiles_of_tokens(make, monkeypatch):
+    monkeypatch.setattr("minipeft.memory.token_tiles.DEFAULT_ROWS", {"cpu": 5})
+    model = in_training(make(use_cache=False), target_modules="all-linear")
+    ids = torch.randint(VOCABULARY, (1, 17))
+    expected = loss_and_gradients(model, input_ids=ids, labels=ids)
+    sizes = []
+    for name, module in model.named_modules():
+        if name.endswith(("c_fc", "up_proj")):
+            module.register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[1]))
+    lean(model, "block")
+    sizes.clear()
+    assert_same_learning(loss_and_gradients(model, input_ids=ids, labels=ids), expected)
+    assert set(sizes) == {4, 5}
+    unlean(model)
+    assert_same_learning(loss_and_gradients(model, input_ids=ids, labels=ids), expected)
 
 
 def rotary_model(kind, dtype, n_layer, ff):

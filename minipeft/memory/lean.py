@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,7 +17,8 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels import matmul
 from minipeft.layers.base import is_plain_linear, layer_ops
-from minipeft.memory import sample_slices
+from minipeft.memory import sample_slices, token_tiles
+from minipeft.memory.chains import CHAINS, Chains
 from minipeft.memory.chunked_loss import LeanLoss, PassesThrough, after_forward, before_forward, is_frozen
 from minipeft.memory.gated_mlp import gated_mixin
 from minipeft.memory.modules import (
@@ -36,7 +38,7 @@ from minipeft.transformers_model import output_head, recomputable_blocks
 
 logger = logging.getLogger("minipeft")
 Model = TypeVar("Model", bound=nn.Module)
-CHECKPOINTING = ("none", "last", "mlp", "block")
+CHECKPOINTING = ("none", "last", "mlp", "block", "sqrt")
 MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 STATE = "_minipeft_lean"
 
@@ -55,7 +57,7 @@ class LeanState:
 
 @all_or_nothing
 def lean(
-    model: Model, checkpointing: str | None = None, *, chunked_loss: bool = True, fast_linear: bool = True
+    model: Model, checkpointing: str | int | None = None, *, chunked_loss: bool = True, fast_linear: bool = True
 ) -> Model:
     """Change a transformers model, in place, to train in less memory and time with the same loss and gradients.
 
@@ -71,9 +73,11 @@ def lean(
         model: a plain or adapted transformers model, not yet wrapped by DDP or the like.
         checkpointing: what to recompute in the backward pass. "last": the last block, a slice of the batch at a time,
             since memory peaks at the beginning of that pass. "mlp": the feed-forward half of each block. "block": every
-            block, in slices. Each takes less memory and more time than the one before. "none": nothing. The default is
-            "last" if the model can run in slices, which dropout prevents, else "none". Recomputation is non-reentrant
-            and stops below the lowest adapter.
+            block, in slices, and its feed-forward half in tiles of tokens. A number k: every block, and of each k blocks
+            only the first keeps its input, from which those of the others are computed again; "sqrt": as many blocks as
+            groups. Each takes less memory and more time than the one before. "none": nothing. The default is "last" if the
+            model can run in slices, which dropout prevents, else "none". Recomputation is non-reentrant and stops below
+            the lowest adapter.
         chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
         fast_linear: also let frozen layers without an adapter use the faster library, if there is one; quantized
             layers then keep nothing for the backward pass.
@@ -84,9 +88,11 @@ def lean(
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise StateError(f"lean() takes a transformers model, adapted or plain, not {type(model).__name__}.")
-    if checkpointing is not None and checkpointing not in CHECKPOINTING:
+    is_number = isinstance(checkpointing, int) and not isinstance(checkpointing, bool) and checkpointing > 0
+    if checkpointing is not None and not is_number and checkpointing not in CHECKPOINTING:
         raise LeanError(
-            f"checkpointing must be one of {shown(CHECKPOINTING)}, not {checkpointing!r}{hint(str(checkpointing), CHECKPOINTING)}."
+            f"checkpointing must be one of {shown(CHECKPOINTING)} or a number of blocks, not {checkpointing!r}"
+            f"{hint(str(checkpointing), CHECKPOINTING)}."
         )
     unlean(model)
     if chunked_loss:
@@ -102,8 +108,10 @@ def lean(
         probe.compare(model)
         if checkpointing is None and not all(sample_slices.runs_in_slices(block) for block in state.blocks):
             _keep_blocks(state)
-        with sample_slices.of_one_sample(state.blocks) as some:
-            if some:
+        mlps = [module for module, mixin in state.mixed if mixin is RecomputedMlp]
+        token_tiles.settle(mlps)
+        with sample_slices.of_one_sample(state.blocks) as some, token_tiles.of_two_tokens(mlps) as others:
+            if some or others:
                 probe.compare(model)
     except BaseException:
         unlean(model)
@@ -123,7 +131,8 @@ def unlean(model: nn.Module) -> None:
     for module in model.modules():  # not those of `state.mixed`: adapting has moved some into new objects
         if isinstance(module, SameFunction):
             module.__class__ = plain_class(type(module))
-            module.__dict__.pop("lean_ops", None)
+            for name in ("lean_ops", token_tiles.TOKENS, token_tiles.TRIED):
+                module.__dict__.pop(name, None)
     _keep_blocks(state)
     for hook in state.hooks:
         hook.remove()
@@ -138,7 +147,7 @@ def _keep_blocks(state: LeanState) -> None:
     for block in state.blocks:
         if RecomputedBlock in type(block).__mro__:
             block.__class__ = original_class(RecomputedBlock, type(block))
-        for name in ("recomputes", "_gradient_checkpointing_func", sample_slices.ROWS):
+        for name in ("recomputes", "_gradient_checkpointing_func", sample_slices.ROWS, CHAINS):
             block.__dict__.pop(name, None)
     state.blocks.clear()
 
@@ -180,7 +189,7 @@ def _mix(module: nn.Module, mixin: type[nn.Module], state: LeanState) -> None:
     module.__class__ = mixed_class(mixin, type(module))
 
 
-def _recompute(model: nn.Module, state: LeanState, checkpointing: str | None) -> None:
+def _recompute(model: nn.Module, state: LeanState, checkpointing: str | int | None) -> None:
     if checkpointing == "none":
         return
     blocks = list(recomputable_blocks(model))
@@ -196,12 +205,17 @@ def _recompute(model: nn.Module, state: LeanState, checkpointing: str | None) ->
     if checkpointing == "mlp":
         _recompute_mlps(model, state, blocks, needed=True)
         return
-    state.blocks = blocks if checkpointing == "block" else blocks[-1:]
+    every = checkpointing is not None and checkpointing != "last"
+    state.blocks = blocks if every else blocks[-1:]
+    size = math.isqrt(len(blocks) - 1) + 1 if checkpointing == "sqrt" and blocks else checkpointing
+    chains = Chains(size) if isinstance(size, int) and size > 1 else None
     for block in state.blocks:
+        if chains is not None:
+            block.__dict__[CHAINS] = chains
         block.__class__ = mixed_class(RecomputedBlock, type(block))
         block.gradient_checkpointing = True  # type: ignore[assignment]
         block._gradient_checkpointing_func = recompute_block  # type: ignore[assignment]
-    if checkpointing == "block":
+    if every:
         _recompute_mlps(model, state, blocks, needed=False)
     elif len(blocks) > 1:
         state.hooks.append(blocks[-2].register_forward_pre_hook(trim_before))

@@ -14,9 +14,10 @@ from minipeft.class_swap import SameFunction
 from minipeft.kernels import malloc_trim, recompute
 from minipeft.kernels.frozen_linear import lean_linear
 from minipeft.kernels.keeps_inputs import keeping_inputs
-from minipeft.kernels.transformed import is_traced
+from minipeft.kernels.transformed import is_traced, is_transformed
 from minipeft.layers.base import LayerOps
-from minipeft.memory import sample_slices
+from minipeft.memory import sample_slices, token_tiles
+from minipeft.memory.chains import CHAINS, Chains
 
 # Activations that transformers composes of single operations, each of which keeps an array for the backward pass.
 TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}
@@ -99,10 +100,11 @@ class RecomputedMlp(SameFunction):
         if not learns(self) or not wants_gradient(self, args, kwargs):
             return run(*args)
         source = recompute.source_of(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
-        if source is None:
-            return checkpoint(run, *args, use_reentrant=False)
-        # Keep the input of the preceding norm, which the norm keeps anyway.
-        return checkpoint(_after(run, source.module), *source.inputs, use_reentrant=False)
+        if source is not None:  # keep the input of the preceding norm, which the norm keeps anyway
+            return token_tiles.run(self, _after(run, source.module), source.inputs)
+        if len(args) == 1 and isinstance(args[0], Tensor):
+            return token_tiles.run(self, run, args)
+        return checkpoint(run, *args, use_reentrant=False)
 
 
 def _after(run: Callable[[Tensor], Any], norm: nn.Module) -> Callable[[Tensor], Any]:
@@ -136,6 +138,9 @@ def recompute_block(function: Any, *args: Any) -> Any:
         return _checkpoint(function, *args)
     if not wants_gradient(module, args, function.keywords):
         return function(*args)
+    chains: Chains | None = module.__dict__.get(CHAINS)
+    if chains is not None and args and isinstance(args[0], Tensor) and not is_transformed():
+        return chains.run(module, function, args, _checkpoint)
     return sample_slices.run(module, function, args, _checkpoint)
 
 

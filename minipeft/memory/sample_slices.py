@@ -43,13 +43,13 @@ def run(layer: nn.Module, forward: Call, args: Sequence[Any], checkpointed: Call
     if not isinstance(x, Tensor) or x.dim() != 3 or is_transformed():
         return checkpointed(forward, *args)
     rows = layer.__dict__.get(ROWS, 0)
-    states = _random_states(x.device)
+    states = random_states(x.device)
     calls = _calls(forward, args, max(1, rows // x.shape[1])) if rows else []
     if calls:
         output = _joined([checkpointed(function, *values) for function, values in calls])
     else:
         output = checkpointed(forward, *args)
-    same = _by_sample(output, x) and states == _random_states(x.device)
+    same = _by_sample(output, x) and states == random_states(x.device)
     layer.__dict__[ROWS] = (rows or DEFAULT_ROWS.get(x.device.type, 0)) if same else 0
     return output
 
@@ -123,7 +123,8 @@ def _by_sample(output: Any, x: Tensor) -> bool:
     return all(item is None or (isinstance(item, Tensor) and item.shape[:2] == x.shape[:2]) for item in items)
 
 
-def _random_states(device: torch.device) -> list[bytes]:
+def random_states(device: torch.device) -> list[bytes]:
+    """The states of the random generators; equal if nothing has drawn from them."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))

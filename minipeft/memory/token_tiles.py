@@ -1,0 +1,80 @@
+"""Recomputing a feed-forward module on some tokens at a time, so that a long sequence needs no more memory than a short one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minipeft.injection.wrapper import innermost
+from minipeft.kernels.transformed import is_transformed
+from minipeft.layers.base import layer_ops
+from minipeft.memory.sample_slices import DEFAULT_ROWS, random_states
+
+TOKENS = "_minipeft_tile_tokens"  # in a module's __dict__: tokens in a tile; 0 if it may not work on each by itself
+TRIED = "_minipeft_tile_tried"  # whether it may, as long as that is being tried
+
+
+def run(mlp: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """``checkpoint(function, *inputs)``, in tiles if `settle` has found that it may be.
+
+    Args:
+        mlp: its ``__dict__`` says whether.
+        function: gives the output of the module, shape (batch, length, width).
+        inputs: what it is given, of shape (batch, length, ...) each.
+    """
+    x = inputs[0]
+    if TOKENS not in mlp.__dict__:
+        states = random_states(x.device)
+        y = _kept(function, *inputs)
+        by_token = x.dim() == 3 and y.shape[:2] == x.shape[:2] and states == random_states(x.device)
+        mlp.__dict__[TRIED] = by_token and _is_simple(mlp)
+        return y
+    tokens = mlp.__dict__[TOKENS]
+    if not tokens or x.dim() != 3 or x.shape[0] * x.shape[1] <= tokens or is_transformed():
+        return _kept(function, *inputs)
+    count = -(-x.shape[0] * x.shape[1] // tokens)
+    flat = [tensor.reshape(1, -1, tensor.shape[-1]).tensor_split(count, 1) for tensor in inputs]
+    y = torch.cat([_kept(function, *tile) for tile in zip(*flat, strict=True)], 1)
+    return y.view(*x.shape[:2], -1)
+
+
+def settle(mlps: Iterable[nn.Module]) -> None:
+    """Let the modules run in tiles that drew no random numbers when they were tried.
+
+    A pass and its recomputation must do the same, so this is for a time between passes.
+    """
+    for mlp in mlps:
+        device = next(mlp.parameters()).device.type
+        mlp.__dict__[TOKENS] = DEFAULT_ROWS.get(device, 0) if mlp.__dict__.pop(TRIED, False) else 0
+
+
+@contextlib.contextmanager
+def of_two_tokens(mlps: Sequence[nn.Module]) -> Iterator[bool]:
+    """Run the modules that can be cut two tokens at a time, to prove that they may; yields whether there are any.
+
+    Not one: torch's products by a single row in bfloat16 are too inexact to prove anything.
+    """
+    found = {mlp: tokens for mlp in mlps if (tokens := mlp.__dict__.get(TOKENS))}
+    for mlp in found:
+        mlp.__dict__[TOKENS] = 2
+    try:
+        yield bool(found)
+    finally:
+        for mlp, tokens in found.items():
+            mlp.__dict__[TOKENS] = tokens
+
+
+def _kept(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    y: Tensor = checkpoint(function, *inputs, use_reentrant=False)
+    return y
+
+
+def _is_simple(mlp: nn.Module) -> bool:
+    """Whether it is made of linear layers and activations, with no router, whose calls others may count."""
+    return all(
+        layer_ops(innermost(child)) is not None or not any(True for _ in child.parameters()) for child in mlp.children()
+    )
