@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,20 @@ TOKENS = "_minipeft_tile_tokens"  # in a module's __dict__: tokens in a tile; 0 
 TRIED = "_minipeft_tile_tried"  # whether it may, as long as that is being tried
 
 
-def run(mlp: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+def run(mlp: nn.Module, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
     """``checkpoint(function, *inputs)``, in tiles if `settle` has found that it may be.
 
     Args:
         mlp: its ``__dict__`` says whether.
-        function: gives the output of the module, shape (batch, length, width).
+        function: gives the output of the module; in tiles only if that is of shape (batch, length, width).
         inputs: what it is given, of shape (batch, length, ...) each.
     """
     x = inputs[0]
     if TOKENS not in mlp.__dict__:
         states = random_states(x.device)
         y = _kept(function, *inputs)
-        by_token = x.dim() == 3 and y.shape[:2] == x.shape[:2] and states == random_states(x.device)
-        mlp.__dict__[TRIED] = by_token and _is_simple(mlp)
+        by_token = isinstance(y, Tensor) and x.dim() == 3 and y.shape[:2] == x.shape[:2]
+        mlp.__dict__[TRIED] = by_token and states == random_states(x.device) and _is_simple(mlp)
         return y
     tokens = mlp.__dict__[TOKENS]
     if not tokens or x.dim() != 3 or x.shape[0] * x.shape[1] <= tokens or is_transformed():
@@ -68,9 +69,8 @@ def of_two_tokens(mlps: Sequence[nn.Module]) -> Iterator[bool]:
             mlp.__dict__[TOKENS] = tokens
 
 
-def _kept(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    y: Tensor = checkpoint(function, *inputs, use_reentrant=False)
-    return y
+def _kept(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def _is_simple(mlp: nn.Module) -> bool:
