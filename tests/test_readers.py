@@ -454,7 +454,9 @@ def test_a_server_gets_experts_one_by_one(reader, tmp_path):
     options = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "use_rslora": True}
     model = adapted(mixture(), **QV, **options)
     model.save_pretrained(tmp_path / "it")
-    made_for(reader, tmp_path / "it", tmp_path / "out")
+    model.config.architectures = ["Qwen3MoeForCausalLM"]
+    model.config.save_pretrained(tmp_path / "base")
+    made_for(reader, tmp_path / "it", tmp_path / "out", base=tmp_path / "base")
     assert asked(reader, tmp_path / "out").takes is Takes.YES
     torch.testing.assert_close(logits(minipeft.load_adapter(mixture(), tmp_path / "out")), logits(model))
 

@@ -38,9 +38,7 @@ class EmptyModel:
     changed: dict[str, Any] = field(default_factory=dict)
 
 
-def empty_model(
-    folder: Path, values: Mapping[str, Any], file: AdapterFile, auto_mapping: Any = None
-) -> EmptyModel:
+def empty_model(folder: Path, values: Mapping[str, Any], file: AdapterFile, auto_mapping: Any = None) -> EmptyModel:
     """Build the model that the adapter was trained on, without weights, in evaluation mode.
 
     Args:
@@ -56,7 +54,9 @@ def empty_model(
     try:
         import transformers as package
     except ImportError:
-        raise ConfigError("the base's config.json takes transformers and accelerate: pip install 'minipeft[train]'") from None
+        raise ConfigError(
+            "the base's config.json takes transformers and accelerate: pip install 'minipeft[train]'"
+        ) from None
     transformers: Any = package
     with reading(folder):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -40,6 +40,7 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 # What an adapter trains is floating point; a module trained in full may also have buffers that count.
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES = {**FLOATS, **INTEGERS, "BOOL": torch.bool}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Keys that say where a file comes from, not what its tensors mean.
 PROVENANCE = {"base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping"}
 
