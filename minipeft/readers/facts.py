@@ -11,6 +11,7 @@ from minipeft.readers.keys import PREFIX, Kind
 from minipeft.wrapper_names import unwrapped_name
 
 Applies = Callable[[Contents], str | None]
+VISION = ("visual", "vision_tower", "vision_model", "audio_tower")  # parts of names of what is not the language model
 FLOATING = 1e-6  # relative difference of two scalings that are equal
 
 
