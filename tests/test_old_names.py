@@ -96,6 +96,18 @@ def test_a_router_is_a_layer_again_with_its_own_rank(tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
 
 
+def test_a_table_that_speaks_of_the_weight_renames_its_layer(tmp_path):
+    """transformers renamed ``.gate.weight`` of PhiMoE, whose router is a layer today too."""
+    base_in(tmp_path, mixture("phimoe"))
+    config = minipeft.LoraConfig(r=2, init_lora_weights=False, target_modules=["router", "q_proj"])
+    model = minipeft.get_lora_model(mixture("phimoe"), config).eval()
+    keys, old = converted(model, tmp_path)
+    assert "base_model.model.model.layers.1.block_sparse_moe.gate.lora_A.weight" in keys
+    state = minipeft.load_adapter(mixture("phimoe"), old).adapter_state_dict()
+    assert state.keys() == model.adapter_state_dict().keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.adapter_state_dict().items())
+
+
 @pytest.mark.parametrize("reader", [Reader.VLLM, Reader.LLAMA_CPP, Reader.SGLANG])
 def test_a_server_gets_mixtrals_own_words(reader, tmp_path):
     base_in(tmp_path, mixture("mixtral"))
