@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import foreign_code
 
 import minipeft
@@ -13,6 +13,8 @@ from minipeft.files.formats.diffusers import pipeline_file
 
 with foreign_code():
     diffusers = pytest.importorskip("diffusers")
+    import peft
+    from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -116,3 +118,34 @@ def test_kohyas_names_of_a_real_unet_and_text_encoder_find_their_modules(tmp_pat
     update = tensors[f"{first}.lora_up.weight"] @ tensors[f"{first}.lora_down.weight"] / 2
     torch.testing.assert_close(merged.get_submodule(name).weight.detach(), start + update, rtol=0, atol=1e-6)
     minipeft.load_adapter(pipe.text_encoder, tmp_path / "out" / "text_encoder")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, {"use_rslora": True, "rank_pattern": {"to_q": 8}}, {"lora_bias": True}],
+    ids=str,
+)
+def test_bare_tensors_of_our_file_have_the_same_effect_in_diffusers(options, tmp_path):
+    """diffusers takes alpha for the rank of each layer if it is not told otherwise."""
+    config = minipeft.LoraConfig(init_lora_weights=False, **CONFIG | options)
+    model = minipeft.get_lora_model(pipeline().unet, config)
+    model.save_pretrained(tmp_path)
+    plain = pipeline().unet
+    plain.load_lora_adapter(load_file(tmp_path / "adapter_model.safetensors"), prefix="base_model.model")
+    torch.testing.assert_close(output(plain), output(model), rtol=0, atol=1e-5)
+    with_peft = peft.PeftModel.from_pretrained(pipeline().unet, tmp_path)
+    torch.testing.assert_close(output(with_peft), output(model), rtol=0, atol=1e-5)
+    again = minipeft.load_adapter(pipeline().unet, tmp_path)
+    assert (loaded := again.adapter_configs["default"]).alpha_pattern == config.alpha_pattern
+    assert (loaded.lora_alpha, loaded.use_rslora) == (6, config.use_rslora)
+    for key, tensor in model.adapter_state_dict().items():
+        torch.testing.assert_close(again.adapter_state_dict()[key], tensor, rtol=2e-7, atol=0)
+
+
+def test_the_metadata_that_diffusers_collects_keeps_alpha(tmp_path):
+    pipe, plain = pipeline(), pipeline()
+    model = adapted(pipe)
+    layers = {key.removeprefix("base_model.model."): t for key, t in model.adapter_state_dict().items()}
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, **_collate_lora_metadata({"unet": model}))
+    plain.load_lora_weights(tmp_path)
+    torch.testing.assert_close(output(plain.unet), output(model), rtol=0, atol=1e-5)

@@ -13,10 +13,12 @@ import threading
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import foreign_files
 import pytest
 import torch
 from huggingface_hub import constants
-from tiny_models import adapted, disturb, foreign_code, gpt2, logits, state_digest, token_ids
+from safetensors.torch import save_file
+from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, state_digest, token_ids
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_lora_model, load_adapter
@@ -389,6 +391,47 @@ def test_a_repository_without_an_adapter_is_named_as_what_it_is(hub, names, said
     hub.put("user/repo", dict.fromkeys((WEIGHTS, CONFIG, CARD)))
     hub.put("user/repo", dict.fromkeys(names, b"x"))
     assert "the repository on the hub has no adapter_model.safetensors" in refused(said, "user/repo")
+
+
+FOREIGN = {"mlx": foreign_files.mlx, "torchtune": foreign_files.torchtune}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize("inner", ["", "deep/"])
+def test_an_adapter_of_another_tool_comes_from_the_hub(case, inner, hub, tmp_path, monkeypatch):
+    (tmp_path / "it").mkdir()
+    FOREIGN[case](tmp_path / "it")
+    expected = load_adapter(llama(), tmp_path / "it")
+    adapted().push_to_hub("user/repo")
+    files = {f"{inner}{path.name}": path.read_bytes() for path in (tmp_path / "it").iterdir()}
+    hub.put("user/repo", dict.fromkeys((WEIGHTS, CONFIG)) | files | {"optimizer.pt": b"x"})
+    options = {"subfolder": "deep"} if inner else {}
+    loaded = load_adapter(llama(), "user/repo", **options)
+    assert torch.equal(logits(loaded), logits(expected))
+    assert not [path for _, path, _ in hub.log if path.endswith("optimizer.pt")]
+    if case == "mlx":  # whose name is always the same
+        assert torch.equal(
+            logits(load_adapter(llama(), "user/repo", local_files_only=True, **options)), logits(expected)
+        )
+
+
+def test_a_file_of_an_unknown_name_is_asked_for_its_header_first(hub, tmp_path):
+    """kohya's files are named as their authors like; a whole model may be, too, and is not downloaded."""
+    adapted().push_to_hub("user/repo")
+    save_file(
+        {f"lora_unet_x.{end}": torch.ones(2, 2) for end in ("lora_down.weight", "lora_up.weight")}, tmp_path / "k"
+    )
+    save_file({"model.diffusion_model.x": torch.ones(2, 2)}, tmp_path / "whole")
+    for name, said in (
+        ("k", "names no module of this model"),
+        ("whole", "the repository on the hub has no adapter_model.safetensors"),
+    ):
+        hub.put(
+            "user/repo", dict.fromkeys((WEIGHTS, CONFIG)) | {"my style.safetensors": (tmp_path / name).read_bytes()}
+        )
+        hub.log.clear()
+        refused(said, "user/repo")
+        assert any(method == "HEAD" and "style" in path for method, path, _ in hub.log) is (name == "k")
 
 
 def test_a_push_that_fails_says_so_and_changes_nothing(hub, monkeypatch):

@@ -176,6 +176,35 @@ def test_each_rule_of_a_reader_that_is_not_installed(reader, options, rules, tmp
     assert rules_that_apply(reader, tmp_path) == rules
 
 
+def test_what_a_server_leaves_out_without_a_word(tmp_path):
+    """What the script of llama.cpp and vLLM's manager do with these, seen in a run or read at the version that is named."""
+    for number, (old, new, rule, reader) in enumerate(
+        [
+            ("model.layers", "model.visual.blocks", "vision", Reader.VLLM),
+            ("model.layers", "model.visual.blocks", "vision", Reader.LLAMA_CPP),
+            ("model.layers", "_orig_mod.model.layers", "wrappers", Reader.VLLM),
+        ]
+    ):
+        place = tmp_path / str(number)
+        adapted(llama(), **QV).save_pretrained(place)
+        edited(place, lambda key, old=old, new=new: key.replace(old, new))
+        assert asked(reader, place).takes is Takes.PARTLY
+        assert rule in rules_that_apply(reader, place)
+
+
+def test_fused_experts_are_told_apart_from_a_router(tmp_path):
+    for target, applies in (("mlp.gate.weight", False), ("experts.down_proj", True)):
+        model = adapted(mixture(), **QV, target_parameters=[target])
+        model.save_pretrained(tmp_path / target)
+        for reader in SERVERS:
+            assert ("experts" in rules_that_apply(reader, tmp_path / target)) is applies
+
+
+def test_a_rank_that_no_server_of_vllm_allows(tmp_path):
+    adapted(llama(), **QV, r=640).save_pretrained(tmp_path)
+    assert rules_that_apply(Reader.VLLM, tmp_path) == {"max rank", "largest rank"}
+
+
 def test_what_depends_on_the_base(tmp_path):
     adapted(gpt2()).save_pretrained(tmp_path)
     assert rules_that_apply(Reader.SGLANG, tmp_path) == {"outside"}
@@ -348,6 +377,7 @@ def test_the_text_part_of_a_vision_model_is_renamed_for_readers_of_text(tmp_path
     adapted(llama(), **QV).save_pretrained(tmp_path / "it")
     edited(tmp_path / "it", lambda key: key.replace("model.layers", "model.language_model.layers"))
     assert "wrapper" in rules_that_apply(Reader.LLAMA_CPP, tmp_path / "it")
+    assert asked(Reader.LLAMA_CPP, tmp_path / "it").takes is Takes.YES
     made_for(Reader.LLAMA_CPP, tmp_path / "it", tmp_path / "out")
     keys = read_contents(tmp_path / "out").weights.shapes
     assert all(key.startswith("base_model.model.model.layers.") for key in keys)
@@ -454,7 +484,9 @@ def test_a_server_gets_experts_one_by_one(reader, tmp_path):
     options = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "use_rslora": True}
     model = adapted(mixture(), **QV, **options)
     model.save_pretrained(tmp_path / "it")
-    made_for(reader, tmp_path / "it", tmp_path / "out")
+    model.config.architectures = ["Qwen3MoeForCausalLM"]
+    model.config.save_pretrained(tmp_path / "base")
+    made_for(reader, tmp_path / "it", tmp_path / "out", base=tmp_path / "base")
     assert asked(reader, tmp_path / "out").takes is Takes.YES
     torch.testing.assert_close(logits(minipeft.load_adapter(mixture(), tmp_path / "out")), logits(model))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from minipeft.cli.output import print_json
 from minipeft.errors import ConfigError
 from minipeft.readers.names import Part, Reader
+
+if TYPE_CHECKING:
+    from minipeft.readers.written import Made
 
 
 def convert(
@@ -20,7 +23,9 @@ def convert(
     ] = None,
     base: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="The model's directory, where the names of its modules are needed (kohya, LyCORIS)."),
+        typer.Option(
+            help="The model's directory, where the names of its modules are needed (kohya, LyCORIS, experts, --old-names)."
+        ),
     ] = None,
     reader: Annotated[
         Optional[Reader],  # noqa: UP045
@@ -29,6 +34,9 @@ def convert(
     drop: Annotated[
         str, typer.Option(help="With --for, what may be left out: modules_to_save, tokens, head; with commas.")
     ] = "",
+    old_names: Annotated[
+        bool, typer.Option("--old-names", help="With --for, give modules the names that transformers 4 had.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write an adapter of another tool, or a pickle, as PEFT's kind. Pickles are checked and read in a process apart.
@@ -36,13 +44,15 @@ def convert(
     With --for: write an adapter of PEFT's kind as another program takes it, into a new directory.
     """
     if reader is not None:
-        if out is None or base is not None:
-            raise ConfigError("--for needs a directory to write to (OUT), and no --base.")
-        _convert_for(reader, place, out, _parts(drop), json)
+        if out is None:
+            raise ConfigError("--for needs a directory to write to (OUT).")
+        from minipeft.readers.made_for import made_for  # torch comes with it, and --help must not wait for that
+
+        _print(reader, out, made_for(reader, place, out, _parts(drop), base=base, old_names=old_names), json)
         return
-    if drop:
-        raise ConfigError("--drop goes with --for: it says what that program may be left without.")
-    from minipeft.files.formats import convert as formats  # torch comes with it, and --help must not wait for that
+    if drop or old_names:
+        raise ConfigError("--drop and --old-names go with --for, which says for which program.")
+    from minipeft.files.formats import convert as formats
 
     written = [str(path) for path in formats.convert(place, out, base)]
     if json:
@@ -52,10 +62,7 @@ def convert(
         typer.echo(path)
 
 
-def _convert_for(reader: Reader, place: Path, out: Path, drop: list[Part], json: bool) -> None:
-    from minipeft.readers.made_for import made_for
-
-    made = made_for(reader, place, out, drop)
+def _print(reader: Reader, out: Path, made: Made, json: bool) -> None:
     if json:
         print_json({"files": sorted(made.files), "done": made.done, "dropped": made.dropped})
         return

@@ -64,18 +64,21 @@ def _closest(table: str, keys: list[str]) -> list[str]:
     return [key for key, score in scores.items() if score == best >= 2]
 
 
-def _find(model: nn.Module, file: str) -> Path | None:
-    place = name_or_path(model)
-    if place is None or len(place) >= 4096 or Path(file).name != file:
+def cached(place: str, revision: str | None = None) -> Path | None:
+    """Where the files of a model are on this machine: its directory, or the hub's cache of ``config.json``."""
+    if len(place) >= 4096:
         return None
     if os.path.isdir(place) or not is_hub_id(place):
-        path = Path(place) / file
-    else:
-        found = try_to_load_from_cache(place, file, revision=getattr(model.config, "_commit_hash", None))
-        if not isinstance(found, str):
-            return None
-        path = Path(found)
-    return path if os.path.isfile(path) else None
+        return Path(place)
+    found = try_to_load_from_cache(place, CONFIG, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _find(model: nn.Module, file: str) -> Path | None:
+    place = name_or_path(model)
+    folder = None if place is None else cached(place, getattr(model.config, "_commit_hash", None))
+    path = None if folder is None or Path(file).name != file else folder / file
+    return path if path is not None and os.path.isfile(path) else None
 
 
 def _read_json(path: Path | None, limit: int) -> Any:

@@ -29,6 +29,7 @@ from minipeft.files.formats.foreign import Source
 from minipeft.files.formats.known import format_of, only_part, pickles_in, weights_in
 from minipeft.files.not_an_adapter import config_named, folder_named, local_names
 from minipeft.files.reading import check_inside, reading
+from minipeft.files.scaling_in_B import with_own_scaling
 from minipeft.files.strict_json import parse, read_object
 from minipeft.files.tensor_file import TensorFile, damaged, open_tensors
 from minipeft.peft_options import asks_nothing
@@ -39,6 +40,7 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 # What an adapter trains is floating point; a module trained in full may also have buffers that count.
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES = {**FLOATS, **INTEGERS, "BOOL": torch.bool}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Keys that say where a file comes from, not what its tensors mean.
 PROVENANCE = {"base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping"}
 
@@ -97,6 +99,9 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
         raise ConfigError(f"{directory / CONFIG_FILE} names no peft_type.{what}")
     config = config_from_dict(values, f"{directory / CONFIG_FILE}")
     base, kept = own.get("base") or {}, tuple(own.get("kept", ()))
+    if "scaling" in own:
+        weights, asked = with_own_scaling(weights, values, own["scaling"])
+        config = config_from_dict(asked, f"{directory / CONFIG_FILE}")
     return AdapterFile(**vars(weights), config=config, base=base, is_own=bool(own), kept=kept, said=values)
 
 
@@ -147,7 +152,9 @@ def _own(weights: TensorFile) -> dict[str, Any]:
 
 
 def _is_own(own: Any) -> bool:
-    if not isinstance(own, dict) or not all(isinstance(own.get(key, {}), dict) for key in ("config", "base")):
+    if not isinstance(own, dict) or not all(
+        isinstance(own.get(key, {}), dict) for key in ("config", "base", "scaling")
+    ):
         return False
     rows, kept = own.get("base", {}).values(), own.get("kept", [])
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
@@ -163,15 +170,20 @@ def is_sample(value: Any) -> bool:
 
 
 def own_metadata(
-    config: Mapping[str, Any], base: Mapping[str, Any], kept: Sequence[str], directory: Path
+    config: Mapping[str, Any],
+    base: Mapping[str, Any],
+    kept: Sequence[str],
+    directory: Path,
+    scaling: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Safetensors metadata for an adapter that is about to be written into a directory."""
+    """Safetensors metadata for an adapter that is about to be written; `scaling` is what is in B, see `scaling_in_B`."""
     try:
         previous = _digest(read_object(directory / CONFIG_FILE))
     except CheckpointError:
         previous = None
     own = {"version": VERSION, "config": dict(config), "previous": previous, "base": dict(base)}
     own |= {"kept": list(kept)} if kept else {}
+    own |= {"scaling": dict(scaling)} if scaling else {}
     return {"format": "pt", "minipeft": json.dumps(own)}
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from minipeft.errors import CheckpointError, ConfigError, shown
+from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.foreign_on_hub import BESIDE, first_in_cache, is_of_another_tool, weights_of_another_tool
 from minipeft.files.formats import known
 from minipeft.files.model_card import CARD_FILE, MARK, is_repo_id
 from minipeft.files.not_an_adapter import folder_named
@@ -32,7 +33,7 @@ def adapter_directory(
     """The local directory of an adapter; what is a directory on this machine is never looked up on the hub.
 
     Otherwise a string ``owner/name`` is a repository on the hub. Of it only the two files of an adapter are downloaded,
-    both of one commit, into the cache that ``HF_HUB_CACHE`` names.
+    both of one commit, into the cache that ``HF_HUB_CACHE`` names; or those of another tool's, if it has such a one instead.
 
     Args:
         place: a directory, or a hub id. A `Path` is always a directory.
@@ -54,25 +55,44 @@ def adapter_directory(
         if revision is not None:
             raise ConfigError(f"{place} is not a repository on the hub, so it has no revision {revision!r}.")
         return Path(place) / (subfolder or "")
-    commit, path = revision, Path()
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        try:
-            found = hf_hub_download(
-                str(place),
-                name,
-                subfolder=subfolder,
-                revision=commit,
-                token=token,
-                local_files_only=local_files_only,
-                library_name="minipeft",
-            )
-        except Exception as error:  # huggingface_hub's own, or of its HTTP library, which differs by version
-            why = _why(error, name, local_files_only)
-            if _is_absent(error):
-                why += _what_is_there(str(place), subfolder, commit, token)
+
+    def download(name: str, commit: str | None) -> Path:
+        options = {"token": token, "local_files_only": local_files_only, "library_name": "minipeft"}
+        return Path(hf_hub_download(str(place), name, subfolder=subfolder, revision=commit, **options))  # type: ignore[arg-type]
+
+    inner = f"{Path(subfolder).as_posix()}/" if subfolder else ""
+    name, commit, found = WEIGHTS_FILE, revision, Path()
+    try:
+        found = download(WEIGHTS_FILE, commit)
+        commit = found.parents[inner.count("/")].name  # a snapshot is named after its commit
+        if not is_of_another_tool(found):
+            name = CONFIG_FILE
+            return download(CONFIG_FILE, commit).parent
+    except Exception as error:  # huggingface_hub's own, or of its HTTP library, which differs by version
+        names = _names_there(str(place), inner, commit, token) if _is_absent(error) else []
+        other = weights_of_another_tool(names, inner, str(place), commit, token) if name == WEIGHTS_FILE else None
+        if isinstance(error, LocalEntryNotFoundError) and name == WEIGHTS_FILE:
+            other = first_in_cache(lambda known: download(known, commit))
+        if other is None:
+            why = _why(error, name, local_files_only) + (_what_is_there(names) if names else "")
             raise CheckpointError(f"{place!r} is not a directory here, and {why}") from None
-        path = Path(found)
-        commit = path.parents[len(Path(subfolder or "").parts)].name  # a snapshot is named after its commit
+        name = other
+    return _of_another_tool(name, inner, commit, download)
+
+
+def _of_another_tool(name: str, inner: str, commit: str | None, download: Callable[[str, str | None], Path]) -> Path:
+    """Download the weights and what the tool wrote beside them, and return their directory.
+
+    Raises:
+        CheckpointError: the hub does not give the weights.
+    """
+    try:
+        path = download(name, commit)
+    except Exception as error:  # as above
+        raise CheckpointError(f"the hub does not give {told(name)} ({_first_line(error)}).") from None
+    for beside in BESIDE:
+        with contextlib.suppress(Exception):  # no tool writes all of them; reading says what is missing
+            download(beside, path.parents[inner.count("/")].name)
     return path.parent
 
 
@@ -134,20 +154,20 @@ def _is_absent(error: Exception) -> bool:
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
-def _what_is_there(repo_id: str, subfolder: str | None, commit: str | None, token: str | bool | None) -> str:
-    """What a repository without an adapter is, by its list of files; "" if the hub does not give that."""
+def _names_there(repo_id: str, inner: str, commit: str | None, token: str | bool | None) -> list[str]:
+    """The files of a repository, or of a folder in it; none if the hub does not give that."""
     with contextlib.suppress(Exception):
-        api, inner = HfApi(token=token, library_name="minipeft"), f"{Path(subfolder).as_posix()}/" if subfolder else ""
-        names = [
-            name.removeprefix(inner) for name in api.list_repo_files(repo_id, revision=commit) if name.startswith(inner)
-        ]
-        pickles = known.pickles_in(names)
-        return (
-            f" {shown(pickles)} is a pickle: download it, and `minipeft convert` makes safetensors of it."
-            if pickles
-            else folder_named(names)
-        )
-    return ""
+        names = HfApi(token=token, library_name="minipeft").list_repo_files(repo_id, revision=commit)
+        return [name.removeprefix(inner) for name in names if name.startswith(inner)]
+    return []
+
+
+def _what_is_there(names: Sequence[str]) -> str:
+    """What a repository without an adapter is, by its list of files."""
+    pickles = known.pickles_in(names)
+    if pickles:
+        return f" {shown(pickles)} is a pickle: download it, and `minipeft convert` makes safetensors of it."
+    return folder_named(names)
 
 
 def _first_line(error: Exception) -> str:

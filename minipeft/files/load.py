@@ -18,8 +18,7 @@ from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import AdapterFile, open_adapter
 from minipeft.files.frozen_weights import warn_of_missing_parts
 from minipeft.files.names.expert_layout import todays_layout
-from minipeft.files.names.experts import fused_experts
-from minipeft.files.names.fitted import fitted
+from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
 from minipeft.files.peft_entries import as_peft_reads
@@ -52,7 +51,7 @@ def load_parts(
     """
     with reading(directory):
         file = open_adapter(directory, lambda _: [name for name, _ in named_modules(model) if name])
-        file = as_peft_reads(fitted(fused_experts(file, model), model, key_mapping, strict=strict), model)
+        file = as_peft_reads(in_names_of(model, file, key_mapping, strict=strict), model)
         new_rows = find_new_rows(file, model)
     plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False)
     kept = set(file.kept)

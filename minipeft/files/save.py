@@ -128,6 +128,7 @@ def save_adapter(
     config: Mapping[str, Any],
     base: Mapping[str, Any],
     kept: Sequence[str] = (),
+    scaling: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the two files of an adapter, both or neither (see `minipeft.files.atomic`).
 
@@ -137,6 +138,7 @@ def save_adapter(
         config: as `file_config` returns it.
         base: as `minipeft.files.base_samples.base_samples` returns it.
         kept: modules that are saved and do not train, see `minipeft.injection.fresh_parts`.
+        scaling: the options that the user gave for what is now in B, see `minipeft.files.scaling_in_B`.
 
     Raises:
         CheckpointError: the directory cannot be written, or holds a whole model; or a tensor has no values here.
@@ -149,7 +151,7 @@ def save_adapter(
     check_values(directory, tensors)
     copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     copies = registry.method_class(config["peft_type"].lower()).compacted(copies, config)
-    weights = with_sorted_metadata(safetensors.torch.save(copies, own_metadata(config, base, kept, directory)))
+    weights = with_sorted_metadata(safetensors.torch.save(copies, own_metadata(config, base, kept, directory, scaling)))
     # Only the top level is sorted: within rank_pattern the first key that fits decides, so its order has a meaning.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     warn_if_unreadable(directory, copies, weights, text.encode("utf-8"))

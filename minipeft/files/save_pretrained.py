@@ -22,6 +22,7 @@ from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
 from minipeft.files.save_options import check_save_options, check_size
+from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.tied_repeats import followers, with_repeats
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_outer_save, check_trainer
@@ -207,7 +208,8 @@ class SavableModel(nn.Module):
     def _write_adapter(
         self, directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> None:
-        save_adapter(directory, tensors, config, base_samples(self, name), self._state.kept.get(name, ()))
+        tensors, written, scaling = for_diffusers(self, tensors, config)
+        save_adapter(directory, tensors, written, base_samples(self, name), self._state.kept.get(name, ()), scaling)
         write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
 
     def _all_or(self, adapter_name: str | bool | None, selected: Sequence[str] | None = None) -> list[str]:

@@ -11,6 +11,7 @@ from minipeft.readers.keys import PREFIX, Kind
 from minipeft.wrapper_names import unwrapped_name
 
 Applies = Callable[[Contents], str | None]
+VISION = ("visual", "vision_tower", "vision_model", "audio_tower")  # parts of names of what is not the language model
 FLOATING = 1e-6  # relative difference of two scalings that are equal
 
 
@@ -158,9 +159,11 @@ def more_than_matrices(contents: Contents) -> str | None:
 
 
 def experts(contents: Contents) -> str | None:
-    """Bare parameters are adapted, as those of fused experts."""
+    """Bare parameters are adapted, as those of fused experts; a router's weight is read like that of a layer."""
     value = contents.config.get("target_parameters")
-    return f"target_parameters = {told(value)}" if value else None
+    names = value if isinstance(value, list) else [value] if value else []
+    stacks = [name for name in names if not (isinstance(name, str) and name.rpartition(".")[2] == "weight")]
+    return f"target_parameters = {told(stacks)}" if stacks else None
 
 
 def modules_like(*words: str) -> Applies:

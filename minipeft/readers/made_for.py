@@ -14,14 +14,13 @@ from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.files.format import open_adapter
-from minipeft.files.names.split_experts import split_experts
 from minipeft.files.reading import reading
-from minipeft.files.tensor_file import TensorFile
 from minipeft.patterns import matching
 from minipeft.readers.contents import Contents, read_contents
 from minipeft.readers.keys import PREFIX, Kind
 from minipeft.readers.names import Part, Reader
 from minipeft.readers.names_there import renamed_for
+from minipeft.readers.old_names import under_old_names
 from minipeft.readers.plain import Pair, alike, check_method, pairs_of
 from minipeft.readers.rules import Takes, answer
 from minipeft.readers.written import Made, factors, write_diffusers, write_mlx, write_peft
@@ -33,14 +32,27 @@ WHOLE = (Reader.PEFT, Reader.TRANSFORMERS)
 KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "lora_dropout")
 
 
-def made_for(reader: Reader, directory: Path, out: Path, drop: Collection[Part] = ()) -> Made:
+def made_for(
+    reader: Reader,
+    directory: Path,
+    out: Path,
+    drop: Collection[Part] = (),
+    *,
+    base: Path | None = None,
+    old_names: bool = False,
+) -> Made:
     """Write an adapter for a reader into a new or empty directory, all or nothing.
+
+    Fused experts become one LoRA for each layer of each expert for all readers but PEFT and transformers, under the names
+    that checkpoints have, so they take the base's configuration.
 
     Args:
         reader: who is to take it.
         directory: of the adapter; it is only read.
         out: where the new one goes.
         drop: what may be left out.
+        base: the directory of the base. None: the one that the adapter names, if it is on this machine.
+        old_names: give modules the names that transformers 4 had.
 
     Raises:
         MinipeftError: the adapter cannot be read, this reader can take nothing that has its effect, or `out` is in use.
@@ -53,8 +65,10 @@ def made_for(reader: Reader, directory: Path, out: Path, drop: Collection[Part] 
         )
     open_adapter(directory)  # which refuses what cannot be right, such as two files of different saves
     made = Made()
-    values = contents.weights.read()
+    values: Mapping[str, Tensor] = contents.weights.read()
     contents = _without(contents, drop, made)
+    if old_names or (contents.config.get("target_parameters") and reader not in WHOLE):
+        contents, values = under_old_names(reader, contents, base, made)
     if reader in WHOLE and not contents.of(Kind.START):
         _as_it_is(contents, values, made)
     else:
@@ -117,9 +131,6 @@ def _plain(reader: Reader, contents: Contents, values: Mapping[str, Tensor], mad
     """Plain LoRA of one rank and one scaling, as the reader wants to have it."""
     check_method(contents)
     _refuse_the_rest(reader, contents)
-    if contents.config.get("target_parameters"):
-        contents, values = _one_by_one(contents, values)
-        made.done.append("The fused experts have a pair for each layer of each expert.")
     before = pairs_of(contents, values)
     pairs = alike(before)
     made.done += _told(before, pairs)
@@ -134,15 +145,6 @@ def _plain(reader: Reader, contents: Contents, values: Mapping[str, Tensor], mad
         write_diffusers(pairs, contents.directory, made)
     else:
         write_peft({**rest, **factors(pairs, PREFIX)}, _plain_config(contents, pairs, reader), made)
-
-
-def _one_by_one(contents: Contents, values: Mapping[str, Tensor]) -> tuple[Contents, dict[str, Tensor]]:
-    """The same adapter with a LoRA for each expert, as servers and transformers 4 have them."""
-    tensors, config = split_experts(values, contents.config)
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    dtypes = dict.fromkeys(shapes, "F32")
-    path = contents.weights.path
-    return Contents(contents.directory, config, TensorFile(path, shapes, dtypes, {})), tensors
 
 
 def _refuse_the_rest(reader: Reader, contents: Contents) -> None:

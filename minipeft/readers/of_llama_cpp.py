@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
-from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind
+from minipeft.readers.plain_lora import plain_lora
 from minipeft.readers.rules import Rule, Takes
 
-SCRIPT = "convert_lora_to_gguf.py, llama.cpp, commit 56bf500"
-RUNTIME = "src/llama-adapter.cpp, llama.cpp"
+VERSION = "llama.cpp, commit 0c1e570"
+SCRIPT = f"convert_lora_to_gguf.py, {VERSION}"
+RUNTIME = f"src/llama-adapter.cpp, {VERSION}"
 CONVERT = "minipeft convert DIR OUT --for llama.cpp"
 NORMS = ("_layernorm.weight", ".norm.weight")
 
@@ -23,16 +24,7 @@ def scaling(contents: Contents, module: str) -> float:
 
 
 RULES = (
-    Rule("format", facts.file_is_not(WEIGHTS_FILE), Takes.NO, "is not read", SCRIPT, "minipeft convert DIR OUT"),
-    Rule(
-        "method",
-        facts.methods_but("LORA"),
-        Takes.NO,
-        "is no LoRA, and no other method is read",
-        SCRIPT,
-        "minipeft merge",
-    ),
-    Rule("options", facts.lacks("lora_alpha"), Takes.NO, "is required", SCRIPT, CONVERT),
+    *plain_lora("llama.cpp", SCRIPT, SCRIPT, "lora_alpha"),
     Rule("dora", facts.holds(Kind.MAGNITUDE), Takes.NO, "is an unexpected name", SCRIPT, "minipeft merge"),
     Rule("bias", facts.holds(Kind.BIAS), Takes.NO, "is an unexpected name", SCRIPT, "minipeft merge"),
     Rule("start", facts.holds(Kind.START), Takes.NO, "is an unexpected name", SCRIPT, CONVERT),
@@ -70,23 +62,23 @@ RULES = (
         facts.is_set("fan_in_fan_out"),
         Takes.NO,
         "is not looked at: the script transposes the update along with GPT-2's weight",
-        "conversion/gpt2.py (modify_tensors), llama.cpp, commit 5535795",
+        f"conversion/gpt2.py (modify_tensors), {VERSION}",
         "minipeft merge",
     ),
     Rule("matrices", facts.more_than_matrices, Takes.NO, "is not supported", SCRIPT, "minipeft merge"),
     Rule(
         "vision",
-        facts.modules_like("visual", "vision_tower", "vision_model", "audio_tower"),
-        Takes.NO,
-        "is not in the language model's file, the only one that an adapter is for",
+        facts.modules_like(*facts.VISION),
+        Takes.PARTLY,
+        "is left out: it is not in the language model's file, the only one that an adapter is for",
         SCRIPT,
         "minipeft merge",
     ),
     Rule(
         "wrapper",
         lambda c: next((m for m in c.layers if m.startswith("model.language_model.")), None),
-        Takes.NO,
-        "has the name of a model with images; the script knows the language model's",
+        Takes.NOTE,
+        "has the name of a model with images, which older scripts refuse",
         SCRIPT,
         CONVERT,
     ),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
 from minipeft.readers.contents import Contents
 from minipeft.readers.keys import Kind
+from minipeft.readers.plain_lora import plain_lora
 from minipeft.readers.rules import Rule, Takes
 
 CONFIG = "sglang/srt/lora/lora_config.py (LoRAConfig), SGLang 0.5.23"
@@ -18,7 +18,6 @@ TARGETS = "sglang/srt/lora/utils.py (get_normalized_target_modules), SGLang 0.5.
 CONVERT = "minipeft convert DIR OUT --for sglang"
 TABLES = ("embed_tokens", "lm_head")
 _LAYER = re.compile(r"layers\.\d+\.")
-_VISION = ("visual", "vision_tower", "vision_model", "audio_tower")
 
 
 def pattern_targets(contents: Contents) -> str | None:
@@ -35,16 +34,7 @@ def outside_layers(contents: Contents) -> str | None:
 
 
 RULES = (
-    Rule("format", facts.file_is_not(WEIGHTS_FILE), Takes.NO, "is not read", ADAPTER, "minipeft convert DIR OUT"),
-    Rule(
-        "method",
-        facts.methods_but("LORA"),
-        Takes.NO,
-        "is no LoRA, and no other method is read",
-        ADAPTER,
-        "minipeft merge",
-    ),
-    Rule("options", facts.lacks("r", "lora_alpha", "target_modules"), Takes.NO, "is required", CONFIG, CONVERT),
+    *plain_lora("sglang", ADAPTER, CONFIG),
     Rule("dora", facts.is_set("use_dora"), Takes.NO, "is refused", MANAGER, "minipeft merge"),
     Rule("targets", pattern_targets, Takes.NO, "is refused: a list of names is needed", TARGETS, CONVERT),
     Rule("ranks", facts.mixed_ranks, Takes.NO, "does not fit its buffer", POOL, CONVERT),
@@ -79,7 +69,7 @@ RULES = (
     Rule("outside", outside_layers, Takes.PARTLY, "is left out without a word", ADAPTER, "minipeft merge"),
     Rule(
         "vision",
-        facts.modules_like(*_VISION),
+        facts.modules_like(*facts.VISION),
         Takes.NO,
         "would be taken for a layer of the language model, as only its number is read",
         ADAPTER,

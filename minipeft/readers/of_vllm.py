@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 
-from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind
+from minipeft.readers.plain_lora import plain_lora
 from minipeft.readers.rules import Rule, Takes
 
-HELPER = "vllm/lora/peft_helper.py (PEFTHelper), main branch, November 2026"
-NAMES = "vllm/lora/utils.py (parse_fine_tuned_lora_name), commit 0fd1570"
-LOADING = "vllm/lora/lora_model.py (from_lora_tensors), commit 0306474"
+VERSION = "vLLM 0.20.2 (commit bc150f5)"
+HELPER = f"vllm/lora/peft_helper.py (PEFTHelper), {VERSION}"
+NAMES = f"vllm/lora/utils.py (parse_fine_tuned_lora_name), {VERSION}"
+LOADING = f"vllm/lora/lora_model.py (from_lora_tensors), {VERSION}"
+MANAGER = f"vllm/lora/model_manager.py, {VERSION}"
 CONVERT = "minipeft convert DIR OUT --for vllm"
-MAX_RANK = 16
+MAX_RANK, LARGEST_RANK = 16, 512
 TABLES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
 
@@ -25,16 +27,7 @@ def scaling(contents: Contents, module: str) -> float:
 
 
 RULES = (
-    Rule("format", facts.file_is_not(WEIGHTS_FILE), Takes.NO, "is not read", LOADING, "minipeft convert DIR OUT"),
-    Rule(
-        "method",
-        facts.methods_but("LORA"),
-        Takes.NO,
-        "is no LoRA, and no other method is read",
-        HELPER,
-        "minipeft merge",
-    ),
-    Rule("options", facts.lacks("r", "lora_alpha", "target_modules"), Takes.NO, "is required", HELPER, CONVERT),
+    *plain_lora("vllm", LOADING, HELPER),
     Rule("dora", facts.is_set("use_dora"), Takes.NO, "is refused", HELPER, "minipeft merge"),
     Rule(
         "modules_to_save",
@@ -47,10 +40,10 @@ RULES = (
     Rule("bias", facts.is_set("bias", but=("none",)), Takes.NO, "is refused", HELPER, "minipeft merge"),
     Rule(
         "tokens",
-        facts.is_set("trainable_token_indices"),
+        facts.holds(Kind.TOKENS),
         Takes.NO,
-        "is refused, unless the server has --max-lora-trainable-tokens",
-        HELPER,
+        "is an unsupported LoRA weight; later versions may take it with --max-lora-trainable-tokens",
+        NAMES,
         f"{CONVERT} --drop tokens, or minipeft merge",
     ),
     Rule(
@@ -73,9 +66,9 @@ RULES = (
     Rule(
         "wrappers",
         facts.with_wrappers,
-        Takes.NO,
-        "is no module there",
-        LOADING,
+        Takes.PARTLY,
+        "is no module there, and is left out without a word",
+        f"{MANAGER} (activate_adapter)",
         "load it with minipeft and save it again",
     ),
     Rule("scaling", facts.scaled_otherwise(scaling), Takes.PARTLY, "reads neither pattern", HELPER, CONVERT),
@@ -84,16 +77,32 @@ RULES = (
         facts.more_than_matrices,
         Takes.NO,
         "has no LoRA layer there",
-        "vllm/lora/utils.py (get_supported_lora_modules), commit 0fd1570",
+        f"vllm/lora/utils.py (get_supported_lora_modules), {VERSION}",
         "minipeft merge",
     ),
     Rule(
         "experts",
         facts.experts,
-        Takes.NOTE,
-        "is read for models whose experts vLLM keeps in one tensor (is_3d_moe_weight)",
-        "vllm/lora/lora_model.py (from_local_checkpoint), commit 0306474",
+        Takes.PARTLY,
+        "is read as GPT-OSS's, whose gate and up alternate, unless vLLM keeps the experts of the model in one tensor",
+        f"{MANAGER} (_stack_moe_lora_weights), vllm/model_executor/models (is_3d_moe_weight)",
         CONVERT,
+    ),
+    Rule(
+        "vision",
+        facts.modules_like(*facts.VISION),
+        Takes.PARTLY,
+        "is left out, unless the server has --enable-tower-connector-lora and the model supports that",
+        f"{MANAGER} (_maybe_init_mm)",
+        "minipeft merge",
+    ),
+    Rule(
+        "largest rank",
+        facts.rank_above(LARGEST_RANK),
+        Takes.NO,
+        f"is above {LARGEST_RANK}, the largest --max-lora-rank",
+        f"vllm/config/lora.py (MaxLoRARanks), {VERSION}",
+        "minipeft merge",
     ),
     Rule(
         "max rank",

@@ -68,7 +68,7 @@ class Places:
         self._by_tail: dict[str, list[str]] = {}
         for name in self.parameters:
             self._by_tail.setdefault(tail(name), []).append(name)
-        self._renamings, self._converters = _tables(model) if self.parameters else ([], [])
+        self._renamings, self._converters = tables(model) if self.parameters else ([], [])
         self._scopes = {t.scope_prefix for t in self._converters if t.scope_prefix}
         self._known: dict[tuple[str, str], Place | None] = {}
         self._unknown: set[str] = set()
@@ -184,8 +184,11 @@ def _bare_parameters(found: Mapping[str, Candidate]) -> Iterator[tuple[str, tupl
                 yield from ((f"{known}.{parameter}", (first, parameter)) for parameter in bare)
 
 
-def _tables(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The (renamings, converters) that transformers has for a model; both empty if it has none."""
+def tables(model: nn.Module, *, add_legacy: bool = True) -> tuple[list[Any], list[Any]]:
+    """The (renamings, converters) that transformers has for a model; both empty if it has none.
+
+    `add_legacy`: those too that are for any model, such as ``LayerNorm.gamma``.
+    """
     # Only a model of transformers' own is worth the import, and has imported it.
     if model_type(model) is None or not hasattr(model, "base_model_prefix") or "transformers" not in sys.modules:
         return [], []
@@ -193,7 +196,7 @@ def _tables(model: nn.Module) -> tuple[list[Any], list[Any]]:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        table = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        table = get_model_conversion_mapping(model, add_legacy=add_legacy)  # type: ignore[arg-type]
     except Exception:  # transformers 4, which has no tables; or what they make of a model that only looks like theirs
         return [], []
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]

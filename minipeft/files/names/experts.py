@@ -15,7 +15,7 @@ from torch import nn
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError, printable
-from minipeft.files.format import DTYPES, AdapterFile
+from minipeft.files.format import NAMES, AdapterFile
 from minipeft.files.names.expert_config import with_parameters
 from minipeft.files.names.expert_lists import layer_configs
 from minipeft.files.names.expert_places import Place, Places
@@ -30,7 +30,6 @@ FACTORS = ("lora_A", "lora_B")
 ADVICE = (
     "in one parameter, where only plain LoRA is the same. Merge the adapter where it was made, with transformers 4."
 )
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 log = logging.getLogger("minipeft")
 
 

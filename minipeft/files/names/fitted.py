@@ -10,8 +10,9 @@ from torch import nn
 
 from minipeft.errors import CheckpointError, told
 from minipeft.files.format import AdapterFile
+from minipeft.files.names.experts import fused_experts
 from minipeft.files.names.key_mapping import MAX_NAME, renamed_by
-from minipeft.files.names.modules import ModuleNames
+from minipeft.files.names.modules import names_in_file
 from minipeft.files.names.other_class import OtherClass
 from minipeft.files.names.places import Places, is_shared
 from minipeft.files.names.published import published_names
@@ -25,26 +26,29 @@ TABLES = "transformers' tables of renamed weights"
 MAX_TENSORS = 16  # of an adapter on one module; no other names give places to more
 
 
-def fitted(
-    file: AdapterFile, model: nn.Module, key_mapping: Mapping[str, str] | None = None, *, strict: bool = True
+def in_names_of(
+    model: nn.Module, file: AdapterFile, key_mapping: Mapping[str, str] | None = None, *, strict: bool = True
 ) -> AdapterFile:
     """The file under the model's names, its configuration too; as it is if its own names have places, or none do.
+
+    Experts that it has one by one are put together first, see `minipeft.files.names.experts`.
 
     Own names come first, then those without what wrappers add, transformers' published tables, and the names of another
     class that has the same modules. A reading counts only if every tensor has a place then. The tensors' shapes are
     compared later, as those of any file.
 
     Args:
-        file: unread.
         model: only read.
+        file: unread.
         key_mapping: regular expressions and replacements to apply first, as PEFT's.
         strict: False: some keys may be without a place.
 
     Raises:
         CheckpointError: the names may be read in two ways, or `key_mapping` leaves a key without a place, or gives two
-            keys one place.
+            keys one place; or the experts do not fit.
         ConfigError: `key_mapping` is not a table, or takes too long.
     """
+    file = fused_experts(file, model)
     places = Places(model, file.config)
     hopeless = len(file.shapes) > MAX_TENSORS * len(places.modules) or any(len(key) > MAX_NAME for key in file.shapes)
     if key_mapping is None and (places.take(file.shapes) or hopeless):
@@ -115,7 +119,7 @@ def _translated(file: AdapterFile, places: Places, plain: Mapping[str, str], rea
     renamed = file.renamed(lambda key: f"{PREFIX}{reading.names[key]}" if key in reading.names else key)
     if plain == reading.names:
         return renamed
-    modules = ModuleNames(places, moved, file.config)
+    modules = names_in_file(places, moved, file.config)
     return replace(
         renamed,
         config=translated_config(file.config, modules),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -14,42 +14,33 @@ from minipeft.patterns import endings
 
 
 class ModuleNames:
-    """Which names the modules of a model have in a file, as far as its tensors say.
+    """Which names the modules of a model have in a file.
 
     Args:
-        places: of the model.
-        moved: (name in the file, place in the model) of each tensor, without prefix.
-        config: of the file.
+        model: the model.
+        found: its candidates.
+        new: name in the file -> name in the model.
+        adapted: names in the model of the modules that have an adapter in the file.
 
     Attributes:
-        found: the model's candidates.
-        as_in_file: those whose name in the file is known, by that name.
-        new: name in the file -> name in the model. `old` is the other way round.
-        adapted: names in the model of the modules that have an adapter in the file.
+        as_in_file: the candidates whose name in the file is known, by that name.
+        old: `new` the other way round.
     """
 
-    def __init__(self, places: Places, moved: Iterable[tuple[str, Place]], config: AdapterConfig) -> None:
-        self.model: nn.Module = places.model
-        self.found = places.found
-        first = {name: one for one, candidate in self.found.items() for name in candidate.known_as}
-        companions = tuple(prefix for prefix, _ in config.companions())
-        pairs: dict[str, str] = {}
-        self.adapted: set[str] = set()
-        for name, place in moved:
-            module = first[place.module]
-            if name.endswith(f".{place.tail}"):
-                pairs.setdefault(module, name.removesuffix(f".{place.tail}"))
-                if places.is_adapters(place) and not place.tail.startswith(companions or ("\0",)):
-                    self.adapted.add(module)
-        self.new: dict[str, str] = {}
-        for module, old in _old_names(list(self.found), pairs).items():
-            self.new.setdefault(old, module)
-        self.old = {new: old for old, new in self.new.items()}
+    def __init__(
+        self, model: nn.Module, found: Mapping[str, Candidate], new: Mapping[str, str], adapted: Collection[str]
+    ) -> None:
+        self.model, self.found, self.new, self.adapted = model, dict(found), dict(new), set(adapted)
+        self.old = {name: old for old, name in self.new.items()}
         self.as_in_file: dict[str, Candidate] = {
             self.old[name]: dataclasses.replace(candidate, names=(self.old[name],), wrapped_names=())
             for name, candidate in self.found.items()
             if name in self.old
         }
+
+    def turned(self) -> ModuleNames:
+        """The same the other way round: a model that has the names of the file, and a file that has the model's."""
+        return ModuleNames(self.model, self.as_in_file, self.old, {self.old[name] for name in self.adapted})
 
     def renamed(self, name: str) -> str:
         """A name of the file that starts with a module's, such as that of a weight, in the model's names."""
@@ -65,6 +56,30 @@ class ModuleNames:
             return new
         fits = [new for old, new in self.new.items() if entry in endings(old)]
         return fits[0] if len(fits) == 1 and entry not in endings(fits[0]) else entry
+
+
+def names_in_file(places: Places, moved: Iterable[tuple[str, Place]], config: AdapterConfig) -> ModuleNames:
+    """The names that modules have in a file, as far as its tensors say.
+
+    Args:
+        places: of the model.
+        moved: (name in the file, place in the model) of each tensor, without prefix.
+        config: of the file.
+    """
+    first = {name: one for one, candidate in places.found.items() for name in candidate.known_as}
+    companions = tuple(prefix for prefix, _ in config.companions())
+    pairs: dict[str, str] = {}
+    adapted: set[str] = set()
+    for name, place in moved:
+        module = first[place.module]
+        if name.endswith(f".{place.tail}"):
+            pairs.setdefault(module, name.removesuffix(f".{place.tail}"))
+            if places.is_adapters(place) and not place.tail.startswith(companions or ("\0",)):
+                adapted.add(module)
+    new: dict[str, str] = {}
+    for module, old in _old_names(list(places.found), pairs).items():
+        new.setdefault(old, module)
+    return ModuleNames(places.model, places.found, new, adapted)
 
 
 def _old_names(names: Sequence[str], pairs: Mapping[str, str]) -> dict[str, str]:

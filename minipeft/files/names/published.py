@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from minipeft.files.names.key_mapping import renamed_by
 
-Rename = Callable[[str], str]
+# Where the part of an adapter begins in a name; what stands before it is a module's.
+_ADAPTER = re.compile(r"(.+?)\.((?:hada|ia3|lokr|lora|oft|vera)_.*|base_layer\..*)")
 
 
 def published_names(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
@@ -41,6 +43,9 @@ def _renamings(model: nn.Module) -> list[Any]:
 
 
 def _renamed(name: str, renamings: list[Any]) -> str:
+    """The name today. A table may speak of the weight, as of ``.gate.weight``, so a module is asked for by that."""
+    match = _ADAPTER.fullmatch(name)
+    asked = f"{match[1]}.weight" if match else name
     for renaming in renamings:
-        name = renaming.rename_source_key(name)[0]
-    return name
+        asked = renaming.rename_source_key(asked)[0]
+    return f"{asked.removesuffix('.weight')}.{match[2]}" if match else asked

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from minipeft import registry
 from minipeft.errors import MergeError, all_or_nothing, shown
+from minipeft.files.empty_model import empty_model
 from minipeft.files.file_names import CONFIG_FILE
 from minipeft.files.format import open_adapter
 from minipeft.files.hub import adapter_directory, base_directory
@@ -28,7 +29,6 @@ from minipeft.layers.offloaded import present
 from minipeft.merging.from_disk.base import Base, open_base
 from minipeft.merging.from_disk.check import Checked, check_files
 from minipeft.merging.from_disk.disk_model import DiskModel, connect
-from minipeft.merging.from_disk.empty_model import empty_model
 from minipeft.merging.from_disk.folder import check_place, small_files, whole_folder, write_index, write_small_files
 from minipeft.merging.from_disk.layout import Sink, shards_to_write, write_new_copies
 from minipeft.merging.from_disk.outcome import Outcome, settle
@@ -136,7 +136,7 @@ def _adapted(base: Base, folder: Path, allow_base_mismatch: bool) -> tuple[DiskM
     """The base with the adapter on it, and what its configuration says otherwise than the base's file."""
     file = open_adapter(folder)
     with_it = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
-    made = empty_model(base, file, with_it.get("auto_mapping"))
+    made = empty_model(base.folder, base.config, file, with_it.get("auto_mapping"))
     disk = connect(made.model, base)
     lost = [name for name in file.base if name in disk.state and disk.source(name) is None]
     if lost:

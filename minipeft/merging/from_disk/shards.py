@@ -18,10 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from minipeft.files.format import DTYPES
+from minipeft.files.format import NAMES
 from minipeft.merging.from_disk.stored import CHUNK, StoredTensor
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

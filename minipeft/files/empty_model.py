@@ -1,21 +1,22 @@
-"""The base as a transformers model whose weights stay on disk: the class and the sizes that the adapter was trained with."""
+"""The base as a transformers model without weights: the class and the sizes that the adapter was trained with."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from minipeft.errors import ConfigError, MergeError, told
+from minipeft.errors import ConfigError, MergeError, MinipeftError, told
 from minipeft.files.format import AdapterFile
+from minipeft.files.names.fitted import in_names_of
 from minipeft.files.reading import reading
 from minipeft.files.resized_vocabulary import OPTION
 from minipeft.injection.build import PREFIX
-from minipeft.merging.from_disk.base import Base
 from minipeft.transformers_model import input_embedding, output_head
 
 # The auto class for a task whose head a checkpoint of another task lacks.
@@ -37,11 +38,12 @@ class EmptyModel:
     changed: dict[str, Any] = field(default_factory=dict)
 
 
-def empty_model(base: Base, file: AdapterFile, auto_mapping: Any = None) -> EmptyModel:
+def empty_model(folder: Path, values: Mapping[str, Any], file: AdapterFile, auto_mapping: Any = None) -> EmptyModel:
     """Build the model that the adapter was trained on, without weights, in evaluation mode.
 
     Args:
-        base: the checkpoint.
+        folder: of the base.
+        values: its ``config.json``.
         file: the adapter, whose tensors say how many rows the vocabulary and a new head have.
         auto_mapping: of the adapter's configuration, where PEFT names the class of a model without a task.
 
@@ -53,34 +55,45 @@ def empty_model(base: Base, file: AdapterFile, auto_mapping: Any = None) -> Empt
         import transformers as package
     except ImportError:
         raise ConfigError(
-            "merging a checkpoint takes transformers and accelerate: pip install 'minipeft[train]'"
+            "the base's config.json takes transformers and accelerate: pip install 'minipeft[train]'"
         ) from None
     transformers: Any = package
-    with reading(base.folder):
-        config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    cls = _model_class(transformers, base, config, file.config.task_type, auto_mapping)
+    with reading(folder):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    cls = _model_class(transformers, folder, values, config, file.config.task_type, auto_mapping)
     made = EmptyModel(_built(cls, config))
-    if cls.__name__ not in (base.config.get("architectures") or ()):
+    if cls.__name__ not in (values.get("architectures") or ()):
         made.changed["architectures"] = [cls.__name__]
-    labels, rows = _labels(made.model, file), _rows(made.model, file)
+    shapes = _shapes(file, made.model)
+    labels, rows = _labels(made.model, shapes), _rows(made.model, file, shapes)
     if labels is not None:
         config.num_labels = labels
         made.changed |= {name: getattr(config, name) for name in ("id2label", "label2id")}
     if rows is not None:
         text = config.get_text_config()
         text.vocab_size = rows
-        inside = next((key for key in base.config if text is not config and getattr(config, key, None) is text), None)
-        values = {"vocab_size": rows}
-        made.changed |= values if inside is None else {inside: {**base.config[inside], **values}}
+        inside = next((key for key in values if text is not config and getattr(config, key, None) is text), None)
+        sizes = {"vocab_size": rows}
+        made.changed |= sizes if inside is None else {inside: {**values[inside], **sizes}}
     if labels is not None or rows is not None:
         made.model = _built(cls, config)
     return made
 
 
-def _model_class(transformers: Any, base: Base, config: Any, task: str | None, auto_mapping: Any) -> Any:
-    names = base.config.get("architectures")
+def _shapes(file: AdapterFile, model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """The shapes in the file by the names that its modules have in this model; by its own if they do not fit."""
+    try:
+        return in_names_of(model, file).shapes
+    except MinipeftError:  # which is told when the adapter is loaded
+        return file.shapes
+
+
+def _model_class(
+    transformers: Any, folder: Path, values: Mapping[str, Any], config: Any, task: str | None, auto_mapping: Any
+) -> Any:
+    names = values.get("architectures")
     own = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    _class_named(transformers, base, own)
+    _class_named(transformers, folder, own)
     if isinstance(auto_mapping, Mapping) and str(auto_mapping.get("parent_library", "")).startswith("transformers."):
         own = auto_mapping.get("base_model_class") or own
     elif task in HEADS:
@@ -89,14 +102,14 @@ def _model_class(transformers: Any, base: Base, config: Any, task: str | None, a
         # A model for images and text is none of the causal ones, and is adapted as what it is.
         other = task not in GENERATING or own is None or own.endswith("Model")
         own = with_head[0] if with_head and own not in with_head and other else own
-    return _class_named(transformers, base, own)
+    return _class_named(transformers, folder, own)
 
 
-def _class_named(transformers: Any, base: Base, own: str | None) -> Any:
+def _class_named(transformers: Any, folder: Path, own: str | None) -> Any:
     cls = getattr(transformers, own, None) if isinstance(own, str) and own.isidentifier() else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise MergeError(
-            f"base: {base.folder} is for the class {told(own)}, which transformers {transformers.__version__} does not have. "
+            f"base: {folder} is for the class {told(own)}, which transformers {transformers.__version__} does not have. "
             "Load the model as its authors say, then merge_and_unload() and save_pretrained()."
         )
     return cls
@@ -119,17 +132,17 @@ def _without_weights() -> Iterator[None]:
     try:
         from accelerate import init_empty_weights  # type: ignore[import-untyped]
     except ImportError:
-        raise ConfigError("merging a checkpoint takes accelerate: pip install 'minipeft[train]'") from None
+        raise ConfigError("a model without weights takes accelerate: pip install 'minipeft[train]'") from None
     with init_empty_weights(include_buffers=False):
         yield
 
 
-def _labels(model: nn.Module, file: AdapterFile) -> int | None:
+def _labels(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """How many labels the adapter's head has, if that is another number than the model's."""
     here = getattr(model.config, "num_labels", None)
     tables = {id(module) for module in (input_embedding(model), output_head(model))}
     for name, module in model.named_modules():
-        shape = file.shapes.get(f"{PREFIX}{name}.weight") or file.shapes.get(f"{PREFIX}{name}.modules_to_save.weight")
+        shape = shapes.get(f"{PREFIX}{name}.weight") or shapes.get(f"{PREFIX}{name}.modules_to_save.weight")
         weight = module._parameters.get("weight")
         if shape is None or weight is None or id(module) in tables or len(shape) != 2:
             continue
@@ -138,7 +151,7 @@ def _labels(model: nn.Module, file: AdapterFile) -> int | None:
     return None
 
 
-def _rows(model: nn.Module, file: AdapterFile) -> int | None:
+def _rows(model: nn.Module, file: AdapterFile, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """How many tokens the adapter was trained with, if those are more than the model has."""
     table = input_embedding(model)
     weight = None if table is None else table._parameters.get("weight")
@@ -146,8 +159,8 @@ def _rows(model: nn.Module, file: AdapterFile) -> int | None:
         return None
     names = [name for name, module in model.named_modules() if module in (table, output_head(model))]
     ends = (".weight", ".base_layer.weight", ".modules_to_save.weight")
-    shapes = [file.shapes.get(f"{PREFIX}{name}{end}") for name in names for end in ends]
-    rows = [shape[0] for shape in shapes if shape is not None and shape[1:] == tuple(weight.shape[1:])]
+    found = [shapes.get(f"{PREFIX}{name}{end}") for name in names for end in ends]
+    rows = [shape[0] for shape in found if shape is not None and shape[1:] == tuple(weight.shape[1:])]
     for option in (getattr(file.config, OPTION, None), getattr(file.config, "token_indices", None)):
         lists = list(option.values()) if isinstance(option, Mapping) else [option]
         rows += [max(ids) + 1 for ids in lists if ids]

@@ -1,0 +1,185 @@
+"""The other way: an adapter under the names that transformers 4 had, which checkpoints and servers still have.
+
+transformers 5 saves a model under these names, by its own tables read backwards, and the same tables are asked here. What
+reads such a file is `minipeft.files.names.fitted`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.config import ALL_LINEAR, AdapterConfig
+from minipeft.errors import CheckpointError, printable, shown
+from minipeft.files.format import AdapterFile
+from minipeft.files.names.expert_config import TABLES
+from minipeft.files.names.expert_places import tables
+from minipeft.files.names.fitted import in_names_of
+from minipeft.files.names.modules import ModuleNames
+from minipeft.files.names.places import Places
+from minipeft.files.names.split_experts import split_experts
+from minipeft.files.names.translated_config import translated_config
+from minipeft.injection.build import PREFIX
+from minipeft.injection.module_tree import Candidate, candidates
+from minipeft.injection.targets import selected_names
+from minipeft.layers.base import layer_ops
+from minipeft.patterns import endings
+
+_A = ".lora_A.weight"
+_EXPERT = re.compile(r"(.+)\.0\.([^.]+)\.weight")  # greedy: the index of the expert is the last number
+
+
+@dataclass(frozen=True)
+class OldNames:
+    """The names of a model's modules in transformers 4.
+
+    Attributes:
+        found: the model's candidates.
+        modules: name today -> name then.
+        experts: parameter of all experts -> the layers that each expert had instead, in the order of their features.
+        routers: names today of modules that were layers, and have a bare weight now.
+    """
+
+    found: Mapping[str, Candidate]
+    modules: Mapping[str, str]
+    experts: Mapping[str, tuple[str, ...]]
+    routers: frozenset[str]
+
+    def layers(self) -> Iterator[str]:
+        """The names of all layers then: those of today, the routers, and those of each expert."""
+        for name, old in self.modules.items():
+            base = self.found[name].base
+            if layer_ops(base) is not None or name in self.routers:
+                yield old
+            for own, words in self.experts.items():
+                stack = base._parameters.get(own)
+                yield from (f"{old}.{n}.{word}" for n in range(0 if stack is None else len(stack)) for word in words)
+
+
+def old_names(model: nn.Module) -> OldNames:
+    """The old names, by transformers' tables; of a model without tables they are today's.
+
+    Raises:
+        CheckpointError: two lists of experts in it had other layers under one parameter's name.
+    """
+    found, stored = candidates(model), _Stored(model)
+    modules: dict[str, str] = {}
+    experts: dict[str, tuple[str, ...]] = {}
+    for name, candidate in found.items():
+        for own, parameter in candidate.base._parameters.items():
+            keys = stored.keys(f"{name}.{own}", parameter) if parameter is not None else []
+            lists = [match for key in keys if (match := _EXPERT.fullmatch(key))] if len(keys) > 1 else []
+            if lists:
+                modules[name] = lists[0][1]
+                words = tuple(match[2] for match in lists)
+                if experts.setdefault(own, words) != words:
+                    raise CheckpointError(f"{name} had {shown(words)} for {own}, and other experts had {experts[own]}.")
+            elif len(keys) == 1 and keys[0].endswith(f".{own}"):
+                modules.setdefault(name, keys[0].removesuffix(f".{own}"))
+    routers = {name for name, c in found.items() if layer_ops(c.base) is None and _has_matrix(c.base)}
+    return OldNames(found, modules, experts, frozenset(routers & modules.keys()))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2
+
+
+class _Stored:
+    """Asks transformers under which keys it saves a parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        renamings, converters = tables(model, add_legacy=False)
+        # A prefix that only some checkpoints have is none of the model's.
+        self.table = [each for each in (*renamings, *converters) if type(each).__name__ != "PrefixChange"]
+
+    def keys(self, name: str, parameter: Tensor) -> list[str]:
+        """The keys; its own name if there is no table, none if it was saved together with others."""
+        if not self.table:
+            return [name]
+        from transformers.core_model_loading import revert_weight_conversion
+
+        self.model._weight_conversions = self.table
+        try:
+            return list(revert_weight_conversion(self.model, {name: torch.empty_like(parameter, device="meta")}))
+        except Exception:  # whatever a converter raises that lacks its other tensors
+            return []
+        finally:
+            del self.model._weight_conversions
+
+
+def with_old_names(
+    model: nn.Module, file: AdapterFile, values: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and configuration of the same adapter, as PEFT would have saved it with transformers 4.
+
+    Args:
+        model: the base today, with or without weights.
+        file: the adapter, under any names that `load_adapter` reads.
+        values: its ``adapter_config.json``; what no option says is kept.
+
+    Raises:
+        CheckpointError: the adapter is for another model, or has a place that had no name then.
+    """
+    file, names = in_names_of(model, file), old_names(model)
+    places, moved, adapted = Places(model, file.config), dict[str, str](), set[str]()
+    for key in file.shapes:
+        place = places.place(key.removeprefix(PREFIX))
+        if place is None or place.module not in names.modules:
+            raise CheckpointError(
+                f"{file.path}: {printable(key, 200)} had no name in {type(model).__name__} of transformers 4."
+            )
+        moved[key] = f"{PREFIX}{names.modules[place.module]}.{place.tail}"
+        adapted |= {place.module} if places.is_adapters(place) else set()
+    new = {old: name for name, old in names.modules.items()}
+    config = translated_config(file.config, ModuleNames(model, names.found, new, adapted).turned())
+    config = _with_routers(config, [names.modules[name] for name in adapted & names.routers])
+    tensors = {moved[key]: tensor for key, tensor in file.read().items()}
+    before = set(tensors)
+    tensors, options = split_experts(tensors, {**config.to_dict(), "target_modules": None}, names.experts)
+    owners = {
+        names.modules[name]
+        for name, c in names.found.items()
+        if not c.base._parameters.keys().isdisjoint(names.experts)
+    }
+    wanted = {names.modules[name] for name in adapted} - owners
+    wanted |= {key.removeprefix(PREFIX).removesuffix(_A) for key in tensors.keys() - before if key.endswith(_A)}
+    return tensors, {**values, **options, **_targets(config, wanted, names)}
+
+
+def _with_routers(config: AdapterConfig, routers: Collection[str]) -> AdapterConfig:
+    """The configuration with these as layers, and not as the parameters ``<name>.weight``."""
+    if not routers:
+        return config
+    given: Any = config
+    weights = [f"{name}.weight" for name in routers]
+    entries = {ending for weight in weights for ending in endings(weight)}
+    changes: dict[str, Any] = {
+        "target_parameters": [e for e in given.target_parameters or () if e not in entries] or None
+    }
+    configs = given.for_modules(weights)
+    for option, table in TABLES.items():
+        others = {name: getattr(configs[f"{name}.weight"], option) for name in routers}
+        changes[table] = {n: v for n, v in others.items() if v != getattr(given, option)} | getattr(given, table)
+    return replace(config, **changes)
+
+
+def _targets(config: AdapterConfig, wanted: Collection[str], names: OldNames) -> dict[str, Any]:
+    """``target_modules`` for exactly these layers: as it is, else their shortest endings that no other layer has."""
+    every, given = list(names.layers()), config.target_modules
+    known = given not in (None, ALL_LINEAR) or not (names.experts or names.routers)
+    if known and (given == ALL_LINEAR or set(selected_names(config, every)) == set(wanted)):
+        return {"target_modules": given if isinstance(given, str) else list(given or ())}
+    others = {ending for name in every if name not in wanted for ending in endings(name)}
+    short = (
+        next((end for end in sorted(endings(name), key=len) if end not in others and not end[0].isdigit()), name)
+        for name in sorted(wanted)
+    )
+    unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    return {**unset, "target_modules": list(dict.fromkeys(short))}
