@@ -129,6 +129,7 @@ def test_loss_and_gradients_are_those_of_W_plus_BA(kind, way, formed):
         "the other",
         "two adapters",
         "one of two merged",
+        "rescaled",
         "rank-stabilised",
         "checkpointed",
         "frozen",
@@ -151,6 +152,8 @@ def test_what_else_may_be_asked_of_adapters_gives_W_plus_BA_too(case, way, forme
     if case == "checkpointed":
         with foreign_code():
             model.gradient_checkpointing_enable({"use_reentrant": False})
+    if case == "rescaled":
+        model.set_scale("default", 0.5)
     if case == "lean":
         lean(model)
     if case == "frozen":
