@@ -93,6 +93,19 @@ def test_the_methods_benchmark_holds_every_method_of_both_libraries_against_peft
     assert len(rows) == 3 * len(methods)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_experts_benchmark_compares_time_and_memory_with_peft_and_the_frozen_base(main, tmp_path):
+    main("speed")(["--quick", "--part", "experts", "--output", str(tmp_path)])
+    rows = read(tmp_path / "speed_experts.csv")
+    assert {tuple(row["case"].split(", ")[:2]) for row in rows} == {
+        (model, way) for model in ("tiny Mixtral", "tiny Qwen3-MoE") for way in ("grouped_mm", "eager")
+    }
+    assert {row["measure"] for row in rows} == {"training step", "kept for backward", "peak memory over the model"}
+    kept = [row for row in rows if row["measure"] == "kept for backward" and row["subject"] == "minipeft"]
+    assert all(float(row["ratio"]) < (2 if row["peer_name"] == "frozen base" else 1) for row in kept)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_no_time_is_reported_of_a_method_that_computes_something_else(main, tmp_path, monkeypatch):
     methods = main("speed").__globals__["methods_part"].__globals__

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minipeft.injection.adapted_value import adapted_value
+from minipeft.injection.split_weight import Origin, split_weight
 from minipeft.injection.stored_weight import stored_weight
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
 from minipeft.kernels.functional import accumulation_dtype
+from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import HOOK, on_device_of, present
 from minipeft.layers.uncalled import UncalledOps
@@ -198,7 +200,22 @@ class AdaptedWeight(AdaptedLayer):
         path, inner = "", self.base_layer
         while isinstance(inner, Wrapper):
             path, inner = f"{path}base_layer.", inner.base_layer
-        return {f"{path}{self.ops.parameter}": self.adapted_weight(acting)}
+        weight = self.split_weight(acting)
+        return {f"{path}{self.ops.parameter}": self.adapted_weight(acting) if weight is None else weight}
+
+    def split_weight(self, names: tuple[str, ...]) -> Tensor | None:
+        """The parameter with these adapters, formed only if the module does more with it than to multiply by it.
+
+        None if it must be formed at once: for a method that does more than to add a product, or under a compiler.
+        """
+        if is_transformed():
+            return None
+        owner = self.owner
+        own: Tensor = getattr(owner, self.ops.parameter)
+        factors = [factors for name in names if (factors := self.adapter(name).weight_factors()) is not None]
+        total = self.ops.low_rank_sum(owner, factors) if len(factors) == len(names) else None
+        origin = Origin(f"{type(owner).__name__}.{self.ops.parameter}", own.nbytes)
+        return None if total is None else split_weight(total, origin)
 
     def adapted_weight(self, names: tuple[str, ...]) -> Tensor:
         """The parameter with these adapters, as the module stores it."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
@@ -27,12 +27,12 @@ class AdaptedValue(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    own: nn.Parameter
+    own: Tensor
     compute: Compute
     value: Tensor | None
 
     @staticmethod
-    def __new__(cls, own: nn.Parameter, compute: Compute) -> AdaptedValue:
+    def __new__(cls, own: Tensor, compute: Compute) -> AdaptedValue:
         made: AdaptedValue = Tensor._make_wrapper_subclass(
             cls, own.shape, strides=own.stride(), dtype=own.dtype, device=own.device, requires_grad=False
         )
@@ -62,7 +62,7 @@ class AdaptedValue(Tensor):
                 self.value = self.compute()
         return self.value
 
-    def written(self) -> nn.Parameter:
+    def written(self) -> Tensor:
         """The parameter, about to be changed in place."""
         self.value = None
         return self.own
@@ -93,35 +93,38 @@ class AdaptedValue(Tensor):
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: nn.Parameter, compute: Compute, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, own: Tensor, compute: Compute, kind: type[AdaptedValue], *parameters: Tensor) -> Tensor:
         ctx.compute = compute
         ctx.save_for_backward(*parameters)
-        return AdaptedValue(own, compute)
+        return kind(own, compute)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parameters = ctx.saved_tensors
-        needed = [p for p, needs in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needs]
+        needed = [p for p, needs in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needs]
         with torch.enable_grad():
             value = ctx.compute()
         if not value.requires_grad:  # a bias that the adapters turn out to leave alone
-            return (None,) * (2 + len(parameters))
+            return (None,) * (3 + len(parameters))
         grads = iter(torch.autograd.grad(value, needed, grad, allow_unused=True))
-        return None, None, *(next(grads) if needs else None for needs in ctx.needs_input_grad[2:])
+        return None, None, None, *(next(grads) if needs else None for needs in ctx.needs_input_grad[3:])
 
 
-def adapted_value(own: nn.Parameter, compute: Compute, parameters: Sequence[Tensor]) -> Tensor:
+def adapted_value(
+    own: Tensor, compute: Compute, parameters: Sequence[Tensor], kind: type[AdaptedValue] = AdaptedValue
+) -> Tensor:
     """`own` with adapters folded in, computed when it is needed; under a compiler or a function transform, at once.
 
     Args:
-        own: the parameter of the base layer.
+        own: the parameter of the base layer, or a view of it.
         compute: gives the value in the shape and dtype of `own`, differentiable in `parameters`.
         parameters: of the adapters.
+        kind: the class of what is returned.
     """
     if is_transformed():
         return compute()
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-        value: Tensor = _Read.apply(own, compute, *parameters)  # type: ignore[no-untyped-call]
+        value: Tensor = _Read.apply(own, compute, kind, *parameters)  # type: ignore[no-untyped-call]
         return value
-    return AdaptedValue(own, compute)
+    return kind(own, compute)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.kernels.functional import split_columns, split_rows
+from minipeft.kernels.low_rank_sum import LowRankSum
 from minipeft.layers.base import FLOAT_DTYPES
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.registry import register_layer
@@ -18,8 +20,9 @@ class ParameterOps(UncalledOps):
     """A parameter of shape (out, in), (experts, out, in), or (experts, in, out) if its module says `is_transposed`.
 
     Each expert has its own factors, and the canonical weight of a stack is (experts * out, in). The module is called
-    while its parameter is ``W + B A``, formed in the parameter's dtype for that one call. Autograd keeps it until the
-    backward pass, unless the call is checkpointed: then it is formed again.
+    while its parameter is ``W + B A``. LoRA never forms it where the module multiplies by it (see `low_rank_sum`). What
+    else the module does with it, and other methods, form it in the parameter's dtype for that one call. Autograd keeps
+    it until the backward pass, unless the call is checkpointed: then it is formed again.
     """
 
     def __init__(self, parameter: str = "") -> None:  # registered without a name; injection gives the parameter's
@@ -68,6 +71,22 @@ class ParameterOps(UncalledOps):
         if self._is_transposed(base):
             return torch.bmm(h.mT, up.mT)
         return torch.bmm(up, h).view(getattr(base, self.parameter).shape)
+
+    def low_rank_sum(self, base: Any, factors: Sequence[tuple[Tensor, Tensor, float]]) -> LowRankSum | None:
+        own, count = getattr(base, self.parameter), self._num_experts(base)
+        if type(own) is not nn.Parameter or own.requires_grad:
+            return None
+        downs = [split_rows(A, count) for A, _, _ in factors]
+        ups = [split_columns(B, count) for _, B, _ in factors]
+        scaling = factors[0][2]
+        if len(factors) > 1:  # one pair of the ranks of all
+            scaling, scaled = 1.0, [up * s for up, (_, _, s) in zip(ups, factors, strict=True)]
+            downs, ups = [torch.cat(downs, 1)], [torch.cat(scaled, 2)]
+        (down,), (up,) = downs, ups
+        if own.ndim == 2:
+            down, up = down[0], up[0]
+        left, right = (down.mT, up.mT) if self._is_transposed(base) else (up, down)
+        return LowRankSum(own, left, right, scaling)
 
     def example_input(self, base: Any) -> Tensor:
         weight = next(base.parameters())

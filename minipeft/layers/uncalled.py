@@ -7,13 +7,14 @@ write, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.kernels.functional import accumulation_dtype
+from minipeft.kernels.low_rank_sum import LowRankSum
 from minipeft.layers.base import FLOAT_DTYPES, LayerOps
 
 
@@ -57,3 +58,12 @@ class UncalledOps(LayerOps):
     def from_call(self, base: Any, y: Tensor) -> Tensor:
         """The parameter for which `as_call` gives this y."""
         return y.t().to(self.read_weight(base).dtype)
+
+    def low_rank_sum(self, base: Any, factors: Sequence[tuple[Tensor, Tensor, float]]) -> LowRankSum | None:
+        """The parameter plus the updates ``scaling * B A`` of these (A, B, scaling), not computed; None if it must be.
+
+        Args:
+            base: the module.
+            factors: at least one, with A and B as in `factor_shapes`.
+        """
+        return None

@@ -155,6 +155,14 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
+    def weight_factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A, B, scaling) if all that `forward` does to a layer now is to add ``scaling * B A`` to its weight.
+
+        A and B are differentiable, in the shapes of `LayerOps.factor_shapes`, and not copies as those of `stacked_factors`. With
+        them, fused experts form no weight.
+        """
+        return None
+
     # May say, about files:
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -261,6 +269,8 @@ class Adapter(nn.Module, ABC):
         if not own.keys().isdisjoint(together):
             for name in together:
                 setattr(cls, name, own.get(name, vars(Adapter)[name]))
+        if not own.keys().isdisjoint((*together, "forward")):
+            cls.weight_factors = own.get("weight_factors", Adapter.weight_factors)  # type: ignore[method-assign]
 
     @classmethod
     def overrides(cls, name: str) -> bool:

@@ -162,6 +162,11 @@ class Lora(Adapter):
         if self.lora_B_bias is not None and bias is not None:
             self.lora_B_bias.data = bias / self.scaling
 
+    def weight_factors(self) -> tuple[Tensor, Tensor, float] | None:
+        if self.trains_bias or (self.training and self.dropout):
+            return None
+        return *self.pair(), self.scaling
+
     def delta(self, weight: Tensor) -> Tensor:
         if self.num_experts > 1:
             return stacked_delta(*self._matrices(), self.scaling, self.num_experts)

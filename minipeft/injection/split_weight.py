@@ -1,0 +1,227 @@
+"""``W + s B A`` in the place of a parameter that its module multiplies by, such as the fused experts of a mixture.
+
+The module's own code runs, whichever it is: transformers' experts have three implementations (a loop, ``batched_mm``,
+``grouped_mm``), which the user may change at any time, and each class its own loop. What gets in the way of a product is
+torch's protocol for tensor-like objects: each product that `RULES` knows is computed as ``x W + s (x A) B``, so
+that nothing as large as W is made. Any other use of the weight forms it, as an `AdaptedValue`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft.injection.adapted_value import AdaptedValue, adapted_value
+from minipeft.kernels import low_rank_groups, low_rank_sum
+from minipeft.kernels.frozen_linear import can_fuse
+from minipeft.kernels.low_rank_sum import LowRankSum
+from minipeft.transformers_model import GROUPED_PRODUCT
+
+SAID_FROM = 2**26  # bytes kept for the backward pass
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The parameter that a weight comes from.
+
+    Args:
+        name: for messages.
+        size: in bytes.
+    """
+
+    name: str
+    size: int
+
+    def say_formed(self, why: str) -> None:
+        """Warn that autograd keeps the adapted parameter, if it is large."""
+        if self.size >= SAID_FROM:
+            warnings.warn(
+                f"{self.name}: {why}, so W + BA is formed at each call and kept for the backward pass, "
+                f"{self.size / 2**20:.0f} MiB. Gradient checkpointing forms it again instead.",
+                stacklevel=2,
+            )
+
+
+class SplitWeight(AdaptedValue):
+    """A `LowRankSum` as the tensor that it stands for; if `picks` is given, the matrices of it with these indices."""
+
+    parts: LowRankSum
+    picks: Tensor | None
+    origin: Origin
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        rule = RULES.get(func) or NAMED_RULES.get(getattr(func, "__name__", ""))
+        found = NotImplemented if rule is None else rule(*args, **(kwargs or {}))
+        if found is not NotImplemented:
+            return found
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def split_weight(parts: LowRankSum, origin: Origin, picks: Tensor | None = None) -> Tensor:
+    """The sum, or the matrices of it with these indices (n,), as a tensor."""
+
+    def compute() -> Tensor:
+        if learns:
+            origin.say_formed("its module does more with it than to multiply by it")
+        with torch.autocast(parts.own.device.type, enabled=False):
+            return (parts if picks is None else parts.picked(picks)).formed()
+
+    learns = parts.learns
+    like = parts.own if picks is None else parts.own[:1].expand(len(picks), -1, -1)
+    made = adapted_value(like, compute, (parts.left, parts.right), SplitWeight)
+    if isinstance(made, SplitWeight):  # else it had to be formed at once
+        made.parts, made.picks, made.origin = parts, picks, origin
+    return made
+
+
+# Rules: arguments as those of the function; NotImplemented leaves the call to torch.
+
+
+def _item(weight: SplitWeight, index: Any) -> Any:
+    if weight.picks is not None or weight.ndim != 3:
+        return NotImplemented
+    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype is not torch.bool:
+        if index.ndim == 1:
+            return split_weight(weight.parts, weight.origin, index)
+        index = int(index) if index.ndim == 0 else index
+    return split_weight(weight.parts.matrices[index], weight.origin) if type(index) is int else NotImplemented
+
+
+def _unbind(weight: SplitWeight, dim: int = 0) -> Any:
+    if weight.picks is not None or weight.ndim != 3 or dim != 0:
+        return NotImplemented
+    return tuple(split_weight(matrix, weight.origin) for matrix in weight.parts.matrices)
+
+
+def _mT(weight: SplitWeight, *_: Any) -> Any:
+    return split_weight(weight.parts.mT, weight.origin, weight.picks)
+
+
+def _t(weight: SplitWeight, *_: Any) -> Any:
+    return _mT(weight) if weight.ndim == 2 else NotImplemented
+
+
+def _transpose(weight: SplitWeight, dim0: Any, dim1: Any) -> Any:
+    last = isinstance(dim0, int) and {dim0 % weight.ndim, dim1 % weight.ndim} == {weight.ndim - 2, weight.ndim - 1}
+    return _mT(weight) if last else NotImplemented
+
+
+def _cast(dtype: torch.dtype) -> Callable[..., Any]:
+    def cast(weight: SplitWeight) -> Any:
+        if weight.dtype is dtype:
+            return weight
+        return split_weight(weight.parts.to(dtype), weight.origin) if weight.picks is None else NotImplemented
+
+    return cast
+
+
+def _to(weight: SplitWeight, *args: Any, **kwargs: Any) -> Any:
+    only = args[0] if len(args) == 1 and not kwargs else None
+    return _cast(only)(weight) if isinstance(only, torch.dtype) and only.is_floating_point else NotImplemented
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, SplitWeight) or weight.ndim != 2 or not can_fuse(input, weight.parts.own, bias):
+        return NotImplemented
+    return low_rank_sum.linear(input, weight.parts, bias)
+
+
+def _matmul(product: Callable[..., Tensor]) -> Callable[..., Any]:
+    def matmul(input: Any, other: Any) -> Any:
+        weight, x = (other, input) if isinstance(other, SplitWeight) else (input, other)
+        if isinstance(x, SplitWeight) or x.ndim < 2 or not can_fuse(x, weight.parts.own, None):
+            return NotImplemented
+        if weight.picks is not None:
+            return _by_index(weight, x, product, after=weight is input)
+        if weight is input:
+            return low_rank_sum.matmul(weight.parts, x, product)
+        return (
+            low_rank_sum.linear(x, weight.parts.mT)
+            if weight.ndim == 2
+            else low_rank_sum.matmul(x, weight.parts, product)
+        )
+
+    return matmul
+
+
+def _by_index(weight: SplitWeight, x: Tensor, product: Callable[..., Tensor], after: bool) -> Any:
+    """One row, or one column `after` the weight, for each matrix that the index names."""
+    assert weight.picks is not None
+    parts, dim = weight.parts, -1 if after else -2
+    if x.ndim != 3 or x.shape[dim] != 1 or len(x) != len(weight.picks):
+        return NotImplemented
+    if not (parts.learns or (torch.is_grad_enabled() and x.requires_grad)):
+        picked = parts.picked(weight.picks)
+        return low_rank_sum.matmul(picked, x, product) if after else low_rank_sum.matmul(x, picked, product)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return low_rank_groups.gathered(x.squeeze(dim), parts.mT if after else parts, weight.picks).unsqueeze(dim)
+
+
+def _grouped(product: Callable[..., Tensor]) -> Callable[..., Any]:
+    def grouped_mm(input: Any, mat2: Any, offs: Tensor | None = None, **options: Any) -> Any:
+        plain = isinstance(mat2, SplitWeight) and mat2.picks is None and mat2.ndim == 3 and type(input) is Tensor
+        if not plain or input.ndim != 2 or offs is None or any(value is not None for value in options.values()):
+            return NotImplemented
+        if input.dtype is not mat2.dtype or not can_fuse(input, mat2.parts.own, None):
+            return NotImplemented
+        with torch.autocast(input.device.type, enabled=False):  # which does not change this product
+            return low_rank_groups.grouped(input, mat2.parts, offs, product)
+
+    return grouped_mm
+
+
+def _data_ptr(weight: SplitWeight) -> int:
+    return weight.computed().data_ptr()
+
+
+def _by_torch(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    return torch._grouped_mm(x, stack, offs=ends)
+
+
+def _by_transformers(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    product: Tensor = getattr(torch.ops.transformers, GROUPED_PRODUCT)(x, stack, ends)
+    return product
+
+
+RULES: Mapping[Any, Callable[..., Any]] = {
+    Tensor.__getitem__: _item,
+    Tensor.unbind: _unbind,
+    torch.unbind: _unbind,
+    Tensor.mT.__get__: _mT,  # type: ignore[attr-defined]
+    Tensor.T.__get__: _t,  # type: ignore[attr-defined]
+    Tensor.t: _t,
+    torch.t: _t,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    Tensor.to: _to,
+    Tensor.float: _cast(torch.float32),
+    Tensor.double: _cast(torch.float64),
+    Tensor.bfloat16: _cast(torch.bfloat16),
+    Tensor.half: _cast(torch.float16),
+    F.linear: _linear,
+    Tensor.matmul: _matmul(torch.matmul),
+    torch.matmul: _matmul(torch.matmul),
+    Tensor.mm: _matmul(torch.mm),
+    torch.mm: _matmul(torch.mm),
+    Tensor.bmm: _matmul(torch.bmm),
+    torch.bmm: _matmul(torch.bmm),
+    Tensor.data_ptr: _data_ptr,
+}
+# By name, since not every version of torch or transformers has them.
+NAMED_RULES: Mapping[str, Callable[..., Any]] = {
+    "_grouped_mm": _grouped(_by_torch),
+    GROUPED_PRODUCT: _grouped(_by_transformers),
+}

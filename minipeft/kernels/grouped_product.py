@@ -1,0 +1,66 @@
+"""Rows that are sorted by group, times the matrix of their group, by torch's grouped product or one matrix after the other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_one_call(x: Tensor, stack: Tensor) -> bool:
+    """Whether torch has a grouped product for these, x (rows, p) and stack (groups, p, q): its rows must fill 16 bytes."""
+    if x.dtype not in DTYPES or stack.dtype is not x.dtype or not _is_there(x.device):
+        return False
+    fills = all(size * x.element_size() % 16 == 0 for size in stack.shape[1:])
+    dense = stack.is_contiguous() or stack.mT.is_contiguous()
+    return fills and dense and stack.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _is_there(device: torch.device) -> bool:
+    """With a younger torch, and on a GPU since Ampere; before 2.11 the one on a CPU wanted aligned memory."""
+    if not hasattr(F, "grouped_mm"):
+        return False
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
+
+
+class Groups:
+    """Which rows belong to which group.
+
+    Args:
+        ends: the number of rows up to the end of each group, shape (groups,), ascending, int32.
+        one_call: as `is_one_call` says. Otherwise the sizes are read, for which a GPU has to be waited for.
+    """
+
+    def __init__(self, ends: Tensor, one_call: bool) -> None:
+        self.ends = ends
+        self.one_call = one_call
+
+    @functools.cached_property
+    def sizes(self) -> Sequence[int]:
+        """The number of rows of each group."""
+        ends: list[int] = self.ends.tolist()
+        return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def times(self, x: Tensor, stack: Tensor) -> Tensor:
+        """X (rows, p) times stack (groups, p, q) -> (rows, q); what the rows after the last group get is undefined."""
+        if self.one_call:
+            return torch._grouped_mm(x, stack, offs=self.ends)
+        some = [rows @ matrix.to(x.dtype) for rows, matrix in zip(self._parts(x), stack.unbind(), strict=True)]
+        return torch.cat([*some, x.new_zeros(len(x) - sum(self.sizes), stack.shape[-1])])
+
+    def outer(self, x: Tensor, y: Tensor) -> Tensor:
+        """``x^T y`` of each group: (rows, p) and (rows, q) -> (groups, p, q)."""
+        if self.one_call:
+            return torch._grouped_mm(x.t(), y, offs=self.ends)
+        return torch.stack([a.t() @ b for a, b in zip(self._parts(x), self._parts(y), strict=True)])
+
+    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(rows[: sum(self.sizes)], list(self.sizes))
