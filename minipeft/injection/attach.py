@@ -43,6 +43,8 @@ class AdapterState:
     pauses: int = 0  # how many contexts are open in which nothing is merged
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
     unwatched: set[str] = field(default_factory=set)  # adapters of which no forward pass has been watched yet
+    unstarted: set[str] = field(default_factory=set)  # adapters without values, see `minipeft.injection.starting`
+    given: set[str] = field(default_factory=set)  # names of the tensors that have been loaded while one is
     idle: dict[str, list[str]] = field(default_factory=dict)  # layers not using an adapter, see `injection.watch`
     refuses_idle: bool = False  # an idle layer is an error, not a warning
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)  # see `minipeft.injection.fresh_parts`
@@ -185,6 +187,7 @@ def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ..
                 known.pop(name, None)
             state.trainable.discard(name)
             state.unwatched.discard(name)
+            state.unstarted.discard(name)
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:
@@ -199,7 +202,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
         state.set_aside = renamed(state.set_aside)
         for table in (state.configs, state.places, state.resting, state.idle, state.kept, state.samples):
             replace_key(table, old, new)
-        for names in (state.trainable, state.unwatched):
+        for names in (state.trainable, state.unwatched, state.unstarted):
             if old in names:
                 names.remove(old)
                 names.add(new)
