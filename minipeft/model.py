@@ -17,6 +17,7 @@ from minipeft.combining.deletion import active_without
 from minipeft.combining.model import CombinableModel
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
+from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
@@ -135,7 +136,7 @@ class _Names(list[str]):
         return self
 
 
-class AdaptedModel(OwnMethods, CombinableModel, MergeableModel):
+class AdaptedModel(OwnMethods, CombinableModel, HotswapModel, MergeableModel):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property

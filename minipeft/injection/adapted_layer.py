@@ -136,8 +136,9 @@ class AdaptedLayer(Wrapper):
         return adapter
 
     def owns(self, adapter_name: str) -> bool:
-        """Whether the adapter is here and belongs to this layer, not to one it is tied to."""
-        return adapter_name in self.adapters and adapter_name not in self.tied_adapters
+        """Whether the adapter is here, does something, and belongs to this layer, not to one it is tied to."""
+        here = adapter_name in self.adapters and adapter_name not in self.tied_adapters
+        return here and not self.adapter(adapter_name).is_vacant
 
     def drop(self, adapter_name: str) -> None:
         super().drop(adapter_name)
