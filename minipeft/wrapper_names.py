@@ -84,7 +84,8 @@ def named_modules(
             continue
         seen.add(id(current))
         yield name, current
-        stack += [(child_name, child) for child_name, _, child in reversed(list(children(current, name)))]
+        if current._modules:  # most have none
+            stack += [(child_name, child) for child_name, _, child in reversed(list(children(current, name)))]
 
 
 def named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:

@@ -3,14 +3,21 @@
 Costs are numbers of calls and of bytes, which are the same on every machine.
 """
 
+import json
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
-from minipeft import LoraConfig, get_lora_model
+from minipeft import LoraConfig, get_lora_model, load_adapter
+from minipeft.files import save
+from minipeft.files.tensor_bytes import DTYPES, file_of
+from minipeft.files.tensor_file import TensorFile
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG = LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights=False)
@@ -93,3 +100,44 @@ def test_switching_and_disabling_do_the_same_for_any_number_of_layers(tmp_path):
 def test_every_verb_grows_no_faster_than_the_layers(tmp_path):
     small, large = (costs(blocks, 1, tmp_path / str(blocks)) for blocks in (4, 16))
     assert all(large[verb] <= 4.6 * small[verb] for verb in VERBS.keys() - {"save"}), (small, large)
+
+
+def test_a_loaded_adapter_takes_the_memory_of_what_was_read(tmp_path, monkeypatch):
+    get_lora_model(small_layers(2), CONFIG).save_pretrained(tmp_path)
+    read, real = set(), TensorFile.read
+
+    def noting(file, *args, **options):
+        values = real(file, *args, **options)
+        read.update(tensor.data_ptr() for tensor in values.values())
+        return values
+
+    monkeypatch.setattr(TensorFile, "read", noting)
+    model = load_adapter(small_layers(2), tmp_path)
+    assert {tensor.data_ptr() for tensor in model.adapter_state_dict().values()} == read
+    assert len(read) == 2 * 2 * 7
+
+
+def test_a_saved_adapter_is_written_from_its_own_memory_as_the_library_writes_it(tmp_path, monkeypatch):
+    model, written, real = get_lora_model(small_layers(2), CONFIG), [], save.file_of
+
+    def noting(tensors, metadata):
+        pieces = real(tensors, metadata)
+        parts = list(pieces.parts)
+        written.extend(np.frombuffer(part, np.uint8).ctypes.data for part in parts[1:])
+        return replace(pieces, parts=iter(parts))
+
+    monkeypatch.setattr(save, "file_of", noting)
+    model.save_pretrained(tmp_path)
+    assert sorted(written) == sorted(tensor.data_ptr() for tensor in model.adapter_state_dict().values())
+
+
+def test_a_file_is_the_librarys_but_for_the_order_of_its_metadata():
+    tensors = {f"{name}{dtype}": torch.arange(6).reshape(2, 3).to(dtype) for dtype in DTYPES for name in "ba"}
+    tensors |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.0), "turned": torch.arange(6.0).reshape(2, 3).t()}
+    metadata = {"b": "2", "a": "1"}
+    ours = b"".join(file_of(tensors, metadata).parts)
+    theirs = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata)
+    length = 8 + int.from_bytes(theirs[:8], "little")
+    assert ours[length:] == theirs[length:]
+    assert list(json.loads(ours[8:length]).items()) == list(json.loads(theirs[8:length]).items())
+    assert len(ours) == file_of(tensors, metadata).nbytes
