@@ -3,6 +3,7 @@
 Costs are numbers of calls and of bytes, which are the same on every machine.
 """
 
+import copy
 import json
 import sys
 from collections import OrderedDict
@@ -103,7 +104,8 @@ def test_every_verb_grows_no_faster_than_the_layers(tmp_path):
 
 
 def test_a_loaded_adapter_takes_the_memory_of_what_was_read(tmp_path, monkeypatch):
-    get_lora_model(small_layers(2), CONFIG).save_pretrained(tmp_path)
+    base = small_layers(2)
+    get_lora_model(copy.deepcopy(base), CONFIG).save_pretrained(tmp_path)
     read, real = set(), TensorFile.read
 
     def noting(file, *args, **options):
@@ -112,7 +114,7 @@ def test_a_loaded_adapter_takes_the_memory_of_what_was_read(tmp_path, monkeypatc
         return values
 
     monkeypatch.setattr(TensorFile, "read", noting)
-    model = load_adapter(small_layers(2), tmp_path)
+    model = load_adapter(base, tmp_path)
     assert {tensor.data_ptr() for tensor in model.adapter_state_dict().values()} == read
     assert len(read) == 2 * 2 * 7
 
