@@ -4,6 +4,7 @@ Costs are numbers of calls and of bytes, which are the same on every machine.
 """
 
 import copy
+import gc
 import json
 import sys
 from collections import OrderedDict
@@ -37,11 +38,14 @@ def calls(action):
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.collect()
+    gc.disable()  # what other tests left would be finalized in between
     sys.setprofile(note)
     try:
         action()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
