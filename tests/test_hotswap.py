@@ -150,6 +150,13 @@ def test_a_compiled_model_is_not_compiled_again(dora, tmp_path):
         for index in (1, 2, 3, 0, 2):
             hotswap_adapter(compiled, files[index][0])
             torch.testing.assert_close(compiled(ids).logits, files[index][1], rtol=0, atol=1e-5)
+        if not dora:
+            model.set_scale("default", 0.5)
+            expected = load_adapter(gpt2(), files[2][0])
+            expected.set_scale("default", 0.5)
+            torch.testing.assert_close(compiled(ids).logits, logits(expected), rtol=0, atol=1e-5)
+            model.hotswap_adapter(files[0][0])  # which starts at full strength
+            torch.testing.assert_close(compiled(ids).logits, files[0][1], rtol=0, atol=1e-5)
     assert len(graphs) == first
     torch._dynamo.reset()
 
