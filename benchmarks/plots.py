@@ -132,17 +132,46 @@ def draw_memory(records: Records, path: Path) -> None:
     save(figure, path)
 
 
+def draw_scale(records: Records, path: Path) -> None:
+    """Milliseconds against the number of adapted layers, one panel a verb, both axes logarithmic."""
+    sized = [record for record in records if record["case"].endswith(" layers")]
+    verbs = list(dict.fromkeys(record["measure"] for record in sized))
+    figure, panels = plt.subplots(2, (len(verbs) + 1) // 2, figsize=(13, 6.4), sharex=True, layout="constrained")
+    for axes, verb in zip(panels.flat, verbs, strict=False):
+        some = [record for record in sized if record["measure"] == verb]
+        layers = [int(record["case"].split()[0]) for record in some]
+        for name, field, ink in ((PEFT, "peer", THEIRS), ("minipeft", "ours", OURS)):
+            axes.loglog(
+                layers, [float(record[field]) for record in some], color=ink, marker="o", markersize=4, label=name
+            )
+        axes.set_title(verb, fontsize="medium")
+        axes.set_xticks(layers, map(str, layers), minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+    for axes in panels.flat[len(verbs) :]:
+        axes.set_axis_off()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("ms")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    figure.suptitle("Time of a verb against the number of adapted layers")
+    save(figure, path)
+
+
 DRAWINGS: dict[str, Callable[[Records, Path], None]] = {
     "speed_layer": draw_layers,
     "speed_step": draw_steps,
     "memory": draw_memory,
+    "scale": draw_scale,
 }
 
 
-def draw(folder: Path) -> Sequence[Path]:
-    """Draw every file of rows in the folder that there is a picture for."""
+def draw(folder: Path, *names: str) -> Sequence[Path]:
+    """Draw every file of rows in the folder that there is a picture for, or those with these names."""
     drawn = []
     for name, drawing in DRAWINGS.items():
+        if names and name not in names:
+            continue
         for path in sorted(folder.glob(f"{name}*.csv")):
             with path.open(newline="", encoding="utf-8") as file:
                 drawing(list(csv.DictReader(file)), path.with_suffix(".png"))

@@ -18,6 +18,7 @@ from minipeft.errors import (
     StateError,
     TargetError,
 )
+from minipeft.files.hotswap import hotswap_adapter
 from minipeft.layers.base import LayerOps
 from minipeft.memory.lean import lean, unlean
 from minipeft.merging.from_disk.merge import merge_from_disk
@@ -90,6 +91,7 @@ __all__ = [
     "extra_loss",
     "get_adapter_model",
     "get_lora_model",
+    "hotswap_adapter",
     "lean",
     "load_adapter",
     "merge_from_disk",

@@ -17,6 +17,7 @@ from minipeft.combining.deletion import active_without
 from minipeft.combining.model import CombinableModel
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
+from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
@@ -26,6 +27,7 @@ from minipeft.injection.build import PREFIX, build
 from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
+from minipeft.injection.starting import await_values, stop_waiting
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
 from minipeft.quantization.dequantize import dequantize as make_float
@@ -55,6 +57,7 @@ def get_adapter_model(
     plan = _plan(model, config)
     parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
     attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
+    await_values(model, adapter_name, parts)
     return cast(AdaptedModel, model)
 
 
@@ -133,7 +136,7 @@ class _Names(list[str]):
         return self
 
 
-class AdaptedModel(OwnMethods, CombinableModel, MergeableModel):
+class AdaptedModel(OwnMethods, CombinableModel, HotswapModel, MergeableModel):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property
@@ -198,6 +201,7 @@ class AdaptedModel(OwnMethods, CombinableModel, MergeableModel):
             plan = _plan(self, wanted)
             parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
             attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
+            await_values(self, adapter_name, parts)
 
     def load_adapter(
         self,
@@ -319,6 +323,7 @@ class AdaptedModel(OwnMethods, CombinableModel, MergeableModel):
             mark_untied(self)
         self._state.switch.active, self._state.switch.enabled = names, True
         detach(self, AdaptedModel, keep_trained=True)
+        stop_waiting(self)
         if was_tied and not says_tied(self):
             cut_remaining_ties(self)
         return make_float(self) if dequantize else self
@@ -328,6 +333,7 @@ class AdaptedModel(OwnMethods, CombinableModel, MergeableModel):
         """Remove all adapters and return the base, bit for bit, in its original class."""
         with self._unmerged():  # and merged again if detaching fails
             detach(self, AdaptedModel, keep_trained=False)
+            stop_waiting(self)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
@@ -66,8 +66,16 @@ def named_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, s
             yield prefix if attribute == held else f"{prefix}.{attribute}".lstrip("."), attribute, child
 
 
-def named_modules(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """``module.named_modules()`` with these names; a wrapper and the module in it have the same."""
+def named_modules(
+    module: nn.Module,
+    *,
+    remove_duplicate: bool = True,
+    children: Callable[[nn.Module, str], Iterable[tuple[str, str, nn.Module]]] = named_children,
+) -> Iterator[tuple[str, nn.Module]]:
+    """``module.named_modules()`` with these names; a wrapper and the module in it have the same.
+
+    `children` says where to go from a module; by default to all that are in it.
+    """
     seen: set[int] = set()
     stack = [("", module)]
     while stack:
@@ -76,7 +84,8 @@ def named_modules(module: nn.Module, *, remove_duplicate: bool = True) -> Iterat
             continue
         seen.add(id(current))
         yield name, current
-        stack += [(child_name, child) for child_name, _, child in reversed(list(named_children(current, name)))]
+        if current._modules:  # most have none
+            stack += [(child_name, child) for child_name, _, child in reversed(list(children(current, name)))]
 
 
 def named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:

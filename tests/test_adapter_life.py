@@ -33,7 +33,9 @@ def everything_said(model):
     """All names that the state of a model and its modules hold."""
     state = {**vars(model._state), **vars(model._state.switch)}
     state = {key: sorted(value) if isinstance(value, set) else value for key, value in state.items() if key != "switch"}
-    state["resting"] = {name: sorted(places) for name, places in state["resting"].items()}
+    paths = {id(module): path for path, module in model.named_modules()}
+    for table in ("places", "resting"):
+        state[table] = {n: sorted((paths[id(m)], key) for m, key in places) for n, places in state[table].items()}
     state["buffers"] = list(state["buffers"])
     wrapped = [(w.merged, sorted(w.tied_adapters)) for w in model.modules() if hasattr(w, "tied_adapters")]
     return repr((state, wrapped, list(model.state_dict())))

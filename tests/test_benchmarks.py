@@ -39,6 +39,17 @@ def test_the_control_plane_benchmark_runs(main, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_scale_benchmark_compares_each_verb_at_each_size_and_its_growth(main, tmp_path):
+    main("scale")(["--quick", "--output", str(tmp_path)])
+    rows = read(tmp_path / "scale.csv")
+    verbs = ["inject", "save", "load a second adapter", "switch, one trains", "switch, neither trains"]
+    verbs += ["disable and enable", "merge_and_unload"]
+    assert [row["measure"] for row in rows] == [*verbs, *verbs, *(f"growth: {verb}" for verb in verbs)]
+    assert all(float(row["ours"]) > 0 for row in rows)
+    assert (tmp_path / "scale.png").stat().st_size > 0
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_layer_benchmark_reports_overheads_and_draws_them(main, tmp_path):
     main("speed")(["--quick", "--part", "layer", "--output", str(tmp_path)])
     rows = read(tmp_path / "speed_layer.csv")

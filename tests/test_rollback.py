@@ -79,7 +79,7 @@ STEPS = [
     "discard",
     "eject",
 ]
-STEPS += ["let_go", "original_class", "leave_checkpoints_alone"]
+STEPS += ["let_go", "original_class", "leave_checkpoints_alone", "put_to_rest"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.module_tree import wrappers
+from minipeft.injection.resting import places_in
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.layers.uncalled import UncalledOps
 
@@ -139,19 +140,18 @@ def _row(state: AdapterState, path: str, wrapper: Wrapper, name: str) -> LayerSt
         scale,
         name in state.switch.active,
         merged,
-        _trains(state, path, wrapper, name),
+        _trains(state, wrapper, name),
         _together(str(t.dtype).removeprefix("torch.") for t in held),
         _together(str(t.device) for t in held),
         sum(tensor.numel() for tensor in tensors),
     )
 
 
-def _trains(state: AdapterState, path: str, wrapper: Wrapper, name: str) -> bool | None:
-    own = list(wrapper.trainable_parameters(name))
+def _trains(state: AdapterState, wrapper: Wrapper, name: str) -> bool | None:
     if name in state.switch.active:
-        train = [parameter.requires_grad for parameter in own]
+        train = [parameter.requires_grad for parameter in wrapper.trainable_parameters(name)]
     else:
-        train = [(path, index) in state.resting[name] for index in range(len(own))]
+        train = [place in state.resting[name] for place in places_in(wrapper, name)]
     return _all_or_some(train)
 
 

@@ -7,14 +7,30 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from minipeft.errors import CheckpointError, MinipeftError, told_error
 from minipeft.files.reading import is_inside
 
 
-def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+@dataclass(frozen=True)
+class Pieces:
+    """Contents of a file that are made while it is written.
+
+    Args:
+        nbytes: length of all of them.
+        parts: in order; read once.
+        header: bytes of a safetensors file's header, without its length.
+    """
+
+    nbytes: int
+    parts: Iterator[bytes | memoryview]
+    header: int
+
+
+def write_files(directory: Path, files: Mapping[str, bytes | Pieces]) -> None:
     """Write several files into a directory, which is created if need be: all to temporary names, then renamed in order.
 
     A crash leaves each file old or new, never cut short. Links within the folder are followed, so a linked file stays a
@@ -27,7 +43,7 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _remove_orphans(directory, files)
-        needed, free = sum(map(len, files.values())), shutil.disk_usage(directory).free
+        needed, free = sum(map(_length, files.values())), shutil.disk_usage(directory).free
         if needed > free:
             raise CheckpointError(f"{directory}: {needed:,} bytes are needed and {free:,} are free.")
         for name, payload in files.items():
@@ -61,12 +77,17 @@ def hidden_beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
-def write_and_sync(path: Path, payload: bytes) -> None:
+def _length(payload: bytes | Pieces) -> int:
+    return payload.nbytes if isinstance(payload, Pieces) else len(payload)
+
+
+def write_and_sync(path: Path, payload: bytes | Pieces) -> None:
     """Write a new file and wait until the disk has it."""
     # os.open applies the umask to 0666, as for any file a user writes; safetensors' own files are 0600.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(payload)
+        for part in payload.parts if isinstance(payload, Pieces) else (payload,):
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
@@ -81,7 +102,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _remove_orphans(directory: Path, names: Mapping[str, bytes]) -> None:
+def _remove_orphans(directory: Path, names: Iterable[str]) -> None:
     host = socket.gethostname()
     for name in names:
         target = _target(directory, name)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,16 +189,3 @@ def own_metadata(
 def _digest(config: Mapping[str, Any]) -> str:
     meaning = {k: v for k, v in sorted(config.items()) if k not in PROVENANCE and not asks_nothing(v)}
     return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
-
-
-def with_sorted_metadata(payload: bytes) -> bytes:
-    """The same safetensors file with sorted metadata, so that equal adapters are equal bytes.
-
-    The library writes several keys in the order of a hash map, which differs from call to call.
-    """
-    length = struct.unpack("<Q", payload[:8])[0]
-    header = json.loads(payload[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
-    return struct.pack("<Q", len(text)) + text + payload[8 + length :]

@@ -72,7 +72,8 @@ def load_parts(
     warn_of_missing_parts(file, model, plan)
     if bookkeeping := file.config.other_keys.keys() - KEPT:
         logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
-    return plan, build_from(plan, {**values, **new_rows.values})
+    values.update(new_rows.values)
+    return plan, build_from(plan, values)
 
 
 def _tied(plan: Plan) -> dict[str, str]:

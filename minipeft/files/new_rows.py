@@ -16,10 +16,10 @@ from minipeft.files.format import FLOATS, AdapterFile
 from minipeft.files.resized_vocabulary import OPTION, ROWS
 from minipeft.files.vocabulary_tables import tables
 from minipeft.injection.build import PREFIX
+from minipeft.injection.module_tree import outside_adapters
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import values_of
 from minipeft.patterns import is_suffix
-from minipeft.wrapper_names import named_modules
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _keys_of_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Ten
     names = {id(weight): name for name, weight in known.items()}
     weights = {
         f"{PREFIX}{name}.weight": (name, getattr(innermost(module), "weight", None))
-        for name, module in named_modules(model, remove_duplicate=False)
+        for name, module in outside_adapters(model, remove_duplicate=False)
         if not name.endswith(".base_layer")
     }
     owners = {}

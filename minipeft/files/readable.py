@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, shown
+from minipeft.files.atomic import Pieces
 from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_file import MAX_DIMENSIONS, header_is_too_long
 
@@ -29,16 +30,14 @@ def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def warn_if_unreadable(directory: Path, tensors: Mapping[str, Tensor], weights: bytes, config: bytes) -> None:
+def warn_if_unreadable(directory: Path, tensors: Mapping[str, Tensor], weights: Pieces, config: bytes) -> None:
     """Warn about a file that is written and that `load_adapter` will refuse; no values are lost that training made."""
     broken = [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     reasons = {
         f"it holds NaN or infinity in {shown(broken, 3)}, so the training has diverged": broken,
         f"a tensor has more than {MAX_DIMENSIONS} dimensions": any(t.ndim > MAX_DIMENSIONS for t in tensors.values()),
         "it has complex numbers": any(t.is_complex() for t in tensors.values()),
-        "the header of its weights is too long": header_is_too_long(
-            int.from_bytes(weights[:8], "little"), len(weights)
-        ),
+        "the header of its weights is too long": header_is_too_long(weights.header, weights.nbytes),
         f"its configuration is longer than {MAX_CONFIG_BYTES:,} bytes": len(config) > MAX_CONFIG_BYTES,
     }
     found = [reason for reason, holds in reasons.items() if holds]

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +16,10 @@ from minipeft.config import ALL_LINEAR, AdapterConfig
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
-from minipeft.files.format import own_metadata, with_sorted_metadata
+from minipeft.files.format import own_metadata
 from minipeft.files.peft_entries import for_peft
 from minipeft.files.readable import check_values, warn_if_unreadable
+from minipeft.files.tensor_bytes import file_of
 from minipeft.files.tied_repeats import followers
 from minipeft.injection.build import PREFIX, shared_tensors
 from minipeft.injection.module_tree import adapted_layers, adapters_of, candidates, layers_of, wrappers
@@ -149,10 +149,18 @@ def save_adapter(
             "Save the adapter to a directory of its own."
         )
     check_values(directory, tensors)
-    copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    copies = registry.method_class(config["peft_type"].lower()).compacted(copies, config)
-    weights = with_sorted_metadata(safetensors.torch.save(copies, own_metadata(config, base, kept, directory, scaling)))
+    written = _compacted(tensors, config)
+    weights = file_of(written, own_metadata(config, base, kept, directory, scaling))
     # Only the top level is sorted: within rank_pattern the first key that fits decides, so its order has a meaning.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
-    warn_if_unreadable(directory, copies, weights, text.encode("utf-8"))
+    warn_if_unreadable(directory, written, weights, text.encode("utf-8"))
     write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})
+
+
+def _compacted(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What is written of these tensors: themselves, or what the method makes of copies."""
+    method = registry.method_class(config["peft_type"].lower())
+    if not method.overrides("compacted"):
+        return dict(tensors)
+    copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    return method.compacted(copies, config)

@@ -28,6 +28,7 @@ from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_outer_save, check_trainer
 from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.first_pass import idle_message
+from minipeft.injection.starting import check_started
 from minipeft.layers.offloaded import values_of
 
 DEFAULT = "default"
@@ -124,6 +125,7 @@ class SavableModel(nn.Module):
         if is_main_process:
             warn_of_lost_state(self)
             save_base_for_pipeline(self, root)
+        check_started(self._state, names)
         for name in names if is_main_process else ():
             if name in self._state.idle:
                 warnings.warn(f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}", stacklevel=2)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from torch import Tensor
@@ -16,6 +17,7 @@ from minipeft.errors import CheckpointError, shown, told_error
 from minipeft.files.not_an_adapter import named
 
 MAX_HEADER_BYTES = 2**24
+BATCH = 2**24  # values that are read with the file mapped once
 MAX_DIMENSIONS = 16  # a long shape takes long to multiply and to show
 
 
@@ -60,26 +62,49 @@ class TensorFile:
         Raises:
             CheckpointError: the file is damaged or has changed; or `finite` is True and it holds NaN or infinity.
         """
-        wanted = list(self.shapes if keys is None else keys)
-        if not wanted:
-            return {}
+        tensors: dict[str, Tensor] = {}
         try:
-            with safe_open(self.path, "pt") as file:
-                # Copies: the library maps the file, which may be removed while its tensors are in use.
-                tensors = {
-                    key: self.made[key].make([file.get_tensor(source) for source in self.made[key].sources])
-                    if key in self.made
-                    else file.get_tensor(self.stored_as.get(key, key)).clone()
-                    for key in wanted
-                }
+            before = _state_of(self.path)
+            for batch in self._batches(self.shapes if keys is None else keys):
+                with safe_open(self.path, "pt") as file:
+                    tensors |= {key: self._tensor(file, key) for key in batch}
+            changed = before != _state_of(self.path)
         except Exception as error:  # the library's, and those of a file too large to be mapped into memory
             raise damaged(self.path, error) from None
-        if any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):
+        if changed or any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):
             raise CheckpointError(f"{self.path} changed while it was being read.")
         broken = [key for key, t in tensors.items() if finite and t.is_floating_point() and not t.isfinite().all()]
         if broken:
             raise CheckpointError(f"{self.path} holds NaN or infinity in {shown(broken, 3)}.")
         return tensors
+
+    def _batches(self, keys: Iterable[str]) -> Iterator[list[str]]:
+        """Keys of a few tensors at a time: the library maps the whole file, and what was read of it counts as memory."""
+        batch, left = list[str](), BATCH
+        for key in keys:
+            batch.append(key)
+            left -= math.prod(self.shapes[key])
+            if left <= 0:
+                yield batch
+                batch, left = [], BATCH
+        if batch:
+            yield batch
+
+    def _tensor(self, file: Any, key: str) -> Tensor:
+        """A copy of one tensor, since the file may be removed while its tensors are in use."""
+        sources = [file.get_tensor(source) for source in self._sources(key)]
+        tensor = self.made[key].make(sources) if key in self.made else sources[0]
+        mapped = {source.untyped_storage().data_ptr() for source in sources}
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in mapped else tensor
+
+    def _sources(self, key: str) -> Sequence[str]:
+        return self.made[key].sources if key in self.made else [self.stored_as.get(key, key)]
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """By which a file is known to be still the same."""
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def open_tensors(path: Path) -> TensorFile:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from minipeft.files.base_checkpoint import base_config, stored_rows
+from minipeft.injection.module_tree import outside_adapters
 from minipeft.injection.wrapper import innermost
 from minipeft.transformers_model import input_embedding, is_from_checkpoint, output_head, vocabulary_size
-from minipeft.wrapper_names import named_modules
 
 
 class Table(NamedTuple):
@@ -26,7 +26,7 @@ def tables(model: nn.Module) -> dict[str, Table]:
         weight = None if module is None else getattr(innermost(module), "weight", None)
         if module is None or not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
             continue
-        name = next((name for name, other in named_modules(model) if other is module), None)
+        name = next((name for name, other in outside_adapters(model) if other is module), None)
         if name is not None:
             found.setdefault(id(weight), (name, Table(module, weight)))
     return dict(found.values())

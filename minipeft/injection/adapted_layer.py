@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,13 +133,12 @@ class AdaptedLayer(Wrapper):
 
     def adapter(self, name: str) -> Adapter:
         """The adapter with this name on this layer."""
-        adapter = self.adapters[name]
-        assert isinstance(adapter, Adapter)
-        return adapter
+        return cast(Adapter, self.parts[name])
 
     def owns(self, adapter_name: str) -> bool:
-        """Whether the adapter is here and belongs to this layer, not to one it is tied to."""
-        return adapter_name in self.adapters and adapter_name not in self.tied_adapters
+        """Whether the adapter is here, does something, and belongs to this layer, not to one it is tied to."""
+        adapter = self.parts.get(adapter_name)
+        return adapter is not None and adapter_name not in self.tied_adapters and not cast(Adapter, adapter).is_vacant
 
     def drop(self, adapter_name: str) -> None:
         super().drop(adapter_name)

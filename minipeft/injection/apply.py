@@ -10,7 +10,7 @@ from torch import nn
 from minipeft.injection import place
 from minipeft.injection.adapted_layer import AdaptedLayer, AdaptedWeight
 from minipeft.injection.build import Parts
-from minipeft.injection.module_tree import Candidate, occupants, wrappers
+from minipeft.injection.module_tree import Candidate, occupants, outside_adapters, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Switch, Wrapper
@@ -56,7 +56,7 @@ def eject(model: nn.Module, *, keep_trained: bool) -> None:
 
 
 def _unwrap(model: nn.Module, replacement: Callable[[Wrapper], nn.Module]) -> None:
-    for parent in list(model.modules()):
+    for _, parent in list(outside_adapters(model)):
         for attribute, child in list(parent._modules.items()):
             left: nn.Module | None = child
             while isinstance(left, Wrapper) and (inner := replacement(left)) is not left:

@@ -21,6 +21,7 @@ from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkp
 from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
+from minipeft.injection.resting import Place, parameters_at, places_in, put_to_rest
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
 from minipeft.injection.wrapper import Switch, replace_key
 from minipeft.wrapper_names import named_parameters
@@ -35,14 +36,15 @@ class AdapterState:
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     switch: Switch = field(default_factory=Switch)
     trainable: set[str] = field(default_factory=set)
-    resting: dict[str, set[tuple[str, int]]] = field(
-        default_factory=dict
-    )  # (module, index) of the parameters an idle adapter would train
+    places: dict[str, list[Place]] = field(default_factory=dict)  # where the parameters of each adapter are
+    resting: dict[str, set[Place]] = field(default_factory=dict)  # of those, what an idle adapter would train
     merged: tuple[str, ...] = ()
     set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
     pauses: int = 0  # how many contexts are open in which nothing is merged
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
     unwatched: set[str] = field(default_factory=set)  # adapters of which no forward pass has been watched yet
+    unstarted: set[str] = field(default_factory=set)  # adapters without values, see `minipeft.injection.starting`
+    given: set[str] = field(default_factory=set)  # names of the tensors that have been loaded while one is
     idle: dict[str, list[str]] = field(default_factory=dict)  # layers not using an adapter, see `injection.watch`
     refuses_idle: bool = False  # an idle layer is an error, not a warning
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)  # see `minipeft.injection.fresh_parts`
@@ -115,20 +117,20 @@ def _attach(
         state.buffers = buffer_samples(model)
     state.configs[adapter_name] = plan.config
     state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
-    state.resting[adapter_name] = set()
-    for path, wrapper in wrappers(model):
+    state.places[adapter_name] = []
+    for _, wrapper in wrappers(model):
         if isinstance(wrapper, AdaptedLayer):
             follow_loads(wrapper)
-        for index, parameter in enumerate(wrapper.trainable_parameters(adapter_name)):
-            if trainable and parameter.requires_grad:
-                state.resting[adapter_name].add((path, index))
-            parameter.requires_grad_(False)
+        state.places[adapter_name] += places_in(wrapper, adapter_name)
+    state.resting[adapter_name] = put_to_rest(state.places[adapter_name])
+    if not trainable:
+        state.resting[adapter_name] = set()
     state.unwatched.add(adapter_name)
     if trainable:
         state.trainable.add(adapter_name)
     if first:
         model.requires_grad_(False)
-        _switch(model, state, (adapter_name,), {adapter_name} & state.trainable, ())
+        _switch(state, (adapter_name,), {adapter_name} & state.trainable, ())
         let_checkpoints_train(model)
     hold_norms(model)
 
@@ -146,40 +148,46 @@ def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
     acts. Only adapters that train, and start or stop acting, have their parameters visited.
     """
     state: AdapterState = model.__dict__[STATE]
-    starting, stopping = set(names) - set(state.switch.active), set(state.switch.active) - set(names)
-    if not (starting | stopping) & state.trainable:
+    changing = _changing(state, names)
+    if not changing:
         state.switch.active = names
         return
-    with flags_unchanged_on_error(model, state, state.switch):
-        _switch(model, state, names, starting & state.trainable, stopping & state.trainable)
+    with flags_unchanged_on_error(_parameters(state, changing), state, state.switch):
+        _switch(state, names, changing.intersection(names), changing.difference(names))
 
 
-def _switch(
-    model: nn.Module, state: AdapterState, names: tuple[str, ...], starting: Collection[str], stopping: Collection[str]
-) -> None:
+def _changing(state: AdapterState, names: Collection[str]) -> set[str]:
+    """The adapters that train, and start or stop acting when these do."""
+    return set(names).symmetric_difference(state.switch.active) & state.trainable
+
+
+def _parameters(state: AdapterState, names: Collection[str]) -> list[nn.Parameter]:
+    return [parameter for name in names for parameter in parameters_at(state.places[name])]
+
+
+def _switch(state: AdapterState, names: tuple[str, ...], starting: Collection[str], stopping: Collection[str]) -> None:
     state.switch.active = names
     for name in stopping:
-        state.resting[name] = set()
-    for path, wrapper in wrappers(model):
-        for name in (*starting, *stopping):
-            for index, parameter in enumerate(wrapper.trainable_parameters(name)):
-                if name in stopping and parameter.requires_grad:
-                    state.resting[name].add((path, index))
-                parameter.requires_grad_(name in starting and (path, index) in state.resting[name])
+        state.resting[name] = put_to_rest(state.places[name])
+    for name in starting:
+        for parameter in parameters_at(state.resting[name]):
+            parameter.requires_grad_(True)
 
 
 def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ...]) -> None:
     """Remove adapters, and what the model knows of them; afterwards exactly the adapters `active`, which stay, act."""
     state: AdapterState = model.__dict__[STATE]
-    with unchanged_on_error(model, state, state.switch):
+    flags = flags_unchanged_on_error(_parameters(state, _changing(state, active)))
+    with unchanged_on_error(model, state, state.switch), flags:
         switch_to(model, active)
         for name in adapter_names:
             discard(model, name)
-            del state.configs[name], state.resting[name]
+            del state.configs[name], state.places[name], state.resting[name]
             for known in (state.kept, state.idle, state.samples):
                 known.pop(name, None)
             state.trainable.discard(name)
             state.unwatched.discard(name)
+            state.unstarted.discard(name)
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:
@@ -192,9 +200,9 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     with unchanged_on_error(model, state, state.switch):
         state.switch.active, state.merged = renamed(state.switch.active), renamed(state.merged)
         state.set_aside = renamed(state.set_aside)
-        for table in (state.configs, state.resting, state.idle, state.kept, state.samples):
+        for table in (state.configs, state.places, state.resting, state.idle, state.kept, state.samples):
             replace_key(table, old, new)
-        for names in (state.trainable, state.unwatched):
+        for names in (state.trainable, state.unwatched, state.unstarted):
             if old in names:
                 names.remove(old)
                 names.add(new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minipeft.errors import TargetError, told_error
 from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
-from minipeft.injection.sites import SavedSite
+from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
 
@@ -30,17 +30,22 @@ class Parts:
 
     def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
         """Key in a file -> the live tensor."""
-        pairs = [
-            (f"{site.name}.{site.prefix}", adapter.file_tensors())
-            for site, adapter in zip(plan.adapters, self.adapters, strict=True)
-            if site.tied_to is None
-        ]
-        pairs += [
-            (f"{site.name}.", copy_tensors(module, site.only))
-            for site, module in zip(plan.saved, self.copies, strict=True)
-        ]
-        own = {f"{PREFIX}{name}{key}": tensor for name, tensors in pairs for key, tensor in tensors.items()}
+        sites: list[AdapterSite | SavedSite] = [*plan.adapters, *plan.saved]
+        pairs = zip(sites, (*self.adapters, *self.copies), strict=True)
+        own = {key: tensor for site, part in pairs for key, tensor in _own_tensors(site, part).items()}
         return own | shared_tensors(self.adapters)
+
+
+def _own_tensors(site: AdapterSite | SavedSite, part: nn.Module) -> dict[str, Tensor]:
+    """What a file holds of one part: key in a file -> the live tensor."""
+    if isinstance(site, SavedSite):
+        start, tensors = f"{site.name}.", copy_tensors(part, site.only)
+    elif site.tied_to is None:
+        assert isinstance(part, Adapter)
+        start, tensors = f"{site.name}.{site.prefix}", part.file_tensors()
+    else:
+        return {}
+    return {f"{PREFIX}{start}{key}": tensor for key, tensor in tensors.items()}
 
 
 def shared_tensors(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
@@ -48,13 +53,20 @@ def shared_tensors(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
     return {f"{ROOT}{key}": tensor for adapter in adapters for key, tensor in adapter.shared_tensors().items()}
 
 
-def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = False) -> Parts:
+def build(
+    plan: Plan,
+    *,
+    autocast_adapter_dtype: bool = True,
+    on_meta: bool = False,
+    fill: Callable[[dict[str, Tensor], nn.Module], None] = lambda tensors, part: None,
+) -> Parts:
     """Create the adapters and copies of a plan, on their layers' devices; nothing in the model changes.
 
     Args:
         plan: what to create.
         autocast_adapter_dtype: hold adapter parameters in float32 if the base is in half precision.
         on_meta: create shapes without memory, to compare a file with before anything is allocated for it.
+        fill: called with what a file holds of each part, by key, and the part.
     """
     bases = [_on_meta(site.candidate.base) if on_meta else site.candidate.base for site in plan.adapters]
     shared: dict[type[Adapter], object | None] = {}
@@ -74,12 +86,14 @@ def build(plan: Plan, *, autocast_adapter_dtype: bool = True, on_meta: bool = Fa
                 parameter.data = parameter.data.float()
         adapter.key_prefix, adapter.is_tied = site.prefix, adapter.ties(site.config)
         adapters[site.name] = adapter.train(base.training)
+        fill(_own_tensors(site, adapter), adapter)
     copies: dict[str, nn.Module] = {}
     for saved in plan.saved:
         tied = None if saved.tied_to is None else copies[saved.tied_to]
         copies[saved.name] = _copied(saved, tied, on_meta)
         if not saved.trains:
             copies[saved.name].requires_grad_(False)
+        fill(_own_tensors(saved, copies[saved.name]), copies[saved.name])
     return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies.values()))
 
 
@@ -95,15 +109,34 @@ def _copied(site: SavedSite, tied: nn.Module | None, on_meta: bool) -> nn.Module
         ) from error
 
 
-def build_from(plan: Plan, tensors: Mapping[str, Tensor]) -> Parts:
-    """Create the parts of a plan with these values, by key in a file, without advancing torch's random generator."""
+def build_from(plan: Plan, values: dict[str, Tensor]) -> Parts:
+    """Create the parts of a plan with these values, by key in a file, without advancing torch's random generator.
+
+    The values are taken out of the dictionary, and each part takes their memory as its own when it can, so that there is
+    never a second copy of all of them.
+    """
+
+    @torch.no_grad()
+    def fill(tensors: Mapping[str, Tensor], part: nn.Module | None) -> None:
+        held = set() if part is None else {id(t) for t in (*part.parameters(), *part.buffers())}
+        for key, live in tensors.items():
+            if key in values:
+                _give(live, values.pop(key), owned=id(live) in held)
+
     with torch.random.fork_rng(devices=_cuda_devices(site.candidate.base for site in plan.adapters)):
-        parts = build(plan)
-    with torch.no_grad():
-        for name, live in parts.file_tensors(plan).items():
-            if name in tensors:
-                live.copy_(tensors[name])
+        parts = build(plan, fill=fill)
+        fill(shared_tensors(parts.adapters), None)
     return parts
+
+
+def _give(live: Tensor, value: Tensor, *, owned: bool) -> None:
+    """Give a tensor this value, which nothing else uses; in its own memory, unless a module holds it as it is."""
+    value = value.to(live.device, live.dtype)
+    plain = type(live) in (Tensor, nn.Parameter) and value.stride() == live.stride()
+    if owned and plain and value.untyped_storage().nbytes() == value.nbytes:
+        live.data = value
+    else:
+        live.copy_(value)
 
 
 def _cuda_devices(modules: Iterable[nn.Module]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +78,20 @@ def occupants(module: nn.Module) -> Iterator[Wrapper]:
         module = module.base_layer
 
 
+def outside_adapters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Every (name, module) but the adapters on adapted layers, so a walk takes no longer with a hundred of them."""
+    return named_modules(model, remove_duplicate=remove_duplicate, children=_children_but_adapters)
+
+
+def _children_but_adapters(module: nn.Module, name: str) -> Iterable[tuple[str, str, nn.Module]]:
+    if isinstance(module, AdaptedLayer):
+        return [(f"{name}.base_layer".lstrip("."), "base_layer", module.base_layer)]
+    return named_children(module, name)
+
+
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every (name, wrapper) of a model, each once, under the name its tensors have in a file."""
-    for name, module in named_modules(model):
+    for name, module in outside_adapters(model):
         if isinstance(module, Wrapper):
             yield name, module
 
@@ -105,11 +116,14 @@ def adapters_of(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
 
 
 class TensorIndex:
-    """Which parameters of a model lie where in memory, so that ties are found without comparing every pair."""
+    """Which parameters of a model lie where in memory, so that ties are found without comparing every pair.
+
+    Without those of adapters, which own theirs.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._by_storage: dict[tuple[str, int], list[tuple[nn.Module, str, nn.Parameter]]] = {}
-        for name, module in named_modules(model):
+        for name, module in outside_adapters(model):
             for parameter_name, parameter in module._parameters.items():
                 if parameter is not None:
                     full_name = f"{name}.{parameter_name}" if name else parameter_name

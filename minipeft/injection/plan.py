@@ -19,7 +19,7 @@ from minipeft.injection.fresh_parts import (
     warn_of_fresh_parts,
     with_fresh_parts,
 )
-from minipeft.injection.module_tree import Candidate, candidates, is_callable
+from minipeft.injection.module_tree import Candidate, candidates, is_callable, outside_adapters
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.sites import AdapterSite, SavedSite, module_sites
 from minipeft.injection.target_parameters import check_alone, parameter_sites
@@ -92,7 +92,7 @@ def _check_not_wrapped(model: nn.Module, sites: Sequence[AdapterSite | SavedSite
     """Refuse to add parameters inside of DDP and the like, which would neither synchronise nor shard them."""
     inside = {
         id(inner): kind
-        for wrapper in model.modules()
+        for _, wrapper in outside_adapters(model)
         if (kind := wrapper_class(wrapper)) in FIXED_PARAMETERS
         for inner in wrapper.modules()
     }

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.module_tree import outside_adapters
 from minipeft.interrupts import interrupts_deferred
 
 CONTAINERS = {dict, OrderedDict, set}
@@ -24,14 +26,20 @@ def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
         model: with all its modules.
         others: plain objects that the block changes too, such as the model's adapter state.
     """
-    with _put_back_on_error([*model.modules(), *others], [*model.parameters(), *model.buffers()]):
+    modules = [module for _, module in outside_adapters(model)]
+    tensors = [
+        t for module in modules for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+    ]
+    # Of adapters only their dictionary changes, never what is in one.
+    dictionaries = [module.adapters for module in modules if isinstance(module, AdaptedLayer)]
+    with _put_back_on_error([*modules, *dictionaries, *others], tensors):
         yield
 
 
 @contextlib.contextmanager
-def flags_unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
-    """As `unchanged_on_error`, for a block that changes flags and the other objects, but no module."""
-    with _put_back_on_error(others, list(model.parameters())):
+def flags_unchanged_on_error(tensors: Iterable[Tensor], *others: object) -> Iterator[None]:
+    """As `unchanged_on_error`, for a block that changes the flags of these tensors and the other objects, but no module."""
+    with _put_back_on_error(others, tensors):
         yield
 
 

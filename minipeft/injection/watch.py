@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from minipeft.injection.module_tree import wrappers
+from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
 
 CHOICES = (nn.ModuleList, nn.ModuleDict)  # whoever holds one may call some of its modules and not others
@@ -46,7 +46,7 @@ def can_watch(model: nn.Module) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return not any(
-        "_compiled_call_impl" in vars(module) or "_orig_mod" in module._modules for module in model.modules()
+        "_compiled_call_impl" in vars(module) or "_orig_mod" in module._modules for _, module in outside_adapters(model)
     )
 
 

@@ -11,6 +11,7 @@ from minipeft.files.save_pretrained import SavableModel
 from minipeft.injection.attach import STATE
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.starting import check_started
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
 from minipeft.merging.training_guard import watch
@@ -108,6 +109,7 @@ class MergeableModel(SavableModel):
     def _active_or(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
         self._check_known(names)
+        check_started(self._state, names)
         if not self._state.switch.enabled:
             raise StateError("the adapters are switched off by disable_adapter(); merge outside of that context.")
         return names

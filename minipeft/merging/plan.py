@@ -42,7 +42,7 @@ def plan_merge(model: nn.Module, names: tuple[str, ...], options: Options) -> li
     if options.dequantize:
         check_replaceable(model)
     index, steps, done = TensorIndex(model), list[Step](), set[AdaptedLayer]()
-    may_be_tied = [layer for _, layer in adapted_layers(model) if adapts_tied_layers(layer)]
+    may_be_tied = [layer for _, layer in adapted_layers(model) if adapts_tied_layers(layer, names)]
     for path, layer in adapted_layers(model):
         here = tuple(name for name in names if name in layer.adapters)
         if here and not layer.merged and layer not in done:

@@ -32,9 +32,9 @@ def _held(layer: AdaptedLayer, name: str) -> set[int] | None:
     return {id(p) for p in layer.adapter(name).parameters()} if name in layer.adapters else None
 
 
-def adapts_tied_layers(layer: AdaptedLayer) -> bool:
-    """Whether an adapter here may also be on layers tied to this one."""
-    return any(layer.adapter(name).is_tied for name in layer.adapters)
+def adapts_tied_layers(layer: AdaptedLayer, names: Iterable[str]) -> bool:
+    """Whether one of these adapters is here and may also be on layers tied to this one."""
+    return any(layer.adapter(name).is_tied for name in names if name in layer.adapters)
 
 
 def shared_parameters(

@@ -17,9 +17,11 @@ from minipeft.layers.base import LayerOps
 from minipeft.methods.adalora_config import RANKS_SUFFIX, AdaLoraConfig
 from minipeft.methods.base import Adapter
 from minipeft.methods.low_rank import low_rank_forward
+from minipeft.methods.swapping import copy_tensors, unlike
 from minipeft.registry import register_method
 
 MEANS = ("sensitivity", "uncertainty")
+PROGRESS = frozenset({"step", "left", "seen"})  # of a schedule: not what an adapter computes
 UNSCHEDULED_CHANGES = 3  # of Lambda, after which a warning says that nothing calls `after_step`
 
 
@@ -141,6 +143,13 @@ class AdaLora(Adapter):
                 "minipeft.extra_loss nothing keeps P and Q orthogonal. minipeft.hf.AdapterTrainer does both.",
                 stacklevel=2,
             )
+
+    def misfit(self, other: Self) -> str:
+        return unlike(self, other, PROGRESS)
+
+    def take(self, other: Self) -> None:
+        copy_tensors(self, other, PROGRESS)
+        self.step, self.left, self.means, self.seen = other.step, other.left, {}, other.seen
 
     def training_state(self) -> dict[str, Tensor]:
         state = {} if self.step < 0 else {"step": torch.tensor(self.step)}

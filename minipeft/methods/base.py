@@ -13,6 +13,7 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError, shown
 from minipeft.kernels.functional import is_column_major, low_rank_product
 from minipeft.layers.base import LayerOps
+from minipeft.methods.swapping import copy_tensors, unlike
 
 
 class Adapter(nn.Module, ABC):
@@ -43,6 +44,7 @@ class Adapter(nn.Module, ABC):
     scaling: float | None = None  # the factor of the whole update, if there is one: see `rescale`
     strength: float = 1.0  # what `set_scale` multiplies it by
     rank: int | None = None  # of the update, as the configuration says it
+    is_vacant: bool = False  # see `vacate`
     key_prefix: str = ""  # before its keys in a file, for an adapter from `AdapterConfig.companions`
 
     # Must say:
@@ -193,6 +195,33 @@ class Adapter(nn.Module, ABC):
     def compacted(cls, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
         """What is written of the saved tensors (copies, by key), given the contents of ``adapter_config.json``."""
         return tensors
+
+    # May say, about `hotswap_adapter`:
+
+    def check_room(self, rank: int) -> None:
+        """Check that there can be `room_for` this rank.
+
+        Raises:
+            ConfigError: the adapter has a larger rank, or its rank cannot change.
+        """
+
+    def room_for(self, rank: int) -> None:
+        """Make room for adapters of up to this rank, and keep no number that a compiled forward pass would hold fast.
+
+        By default nothing: only files of the same shapes and numbers can be swapped in.
+        """
+
+    def misfit(self, other: Self) -> str:
+        """Why `take` cannot take this adapter for the same layer, or "". By default, tensors and numbers must be alike."""
+        return unlike(self, other)
+
+    def take(self, other: Self) -> None:
+        """Have the values of another adapter, in this one's own memory; called without gradients, if there is no `misfit`."""
+        copy_tensors(self, other)
+
+    def vacate(self, base: nn.Module, ops: LayerOps) -> None:
+        """Change nothing any more, exactly, with the same tensors: the adapter that comes does not adapt this layer."""
+        raise NotImplementedError(f"{type(self).__name__} cannot stay and do nothing")
 
     # May say, about training:
 

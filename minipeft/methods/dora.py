@@ -64,7 +64,7 @@ class Dora(Lora):
         own = ops.call(base, x)
         x = F.dropout(x, self.dropout)
         lora_A, lora_B = self.pair()
-        h = ops.project_in(base, x, lora_A.to(x.dtype)) * self.scaling
+        h = ops.project_in(base, x, lora_A.to(x.dtype)) * self.factor
         low = ops.project_out(base, h, lora_B.to(x.dtype)).to(own.dtype)
         linear = ops.call(base, x) + low
         if y is not None:
@@ -83,7 +83,7 @@ class Dora(Lora):
         exact = torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext()
         with torch.no_grad(), exact:
             weight = weight.detach()
-            return row_norms(weight, *self._matrices(), self.scaling, self._squares_of(weight))
+            return row_norms(weight, *self._matrices(), self.factor, self._squares_of(weight))
 
     def _squares_of(self, weight: Tensor) -> Tensor | None:
         """``|W|^2`` of each row, computed once for a weight that does not change; None if it is not kept.
@@ -115,11 +115,18 @@ class Dora(Lora):
             bias = base_bias + c * (bias - base_bias)
         return moved * c.unsqueeze(1), self.merge_bias(bias)
 
+    def vacate(self, base: nn.Module, ops: LayerOps) -> None:
+        super().vacate(base, ops)
+        length = self._norm(ops.read_weight(base))
+        self.lora_magnitude_vector.copy_(length.view_as(self.lora_magnitude_vector))
+
     def file_tensors(self) -> dict[str, Tensor]:
         return {**super().file_tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
 
 
-def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, squares: Tensor | None = None) -> Tensor:
+def row_norms(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, squares: Tensor | None = None
+) -> Tensor:
     """The length of each row of ``W + s B A``, without forming that matrix.
 
     ``|W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, row by row: no array is larger than (out, r),

@@ -25,7 +25,11 @@ from minipeft.methods.base import Adapter
 from minipeft.methods.lora_config import LoraConfig
 from minipeft.methods.lora_init import Start, chosen_init
 from minipeft.methods.low_rank import low_rank_forward
+from minipeft.methods.swapping import copy_tensors, unlike
 from minipeft.registry import register_method
+
+FACTORS = {"lora_A": 0, "lora_B": 1, "initial_A": 0, "initial_B": 1}  # by name: the dimension that the rank is
+TAKEN = frozenset({*FACTORS, "held", "scaling", "rank", "dropout"})  # what differs between adapters of one shape
 
 
 @register_method("lora")
@@ -42,11 +46,13 @@ class Lora(Adapter):
     original_bias: Tensor | None  # kept, since another adapter may be merged into the layer's bias later
     initial_A: Tensor | None
     initial_B: Tensor | None
-    scaling: float
+    rank: int
+    held: Tensor | None  # the scaling that forward passes read, if it may change while the model is compiled
     is_swapped = False  # A and B change places: a head that is tied to an embedding with this adapter
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
+        self.register_buffer("held", None, persistent=False)
         weight, bias = ops.read_weight(base), ops.read_bias(base)
         shape_A, shape_B = ops.factor_shapes(base, config.r)
         self.is_embedding, self.num_experts = ops.is_embedding, shape_A[0] // config.r
@@ -74,6 +80,22 @@ class Lora(Adapter):
         for name, factor in (("initial_A", self.lora_A), ("initial_B", self.lora_B)):
             self.register_buffer(name, torch.zeros_like(factor.detach()) if init.of_weight else None)
         self.reset_parameters(config.init_lora_weights, weight)
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update, dimensionless."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self._scaling = value
+        if self.held is not None:
+            self.held.fill_(value)
+
+    @property
+    def factor(self) -> float | Tensor:
+        """`scaling`, as a forward pass is to read it."""
+        return self._scaling if self.held is None else self.held
 
     @classmethod
     def ties(cls, config: AdapterConfig) -> bool:
@@ -121,7 +143,7 @@ class Lora(Adapter):
             raise StateError(
                 f"lora_dropout cannot act on {ops.parameter} of {type(base).__name__}, which is read and not called; train with 0."
             )
-        return low_rank_forward(base, ops, x, y, lora_A, lora_B, self.scaling, dropout)
+        return low_rank_forward(base, ops, x, y, lora_A, lora_B, self.factor, dropout)
 
     def with_bias(self, base: nn.Module, ops: LayerOps, y: Tensor) -> Tensor:
         """The output plus the change of the bias."""
@@ -135,7 +157,7 @@ class Lora(Adapter):
             update = self.lora_bias - self.original_bias
         if self.lora_B_bias is None:
             return update
-        return self.lora_B_bias * self.scaling + (0 if update is None else update)
+        return self.lora_B_bias * self.factor + (0 if update is None else update)
 
     def merge_bias(self, bias: Tensor | None) -> Tensor | None:
         update = self.bias_update()
@@ -152,6 +174,8 @@ class Lora(Adapter):
 
     def stacked_factors(self) -> tuple[Tensor, Tensor]:
         up, down = lora_factors(*self._matrices(), self.scaling)
+        if self.initial_A is None:  # without the zeros beyond the rank, see `room_for`
+            up, down = up[:, : self.rank * self.num_experts], down[: self.rank * self.num_experts]
         return split_columns(up, self.num_experts), split_rows(down, self.num_experts)
 
     @torch.no_grad()
@@ -176,8 +200,66 @@ class Lora(Adapter):
         lora_A, lora_B = self.pair()
         return lora_A.flatten(1), lora_B.flatten(1)
 
+    def _ranked(self, factor: Tensor | None, dim: int) -> Tensor | None:
+        """A factor without the zeros beyond the adapter's rank, see `room_for`."""
+        if factor is None or factor.shape[dim] == self.rank * self.num_experts:
+            return factor
+        return factor.narrow(dim, 0, self.rank)
+
+    def check_room(self, rank: int) -> None:
+        if rank < self.rank or (rank > self.rank and self.num_experts > 1):
+            why = (
+                ""
+                if self.num_experts == 1
+                else f" of {self.num_experts} experts in one parameter, which stays as it is"
+            )
+            raise ConfigError(f"max_rank={rank} for an adapter of rank {self.rank}{why}.")
+
+    @torch.no_grad()
+    def room_for(self, rank: int) -> None:
+        for name, dim in FACTORS.items():
+            factor: Tensor | None = getattr(self, name)
+            if factor is not None and factor.shape[dim] < rank * self.num_experts:
+                shape = [*factor.shape[:dim], rank, *factor.shape[dim + 1 :]]
+                wide = factor.new_zeros(shape)
+                wide.narrow(dim, 0, factor.shape[dim]).copy_(factor)
+                factor.data = wide
+        if self.held is None:
+            dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+            self.held = self.lora_A.new_tensor(self.scaling, dtype=dtype)
+
+    def misfit(self, other: Self) -> str:
+        room = self.lora_B.shape[1] // self.num_experts
+        if other.rank > room or (other.rank != room and self.num_experts > 1):
+            return (
+                f"its rank is {other.rank} there and {room} here; prepare_hotswap(max_rank) makes room for a larger one"
+            )
+        if (self.initial_A is None) != (other.initial_A is None):
+            return "only one of the two subtracts the factors that it started from (init_lora_weights)"
+        return unlike(self, other, TAKEN)
+
+    def take(self, other: Self) -> None:
+        copy_tensors(self, other, TAKEN)
+        for name, dim in FACTORS.items():
+            factor: Tensor | None = getattr(self, name)
+            if factor is not None:
+                value: Tensor = getattr(other, name)
+                factor.zero_()
+                factor.narrow(dim, 0, value.shape[dim]).copy_(value)
+        self.scaling, self.rank, self.dropout = other.scaling, other.rank, other.dropout
+        self.strength = 1.0  # whatever `set_scale` made of the old one
+        vars(self).pop("full_scaling", None)
+
+    def vacate(self, base: nn.Module, ops: LayerOps) -> None:
+        for tensor in (self.lora_B, self.initial_B, self.lora_B_bias):
+            if tensor is not None:
+                tensor.zero_()
+        if self.lora_bias is not None and self.original_bias is not None:
+            self.lora_bias.copy_(self.original_bias)
+
     def file_tensors(self) -> dict[str, Tensor]:
         A, B = ("lora_embedding_A", "lora_embedding_B") if self.is_embedding else ("lora_A.weight", "lora_B.weight")
-        tensors = {A: self.lora_A, B: self.lora_B, f"initial_{A}": self.initial_A, f"initial_{B}": self.initial_B}
+        tensors = {A: self._ranked(self.lora_A, 0), B: self._ranked(self.lora_B, 1)}
+        tensors |= {f"initial_{A}": self._ranked(self.initial_A, 0), f"initial_{B}": self._ranked(self.initial_B, 1)}
         tensors |= {"lora_B.bias": self.lora_B_bias, "base_layer.bias": self.lora_bias}
         return {key: tensor for key, tensor in tensors.items() if tensor is not None}

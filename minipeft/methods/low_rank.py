@@ -17,7 +17,7 @@ def low_rank_forward(
     y: Tensor | None,
     down: Tensor,
     up: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     dropout: float = 0.0,
 ) -> Tensor:
     """``y + scaling * up down dropout(x)``, shape (..., out); without y, the layer's own output is computed with it.
@@ -29,12 +29,14 @@ def low_rank_forward(
         y: its output, shape (..., out), or None.
         down: shape (r, in); cast to the dtype of the activations.
         up: shape (out, r); likewise.
-        scaling: dimensionless.
+        scaling: dimensionless; a tensor if it may change between the runs of a compiled model.
         dropout: probability of dropping an input feature; for an embedding, of dropping a token's whole update.
     """
     if y is None:
         weight, bias = ops.linear_weight(base, x), ops.read_bias(base)
         if weight is not None and can_fuse(x, weight, bias):
+            if isinstance(scaling, Tensor):  # the product multiplies by numbers
+                up, scaling = up * scaling, 1.0
             return lora_linear(x, weight, bias, down, up, scaling, dropout)
         y = ops.call(base, x)
     assert isinstance(y, Tensor)

@@ -20,6 +20,7 @@ from minipeft.kernels.functional import whole
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
+from minipeft.methods.swapping import copy_tensors, unlike
 from minipeft.options import flag, integer
 from minipeft.registry import register_method
 from minipeft.transformers_model import input_embedding
@@ -148,6 +149,13 @@ class TrainableTokens(Adapter):
         self.ascending, self.order = (self.indices, self.indices) if weight.is_meta else self.indices.sort()
         # Stored, since another adapter may be merged into the table later.
         self.original = self._table(weight)[self.indices].clone()
+
+    def misfit(self, other: Self) -> str:
+        return unlike(self, other, {"ids"})
+
+    def take(self, other: Self) -> None:
+        copy_tensors(self, other)
+        self.ids = other.ids
 
     def _table(self, weight: Tensor) -> Tensor:
         """The canonical weight with one token per row."""

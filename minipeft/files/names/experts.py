@@ -52,9 +52,10 @@ def fused_experts(file: AdapterFile, model: nn.Module) -> AdapterFile:
         CheckpointError: experts are adapted by more than plain LoRA, or only in part of what the configuration selects,
             or the shapes do not fit.
     """
-    if not any(parameter.ndim == 3 for parameter in model.parameters()):
+    modules = candidates(model)
+    if not any(p is not None and p.ndim == 3 for c in modules.values() for p in c.base._parameters.values()):
         return file
-    places = Places(model, candidates(model))
+    places = Places(model, modules)
     found = _found(file, places)
     if not found:
         return file

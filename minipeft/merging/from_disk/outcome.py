@@ -97,7 +97,7 @@ def _layers(
 ) -> tuple[list[tuple[str, AdaptedLayer, tuple[str, ...]]], set[str]]:
     """The layers to merge into, one of those that are merged together, and the parameters that get a value of their own."""
     index, done, untied = TensorIndex(model), set[AdaptedLayer](), set[str]()
-    may_be_tied = [layer for _, layer in adapted_layers(model) if adapts_tied_layers(layer)]
+    may_be_tied = [layer for _, layer in adapted_layers(model) if adapts_tied_layers(layer, names)]
     layers = []
     for path, layer in adapted_layers(model):
         if layer in done:

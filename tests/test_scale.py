@@ -1,0 +1,149 @@
+"""What a verb costs grows with what it changes: not with the adapters that are resident, nor faster than the layers.
+
+Costs are numbers of calls and of bytes, which are the same on every machine.
+"""
+
+import copy
+import gc
+import json
+import sys
+from collections import OrderedDict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from minipeft import LoraConfig, get_lora_model, load_adapter
+from minipeft.files import save
+from minipeft.files.tensor_bytes import DTYPES, file_of
+from minipeft.files.tensor_file import TensorFile
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONFIG = LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights=False)
+
+
+def small_layers(blocks, width=4):
+    layers = [OrderedDict((name, nn.Linear(width, width)) for name in PROJECTIONS) for _ in range(blocks)]
+    return nn.Sequential(*map(nn.Sequential, layers))
+
+
+def calls(action):
+    """How many functions a call of this one calls, Python's and others'."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    gc.collect()
+    gc.disable()  # what other tests left would be finalized in between
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    return count
+
+
+def off_and_on(model):
+    with model.disable_adapter():
+        pass
+
+
+VERBS = {
+    "load": lambda model, folder: model.load_adapter(folder, "new"),
+    "switch": lambda model, folder: model.set_adapter("new"),
+    "switch to what trains": lambda model, folder: model.set_adapter("default"),
+    "disable": lambda model, folder: off_and_on(model),
+    "save": lambda model, folder: model.save_pretrained(folder),
+    "merge": lambda model, folder: model.merge_adapter(["default"]),
+    "unmerge": lambda model, folder: model.unmerge_adapter(),
+    "delete": lambda model, folder: model.delete_adapter("new"),
+    "unload": lambda model, folder: model.unload(),
+}
+
+
+def costs(blocks, residents, folder):
+    """The calls that each verb makes in a model with so many blocks, besides which so many adapters are resident."""
+    model = get_lora_model(small_layers(blocks), CONFIG)
+    for index in range(residents):
+        model.add_adapter(f"resident{index}", CONFIG)
+    model.save_pretrained(folder, "default")
+    model(torch.ones(1, 4))
+    return {name: calls(lambda verb=verb: verb(model, folder)) for name, verb in VERBS.items() if name != "save"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warmed_up(tmp_path_factory):
+    """Fills the caches of the first call of all."""
+    costs(1, 1, tmp_path_factory.mktemp("warm"))
+
+
+def test_no_verb_does_more_for_the_adapters_that_it_leaves_alone(tmp_path):
+    few, many = (costs(2, residents, tmp_path / str(residents)) for residents in (1, 33))
+    # Only what lists all names does a little for each of them.
+    assert all(many[verb] <= few[verb] + 40 for verb in VERBS.keys() - {"save"}), (few, many)
+
+
+def test_switching_and_disabling_do_the_same_for_any_number_of_layers(tmp_path):
+    small, large = (costs(blocks, 1, tmp_path / str(blocks)) for blocks in (2, 8))
+    assert small["disable"] == large["disable"] < 100
+    trains = {name: cost["switch to what trains"] for name, cost in (("small", small), ("large", large))}
+    assert trains["large"] < 4.1 * trains["small"]
+    assert trains["large"] < 10 * 8 * 7 * 2  # of its 112 parameters each
+    model = get_lora_model(small_layers(2), CONFIG)
+    model.add_adapter("one", LoraConfig(**{**vars(CONFIG), "inference_mode": True}))
+    model.add_adapter("two", LoraConfig(**{**vars(CONFIG), "inference_mode": True}))
+    model.set_adapter("one")
+    assert calls(lambda: model.set_adapter("two")) < 50
+
+
+def test_every_verb_grows_no_faster_than_the_layers(tmp_path):
+    small, large = (costs(blocks, 1, tmp_path / str(blocks)) for blocks in (4, 16))
+    assert all(large[verb] <= 4.6 * small[verb] for verb in VERBS.keys() - {"save"}), (small, large)
+
+
+def test_a_loaded_adapter_takes_the_memory_of_what_was_read(tmp_path, monkeypatch):
+    base = small_layers(2)
+    get_lora_model(copy.deepcopy(base), CONFIG).save_pretrained(tmp_path)
+    read, real = set(), TensorFile.read
+
+    def noting(file, *args, **options):
+        values = real(file, *args, **options)
+        read.update(tensor.data_ptr() for tensor in values.values())
+        return values
+
+    monkeypatch.setattr(TensorFile, "read", noting)
+    model = load_adapter(base, tmp_path)
+    assert {tensor.data_ptr() for tensor in model.adapter_state_dict().values()} == read
+    assert len(read) == 2 * 2 * 7
+
+
+def test_a_saved_adapter_is_written_from_its_own_memory_as_the_library_writes_it(tmp_path, monkeypatch):
+    model, written, real = get_lora_model(small_layers(2), CONFIG), [], save.file_of
+
+    def noting(tensors, metadata):
+        pieces = real(tensors, metadata)
+        parts = list(pieces.parts)
+        written.extend(np.frombuffer(part, np.uint8).ctypes.data for part in parts[1:])
+        return replace(pieces, parts=iter(parts))
+
+    monkeypatch.setattr(save, "file_of", noting)
+    model.save_pretrained(tmp_path)
+    assert sorted(written) == sorted(tensor.data_ptr() for tensor in model.adapter_state_dict().values())
+
+
+def test_a_file_is_the_librarys_but_for_the_order_of_its_metadata():
+    tensors = {f"{name}{dtype}": torch.arange(6).reshape(2, 3).to(dtype) for dtype in DTYPES for name in "ba"}
+    tensors |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.0), "turned": torch.arange(6.0).reshape(2, 3).t()}
+    metadata = {"b": "2", "a": "1"}
+    ours = b"".join(file_of(tensors, metadata).parts)
+    theirs = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata)
+    length = 8 + int.from_bytes(theirs[:8], "little")
+    assert ours[length:] == theirs[length:]
+    assert list(json.loads(ours[8:length]).items()) == list(json.loads(theirs[8:length]).items())
+    assert len(ours) == file_of(tensors, metadata).nbytes
