@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.class_swap import mixed_class, original_class
 from minipeft.config import AdapterConfig
-from minipeft.errors import ConfigError, StateError
+from minipeft.errors import ConfigError, StateError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.after_load import follow_loads
 from minipeft.injection.apply import apply, discard, eject
@@ -22,6 +22,8 @@ from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
+from minipeft.injection.row_marks import mark_rows
+from minipeft.injection.rows import BASE
 from minipeft.injection.wrapper import Switch, replace_key
 from minipeft.wrapper_names import named_parameters
 
@@ -38,6 +40,7 @@ class AdapterState:
     resting: dict[str, set[tuple[str, int]]] = field(
         default_factory=dict
     )  # (module, index) of the parameters an idle adapter would train
+    also_trained: tuple[str, ...] = ()  # adapters whose parameters require gradients though they may not act
     merged: tuple[str, ...] = ()
     set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
     pauses: int = 0  # how many contexts are open in which nothing is merged
@@ -57,10 +60,12 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
     """Refuse an adapter name that is taken, or that could point outside its directory.
 
     Raises:
-        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', or it is the name of an attribute of ModuleDict.
+        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', it is the name of an attribute of ModuleDict, or it is
+            ``"__base__"``, which stands for no adapter.
         StateError: it is taken.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict(), name):
+    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)
+    if not isinstance(name, str) or not plain or hasattr(nn.ModuleDict(), name) or name == BASE:
         raise ConfigError(
             f"adapter name {name!r:.100} is not allowed: use 1 to 64 letters, digits, '_' and '-' that do not name a module "
             "attribute, such as 'default'."
@@ -123,6 +128,8 @@ def _attach(
             if trainable and parameter.requires_grad:
                 state.resting[adapter_name].add((path, index))
             parameter.requires_grad_(False)
+    mark_rows(model)
+    state.switch.order_known = False
     state.unwatched.add(adapter_name)
     if trainable:
         state.trainable.add(adapter_name)
@@ -145,13 +152,29 @@ def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
     The parameters of an idle adapter must not require gradients, or DDP would wait for them; they do again when it
     acts. Only adapters that train, and start or stop acting, have their parameters visited.
     """
+    _wake(model, model.__dict__[STATE], names, model.__dict__[STATE].also_trained)
+
+
+def train_also(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Let the parameters of these adapters require gradients, besides those of the active ones."""
     state: AdapterState = model.__dict__[STATE]
-    starting, stopping = set(names) - set(state.switch.active), set(state.switch.active) - set(names)
-    if not (starting | stopping) & state.trainable:
-        state.switch.active = names
+    _wake(model, state, state.switch.active, names)
+
+
+def awake(state: AdapterState) -> tuple[str, ...]:
+    """Names of the adapters whose parameters require gradients, if they train at all."""
+    return tuple(dict.fromkeys((*state.switch.active, *state.also_trained)))
+
+
+def _wake(model: nn.Module, state: AdapterState, active: tuple[str, ...], also: tuple[str, ...]) -> None:
+    before, after = set(awake(state)), {*active, *also}
+    starting, stopping = (after - before) & state.trainable, (before - after) & state.trainable
+    if not starting | stopping:
+        state.switch.active, state.also_trained = active, also
         return
     with flags_unchanged_on_error(model, state, state.switch):
-        _switch(model, state, names, starting & state.trainable, stopping & state.trainable)
+        state.also_trained = also
+        _switch(model, state, active, starting, stopping)
 
 
 def _switch(
@@ -168,11 +191,26 @@ def _switch(
                 parameter.requires_grad_(name in starting and (path, index) in state.resting[name])
 
 
+def check_not_running(state: AdapterState, adapter_name: str | None = None) -> None:
+    """Refuse to change adapters under a call with ``adapter_names``, which may run in another thread.
+
+    Raises:
+        StateError: such a call runs; if a name is given, one with that adapter.
+    """
+    busy = [name for names in list(state.switch.running) for name in names or (BASE,)]
+    if busy and adapter_name in (None, *busy):
+        raise StateError(
+            f"a batch with adapter_names runs now and uses {shown(dict.fromkeys(busy))}; wait until it is done."
+        )
+
+
 def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ...]) -> None:
     """Remove adapters, and what the model knows of them; afterwards exactly the adapters `active`, which stay, act."""
     state: AdapterState = model.__dict__[STATE]
+    for name in adapter_names:
+        check_not_running(state, name)
     with unchanged_on_error(model, state, state.switch):
-        switch_to(model, active)
+        _wake(model, state, active, tuple(name for name in state.also_trained if name not in adapter_names))
         for name in adapter_names:
             discard(model, name)
             del state.configs[name], state.resting[name]
@@ -189,7 +227,9 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(new if name == old else name for name in names)
 
+    check_not_running(state, old)
     with unchanged_on_error(model, state, state.switch):
+        state.also_trained = renamed(state.also_trained)
         state.switch.active, state.merged = renamed(state.switch.active), renamed(state.merged)
         state.set_aside = renamed(state.set_aside)
         for table in (state.configs, state.resting, state.idle, state.kept, state.samples):
@@ -206,6 +246,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
     """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
     state: AdapterState = model.__dict__[STATE]
+    check_not_running(state)
     with unchanged_on_error(model, state, state.switch):
         eject(model, keep_trained=keep_trained)
         leave_checkpoints_alone(model)

@@ -162,6 +162,9 @@ class Lora(Adapter):
         if self.lora_B_bias is not None and bias is not None:
             self.lora_B_bias.data = bias / self.scaling
 
+    def call_factors(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.training and self.dropout else self.factors()
+
     def delta(self, weight: Tensor) -> Tensor:
         if self.num_experts > 1:
             return stacked_delta(*self._matrices(), self.scaling, self.num_experts)
