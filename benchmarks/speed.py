@@ -1,4 +1,4 @@
-"""How fast: one adapted layer, a training step, decoding, merging, every method and packed rows, next to PEFT and the frozen base.
+"""How fast: one adapted layer, a training step, decoding, merging, every method, packed rows, mixed batches, next to PEFT and the base.
 
     python benchmarks/speed.py                    # every part; the layers take most of the time
     python benchmarks/speed.py --part step
@@ -18,6 +18,7 @@ import plots
 import torch
 from decode import decode_part
 from layer import layer_part
+from many import many_part
 from merge import merge_part
 from methods import methods_part
 from options import Options
@@ -33,6 +34,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Rows | None]]] = {
     "merge": merge_part,
     "methods": methods_part,
     "packing": packing_part,
+    "many": many_part,
 }
 
 
