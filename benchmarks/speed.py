@@ -1,4 +1,4 @@
-"""How fast: one adapted layer, a training step, decoding, merging, every method, packed rows and experts, next to PEFT and the frozen base.
+"""How fast: one adapted layer, a training step, decoding, merging, methods, packing, experts and mixed batches, next to PEFT.
 
     python benchmarks/speed.py                    # every part; the layers take most of the time
     python benchmarks/speed.py --part step
@@ -19,6 +19,7 @@ import torch
 from decode import decode_part
 from experts import experts_part
 from layer import layer_part
+from many import many_part
 from merge import merge_part
 from methods import methods_part
 from options import Options
@@ -35,6 +36,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Rows | None]]] = {
     "methods": methods_part,
     "packing": packing_part,
     "experts": experts_part,
+    "many": many_part,
 }
 
 

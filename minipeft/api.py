@@ -19,6 +19,7 @@ from minipeft.errors import (
     TargetError,
 )
 from minipeft.files.hotswap import hotswap_adapter
+from minipeft.injection.row_losses import per_adapter_loss
 from minipeft.layers.base import LayerOps
 from minipeft.memory.lean import lean, unlean
 from minipeft.merging.from_disk.merge import merge_from_disk
@@ -95,6 +96,7 @@ __all__ = [
     "lean",
     "load_adapter",
     "merge_from_disk",
+    "per_adapter_loss",
     "quantize",
     "register_adapter",
     "register_layer",

@@ -24,6 +24,7 @@ from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.absent import check_loaded
 from minipeft.injection.attach import attach, check_name, detach, remove, switch_to
 from minipeft.injection.build import PREFIX, build
+from minipeft.injection.many_adapters import ManyAdapters
 from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
@@ -136,7 +137,7 @@ class _Names(list[str]):
         return self
 
 
-class AdaptedModel(OwnMethods, CombinableModel, HotswapModel, MergeableModel):
+class AdaptedModel(OwnMethods, ManyAdapters, CombinableModel, HotswapModel, MergeableModel):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.errors import CheckpointError, StateError, shown
-from minipeft.injection.attach import STATE, AdapterState
+from minipeft.injection.attach import STATE, AdapterState, awake
 from minipeft.injection.first_pass import idle_message
 from minipeft.injection.module_tree import adapters_of
 from minipeft.methods.base import Adapter
@@ -18,8 +18,9 @@ from minipeft.wrapper_names import ATTRIBUTES, unwrapped_name
 
 
 def after_step(model: nn.Module, step: int) -> None:
-    """Do what the active adapters that train need after an optimizer step, such as AdaLoRA's allocation of ranks.
+    """Do what the adapters that train need after an optimizer step, such as AdaLoRA's allocation of ranks.
 
+    Those are the active ones, and those that ``train_adapters`` named.
     Call it in every step, after ``optimizer.step()`` and before ``optimizer.zero_grad()``, since it reads gradients. For
     methods without a schedule it does nothing. `minipeft.hf.AdapterTrainer` and `minipeft.training.updates.Updater`
     call it themselves.
@@ -136,7 +137,7 @@ def _training(model: nn.Module) -> Iterator[tuple[type[Adapter], dict[str, Adapt
     if adapted is None:
         raise StateError(f"{type(model).__name__} has no adapter; get_adapter_model gives it one.")
     state: AdapterState = adapted.__dict__[STATE]
-    for name in state.switch.active if state.switch.enabled else ():
+    for name in awake(state) if state.switch.enabled else ():
         if name in state.trainable:
             config = state.configs[name]
             yield registry.method_class(config.adapter_method), adapters_of(adapted, name), config

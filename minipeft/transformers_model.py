@@ -33,6 +33,12 @@ def name_or_path(model: nn.Module) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
+def main_input_name(model: nn.Module) -> str:
+    """The argument of the model's call that it mainly reads, such as "input_ids"."""
+    found = getattr(model, "main_input_name", None)
+    return found if isinstance(found, str) else "input_ids"
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """``vocab_size`` of the text part of the model's config, which ``resize_token_embeddings`` changes."""
     config = getattr(model, "config", None)

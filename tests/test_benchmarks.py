@@ -87,6 +87,15 @@ def test_the_decode_and_merge_benchmarks_run(main, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_of_mixed_batches_compares_with_peft_and_with_one_adapter(main, tmp_path):
+    main("speed")(["--quick", "--part", "many", "--output", str(tmp_path)])
+    rows = read(tmp_path / "speed_many.csv")
+    assert {row["case"].split(",")[0] for row in rows} == {"tiny GPT-2", "tiny Llama"}
+    assert {row["peer_name"] for row in rows} == {"PEFT", "minipeft, one adapter", "minipeft, one after the other"}
+    assert {row["measure"] for row in rows} == {"one forward pass", "4 tokens decoded", "forward and backward"}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_packing_benchmark_compares_packed_rows_with_padding(main, tmp_path):
     main("speed")(["--quick", "--part", "packing", "--output", str(tmp_path)])
     rows = read(tmp_path / "speed_packing.csv")

@@ -1,12 +1,18 @@
 """The short examples run and do what they say."""
 
+import copy
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import foreign_code
+from transformers import AutoModelForCausalLM
 
 from minipeft import registry
+
+with foreign_code():
+    import peft
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -27,3 +33,18 @@ def test_query_key_and_value_in_one_layer_get_ranks_of_their_own():
     assert torch.equal(loaded, logits)
     torch.testing.assert_close(merged, logits, rtol=1e-5, atol=1e-5)
     assert len(path.read_text("utf-8").splitlines()) <= 60
+
+
+def test_a_sweep_trains_in_one_batch_and_each_adapter_is_saved(tmp_path, capsys):
+    flags = ["--ranks", "2", "4", "--learning_rates", "3e-3", "--steps", "8", "--rows", "1", "--length", "32"]
+    main = runpy.run_path(str(EXAMPLES / "train_many.py"))["main"]
+    before, after = main([*flags, "--output_dir", str(tmp_path)])
+    assert after.keys() == {"r2_lr3e-03", "r4_lr3e-03"}
+    assert all(after[name] < before[name] for name in after)
+    assert (tmp_path / "loss_curves.png").stat().st_size > 0
+    assert "2 adapters, 8 steps" in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(EXAMPLES / "assets" / "tiny")
+    for name in after:
+        with foreign_code():
+            model = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name)
+        assert model.peft_config["default"].r == int(name[1])

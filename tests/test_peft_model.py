@@ -185,11 +185,6 @@ def test_transformers_verbs_do_the_same_as_ours():
         model.disable_adapters()
 
 
-def test_a_keyword_that_the_base_would_swallow_is_refused():
-    with pytest.raises(ConfigError, match="adapter_names"):
-        get_lora_model(llama(), LoraConfig(r=4))(input_ids=IDS, adapter_names=["default", "__base__"])
-
-
 def test_the_wrapper_has_no_copy_of_its_own_in_memory(wrapped):
     assert isinstance(wrapped, AdaptedPeftModel)
     assert set(dict(wrapped.named_children())) == {"base_model"}

@@ -204,6 +204,22 @@ class Verbs(RuleBasedStateMachine):
             torch.testing.assert_close(self.model(IDS), self.dense.output())
         self.dense.enabled = was
 
+    @rule(data=st.data())
+    def mixed(self, data):
+        """Each row by its own adapter."""
+        dense, was = self.dense, (self.dense.active, self.dense.merged)
+        names = data.draw(st.lists(st.sampled_from([*dense.updates, "__base__"]), min_size=len(IDS), max_size=len(IDS)))
+        with torch.no_grad():
+            if dense.merged:
+                with pytest.raises(MinipeftError, match="merged"):
+                    self.model(IDS, adapter_names=names)
+                return
+            found = self.model(IDS, adapter_names=names)
+        for row, name in enumerate(names):
+            dense.active = [] if name == "__base__" else [name]
+            torch.testing.assert_close(found[row], dense.output()[row], atol=1e-8, rtol=1e-8)
+        dense.active, dense.merged = was
+
     @rule()
     def train(self):
         if self.dense.merged or not self.dense.enabled:

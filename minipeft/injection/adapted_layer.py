@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from minipeft.errors import StateError
 from minipeft.injection.adapted_value import adapted_value
+from minipeft.injection.layer_by_row import run_by_row
+from minipeft.injection.rows import BASE, in_backward, rows_now
 from minipeft.injection.split_weight import Origin, split_weight
 from minipeft.injection.stored_weight import stored_weight
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
@@ -44,20 +48,44 @@ class AdaptedLayer(Wrapper):
         value = super().__getattr__(name)
         if type(value) is not nn.Parameter or "stored" not in self.__dict__:
             return value
+        rows = None if self.ops.is_quantized else self.mixed_rows()
+        if rows is not None:
+            return adapted_value(value, functools.partial(rows.refuse, self, "is read, not called"), ())
         names = self.acting() if not self.ops.is_quantized else ()
         return self.read(name, value, names) if names else value
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if HOOK in self._modules["base_layer"].__dict__:  # accelerate's, which may offload the weight
             with present(self.owner):
-                return self.run_with(self.acting(), on_device_of(self.owner, x), *args, **kwargs)
+                return self.run(on_device_of(self.owner, x), *args, **kwargs)
+        return self.run(x, *args, **kwargs)
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output with the adapters that act now."""
+        rows = self.mixed_rows()
+        if rows is not None:
+            return run_by_row(self, rows, x, args, kwargs)
         return self.run_with(self.acting(), x, *args, **kwargs)
 
     def acting(self) -> tuple[str, ...]:
-        """Names of the adapters that take their turn now."""
+        """Names of the adapters that take their turn now.
+
+        Raises:
+            StateError: rows of a batch use different ones.
+        """
         if not self.switch.enabled:
             return ()
-        here = self.adapters._modules
+        here, rows = self.adapters._modules, rows_now(self.switch)
+        if rows is not None:
+            only = rows.only(here)
+            if only is None:
+                rows.refuse(self, "has one weight for all rows")
+            return () if only == BASE else (only,)
+        if self.switch.trained_by_row and not torch.compiler.is_compiling() and in_backward():
+            raise StateError(
+                "the backward pass calls this layer again and does not say which rows use which adapter. With adapter_names, "
+                "checkpoint by model.gradient_checkpointing_enable() or minipeft.lean, not by a call of your own."
+            )
         return tuple([n for n in self.switch.active if n in here and n not in self.merged])
 
     def changed_rows(self) -> list[tuple[Tensor, Tensor]] | None:

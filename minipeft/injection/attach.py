@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.class_swap import mixed_class, original_class
 from minipeft.config import AdapterConfig
-from minipeft.errors import ConfigError, StateError
+from minipeft.errors import ConfigError, StateError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.after_load import follow_loads
 from minipeft.injection.apply import apply, discard, eject
@@ -23,6 +23,8 @@ from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
 from minipeft.injection.resting import Place, parameters_at, places_in, put_to_rest
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
+from minipeft.injection.row_marks import mark_rows
+from minipeft.injection.rows import BASE
 from minipeft.injection.wrapper import Switch, replace_key
 from minipeft.wrapper_names import named_parameters
 
@@ -38,6 +40,7 @@ class AdapterState:
     trainable: set[str] = field(default_factory=set)
     places: dict[str, list[Place]] = field(default_factory=dict)  # where the parameters of each adapter are
     resting: dict[str, set[Place]] = field(default_factory=dict)  # of those, what an idle adapter would train
+    also_trained: tuple[str, ...] = ()  # adapters whose parameters require gradients though they may not act
     merged: tuple[str, ...] = ()
     set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
     pauses: int = 0  # how many contexts are open in which nothing is merged
@@ -59,10 +62,12 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
     """Refuse an adapter name that is taken, or that could point outside its directory.
 
     Raises:
-        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', or it is the name of an attribute of ModuleDict.
+        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', it is the name of an attribute of ModuleDict, or it is
+            ``"__base__"``, which stands for no adapter.
         StateError: it is taken.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict(), name):
+    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)
+    if not isinstance(name, str) or not plain or hasattr(nn.ModuleDict(), name) or name == BASE:
         raise ConfigError(
             f"adapter name {name!r:.100} is not allowed: use 1 to 64 letters, digits, '_' and '-' that do not name a module "
             "attribute, such as 'default'."
@@ -125,6 +130,8 @@ def _attach(
     state.resting[adapter_name] = put_to_rest(state.places[adapter_name])
     if not trainable:
         state.resting[adapter_name] = set()
+    mark_rows(model)
+    state.switch.order_known = False
     state.unwatched.add(adapter_name)
     if trainable:
         state.trainable.add(adapter_name)
@@ -148,17 +155,29 @@ def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
     acts. Only adapters that train, and start or stop acting, have their parameters visited.
     """
     state: AdapterState = model.__dict__[STATE]
-    changing = _changing(state, names)
+    _wake(state, names, state.also_trained)
+
+
+def train_also(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Let the parameters of these adapters require gradients, besides those of the active ones."""
+    state: AdapterState = model.__dict__[STATE]
+    _wake(state, state.switch.active, names)
+
+
+def awake(state: AdapterState) -> tuple[str, ...]:
+    """Names of the adapters whose parameters require gradients, if they train at all."""
+    return tuple(dict.fromkeys((*state.switch.active, *state.also_trained)))
+
+
+def _wake(state: AdapterState, active: tuple[str, ...], also: tuple[str, ...]) -> None:
+    before, after = set(awake(state)), {*active, *also}
+    changing = before.symmetric_difference(after) & state.trainable
     if not changing:
-        state.switch.active = names
+        state.switch.active, state.also_trained = active, also
         return
     with flags_unchanged_on_error(_parameters(state, changing), state, state.switch):
-        _switch(state, names, changing.intersection(names), changing.difference(names))
-
-
-def _changing(state: AdapterState, names: Collection[str]) -> set[str]:
-    """The adapters that train, and start or stop acting when these do."""
-    return set(names).symmetric_difference(state.switch.active) & state.trainable
+        state.also_trained = also
+        _switch(state, active, changing & after, changing & before)
 
 
 def _parameters(state: AdapterState, names: Collection[str]) -> list[nn.Parameter]:
@@ -174,12 +193,29 @@ def _switch(state: AdapterState, names: tuple[str, ...], starting: Collection[st
             parameter.requires_grad_(True)
 
 
+def check_not_running(state: AdapterState, adapter_name: str | None = None) -> None:
+    """Refuse to change adapters under a call with ``adapter_names``, which may run in another thread.
+
+    Raises:
+        StateError: such a call runs; if a name is given, one with that adapter.
+    """
+    busy = [name for names in list(state.switch.running) for name in names or (BASE,)]
+    if busy and adapter_name in (None, *busy):
+        raise StateError(
+            f"a batch with adapter_names runs now and uses {shown(dict.fromkeys(busy))}; wait until it is done."
+        )
+
+
 def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ...]) -> None:
     """Remove adapters, and what the model knows of them; afterwards exactly the adapters `active`, which stay, act."""
     state: AdapterState = model.__dict__[STATE]
-    flags = flags_unchanged_on_error(_parameters(state, _changing(state, active)))
+    for name in adapter_names:
+        check_not_running(state, name)
+    also = tuple(name for name in state.also_trained if name not in adapter_names)
+    changing = set(awake(state)).symmetric_difference((*active, *also)) & state.trainable
+    flags = flags_unchanged_on_error(_parameters(state, changing))
     with unchanged_on_error(model, state, state.switch), flags:
-        switch_to(model, active)
+        _wake(state, active, also)
         for name in adapter_names:
             discard(model, name)
             del state.configs[name], state.places[name], state.resting[name]
@@ -197,7 +233,9 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(new if name == old else name for name in names)
 
+    check_not_running(state, old)
     with unchanged_on_error(model, state, state.switch):
+        state.also_trained = renamed(state.also_trained)
         state.switch.active, state.merged = renamed(state.switch.active), renamed(state.merged)
         state.set_aside = renamed(state.set_aside)
         for table in (state.configs, state.places, state.resting, state.idle, state.kept, state.samples):
@@ -214,6 +252,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
     """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
     state: AdapterState = model.__dict__[STATE]
+    check_not_running(state)
     with unchanged_on_error(model, state, state.switch):
         eject(model, keep_trained=keep_trained)
         leave_checkpoints_alone(model)

@@ -1,8 +1,10 @@
-"""Reentrant gradient checkpointing of transformers' models, so that it trains whatever a model's input is.
+"""Gradient checkpointing of transformers' models: trains whatever a model's input is, and each row's own adapter.
 
-It gives no gradient to what a block holds if no tensor that the block is called with requires one. transformers makes the
-embeddings of token ids require one; the first blocks of vision and audio models stay without, and so do the adapters in
-them. Such a call is checkpointed in torch's other way, which takes as little memory.
+The reentrant one gives no gradient to what a block holds if no tensor that the block is called with requires one.
+transformers makes the embeddings of token ids require one; the first blocks of vision and audio models stay without, and
+so do the adapters in them. Such a call is checkpointed in torch's other way, which takes as little memory.
+
+A block that is called again in the backward pass finds the rows that acted in the forward pass.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.injection.rows import with_rows_kept
+
 FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in each module that checkpoints
 
 
 def let_checkpoints_train(model: nn.Module) -> None:
-    """Change the checkpointing functions of a model's modules that are reentrant."""
+    """Change the checkpointing functions of a model's modules."""
     for module in model.modules():
         function = vars(module).get(FUNCTION)
-        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
+        if isinstance(function, functools.partial) and function.func is not _checkpoint:
             setattr(module, FUNCTION, functools.partial(_checkpoint, function))
 
 
@@ -46,16 +50,19 @@ def _set(model: nn.Module, setter: Callable[..., None], *args: Any, **kwargs: An
     let_checkpoints_train(model)
 
 
-def _checkpoint(reentrant: functools.partial[Any], function: Any, *args: Any) -> Any:
+def _checkpoint(own: functools.partial[Any], function: Any, *args: Any) -> Any:
     """Checkpoint a call; not in the reentrant way if that would lose a gradient, which it gives to `args` alone."""
+    if not own.keywords.get("use_reentrant"):
+        return own(with_rows_kept(function), *args)
     bound = (*function.args, *function.keywords.values()) if isinstance(function, functools.partial) else ()
     inside = any(tensor.requires_grad for value in bound for tensor in _tensors(value))
     given = any(isinstance(value, Tensor) and value.requires_grad for value in args)
     if not torch.is_grad_enabled():
         return function(*args)
+    function = with_rows_kept(function)
     if inside or not given:
-        return reentrant.func(function, *args, **{**reentrant.keywords, "use_reentrant": False})
-    return reentrant(function, *args)
+        return own.func(function, *args, **{**own.keywords, "use_reentrant": False})
+    return own(function, *args)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from minipeft.errors import StateError, shown
 from minipeft.injection.attach import STATE, AdapterState
+from minipeft.injection.rows import rows_now
 from minipeft.injection.starting import check_started
 from minipeft.injection.watch import Pass, can_watch, idle_layers, read_layers, watched
 
@@ -21,7 +22,9 @@ def watched_call(model: nn.Module, call: Callable[..., Any], args: tuple[Any, ..
         StateError: there are some, and the state says that it is an error; or an adapter has no values yet.
     """
     state: AdapterState = model.__dict__[STATE]
-    names = tuple(name for name in state.switch.active if name in state.unwatched)
+    rows = rows_now(state.switch)
+    acting = state.switch.active if rows is None else rows.adapters
+    names = tuple(name for name in acting if name in state.unwatched)
     if not names or state.merged or not state.switch.enabled or not can_watch(model):
         return call(*args, **kwargs)
     if state.unstarted.intersection(names):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from minipeft.injection.adapted_value import adapted_value
+from minipeft.injection.rows import Rows, as_mask, rows_now, taken
 from minipeft.injection.wrapper import Switch, Wrapper
 from minipeft.layers.offloaded import all_present, without_offloading
 from minipeft.wrapper_names import unwrapped_name
@@ -32,21 +36,54 @@ class SavedModule(Wrapper):
         here = self.__dict__.get("_modules", {})
         if name in here or "base_layer" not in here or "switch" not in self.__dict__:
             return super().__getattr__(name)
+        rows = self.mixed_rows()
+        if rows is not None:
+            value = getattr(here["base_layer"], name)
+            refuse = functools.partial(rows.refuse, self, "is read, not called")
+            return adapted_value(value, refuse, ()) if isinstance(value, nn.Parameter) else value
         value = getattr(self.current(), name)
         if isinstance(value, nn.Parameter):
             self.switch.note_read(self)
         return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current()(*args, **kwargs)
+        rows = self.mixed_rows()
+        return self.current()(*args, **kwargs) if rows is None else self._by_row(rows, *args, **kwargs)
 
     def current(self) -> nn.Module:
         """The module that is called now."""
-        if self.switch.enabled:
-            for name in self.switch.active:
-                if name in self.adapters:
-                    return self.adapters[name]
+        rows, here = rows_now(self.switch), self.adapters._modules
+        names = self.switch.active if rows is None else (rows.only(here) or "",)
+        for name in names if self.switch.enabled else ():
+            if name in self.adapters:
+                return self.adapters[name]
         return self.base_layer
+
+    def _by_row(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        """Each copy on its own rows."""
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
+            rows.refuse(self, "takes more than one tensor")
+        repeats = rows.repeats(self, x)
+        if torch.compiler.is_compiling():
+            return self._compiled(rows, repeats, *args, **kwargs)
+        parts = rows.parts(rows.present(self.adapters._modules), repeats, x.device)
+        pieces = []
+        for name, selector in parts.groups:
+            module = self.base_layer if name is None else self.adapters[name]
+            pieces.append(module(taken(x, selector), *args[1:], **kwargs))
+        if not all(isinstance(piece, Tensor) and piece.ndim for piece in pieces):
+            rows.refuse(self, "returns more than one tensor")
+        return parts.joined(pieces)
+
+    def _compiled(self, rows: Rows, repeats: int, *args: Any, **kwargs: Any) -> Tensor:
+        """One graph for any rows: every copy is called on all of them."""
+        index = rows.index.repeat_interleave(repeats)
+        y: Tensor = self.base_layer(*args, **kwargs)
+        for name in self.adapters:
+            own = self.adapters[name](*args, **kwargs)
+            y = torch.where(as_mask(index == rows.known.index(name), y), own, y)
+        return y
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         return copy_tensors(self.adapters[adapter_name], self.only) if adapter_name in self.adapters else {}

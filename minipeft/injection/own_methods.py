@@ -6,14 +6,18 @@ import contextlib
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
+from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.injection.attach import STATE, AdapterState, hold_norms
 from minipeft.injection.checkpointing import training_setter
 from minipeft.injection.first_pass import watched_call
 from minipeft.injection.module_tree import wrappers
+from minipeft.injection.row_order import learn_order
+from minipeft.injection.rows import Rows, rows_now
+from minipeft.injection.rows_of_call import note_length, rows_acting, rows_of_call
 from minipeft.injection.wrapper import innermost
 from minipeft.transformers_model import input_embedding, output_head
 
@@ -46,16 +50,40 @@ class OwnMethods(nn.Module):
         Raises:
             StateError: in training with `minipeft.hf.AdapterTrainer` or `Updater`, a layer does not use its adapter.
                 Elsewhere it is a warning.
-            ConfigError: `adapter_names` is given, which transformers' models take without a word.
+            MinipeftError: `adapter_names` is given, and rows of the batch cannot use different adapters so; see
+                `minipeft.injection.rows_of_call`.
         """
-        if "adapter_names" in kwargs:
-            raise ConfigError(
-                "adapter_names is not implemented: all rows of a batch use the active adapters. See set_adapter."
-            )
         state: AdapterState | None = self.__dict__.get(STATE)
-        if state is None or not state.unwatched:
+        if state is not None and kwargs.get("adapter_names") is not None:
+            return self._call_by_row(args, kwargs)
+        kwargs.pop("adapter_names", None)
+        if state is None:
+            return super().__call__(*args, **kwargs)
+        if (rows := rows_now(state.switch)) is not None:
+            note_length(self, rows, args, kwargs)
+            if rows.length == len(rows.names) and len(rows.uses) > 1:
+                self._learn_order(rows, args, kwargs)
+        elif state.switch.trained_by_row and torch.is_grad_enabled():
+            state.switch.trained_by_row = False
+        if not state.unwatched or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
         return watched_call(self, super().__call__, args, kwargs)
+
+    def _learn_order(self, rows: Rows, args: Any, kwargs: Any) -> None:
+        switch = self.__dict__[STATE].switch
+        if not switch.order_known and not torch.compiler.is_compiling():
+            learn_order(self, rows, super().__call__, args, kwargs)
+            switch.order_known = True
+
+    # Not compiled itself, so that other names need no other graph.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    def _call_by_row(self, args: Any, kwargs: Any) -> Any:
+        rows = rows_of_call(self, kwargs.pop("adapter_names"), args, kwargs)
+        with rows_acting(self, rows):
+            output = self(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self.__dict__[STATE].switch.trained_by_row = True
+        return output
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter of this name, as torch has it; for an adapted layer that of its base layer, as tying weights wants."""

@@ -7,9 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from minipeft.injection.adapted_value import AdaptedValue
+from minipeft.injection.rows import Rows, rows_now
 
 
 class Switch:
@@ -21,6 +23,9 @@ class Switch:
         self.contexts_off = 0  # how many `off` contexts are open
         self.stays_off = False  # until `turn` says otherwise
         self.read: set[int] | None = None  # ids of the wrappers whose weight is used, while a pass is watched
+        self.running: list[tuple[str, ...]] = []  # adapters of each call whose rows differ, in all threads
+        self.order_known = False  # see `minipeft.injection.row_order`
+        self.trained_by_row = False  # the last call with gradients was such a one
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -53,6 +58,7 @@ class Wrapper(nn.Module, ABC):
 
     switch: Switch
     is_the_module: bool
+    counts: str | None  # what its inputs have in place of the batch's rows, see `minipeft.injection.row_marks`
 
     def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
         super().__init__()
@@ -62,6 +68,7 @@ class Wrapper(nn.Module, ABC):
         own["switch"] = switch
         own["is_the_module"] = True  # see `minipeft.injection.place`
         own["training"] = base_layer.training
+        own["counts"] = None
 
     @abstractmethod
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
@@ -77,6 +84,16 @@ class Wrapper(nn.Module, ABC):
         """The parameters that training this adapter changes."""
         if adapter_name in self.adapters:
             yield from self.adapters[adapter_name].parameters()
+
+    def mixed_rows(self) -> Rows | None:
+        """The rows of the batch that runs now, if they use different adapters of this module."""
+        rows = rows_now(self.switch)
+        if rows is None or not self.switch.enabled:
+            return None
+        here = self.adapters._modules
+        if torch.compiler.is_compiling():  # the graph is for any rows
+            return rows if any(name in here for name in rows.known) else None
+        return rows if rows.only(here) is None else None
 
     def drop(self, adapter_name: str) -> None:
         """Remove an adapter."""

@@ -13,7 +13,7 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-def lora_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def lora_factors(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> tuple[Tensor, Tensor]:
     """The pair (up, down) whose product is the update of a LoRA pair: ``up @ down == scaling * B A``.
 
     Args:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.class_swap import SameFunction
+from minipeft.injection.rows import with_rows_kept
 from minipeft.kernels import malloc_trim, recompute
 from minipeft.kernels.frozen_linear import lean_linear
 from minipeft.kernels.keeps_inputs import keeping_inputs
@@ -101,10 +102,10 @@ class RecomputedMlp(SameFunction):
             return run(*args)
         source = recompute.source_of(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
         if source is not None:  # keep the input of the preceding norm, which the norm keeps anyway
-            return token_tiles.run(self, _after(run, source.module), source.inputs)
+            return token_tiles.run(self, with_rows_kept(_after(run, source.module)), source.inputs)
         if len(args) == 1 and isinstance(args[0], Tensor):
-            return token_tiles.run(self, run, args)
-        return checkpoint(run, *args, use_reentrant=False)
+            return token_tiles.run(self, with_rows_kept(run), args)
+        return checkpoint(with_rows_kept(run), *args, use_reentrant=False)
 
 
 def _after(run: Callable[[Tensor], Any], norm: nn.Module) -> Callable[[Tensor], Any]:
@@ -145,7 +146,7 @@ def recompute_block(function: Any, *args: Any) -> Any:
 
 
 def _checkpoint(function: Any, *args: Any) -> Any:
-    return checkpoint(partial(_trimmed, function), *args, use_reentrant=False)
+    return checkpoint(with_rows_kept(partial(_trimmed, function)), *args, use_reentrant=False)
 
 
 def _trimmed(function: Any, *args: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.injection.rows import CURRENT
 from minipeft.kernels.transformed import is_transformed
 
 ROWS = "_minipeft_slice_rows"  # in a layer's __dict__: tokens per slice; 0 if its last run showed that it cannot be cut
@@ -40,7 +41,7 @@ def run(layer: nn.Module, forward: Call, args: Sequence[Any], checkpointed: Call
         checkpointed: calls a function on arguments and recomputes it in the backward pass.
     """
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or x.dim() != 3 or is_transformed():
+    if not isinstance(x, Tensor) or x.dim() != 3 or is_transformed() or CURRENT.rows is not None:
         return checkpointed(forward, *args)
     rows = layer.__dict__.get(ROWS, 0)
     states = random_states(x.device)

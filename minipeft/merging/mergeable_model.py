@@ -8,7 +8,7 @@ from typing import Any
 
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.save_pretrained import SavableModel
-from minipeft.injection.attach import STATE
+from minipeft.injection.attach import STATE, check_not_running
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.starting import check_started
@@ -89,6 +89,7 @@ class MergeableModel(SavableModel):
 
     def _merge(self, names: tuple[str, ...], **options: Any) -> MergeReport:
         """Have exactly these adapters merged: one rounding for all, not one each. The options are those of `merge`."""
+        check_not_running(self._state)
         self._check_compatible(names)
         if names != (before := self._state.merged):
             self._take_out()

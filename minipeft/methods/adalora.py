@@ -70,6 +70,9 @@ class AdaLora(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         return lora_factors(self.lora_A * self.lora_E, self.lora_B, self.scaling)
 
+    def call_factors(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.training and (self.dropout or self.step < 0) else self.factors()
+
     @classmethod
     def after_step(cls, adapters: Mapping[str, Self], config: AdaLoraConfig, step: int) -> None:
         """Algorithm 1 of the paper, with steps counted as in PEFT."""

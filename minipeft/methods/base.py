@@ -87,6 +87,14 @@ class Adapter(nn.Module, ABC):
         factors = self.factors()
         return None if factors is None else (factors[0].unsqueeze(0), factors[1].unsqueeze(0))
 
+    def call_factors(self) -> tuple[Tensor, Tensor] | None:
+        """`factors`, if a call of the layer now adds ``up @ down @ x`` to its output and does nothing else.
+
+        By default in evaluation only, since in training a method may drop out parts. Rows of a batch with different
+        adapters then go through two products together.
+        """
+        return None if self.training or self.overrides("before") else self.factors()
+
     def delta(self, weight: Tensor) -> Tensor | None:
         """The dense update (out, in) in float32 or float64, if ``merge(W, b)[0] == W + delta(W)``.
 
@@ -295,6 +303,8 @@ class Adapter(nn.Module, ABC):
             "stacked_factors",
             "merge_after",
         )  # they say the same thing in different ways
+        if "call_factors" not in own and not own.keys().isdisjoint((*together, "forward", "before")):
+            cls.call_factors = Adapter.call_factors  # type: ignore[method-assign]
         if not own.keys().isdisjoint(together):
             for name in together:
                 setattr(cls, name, own.get(name, vars(Adapter)[name]))

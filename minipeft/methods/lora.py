@@ -191,6 +191,11 @@ class Lora(Adapter):
             return None
         return *self.pair(), self.scaling
 
+    def call_factors(self) -> tuple[Tensor, Tensor] | None:
+        if self.trains_bias or self.num_experts > 1 or (self.training and self.dropout):
+            return None
+        return lora_factors(*self._matrices(), self.factor)
+
     def delta(self, weight: Tensor) -> Tensor:
         if self.num_experts > 1:
             return stacked_delta(*self._matrices(), self.scaling, self.num_experts)

@@ -158,6 +158,9 @@ class Vera(Adapter):
         down = (self.scaling * self.vera_lambda_d.to(dtype)).unsqueeze(1) * A.to(dtype)
         return self.vera_lambda_b.to(dtype).unsqueeze(1) * B.to(dtype), down
 
+    def call_factors(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.training and self.dropout else self.factors()
+
     def file_tensors(self) -> dict[str, Tensor]:
         return {"vera_lambda_b": self.vera_lambda_b, "vera_lambda_d": self.vera_lambda_d}
 

@@ -1,0 +1,26 @@
+"""Modules of which it is known that their inputs are not rows of the batch, whatever size they have."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from minipeft.injection.module_tree import wrappers
+from minipeft.transformers_model import main_input_name
+from minipeft.wrapper_names import named_modules
+
+EXPERTS = {"expert", "experts"}  # what models call the list of them
+
+
+def mark_rows(model: nn.Module) -> None:
+    """Say of each wrapper what it is called with, if not with the rows of the model's main input."""
+    main, others = main_input_name(model), {}
+    for path, module in named_modules(model):
+        reads = getattr(type(module), "main_input_name", main)
+        # An encoder of images in a model of text sees as many images as there are, in no relation to the rows.
+        if main == "input_ids" and reads != main:
+            others[path] = f"the {reads} of the whole batch"
+    for path, wrapper in wrappers(model):
+        above = [path[:end] for end, letter in enumerate(path) if letter == "."]
+        wrapper.counts = next((others[name] for name in above if name in others), None)
+        if EXPERTS & {*path.split(".")}:
+            wrapper.counts = "the tokens that chose one expert"

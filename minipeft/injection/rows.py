@@ -1,0 +1,199 @@
+"""Which adapter each row of a batch uses, while one call of a model runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import StateError
+from minipeft.wrapper_names import named_modules
+
+BASE = "__base__"  # PEFT's word for a row without an adapter
+Selector = slice | Tensor
+
+
+class _Current(threading.local):
+    rows: Rows | None = None
+
+
+CURRENT = _Current()  # of each thread: a server may run several batches on one model
+
+
+class Rows:
+    """The adapter of each row of one call, and what all layers share of it.
+
+    Args:
+        model: the adapted model, to name a layer in an error.
+        switch: what the layers of that model have in common, see `minipeft.injection.wrapper.Switch`.
+        names: an adapter or `BASE` for each row.
+        known: every adapter of the model, in an order that does not depend on the rows.
+        device: of the inputs.
+        times: how often `generate` repeats each row, as for beams; an encoder still sees each row once.
+        keeps: whether what layers derive from their adapters may be kept from one pass to the next.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        switch: object,
+        names: Sequence[str],
+        known: Sequence[str],
+        device: torch.device,
+        times: int = 1,
+        keeps: bool = False,
+    ) -> None:
+        self.model, self.switch, self.names = model, switch, tuple(names)
+        self.uses = tuple(dict.fromkeys(names))
+        self.adapters = tuple(name for name in self.uses if name != BASE)
+        self.known = tuple(known)
+        # The one thing that a compiled model looks at, so other rows need no other graph.
+        self.index = torch.tensor([(*known, BASE).index(name) for name in names], device=device)
+        self.times = times
+        self.length: int | None = None  # of the model's input now, if that is (rows, length)
+        self.kept: dict[Any, Any] | None = {} if keeps else None
+        self._parts: dict[Any, Parts] = {}
+
+    def present(self, here: Collection[str]) -> tuple[str, ...]:
+        """Those of the rows' adapters that are among these."""
+        return tuple([name for name in self.adapters if name in here])
+
+    def only(self, here: Collection[str]) -> str | None:
+        """The adapter that all rows use of these, or `BASE`; None if the rows differ."""
+        used = {name if name in here else BASE for name in self.uses} or {BASE}
+        return used.pop() if len(used) == 1 else None
+
+    def repeats(self, layer: Any, x: Tensor) -> int:
+        """How many entries of the first dimension of a layer's input belong to each row, next to each other.
+
+        Raises:
+            StateError: that cannot be told.
+        """
+        size, count = x.shape[0] if x.ndim else 0, len(self.names)
+        if layer.counts is not None:
+            self.refuse(layer, f"is called with {layer.counts}, not with rows of the batch")
+        if size in (count, count * self.times):
+            return size // count
+        flat = 2 if x.is_floating_point() else 1  # features, or indices
+        if x.ndim == flat and self.length and size in (count * self.length, count * self.times * self.length):
+            return size // count  # tokens of all rows in one dimension
+        self.refuse(layer, f"got an input of shape {tuple(x.shape)}, whose first dimension is not the {count} rows")
+
+    def refuse(self, layer: nn.Module, why: str) -> NoReturn:
+        """Say that different rows cannot use different adapters in a layer.
+
+        Raises:
+            StateError: always.
+        """
+        path = next((name for name, module in named_modules(self.model) if module is layer), type(layer).__name__)
+        raise StateError(
+            f"adapter_names: {path} {why}, so it cannot use another adapter for each row. Give all rows the same name, or "
+            "adapters that leave out this module."
+        )
+
+    def parts(self, present: tuple[str, ...], repeats: int, device: torch.device) -> Parts:
+        """How a layer with these adapters divides its input; computed once for all layers alike."""
+        key = present, repeats, device
+        if key not in self._parts:
+            names = [name if name in present else None for name in self.names for _ in range(repeats)]
+            self._parts[key] = Parts.of(names, device)
+        return self._parts[key]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A first dimension divided by adapter.
+
+    Args:
+        groups: (name, or None for the base; its entries).
+        back: where each entry is after the groups are joined; None: in its place already.
+        blocks: the name of each run of `size` entries; all runs are of one size.
+    """
+
+    groups: tuple[tuple[str | None, Selector], ...]
+    back: Tensor | None
+    blocks: tuple[str | None, ...]
+    size: int
+
+    @classmethod
+    def of(cls, names: Sequence[str | None], device: torch.device) -> Parts:
+        """The parts of entries with these names."""
+        places: dict[str | None, list[int]] = {}
+        for place, name in enumerate(names):
+            places.setdefault(name, []).append(place)
+        size = functools.reduce(math.gcd, [len(list(run)) for _, run in groupby(names)])
+        order = torch.tensor([place for group in places.values() for place in group], device=device)
+        sorted_already = len(list(groupby(names))) == len(places)
+        groups = tuple((name, _selector(group, device)) for name, group in places.items())
+        return cls(groups, None if sorted_already else order.argsort(), tuple(names[::size]), size)
+
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """One tensor from a piece for each group."""
+        together = torch.cat(list(pieces))
+        return together if self.back is None else together.index_select(0, self.back)
+
+
+def taken(x: Tensor, selector: Selector) -> Tensor:
+    """The entries of one group."""
+    return x[selector] if isinstance(selector, slice) else x.index_select(0, selector)
+
+
+def as_mask(which: Tensor, x: Tensor) -> Tensor:
+    """One value for each entry of the first dimension of x, in a shape to choose from x by."""
+    return which.view(-1, *(1 for _ in x.shape[1:]))
+
+
+def _selector(places: list[int], device: torch.device) -> Selector:
+    first, last = places[0], places[-1]
+    return slice(first, last + 1) if last - first + 1 == len(places) else torch.tensor(places, device=device)
+
+
+def rows_now(switch: object) -> Rows | None:
+    """The rows of the call that runs in this thread, if it is one of the model with this switch."""
+    rows = CURRENT.rows
+    return rows if rows is not None and rows.switch is switch else None
+
+
+@contextlib.contextmanager
+def acting(rows: Rows | None) -> Iterator[None]:
+    """Within the context the adapters act by row, in this thread; None: as outside of such a call."""
+    before, CURRENT.rows = CURRENT.rows, rows
+    try:
+        yield
+    finally:
+        CURRENT.rows = before
+
+
+def with_rows_kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function for the backward pass to call again: it then finds the rows that act now."""
+    rows = CURRENT.rows
+    return function if rows is None else functools.partial(_again, rows, function)
+
+
+def _again(rows: Rows, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with acting(rows):
+        return function(*args, **kwargs)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor with a dimension in an argument, however nested."""
+    if isinstance(value, Tensor):
+        return value if value.ndim else None
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return None
+    return next((found for item in value if (found := first_tensor(item)) is not None), None)

@@ -1,0 +1,93 @@
+"""From ``adapter_names`` to the rows of a call: what is checked, and what runs meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import ConfigError, StateError, hint, shown, told
+from minipeft.injection.attach import STATE, AdapterState, awake
+from minipeft.injection.rows import BASE, Rows, acting, first_tensor
+from minipeft.transformers_model import main_input_name
+
+
+@contextlib.contextmanager
+def rows_acting(model: nn.Module, rows: Rows) -> Iterator[None]:
+    """Within the context these rows act in this thread, and no adapter of theirs can be deleted or merged."""
+    switch = model.__dict__[STATE].switch
+    switch.running.append(rows.adapters)
+    try:
+        with acting(rows):
+            yield
+    finally:
+        switch.running.remove(rows.adapters)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def rows_of_call(
+    model: nn.Module,
+    adapter_names: object,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    times: int = 1,
+    keeps: bool = False,
+) -> Rows:
+    """What each row of a call's batch uses.
+
+    Args:
+        model: the adapted model.
+        adapter_names: an adapter, or ``"__base__"`` for none, for each row.
+        args, kwargs: of the call.
+        times, keeps: see `Rows`.
+
+    Raises:
+        ConfigError: it is not a list of names, or not one for each row.
+        StateError: a name is unknown, an adapter is merged, or would not train though it is to.
+    """
+    state: AdapterState = model.__dict__[STATE]
+    if not isinstance(adapter_names, list | tuple) or not all(isinstance(name, str) for name in adapter_names):
+        raise ConfigError(
+            f"adapter_names must be a list with a name for each row of the batch, such as ['a', 'b', '{BASE}'], "
+            f"not {told(adapter_names)}."
+        )
+    known = (*state.configs, BASE)
+    for name in dict.fromkeys(adapter_names):
+        if name not in known:
+            raise StateError(f"adapter_names: no adapter {name!r:.100}{hint(name, known)}; there are: {shown(known)}.")
+    if state.merged:
+        raise StateError(
+            f"adapter_names: {shown(state.merged)} is merged into the base, for all rows alike; call unmerge_adapter() first."
+        )
+    given = main_input(model, args, kwargs)
+    count = 1 if given is None else len(given)
+    if len(adapter_names) != count:
+        raise ConfigError(
+            f"adapter_names has {len(adapter_names)} names, and the batch {count} rows; give one for each row."
+        )
+    asleep = [name for name in dict.fromkeys(adapter_names) if name in state.trainable and name not in awake(state)]
+    if asleep and model.training and torch.is_grad_enabled():
+        raise StateError(
+            f"adapter_names: {shown(asleep)} would not learn, since only active adapters do. Call "
+            "train_adapters([...]) with all that are to learn, before the optimizer is made; or use torch.no_grad()."
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu")) if given is None else given.device
+    return Rows(model, state.switch, adapter_names, tuple(state.configs), device, times, keeps)
+
+
+def note_length(model: nn.Module, rows: Rows, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Remember how many tokens each row of this pass has, if its input is (rows, length)."""
+    given = main_input(model, args, kwargs)
+    rows.length = given.shape[1] if given is not None and given.ndim > 1 else None
+
+
+def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor whose first dimension is the rows of the batch; None if there is none."""
+    for name in (main_input_name(model), "inputs_embeds", "input_ids"):
+        if isinstance(found := kwargs.get(name), Tensor) and found.ndim:
+            return found
+    return first_tensor(args) if first_tensor(args) is not None else first_tensor(kwargs)
