@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from minipeft.injection.module_tree import wrappers
+from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.transformers_model import main_input_name
-from minipeft.wrapper_names import named_modules
 
 EXPERTS = {"expert", "experts"}  # what models call the list of them
 
@@ -14,7 +13,7 @@ EXPERTS = {"expert", "experts"}  # what models call the list of them
 def mark_rows(model: nn.Module) -> None:
     """Say of each wrapper what it is called with, if not with the rows of the model's main input."""
     main, others = main_input_name(model), {}
-    for path, module in named_modules(model):
+    for path, module in outside_adapters(model):
         reads = getattr(type(module), "main_input_name", main)
         # An encoder of images in a model of text sees as many images as there are, in no relation to the rows.
         if main == "input_ids" and reads != main:
