@@ -1,4 +1,4 @@
-"""What no LoRA training step of a frozen GPT-2 can do without: its matrix products, and the work around them."""
+"""What no LoRA training step of a frozen model can do without: its matrix products, and the work around them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.kernels import matmul
 from minipeft.kernels.chunked_cross_entropy import rows_per_chunk
+from minipeft.layers.base import layer_ops
+
+FIRST = ("c_attn", "q_proj", "k_proj", "v_proj")  # in the first block, whose input nobody needs a gradient of
 
 
 def matrix_products(
-    model: GPT2LMHeadModel, batch: int, tokens: int, linear: Callable[..., Tensor]
+    model: PreTrainedModel, batch: int, tokens: int, linear: Callable[..., Tensor]
 ) -> Callable[[], None]:
     """A call that does the matrix products of one LoRA training step's frozen part, and nothing else.
 
@@ -23,34 +26,39 @@ def matrix_products(
     attention forward and backward, and the head in the loss's chunks. What the adapters add is not in it.
 
     Args:
-        model: has the weights.
+        model: a plain GPT-2 or Llama; has the weights.
         batch: sequences in a step.
         tokens: tokens in a sequence, of which the last predicts nothing.
         linear: ``linear(x, weight, bias=None)`` for a weight (out, in): the matrix library.
     """
-    weight, width, heads = model.lm_head.weight, model.config.n_embd, model.config.n_head
-    new = weight.new_empty
-    x = {features: new(batch * tokens, features).normal_() for features in (width, 3 * width, 4 * width)}
-    split = (batch, tokens, heads, width // heads)
-    q, k, v = (new(split).normal_().transpose(1, 2).requires_grad_() for _ in range(3))
-    d_attention = new(split).normal_().transpose(1, 2)
-    chunk = rows_per_chunk(weight, weight)
-    d_logits = new(chunk, len(weight)).normal_()
-    layers = [layer for block in model.transformer.h for layer in (block.attn.c_attn, block.attn.c_proj)]
-    layers += [layer for block in model.transformer.h for layer in (block.mlp.c_fc, block.mlp.c_proj)]
+    config, head = model.config, model.get_output_embeddings().weight
+    new, heads, width = head.new_empty, config.num_attention_heads, config.hidden_size
+    layers = {name: (layer, ops) for name, layer in model.named_modules() if (ops := layer_ops(layer)) is not None}
+    layers = {name: pair for name, pair in layers.items() if not pair[1].is_embedding and name != "lm_head"}
+    x = {size: new(batch * tokens, size).normal_() for layer, ops in layers.values() for size in ops.shape(layer)}
+    groups = getattr(config, "num_key_value_heads", heads)
+
+    def states(count: int) -> Tensor:
+        return new(batch, tokens, count, width // heads).normal_().transpose(1, 2)
+
+    q, k, v = (states(count).requires_grad_() for count in (heads, groups, groups))
+    d_attention, chunk = states(heads), rows_per_chunk(head, head)
+    d_logits = new(chunk, len(head)).normal_()
 
     def run() -> None:
-        for layer in layers:
-            linear(x[layer.nx], layer.weight.t(), layer.bias)
-            if layer is not layers[0]:
-                linear(x[layer.nf], layer.weight)
-        for _ in model.transformer.h:
+        for name, (layer, ops) in layers.items():
+            weight, bias = ops.read_weight(layer), ops.read_bias(layer)
+            out_features, in_features = weight.shape
+            linear(x[in_features], weight, bias)
+            if not (".0." in name and name.endswith(FIRST)):
+                linear(x[out_features], weight.t())
+        for _ in range(config.num_hidden_layers):
             with torch.enable_grad():
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups < heads)
             torch.autograd.grad(y, (q, k, v), d_attention)
         for rows in x[width][: batch * (tokens - 1)].split(chunk):
-            linear(rows, weight)
-            linear(d_logits[: len(rows)], weight.t())
+            linear(rows, head)
+            linear(d_logits[: len(rows)], head.t())
 
     return torch.no_grad()(run)
 

@@ -12,7 +12,7 @@ import peft
 import torch
 from options import Options, quietly, refused
 from rows import Rows, compare
-from subjects import CORE, PEFT, TARGETS, gpt2, model_name
+from subjects import CORE, LLAMA_TARGETS, PEFT, TARGETS, gpt2, model_name
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +22,6 @@ BENCHMARK = "speed_many"
 ONE = "minipeft, one adapter"
 TURNS = "minipeft, one after the other"
 RANK = 8
-LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def many_part(options: Options) -> Iterator[Rows | None]:

@@ -18,17 +18,18 @@ from subjects import (
     FULL,
     LEAN,
     LEAN_BLOCK,
+    MODELS,
     PEFT,
     SUBJECTS,
     TUNED,
     TUNED_FAST,
     adapter_gradients,
-    gpt2,
     is_lora,
     model_name,
     save_adapter,
 )
 from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
 
 from minipeft.kernels import matmul
 
@@ -36,8 +37,8 @@ STEP_SUBJECTS = (FROZEN, FULL, PEFT, TUNED, TUNED_FAST, CORE, LEAN, LEAN_BLOCK)
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, Frobenius norm of each tensor
 
 
-def step_models(options: Options, adapter: Path) -> dict[str, nn.Module]:
-    base = options.place(gpt2(options.quick, use_cache=False))
+def step_models(options: Options, make: Callable[..., nn.Module], adapter: Path) -> dict[str, nn.Module]:
+    base = options.place(make(options.quick, use_cache=False))
     return {name: SUBJECTS[name](copy.deepcopy(base), adapter).train() for name in STEP_SUBJECTS}
 
 
@@ -84,8 +85,8 @@ def check_steps(models: dict[str, nn.Module], steps: dict[str, Callable[[], Tens
                 raise SystemExit(f"{name}: {key} differs from PEFT's by {error:.2e}, relatively; no time is reported")
 
 
-def measure_step(models: dict[str, nn.Module], batch: int, tokens: int, options: Options) -> Rows | None:
-    case = f"{model_name(options.quick)}, {batch}x{tokens} tokens"
+def measure_step(name: str, models: dict[str, nn.Module], batch: int, tokens: int, options: Options) -> Rows | None:
+    case = f"{model_name(options.quick, name)}, {batch}x{tokens} tokens"
     ids = torch.randint(models[FROZEN].config.vocab_size, (batch, tokens), device=options.device)
     steps = training_steps(models, ids)
     check_steps(models, steps, GRADIENT_TOLERANCE[options.dtype])
@@ -94,8 +95,9 @@ def measure_step(models: dict[str, nn.Module], batch: int, tokens: int, options:
         for name, linear in (("minipeft.kernels.matmul", matmul.linear), ("torch.mm", matmul.torch_linear))
     }
 
-    products, others = bounds["matrix products, minipeft.kernels.matmul"], other_work(models[LEAN], batch, tokens)
-    bounds["matrix products, minipeft.kernels.matmul, and other work"] = lambda: (products(), others())
+    if isinstance(models[FROZEN], GPT2LMHeadModel):
+        products, others = bounds["matrix products, minipeft.kernels.matmul"], other_work(models[LEAN], batch, tokens)
+        bounds["matrix products, minipeft.kernels.matmul, and other work"] = lambda: (products(), others())
 
     def clean_up() -> None:
         for model in models.values():
@@ -113,9 +115,10 @@ def measure_step(models: dict[str, nn.Module], batch: int, tokens: int, options:
 
 
 def step_part(options: Options) -> Iterator[Rows | None]:
-    with tempfile.TemporaryDirectory() as folder, quietly():
-        models = step_models(options, save_adapter(gpt2(options.quick), Path(folder)))
-    for batch, tokens in ((2, 32),) if options.quick else ((4, 512), (4, 256)):
-        yield measure_step(models, batch, tokens, options)
-    models.clear()
+    for name, make in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder, quietly():
+            models = step_models(options, make, save_adapter(make(options.quick), Path(folder)))
+        for batch, tokens in ((2, 32),) if options.quick else ((4, 512), (4, 256)):
+            yield measure_step(name, models, batch, tokens, options)
+        models.clear()
     yield rate_rows(options)

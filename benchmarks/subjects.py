@@ -13,11 +13,12 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import minipeft
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
+LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 FROZEN = "frozen base"
 FULL = "full fine-tuning"
@@ -45,14 +46,30 @@ def gpt2(tiny: bool = False, **options: Any) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**config | options))
 
 
-def model_name(tiny: bool) -> str:
-    return "tiny GPT-2" if tiny else "GPT-2 124M"
+def llama(tiny: bool = False, **options: Any) -> LlamaForCausalLM:
+    """A Llama as wide and deep as GPT-2, with grouped heads and 32,000 words, with random weights from seed 0."""
+    config: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    config |= {"num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 32_000}
+    if tiny:
+        config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config |= {"num_key_value_heads": 1, "vocab_size": 101, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**config | options))
+
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {"GPT-2 124M": gpt2, "Llama 134M": llama}
+
+
+def model_name(tiny: bool, name: str = "GPT-2 124M") -> str:
+    return f"tiny {name.split()[0]}" if tiny else name
 
 
 def save_adapter(base: nn.Module, folder: Path, r: int = 8, lora_alpha: float = 8) -> Path:
     """Adapt the base with PEFT, B non-zero, and save the adapter; the base is used up."""
+    is_gpt2 = isinstance(base, GPT2LMHeadModel)
+    targets = TARGETS if is_gpt2 else LLAMA_TARGETS
     config = peft.LoraConfig(
-        r=r, lora_alpha=lora_alpha, target_modules=TARGETS, init_lora_weights=False, fan_in_fan_out=True
+        r=r, lora_alpha=lora_alpha, target_modules=targets, init_lora_weights=False, fan_in_fan_out=is_gpt2
     )
     torch.manual_seed(1)
     with warnings.catch_warnings():  # notes on names that transformers has given up
