@@ -15,10 +15,11 @@ from transformers import Trainer, TrainerCallback
 from minipeft import step_hooks
 from minipeft.errors import StateError, shown
 from minipeft.files.restore import restore_adapters
-from minipeft.integrations.trl import arguments_for_trl, is_of_trl
+from minipeft.integrations.trl import arguments_for_trl
 from minipeft.merging.training_guard import check_training
 from minipeft.model import AdaptedModel
 from minipeft.trainer_checkpoint import RECORD, restore_best, resume, save_schedules, save_whole_adapters
+from minipeft.type_names import is_from
 
 
 class _AfterStep(TrainerCallback):
@@ -61,7 +62,7 @@ class AdapterTrainerMixin:
     _extra_loss_added = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if is_of_trl(type(self)):
+        if is_from(type(self), "trl"):
             args, kwargs = (), arguments_for_trl(_after(AdapterTrainerMixin, type(self)), args, kwargs)
         super().__init__(*args, **kwargs)
         trainer: Any = self

@@ -20,6 +20,7 @@ from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
+from minipeft.files.reference_guard import TrainedAlone
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.absent import check_loaded
 from minipeft.injection.attach import attach, check_name, detach, remove, switch_to
@@ -137,7 +138,7 @@ class _Names(list[str]):
         return self
 
 
-class AdaptedModel(OwnMethods, ManyAdapters, CombinableModel, HotswapModel, MergeableModel):
+class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, HotswapModel, MergeableModel):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -32,18 +33,37 @@ def restore_adapters(model: nn.Module, directory: str | Path) -> None:
         CheckpointError: a file is damaged, or is for other adapters, another configuration or another base.
         StateError: the model is not adapted, or an adapter is merged.
     """
-    if not isinstance(model, SavableModel):
-        raise StateError(f"{type(model).__name__} is not adapted, so it has no adapters to restore.")
-    if model._state.merged:
-        raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
-    root, wanted = as_path(directory, "directory"), model._state.configs
+    live = _checked(model)
+    root, wanted = as_path(directory, "directory"), live._state.configs
     with reading(root):
         found = _adapters_in(root)
         if found != wanted.keys():
             raise CheckpointError(
                 f"{root} holds the adapters {shown(sorted(found))}, and the model has {shown(sorted(wanted))}."
             )
-        values = {name: _values(model, name, directory_of(root, name)) for name in wanted}
+        values = {name: _values(live, name, directory_of(root, name)) for name in wanted}
+    _write(live, values)
+
+
+@all_or_nothing
+def restore_adapter(model: nn.Module, adapter_name: str, directory: str | Path) -> None:
+    """As `restore_adapters`, for one of them: the directory is the adapter's own, whatever else is in it."""
+    live, root = _checked(model), as_path(directory, "directory")
+    live._check_known([adapter_name])
+    with reading(root):
+        values = {adapter_name: _values(live, adapter_name, root)}
+    _write(live, values)
+
+
+def _checked(model: nn.Module) -> SavableModel:
+    if not isinstance(model, SavableModel):
+        raise StateError(f"{type(model).__name__} is not adapted, so it has no adapters to restore.")
+    if model._state.merged:
+        raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
+    return model
+
+
+def _write(model: SavableModel, values: Mapping[str, Mapping[str, Tensor]]) -> None:
     with torch.no_grad():
         for name, tensors in values.items():
             for key, live in model.adapter_state_dict(name).items():

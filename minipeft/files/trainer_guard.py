@@ -70,9 +70,15 @@ def _loses_best(trainer: Any) -> bool:
 
 
 def _is_plain(trainer: Any) -> bool:
-    """Whether this is a Trainer that cannot read an adapter back; FSDP and DeepSpeed have their own checkpoints."""
+    """Whether this is a Trainer that cannot read an adapter back; FSDP and DeepSpeed have their own checkpoints.
+
+    What it trains may tell it how: a `peft.PeftModel` around our model, with the adapter "default", where Trainer looks.
+    """
     is_trainer = any((c.__module__, c.__name__) == ("transformers.trainer", "Trainer") for c in type(trainer).__mro__)
     if not is_trainer or getattr(trainer, "restores_adapters", False):
+        return False
+    model = trainer.model
+    if getattr(model, "restores_adapters", False) and list(model.active_adapters) == ["default"]:
         return False
     return not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 

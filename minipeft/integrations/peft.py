@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from os import PathLike
 from types import FunctionType
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.config import AdapterConfig
-from minipeft.errors import ConfigError, StateError
+from minipeft.errors import ConfigError, StateError, shown
+from minipeft.files.restore import restore_adapter
 from minipeft.files.save import file_config
+from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.module_tree import wrappers
 from minipeft.kernels.frozen_linear import can_fuse
 from minipeft.kernels.lora_linear import lora_linear
@@ -34,6 +37,7 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
     The verbs that both libraries have are the adapted model's own. What only PEFT has is refused.
     """
 
+    restores_adapters = True  # a plain Trainer reads the one called "default" back by `load_adapter`
     _is_prompt_learning = False
     prefix = "adapters."  # a part of the name of every adapter's parameter
 
@@ -54,7 +58,7 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
             if self._configs.get(name, (None,))[0] is not own:
                 values = {**file_config(model, own, name), "inference_mode": own.inference_mode}
                 self._configs[name] = own, peft.PeftConfig.from_peft_type(**values)
-        return {name: self._configs[name][1] for name in model.adapter_configs}
+        return _Configs({name: self._configs[name][1] for name in model.adapter_configs})
 
     @property
     def active_adapters(self) -> list[str]:
@@ -97,6 +101,23 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
             if source is not None and source in wrapper.adapters:
                 wrapper.adapters[adapter_name].load_state_dict(wrapper.adapters[source].state_dict())
 
+    def load_adapter(
+        self, model_id: str | PathLike[str], adapter_name: str = DEFAULT, is_trainable: bool = False, **options: Any
+    ) -> Any:
+        """Read an adapter. One of this name that is here gets the values in the file, as in PEFT: so a Trainer resumes.
+
+        Raises:
+            CheckpointError: it was saved with another configuration, on another base, or is damaged.
+            ConfigError: there are options for one that is here.
+        """
+        model = self.get_base_model()
+        if adapter_name not in model.adapter_configs:
+            return model.load_adapter(model_id, adapter_name, is_trainable, **options)
+        if options:
+            raise ConfigError(f"{shown(list(options))} is for a new adapter, and {adapter_name!r} is here already.")
+        restore_adapter(model, adapter_name, str(model_id))
+        return model
+
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Let this adapter act. Whether adapters train does not change, so `inference_mode` has nothing to do."""
         self.get_base_model().set_adapter(adapter_name)
@@ -108,6 +129,14 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
         if state_dict is not None:
             state_dict = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
         self.get_base_model().save_pretrained(save_directory, state_dict=state_dict, **options)
+
+
+class _Configs(dict[str, Any]):
+    def __missing__(self, name: str) -> Any:
+        raise StateError(
+            f"there is no adapter {name!r}, only {shown(list(self))}. TRL trains the one that is called 'default': load or make "
+            "it under that name."
+        )
 
 
 class _Holder(nn.Module):

@@ -49,8 +49,3 @@ def arguments_for_trl(trainer: type, args: tuple[Any, ...], kwargs: dict[str, An
     from minipeft.integrations.peft import as_peft_model
 
     return {**given, "model": as_peft_model(model)}
-
-
-def is_of_trl(cls: type) -> bool:
-    """Whether a trainer's class is TRL's, or derived from one."""
-    return any(base.__module__.partition(".")[0] == "trl" for base in cls.__mro__)
