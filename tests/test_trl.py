@@ -8,11 +8,13 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from minipeft import LoraConfig, StateError, get_lora_model, lean, load_adapter
+from minipeft import ConfigError, LoraConfig, StateError, get_lora_model, lean, load_adapter
 from minipeft.hf import AdapterTrainerMixin
+from minipeft.integrations.peft import as_peft_model
 from minipeft.integrations.trl import arguments_for_trl
 
 trl = pytest.importorskip("trl")
@@ -104,7 +106,7 @@ def trained(trainer, model, folder, out, resume=None, **options):
     return SimpleNamespace(run=run, losses=[row["loss"] for row in run.state.log_history if "loss" in row])
 
 
-@pytest.mark.parametrize(("mine", "stock"), [(SFT, trl.SFTTrainer), (DPO, trl.DPOTrainer), (KTO, trl.KTOTrainer)])
+@pytest.mark.parametrize(("mine", "stock"), [(SFT, trl.SFTTrainer), (KTO, trl.KTOTrainer)])
 def test_the_losses_are_those_of_pefts_model_and_there_is_one_base(mine, stock, folder, tmp_path):
     found = trained(mine, ours(folder), folder, tmp_path / "ours")
     expected = trained(stock, theirs(folder), folder, tmp_path / "theirs")
@@ -112,6 +114,36 @@ def test_the_losses_are_those_of_pefts_model_and_there_is_one_base(mine, stock, 
     assert found.losses == pytest.approx(expected.losses, rel=1e-4)
     assert len(set(found.losses)) > 1, "it learns"
     assert getattr(found.run, "ref_model", None) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "Reward"])
+def test_twenty_steps_have_the_losses_of_pefts_model(name, folder, tmp_path):
+    stock = getattr(trl, f"{name}Trainer")
+    mine = type(name, (AdapterTrainerMixin, stock), {})
+    models = {"ours": ours(folder), "theirs": theirs(folder)}
+    if name == "Reward":
+        models = reward_models(folder, tmp_path / "adapter")
+    found = trained(mine, models["ours"], folder, tmp_path / "ours", max_steps=20)
+    expected = trained(stock, models["theirs"], folder, tmp_path / "theirs", max_steps=20)
+    assert len(found.losses) == 20
+    assert found.losses == pytest.approx(expected.losses, rel=1e-3, abs=1e-4)
+
+
+def reward_models(folder, adapter):
+    """A classifier with a trained adapter and its score head, ours and PEFT's."""
+
+    def scorer():
+        torch.manual_seed(5)
+        return LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+
+    model = get_lora_model(scorer(), LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"))
+    assert any(key.endswith("score.weight") for key in model.adapter_state_dict())
+    model.save_pretrained(adapter)
+    return {
+        "ours": load_adapter(scorer(), adapter, is_trainable=True),
+        "theirs": peft.PeftModel.from_pretrained(scorer(), adapter, is_trainable=True),
+    }
 
 
 def test_dpo_starts_at_log_2_from_a_trained_adapter_and_its_reference_stays(folder, tmp_path):
@@ -123,21 +155,6 @@ def test_dpo_starts_at_log_2_from_a_trained_adapter_and_its_reference_stays(fold
     for key, value in model.adapter_state_dict("ref").items():
         assert torch.equal(value, before[key])
     assert any(not torch.equal(value, before[key]) for key, value in model.adapter_state_dict("default").items())
-
-
-def test_checkpoints_hold_adapters_alone_and_are_resumed_exactly(folder, tmp_path):
-    trained(DPO, ours(folder), folder, tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2,
-            lr_scheduler_type="constant")  # fmt: skip
-    checkpoint = tmp_path / "run" / "checkpoint-2"
-    names = {path.name for path in checkpoint.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "ref"} <= names
-    assert not any(name.startswith(("model", "pytorch_model")) for name in names)
-    constant = trained(DPO, ours(folder), folder, tmp_path / "constant", max_steps=4, lr_scheduler_type="constant")
-    again = ours(folder)
-    run = trained(DPO, again, folder, tmp_path / "run", checkpoint, max_steps=4, lr_scheduler_type="constant")
-    assert run.losses[-2:] == constant.losses[-2:]
-    for key, value in constant.run.model.get_base_model().adapter_state_dict("default").items():
-        assert torch.equal(again.adapter_state_dict("default")[key], value)
 
 
 def test_a_lean_model_trains_and_says_that_the_loss_is_left_alone(folder, tmp_path, caplog):
@@ -159,8 +176,8 @@ def test_what_sits_on_the_head_acts_and_trains(options, folder, tmp_path):
     assert any("lm_head" in key or "token" in key for key in moved)
 
 
-def rewarded(completions, **_):
-    return [float(len(set(text.split()))) for text in completions]
+def rewarded(completion_ids, **_):
+    return [float(sum(ids) % 7) for ids in completion_ids]
 
 
 @pytest.mark.parametrize(("mine", "stock"), [(GRPO, trl.GRPOTrainer), (RLOO, trl.RLOOTrainer)])
@@ -179,11 +196,12 @@ def test_online_training_has_one_base_and_the_losses_of_pefts_model(mine, stock,
         )
         torch.manual_seed(3)
         made.train()
-        return made, [row["loss"] for row in made.state.log_history if "loss" in row]
+        return made, [(row["loss"], row["grad_norm"]) for row in made.state.log_history if "loss" in row]
 
     found, losses = run(mine, ours(folder), tmp_path / "ours")
     _, expected = run(stock, theirs(folder), tmp_path / "theirs")
-    assert losses == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+    assert all(norm > 1e-3 for _, norm in losses), "it learns"
     assert getattr(found, "ref_model", None) is None
 
 
@@ -195,6 +213,9 @@ def test_what_trl_cannot_work_with_is_refused_before_training(folder, tmp_path):
     }
     with pytest.raises(StateError, match="ref_model is not needed"):
         DPO(ours(folder), base(folder), **arguments)
+    for model in (ours(folder), as_peft_model(ours(folder))):
+        with pytest.raises(StateError, match="Leave ref_model out"):
+            trl.DPOTrainer(model, base(folder), **arguments)
     model = ours(folder)
     model.add_adapter("ref", LoraConfig(r=2))
     with pytest.raises(StateError, match="'ref'"):
@@ -202,6 +223,77 @@ def test_what_trl_cannot_work_with_is_refused_before_training(folder, tmp_path):
     other = load_adapter(base(folder), folder / "adapter", "mine", is_trainable=True)
     with pytest.raises(StateError, match="'default'"):
         DPO(model=other, **arguments)
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO"])
+def test_a_plain_trainer_that_would_load_a_second_base_is_stopped_before_it_does(name, folder, tmp_path):
+    model = ours(folder)
+    model.config._name_or_path = "there is none"
+    with pytest.raises(StateError, match=f"second base.*as_peft_model.*AdapterTrainerMixin, {name}Trainer"):
+        trained(getattr(trl, f"{name}Trainer"), model, folder, tmp_path)
+    assert list(model.adapter_configs) == ["default"]
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_a_plain_online_trainer_is_stopped_only_if_it_needs_a_reference(name, folder, tmp_path):
+    def make(model, **options):
+        options |= {"use_cpu": True, "bf16": False, "report_to": "none", "num_generations": 4}
+        return getattr(trl, f"{name}Trainer")(
+            model=model,
+            args=getattr(trl, f"{name}Config")(str(tmp_path), per_device_train_batch_size=4, **options),
+            reward_funcs=rewarded,
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS]),
+            processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "base"),
+        )
+
+    with pytest.raises(StateError, match="second base"):
+        make(ours(folder), beta=0.1)
+    assert make(ours(folder), beta=0.0).ref_model is None
+    assert make(as_peft_model(ours(folder)), beta=0.1).ref_model is None
+
+
+def test_a_reference_that_precomputes_needs_no_second_base(folder, tmp_path):
+    found = trained(trl.DPOTrainer, ours(folder), folder, tmp_path, precompute_ref_log_probs=True)
+    assert found.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_trainer_that_copies_the_model_is_told_how_not_to(folder, tmp_path):
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    for model in (ours(folder), as_peft_model(ours(folder))):
+        with pytest.raises(StateError, match="OnlineDPOTrainer copies the model"):
+            OnlineDPOTrainer(
+                model=model,
+                args=OnlineDPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+                reward_funcs=rewarded,
+                train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS]),
+                processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "base"),
+            )
+
+
+def test_inside_a_peft_model_a_plain_trainer_resumes_exactly_and_restores_the_best(folder, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    found = trained(trl.DPOTrainer, as_peft_model(ours(folder)), folder, tmp_path, **options)
+    again = as_peft_model(ours(folder))
+    run = trained(trl.DPOTrainer, again, folder, tmp_path, tmp_path / "checkpoint-2", **options)
+    assert run.losses == found.losses
+    values = found.run.model.get_base_model().adapter_state_dict("default")
+    assert all(
+        torch.equal(values[key], value) for key, value in again.get_base_model().adapter_state_dict("default").items()
+    )
+    again.load_adapter(tmp_path / "checkpoint-2", "default")
+    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(
+        torch.equal(best[key], value) for key, value in again.get_base_model().adapter_state_dict("default").items()
+    )
+    with pytest.raises(ConfigError, match="'strict' is for a new adapter"):
+        again.load_adapter(tmp_path / "checkpoint-2", "default", strict=False)
+
+
+def test_the_name_that_trl_trains_is_asked_for_by_name(folder, tmp_path):
+    model = as_peft_model(load_adapter(base(folder), folder / "adapter", "mine", is_trainable=True))
+    with pytest.raises(StateError, match="no adapter 'default', only 'mine'"):
+        trained(trl.DPOTrainer, model, folder, tmp_path)
 
 
 def test_without_peft_what_needs_no_reference_trains_and_the_rest_says_so(folder, monkeypatch):

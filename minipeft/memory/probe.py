@@ -76,7 +76,9 @@ def _run(model: nn.Module, with_labels: bool) -> tuple[Tensor, list[Tensor]]:
         inputs["decoder_input_ids"] = ids
     with _as_in_training(model), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         output = model(**inputs)
-        loss: Tensor = output.loss if with_labels else output.logits.float().square().mean()
+        result = output.loss if with_labels else getattr(output, "logits", None)
+        result = output[0] if result is None else result  # of a body without a head: its hidden state
+        loss: Tensor = result if with_labels else result.float().square().mean()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
     return loss.detach(), [g for g in gradients if g is not None]
 
