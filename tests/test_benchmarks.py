@@ -184,6 +184,13 @@ def test_the_benchmark_of_merging_on_disk_compares_with_peft(main, capsys):
     assert capsys.readouterr().out.count("peak resident memory") == 2
 
 
+@pytest.mark.slow  # four processes that import everything
+def test_the_benchmark_of_dpo_compares_with_peft(main, capsys):
+    main("dpo_memory")(["--quick"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "peak resident memory" in line]
+    assert len(lines) == 4
+
+
 def test_every_committed_row_names_its_device_versions_and_commit():
     files = sorted((BENCHMARKS / "results").glob("*.csv"))
     assert files
