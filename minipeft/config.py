@@ -18,6 +18,7 @@ from minipeft.patterns import first_keys
 from minipeft.peft_options import WITHOUT_EFFECT, checked_other_keys, other_keys, read_value
 
 ALL_LINEAR = "all-linear"
+ALL_LINEAR_TEXT = "all-linear-text"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # Heads that PEFT trains in full for these tasks, if the model has them.
 HEADS_OF_TASK = {
@@ -46,7 +47,8 @@ class AdapterConfig(metaclass=_KnownNames):
 
     Args:
         target_modules: suffixes at a dot boundary (``["c_attn"]``), one regular expression for the whole name, or
-            ``"all-linear"``, which leaves the output head out. None: the default for the model's ``model_type``. It
+            ``"all-linear"``, which leaves the output head out, or ``"all-linear-text"``, which also leaves out the towers
+            that see or hear, and what joins them to the text. None: the default for the model's ``model_type``. It
             may be empty if bare parameters are adapted.
         exclude_modules: suffixes, or one regular expression; overrides `target_modules`.
         layers_to_transform: layer indices to keep, with `target_modules` a list.
@@ -86,8 +88,8 @@ class AdapterConfig(metaclass=_KnownNames):
         for name in ("target_modules", "exclude_modules"):
             none = name == "target_modules" and self.target_parameters and getattr(self, name) in ([], ())
             self._set(name, () if none else names_or_regex(name, getattr(self, name)))
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
-            self._set("target_modules", ALL_LINEAR)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() in (ALL_LINEAR, ALL_LINEAR_TEXT):
+            self._set("target_modules", self.target_modules.lower())
         self._set("modules_to_save", names("modules_to_save", self.modules_to_save))
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         self._set("layers_pattern", names("layers_pattern", patterns))

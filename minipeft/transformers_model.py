@@ -57,6 +57,16 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return _returned_by(model, "get_output_embeddings")
 
 
+def text_part(model: nn.Module) -> nn.Module | None:
+    """The language model in a model of several modalities, the model itself if it has one only and that is text, else None."""
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    if callable(get) and get() is not config:
+        part = _returned_by(model, "get_decoder")
+        return None if part is model else part
+    return model if getattr(model, "main_input_name", None) == "input_ids" else None
+
+
 def knows_its_head(model: nn.Module) -> bool:
     """Whether the model has ``get_output_embeddings``, even if that returns None."""
     return hasattr(model, "get_output_embeddings")

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_models import gpt2
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -64,3 +65,15 @@ def test_shards_have_no_samples_to_take(group):
 def test_one_process_is_not_sharded():
     with pytest.raises(StateError, match="start more"):
         shard(two_targets(), "cpu")
+
+
+def test_a_sharded_model_is_saved_from_its_whole_state_alone(group, tmp_path):
+    """As accelerate gathers it for a model that it has prepared with FSDP2."""
+    model, other = sharded(two_targets(), True), two_targets()
+    with pytest.raises(CheckpointError, match=r"not whole in this process, as FSDP2.*accelerator\.get_state_dict"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    model.save_pretrained(tmp_path, state_dict=whole)
+    found = minipeft.load_adapter(gpt2(), tmp_path).adapter_state_dict()
+    assert all(torch.equal(found[key], value) for key, value in other.adapter_state_dict().items())

@@ -21,11 +21,15 @@ def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: a file with them would be worth nothing.
     """
     # AdaLoRA may leave a layer no rank, but then its tensors have two dimensions.
-    empty = [key for key, tensor in tensors.items() if tensor.shape == (0,) or tensor.is_meta]
+    empty = [
+        key
+        for key, tensor in tensors.items()
+        if tensor.shape == (0,) or tensor.is_meta or hasattr(tensor, "full_tensor")
+    ]
     if empty:
         raise CheckpointError(
-            f"{directory}: {shown(empty, 3)} of {len(tensors)} tensors to save have no values in this process, as DeepSpeed "
-            "ZeRO-3 leaves a weight that it shards. Pass the gathered ones: save_pretrained(..., "
+            f"{directory}: {shown(empty, 3)} of {len(tensors)} tensors to save are not whole in this process, as FSDP2 and "
+            "DeepSpeed's ZeRO-3 shard them. Pass the gathered ones: save_pretrained(..., "
             "state_dict=accelerator.get_state_dict(model)), called on every process."
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import registry
-from minipeft.config import ALL_LINEAR, AdapterConfig
+from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -101,7 +101,7 @@ def _resolved_targets(model: nn.Module, config: AdapterConfig, adapter_name: str
     names = [name for name, layer in layers_of(model, adapter_name) if layer.targeted]
     if any(getattr(config, option) is not None for option in config.not_in_files):
         return names  # which says what those options say
-    if targets is None or targets == ALL_LINEAR:
+    if targets in (None, ALL_LINEAR, ALL_LINEAR_TEXT):
         return _shortest(names, model)
     for _, layer in adapted_layers(model):
         if adapter_name in layer.tied_adapters and not layer.adapter(adapter_name).key_prefix:

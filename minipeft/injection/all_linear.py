@@ -1,4 +1,4 @@
-"""``target_modules="all-linear"``: every linear layer but the output head.
+"""``target_modules="all-linear"``: every linear layer but the output head; ``"all-linear-text"``: those that read text.
 
 Those that cannot be adapted are named in one warning, since the user asked for all of them.
 """
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from minipeft import registry
+from minipeft.errors import TargetError
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import FLOAT_DTYPES, layer_ops
-from minipeft.transformers_model import knows_its_head, output_head
+from minipeft.transformers_model import knows_its_head, output_head, text_part
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs")
 KINDS = 8  # that a warning names
@@ -38,6 +39,24 @@ def all_linear(
         elif (reason := _why_left_out(candidate)) is not None:
             left_out[name] = reason
     return chosen, left_out
+
+
+def of_text(model: nn.Module, eligible: Iterable[str]) -> list[str]:
+    """Those of these names that are in the part of a model of several modalities that reads and writes text.
+
+    Which part that is, the model says itself. Of a model that knows text alone it is the whole one.
+
+    Raises:
+        TargetError: the model reads no text.
+    """
+    part = text_part(model)
+    if part is None:
+        raise TargetError(
+            f"target_modules='all-linear-text' asks for the part of {type(model).__name__} that reads text, and it names none; "
+            "'all-linear' takes all of it."
+        )
+    inside = tuple(f"{name}." for name, module in model.named_modules(remove_duplicate=False) if module is part)
+    return list(eligible) if part is model else [name for name in eligible if name.startswith(inside)]
 
 
 def warn_of_layers_left_out(reasons: Mapping[str, str], found: Mapping[str, Candidate], *, stacklevel: int) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from minipeft import registry
-from minipeft.config import ALL_LINEAR, HEADS_OF_TASK, AdapterConfig
+from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import TargetError, hint, nearest, shown
-from minipeft.injection.all_linear import all_linear, warn_of_layers_left_out
+from minipeft.injection.all_linear import all_linear, of_text, warn_of_layers_left_out
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.patterns import endings, full_matches, is_suffix
@@ -38,7 +38,9 @@ def select_targets(
         else set()
     )
     eligible = [name for name in names if name not in excluded and not within(name, saved)]
-    if config.target_modules == ALL_LINEAR:
+    if config.target_modules in (ALL_LINEAR, ALL_LINEAR_TEXT):
+        if config.target_modules == ALL_LINEAR_TEXT:
+            eligible = of_text(model, eligible)
         chosen, left_out = all_linear(model, found, eligible)
         if every_pattern:
             adapted = select_parameters(model, config, found, every_pattern=False)
@@ -57,10 +59,10 @@ def select_targets(
 def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
     """Those of these names that a configuration selects, for layers that the model no longer has.
 
-    Without `target_modules`, and for ``"all-linear"``, all that is not excluded.
+    Without `target_modules`, and for ``"all-linear"`` and ``"all-linear-text"``, all that is not excluded.
     """
     given, nothing = config.target_modules, nn.Module()
-    every = given is None or given == ALL_LINEAR
+    every = given in (None, ALL_LINEAR, ALL_LINEAR_TEXT)
     chosen = list(names) if every else _matching(given or (), names, "target_modules", nothing, False)
     unwanted = config.exclude_modules
     excluded = set(_matching(unwanted, names, "exclude_modules", nothing, False) if unwanted else ())

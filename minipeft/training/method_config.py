@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from minipeft import registry
-from minipeft.config import AdapterConfig
+from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
 from minipeft.errors import ConfigError
 
 # The names that methods use for a shared option. Of those that a method has, the first counts.
@@ -33,7 +33,7 @@ def method_config(
     Args:
         method: name of the method.
         shared: values for the keys of `NAMES`; None leaves the method's default.
-        target_modules: names joined by commas, or ``"all-linear"``; None leaves the defaults.
+        target_modules: names joined by commas, or ``"all-linear"`` or ``"all-linear-text"``; None leaves the defaults.
         options: further options of the method as a YAML mapping; they win.
         updates: number of updates of the run, for methods with a schedule; 0 if not known yet.
 
@@ -96,7 +96,7 @@ def _named(method: str, known: Collection[str], shared: Mapping[str, Any]) -> di
 
 
 def _targets(text: str | None) -> str | list[str] | None:
-    return text if text in (None, "all-linear") else [name.strip() for name in text.split(",")]
+    return text if text in (None, ALL_LINEAR, ALL_LINEAR_TEXT) else [name.strip() for name in text.split(",")]
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from minipeft.config import ALL_LINEAR, AdapterConfig
+from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
 from minipeft.files.names.fused_pair import FusedPair
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import layer_ops
@@ -76,7 +76,7 @@ def _layers(found: Mapping[str, Candidate]) -> list[str]:
 
 def _targets(given: Any, found: Mapping[str, Candidate], old: Iterable[str], owners: set[str]) -> Any:
     """``target_modules`` without what matches nothing any more, or a module whose parameter is adapted instead."""
-    if given is None or given == ALL_LINEAR:
+    if given in (None, ALL_LINEAR, ALL_LINEAR_TEXT):
         return given
     layers = _layers(found)
     if isinstance(given, str):
