@@ -20,8 +20,8 @@ from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
-from minipeft.files.reference_guard import TrainedAlone
 from minipeft.files.save_pretrained import DEFAULT
+from minipeft.files.trl_guard import TrainedAlone
 from minipeft.injection.absent import check_loaded
 from minipeft.injection.attach import attach, check_name, detach, remove, switch_to
 from minipeft.injection.build import PREFIX, build

@@ -10,7 +10,14 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from minipeft import ConfigError, LoraConfig, StateError, get_lora_model, lean, load_adapter
 from minipeft.hf import AdapterTrainerMixin
@@ -288,6 +295,20 @@ def test_inside_a_peft_model_a_plain_trainer_resumes_exactly_and_restores_the_be
     )
     with pytest.raises(ConfigError, match="'strict' is for a new adapter"):
         again.load_adapter(tmp_path / "checkpoint-2", "default", strict=False)
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_packed_texts_that_the_model_would_mix_are_refused(stock, folder, tmp_path):
+    """OPT takes its positions and its mask from the attention mask alone, so the texts of a row see each other."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    model = get_lora_model(OPTForCausalLM(OPTConfig(word_embed_proj_dim=32, pad_token_id=2, **sizes)), LoraConfig(r=2))
+    model.train()
+    with pytest.raises(StateError, match=r"OPTForCausalLM lets packed texts attend.*packing=False"):
+        trained(trl.SFTTrainer if stock else SFT, model, folder, tmp_path, packing=True)
+    assert model.training
+    packed = trained(SFT, ours(folder), folder, tmp_path, packing=True, max_steps=1)
+    assert packed.losses == pytest.approx(trained(SFT, ours(folder), folder, tmp_path, max_steps=1,
+                                                  per_device_train_batch_size=8).losses, rel=1e-5)  # fmt: skip
 
 
 def test_the_name_that_trl_trains_is_asked_for_by_name(folder, tmp_path):

@@ -1,0 +1,119 @@
+"""Stopping TRL's trainers before they train an adapted model beside a second base, or on packed texts that it mixes.
+
+TRL's DPO, KTO, GRPO and RLOO take the adapter as it is for their reference if the model is a `peft.PeftModel`. For any other
+model they load the base again: twice the memory, and the wrong reference where the adapter had been trained before. They
+read the model's ``dtype`` just before, to load the copy in it. Other trainers copy the model, or get a reference from the
+user; what they have is seen when they tag the model, at the end of their ``__init__``. So is a model that lets packed texts
+attend to each other, which TRL only warns of, whatever the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import StateError
+from minipeft.files.trainer_guard import callers
+from minipeft.type_names import is_from
+
+# Of the largest logit, what a text may change in the next. Masked attention changes no bit; a grouped product of experts
+# may round differently.
+LEAK = {torch.float32: 1e-5}
+HALF_LEAK = 4e-3
+
+
+class _Dtype:
+    """The attribute ``dtype`` of the class after ours. Not a property, so that an object's own ``dtype`` comes first."""
+
+    def __get__(self, model: nn.Module | None, owner: type) -> Any:
+        if model is None:
+            return self
+        if not torch.compiler.is_compiling():
+            _check_reader(model)
+        return super(TrainedAlone, model).dtype  # type: ignore[misc]
+
+
+class TrainedAlone(nn.Module):
+    """The part of `minipeft.AdaptedModel` that TRL's trainers meet."""
+
+    dtype = _Dtype()
+
+    def add_model_tags(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' method, which TRL's trainers call when they have what they will train with.
+
+        Raises:
+            StateError: such a trainer has a reference model besides this one, or packs texts that this one would mix.
+        """
+        for trainer in callers("__init__"):
+            if is_from(type(trainer), "trl"):
+                _check_reference(trainer)
+                _check_packing(trainer, self)
+        parent: Any = super()
+        return parent.add_model_tags(*args, **kwargs)
+
+
+def _check_reference(trainer: Any) -> None:
+    reference = getattr(trainer, "ref_model", None)
+    if isinstance(reference, nn.Module):
+        is_copy = any(isinstance(module, TrainedAlone) for module in reference.modules())
+        raise StateError(_copied(trainer) if is_copy else _second(trainer))
+
+
+def _check_packing(trainer: Any, model: nn.Module) -> None:
+    """Raises a `StateError` if one text in a packed row changes the logits of the next; the trainer makes the row."""
+    made_by = getattr(trainer, "data_collator", None)
+    if not getattr(trainer, "padding_free", False) or not is_from(type(made_by), "trl") or trainer.is_deepspeed_enabled:
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        some, others = (_logits_of_the_second(trainer, model, start) for start in (5, 15))
+    finally:
+        model.train(was_training)
+    leak = float((some - others).abs().max() / some.abs().max())
+    if leak > LEAK.get(some.dtype, HALF_LEAK):
+        raise StateError(
+            f"{type(model).__name__} lets packed texts attend to each other (one changes the logits of the next by {leak:.1e} of "
+            "the largest). Train it with packing=False and padding_free=False."
+        )
+
+
+@torch.no_grad()
+def _logits_of_the_second(trainer: Any, model: nn.Module, start: int) -> Tensor:
+    """In a row of two texts, of which the second is always the same."""
+    ids = [*range(start, start + 5), *range(30, 37)]
+    batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [5, 7]}])
+    device = next(model.parameters()).device
+    given = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items() if name != "labels"}
+    logits: Tensor = model(**given, use_cache=False).logits
+    return logits[0, 5:]
+
+
+def _check_reader(model: nn.Module) -> None:
+    """Raises a `StateError` if a trainer of TRL's reads the dtype while it is being made."""
+    here = inspect.currentframe()
+    reader = here.f_back.f_back if here is not None and here.f_back is not None else None
+    if reader is None or reader.f_code.co_name != "__init__":
+        return
+    trainer = reader.f_locals.get("self")
+    if is_from(type(trainer), "trl") and getattr(trainer, "model", None) is model:
+        raise StateError(_second(trainer))
+
+
+def _second(trainer: object) -> str:
+    name = type(trainer).__name__
+    return (
+        f"{name} would hold a second base as its reference, which is not needed: the reference is the adapter as it is now. "
+        "Leave ref_model out, and pass model=minipeft.integrations.peft.as_peft_model(model) or use minipeft.hf's mixin, "
+        f"class MyTrainer(AdapterTrainerMixin, {name})."
+    )
+
+
+def _copied(trainer: object) -> str:
+    return (
+        f"{type(trainer).__name__} copies the model, base and all, for its reference. Give it the plain base and "
+        "peft_config=minipeft.integrations.peft.config(LoraConfig(...)), so that PEFT adapts it, or use DPOTrainer."
+    )
