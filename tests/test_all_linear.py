@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from minipeft import LoraConfig, get_lora_model
+from minipeft import LoraConfig, TargetError, get_lora_model
 from minipeft.injection.module_tree import adapted_layers
 
 ALL = LoraConfig(r=2, target_modules="all-linear")
@@ -149,3 +149,11 @@ def test_many_kinds_make_one_short_warning():
     assert len(messages) == 1
     assert len(messages[0]) < 4000
     assert messages[0].endswith("; 32 more kinds.")
+
+
+def test_the_error_of_a_base_that_cannot_be_adapted_says_why():
+    model = llama()
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        float8(layer)
+    with pytest.raises(TargetError, match=r"leaves no module.*14 Linear \(its weight is float8_e4m3fn\) such as model"):
+        get_lora_model(model, ALL)

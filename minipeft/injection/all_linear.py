@@ -60,16 +60,21 @@ def of_text(model: nn.Module, eligible: Iterable[str]) -> list[str]:
 
 
 def warn_of_layers_left_out(reasons: Mapping[str, str], found: Mapping[str, Candidate], *, stacklevel: int) -> None:
-    """Warn about the modules that were left out, by name and reason: a few words for all of one kind."""
+    """Warn about the modules that were left out, by name and reason."""
+    if reasons:
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {layers_left_out(reasons, found)}.", stacklevel=stacklevel + 1
+        )
+
+
+def layers_left_out(reasons: Mapping[str, str], found: Mapping[str, Candidate]) -> str:
+    """The modules that were left out, by name and reason: a few words for all of one kind."""
     kinds: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         kinds.setdefault(f"{type(found[name].base).__name__} ({reason})", []).append(name)
     said = [f"{len(names)} {kind} such as {names[0]}" for kind, names in kinds.items()]
     more = [f"{len(said) - KINDS} more kinds"] if len(said) > KINDS else []
-    if said:
-        warnings.warn(
-            f"target_modules='all-linear' leaves out {'; '.join(said[:KINDS] + more)}.", stacklevel=stacklevel + 1
-        )
+    return "; ".join(said[:KINDS] + more)
 
 
 def _why_left_out(candidate: Candidate) -> str | None:

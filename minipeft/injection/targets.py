@@ -9,7 +9,7 @@ from torch import nn
 from minipeft import registry
 from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import TargetError, hint, nearest, shown
-from minipeft.injection.all_linear import all_linear, of_text, warn_of_layers_left_out
+from minipeft.injection.all_linear import all_linear, layers_left_out, of_text, warn_of_layers_left_out
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.patterns import endings, full_matches, is_suffix
@@ -38,11 +38,13 @@ def select_targets(
         else set()
     )
     eligible = [name for name in names if name not in excluded and not within(name, saved)]
+    why = ""
     if config.target_modules in (ALL_LINEAR, ALL_LINEAR_TEXT):
         if config.target_modules == ALL_LINEAR_TEXT:
             eligible = of_text(model, eligible)
         chosen, left_out = all_linear(model, found, eligible)
-        if every_pattern:
+        why = f": {layers_left_out(left_out, found)}" if left_out and not chosen else ""
+        if every_pattern and (chosen or config.target_parameters):
             adapted = select_parameters(model, config, found, every_pattern=False)
             warn_of_layers_left_out({n: r for n, r in left_out.items() if n not in adapted}, found, stacklevel=6)
     else:
@@ -51,7 +53,7 @@ def select_targets(
     chosen = _in_layers(config, chosen, every_pattern)
     if not chosen and not config.target_parameters:
         raise TargetError(
-            f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt."
+            f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt{why}."
         )
     return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
 
