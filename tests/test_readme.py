@@ -1,5 +1,6 @@
 """The README and docs/ are true: their code runs, their commands work, and the tests that they name are there."""
 
+import importlib.util
 import re
 import sys
 import types
@@ -45,6 +46,9 @@ def run_page(page, folder, models):
         patch.chdir(folder)
         patch.setitem(sys.modules, "program", program)  # its classes can be pickled
         for block in python_blocks(page):
+            needs = re.match(r"# needs (\w+)", block)
+            if needs and importlib.util.find_spec(needs[1]) is None:
+                continue
             code = block.replace(TRAINING, TRAINED)
             for name, small in models.items():
                 code = code.replace(name, small)
