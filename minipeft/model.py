@@ -26,7 +26,7 @@ from minipeft.injection.absent import check_loaded
 from minipeft.injection.attach import attach, check_name, detach, remove, switch_to
 from minipeft.injection.build import PREFIX, build
 from minipeft.injection.many_adapters import ManyAdapters
-from minipeft.injection.own_methods import OwnMethods
+from minipeft.injection.own_methods import Configurations, OwnMethods
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.starting import await_values, stop_waiting
@@ -153,8 +153,8 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
-        """PEFT's name for `adapter_configs`."""
-        return self.adapter_configs
+        """PEFT's name for `adapter_configs`; PEFT itself would write its own configuration into it."""
+        return Configurations(self.adapter_configs)
 
     @property
     def active_adapter(self) -> str | list[str]:

@@ -185,6 +185,15 @@ def test_transformers_verbs_do_the_same_as_ours():
         model.disable_adapters()
 
 
+def test_peft_is_not_put_over_an_adapted_model():
+    model = moved(get_lora_model(llama(), LoraConfig(r=4)))
+    expected = model(input_ids=IDS).logits
+    with pytest.raises(StateError, match="PEFT cannot add an adapter to a model that minipeft has adapted"):
+        peft.get_peft_model(model, peft.LoraConfig(r=2))
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert list(model.peft_config) == ["default"]
+
+
 def test_the_wrapper_has_no_copy_of_its_own_in_memory(wrapped):
     assert isinstance(wrapped, AdaptedPeftModel)
     assert set(dict(wrapped.named_children())) == {"base_model"}

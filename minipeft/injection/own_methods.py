@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from minipeft.config import AdapterConfig
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.injection.attach import STATE, AdapterState, hold_norms
 from minipeft.injection.checkpointing import training_setter
@@ -20,6 +21,23 @@ from minipeft.injection.rows import Rows, rows_now
 from minipeft.injection.rows_of_call import note_length, rows_acting, rows_of_call
 from minipeft.injection.wrapper import innermost
 from minipeft.transformers_model import input_embedding, output_head
+
+
+class Configurations(dict[str, AdapterConfig]):
+    """Configurations by adapter, to read. PEFT adds an adapter by writing here, at the start of ``peft.get_peft_model``."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: see above.
+
+        Raises:
+            StateError: always.
+        """
+        raise StateError(
+            "PEFT cannot add an adapter to a model that minipeft has adapted. Use model.add_adapter(name, config), or give PEFT, or "
+            "a trainer with peft_config=, the plain base."
+        )
+
+    __setitem__ = update
 
 
 class OwnMethods(nn.Module):
