@@ -52,7 +52,7 @@ def packing_part(options: Options) -> Iterator[Rows | None]:
     with tempfile.TemporaryDirectory() as folder, quietly():
         base = options.place(gpt2(options.quick, use_cache=False))
         model = SUBJECTS[LEAN](base, save_adapter(gpt2(options.quick), Path(folder))).train()
-    count, longest, rows = (24, 32, 64) if options.quick else (128, 256, 512)
+    count, longest, rows = (24, 32, 64) if options.quick else (32, 256, 512)
     examples = examples_of(count, longest, model.config.vocab_size)
     packed, tokens = pack_in_memory(examples, rows), sum(len(example.labels) for example in examples)
     by_length = sorted(examples, key=lambda example: len(example.labels))
