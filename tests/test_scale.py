@@ -69,6 +69,7 @@ VERBS = {
 
 def costs(blocks, residents, folder):
     """The calls that each verb makes in a model with so many blocks, besides which so many adapters are resident."""
+    torch.manual_seed(0)  # a merge tries as many ways as the values need
     model = get_lora_model(small_layers(blocks), CONFIG)
     for index in range(residents):
         model.add_adapter(f"resident{index}", CONFIG)
