@@ -86,8 +86,11 @@ def warmed_up(tmp_path_factory):
 
 def test_no_verb_does_more_for_the_adapters_that_it_leaves_alone(tmp_path):
     few, many = (costs(2, residents, tmp_path / str(residents)) for residents in (1, 33))
-    # Only what lists all names does a little for each of them.
-    assert all(many[verb] <= few[verb] + 40 for verb in VERBS.keys() - {"save"}), (few, many)
+    # Only what lists all names does a little for each of them, and unload() lets go of them all. How often a merge tries
+    # depends on values in the last bits.
+    room = {verb: few[verb] // 3 if "merge" in verb else 40 for verb in few.keys() - {"unload"}}
+    more = {verb: (few[verb], many[verb]) for verb in room if many[verb] > few[verb] + room[verb]}
+    assert more == {}
 
 
 def test_switching_and_disabling_do_the_same_for_any_number_of_layers(tmp_path):
