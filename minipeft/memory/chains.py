@@ -36,7 +36,7 @@ class Chains:
     def run(self, block: nn.Module, function: Call, args: tuple[Any, ...], checkpointed: Call) -> Any:
         """``checkpointed(function, *args)`` in slices, as a link of the present group or the first of a new one."""
         x: Tensor = args[0]
-        if self.chain is None or self.last() is not x or len(self.chain.links) == self.size:
+        if self.chain is None or self.last() is not x:
             self.chain = Chain(x)
         chain = self.chain
         index = chain.add(block, function, args[1:])
@@ -54,6 +54,8 @@ class Chains:
         with saved_tensors_hooks(pack, unpack) if follows else contextlib.nullcontext():
             output = sample_slices.run(block, function, args, checkpointed)
         self.last = weakref.ref(_hidden(output))
+        if len(chain.links) == self.size:
+            self.chain = None  # complete: only the backward pass needs it, and holds it
         return output
 
 
@@ -69,7 +71,7 @@ class Chain:
 
     def add(self, block: nn.Module, function: Call, args: tuple[Any, ...]) -> int:
         """Note a block, its further arguments and the state of the random generators; returns its place."""
-        self.links.append((block, function, args, _random_states(self.first)))
+        self.links.append((block, function, args, sample_slices.random_states(self.first.device)))
         return len(self.links) - 1
 
     def input(self, index: int) -> Tensor:
@@ -112,10 +114,6 @@ def _nothing() -> None:
 
 def _never(_: Any) -> Tensor:
     raise AssertionError("nothing was kept")
-
-
-def _random_states(x: Tensor) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])]
 
 
 def _set_random_states(x: Tensor, states: list[Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from minipeft.injection.wrapper import innermost
 from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import layer_ops
-from minipeft.memory.sample_slices import DEFAULT_ROWS, random_states
+from minipeft.memory.sample_slices import DEFAULT_ROWS, drew_nothing, random_states
 
 TOKENS = "_minipeft_tile_tokens"  # in a module's __dict__: tokens in a tile; 0 if it may not work on each by itself
 TRIED = "_minipeft_tile_tried"  # whether it may, as long as that is being tried
@@ -32,7 +32,7 @@ def run(mlp: nn.Module, function: Callable[..., Any], inputs: Sequence[Tensor]) 
         states = random_states(x.device)
         y = _kept(function, *inputs)
         by_token = isinstance(y, Tensor) and x.dim() == 3 and y.shape[:2] == x.shape[:2]
-        mlp.__dict__[TRIED] = by_token and states == random_states(x.device) and _is_simple(mlp)
+        mlp.__dict__[TRIED] = by_token and drew_nothing(states, x.device) and _is_simple(mlp)
         return y
     tokens = mlp.__dict__[TOKENS]
     if not tokens or x.dim() != 3 or x.shape[0] * x.shape[1] <= tokens or is_transformed():
