@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from kept_bytes import bytes_kept
 from tiny_models import VOCABULARY, adapted, bert_classifier, foreign_code, gpt2, llama, t5
 from torch import nn
 from transformers import (
@@ -504,20 +505,9 @@ def test_the_trainer_of_transformers_trains_a_lean_model_to_the_same_losses(tmp_
     assert lean_evaluated["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-3)
 
 
-def bytes_kept(model):
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
+def kept_of_64_tokens(model):
     ids = torch.zeros(2, 32, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, labels=ids)
-    return sum(size for size, _ in kept.values())
+    return bytes_kept(model, input_ids=ids, labels=ids)
 
 
 @pytest.mark.parametrize(
@@ -546,7 +536,7 @@ def test_a_block_of_gpt2_keeps_so_many_arrays_of_its_width(subject, units):
         made = in_training(base, r=1, target_modules=["c_attn", "c_proj", "c_fc"], lora_dropout=dropout)
         return made if subject == "core" else lean(made, subject if subject in ("mlp", "block") else "none")
 
-    block = bytes_kept(model(3)) - bytes_kept(model(2))
+    block = kept_of_64_tokens(model(3)) - kept_of_64_tokens(model(2))
     unit = 2 * 32 * 256 * 4
     small = 2 * 32 * 4 * (4 + 4 + 2)  # h of four adapters, mean and deviation of two norms, two heads' sums
     assert units * unit <= block <= units * unit + small
@@ -560,7 +550,7 @@ def test_a_group_of_blocks_keeps_one_array_of_its_width(checkpointing, kept):
         return lean(in_training(type(gpt2())(config).train(), r=1, target_modules=["c_attn", "c_fc"]), checkpointing)
 
     unit = 2 * 32 * 64 * 4
-    assert bytes_kept(model(9)) - bytes_kept(model(4)) == (kept[0] - kept[1]) * unit
+    assert kept_of_64_tokens(model(9)) - kept_of_64_tokens(model(4)) == (kept[0] - kept[1]) * unit
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -641,7 +631,7 @@ def test_a_block_of_the_llama_family_keeps_so_many_arrays_of_its_width(kind, sub
         targets = [name for name, layer in base.named_modules() if type(layer) is nn.Linear and "lm_head" not in name]
         return lean(in_training(base, r=1, target_modules=targets), subject)
 
-    block = bytes_kept(model(3)) - bytes_kept(model(2))
+    block = kept_of_64_tokens(model(3)) - kept_of_64_tokens(model(2))
     unit, rows = 2 * 32 * 256 * dtype.itemsize, 2 * 32
     heads = 4 * (4 + 2 * 5)  # of attention the sums of four heads, and of norms of q and k a deviation each
     casts = 2 * 20 * 256 if dtype is torch.bfloat16 else 0  # of A and B

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kept_bytes import bytes_kept
 from tiny_models import disturb, foreign_code, logits, token_ids
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,32 +165,21 @@ def test_what_else_may_be_asked_of_adapters_gives_W_plus_BA_too(case, way, forme
     same(step(model), expected, tolerance)
 
 
-def bytes_kept(model):
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
+def kept_of_128_tokens(model):
     ids = token_ids(4, 32)
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs_embeds=embeddings, labels=ids)
-    return sum(size for size, _ in kept.values())
+    return bytes_kept(model, inputs_embeds=embeddings, labels=ids)
 
 
 @each_way
 @each_model
 def test_the_backward_pass_keeps_at_most_twice_what_the_unadapted_model_keeps(kind, way, formed):
     """``batched_mm`` keeps a copy of an expert for each choice of each token; with an adapter it keeps none."""
-    unadapted = bytes_kept(moe(kind, "grouped_mm" if way == "batched_mm" else way).requires_grad_(False))
+    unadapted = kept_of_128_tokens(moe(kind, "grouped_mm" if way == "batched_mm" else way).requires_grad_(False))
     model = with_lora(moe(kind, way))
-    assert bytes_kept(model) <= 1.7 * unadapted
+    assert kept_of_128_tokens(model) <= 1.7 * unadapted
     experts = sum(p.nbytes for p in model.parameters() if p.ndim == 3)
-    assert formed(lambda: bytes_kept(model)) >= unadapted + experts
+    assert formed(lambda: kept_of_128_tokens(model)) >= unadapted + experts
 
 
 class Largest(TorchDispatchMode):
