@@ -80,6 +80,54 @@ def test_the_rule_is_avx512_of_another_maker(maker, capability, faster, monkeypa
     matmul.onednn_is_faster.cache_clear()
 
 
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_kernels_for_a_dtype_the_product_is_made_in_float32_and_rounded_once(dtype, bias, monkeypatch):
+    monkeypatch.setattr(matmul, "WORTH_IT", 0)
+    monkeypatch.setattr(matmul, "BLOCK", 500)
+    monkeypatch.setattr(matmul, "has_kernels", lambda dtype: dtype not in HALF)
+    for x in layouts(150, 24):
+        for weight in layouts(310, 24):
+            x, weight, b = x.to(dtype), weight.to(dtype), torch.randn(310).to(dtype) if bias else None
+            assert matmul.beats_torch(x, weight)
+            exact = x.double() @ weight.double().t() + (0 if b is None else b)
+            for room in (None, torch.empty(150, 310, dtype=dtype)):
+                y = matmul.linear(x, weight, b, room=room)
+                assert y.dtype is dtype
+                assert y.is_contiguous()
+                assert room is None or y.data_ptr() == room.data_ptr()
+                # Half a unit in the last place, and what float32 rounds before.
+                assert ((y.double() - exact).abs() <= exact.abs() * 0.502 * torch.finfo(dtype).eps + 1e-5).all()
+            narrow = matmul.narrow(x, weight[:5].t())
+            assert narrow.dtype is dtype
+            torch.testing.assert_close(
+                narrow.double(), exact[:, :5] - (0 if b is None else b[:5]), rtol=1e-2, atol=1e-2
+            )
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_a_narrow_product_is_added_in_place(dtype, monkeypatch):
+    monkeypatch.setattr(matmul, "WORTH_IT", 0)
+    monkeypatch.setattr(matmul, "BLOCK", 500)
+    monkeypatch.setattr(matmul, "has_kernels", lambda dtype: dtype not in HALF)
+    y, left, right = (torch.randn(*shape).to(dtype) for shape in ((300, 24), (300, 4), (4, 24)))
+    exact = y.double() + 0.5 * left.double() @ right.double()
+    assert matmul.add_product(y, left, right, 0.5) is y
+    assert ((y.double() - exact).abs() <= exact.abs() * 0.502 * torch.finfo(dtype).eps + 1e-5).all()
+
+
+def test_what_torch_has_kernels_for_is_asked_of_onednn(monkeypatch):
+    assert matmul.has_kernels(torch.float32)
+    assert matmul.has_kernels(torch.float64)
+    for dtype, ask in matmul.HALF.items():
+        assert matmul.has_kernels(dtype) is bool(getattr(torch.ops.mkldnn, ask)())
+    few = torch.randn(4, 8).bfloat16()
+    assert not matmul.through_float32(few, few)  # not worth it
+
+
 def test_small_double_and_half_products_stay_with_torch(monkeypatch):
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     large, small = torch.randn(256, 128), torch.randn(8, 128)
@@ -88,6 +136,8 @@ def test_small_double_and_half_products_stay_with_torch(monkeypatch):
     assert not matmul.through_onednn(small, weight)
     assert not matmul.through_onednn(large.double(), weight.double())
     assert not matmul.through_onednn(large.bfloat16(), weight.bfloat16())
+    assert not matmul.through_float32(large, weight)
+    assert not matmul.through_float32(large.double(), weight.double())
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not matmul.through_onednn(large, weight)
 

@@ -39,12 +39,16 @@ def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
 def lean_linear(x: Tensor, weight: Weight | None, bias: Tensor | None) -> Tensor | None:
     """`frozen_linear`, or None if it cannot be used or saves nothing.
 
-    It saves time if oneDNN multiplies by the weight, and memory if the weight is made and x needs a gradient.
+    It saves time if torch has a faster way to multiply by the weight, and memory if the weight is made and x needs a
+    gradient.
     """
     if weight is None or not can_fuse(x, weight, bias):
         return None
     if isinstance(weight, Tensor):
-        saves = not torch.is_autocast_enabled(x.device.type) and matmul.through_onednn(x, weight)
+        if torch.is_autocast_enabled(x.device.type):
+            saves = x.device.type == "cpu" and not matmul.has_kernels(torch.get_autocast_dtype("cpu"))
+        else:
+            saves = matmul.beats_torch(x, weight)
     else:
         saves = x.requires_grad
     return frozen_linear(x, weight, bias) if saves else None

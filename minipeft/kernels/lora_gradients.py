@@ -127,7 +127,7 @@ def _first_order(
     if wants_x and W is not None:
         dx = matmul.linear(dy, W.t())
         if mask is None and g is not None and not merged:
-            dx.addmm_(g, lora_A, alpha=s)
+            matmul.add_product(dx, g, lora_A, s)
     if mask is not None and g is not None:
         dA = _through_mask(dx, rows, g, lora_A, ctx, start)
     elif wants_A and g is not None and rows is not None:

@@ -114,7 +114,7 @@ def _product(
     if merges:
         return y, None
     h = project_down(rows, lora_A, mask)
-    y.view(-1, W.shape[0]).addmm_(h, lora_B.t(), alpha=scaling)
+    matmul.add_product(y.view(-1, W.shape[0]), h, lora_B.t(), scaling)
     return y, h
 
 

@@ -1,8 +1,10 @@
-"""Matrix products by the faster of torch's two CPU libraries.
+"""Matrix products in the fastest way that torch has on this CPU.
 
 Torch multiplies float32 matrices on a CPU with Intel's MKL, which leaves the AVX-512 units of other makers' processors
-idle. oneDNN, which torch includes too, uses them and is about twice as fast there. The two round differently in the last
-bits, so this is for training, in which the sums of parallel runs differ as much.
+idle. oneDNN, which torch includes too, uses them and is about twice as fast there. In bfloat16 and float16, torch multiplies
+number by number on a processor without instructions for them, 5 to 40 times slower than in float32: there, the product is
+made in float32, a block at a time, and rounded once. All of these differ in the last bits, so this is for training, in which
+the sums of parallel runs differ as much.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from torch import Tensor
 
 WORTH_IT = 2**20  # multiplications below which preparing oneDNN costs more than it saves
 CPU_INFO = Path("/proc/cpuinfo")
+HALF = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}  # who knows of kernels
+BLOCK = 2**21  # numbers of each factor that exist in float32 at a time
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tensor | None = None) -> Tensor:
@@ -36,6 +40,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tenso
         # `.data`, since autograd would forbid writing later into a view that was made in here.
         y: Tensor = _onednn()(rows, weight, bias, "none", [], "")
         return y.view(shape).data
+    if through_float32(rows, weight):
+        y = x.new_empty(len(rows), len(weight)) if room is None else room
+        return _in_float32(rows, weight, bias, y.view(-1, len(weight))).view(shape)
     return torch_linear(x, weight, bias, room=room)
 
 
@@ -52,11 +59,57 @@ def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room:
 
 def narrow(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, shapes (p, q) and (q, few), outside autograd, in the fastest of several ways."""
-    if through_onednn(left, right.t()):
+    if beats_torch(left, right.t()):
         transposed = left.stride(0) < left.stride(1)
         return linear(right.t(), left).t() if transposed else linear(left, right.t())
     # MKL is slow if the columns do not fill a vector register.
     return torch.mm(left, right) if right.shape[1] >= 16 else torch.mm(right.t(), left.t()).t()
+
+
+def add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """``y += alpha * left @ right`` in place, shapes (p, q), (p, few) and (few, q), outside autograd."""
+    if not through_float32(left, right.t()):
+        return y.addmm_(left, right, alpha=alpha)
+    size, wide = max(128, BLOCK // max(1, y.shape[1])), right.float()
+    for start in range(0, len(y), size):
+        some = slice(start, start + size)
+        y[some] = torch.addmm(y[some].float(), left[some].float(), wide, alpha=alpha)
+    return y
+
+
+def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """Write ``x @ weight.T + bias``, shape (rows, out), into y. A block of the weight becomes float32 once."""
+    size = max(128, BLOCK // max(1, x.shape[1]))
+    for start in range(0, len(weight), size):
+        columns = slice(start, start + size)
+        wide = weight[columns].float().t()
+        added = None if bias is None else bias[columns].float()
+        for some in range(0, len(x), size):
+            part = x[some : some + size].float()
+            y[some : some + size, columns] = part @ wide if added is None else torch.addmm(added, part, wide)
+    return y
+
+
+def beats_torch(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` of these is faster than ``torch.nn.functional.linear``."""
+    return through_onednn(x, weight) or through_float32(x, weight)
+
+
+def may_beat_torch() -> bool:
+    """Whether there are tensors for which `beats_torch` holds on this processor."""
+    return onednn_is_faster() or not all(map(has_kernels, HALF))
+
+
+def through_float32(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` of these is made in float32."""
+    return x.device.type == "cpu" and x.numel() * weight.shape[0] >= WORTH_IT and not has_kernels(x.dtype)
+
+
+@functools.cache
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions that multiply matrices of this dtype, as oneDNN says."""
+    ask = HALF.get(dtype)
+    return ask is None or not hasattr(torch.ops.mkldnn, ask) or bool(getattr(torch.ops.mkldnn, ask)())
 
 
 def through_onednn(x: Tensor, weight: Tensor) -> bool:

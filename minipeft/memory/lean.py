@@ -179,7 +179,7 @@ def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> N
             _mix(module, Recomputed, state)
         elif fast_linear and id(module) not in adapted:
             ops = layer_ops(module)
-            if ops is not None and (ops.is_quantized or (matmul.onednn_is_faster() and is_plain_linear(ops, module))):
+            if ops is not None and (ops.is_quantized or (matmul.may_beat_torch() and is_plain_linear(ops, module))):
                 _mix(module, FastLinear, state)
                 module.__dict__["lean_ops"] = ops
 
