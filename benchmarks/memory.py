@@ -1,10 +1,11 @@
-"""How much memory: the peak of two training steps, a fresh process for each subject, and the bytes kept for backward.
+"""How much memory: the peak of a training step, a fresh process for each subject, and the bytes kept for backward.
 
-    python benchmarks/memory.py                   # GPT-2 124M, 8 x 512 tokens, float32: needs 10 GiB free
+    python benchmarks/memory.py                   # GPT-2 and a Llama of its size, 8 x 512 tokens: needs 10 GiB free
+    python benchmarks/memory.py --model "Llama 134M" --output somewhere
     python benchmarks/memory.py --quick
 
-The losses of all LoRA subjects must agree in both steps, and those on an NF4 base with one another, or nothing is
-reported. On a processor with AVX512-BF16, bitsandbytes' own layers work as anywhere else here: nothing is evaluated.
+The losses of all LoRA subjects on one kind of base must agree in both steps, or nothing is reported. On a processor with
+AVX512-BF16, bitsandbytes' own layers work as anywhere else here: nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,23 @@ import torch
 from rows import RESULTS, Row, compare, device_name, show, write_rows
 from saved import saved_bytes
 from subjects import (
+    BF16,
     CORE,
-    CORE_NF4,
     FULL,
     FULL_CHECKPOINTED,
     LEAN,
     LEAN_BLOCK,
     LEAN_MLP,
-    LEAN_NF4,
+    LEAN_SQRT,
+    MODELS,
+    NF4,
+    NF4_BF16,
     PEFT,
     PEFT_CHECKPOINTED,
-    PEFT_NF4,
-    QUANTIZED,
     SUBJECTS,
     TUNED,
     base_bytes,
-    gpt2,
+    base_of,
     is_lora,
     model_name,
     peer,
@@ -49,15 +51,21 @@ from subjects import (
 )
 from torch import Tensor, nn
 
+from minipeft.kernels.matmul import has_kernels
+
 MIB = 2**20
-LOSS_TOLERANCE = 1e-4  # relative
-COMPARED = (FULL, PEFT, TUNED, PEFT_CHECKPOINTED, CORE, LEAN, LEAN_MLP, LEAN_BLOCK, FULL_CHECKPOINTED)
-COMPARED += (PEFT_NF4, CORE_NF4, LEAN_NF4)
-QUICK = (FULL, PEFT, LEAN_BLOCK, PEFT_NF4, CORE_NF4)
+LOSS_TOLERANCE = {"": 1e-4, NF4: 1e-4, BF16: 1e-3, NF4_BF16: 1e-3}  # relative
+IN_FLOAT32 = (FULL, PEFT, TUNED, PEFT_CHECKPOINTED, CORE, LEAN, LEAN_MLP, LEAN_BLOCK, LEAN_SQRT, FULL_CHECKPOINTED)
+IN_HALF = (PEFT, CORE, LEAN, LEAN_BLOCK, LEAN_SQRT)
+COMPARED = (*IN_FLOAT32, FULL + BF16, *(each + ending for ending in (BF16, NF4, NF4_BF16) for each in IN_HALF))
+QUICK = (FULL, PEFT, LEAN_BLOCK, PEFT + NF4, CORE + NF4, PEFT + BF16, LEAN_SQRT + BF16)
+# Torch multiplies in bfloat16 number by number on a processor without instructions for it: these would take half an hour.
+TOO_SLOW = (FULL + BF16, PEFT + BF16, PEFT + NF4_BF16)
 
 
 @dataclass(frozen=True)
 class Workload:
+    name: str
     quick: bool
     device: str
 
@@ -77,11 +85,17 @@ class Workload:
 
     def __str__(self) -> str:
         batch, tokens = self.shape
-        return f"{model_name(self.quick)}, {batch}x{tokens} tokens, float32"
+        return f"{model_name(self.quick, self.name)}, {batch}x{tokens} tokens"
 
     def model(self, subject: str, adapter: Path, layers: int | None = None) -> nn.Module:
-        base = gpt2(self.quick, use_cache=False, n_layer=layers or self.layers).to(self.device)
-        return SUBJECTS[subject](base, adapter).train()
+        return SUBJECTS[subject](self.base(layers or self.layers), adapter).train()
+
+    def base(self, layers: int) -> nn.Module:
+        return MODELS[self.name](self.quick, use_cache=False, num_hidden_layers=layers).to(self.device)
+
+    def is_too_slow(self, subject: str) -> bool:
+        """Whether the subject does the short step alone, for its loss, and no peak of it is reported."""
+        return subject in TOO_SLOW and self.device == "cpu" and not self.quick and not has_kernels(torch.bfloat16)
 
     def ids(self, vocabulary: int) -> Tensor:
         torch.manual_seed(2)
@@ -95,18 +109,21 @@ def status_mib(field: str) -> float:
 
 
 def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
-    """Two optimizer steps: peak memory in MiB, gross and net of the interpreter, losses, and ms of the second step."""
+    """Two optimizer steps: peak memory in MiB, gross and net of the interpreter, losses, and ms of the second step.
+
+    The first one has a single short sequence: it is there for the optimizer's state.
+    """
     cuda = work.device == "cuda"
-    if subject in QUANTIZED:
+    if base_of(subject) in (NF4, NF4_BF16):
         importlib.import_module("bitsandbytes")  # the interpreter's, not the model's
     interpreter = 0.0 if cuda else status_mib("VmRSS")
     model = work.model(subject, adapter)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     weights = base_bytes(model) / MIB
     ids, losses, elapsed = work.ids(model.config.vocab_size), [], 0.0
-    for _ in range(2):
+    for some in (ids[:1, :16],) if work.is_too_slow(subject) else (ids[:1, :16], ids):
         start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=some, labels=some).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -117,21 +134,21 @@ def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
     return {"gross": gross, "net": gross - interpreter, "base weights": weights, "losses": losses, **times}
 
 
-def in_fresh_process(subject: str, adapter: Path, args: argparse.Namespace) -> dict[str, Any]:
+def in_fresh_process(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
     """What `run_subject` says in a process of its own: a new interpreter, or to try things out a fork of this one."""
-    context = multiprocessing.get_context("fork" if args.quick and args.device == "cpu" else "spawn")
+    context = multiprocessing.get_context("fork" if work.quick and work.device == "cpu" else "spawn")
     with context.Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as process:
-        report = process.apply(run_subject, (subject, adapter, Workload(args.quick, args.device)))
-    print(f"{subject}: {report}", flush=True)
+        report = process.apply(run_subject, (subject, adapter, work))
+    print(f"{work}, {subject}: {report}", flush=True)
     return report
 
 
 def check_losses(reports: dict[str, dict[str, Any]]) -> None:
     """Subjects that do not compute the same are not compared."""
     for subject in filter(is_lora, reports):
-        pairs = zip(reports[subject]["losses"], reports[peer(subject)]["losses"], strict=True)
+        pairs = zip(reports[subject]["losses"], reports[peer(subject)]["losses"], strict=False)
         for step, (loss, expected) in enumerate(pairs):
-            if not math.isclose(loss, expected, rel_tol=LOSS_TOLERANCE):
+            if not math.isclose(loss, expected, rel_tol=LOSS_TOLERANCE[base_of(subject)]):
                 raise SystemExit(f"{subject}: loss {loss} in step {step}, PEFT's is {expected}; nothing is reported")
 
 
@@ -146,7 +163,7 @@ def saved_for_backward(subject: str, adapter: Path, work: Workload) -> tuple[flo
         model = work.model(subject, adapter / str(layers), layers)
         ids = work.ids(model.config.vocab_size)[: work.counted]
         counts.append(saved_bytes(forward(model, ids), model))
-    u = 4 * ids.numel() * model.config.n_embd
+    u = 4 * ids.numel() * model.config.hidden_size
     return counts[0] / MIB, (counts[0] - counts[1]) / u
 
 
@@ -163,12 +180,17 @@ def peak_rows(reports: dict[str, dict[str, Any]], work: Workload) -> list[Row]:
         ("base weights", "base weights", "MiB"),
         ("second step", "second step", "ms"),
     ]:
-        for other in (PEFT, FULL, PEFT_NF4):
-            for subject in reports:
-                if other != PEFT_NF4 or peer(subject) == PEFT_NF4:
-                    values = [reports[subject][key]], [reports[other][key]]
-                    rows.append(compare("memory", str(work), measure, unit, *values, other, subject))
+        for subject in reports:
+            for other in compared_with(subject, reports):
+                values = [reports[subject][key]], [reports[other][key]]
+                rows.append(compare("memory", str(work), measure, unit, *values, other, subject))
     return rows
+
+
+def compared_with(subject: str, measured: Iterable[str]) -> list[str]:
+    """PEFT and full fine-tuning in float32, and both on the subject's own kind of base, as far as they were measured."""
+    others = (PEFT, FULL, PEFT + base_of(subject), FULL + base_of(subject).replace("NF4 and ", ""))
+    return [other for other in dict.fromkeys(others) if other in measured]
 
 
 def saved_rows(counts: dict[str, tuple[float, float]], work: Workload) -> list[Row]:
@@ -176,27 +198,28 @@ def saved_rows(counts: dict[str, tuple[float, float]], work: Workload) -> list[R
     for index, (measure, unit) in enumerate((("kept for backward", "MiB"), ("kept for backward, a block", "u"))):
         for subject, count in counts.items():
             values = [count[index]], [counts[PEFT][index]]
-            case = f"{model_name(work.quick)}, {work.counted}x{work.shape[1]} tokens, float32"
+            case = f"{model_name(work.quick, work.name)}, {work.counted}x{work.shape[1]} tokens"
             rows.append(compare("memory", case, measure, unit, *values, PEFT, subject))
     return rows
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
-    work = Workload(args.quick, args.device)
+def measure(work: Workload) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for layers in (work.layers, work.layers - 1):
-            save_adapter(gpt2(work.quick, n_layer=layers), Path(folder) / str(layers))
+            save_adapter(work.base(layers), Path(folder) / str(layers))
         whole = Path(folder) / str(work.layers)
-        subjects = QUICK if args.quick else COMPARED
-        reports = {subject: in_fresh_process(subject, whole, args) for subject in subjects}
+        subjects = QUICK if work.quick else COMPARED
+        reports = {subject: in_fresh_process(subject, whole, work) for subject in subjects}
         check_losses(reports)
-        counts = {subject: saved_for_backward(subject, Path(folder), work) for subject in subjects}
-    return peak_rows(reports, work) + saved_rows(counts, work)
+        whole_steps = {subject: report for subject, report in reports.items() if not work.is_too_slow(subject)}
+        counts = {subject: saved_for_backward(subject, Path(folder), work) for subject in whole_steps}
+    return peak_rows(whole_steps, work) + saved_rows(counts, work)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, nothing written without --output")
+    parser.add_argument("--model", action="append", choices=MODELS, help="may be given twice; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="default: 2; --quick takes 1")
     parser.add_argument("--output", type=Path, help="folder for the rows and the plot; default: benchmarks/results")
@@ -207,7 +230,8 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1 if args.quick else args.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes started below
-    rows = measure(args)
+    names = args.model or MODELS
+    rows = [row for name in names for row in measure(Workload(name, args.quick, args.device))]
     for row in rows:
         row.device = device_name(args.device)
         show(row)

@@ -96,7 +96,7 @@ def bars(axes: Axes, records: Records, unit: str) -> None:
             fontsize="small",
         )
     axes.set_xlim(0, 1.35 * max(values))
-    axes.invert_yaxis()
+    axes.set_ylim(len(subjects) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
 
@@ -122,13 +122,19 @@ def draw_steps(records: Records, path: Path) -> None:
 
 
 def draw_memory(records: Records, path: Path) -> None:
-    """Peak memory by subject, net of the interpreter, and the same bars' share of PEFT's and of full fine-tuning's."""
+    """Peak memory by subject, net of the interpreter, and the same bars' share of PEFT's; a panel for each model."""
     net = [r for r in records if r["measure"].startswith("peak") and r["measure"].endswith("net")]
     shown = [r for r in net if r["peer_name"] == PEFT]
-    figure, axes = plt.subplots(figsize=(9, 4.4), layout="constrained")
-    bars(axes, shown, "MiB")
-    axes.set_title(f"Peak memory of two training steps, net of the interpreter\n{shown[0]['case']}, LoRA r=8")
-    axes.set_xlabel("MiB (next to each bar: share of PEFT's)")
+    cases = list(dict.fromkeys(r["case"] for r in shown))
+    height = 1 + 0.27 * len(shown) / len(cases)
+    figure, panels = plt.subplots(
+        1, len(cases), figsize=(8 * len(cases), height), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, case in zip(panels[0], cases, strict=True):
+        bars(axes, [r for r in shown if r["case"] == case], "MiB")
+        axes.set_title(f"{case}, LoRA r=8")
+        axes.set_xlabel("MiB (next to each bar: share of PEFT's)")
+    figure.suptitle("Peak memory of a training step, net of the interpreter")
     save(figure, path)
 
 

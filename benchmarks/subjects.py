@@ -31,9 +31,11 @@ CORE = "minipeft"
 LEAN = "minipeft, lean"
 LEAN_MLP = "minipeft, lean, checkpointing mlp"
 LEAN_BLOCK = "minipeft, lean, checkpointing block"
-PEFT_NF4 = "PEFT, NF4 base"
-CORE_NF4 = "minipeft, NF4 base"
-LEAN_NF4 = "minipeft, lean, NF4 base"
+LEAN_SQRT = "minipeft, lean, checkpointing sqrt"
+# What a subject's name ends with if its base is not in float32.
+BF16 = ", bf16 base"
+NF4 = ", NF4 base"
+NF4_BF16 = ", NF4 and bf16 base"
 
 
 def gpt2(tiny: bool = False, **options: Any) -> GPT2LMHeadModel:
@@ -129,26 +131,22 @@ def ours_lean_block(base: nn.Module, adapter: Path) -> nn.Module:
     return ours_lean(base, adapter, "block")
 
 
+def ours_lean_sqrt(base: nn.Module, adapter: Path) -> nn.Module:
+    return ours_lean(base, adapter, "sqrt")
+
+
+def bf16(base: nn.Module) -> nn.Module:
+    return base.to(torch.bfloat16)
+
+
 def nf4(base: nn.Module) -> nn.Module:
     """QLoRA's base: every linear layer but the head in NF4 with double quantization; the same for both libraries."""
-    return minipeft.quantize(base, "nf4")
+    base = minipeft.quantize(base, "nf4")
+    base.is_loaded_in_4bit = True  # by which PEFT recognises bitsandbytes' layers
+    return base
 
 
-def by_peft_nf4(base: nn.Module, adapter: Path) -> nn.Module:
-    base = nf4(base)
-    base.is_loaded_in_4bit = True  # by which PEFT knows bitsandbytes' layers
-    return by_peft(base, adapter)
-
-
-def ours_nf4(base: nn.Module, adapter: Path) -> nn.Module:
-    return ours(nf4(base), adapter)
-
-
-def ours_lean_nf4(base: nn.Module, adapter: Path) -> nn.Module:
-    return ours_lean(nf4(base), adapter)
-
-
-SUBJECTS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+BUILDERS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     FROZEN: frozen,
     FULL: full,
     FULL_CHECKPOINTED: full_checkpointed,
@@ -160,20 +158,38 @@ SUBJECTS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     LEAN: ours_lean,
     LEAN_MLP: ours_lean_mlp,
     LEAN_BLOCK: ours_lean_block,
-    PEFT_NF4: by_peft_nf4,
-    CORE_NF4: ours_nf4,
-    LEAN_NF4: ours_lean_nf4,
+    LEAN_SQRT: ours_lean_sqrt,
 }
-QUANTIZED = (PEFT_NF4, CORE_NF4, LEAN_NF4)
+BASES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "": lambda base: base,
+    BF16: bf16,
+    NF4: nf4,
+    NF4_BF16: lambda base: nf4(bf16(base)),
+}
+
+
+def on(prepare: Callable[[nn.Module], nn.Module], build: Callable[[nn.Module, Path], nn.Module]) -> Any:
+    """The subject that `build` makes of a base which was prepared first."""
+    return lambda base, adapter: build(prepare(base), adapter)
+
+
+SUBJECTS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    name + ending: on(prepare, build) for ending, prepare in BASES.items() for name, build in BUILDERS.items()
+}
+
+
+def base_of(subject: str) -> str:
+    """How the name of a subject ends, which says what its base is stored in."""
+    return next((ending for ending in (NF4_BF16, NF4, BF16) if subject.endswith(ending)), "")
 
 
 def is_lora(subject: str) -> bool:
-    return subject not in (FROZEN, FULL, FULL_CHECKPOINTED)
+    return not subject.startswith((FROZEN, FULL))
 
 
 def peer(subject: str) -> str:
     """PEFT's subject that computes the same function."""
-    return PEFT_NF4 if subject in QUANTIZED else PEFT
+    return PEFT + base_of(subject)
 
 
 def base_bytes(model: nn.Module) -> int:

@@ -155,18 +155,28 @@ def test_the_memory_benchmark_measures_each_subject_in_its_own_process(tmp_path)
     assert process.wait() == 0, process.stderr
     rows = read(tmp_path / "memory.csv")
     net = [row for row in rows if row["measure"] == "peak resident memory, net" and row["peer_name"] == "PEFT"]
-    assert [row["subject"] for row in net] == [
-        "full fine-tuning",
-        "PEFT",
-        "minipeft, lean, checkpointing block",
-        "PEFT, NF4 base",
-        "minipeft, NF4 base",
+    assert [(row["case"].split(",")[0], row["subject"]) for row in net] == [
+        (model, subject)
+        for model in ("tiny GPT-2", "tiny Llama")
+        for subject in (
+            "full fine-tuning",
+            "PEFT",
+            "minipeft, lean, checkpointing block",
+            "PEFT, NF4 base",
+            "minipeft, NF4 base",
+            "PEFT, bf16 base",
+            "minipeft, lean, checkpointing sqrt, bf16 base",
+        )
     ]
     weights = {row["subject"]: float(row["ours"]) for row in rows if row["measure"] == "base weights"}
     assert weights["minipeft, NF4 base"] == weights["PEFT, NF4 base"] < weights["PEFT"] == weights["full fine-tuning"]
+    assert weights["PEFT, bf16 base"] == pytest.approx(weights["PEFT"] / 2, rel=1e-4)
     assert all(float(row["ours"]) > 0 for row in net)
     kept = {row["subject"]: float(row["ours"]) for row in rows if row["unit"] == "u"}
+    assert kept["minipeft, lean, checkpointing sqrt, bf16 base"] < kept["minipeft, lean, checkpointing block"]
     assert kept["minipeft, lean, checkpointing block"] < kept["PEFT"]
+    peers = {(row["subject"], row["peer_name"]) for row in rows if row["measure"] == "peak resident memory, net"}
+    assert ("minipeft, NF4 base", "PEFT, NF4 base") in peers
     assert (tmp_path / "memory.png").stat().st_size > 0
 
 
