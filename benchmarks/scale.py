@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, quietly():
         minipeft.get_lora_model(small_layers(7), minipeft.LoraConfig(**OPTIONS))
         peft.get_peft_model(small_layers(7), peft.LoraConfig(**OPTIONS))
-        rows = measure((35, 70) if args.quick else args.sizes, 1 if args.quick else args.rounds, Path(folder))
+        rows = measure((7, 14) if args.quick else args.sizes, 1 if args.quick else args.rounds, Path(folder))
     where = args.output or (None if args.quick else RESULTS)
     if where is not None:
         print(write_rows("scale", rows, where))

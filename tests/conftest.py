@@ -1,8 +1,10 @@
 """Every test is seeded, offline and single-threaded (pytest runs two of them at a time)."""
 
+import functools
 import gc
 import importlib.util
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -16,15 +18,46 @@ import torch
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to it
+if not torch.accelerator.is_available():
+    # For a device to come they would note at each `torch.manual_seed` where it was called, a millisecond each.
+    for devices in (torch.cuda, torch.mtia, torch.xpu):
+        devices.manual_seed_all = lambda seed: None
 _connect = socket.socket.connect
+TESTS = Path(__file__).resolve().parent
 # The files that take longest go first, so that both processes are done at the same time.
-LONGEST = ("train_runs", "architecture", "train", "contract", "hf_trainer", "distributed", "peft_interop", "families")
-LONGEST += ("benchmarks", "plugin_package", "updates", "checkpoint", "run_state")
+LONGEST = ("architecture", "contract", "peft_interop", "hf_trainer", "file_names", "checkpoint", "scale")
+LONGEST += (
+    "contract_layers",
+    "lean",
+    "rollback",
+    "wrapper_names",
+    "checkpoints_of_runs",
+    "offloaded",
+    "families_train",
+)
+
+
+@functools.cache
+def starts_warm(file):
+    """Whether a file of tests starts processes by `warm`. One process runs all of them, for the sake of one server."""
+    return "warm" in re.findall(r"^(?:import|from) (\w+)", (TESTS / file).read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = Path(nodeid.partition("::")[0]).name
+            return "warm" if starts_warm(file) else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):
     rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    items.sort(key=lambda item: -1 if starts_warm(item.path.name) else rank.get(item.path.name, len(rank)))
 
 
 def pytest_collection_finish():
@@ -36,6 +69,16 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_cards():
+    """Half the time that PEFT takes to save an adapter goes into its README, at which no test looks."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return
+    PeftModel.create_or_update_model_card = lambda self, directory: None
 
 
 @pytest.fixture(autouse=True)

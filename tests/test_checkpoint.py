@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import stat
 import struct
 import time
@@ -23,11 +24,16 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 
 
-@pytest.fixture
-def saved(tmp_path):
-    folder = tmp_path / "adapter"
-    adapted().save_pretrained(folder)
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """The folder of an adapter that nobody writes into."""
+    adapted().save_pretrained(folder := tmp_path_factory.mktemp("sound"))
     return folder
+
+
+@pytest.fixture
+def saved(sound, tmp_path):
+    return shutil.copytree(sound, tmp_path / "adapter")
 
 
 def rewrite(folder, change, keep_metadata=True):
@@ -557,10 +563,9 @@ def test_json_nested_deeper_than_any_config_is_refused(saved, key):
 
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_no_damage_to_the_bytes_gets_past_unnoticed(tmp_path_factory, data):
+def test_no_damage_to_the_bytes_gets_past_unnoticed(sound, tmp_path_factory, data):
     """Cut, flip and insert anywhere: either one of our errors and an untouched model, or all tensors finite and in shape."""
-    folder = tmp_path_factory.mktemp("fuzz")
-    adapted().save_pretrained(folder)
+    folder = shutil.copytree(sound, tmp_path_factory.mktemp("fuzz") / "adapter")
     name = data.draw(st.sampled_from([WEIGHTS, WEIGHTS, CONFIG]))
     payload = bytearray((folder / name).read_bytes())
     place = data.draw(st.integers(0, len(payload) - 1))
@@ -585,9 +590,8 @@ def test_no_damage_to_the_bytes_gets_past_unnoticed(tmp_path_factory, data):
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_any_set_of_renamed_dropped_or_reshaped_tensors_is_refused(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("keys")
-    adapted().save_pretrained(folder)
+def test_any_set_of_renamed_dropped_or_reshaped_tensors_is_refused(sound, tmp_path_factory, data):
+    folder = shutil.copytree(sound, tmp_path_factory.mktemp("keys") / "adapter")
     keys = sorted(safetensors.torch.load_file(folder / WEIGHTS))
 
     def change(tensors):

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import warm
 from deaths import EXIT_CODE, die_before
 
 from minipeft import CheckpointError, ConfigError, StateError
@@ -57,14 +57,6 @@ def save(directory, step, number=None, keep=2):
 
 def names(directory):
     return sorted(path.name for path in (directory / "checkpoints").iterdir())
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes that have torch imported already, so that one takes milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "minipeft", "safetensors.torch", "minipeft.training.runs.snapshot"])
-    return context
 
 
 def finish(process):
@@ -288,16 +280,14 @@ SCENARIOS = {"again": (2, 20, 1), "next": (3, 30, 2)}
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 6], ids="every {}".format)
-def test_a_process_that_dies_before_any_write_leaves_old_or_new_and_the_next_save_tidies_up(
-    every, scenario, tmp_path, processes
-):
+def test_a_process_that_dies_before_any_write_leaves_old_or_new_and_the_next_save_tidies_up(every, scenario, tmp_path):
     step, number, keep = SCENARIOS[scenario]
     save(tmp_path / "before", 1)
     save(tmp_path / "before", 2)
     found = []
     for call in itertools.count(1, every):
         directory = shutil.copytree(tmp_path / "before", tmp_path / str(call))
-        process = processes.Process(target=save_and_die, args=(directory, call, step, number, keep))
+        process = warm.context.Process(target=save_and_die, args=(directory, call, step, number, keep))
         process.start()
         code = finish(process)
         if code == 0:  # it has fewer calls
@@ -318,13 +308,13 @@ def save_for_ever(directory, first):
         save(directory, step, keep=1)
 
 
-def test_a_process_that_is_killed_at_any_moment_leaves_a_sound_latest_checkpoint(tmp_path, processes):
+def test_a_process_that_is_killed_at_any_moment_leaves_a_sound_latest_checkpoint(tmp_path):
     chance = random.Random(0)
     save(tmp_path, 1)
     done = 1
     for _ in range(KILLS):
         before = set(names(tmp_path))
-        process = processes.Process(target=save_for_ever, args=(tmp_path, done + 1))
+        process = warm.context.Process(target=save_for_ever, args=(tmp_path, done + 1))
         process.start()
         deadline = time.monotonic() + 60
         while not any(name[0] == "." for name in set(names(tmp_path)) - before) and time.monotonic() < deadline:
@@ -393,10 +383,10 @@ def too_long(folder):
     (folder / "state.json").write_bytes(bytes(2**17))
 
 
-def test_a_write_that_fails_midway_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, processes):
+def test_a_write_that_fails_midway_leaves_the_previous_checkpoint_and_nothing_else(tmp_path):
     run, report = tmp_path / "run", tmp_path / "report.json"
     save(run, 1)
-    process = processes.Process(target=save_under_a_limit, args=(run, report))
+    process = warm.context.Process(target=save_under_a_limit, args=(run, report))
     process.start()
     assert finish(process) == 0
     found = json.loads(report.read_text())

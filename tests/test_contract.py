@@ -43,17 +43,20 @@ def isolated():
         yield
 
 
-# On these layer types every method is always tried, and lora on every layer type. The other pairs are slow.
-COMMON = {registry.qualified(layer) for layer in (nn.Linear, nn.Embedding, Conv1D)}
+LINEAR, EMBEDDING, CONV1D = (registry.qualified(layer) for layer in (nn.Linear, nn.Embedding, Conv1D))
+# Methods that ask Conv1D, a linear layer the other way round, for more than its products: its rows, or all of its weight.
+ORIENTED = ("dora", "ia3", "lokr", "oft")
 
 
 def compiled(method, layer):
-    """The pairs that are always compiled."""
-    return method == "lora" or layer == registry.qualified(nn.Linear)
+    """The pairs that are always compiled: every method on one layer type, and lora on one of each kind."""
+    return layer == LINEAR or (method == "lora" and layer in (EMBEDDING, CONV1D, registry.qualified(nn.Conv2d)))
 
 
 def pair(method, layer):
-    marks = () if method == "lora" or layer in COMMON else pytest.mark.slow
+    """Lora is always tried on every layer type, and every method on linear layers and tables; the others are slow."""
+    common = method == "lora" or layer in (LINEAR, EMBEDDING) or (layer == CONV1D and method in ORIENTED)
+    marks = () if common else pytest.mark.slow
     return pytest.param(method, layer, marks=marks, id=f"{method}-{layer.rpartition('.')[2]}")
 
 

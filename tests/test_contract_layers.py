@@ -3,6 +3,8 @@
 It also compiles that example under every method; here `one_graph`, which takes as long as all other checks, is left out.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -106,8 +108,16 @@ def keeps_the_contract(method, layer, make, **options):
     assert set(report.passed) == {check.__name__ for check in HERE} - skipped, report
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def tried(whole, always):
+    """All pairs of a product for `parametrize`, of which those that are not among `always` are slow."""
+    return [pytest.param(*pair, marks=() if pair in always else pytest.mark.slow) for pair in itertools.product(*whole)]
+
+
+DORA_READS = ("2d, stride, no bias", "2d, circular", "2d, groups", "3d, flat kernel")  # DoRA's norms on each kind
+ALWAYS = [*itertools.product(["lora"], CONVOLUTIONS), *itertools.product(["dora"], DORA_READS)]
+
+
+@pytest.mark.parametrize(("method", "kind"), tried((["lora", "dora"], CONVOLUTIONS), ALWAYS))
 def test_a_convolution_keeps_the_contract_whatever_its_kernel_reads(method, kind):
     layer, options = CONVOLUTIONS[kind]
 
@@ -130,8 +140,9 @@ def test_attention_keeps_the_contract(kind):
     keeps_the_contract("lora", nn.MultiheadAttention, make)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "loha"])
-@pytest.mark.parametrize("make", [padded, ScaledEmbedding])
+@pytest.mark.parametrize(
+    ("method", "make"), [("lora", padded), ("lora", ScaledEmbedding), ("dora", ScaledEmbedding), ("loha", padded)]
+)
 def test_an_embedding_with_padding_or_a_scale_keeps_the_contract(method, make):
     keeps_the_contract(method, nn.Embedding, make)
 
@@ -146,8 +157,12 @@ def test_experts_keep_the_contract_in_either_orientation(make):
     keeps_the_contract("lora", nn.Parameter, make)
 
 
-@pytest.mark.parametrize("layer", [nn.Linear, "transformers.pytorch_utils.Conv1D", nn.Embedding], ids=str)
-@pytest.mark.parametrize("case", OPTIONS)
+CONV1D = "transformers.pytorch_utils.Conv1D"
+# Each option on linear layers and on one of the others, in turn.
+ON_LAYERS = [*((case, nn.Linear) for case in OPTIONS), *zip(OPTIONS, itertools.cycle((CONV1D, nn.Embedding)))]
+
+
+@pytest.mark.parametrize(("case", "layer"), tried((OPTIONS, [nn.Linear, CONV1D, nn.Embedding]), ON_LAYERS))
 def test_options_that_lead_another_way_keep_the_contract_too(case, layer):
     method, options = OPTIONS[case]
     keeps_the_contract(method, layer, None, **options)

@@ -49,7 +49,7 @@ def test_unmerging_brings_every_bit_back_a_hundred_times(dtype, scale):
     with torch.no_grad():  # signed zeros are bits too
         next(adapted_layers(model))[1].base_layer.weight.view(-1)[:7] = -0.0
     before = {n: p.detach().clone().view(torch.uint8) for n, p in model.named_parameters()}
-    for _ in range(100 if scale == 0.02 else 3):
+    for _ in range(100 if scale == 0.02 and dtype in (torch.float32, torch.bfloat16) else 3):
         model.merge_adapter()
         model.unmerge_adapter()
     assert all(torch.equal(p.view(torch.uint8), before[n]) for n, p in model.named_parameters())

@@ -127,6 +127,8 @@ TRAINED = [
     "bert bias all",
 ]
 FIFTY_STEPS = ("gpt2 all-linear rslora patterns", "llama all-linear", "bert bias all")  # one for each architecture
+COURSES = [(case, 50 if case == FIFTY_STEPS[0] else 8) for case in TRAINED]
+COURSES += [pytest.param(case, 50, marks=pytest.mark.slow) for case in FIFTY_STEPS[1:]]
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -240,10 +242,9 @@ def train(model, case, steps):
     return losses
 
 
-@pytest.mark.parametrize("case", TRAINED)
-def test_training_steps_give_the_losses_of_peft(case, tmp_path):
+@pytest.mark.parametrize(("case", "steps"), COURSES)
+def test_training_steps_give_the_losses_of_peft(case, steps, tmp_path):
     factory, _ = CASES[case]
-    steps = 50 if case in FIFTY_STEPS else 8
     reference = theirs(case)
     save_theirs(reference, tmp_path)
     model = minipeft.load_adapter(factory(), tmp_path, is_trainable=True)

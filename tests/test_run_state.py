@@ -642,13 +642,14 @@ def test_a_position_or_configuration_that_is_not_json_is_refused(tmp_path):
         TrainingState(run.model, run.optimizer, config={"path": Path("x")})
 
 
+HARD = 'a1"\\\n\0\x7f\u00e9\u2028\U0001f600'  # what JSON writes in some other way, besides a letter and a digit
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(HARD, max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.tuples(inner, inner)
-        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-        | st.dictionaries(st.integers() | st.text(max_size=2), inner, max_size=3)
+        | st.dictionaries(st.text(HARD, max_size=3), inner, max_size=3)
+        | st.dictionaries(st.integers() | st.text(HARD, max_size=2), inner, max_size=3)
     ),
     max_leaves=8,
 )

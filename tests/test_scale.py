@@ -38,7 +38,6 @@ def calls(action):
         nonlocal count
         count += event in ("call", "c_call")
 
-    gc.collect()
     gc.disable()  # what other tests left would be finalized in between
     sys.setprofile(note)
     try:

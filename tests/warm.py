@@ -1,4 +1,4 @@
-"""Processes that start warm: forked from a server that has imported the heavy packages, and has done nothing else.
+"""Processes that start warm: forked from a server that has imported minipeft and the heavy packages, and done nothing else.
 
 A new interpreter takes six seconds to import what a training run needs. These are processes as any other, with their
 own environment, output, signals and exit code; what a launcher starts, and at least one run of each program, is cold.
@@ -16,9 +16,11 @@ import torch
 
 PACKAGES = ["torch.distributed.fsdp", "transformers.trainer_utils", "transformers.models.gpt2.modeling_gpt2", "peft"]
 PACKAGES += ["transformers.models.auto.modeling_auto", "accelerate", "datasets", "matplotlib.figure"]
-PACKAGES += ["bitsandbytes", "torchao.quantization"]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PACKAGES)  # those that are not there are left out
+PACKAGES += ["bitsandbytes", "torchao.quantization", "transformers.optimization", "minipeft.testing"]
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES += [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("minipeft/training/**/*.py")]
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(PACKAGES)  # those that are not there are left out
 
 
 class Warm:
@@ -27,7 +29,7 @@ class Warm:
     def __init__(self, directory, target, *args, **environment):
         directory.mkdir(parents=True, exist_ok=True)
         self._files = directory / "stdout", directory / "stderr"
-        self.process = _context.Process(target=_run, args=(self._files, environment, target, args))
+        self.process = context.Process(target=_run, args=(self._files, environment, target, args))
         self.process.start()
 
     @property
