@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from rotation import thinned
 from torch import nn
 
 from minipeft.testing import check_pair
@@ -108,16 +109,11 @@ def keeps_the_contract(method, layer, make, **options):
     assert set(report.passed) == {check.__name__ for check in HERE} - skipped, report
 
 
-def tried(whole, always):
-    """All pairs of a product for `parametrize`, of which those that are not among `always` are slow."""
-    return [pytest.param(*pair, marks=() if pair in always else pytest.mark.slow) for pair in itertools.product(*whole)]
-
-
 DORA_READS = ("2d, stride, no bias", "2d, circular", "2d, groups", "3d, flat kernel")  # DoRA's norms on each kind
 ALWAYS = [*itertools.product(["lora"], CONVOLUTIONS), *itertools.product(["dora"], DORA_READS)]
 
 
-@pytest.mark.parametrize(("method", "kind"), tried((["lora", "dora"], CONVOLUTIONS), ALWAYS))
+@pytest.mark.parametrize(("method", "kind"), thinned((["lora", "dora"], CONVOLUTIONS), ALWAYS))
 def test_a_convolution_keeps_the_contract_whatever_its_kernel_reads(method, kind):
     layer, options = CONVOLUTIONS[kind]
 
@@ -162,7 +158,7 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 ON_LAYERS = [*((case, nn.Linear) for case in OPTIONS), *zip(OPTIONS, itertools.cycle((CONV1D, nn.Embedding)))]
 
 
-@pytest.mark.parametrize(("case", "layer"), tried((OPTIONS, [nn.Linear, CONV1D, nn.Embedding]), ON_LAYERS))
+@pytest.mark.parametrize(("case", "layer"), thinned((OPTIONS, [nn.Linear, CONV1D, nn.Embedding]), ON_LAYERS))
 def test_options_that_lead_another_way_keep_the_contract_too(case, layer):
     method, options = OPTIONS[case]
     keeps_the_contract(method, layer, None, **options)

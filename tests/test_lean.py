@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from kept_bytes import bytes_kept
+from rotation import rotated, thinned
 from tiny_models import VOCABULARY, adapted, bert_classifier, foreign_code, gpt2, llama, t5
 from torch import nn
 from transformers import (
@@ -216,10 +217,10 @@ def a_plain_call(model, mode):
 MODES = ["evaluation", "evaluation with gradients", "training mode without gradients"]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("checkpointing", ["last", "mlp", "block"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(
+    ("mode", "checkpointing", "make", "dtype"),
+    rotated(MODES, ["last", "mlp", "block"], [gpt2, llama], [torch.float32, torch.bfloat16]),
+)
 def test_what_is_not_training_stays_bit_for_bit(make, dtype, checkpointing, mode):
     model = in_training(make()).to(dtype)
     options = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -553,9 +554,12 @@ def test_a_group_of_blocks_keeps_one_array_of_its_width(checkpointing, kept):
     assert kept_of_64_tokens(model(9)) - kept_of_64_tokens(model(4)) == (kept[0] - kept[1]) * unit
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("dtype", [torch.float32, "autocast"])
+GROUPED = [(gpt2, torch.float32, 0.2), (gpt2, "autocast", 0.0), (llama, torch.float32, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "dropout"), thinned(([gpt2, llama], [torch.float32, "autocast"], [0.0, 0.2]), GROUPED)
+)
 def test_groups_of_blocks_compute_their_inputs_again_to_the_last_bit(make, dropout, dtype):
     config = copy.deepcopy(make(use_cache=False).config)
     setattr(config, "n_layer" if make is gpt2 else "num_hidden_layers", 7)

@@ -1,11 +1,13 @@
 """Bases whose weights accelerate keeps on a CPU or a disk: the same values, gradients and files as without offloading."""
 
 import contextlib
+import itertools
 
 import accelerate
 import pytest
 import safetensors.torch
 import torch
+from rotation import thinned
 from tiny_models import disturb, foreign_code, gpt2, llama
 from torch import nn
 
@@ -81,8 +83,10 @@ def gradients(model):
     return {key: tensor.grad.clone() for key, tensor in model.adapter_state_dict().items() if tensor.grad is not None}
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("how", OFFLOAD)
+IN_TURN = [*itertools.product(OFFLOAD, ["lora"]), *zip(itertools.cycle(OFFLOAD), CONFIGS)]
+
+
+@pytest.mark.parametrize(("how", "method"), thinned((OFFLOAD, CONFIGS), IN_TURN))
 def test_an_offloaded_base_computes_trains_and_saves_the_same(how, method, tmp_path):
     torch.manual_seed(0)
     whole = get_adapter_model(gpt2(), CONFIGS[method])
