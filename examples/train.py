@@ -15,13 +15,11 @@ It leaves in --output_dir: the adapter, metrics.jsonl, training_loss_curve.png, 
 --save_every, checkpoints from which --resume goes on as if nothing had happened.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +66,7 @@ EMBEDDED_TARGETS = "c_attn,c_proj,c_fc"  # so small a model needs more than its 
 EMBEDDED_TEXT = {part: ASSETS / "corpus" / f"{part}.txt.gz" for part in ("code-train", "code-eval", "docs-eval")}
 EMBEDDED_PROMPTS = ["def read(self", "class Reader", "The file"]
 CLIP = 1.0  # norm of the gradient
-QUICK_UPDATES, QUICK_EVAL_EXAMPLES = 30, 48
+QUICK_UPDATES, QUICK_EVAL_EXAMPLES, QUICK_SAMPLE_TOKENS = 30, 48, 16
 SAMPLE_TOKENS = 64
 
 
@@ -78,7 +76,7 @@ class Flags:
 
     config: Path | None = flag(None, "YAML file of flags by name; flags given here override it", once=True)
     model_name: str | None = flag(
-        None, "Hub name or local directory (default: the embedded GPT-2 of 1 M parameters)", also="model_name_or_path"
+        None, "Hub name or folder (default: the embedded GPT-2 of 1 M parameters)", also="model_name_or_path"
     )
     attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2, ... (default: transformers' choice)")
 
@@ -89,17 +87,11 @@ class Flags:
     alpha: float | None = flag(
         None, "the update is scaled by alpha / rank (default: 16 for LoRA, else the method's own)", also="lora_alpha"
     )
-    dropout: float | None = flag(
-        None, "of the adapter's input (default: none); the base keeps its own", also="lora_dropout"
-    )
+    dropout: float | None = flag(None, "of the adapter's input (default: none)", also="lora_dropout")
     target_modules: str | None = flag(
-        None,
-        f"a,b,c or all-linear (default: minipeft's; for the embedded model {EMBEDDED_TARGETS})",
-        also="lora_target_modules",
+        None, f"a,b,c or all-linear (for the embedded model: {EMBEDDED_TARGETS})", also="lora_target_modules"
     )
-    init: str | None = flag(
-        None, "how LoRA begins: gaussian, pissa, olora, ... (default: B = 0)", also="init_lora_weights"
-    )
+    init: str | None = flag(None, "LoRA's start: gaussian, pissa, ... (default: B = 0)", also="init_lora_weights")
     use_rslora: bool = flag(False, "scale by alpha / sqrt(rank), arXiv:2312.03732")
     use_dora: bool = flag(False, "learn the size of each row of the weight too, arXiv:2402.09353")
 
@@ -109,9 +101,7 @@ class Flags:
     gradient_accumulation_steps: int = flag(1, "forward passes per update", lowest=1)
     auto_batch: bool = flag(False, "if memory runs out, halve the first and double the second", not_with=("fsdp",))
     learning_rate: float = flag(1e-3, "after the warm-up", above=0)
-    lr_scheduler_type: Literal[optimizers.SCHEDULES] = flag(
-        "linear", "after the warm-up, the name transformers has for it"
-    )
+    lr_scheduler_type: Literal[optimizers.SCHEDULES] = flag("linear", "after the warm-up, as transformers names it")
     warmup_ratio: float | None = flag(
         None, f"share of the updates (default: {optimizers.WARMUP_RATIO}; none with constant)"
     )
@@ -129,9 +119,7 @@ class Flags:
     checkpointing: Literal["none", "last", "mlp", "block", "sqrt"] | None = flag(
         None, "what to recompute; implies --lean"
     )
-    gradient_checkpointing: bool = flag(
-        False, "the name that Trainers have for --checkpointing block", not_with=("checkpointing",)
-    )
+    gradient_checkpointing: bool = flag(False, "Trainers' --checkpointing block", not_with=("checkpointing",))
     quantize: Literal["nf4", "fp4", "int8", "int8_weight_only"] | None = flag(
         None, "hold the base in 4 or 8 bits (QLoRA)", not_with=("fsdp",)
     )
@@ -145,10 +133,7 @@ class Flags:
         None, "(default: the last 5 percent of the examples)", needs=("train_file",), must_exist=True, may_change=True
     )
     dataset_name: str | None = flag(
-        None,
-        "data set of the Hub, or a folder from save_to_disk",
-        not_with=("train_file", "eval_file"),
-        may_change=True,
+        None, "of the Hub, or a folder from save_to_disk", not_with=("train_file", "eval_file"), may_change=True
     )
     dataset_config: str | None = flag(None, "of a data set that has several", needs=("dataset_name",), may_change=True)
     lines: bool = flag(False, "rows with 'text' are lines that follow each other, not documents")
@@ -162,44 +147,24 @@ class Flags:
 
     output_dir: Path | None = flag(None, "(default: output/<model>-<text>)", may_change=True)
     overwrite: bool = flag(
-        False,
-        "begin anew in a directory that holds a run",
-        not_with=("resume",),
-        once=True,
-        also="overwrite_output_dir",
+        False, "begin anew where a run is", not_with=("resume",), once=True, also="overwrite_output_dir"
     )
-    save_every: int = flag(
-        0, "updates between checkpoints (default: none)", lowest=0, may_change=True, also="save_steps"
-    )
+    save_every: int = flag(0, "updates between checkpoints (0: none)", lowest=0, may_change=True, also="save_steps")
     keep: int = flag(2, "checkpoints to keep", lowest=1, may_change=True, also="save_total_limit")
     resume: str | None = flag(
-        None,
-        "go on from the latest checkpoint, or from this one",
-        const="latest",
-        once=True,
-        also="resume_from_checkpoint",
+        None, "from the latest checkpoint, or this one", const="latest", once=True, also="resume_from_checkpoint"
     )
     eval_every: int = flag(0, "updates between evaluations (default: an epoch)", lowest=0, also="eval_steps")
     log_with: str | None = flag(None, f"one or more of {','.join(LOGGER_TYPE_TO_CLASS)}", may_change=True)
     push_to_hub: bool = flag(False, "push the adapter to the Hugging Face Hub", not_with=("fsdp",), may_change=True)
-    hub_model_id: str | None = flag(
-        None, "where to (default: the name of --output_dir)", needs=("push_to_hub",), may_change=True
-    )
+    hub_model_id: str | None = flag(None, "(default: --output_dir's name)", needs=("push_to_hub",), may_change=True)
     hub_private_repo: bool = flag(False, "if it is created", needs=("push_to_hub",), may_change=True)
-    quick: bool = flag(False, f"{QUICK_UPDATES} updates, unless --max_steps; short evaluations", may_change=True)
+    quick: bool = flag(
+        False, f"{QUICK_UPDATES} updates unless --max_steps; short evaluations, samples", may_change=True
+    )
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn minipeft's errors into one line and exit code 1. Of several processes the first one prints it."""
-    try:
-        yield
-    except minipeft.MinipeftError as error:
-        first = os.environ.get("RANK", "0") == "0"
-        raise SystemExit(f"train.py: error: {' '.join(str(error).split())}" if first else 1) from None
-
-
-@one_line_errors()
+@report.one_line_errors("train.py")
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     check_writable(args.output_dir)
@@ -221,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with the_only_run(args.output_dir, resume=bool(args.resume), overwrite=args.overwrite):
         prompts = EMBEDDED_PROMPTS if uses_embedded_text(args) else report.openings(tokenizer, texts.evaluation["eval"])
-        options = {"tokens": SAMPLE_TOKENS, "max_length": args.max_length, "seed": args.seed}
+        tokens = QUICK_SAMPLE_TOKENS if args.quick else SAMPLE_TOKENS
+        options = {"tokens": tokens, "max_length": args.max_length, "seed": args.seed}
         before = report.sample(model.to(accelerator.device), tokenizer, prompts, **options)
         run = Run(args, accelerator, model, tokenizer, texts, updates)
         run.train()
@@ -244,9 +210,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse_args(argv: list[str]) -> Flags:
     """The flags, with those filled in whose defaults depend on others."""
     args = parse_flags(Flags, argv, __doc__)
-    optimizers.check_optimizer(args.optim)
-    if args.fsdp and args.optim in optimizers.BITSANDBYTES:
-        raise minipeft.ConfigError(f"--optim {args.optim} does not go with --fsdp; take adamw_torch.")
+    optimizers.check_optimizer(args.optim, sharded=args.fsdp)
     found: dict[str, Any] = {"checkpointing": "block" if args.gradient_checkpointing else args.checkpointing}
     found["lean"] = args.lean or found["checkpointing"] is not None
     found["warmup_ratio"] = optimizers.warmup_share(args.lr_scheduler_type, args.warmup_ratio)
@@ -282,13 +246,8 @@ def shared_options(args: Flags) -> dict[str, Any]:
 def adapter_config(args: Flags, updates: int = 0) -> minipeft.AdapterConfig | None:
     if args.adapter:
         return None  # its own counts
-    return method_config(
-        args.method,
-        shared_options(args),
-        target_modules=args.target_modules,
-        options=args.method_options,
-        updates=updates or args.max_steps,
-    )
+    more = {"options": args.method_options, "updates": updates or args.max_steps}
+    return method_config(args.method, shared_options(args), target_modules=args.target_modules, **more)
 
 
 def adapted(args: Flags, model: PreTrainedModel, updates: int) -> minipeft.AdaptedModel:
@@ -309,21 +268,9 @@ def make_accelerator(args: Flags) -> Accelerator:
     trackers = args.log_with.split(",") if args.log_with else []
     accelerator = start_accelerator(args.mixed_precision, trackers, args.output_dir)
     if deepspeed.asked_for():
-        check_deepspeed(args, accelerator)
+        deepspeed.check_flags(args)
+        deepspeed.configure(accelerator, args.batch_size, CLIP)
     return accelerator
-
-
-def check_deepspeed(args: Flags, accelerator: Accelerator) -> None:
-    """Refuse the flags that do not go with DeepSpeed, and tell it what the others say."""
-    if args.save_every or args.resume:
-        raise minipeft.ConfigError(
-            "--save_every and --resume do not go with DeepSpeed, which cuts up the optimizer's state; leave them out."
-        )
-    if args.fsdp or args.auto_batch:
-        raise minipeft.ConfigError("--fsdp and --auto_batch do not go with DeepSpeed; leave them out.")
-    if args.push_to_hub:
-        raise minipeft.ConfigError("--push_to_hub does not go with DeepSpeed; push the adapter after the run.")
-    deepspeed.configure(accelerator, args.batch_size, CLIP)
 
 
 def load(args: Flags) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -433,8 +380,7 @@ class Run:
                 bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['learning_rate']:.1e}")
                 bar.update()
                 if hidden and main and (last or step % max(1, self.updates // 20) == 0):
-                    print("update {}/{}: loss={loss:.3f} lr={learning_rate:.1e} {tokens_per_second:.0f} tokens/s, "
-                          "{peak_memory_mib:.0f} MiB".format(step, self.updates, **row), flush=True)  # fmt: skip
+                    print(f"update {step}/{self.updates}: {report.update_line(row)}", flush=True)
                 if last or step % self.eval_every == 0:
                     self.evaluate(step)
                 stopped = interrupt.came(self.accelerator.device)
@@ -449,7 +395,7 @@ class Run:
         started = time.perf_counter()
         self.model.train()
         rate = self.scheduler.get_last_lr()[0]
-        loss = finite(self.updater(update))
+        loss = report.finite(self.updater(update))
         if not self.optimizer.step_was_skipped:  # as a gradient scaler does after an overflow
             self.scheduler.step()
         speed = update.tokens / (time.perf_counter() - started)
@@ -459,14 +405,13 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         losses = {
-            name: finite(evaluate(self.accelerator, self.model, text, self.updater.micro_batch))
+            name: report.finite(evaluate(self.accelerator, self.model, text, self.updater.micro_batch))
             for name, text in self.texts.evaluation.items()
         }
         row = {"eval_loss": losses["eval"]} | {f"{name}_perplexity": math.exp(loss) for name, loss in losses.items()}
         row = self.write(step, row)
         if self.accelerator.is_main_process:
-            line = "epoch {epoch:.2f}, update {step}: eval loss {eval_loss:.4f}, perplexity {eval_perplexity:.2f}"
-            tqdm.write(line.format(**row))
+            tqdm.write(report.evaluation_line(row))
 
     def write(self, step: int, row: dict[str, float]) -> dict[str, float]:
         row = {"step": step, "epoch": round(step / self.epoch_updates, 4) if self.epoch_updates else 0, **row}
@@ -521,18 +466,10 @@ class Run:
         self.accelerator.wait_for_everyone()
 
 
-def finite(loss: float) -> float:
-    """A loss that JSON and exp() can take; beyond 100 nats per token there is nothing left to train."""
-    if not loss < 100:
-        raise minipeft.StateError(f"the loss is {loss}: training diverged; lower --learning_rate or --alpha.")
-    return loss
-
-
 def show_results(args: Flags, run: Run, samples: str) -> None:
     """Print and write what the run leaves next to the adapter."""
     (args.output_dir / "samples.txt").write_text(samples, "utf-8")
-    print(samples)
-    print(report.perplexity_report(run.metrics.rows))
+    print(samples, report.perplexity_report(run.metrics.rows), sep="\n")
     (config,) = run.model.adapter_configs.values()
     method = f"LoRA of rank {config.r}" if config.method == "lora" else config.method
     title = f"{Path(args.model_name).name} on {text_name(args)}, {method}"

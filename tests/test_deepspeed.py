@@ -238,19 +238,23 @@ def fake(mixed_precision="no", **config):
         ([], fake(train_batch_size=8), "train_batch_size is 8, and must be 16 here"),
     ],
 )
-def test_what_deepspeed_would_do_otherwise_is_refused_in_one_line(train, tmp_path, words, accelerator, message):
-    args = train.parse_args([*words, "--output_dir", str(tmp_path / "run")])
+def test_what_deepspeed_would_do_otherwise_is_refused_in_one_line(
+    train, tmp_path, monkeypatch, words, accelerator, message
+):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(train, "start_accelerator", lambda *_: accelerator)
     with pytest.raises(SystemExit, match=message) as stopped:
-        train.one_line_errors()(train.check_deepspeed)(args, accelerator)
+        train.main([*words, "--output_dir", str(tmp_path / "run")])
     assert str(stopped.value).startswith("train.py: error: ")
     assert "\n" not in str(stopped.value)
 
 
-def test_deepspeed_is_told_what_the_flags_say(train, tmp_path):
+def test_deepspeed_is_told_what_the_flags_say(train, tmp_path, monkeypatch):
     args = train.parse_args(["--batch_size", "5", "--gradient_accumulation_steps", "3", "--output_dir", str(tmp_path)])
     accelerator = fake(train_micro_batch_size_per_gpu="auto")
-    train.check_deepspeed(args, accelerator)
-    config = accelerator.deepspeed_plugin.deepspeed_config
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(train, "start_accelerator", lambda *_: accelerator)
+    config = train.make_accelerator(args).deepspeed_plugin.deepspeed_config
     assert config["train_micro_batch_size_per_gpu"] == 5
     assert config["gradient_clipping"] == train.CLIP
     assert config["gradient_accumulation_steps"] == 1

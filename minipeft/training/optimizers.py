@@ -28,16 +28,18 @@ SCHEDULES = (
 WARMUP_RATIO = 0.1
 
 
-def check_optimizer(name: str) -> None:
-    """Check that an optimizer can be made here.
+def check_optimizer(name: str, sharded: bool = False) -> None:
+    """Check that an optimizer can be made here, for parameters that are `sharded` over processes or not.
 
     Raises:
-        ConfigError: the name is unknown, or its package is not installed.
+        ConfigError: the name is unknown, its package is not installed, or it does not take sharded parameters.
     """
     if name not in NAMES:
         raise ConfigError(f"--optim {name}: choose one of {', '.join(NAMES)}.")
     if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"--optim {name} needs bitsandbytes: pip install bitsandbytes, or take adamw_torch.")
+    if name in BITSANDBYTES and sharded:
+        raise ConfigError(f"--optim {name} does not go with --fsdp; take adamw_torch.")
 
 
 def make_optimizer(model: nn.Module, name: str, rate: float, weight_decay: float, lora_plus_ratio: float) -> Optimizer:

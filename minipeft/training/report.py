@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from minipeft.errors import StateError
+from minipeft.errors import MinipeftError, StateError
 from minipeft.model import AdaptedModel, load_adapter
 from minipeft.quantization.dequantize import float_dtype
 from minipeft.training.data.collate import Store
@@ -75,6 +77,39 @@ def sample_report(prompts: Sequence[str], before: Sequence[str], after: Sequence
     """Samples of the base and of the adapted model, prompt by prompt."""
     pairs = zip(prompts, before, after, strict=True)
     return "\n".join(f"=== {prompt!r}, before:\n{old}\n--- {prompt!r}, after:\n{new}\n" for prompt, old, new in pairs)
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turn minipeft's errors into one line and exit code 1. Of several processes the first one prints it."""
+    try:
+        yield
+    except MinipeftError as error:
+        first = os.environ.get("RANK", "0") == "0"
+        raise SystemExit(f"{program}: error: {' '.join(str(error).split())}" if first else 1) from None
+
+
+def finite(loss: float) -> float:
+    """A loss that JSON and exp() can take; beyond 100 nats per token there is nothing left to train.
+
+    Raises:
+        StateError: it is larger, or not a number.
+    """
+    if not loss < 100:
+        raise StateError(f"the loss is {loss}: training diverged; lower --learning_rate or --alpha.")
+    return loss
+
+
+def update_line(row: Mapping[str, float]) -> str:
+    """What a run's metrics say of one update."""
+    line = "loss={loss:.3f} lr={learning_rate:.1e} {tokens_per_second:.0f} tokens/s, {peak_memory_mib:.0f} MiB"
+    return line.format(**row)
+
+
+def evaluation_line(row: Mapping[str, float]) -> str:
+    """What a run's metrics say of one evaluation."""
+    line = "epoch {epoch:.2f}, update {step}: eval loss {eval_loss:.4f}, perplexity {eval_perplexity:.2f}"
+    return line.format(**row)
 
 
 def perplexity_report(rows: Sequence[dict[str, Any]]) -> str:

@@ -88,11 +88,6 @@ def read_texts(
         source = open_source(data, dataset_config, split, lines=lines, streaming=streaming)
         return source, _allowed(encoding, Encoder(tokenizer, source.kind, encoding), type(model).__name__, why_not)
 
-    def encoded(source: Source, encoding: Encoding) -> Examples:
-        examples = encode(source, tokenizer, encoding)
-        check_fit(encoding.max_length, examples.largest_id, model.config)
-        return examples
-
     def packed(examples: Examples, source: Source, encoding: Encoding) -> Examples | Packed:
         in_rows = Encoder(tokenizer, source.kind, encoding).in_rows
         return pack(examples) if in_rows else examples
@@ -105,14 +100,20 @@ def read_texts(
         raise DataError("--streaming: a stream has no end to hold out for the evaluation; give an --eval_file.")
     source, own = opened(data, streaming=streaming)
     others = {"eval": opened(data, split)} if split else {name: opened(text) for name, text in evaluation.items()}
-    texts = {name: evaluated(encoded(*other), *other) for name, other in others.items()}
+    texts = {name: evaluated(_encoded(*other, tokenizer, model), *other) for name, other in others.items()}
     if streaming:
         return Texts(source, texts, own)
-    examples = encoded(source, own)
+    examples = _encoded(source, own, tokenizer, model)
     if not others:
         examples, end = examples.hold_out()
         texts = {"eval": evaluated(end, source, own)}
     return Texts(packed(examples, source, own), texts, own, held_out=not others)
+
+
+def _encoded(source: Source, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, model: Any) -> Examples:
+    examples = encode(source, tokenizer, encoding)
+    check_fit(encoding.max_length, examples.largest_id, model.config)
+    return examples
 
 
 def _allowed(encoding: Encoding, encoder: Encoder, model: str, why_not: Callable[[], str | None]) -> Encoding:

@@ -34,6 +34,22 @@ def process_group_options() -> list[Any]:
     return [] if torch.accelerator.is_available() else [InitProcessGroupKwargs(backend="gloo")]
 
 
+def check_flags(flags: Any) -> None:
+    """Refuse the flags of `examples/train.py` that do not go with DeepSpeed.
+
+    Raises:
+        ConfigError: one of them was given.
+    """
+    if flags.save_every or flags.resume:
+        raise ConfigError(
+            "--save_every and --resume do not go with DeepSpeed, which cuts up the optimizer's state; leave them out."
+        )
+    if flags.fsdp or flags.auto_batch:
+        raise ConfigError("--fsdp and --auto_batch do not go with DeepSpeed; leave them out.")
+    if flags.push_to_hub:
+        raise ConfigError("--push_to_hub does not go with DeepSpeed; push the adapter after the run.")
+
+
 def configure(accelerator: Accelerator, micro_batch: int, clip: float) -> None:
     """Write the run's settings into DeepSpeed's configuration. Call it before a model is loaded.
 
