@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import gzip
 import importlib.util
 import os
 import re
@@ -24,6 +25,7 @@ if not torch.accelerator.is_available():
         devices.manual_seed_all = lambda seed: None
 _connect = socket.socket.connect
 TESTS = Path(__file__).resolve().parent
+EXAMPLES = TESTS.parent / "examples"
 # The files that take longest go first, so that both processes are done at the same time.
 LONGEST = ("architecture", "contract", "peft_interop", "hf_trainer", "file_names", "checkpoint", "scale")
 LONGEST += (
@@ -95,12 +97,22 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def train():
-    """examples/train.py as a module, whose `main` takes its words."""
-    path = Path(__file__).resolve().parents[1] / "examples" / "train.py"
-    spec = importlib.util.spec_from_file_location("train_example", path)
+    """examples/train.py as a module, whose `main` takes its words; without what is slow: long samples and the curve."""
+    spec = importlib.util.spec_from_file_location("train_example", EXAMPLES / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.SAMPLE_TOKENS, module.plot_losses = 2, lambda *_: None
     return module
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file with so much of the embedded text that it makes five batches of five examples of 24 tokens."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        gzip.decompress((EXAMPLES / "assets/corpus/code-train.txt.gz").read_bytes()).decode()[:1900], "utf-8"
+    )
+    return path
 
 
 @pytest.fixture

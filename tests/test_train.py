@@ -42,13 +42,6 @@ RESULTS |= {
 }
 
 
-@pytest.fixture(scope="module")
-def train(train):
-    """Without what is slow and what the quick run shows: long samples and the curve."""
-    train.SAMPLE_TOKENS, train.plot_losses = 2, lambda *_: None
-    return train
-
-
 def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **more}
     return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=200)

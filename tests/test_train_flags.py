@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
@@ -22,20 +21,6 @@ import minipeft  # noqa: E402
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ASSETS = Path(__file__).resolve().parents[1] / "examples" / "assets"
 TINY = ASSETS / "tiny"
-
-
-@pytest.fixture(scope="module")
-def train(train):
-    """Without what is slow: long samples and the curve."""
-    train.SAMPLE_TOKENS, train.plot_losses = 2, lambda *_: None
-    return train
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(gzip.decompress((ASSETS / "corpus" / "code-train.txt.gz").read_bytes()).decode()[:1900], "utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

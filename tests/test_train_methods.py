@@ -25,13 +25,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture(scope="module")
-def train(train):
-    """Without what is slow and has a test elsewhere: long samples and the curve."""
-    train.SAMPLE_TOKENS, train.plot_losses = 2, lambda *_: None
-    return train
-
-
-@pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """Flags for five updates per epoch."""
     path = tmp_path_factory.mktemp("text") / "text.txt"

@@ -89,20 +89,6 @@ def as_interrupted(run_directory, copy, step):
 
 
 @pytest.fixture(scope="module")
-def train(train):
-    """Without what is slow and has a test elsewhere: long samples and the curve."""
-    train.SAMPLE_TOKENS, train.plot_losses = 2, lambda *_: None
-    return train
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(CODE[:1900], "utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def flags(text):
     """Flags for five updates per epoch, the last a short one, with dropout in the base and in the adapter."""
     return ["--train_file", str(text), "--max_length", "24", "--batch_size", "5", "--dropout", "0.1",
