@@ -58,7 +58,6 @@ class Lora(Adapter):
         self.is_embedding, self.num_experts = ops.is_embedding, shape_A[0] // config.r
         self.scaling, self.rank, self.dropout = config.scaling, config.r, config.lora_dropout
         init = chosen_init(config.init_lora_weights).init
-        self.starts_from_weight = init.of_weight
         if ops.is_embedding and config.freeze_lora_A:
             raise ConfigError(
                 f"freeze_lora_A on {type(base).__name__}: its lora_A starts at zero, so nothing would ever be learned."
