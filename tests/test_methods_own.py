@@ -276,7 +276,7 @@ def test_training_under_the_constraint_moves_the_parameter_into_the_ball():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: LoHaConfig(use_effective_conv2d=True), "use_effective_conv2d must be one of False"),
+        (lambda: LoHaConfig(use_effective_conv2d=1), "use_effective_conv2d must be True or False"),
         (lambda: LoKrConfig(init_weights="pissa"), "init_weights must be one of True, False, 'lycoris'"),
         (lambda: LoKrConfig(decompose_factor=0), "decompose_factor must be an integer from 1"),
         (lambda: LoHaConfig(rank_dropout=1.0), "rank_dropout must be a finite number >= 0 and < 1"),

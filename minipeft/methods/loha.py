@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.layers.base import LayerOps
 from minipeft.methods.low_rank import low_rank_forward
-from minipeft.methods.lycoris import Lycoris, LycorisConfig
+from minipeft.methods.lycoris import Lycoris, LycorisConfig, core_shape, features_and_kernel, through_core
 from minipeft.options import flag
 from minipeft.registry import register_method
 
@@ -40,31 +40,40 @@ class LoHa(Lycoris):
 
     A1 is `hada_w1_a` (out, r), B1 `hada_w1_b` (r, in), likewise for 2. The product is never formed: it is the product
     of the row-wise Kronecker products of the A, (out, r^2), and the column-wise ones of the B, (r^2, in).
+
+    With a core `hada_t1` (r, r, *kernel), `hada_w1_a` is (r, out) and `hada_w1_b` (r, channels), and B1 is `through_core`.
     """
 
     config_class = LoHaConfig
     runs_base = True
-    hada_w1_a: nn.Parameter
-    hada_w1_b: nn.Parameter
-    hada_w2_a: nn.Parameter
     hada_w2_b: nn.Parameter
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoHaConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared, rescales=True)
-        weight = ops.read_weight(base)
+        weight, (features, kernel) = ops.read_weight(base), features_and_kernel(base, ops)
+        core = core_shape(config, kernel)
         for which in ("1", "2"):
-            self.register_parameter(f"hada_w{which}_a", nn.Parameter(weight.new_empty(self.out_features, config.r)))
-            self.register_parameter(f"hada_w{which}_b", nn.Parameter(weight.new_empty(config.r, self.in_features)))
+            shapes = {f"hada_w{which}_a": (self.out_features, config.r), f"hada_w{which}_b": (config.r, self.in_features)}
+            if core is not None:
+                shapes = {f"hada_w{which}_a": (config.r, self.out_features), f"hada_w{which}_b": (config.r, features)}
+                shapes[f"hada_t{which}"] = core
+            for name, shape in shapes.items():
+                self.register_parameter(name, nn.Parameter(weight.new_empty(shape)))
         for factor in self.parameters():
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         if config.init_weights:
             nn.init.zeros_(self.hada_w2_b)
 
+    def _factors(self, which: str) -> tuple[Tensor, Tensor]:
+        """(A, B) of one of the two matrices, shapes (out, r) and (r, in)."""
+        up, down = getattr(self, f"hada_w{which}_a"), getattr(self, f"hada_w{which}_b")
+        core = self._parameters.get(f"hada_t{which}")
+        return (up, down) if core is None else (up.t(), through_core(core, down))
+
     def _pair(self) -> tuple[Tensor, Tensor]:
         """(up, down), shapes (out, r^2) and (r^2, in)."""
-        up = self.hada_w1_a.unsqueeze(2) * self.hada_w2_a.unsqueeze(1)
-        down = self.hada_w1_b.unsqueeze(1) * self.hada_w2_b.unsqueeze(0)
-        return up.flatten(1), down.flatten(0, 1)
+        (A1, B1), (A2, B2) = self._factors("1"), self._factors("2")
+        return (A1.unsqueeze(2) * A2.unsqueeze(1)).flatten(1), (B1.unsqueeze(1) * B2.unsqueeze(0)).flatten(0, 1)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         up, down = self._pair()

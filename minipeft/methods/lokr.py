@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps, takes_vectors
-from minipeft.methods.lycoris import Lycoris, LycorisConfig
+from minipeft.methods.lycoris import Lycoris, LycorisConfig, core_shape, features_and_kernel, through_core
 from minipeft.options import flag, integer, one_of
 from minipeft.registry import register_method
 
@@ -60,22 +60,21 @@ class LoKr(Lycoris):
     C is `lokr_w1` (l, m), or `lokr_w1_a` (l, r) times `lokr_w1_b` (r, m); D is `lokr_w2` (k, n), or `lokr_w2_a` (k, r)
     times `lokr_w2_b` (r, n), if the rank is less than half the size. l k is out_features, m n is in_features. The product
     is formed only for a merge, and for layers whose input is not a plain vector.
+
+    In a convolution m n is the number of channels, and each of D's columns is a whole kernel. With a core `lokr_t2`
+    (r, r, *kernel), `lokr_w2_a` is (r, k) and `lokr_w2_b` (r, n), and the down projection is `through_core`.
     """
 
     config_class = LoKrConfig
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoKrConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared, rescales=config.rank_dropout_scale)
-        (l, k), (m, n) = (factorise(s, config.decompose_factor) for s in (self.out_features, self.in_features))  # noqa: E741
-        weight = ops.read_weight(base)
-        for which, rows, columns, may in (("1", l, m, config.decompose_both), ("2", k, n, True)):
-            if may and config.r < max(rows, columns) / 2:
-                shapes = {f"lokr_w{which}_a": (rows, config.r), f"lokr_w{which}_b": (config.r, columns)}
-            else:
-                shapes = {f"lokr_w{which}": (rows, columns)}
-            for name, shape in shapes.items():
-                self.register_parameter(name, nn.Parameter(weight.new_empty(shape)))
-                nn.init.kaiming_uniform_(getattr(self, name), a=math.sqrt(5))
+        features, kernel = features_and_kernel(base, ops)
+        (l, k), (m, n) = (factorise(s, config.decompose_factor) for s in (self.out_features, features))  # noqa: E741
+        shapes = _shapes("1", config, l, m) if config.decompose_both else {"lokr_w1": (l, m)}
+        for name, shape in {**shapes, **_shapes("2", config, k, n, kernel)}.items():
+            self.register_parameter(name, nn.Parameter(ops.read_weight(base).new_empty(shape)))
+            nn.init.kaiming_uniform_(getattr(self, name), a=math.sqrt(5))
         starts_at_zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
         for name, parameter in self.named_parameters():
             if name in starts_at_zero[config.init_weights]:
@@ -83,8 +82,11 @@ class LoKr(Lycoris):
 
     def _factor(self, name: str) -> Tensor:
         if name in self._parameters:
-            return getattr(self, name)
-        return getattr(self, f"{name}_a") @ getattr(self, f"{name}_b")
+            whole: Tensor = getattr(self, name)
+            return whole.flatten(1)
+        up, down = getattr(self, f"{name}_a"), getattr(self, f"{name}_b")
+        core = self._parameters.get("lokr_t2") if name == "lokr_w2" else None
+        return up @ down if core is None else up.t() @ through_core(core, down)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         C, D = self._factor("lokr_w1"), self._factor("lokr_w2") * self.scaling
@@ -107,6 +109,19 @@ class LoKr(Lycoris):
         C, D = (self._factor(name) for name in ("lokr_w1", "lokr_w2"))
         dtype = torch.promote_types(C.dtype, torch.float32)
         return torch.kron(C.to(dtype), D.to(dtype) * self.scaling)
+
+
+def _shapes(
+    which: str, config: LoKrConfig, rows: int, columns: int, kernel: tuple[int, ...] = ()
+) -> dict[str, tuple[int, ...]]:
+    """The parameters of one of the two matrices, with their shapes; `columns` are kernels in a convolution."""
+    name, r = f"lokr_w{which}", config.r
+    if r >= max(rows, columns) / 2:
+        return {name: (rows, columns, *kernel)}
+    core = core_shape(config, kernel)
+    if core is None:
+        return {f"{name}_a": (rows, r), f"{name}_b": (r, columns * math.prod(kernel))}
+    return {f"{name}_a": (r, rows), f"{name}_b": (r, columns), f"lokr_t{which}": core}
 
 
 def _kronecker_linear(x: Tensor, C: Tensor, D: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share (LyCORIS; Yeh et al., 2023, arXiv:2309.14859): options, and dropout of output rows."""
+"""What LoHa and LoKr share (LyCORIS; Yeh et al., 2023, arXiv:2309.14859): options, Tucker cores, dropout of output rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minipeft.config import AdapterConfig
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
-from minipeft.options import alpha, number, one_of, pattern_table, rank
+from minipeft.options import alpha, flag, number, pattern_table, rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class LycorisConfig(AdapterConfig):
         rank_dropout: probability of dropping an output feature of the update, for the whole batch, in training.
         module_dropout: probability of dropping a layer's whole update, for the whole batch, in training.
         rank_pattern, alpha_pattern: regular expression -> value, for the whole module name or a dotted suffix of it.
-        use_effective_conv2d: False only.
+        use_effective_conv2d: whether the kernel of a convolution larger than 1 gets a core of its own (Tucker), see
+            `through_core`.
     """
 
     null_in_files = frozenset({"rank_dropout", "module_dropout"})
@@ -47,7 +48,25 @@ class LycorisConfig(AdapterConfig):
         number("module_dropout", self.module_dropout, at_least=0, below=1)
         self._set("rank_pattern", pattern_table("rank_pattern", self.rank_pattern or {}, rank))
         self._set("alpha_pattern", pattern_table("alpha_pattern", self.alpha_pattern or {}, alpha))
-        one_of("use_effective_conv2d", self.use_effective_conv2d, (False,))
+        flag("use_effective_conv2d", self.use_effective_conv2d)
+
+
+def features_and_kernel(base: nn.Module, ops: LayerOps) -> tuple[int, tuple[int, ...]]:
+    """How many input features a layer has, and the size of its kernel; () if it is no convolution."""
+    _, features, *kernel = ops.factor_shapes(base, 1)[0]
+    return features, tuple(kernel)
+
+
+def core_shape(config: LycorisConfig, kernel: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of the core for such a kernel, as PEFT stores it; None: there is none."""
+    if not config.use_effective_conv2d or all(size == 1 for size in kernel):
+        return None
+    return (config.r, config.r, *kernel, *(1,) * (len(kernel) == 1))
+
+
+def through_core(core: Tensor, down: Tensor) -> Tensor:
+    """The down projection (r, in * kernel) in Tucker's form: the core (r, r, *kernel) times `down` (r, in), per position."""
+    return torch.einsum("ij...,jn->in...", core, down).flatten(1)
 
 
 class Lycoris(Adapter):
