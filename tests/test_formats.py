@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from foreign_files import MAKERS, Parts, kohya, litgpt, llm, mlx, torchtune, write_json
+from foreign_files import MAKERS, Parts, draw, kohya, litgpt, llm, mlx, torchtune, write_json
 from safetensors.torch import load_file, save_file
 from tiny_models import state_digest
 
@@ -110,10 +110,41 @@ def test_mlx_of_another_rank_than_its_configuration_is_refused(tmp_path):
     refused(tmp_path, llm(), "rank 4", "8")
 
 
-def test_mlx_with_experts_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("around", ["mlp.switch_mlp", "block_sparse_moe.switch_mlp", "mlp.experts", "mlp.experts.switch_mlp"])
+def test_the_experts_of_mlx_become_those_of_one_parameter(around, tmp_path):
+    """mlx_lm/tuner/lora.py, LoRASwitchLinear.fuse(): (scale * lora_b) @ lora_a for each expert, b (out, r), a (r, in)."""
+    model = mixture().double()
+    experts = model.model.layers[1].mlp.experts
+    count, inner, width = experts.down_proj.shape[0], experts.down_proj.shape[2], experts.down_proj.shape[1]
+    tensors, products = {}, {}
+    for seed, (name, rows, columns) in enumerate(
+        [("gate_proj", inner, width), ("up_proj", inner, width), ("down_proj", width, inner)]
+    ):
+        a, b = draw(seed, count, 2, columns), draw(seed + 9, count, rows, 2)
+        tensors |= {f"model.layers.1.{around}.{name}.lora_a": a, f"model.layers.1.{around}.{name}.lora_b": b}
+        products[name] = 20 * b.double() @ a.double()
+    q = draw(20, width, 2), draw(21, 2, model.model.layers[1].self_attn.q_proj.out_features)
+    tensors |= {f"model.layers.1.self_attn.q_proj.lora_{end}": t for end, t in zip("ab", q, strict=True)}
+    save_file(tensors, tmp_path / "adapters.safetensors", {"format": "mlx"})
+    write_json(tmp_path, lora_parameters={"rank": 2, "scale": 20.0, "dropout": 0.0})
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    merged = minipeft.load_adapter(model, tmp_path).merge_and_unload()
+    expected = {
+        "mlp.experts.gate_up_proj": torch.cat([products["gate_proj"], products["up_proj"]], 1),
+        "mlp.experts.down_proj": products["down_proj"],
+        "self_attn.q_proj.weight": 20 * (q[0].double() @ q[1].double()).T,
+    }
+    for name, p in merged.named_parameters():
+        update = expected.get(name.removeprefix("model.layers.1."), torch.zeros(()))
+        torch.testing.assert_close((p - before[name]).detach(), update.expand_as(p).to(p.dtype), rtol=1e-6, atol=1e-9)
+
+
+def test_mlx_with_experts_of_two_counts_is_refused_by_name(tmp_path):
     mlx(tmp_path)
-    changed(tmp_path, lambda tensors: tensors.update({"a.switch_mlp.up_proj.lora_a": torch.zeros(2, 4, 8)}))
-    refused(tmp_path, llm(), "switch_mlp", "experts")
+    name = "model.layers.0.mlp.switch_mlp.up_proj"
+    pair = {f"{name}.lora_a": torch.zeros(2, 4, 32), f"{name}.lora_b": torch.zeros(3, 48, 4)}
+    changed(tmp_path, lambda tensors: tensors.update(pair))
+    refused(tmp_path, llm(), name, "not those of experts")
 
 
 def test_dora_of_mlx_is_read(tmp_path):
@@ -147,11 +178,11 @@ def test_torchtune_of_an_unknown_model_is_refused(tmp_path):
     refused(tmp_path, llm(), "phi3", "llama")
 
 
-def test_litgpt_of_a_model_with_joined_layers_is_refused(tmp_path):
+def test_litgpt_of_a_model_that_is_not_known_is_refused(tmp_path):
     litgpt(tmp_path)
-    text = (tmp_path / "model_config.yaml").read_text().replace("Tiny", "Phi-3-mini")
+    text = (tmp_path / "model_config.yaml").read_text().replace("LLaMAMLP", "NewMLP")
     (tmp_path / "model_config.yaml").write_text(text)
-    refused(tmp_path, llm(), "Phi-3-mini", "merge_lora")
+    refused(tmp_path, llm(), "NewMLP", "merge_lora")
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,23 @@ def test_what_a_server_leaves_out_without_a_word(tmp_path):
         assert rule in rules_that_apply(reader, place)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "rules"),
+    [
+        ("model.layers", "_orig_mod.model.layers", set()),  # only the layer's number and its last name are looked at
+        ("model.layers", "model.vision_tower.encoder.layers", {"vision"}),
+        ("model.layers", "model.visual.blocks", {"outside"}),
+        ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa", {"stacked", "mla"}),
+    ],
+)
+def test_what_sglang_makes_of_a_name(old, new, rules, tmp_path):
+    """Read in lora.py and mem_pool.py of the wheel of SGLang 0.5.23."""
+    adapted(llama(), **QV).save_pretrained(tmp_path)
+    edited(tmp_path, lambda key: key.replace(old, new))
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 32000}')
+    assert rules_that_apply(Reader.SGLANG, tmp_path) == rules | {"added_tokens"}
+
+
 def test_fused_experts_are_told_apart_from_a_router(tmp_path):
     for target, applies in (("mlp.gate.weight", False), ("experts.down_proj", True)):
         model = adapted(mixture(), **QV, target_parameters=[target])

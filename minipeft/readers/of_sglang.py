@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from minipeft.readers import facts
@@ -31,6 +32,17 @@ def outside_layers(contents: Contents) -> str | None:
     """Adapted modules that are neither in a numbered layer nor one of the two tables."""
     names = [m for m in contents.layers if not _LAYER.search(f"{m}.") and m.rpartition(".")[2] not in TABLES]
     return f"{facts.one_of(names)}, which is in no layers.N," if names else None
+
+
+def vision_layers(contents: Contents) -> str | None:
+    """A numbered layer of another part than the language model is adapted."""
+    names = [m for m in contents.layers if _LAYER.search(f"{m}.") and not set(facts.VISION).isdisjoint(m.split("."))]
+    return names[0] if names else None
+
+
+def added_tokens(contents: Contents) -> str | None:
+    """A tokenizer that was saved along has tokens of its own."""
+    return "added_tokens.json" if os.path.isfile(contents.directory / "added_tokens.json") else None
 
 
 RULES = (
@@ -69,7 +81,7 @@ RULES = (
     Rule("outside", outside_layers, Takes.PARTLY, "is left out without a word", ADAPTER, "minipeft merge"),
     Rule(
         "vision",
-        facts.modules_like(*facts.VISION),
+        vision_layers,
         Takes.NO,
         "would be taken for a layer of the language model, as only its number is read",
         ADAPTER,
@@ -94,11 +106,19 @@ RULES = (
     Rule("experts", facts.experts, Takes.NO, "has another layout there: one update an expert", POOL, CONVERT),
     Rule("matrices", facts.more_than_matrices, Takes.NO, "has no LoRA layer there", POOL, "minipeft merge"),
     Rule(
-        "wrappers",
-        facts.with_wrappers,
+        "mla",
+        facts.without_siblings(("kv_a_proj_with_mqa",), ("q_a_proj",)),
         Takes.NO,
-        "is not a name there",
-        ADAPTER,
-        "load it with minipeft and save it again",
+        "has no buffer",
+        f"{ADAPTER}.normalize_fused_qkv_a_proj",
+        "minipeft merge",
+    ),
+    Rule(
+        "added_tokens",
+        added_tokens,
+        Takes.NOTE,
+        "makes it refuse the adapter if it names a token beyond the base's vocabulary",
+        MANAGER,
+        "take the file out if the base has these tokens, else minipeft merge",
     ),
 )
