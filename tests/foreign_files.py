@@ -151,6 +151,54 @@ def lokr(folder):
     }
 
 
+def _along(core, up, down):
+    """lycoris/functional/general.py, rebuild_tucker(): up (r, out) and down (r, in) around a core (r, r, *kernel)."""
+    return torch.einsum("ij...,ip,jq->pq...", core.double(), up.double(), down.double())
+
+
+def loha_with_cores(folder):
+    """lycoris/functional/loha.py: each half is rebuilt around its core; a kernel of size 1 has none."""
+    shapes = {"hada_t1": (2, 2, 3, 3), "hada_w1_a": (2, 8), "hada_w1_b": (2, 3)}
+    shapes |= {"hada_t2": (2, 2, 3, 3), "hada_w2_a": (2, 8), "hada_w2_b": (2, 3)}
+    conv = {end: draw(seed, *shape) for seed, (end, shape) in enumerate(shapes.items())}
+    shapes = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 2), "hada_w2_a": (4, 2), "hada_w2_b": (2, 2)}
+    point = {end: draw(seed + 9, *shape) for seed, (end, shape) in enumerate(shapes.items())}
+    stored = {f"lora_unet_down_blocks_0_conv_in.{end}": t for end, t in conv.items()}
+    stored |= {f"lora_unet_conv_in.{end}": t for end, t in point.items()}
+    save_file({**stored, "lora_unet_conv_in.alpha": torch.tensor(1.0)}, folder / "loha.safetensors")
+    one, two = (_along(conv[f"hada_t{i}"], conv[f"hada_w{i}_a"], conv[f"hada_w{i}_b"]) for i in "12")
+    a, b, c, d = (t.double() for t in point.values())
+    return {"down_blocks.0.conv_in": one * two, "conv_in": (0.5 * (a @ b) * (c @ d))[..., None, None]}
+
+
+def lokr_of_kernels(folder):
+    """lycoris/functional/lokr.py: kron of w1 and a kernel, which is w2 as it is, or rebuilt around a core."""
+    w1, core, a, b = draw(0, 2, 1), draw(1, 1, 1, 3, 3), draw(2, 1, 4), draw(3, 1, 3)
+    tensors = {"lokr_w1": w1, "lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(3.0)}
+    whole = {"lokr_w1": draw(4, 2, 1), "lokr_w2": draw(5, 2, 2, 1, 1)}
+    stored = {f"lora_unet_down_blocks_0_conv_in.{end}": t for end, t in tensors.items()}
+    save_file({**stored, **{f"lora_unet_conv_in.{end}": t for end, t in whole.items()}}, folder / "lokr.safetensors")
+    left = w1.double()[..., None, None]
+    return {
+        "down_blocks.0.conv_in": 3 * torch.kron(left, _along(core, a, b)),
+        "conv_in": torch.kron(whole["lokr_w1"].double()[..., None, None], whole["lokr_w2"].double()),
+    }
+
+
+def lokr_without_cores(folder):
+    """lycoris/functional/lokr.py: without a core w2_b has the columns of all positions of the kernel."""
+    w1, a, b = draw(0, 2, 1), draw(1, 4, 1), draw(2, 1, 27)
+    q1, q = draw(3, 2, 2), (draw(4, 6, 1), draw(5, 1, 4))
+    stored = {"down_blocks_0_conv_in.lokr_w1": w1, "down_blocks_0_conv_in.lokr_w2_a": a}
+    stored |= {"down_blocks_0_conv_in.lokr_w2_b": b, "down_blocks_0_to_q.lokr_w1": q1}
+    stored |= {"down_blocks_0_to_q.lokr_w2_a": q[0], "down_blocks_0_to_q.lokr_w2_b": q[1]}
+    save_file({f"lora_unet_{key}": t for key, t in stored.items()}, folder / "lokr.safetensors")
+    return {
+        "down_blocks.0.conv_in": torch.kron(w1.double(), a.double() @ b.double()).view(8, 3, 3, 3),
+        "down_blocks.0.to_q": torch.kron(q1.double(), q[0].double() @ q[1].double()),
+    }
+
+
 def diffusers(folder):
     """diffusers/loaders/lora_base.py, _pack_dict_with_prefix(): PEFT's keys and configuration behind ``unet.``"""
     q, conv = (draw(0, 4, 8), draw(1, 12, 4)), (draw(2, 4, 2, 1, 1), draw(3, 4, 4, 1, 1))
@@ -179,4 +227,5 @@ def diffusers_before_peft(folder):
 MAKERS = {
     **{maker.__name__: (maker, llm) for maker in (mlx, torchtune, litgpt)},
     **{maker.__name__: (maker, Parts) for maker in (kohya, loha, lokr, diffusers, diffusers_before_peft)},
+    **{maker.__name__: (maker, Parts) for maker in (loha_with_cores, lokr_of_kernels, lokr_without_cores)},
 }

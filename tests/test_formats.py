@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from foreign_files import MAKERS, Parts, draw, kohya, litgpt, llm, mlx, torchtune, write_json
+from old_experts import mixture
 from safetensors.torch import load_file, save_file
 from tiny_models import state_digest
 
@@ -110,10 +111,12 @@ def test_mlx_of_another_rank_than_its_configuration_is_refused(tmp_path):
     refused(tmp_path, llm(), "rank 4", "8")
 
 
-@pytest.mark.parametrize("around", ["mlp.switch_mlp", "block_sparse_moe.switch_mlp", "mlp.experts", "mlp.experts.switch_mlp"])
+@pytest.mark.parametrize(
+    "around", ["mlp.switch_mlp", "block_sparse_moe.switch_mlp", "mlp.experts", "mlp.experts.switch_mlp"]
+)
 def test_the_experts_of_mlx_become_those_of_one_parameter(around, tmp_path):
     """mlx_lm/tuner/lora.py, LoRASwitchLinear.fuse(): (scale * lora_b) @ lora_a for each expert, b (out, r), a (r, in)."""
-    model = mixture().double()
+    model = mixture("mixtral" if "sparse" in around else "qwen3_moe").double()
     experts = model.model.layers[1].mlp.experts
     count, inner, width = experts.down_proj.shape[0], experts.down_proj.shape[2], experts.down_proj.shape[1]
     tensors, products = {}, {}

@@ -53,7 +53,10 @@ class LoHa(Lycoris):
         weight, (features, kernel) = ops.read_weight(base), features_and_kernel(base, ops)
         core = core_shape(config, kernel)
         for which in ("1", "2"):
-            shapes = {f"hada_w{which}_a": (self.out_features, config.r), f"hada_w{which}_b": (config.r, self.in_features)}
+            shapes = {
+                f"hada_w{which}_a": (self.out_features, config.r),
+                f"hada_w{which}_b": (config.r, self.in_features),
+            }
             if core is not None:
                 shapes = {f"hada_w{which}_a": (config.r, self.out_features), f"hada_w{which}_b": (config.r, features)}
                 shapes[f"hada_t{which}"] = core

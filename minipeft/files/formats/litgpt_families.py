@@ -38,7 +38,7 @@ class Family:
     head: str = "lm_head"
 
     def name(self, layer: str) -> str | None:
-        """transformers' name of a layer that is one by itself; None if it is not known."""
+        """Transformers' name of a layer that is one by itself; None if it is not known."""
         expert = _EXPERT.fullmatch(layer) if self.experts else None
         if expert is not None:
             first, *ends = self.experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from minipeft.files.formats.litgpt_families import Family
 LEGACY = "attn.attn"  # the layer's name up to litgpt 0.5.4
 
 
-class Heads(NamedTuple):
+@dataclass(frozen=True)
+class Heads:
     """The attention's heads."""
 
     count: int
@@ -30,7 +31,7 @@ class Heads(NamedTuple):
 
     def apart(self) -> tuple[Tensor, ...]:
         """The rows of q, k and v, if all of q come first, then all of k."""
-        return torch.arange(sum(self.rows)).split(self.rows)
+        return torch.split(torch.arange(sum(self.rows)), list(self.rows))
 
     def by_group(self) -> Tensor:
         """The same rows in the order of a weight that has those of each query group together."""
@@ -67,8 +68,10 @@ def qkv_modules(
     if stem.endswith(LEGACY) and len(adapted) == len(heads.rows):
         # Its weight had each query group together. Where all three are adapted, `zero_pad` leaves B's rows in that order.
         stored = heads.by_group()
-    blocks = stored.split(sizes)
-    wanted = heads.apart() if len(family.qkv) > 1 else (heads.by_group() if family.by_group else torch.cat(heads.apart()),)
+    blocks = torch.split(stored, sizes)
+    wanted = (
+        heads.apart() if len(family.qkv) > 1 else (heads.by_group() if family.by_group else torch.cat(heads.apart()),)
+    )
     made = {}
     for name, rows in zip(family.qkv, wanted, strict=True):
         used = [number for number, block in enumerate(blocks) if torch.isin(block, rows).any()]
@@ -89,7 +92,7 @@ def _down(A: Tensor, used: Sequence[int], r: int) -> Tensor:
 
 def _up(B: Tensor, used: Sequence[int], blocks: Sequence[Tensor], rows: Tensor) -> Tensor:
     """The rows of B in the order of `rows`, those of each block in columns of its own."""
-    parts = B.split([len(block) for block in blocks])
+    parts = torch.split(B, [len(block) for block in blocks])
     whole = B.new_zeros(len(rows), len(used), B.shape[1])
     for column, number in enumerate(used):
         here = torch.isin(rows, blocks[number])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +16,11 @@ from minipeft.methods.lokr import factorise
 
 LORA = {"lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"}
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
-ENDS = sorted(LORA | LOHA | LOKR)
+LOHA_CORES = {"hada_t1", "hada_t2"}
+LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
+# How many positions a kernel may have whose columns a LoKr factor without a core holds flattened.
+KERNELS = (1, 9, 3, 5, 7, 25, 27, 49)
+ENDS = sorted(LORA | LOHA | LOHA_CORES | LOKR)
 Ends = Mapping[str, Mapping[str, str]]  # module -> end of the key -> key
 
 
@@ -38,7 +41,7 @@ def method(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method
         CheckpointError: they have several, or their tensors are not those of one.
     """
     used = {end for ends in modules.values() for end in ends} - {"alpha"}
-    for ends, read in ((LORA, _lora), (LOHA, _loha), (LOKR, _lokr)):
+    for ends, read in ((LORA, _lora), (LOHA | LOHA_CORES, _loha), (LOKR, _lokr)):
         if used and used <= ends:
             return read(source, modules, alphas)
     raise CheckpointError(
@@ -100,23 +103,60 @@ def _through_core(mid: Tensor, down: Tensor) -> Tensor:
 def _loha(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
     found = {}
     for name, ends in modules.items():
+        cores = LOHA_CORES & ends.keys()
+        if cores and cores != LOHA_CORES:
+            raise CheckpointError(f"{source.file.path}: {name} has {shown(sorted(cores))} alone.")
         ranks = {
-            rank_of(source, ends.get(f"hada_w{i}_b", ""), ends.get(f"hada_w{i}_a", ""), down_axis=0, up_axis=1)
+            rank_of(
+                source,
+                ends.get(f"hada_w{i}_b", ""),
+                ends.get(f"hada_w{i}_a", ""),
+                down_axis=0,
+                up_axis=0 if cores else 1,
+            )
             for i in (1, 2)
         }
         if len(ranks) > 1:
             raise CheckpointError(f"{source.file.path}: the two factors of {name} have ranks {shown(sorted(ranks))}.")
         rank = ranks.pop()
-        found[name] = Module({end: ends[end] for end in sorted(LOHA)}, rank, _alpha(ends, alphas, rank))
-    return Method("LOHA", found, {})
+        tensors = {end: ends[end] for end in sorted(LOHA)} | {
+            end: _core(source, name, ends[end], rank) for end in sorted(cores)
+        }
+        found[name] = Module(tensors, rank, _alpha(ends, alphas, rank))
+    return Method("LOHA", found, _cores(modules, LOHA_CORES))
+
+
+def _core(source: Source, name: str, key: str, rank: int) -> str | Computed:
+    """A core (r, r, *kernel) in PEFT's shape, which has two dimensions for a kernel of one."""
+    shape = source.file.shapes[key]
+    if len(shape) < 3 or shape[:2] != (rank, rank):
+        raise CheckpointError(f"{source.file.path}: {name} has a core of {list(shape)}, and is of rank {rank}.")
+    return key if len(shape) > 3 else Computed((key,), (*shape, 1), source.file.dtypes[key], _with_one_more)
+
+
+def _with_one_more(core: Tensor) -> Tensor:
+    return core.unsqueeze(-1)
+
+
+def _cores(modules: Ends, ends: Collection[str]) -> dict[str, Any]:
+    """The option of a file with cores; that all kernels have one, only the model can say."""
+    return {"use_effective_conv2d": True} if any(not ends.isdisjoint(own) for own in modules.values()) else {}
 
 
 class _Kronecker(NamedTuple):
-    """The shapes of the two factors of a LoKr module, (l, m) and (k, n), and the ranks of those that are products."""
+    """The shapes of the two factors of a LoKr module, (l, m) and (k, n), and the ranks of those that are products.
+
+    `flat` says that n may be several columns, of all positions of a kernel.
+    """
 
     left: tuple[int, int]
     right: tuple[int, int]
     ranks: tuple[int | None, int | None]
+    flat: bool
+
+    def columns(self) -> Iterator[int]:
+        """What n may be of one position."""
+        yield from (self.right[1] // size for size in KERNELS[: None if self.flat else 1] if self.right[1] % size == 0)
 
 
 def _lokr(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
@@ -130,52 +170,63 @@ def _lokr(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
         # Two whole factors have no rank, and LyCORIS does not scale them; PEFT's kind has whole ones from half the size on.
         rank = given.pop() if given else (max(*shape.left, *shape.right) + 1) // 2
         alpha = _alpha(ends, alphas, rank) if any(shape.ranks) else rank
-        found[name] = Module({end: key for end, key in ends.items() if end != "alpha"}, rank, alpha)
-        expected = (
-            rank if both and rank < max(shape.left) / 2 else None,
-            rank if rank < max(shape.right) / 2 else None,
-        )
-        if shape.ranks != expected:
+        tensors: dict[str, str | Computed] = {end: key for end, key in ends.items() if end != "alpha"}
+        if "lokr_t2" in ends:
+            tensors["lokr_t2"] = _core(source, name, ends["lokr_t2"], rank)
+        found[name] = Module(tensors, rank, alpha)
+        left = rank if both and rank < max(shape.left) / 2 else None
+        right = {rank if rank < max(shape.right[0], n) / 2 else None for n in shape.columns()}
+        if shape.ranks[0] != left or shape.ranks[1] not in right:
             raise CheckpointError(
                 f"{source.file.path}: {name} has whole factors where PEFT's LoKr has products, or the reverse."
             )
-    near = next(_near(list(shapes.values())), None)
-    if near is None:
-        raise CheckpointError(
-            f"{source.file.path}: LyCORIS split its layers otherwise than any decompose_factor of PEFT's LoKr."
-        )
-    return Method("LOKR", found, {"decompose_both": both, "decompose_factor": near})
+    values = {"decompose_both": both, "decompose_factor": _near(source, list(shapes.values()))}
+    return Method("LOKR", found, values | _cores(modules, {"lokr_t2"}))
 
 
 def _kronecker(source: Source, name: str, ends: Mapping[str, str]) -> _Kronecker:
     factors: list[tuple[int, int]] = []
     ranks: list[int | None] = []
+    core = "lokr_t2" in ends
     for which in ("lokr_w1", "lokr_w2"):
         parts = {end for end in ends if end.startswith(which)}
-        if parts not in ({which}, {f"{which}_a", f"{which}_b"}):
+        if parts not in ({which}, {f"{which}_a", f"{which}_b"}) or (which == "lokr_w2" and core and len(parts) == 1):
             raise CheckpointError(f"{source.file.path}: {name} has {shown(sorted(parts))} for {which}.")
         keys = [ends[end] for end in sorted(parts)]
-        if len(keys) == 2:
-            ranks.append(rank_of(source, keys[1], keys[0], down_axis=0, up_axis=1))
-        else:
-            ranks.append(None)
+        turned = core and which == "lokr_w2"  # its up projection is stored (r, k) then
+        ranks.append(
+            rank_of(source, keys[1], keys[0], down_axis=0, up_axis=0 if turned else 1) if len(keys) == 2 else None
+        )
         rows, columns = source.file.shapes[keys[0]], source.file.shapes[keys[-1]]
-        if len(rows) != 2 or len(columns) != 2:
-            raise CheckpointError(
-                f"{source.file.path}: {name} is not a linear layer, the only kind whose LoKr is read."
-            )
-        factors.append((rows[0], columns[1]))
-    return _Kronecker(factors[0], factors[1], (ranks[0], ranks[1]))
+        if (
+            len(rows) < 2
+            or (len(rows) > 2 and (which == "lokr_w1" or len(keys) == 2))
+            or (len(keys) == 2 < len(columns))
+        ):
+            raise CheckpointError(f"{source.file.path}: {name} has a {which} of {[list(rows), list(columns)]}.")
+        factors.append((rows[1] if turned else rows[0], columns[1]))
+    return _Kronecker(factors[0], factors[1], (ranks[0], ranks[1]), ranks[1] is not None and not core)
 
 
-def _near(shapes: Sequence[_Kronecker]) -> Iterator[int]:
-    """The values of ``decompose_factor`` that split all layers as these are split."""
+def _near(source: Source, shapes: Sequence[_Kronecker]) -> int:
+    """The ``decompose_factor`` that splits all layers as these are split; of several the one that takes most for linear.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     common = Counter(size for shape in shapes for size in shape.left).most_common(8)
-    for near in (-1, *(size for size, _ in common)):
-        if all(_splits(shape, near) for shape in shapes):
-            yield near
+    fitting = {
+        near: sum(_splits(shape, near, shape.right[1]) for shape in shapes)
+        for near in (-1, *(size for size, _ in common))
+        if all(any(_splits(shape, near, n) for n in shape.columns()) for shape in shapes)
+    }
+    if not fitting:
+        raise CheckpointError(
+            f"{source.file.path}: LyCORIS split its layers otherwise than any decompose_factor of PEFT's LoKr."
+        )
+    return max(fitting, key=fitting.__getitem__)
 
 
-def _splits(shape: _Kronecker, near: int) -> bool:
-    sizes: Iterable[tuple[int, int]] = zip(shape.left, shape.right, strict=True)
-    return all(factorise(one * other, near) == (one, other) for one, other in sizes)
+def _splits(shape: _Kronecker, near: int, columns: int) -> bool:
+    (rows, m), k = shape.left, shape.right[0]
+    return factorise(rows * k, near) == (rows, k) and factorise(m * columns, near) == (m, columns)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minipeft.files.tensor_file import Made
+
 
 @dataclass(frozen=True)
 class Block:
@@ -66,3 +68,24 @@ class StackedB(_Stacked):
             rows, ranks = tensor.shape
             stacked[block.row : block.row + rows, block.rank : block.rank + ranks, block.expert] = scaled.to(self.dtype)
         return stacked.view(self.shape)
+
+
+@dataclass(frozen=True)
+class OfMade:
+    """A tensor that is made of tensors which the file holds in another form themselves."""
+
+    last: Made
+    parts: tuple[Made | str, ...]  # for each source of `last`: how it is made, or its key in the file
+
+    @property
+    def sources(self) -> list[str]:
+        return [source for part in self.parts for source in ([part] if isinstance(part, str) else part.sources)]
+
+    def make(self, tensors: Sequence[Tensor]) -> Tensor:
+        left = iter(tensors)
+        return self.last.make(
+            [
+                next(left) if isinstance(part, str) else part.make([next(left) for _ in part.sources])
+                for part in self.parts
+            ]
+        )

@@ -19,8 +19,9 @@ from minipeft.files.format import NAMES, AdapterFile
 from minipeft.files.names.expert_config import with_parameters
 from minipeft.files.names.expert_lists import layer_configs
 from minipeft.files.names.expert_places import Place, Places
-from minipeft.files.names.expert_tensors import StackedA, StackedB
+from minipeft.files.names.expert_tensors import OfMade, StackedA, StackedB
 from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
+from minipeft.files.tensor_file import Made
 from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import candidates
 from minipeft.injection.targets import select_parameters
@@ -162,15 +163,18 @@ def _with_pairs(
             raise CheckpointError(f"{file.path} holds {printable(key, 200)} twice, once under its old name.")
         if isinstance(factor, str):
             shapes[key], dtypes[key] = file.shapes[factor], file.dtypes[factor]
-            stored_as[key] = file.stored_as.get(factor, factor)
+            if factor in file.made:
+                made[key] = file.made[factor]
+            else:
+                stored_as[key] = file.stored_as.get(factor, factor)
         else:
-            shapes[key], dtypes[key], made[key] = factor.shape, NAMES[factor.dtype], _stored(factor, file.stored_as)
+            shapes[key], dtypes[key], made[key] = factor.shape, NAMES[factor.dtype], _stored(factor, file)
     base = {name: row for name, row in file.base.items() if name not in found}
     return replace(file, shapes=shapes, dtypes=dtypes, stored_as=stored_as, made=made, config=config, base=base)
 
 
-def _stored(factor: StackedA | StackedB, stored_as: Mapping[str, str]) -> StackedA | StackedB:
+def _stored(factor: StackedA | StackedB, file: AdapterFile) -> Made:
     """The same factor, of the keys that stand in the file."""
-    if not stored_as:
+    if not file.stored_as and not file.made:
         return factor
-    return replace(factor, blocks=tuple(replace(b, source=stored_as.get(b.source, b.source)) for b in factor.blocks))
+    return OfMade(factor, tuple(file.made.get(key) or file.stored_as.get(key, key) for key in factor.sources))
