@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Self
 
 from minipeft import registry
-from minipeft.errors import ConfigError, hint, shown, told
+from minipeft.errors import ConfigError, PeftOnlyError, hint, shown, told
 from minipeft.options import flag, layer_indices, names, names_or_regex, one_of
 from minipeft.patterns import first_keys
 from minipeft.peft_options import WITHOUT_EFFECT, checked_other_keys, other_keys, read_value
@@ -83,6 +83,20 @@ class AdapterConfig(metaclass=_KnownNames):
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
     other_keys: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """What PEFT's functions for a model's state ask first; they would read and set nothing here.
+
+        Raises:
+            PeftOnlyError: always.
+        """
+        raise PeftOnlyError(
+            "this configuration is minipeft's, and PEFT's get_peft_model_state_dict and set_peft_model_state_dict know PEFT's "
+            "models alone. Use model.adapter_state_dict() and model.load_adapter() or hotswap_adapter()."
+        )
+
+    peft_type = is_prompt_learning
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):

@@ -40,6 +40,10 @@ class StateError(MinipeftError, RuntimeError):
     """The call does not make sense in the current state of the model."""
 
 
+class PeftOnlyError(StateError, AttributeError):
+    """A function of PEFT's asks for what only PEFT's own objects have; for ``hasattr`` it is not there."""
+
+
 class CheckpointError(MinipeftError, ValueError):
     """An adapter file or a run's directory cannot be read, written or locked, or belongs to another model or run."""
 

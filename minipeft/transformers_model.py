@@ -20,6 +20,14 @@ QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loade
 # The op by which experts multiply where torch has no grouped product for them (`transformers.integrations.moe`).
 GROUPED_PRODUCT = "grouped_mm_fallback"
 
+# Subclasses of nn.Linear that make something else of ``W x``: routers choose by it, and a grouped layer splits W.
+OTHER_OUTPUT = frozenset({"DeepseekV4GroupedLinear", "Llama4Router", "PhimoeTopKRouter"})
+
+
+def has_other_output(layer: nn.Module) -> bool:
+    """Whether a linear layer, by its class, returns something else than ``W x + b``."""
+    return any(cls.__name__ in OTHER_OUTPUT for cls in type(layer).__mro__)
+
 
 def model_type(model: nn.Module) -> str | None:
     """``config.model_type``, such as "llama"."""

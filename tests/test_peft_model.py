@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from tiny_models import gpt2
+from tiny_models import gpt2, state_digest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minipeft
@@ -197,3 +197,13 @@ def test_peft_is_not_put_over_an_adapted_model():
 def test_the_wrapper_has_no_copy_of_its_own_in_memory(wrapped):
     assert isinstance(wrapped, AdaptedPeftModel)
     assert set(dict(wrapped.named_children())) == {"base_model"}
+
+
+def test_peft_functions_for_a_models_state_name_ours_instead_of_reading_nothing():
+    model = minipeft.get_lora_model(llama(), minipeft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = state_digest(model)
+    for call in (peft.get_peft_model_state_dict, lambda m: peft.set_peft_model_state_dict(m, {})):
+        with pytest.raises(minipeft.MinipeftError, match=r"adapter_state_dict\(\) and model\.load_adapter\(\)"):
+            call(model)
+    assert state_digest(model) == before
+    assert not hasattr(model.peft_config["default"], "peft_type")

@@ -15,7 +15,7 @@ from minipeft import registry
 from minipeft.errors import TargetError
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import FLOAT_DTYPES, layer_ops
-from minipeft.transformers_model import knows_its_head, output_head, text_part
+from minipeft.transformers_model import has_other_output, knows_its_head, output_head, text_part
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs")
 KINDS = 8  # that a warning names
@@ -110,4 +110,6 @@ def _weight_of(base: nn.Module) -> str:
         return f"its weight is a {type(weight).__name__}; see register_layer"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if has_other_output(base):
+        return "its output is not its product; target_parameters can name its weight"
     return "no LayerOps for it; see register_layer"

@@ -52,16 +52,13 @@ class LoHa(Lycoris):
         super().__init__(base, ops, config, shared, rescales=True)
         weight, (features, kernel) = ops.read_weight(base), features_and_kernel(base, ops)
         core = core_shape(config, kernel)
+        up, down = (self.out_features, config.r), (config.r, self.in_features)
+        if core is not None:
+            up, down = (config.r, self.out_features), (config.r, features)
         for which in ("1", "2"):
-            shapes = {
-                f"hada_w{which}_a": (self.out_features, config.r),
-                f"hada_w{which}_b": (config.r, self.in_features),
-            }
-            if core is not None:
-                shapes = {f"hada_w{which}_a": (config.r, self.out_features), f"hada_w{which}_b": (config.r, features)}
-                shapes[f"hada_t{which}"] = core
-            for name, shape in shapes.items():
-                self.register_parameter(name, nn.Parameter(weight.new_empty(shape)))
+            for name, shape in ((f"w{which}_a", up), (f"w{which}_b", down), (f"t{which}", core)):
+                if shape is not None:
+                    self.register_parameter(f"hada_{name}", nn.Parameter(weight.new_empty(shape)))
         for factor in self.parameters():
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         if config.init_weights:

@@ -138,7 +138,7 @@ def _with_one_more(core: Tensor) -> Tensor:
     return core.unsqueeze(-1)
 
 
-def _cores(modules: Ends, ends: Collection[str]) -> dict[str, Any]:
+def _cores(modules: Ends, ends: set[str]) -> dict[str, Any]:
     """The option of a file with cores; that all kernels have one, only the model can say."""
     return {"use_effective_conv2d": True} if any(not ends.isdisjoint(own) for own in modules.values()) else {}
 

@@ -1,0 +1,51 @@
+"""Linear layers whose output is not their product, such as routers that choose by it: their weight is what can be adapted."""
+
+import pytest
+import torch
+from old_experts import OldFile, mixture
+from tiny_models import logits, refuses, token_ids
+from torch import nn
+
+import minipeft
+from minipeft import LoraConfig, StateError, TargetError, get_lora_model
+
+IDS = token_ids() % 60
+
+
+def test_a_router_is_refused_as_a_layer_and_adapted_as_a_parameter():
+    model = mixture("phimoe").eval()
+    config = LoraConfig(r=2, target_modules=["router"])
+    refuses(TargetError, model, lambda: get_lora_model(model, config), "router", "target_parameters")
+    before = logits(model, IDS)
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["router.weight"], init_lora_weights=False)
+    adapted = get_lora_model(model, config)
+    y = logits(adapted, IDS)
+    assert not torch.allclose(y, before)
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), IDS), y)
+
+
+def test_all_linear_leaves_routers_out_by_name():
+    with pytest.warns(UserWarning, match="PhimoeTopKRouter .*target_parameters can name its weight"):
+        model = get_lora_model(mixture("phimoe"), LoraConfig(r=2, target_modules="all-linear"))
+    logits(model, IDS)
+
+
+def test_a_router_that_was_a_layer_in_transformers_4_is_read(tmp_path):
+    file, model = OldFile(), mixture("phimoe").double()
+    update = file.pair("model.layers.1.block_sparse_moe.gate", *model.model.layers[1].mlp.router.weight.shape)
+    file.save(tmp_path, target_modules=["gate"], layers_to_transform=[1])
+    before = model.model.layers[1].mlp.router.weight.clone()
+    merged = minipeft.load_adapter(model, tmp_path).merge_and_unload()
+    torch.testing.assert_close((merged.model.layers[1].mlp.router.weight - before).detach(), update, rtol=0, atol=1e-7)
+
+
+class Scores(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.topk(1).indices
+
+
+def test_a_layer_that_turns_out_to_return_two_tensors_names_the_way(recwarn):
+    model = nn.Sequential(Scores(4, 3))
+    with pytest.raises(StateError, match=r"Scores returns a tuple.*target_parameters"):
+        get_lora_model(model, LoraConfig(r=2, target_modules=["0"]))(torch.randn(2, 4))
