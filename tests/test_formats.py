@@ -250,3 +250,10 @@ def test_ten_thousand_keys_are_read_at_once(tmp_path):
     save_file(tensors, tmp_path / "adapters.safetensors")
     write_json(tmp_path, lora_parameters={"rank": 1, "scale": 1.0})
     assert len(open_adapter(tmp_path).shapes) == 10_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_factors_of_a_type_that_nothing_is_trained_in_are_refused_by_name(dtype, tmp_path):
+    minipeft.get_lora_model(llm()).save_pretrained(tmp_path)
+    changed(tmp_path, lambda tensors: tensors.update({key: t.to(dtype) for key, t in tensors.items()}))
+    refused(tmp_path, llm(), "adapters are floating point (F16, BF16, F32, F64)")

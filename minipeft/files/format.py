@@ -134,7 +134,7 @@ def open_weights(directory: Path) -> TensorFile:
     for key, dtype in weights.dtypes.items():
         if dtype not in DTYPES:
             raise CheckpointError(
-                f"{weights.path}: {told(key, 200)} is {dtype}; adapters are floating point ({', '.join(DTYPES)})."
+                f"{weights.path}: {told(key, 200)} is {dtype}; adapters are floating point ({', '.join(FLOATS)})."
             )
     return weights
 

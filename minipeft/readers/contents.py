@@ -121,12 +121,12 @@ class Contents:
     def not_selected(self) -> list[str]:
         """The layers that ``target_modules`` and its companions do not select; none if only a model could tell."""
         targets, names = self.config.get("target_modules"), self._targetable()
-        if isinstance(targets, list):
-            chosen = set(matching(self.listed("target_modules"), names))
-        elif isinstance(targets, str) and targets.lower() != "all-linear":
+        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            return []
+        if isinstance(targets, str):
             chosen = set(full_matches(targets, names, "target_modules"))
         else:
-            return []
+            chosen = set(matching(self.listed("target_modules"), names))
         excluded = self.config.get("exclude_modules")
         if isinstance(excluded, str):
             chosen -= set(full_matches(excluded, names, "exclude_modules"))
