@@ -34,16 +34,10 @@ RANKS = {
 
 @dataclass(frozen=True)
 class Contents:
-    """The configuration and the header of the weights.
-
-    Attributes:
-        directory: where they are.
-        config: ``adapter_config.json`` as it stands there; empty if there is none.
-        weights: the header of the one file of weights.
-    """
+    """The configuration and the header of the weights."""
 
     directory: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # ``adapter_config.json`` as it stands there; empty if there is none
     weights: TensorFile
 
     @property

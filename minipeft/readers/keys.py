@@ -57,18 +57,11 @@ STARTS_OF_PARTS = ("hada_", "lokr_", "lora_", "oft_", "vera_")
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a file, taken apart.
+    """A key of a file, taken apart."""
 
-    Attributes:
-        text: the key.
-        module: name of the module in the base.
-        part: what follows it, such as ``lora_A.weight``.
-        kind: what the tensor is for.
-    """
-
-    text: str
-    module: str
-    part: str
+    text: str  # the key
+    module: str  # name in the base
+    part: str  # what follows it, such as ``lora_A.weight``
     kind: Kind
 
     @property

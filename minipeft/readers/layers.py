@@ -18,25 +18,14 @@ from minipeft.readers.plain import Pair, pairs_of
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted layer.
-
-    Attributes:
-        module: its name.
-        rank: of the factors in the file; None for a method without factors.
-        scaling: what the update is multiplied with; None for a method without one.
-        norm: Frobenius norm of the update, or of all the layer's tensors if the method has no low-rank update.
-        relative: that norm over the weight's, estimated from the samples of the base in the file, or from DoRA's
-            magnitudes; None if the file has neither.
-        dtype: of its tensors, joined by "+" if they differ.
-        bytes: of its tensors.
-    """
+    """One adapted layer; None for what its method or its file does not have."""
 
     module: str
     rank: int | None
     scaling: float | None
-    norm: float
-    relative: float | None
-    dtype: str
+    norm: float  # Frobenius, of the update, or of all tensors if the method has no low-rank update
+    relative: float | None  # over the weight's norm, estimated from samples of the base or from DoRA's magnitudes
+    dtype: str  # of its tensors, joined by "+" if they differ
     bytes: int
 
     @property

@@ -99,9 +99,7 @@ def _without(contents: Contents, drop: Collection[Part], made: Made) -> Contents
     dtypes = {key: weights.dtypes[key] for key in shapes}
     known = {key: value for key, value in options.items() if key in contents.config}
     left = Contents(
-        contents.directory,
-        {**contents.config, **known},
-        type(weights)(weights.path, shapes, dtypes, weights.metadata),
+        contents.directory, {**contents.config, **known}, type(weights)(weights.path, shapes, dtypes, weights.metadata)
     )
     if not left.layers:
         raise CheckpointError(f"{contents.directory}: without {shown(sorted(drop))} no update is left.")

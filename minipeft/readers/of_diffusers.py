@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minipeft.readers import facts
 from minipeft.readers.contents import DIFFUSERS_FILE, Contents
-from minipeft.readers.rules import Rule, Takes
+from minipeft.readers.rules import NO, NOTE, PARTLY, Rule
 
 LOADING = "diffusers/loaders/peft.py (load_lora_adapter), diffusers 0.42.1"
 COMPONENTS = (
@@ -33,12 +33,12 @@ def other_parts(contents: Contents) -> str | None:
 
 
 RULES = (
-    Rule("component", no_component, Takes.NO, "is left out with a warning", LOADING, CONVERT),
-    Rule("keys", other_parts, Takes.PARTLY, "is left out", LOADING, f"{CONVERT} --drop modules_to_save"),
+    Rule("component", no_component, NO, "is left out with a warning", LOADING, CONVERT),
+    Rule("keys", other_parts, PARTLY, "is left out", LOADING, f"{CONVERT} --drop modules_to_save"),
     Rule(
         "name",
         lambda c: None if c.weights.path.name == DIFFUSERS_FILE else c.weights.path.name,
-        Takes.NOTE,
+        NOTE,
         "is found only if it is the one .safetensors file there",
         "diffusers/loaders/lora_base.py (_best_guess_weight_name), diffusers 0.42.1",
     ),

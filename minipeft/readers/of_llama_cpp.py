@@ -8,7 +8,7 @@ from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind
 from minipeft.readers.plain_lora import plain_lora
-from minipeft.readers.rules import Rule, Takes
+from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, Rule
 
 VERSION = "llama.cpp, commit 0c1e570"
 SCRIPT = f"convert_lora_to_gguf.py, {VERSION}"
@@ -25,75 +25,61 @@ def scaling(contents: Contents, module: str) -> float:
 
 RULES = (
     *plain_lora("llama.cpp", SCRIPT, SCRIPT, "lora_alpha"),
-    Rule("dora", facts.holds(Kind.MAGNITUDE), Takes.NO, "is an unexpected name", SCRIPT, "minipeft merge"),
-    Rule("bias", facts.holds(Kind.BIAS), Takes.NO, "is an unexpected name", SCRIPT, "minipeft merge"),
-    Rule("start", facts.holds(Kind.START), Takes.NO, "is an unexpected name", SCRIPT, CONVERT),
+    Rule("dora", facts.holds(Kind.MAGNITUDE), NO, "is an unexpected name", SCRIPT, MERGE),
+    Rule("bias", facts.holds(Kind.BIAS), NO, "is an unexpected name", SCRIPT, MERGE),
+    Rule("start", facts.holds(Kind.START), NO, "is an unexpected name", SCRIPT, CONVERT),
     Rule(
-        "tokens",
-        facts.holds(Kind.TOKENS),
-        Takes.NO,
-        "is an unexpected name",
-        SCRIPT,
-        f"{CONVERT} --drop tokens, or minipeft merge",
+        "tokens", facts.holds(Kind.TOKENS), NO, "is an unexpected name", SCRIPT, f"{CONVERT} --drop tokens, or {MERGE}"
     ),
     Rule(
         "modules_to_save",
         facts.holds(Kind.SAVED, but=NORMS),
-        Takes.NO,
+        NO,
         "is an unexpected name",
         SCRIPT,
-        f"{CONVERT} --drop modules_to_save, or minipeft merge",
+        f"{CONVERT} --drop modules_to_save, or {MERGE}",
     ),
     Rule(
         "norms",
         lambda c: facts.holds(Kind.SAVED)(c) if not facts.holds(Kind.SAVED, but=NORMS)(c) else None,
-        Takes.PARTLY,
+        PARTLY,
         "is written to the file and left out when that is read",
         RUNTIME,
-        f"{CONVERT} --drop modules_to_save, or minipeft merge",
+        f"{CONVERT} --drop modules_to_save, or {MERGE}",
     ),
-    Rule("adapter name", facts.with_adapter_name, Takes.NO, "is an unexpected name", SCRIPT, CONVERT),
-    Rule(
-        "scaling", facts.scaled_otherwise(scaling), Takes.PARTLY, "reads lora_alpha and nothing else", SCRIPT, CONVERT
-    ),
-    Rule("experts", facts.experts, Takes.NO, "has another layout there: one update an expert", SCRIPT, CONVERT),
+    Rule("adapter name", facts.with_adapter_name, NO, "is an unexpected name", SCRIPT, CONVERT),
+    Rule("scaling", facts.scaled_otherwise(scaling), PARTLY, "reads lora_alpha and nothing else", SCRIPT, CONVERT),
+    Rule("experts", facts.experts, NO, "has another layout there: one update an expert", SCRIPT, CONVERT),
     Rule(
         "transposed",
         facts.is_set("fan_in_fan_out"),
-        Takes.NO,
+        NO,
         "is not looked at: the script transposes the update along with GPT-2's weight",
         f"conversion/gpt2.py (modify_tensors), {VERSION}",
-        "minipeft merge",
+        MERGE,
     ),
-    Rule("matrices", facts.more_than_matrices, Takes.NO, "is not supported", SCRIPT, "minipeft merge"),
+    Rule("matrices", facts.more_than_matrices, NO, "is not supported", SCRIPT, MERGE),
     Rule(
         "vision",
         facts.modules_like(*facts.VISION),
-        Takes.PARTLY,
+        PARTLY,
         "is left out: it is not in the language model's file, the only one that an adapter is for",
         SCRIPT,
-        "minipeft merge",
+        MERGE,
     ),
     Rule(
         "wrapper",
         lambda c: next((m for m in c.layers if m.startswith("model.language_model.")), None),
-        Takes.NOTE,
+        NOTE,
         "has the name of a model with images, which older scripts refuse",
         SCRIPT,
         CONVERT,
     ),
-    Rule(
-        "wrappers",
-        facts.with_wrappers,
-        Takes.NO,
-        "is not a name there",
-        SCRIPT,
-        "load it with minipeft and save it again",
-    ),
+    Rule("wrappers", facts.with_wrappers, NO, "is not a name there", SCRIPT, SAVE_AGAIN),
     Rule(
         "head",
         facts.holds_head,
-        Takes.NOTE,
+        NOTE,
         "is refused if the base ties it to its embedding",
         f"{SCRIPT} (modify_tensors)",
         f"{CONVERT} --drop head",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minipeft.readers import facts
 from minipeft.readers.contents import MLX_FILE, Contents
-from minipeft.readers.rules import Rule, Takes
+from minipeft.readers.rules import NO, Rule
 
 LOADING = "mlx_lm/tuner/utils.py (load_adapters), mlx-lm 0.32.2"
 CONVERT = "minipeft convert DIR OUT --for mlx"
@@ -33,11 +33,11 @@ RULES = (
     Rule(
         "format",
         facts.file_is_not(MLX_FILE),
-        Takes.NO,
+        NO,
         f"is not read; mlx-lm has a format of its own in {MLX_FILE}",
         LOADING,
         CONVERT,
     ),
-    Rule("options", bad_parameters, Takes.NO, "is required", LOADING, CONVERT),
-    Rule("keys", other_keys, Takes.NO, "is not an adapter's parameter there", LOADING, CONVERT),
+    Rule("options", bad_parameters, NO, "is required", LOADING, CONVERT),
+    Rule("keys", other_keys, NO, "is not an adapter's parameter there", LOADING, CONVERT),
 )

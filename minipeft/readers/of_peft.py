@@ -5,7 +5,7 @@ from __future__ import annotations
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
 from minipeft.readers.contents import Contents
-from minipeft.readers.rules import Rule, Takes
+from minipeft.readers.rules import NO, PARTLY, SAVE_AGAIN, Rule
 
 METHODS = frozenset(
     "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "  # noqa: SIM905
@@ -27,22 +27,16 @@ FORMAT = (
     Rule(
         "format",
         facts.file_is_not(WEIGHTS_FILE),
-        Takes.NO,
+        NO,
         f"is not read; the weights must be in {WEIGHTS_FILE}",
         "peft/utils/save_and_load.py (load_peft_weights), PEFT 0.21.2",
         "minipeft convert DIR OUT",
     ),
-    Rule(
-        "method",
-        facts.methods_but(*METHODS),
-        Takes.NO,
-        "is no method of PEFT's",
-        "peft/utils/peft_types.py, PEFT 0.21.2",
-    ),
+    Rule("method", facts.methods_but(*METHODS), NO, "is no method of PEFT's", "peft/utils/peft_types.py, PEFT 0.21.2"),
     Rule(
         "start",
         kept_start,
-        Takes.NO,
+        NO,
         "is refused: it is minipeft's own, for a start that is in the file",
         "peft/tuners/lora/layer.py (update_layer), PEFT 0.21.2",
         f"{CONVERT}, or save_pretrained(..., as_lora=True)",
@@ -50,25 +44,18 @@ FORMAT = (
     Rule(
         "ranks",
         facts.other_ranks,
-        Takes.NO,
+        NO,
         "is refused as a size mismatch",
         LOADING,
         "correct r and rank_pattern in adapter_config.json",
     ),
 )
 SILENT = (
-    Rule(
-        "wrappers",
-        facts.with_wrappers,
-        Takes.PARTLY,
-        "is left out with a warning",
-        LOADING,
-        "load it with minipeft and save it again",
-    ),
+    Rule("wrappers", facts.with_wrappers, PARTLY, "is left out with a warning", LOADING, SAVE_AGAIN),
     Rule(
         "targets",
         facts.not_selected,
-        Takes.PARTLY,
+        PARTLY,
         "is left out without a word",
         LOADING,
         "correct target_modules in adapter_config.json",
@@ -76,13 +63,6 @@ SILENT = (
 )
 RULES = (
     *FORMAT,
-    Rule(
-        "prefix",
-        facts.without_prefix,
-        Takes.PARTLY,
-        "is left out, with a warning at most",
-        LOADING,
-        CONVERT,
-    ),
+    Rule("prefix", facts.without_prefix, PARTLY, "is left out, with a warning at most", LOADING, CONVERT),
     *SILENT,
 )

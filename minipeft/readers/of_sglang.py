@@ -9,7 +9,7 @@ from minipeft.readers import facts
 from minipeft.readers.contents import Contents
 from minipeft.readers.keys import Kind
 from minipeft.readers.plain_lora import plain_lora
-from minipeft.readers.rules import Rule, Takes
+from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, Rule
 
 CONFIG = "sglang/srt/lora/lora_config.py (LoRAConfig), SGLang 0.5.23"
 ADAPTER = "sglang/srt/lora/lora.py (LoRAAdapter), SGLang 0.5.23"
@@ -47,76 +47,67 @@ def added_tokens(contents: Contents) -> str | None:
 
 RULES = (
     *plain_lora("sglang", ADAPTER, CONFIG),
-    Rule("dora", facts.is_set("use_dora"), Takes.NO, "is refused", MANAGER, "minipeft merge"),
-    Rule("targets", pattern_targets, Takes.NO, "is refused: a list of names is needed", TARGETS, CONVERT),
-    Rule("ranks", facts.mixed_ranks, Takes.NO, "does not fit its buffer", POOL, CONVERT),
-    Rule(
-        "scaling",
-        facts.scaled_otherwise(facts.alpha_over_r),
-        Takes.PARTLY,
-        "reads lora_alpha / r only",
-        ADAPTER,
-        CONVERT,
-    ),
-    Rule("start", facts.holds(Kind.START), Takes.NO, "takes the place of the factor itself", POOL, CONVERT),
-    Rule(
-        "bias", facts.holds(Kind.BIAS, Kind.MAGNITUDE), Takes.NO, "takes the place of a factor", POOL, "minipeft merge"
-    ),
+    Rule("dora", facts.is_set("use_dora"), NO, "is refused", MANAGER, MERGE),
+    Rule("targets", pattern_targets, NO, "is refused: a list of names is needed", TARGETS, CONVERT),
+    Rule("ranks", facts.mixed_ranks, NO, "does not fit its buffer", POOL, CONVERT),
+    Rule("scaling", facts.scaled_otherwise(facts.alpha_over_r), PARTLY, "reads lora_alpha / r only", ADAPTER, CONVERT),
+    Rule("start", facts.holds(Kind.START), NO, "takes the place of the factor itself", POOL, CONVERT),
+    Rule("bias", facts.holds(Kind.BIAS, Kind.MAGNITUDE), NO, "takes the place of a factor", POOL, "minipeft merge"),
     Rule(
         "modules_to_save",
         facts.holds(Kind.SAVED, Kind.COPY),
-        Takes.PARTLY,
+        PARTLY,
         "is left out without a word, or refused inside of a layer",
         ADAPTER,
-        f"{CONVERT} --drop modules_to_save, or minipeft merge",
+        f"{CONVERT} --drop modules_to_save, or {MERGE}",
     ),
     Rule(
         "tokens",
         facts.holds(Kind.TOKENS),
-        Takes.PARTLY,
+        PARTLY,
         "is left out without a word",
         ADAPTER,
-        f"{CONVERT} --drop tokens, or minipeft merge",
+        f"{CONVERT} --drop tokens, or {MERGE}",
     ),
-    Rule("outside", outside_layers, Takes.PARTLY, "is left out without a word", ADAPTER, "minipeft merge"),
+    Rule("outside", outside_layers, PARTLY, "is left out without a word", ADAPTER, MERGE),
     Rule(
         "vision",
         vision_layers,
-        Takes.NO,
+        NO,
         "would be taken for a layer of the language model, as only its number is read",
         ADAPTER,
-        "minipeft merge",
+        MERGE,
     ),
     Rule(
         "stacked",
         facts.without_siblings(("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")),
-        Takes.NO,
+        NO,
         "cannot be stacked",
         f"{ADAPTER}.normalize_qkv_proj",
-        "minipeft merge",
+        MERGE,
     ),
     Rule(
         "gate",
         facts.without_siblings(("up_proj",), ("gate_proj",)),
-        Takes.NOTE,
+        NOTE,
         "is refused for models that have one",
         f"{ADAPTER}.normalize_gate_up_proj",
-        "minipeft merge",
+        MERGE,
     ),
-    Rule("experts", facts.experts, Takes.NO, "has another layout there: one update an expert", POOL, CONVERT),
-    Rule("matrices", facts.more_than_matrices, Takes.NO, "has no LoRA layer there", POOL, "minipeft merge"),
+    Rule("experts", facts.experts, NO, "has another layout there: one update an expert", POOL, CONVERT),
+    Rule("matrices", facts.more_than_matrices, NO, "has no LoRA layer there", POOL, MERGE),
     Rule(
         "mla",
         facts.without_siblings(("kv_a_proj_with_mqa",), ("q_a_proj",)),
-        Takes.NO,
+        NO,
         "has no buffer",
         f"{ADAPTER}.normalize_fused_qkv_a_proj",
-        "minipeft merge",
+        MERGE,
     ),
     Rule(
         "added_tokens",
         added_tokens,
-        Takes.NOTE,
+        NOTE,
         "makes it refuse the adapter if it names a token beyond the base's vocabulary",
         MANAGER,
         "take the file out if the base has these tokens, else minipeft merge",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from minipeft.readers import facts
 from minipeft.readers.keys import Kind
 from minipeft.readers.of_peft import FORMAT, SILENT
-from minipeft.readers.rules import Rule, Takes
+from minipeft.readers.rules import NO, PARTLY, Rule
 
 LOADING = "transformers/integrations/peft.py (load_adapter), transformers 5.23.0"
 
@@ -14,7 +14,7 @@ RULES = (
     Rule(
         "shared state",
         lambda c: "peft_type 'VERA'" if c.method == "VERA" else None,
-        Takes.NO,
+        NO,
         "is refused, as its layers share tensors",
         "peft/mapping.py (inject_adapter_in_model), PEFT 0.21.2",
         "PeftModel.from_pretrained, or save_pretrained(..., as_lora=True)",
@@ -22,7 +22,7 @@ RULES = (
     Rule(
         "dora",
         facts.holds(Kind.MAGNITUDE),
-        Takes.PARTLY,
+        PARTLY,
         "is left out: DoRA then runs with the base's own magnitudes",
         LOADING,
         "PeftModel.from_pretrained, or minipeft merge",
@@ -30,7 +30,7 @@ RULES = (
     Rule(
         "adapter name",
         facts.with_adapter_name,
-        Takes.PARTLY,
+        PARTLY,
         "is left out, with a report at most",
         LOADING,
         "minipeft convert DIR OUT --for transformers",

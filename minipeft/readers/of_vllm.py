@@ -8,7 +8,7 @@ from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind
 from minipeft.readers.plain_lora import plain_lora
-from minipeft.readers.rules import Rule, Takes
+from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, Rule
 
 VERSION = "vLLM 0.20.2 (commit bc150f5)"
 HELPER = f"vllm/lora/peft_helper.py (PEFTHelper), {VERSION}"
@@ -28,28 +28,28 @@ def scaling(contents: Contents, module: str) -> float:
 
 RULES = (
     *plain_lora("vllm", LOADING, HELPER),
-    Rule("dora", facts.is_set("use_dora"), Takes.NO, "is refused", HELPER, "minipeft merge"),
+    Rule("dora", facts.is_set("use_dora"), NO, "is refused", HELPER, MERGE),
     Rule(
         "modules_to_save",
         facts.is_set("modules_to_save"),
-        Takes.NO,
+        NO,
         "is refused",
         HELPER,
-        f"{CONVERT} --drop modules_to_save, or minipeft merge",
+        f"{CONVERT} --drop modules_to_save, or {MERGE}",
     ),
-    Rule("bias", facts.is_set("bias", but=("none",)), Takes.NO, "is refused", HELPER, "minipeft merge"),
+    Rule("bias", facts.is_set("bias", but=("none",)), NO, "is refused", HELPER, MERGE),
     Rule(
         "tokens",
         facts.holds(Kind.TOKENS),
-        Takes.NO,
+        NO,
         "is an unsupported LoRA weight; later versions may take it with --max-lora-trainable-tokens",
         NAMES,
-        f"{CONVERT} --drop tokens, or minipeft merge",
+        f"{CONVERT} --drop tokens, or {MERGE}",
     ),
     Rule(
         "keys",
         facts.holds(Kind.START, Kind.MAGNITUDE, Kind.BIAS, Kind.SAVED),
-        Takes.NO,
+        NO,
         "is an unsupported LoRA weight",
         NAMES,
         CONVERT,
@@ -57,33 +57,33 @@ RULES = (
     Rule(
         "copies",
         facts.holds(Kind.COPY, but=TABLES),
-        Takes.NO,
+        NO,
         "is an unsupported LoRA weight",
         NAMES,
         f"{CONVERT} --drop modules_to_save",
     ),
-    Rule("adapter name", facts.with_adapter_name, Takes.NO, "is an unsupported LoRA weight", NAMES, CONVERT),
+    Rule("adapter name", facts.with_adapter_name, NO, "is an unsupported LoRA weight", NAMES, CONVERT),
     Rule(
         "wrappers",
         facts.with_wrappers,
-        Takes.PARTLY,
+        PARTLY,
         "is no module there, and is left out without a word",
         f"{MANAGER} (activate_adapter)",
-        "load it with minipeft and save it again",
+        SAVE_AGAIN,
     ),
-    Rule("scaling", facts.scaled_otherwise(scaling), Takes.PARTLY, "reads neither pattern", HELPER, CONVERT),
+    Rule("scaling", facts.scaled_otherwise(scaling), PARTLY, "reads neither pattern", HELPER, CONVERT),
     Rule(
         "matrices",
         facts.more_than_matrices,
-        Takes.NO,
+        NO,
         "has no LoRA layer there",
         f"vllm/lora/utils.py (get_supported_lora_modules), {VERSION}",
-        "minipeft merge",
+        MERGE,
     ),
     Rule(
         "experts",
         facts.experts,
-        Takes.PARTLY,
+        PARTLY,
         "is read as GPT-OSS's, whose gate and up alternate, unless vLLM keeps the experts of the model in one tensor",
         f"{MANAGER} (_stack_moe_lora_weights), vllm/model_executor/models (is_3d_moe_weight)",
         CONVERT,
@@ -91,23 +91,23 @@ RULES = (
     Rule(
         "vision",
         facts.modules_like(*facts.VISION),
-        Takes.PARTLY,
+        PARTLY,
         "is left out, unless the server has --enable-tower-connector-lora and the model supports that",
         f"{MANAGER} (_maybe_init_mm)",
-        "minipeft merge",
+        MERGE,
     ),
     Rule(
         "largest rank",
         facts.rank_above(LARGEST_RANK),
-        Takes.NO,
+        NO,
         f"is above {LARGEST_RANK}, the largest --max-lora-rank",
         f"vllm/config/lora.py (MaxLoRARanks), {VERSION}",
-        "minipeft merge",
+        MERGE,
     ),
     Rule(
         "max rank",
         facts.rank_above(MAX_RANK),
-        Takes.NOTE,
+        NOTE,
         f"is above the default of {MAX_RANK}: start the server with --max-lora-rank",
         HELPER,
     ),

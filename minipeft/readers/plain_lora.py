@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
-from minipeft.readers.rules import Rule, Takes
+from minipeft.readers.rules import MERGE, NO, Rule
 
 
 def plain_lora(reader: str, loading: str, configuration: str, *options: str) -> tuple[Rule, ...]:
@@ -16,10 +16,10 @@ def plain_lora(reader: str, loading: str, configuration: str, *options: str) -> 
         configuration: source of what it says of the configuration.
         options: that it needs; by default the rank, alpha and targets.
     """
-    convert, merge = f"minipeft convert DIR OUT --for {reader}", "minipeft merge"
+    convert = f"minipeft convert DIR OUT --for {reader}"
     needed, other = options or ("r", "lora_alpha", "target_modules"), "is no LoRA, and no other method is read"
     return (
-        Rule("format", facts.file_is_not(WEIGHTS_FILE), Takes.NO, "is not read", loading, "minipeft convert DIR OUT"),
-        Rule("method", facts.methods_but("LORA"), Takes.NO, other, configuration, merge),
-        Rule("options", facts.lacks(*needed), Takes.NO, "is required", configuration, convert),
+        Rule("format", facts.file_is_not(WEIGHTS_FILE), NO, "is not read", loading, "minipeft convert DIR OUT"),
+        Rule("method", facts.methods_but("LORA"), NO, other, configuration, MERGE),
+        Rule("options", facts.lacks(*needed), NO, "is required", configuration, convert),
     )

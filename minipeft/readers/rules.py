@@ -21,24 +21,20 @@ class Takes(str, enum.Enum):
     NOTE = "note"  # it loads and is right, under a condition
 
 
+# Short for the tables of rules, and their most common fixes.
+NO, PARTLY, NOTE = Takes.NO, Takes.PARTLY, Takes.NOTE
+MERGE, SAVE_AGAIN = "minipeft merge", "load it with minipeft and save it again"
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One thing that a reader does with some adapters.
+    """One thing that a reader does with some adapters."""
 
-    Attributes:
-        name: short, for programs.
-        applies: what of the adapter the rule is about, as the start of a sentence; None: nothing.
-        takes: what becomes of such an adapter.
-        consequence: the end of that sentence.
-        source: the file of the reader, or page, that says so, and its version.
-        fix: what to do about it.
-    """
-
-    name: str
-    applies: Callable[[Contents], str | None]
+    name: str  # short, for programs
+    applies: Callable[[Contents], str | None]  # what of the adapter it is about, as the start of a sentence
     takes: Takes
-    consequence: str
-    source: str
+    consequence: str  # the end of that sentence
+    source: str  # the file of the reader, or page, that says so, and its version
     fix: str = ""
 
 

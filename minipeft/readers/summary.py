@@ -17,23 +17,14 @@ from minipeft.readers.unusual import unusual
 
 @dataclass(frozen=True)
 class Summary:
-    """An adapter's directory in figures.
-
-    Attributes:
-        contents: what was read.
-        options: of the configuration, those that differ from the defaults.
-        layers: the adapted layers.
-        saved: modules that are trained in full, with their tensors.
-        tokens: tables of which rows are trained, with the number of rows and their width.
-        unusual: sentences.
-    """
+    """An adapter's directory in figures."""
 
     contents: Contents
-    options: dict[str, Any]
+    options: dict[str, Any]  # of the configuration, those that differ from the defaults
     layers: list[Layer]
-    saved: list[dict[str, Any]]
-    tokens: list[dict[str, Any]]
-    unusual: list[str]
+    saved: list[dict[str, Any]]  # modules that are trained in full, with their tensors
+    tokens: list[dict[str, Any]]  # tables of which rows are trained, with the number of rows and their width
+    unusual: list[str]  # sentences
 
     @property
     def bytes(self) -> int:
@@ -43,14 +34,9 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         weights = self.contents.weights
-        keys = [
-            {
-                "key": key.text,
-                "shape": list(weights.shapes[key.text]),
-                "dtype": weights.dtypes[key.text],
-                "for": key.kind.value,
-            }
-            for key in self.contents.keys
+        shapes, dtypes, keys = weights.shapes, weights.dtypes, self.contents.keys
+        tensors = [
+            {"key": k.text, "shape": list(shapes[k.text]), "dtype": dtypes[k.text], "for": k.kind.value} for k in keys
         ]
         return {
             "method": self.contents.config.get("peft_type"),
@@ -62,7 +48,7 @@ class Summary:
             "modules_to_save": self.saved,
             "tokens": self.tokens,
             "unusual": self.unusual,
-            "tensors": keys,
+            "tensors": tensors,
         }
 
 
@@ -81,13 +67,9 @@ def summary(directory: Path) -> Summary:
         samples, known = {}, None
     layers = layers_of_file(contents, values, samples)
     saved = [
-        {
-            "module": key.module,
-            "tensor": key.part,
-            "shape": list(values[key.text].shape),
-            "bytes": values[key.text].nbytes,
-        }
+        {"module": key.module, "tensor": key.part, "shape": list(tensor.shape), "bytes": tensor.nbytes}
         for key in contents.of(Kind.SAVED, Kind.COPY)
+        for tensor in [values[key.text]]
     ]
     tokens = [
         {"module": key.module, "rows": len(values[key.text]), "width": values[key.text].shape[-1]}

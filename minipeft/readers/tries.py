@@ -31,15 +31,10 @@ MAX_SECONDS = 600
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of an adapter in another program.
-
-    Attributes:
-        said: in words.
-        difference: largest difference of the outputs, over their largest value; None if there are none to compare.
-    """
+    """What became of an adapter in another program."""
 
     said: str
-    difference: float | None = None
+    difference: float | None = None  # largest of the outputs, over their largest value; None: nothing to compare
 
     @property
     def is_equal(self) -> bool:

@@ -20,17 +20,11 @@ from minipeft.readers.plain import Pair
 
 @dataclass
 class Made:
-    """What was done to make an adapter that a reader takes.
+    """What was done to make an adapter that a reader takes."""
 
-    Attributes:
-        files: written, by name.
-        done: what was changed, a sentence each.
-        dropped: keys that were left out, because that was asked for.
-    """
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    done: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)  # by name
+    done: list[str] = field(default_factory=list)  # what was changed, a sentence each
+    dropped: list[str] = field(default_factory=list)  # keys that were left out, because that was asked for
 
 
 def factors(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:

@@ -52,21 +52,13 @@ class Stack:
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a stack in today's layout.
+    """One factor of a stack in today's layout."""
 
-    Attributes:
-        sources: the key of the factor that the file has: this one's, or the other's if the pair is turned.
-        experts: how many there are.
-        is_B: whether the factor in the file is B.
-        grouped: whether that has the expert's index slowest.
-        turned: whether it is to be transposed, to be the other factor of the transposed map.
-    """
-
-    sources: tuple[str, ...]
+    sources: tuple[str, ...]  # the key of the factor in the file: this one's, or the other's if the pair is turned
     experts: int
-    is_B: bool
-    grouped: bool
-    turned: bool
+    is_B: bool  # whether the factor in the file is B
+    grouped: bool  # whether that has the expert's index slowest
+    turned: bool  # whether it is to be transposed, to be the other factor of the transposed map
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
         (tensor,) = tensors

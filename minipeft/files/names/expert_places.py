@@ -30,23 +30,14 @@ _LISTS = re.compile(r"(.*\.experts\.)(gate_up|down)_projs\.\d+")
 
 @dataclass(frozen=True)
 class Place:
-    """The part of a bare parameter that was a module of its own.
+    """The part of a bare parameter that was a module of its own."""
 
-    Attributes:
-        module: name of the module that has the parameter.
-        parameter: its name there.
-        part: which of the `parts` equal slices of its output features this is.
-        parts: how many layers were joined, such as 2 for gate and up.
-        expert: the index along the first dimension; None: the module had the whole parameter, as today.
-        around: what stands before and behind the index in the module's old name; without an index, the name and nothing.
-    """
-
-    module: str
+    module: str  # that has the parameter
     parameter: str
-    part: int = 0
-    parts: int = 1
-    expert: int | None = None
-    around: tuple[str, str] = ("", "")
+    part: int = 0  # which of the equal slices of its output features
+    parts: int = 1  # how many layers were joined, such as 2 for gate and up
+    expert: int | None = None  # index along the first dimension; None: the module had the whole parameter, as today
+    around: tuple[str, str] = ("", "")  # what stood around the index in the old name; without one, the name and nothing
 
     @property
     def name(self) -> str:

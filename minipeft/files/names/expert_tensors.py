@@ -13,21 +13,13 @@ from minipeft.files.tensor_file import Made
 
 @dataclass(frozen=True)
 class Block:
-    """Where the factors of one layer go in those of all experts.
+    """Where the factors of one layer go in those of all experts."""
 
-    Attributes:
-        source: key of its factor in the file.
-        expert: the index of its expert.
-        rank: the first of its ranks within the expert; the layers of one expert have theirs one after the other.
-        row: the first of its output features.
-        factor: what its B is multiplied by, to have the scaling of the others.
-    """
-
-    source: str
+    source: str  # key of its factor in the file
     expert: int
-    rank: int
-    row: int = 0
-    factor: float = 1.0
+    rank: int  # the first of its ranks within the expert; the layers of one expert have theirs one after the other
+    row: int = 0  # the first of its output features
+    factor: float = 1.0  # what its B is multiplied by, to have the scaling of the others
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,10 @@ from minipeft.patterns import endings
 
 
 class ModuleNames:
-    """Which names the modules of a model have in a file.
+    """Which names the modules of a model, its candidates in `found`, have in a file.
 
-    Args:
-        model: the model.
-        found: its candidates.
-        new: name in the file -> name in the model.
-        adapted: names in the model of the modules that have an adapter in the file.
-
-    Attributes:
-        as_in_file: the candidates whose name in the file is known, by that name.
-        old: `new` the other way round.
+    `new` says the name in the model for one in the file, `old` the reverse, `adapted` which have an adapter in the file (names
+    in the model), and `as_in_file` has the candidates by their names in the file, where these are known.
     """
 
     def __init__(
@@ -86,18 +79,8 @@ def _old_names(names: Sequence[str], pairs: Mapping[str, str]) -> dict[str, str]
     """The names in the file: of the modules that are in it, and of those that stand in the model as these do."""
     exchanged = {here: there for new, old in pairs.items() if new != old for here, there in [_prefix_pair(new, old)]}
     same = {start for new, old in pairs.items() if new == old for start in _starts(new)}
-    found = {}
-    for name in names:
-        if name in pairs:
-            found[name] = pairs[name]
-            continue
-        if name in same:
-            found[name] = name
-            continue
-        old = _exchanged(name, exchanged)
-        if old:
-            found[name] = old
-    return found
+    found = {name: pairs.get(name) or (name if name in same else _exchanged(name, exchanged)) for name in names}
+    return {name: old for name, old in found.items() if old}
 
 
 def _prefix_pair(new: str, old: str) -> tuple[str, str]:

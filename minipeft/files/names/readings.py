@@ -10,15 +10,10 @@ from minipeft.files.names.places import Places
 
 @dataclass(frozen=True)
 class Reading:
-    """Keys of a file -> names of the model's, both with what follows the module's name.
-
-    Attributes:
-        names: by key.
-        rule: what was done, for the log.
-    """
+    """Keys of a file -> names of the model's, both with what follows the module's name."""
 
     names: Mapping[str, str]
-    rule: str
+    rule: str  # what was done, for the log
 
     def fits(self, places: Places) -> bool:
         """Whether every name has a place."""

@@ -36,19 +36,14 @@ _EXPERT = re.compile(r"(.+)\.0\.([^.]+)\.weight")  # greedy: the index of the ex
 
 @dataclass(frozen=True)
 class OldNames:
-    """The names of a model's modules in transformers 4.
-
-    Attributes:
-        found: the model's candidates.
-        modules: name today -> name then.
-        experts: parameter of all experts -> the layers that each expert had instead, in the order of their features.
-        routers: names today of modules that were layers, and have a bare weight now.
-    """
+    """The names of a model's modules in transformers 4."""
 
     found: Mapping[str, Candidate]
-    modules: Mapping[str, str]
-    experts: Mapping[str, tuple[str, ...]]
-    routers: frozenset[str]
+    modules: Mapping[str, str]  # name today -> name then
+    experts: Mapping[
+        str, tuple[str, ...]
+    ]  # parameter -> the layers that each expert had, in the order of their features
+    routers: frozenset[str]  # names today of modules that were layers, and have a bare weight now
 
     def layers(self) -> Iterator[str]:
         """The names of all layers then: those of today, the routers, and those of each expert."""
