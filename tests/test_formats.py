@@ -7,7 +7,8 @@ import torch
 from foreign_files import MAKERS, Parts, draw, kohya, litgpt, llm, mlx, torchtune, write_json
 from old_experts import mixture
 from safetensors.torch import load_file, save_file
-from tiny_models import state_digest
+from tiny_models import foreign_code, state_digest
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import minipeft
 from minipeft.files.formats.convert import convert
@@ -140,6 +141,35 @@ def test_the_experts_of_mlx_become_those_of_one_parameter(around, tmp_path):
     for name, p in merged.named_parameters():
         update = expected.get(name.removeprefix("model.layers.1."), torch.zeros(()))
         torch.testing.assert_close((p - before[name]).detach(), update.expand_as(p).to(p.dtype), rtol=1e-6, atol=1e-9)
+
+
+def test_the_experts_of_gpt_oss_alternate_gate_and_up(tmp_path):
+    """mlx_lm/models/gpt_oss.py, sanitize(): the even columns of gate_up_proj are the gate's; a parameter is (experts, in, out)."""
+    with foreign_code():
+        sizes = {"hidden_size": 16, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 2}
+        more = {
+            "head_dim": 8,
+            "num_hidden_layers": 1,
+            "vocab_size": 60,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+        }
+        torch.manual_seed(0)
+        model = GptOssForCausalLM(GptOssConfig(**sizes, **more, layer_types=["full_attention"])).double()
+    tensors, products, around = {}, {}, "model.layers.0.mlp.experts"
+    for seed, (name, rows, columns) in enumerate([("gate_proj", 12, 16), ("up_proj", 12, 16), ("down_proj", 16, 12)]):
+        a, b = draw(seed, 3, 2, columns), draw(seed + 9, 3, rows, 2)
+        tensors |= {f"{around}.{name}.lora_a": a, f"{around}.{name}.lora_b": b}
+        products[name] = 20 * (b.double() @ a.double()).mT
+    save_file(tensors, tmp_path / "adapters.safetensors", {"format": "mlx"})
+    write_json(tmp_path, lora_parameters={"rank": 2, "scale": 20.0, "dropout": 0.0})
+    experts = model.model.layers[0].mlp.experts
+    before = experts.gate_up_proj.clone(), experts.down_proj.clone()
+    experts = minipeft.load_adapter(model, tmp_path).merge_and_unload().model.layers[0].mlp.experts
+    change = (experts.gate_up_proj - before[0]).detach()
+    torch.testing.assert_close(change[..., ::2], products["gate_proj"], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(change[..., 1::2], products["up_proj"], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close((experts.down_proj - before[1]).detach(), products["down_proj"], rtol=1e-6, atol=1e-9)
 
 
 def test_mlx_with_experts_of_two_counts_is_refused_by_name(tmp_path):

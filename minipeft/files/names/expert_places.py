@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,8 @@ _NUMBERS = re.compile(r"\.\d+(?=\.|$)")
 # Unsloth's GPT-OSS in 4 bits has a list of layers in the place of each parameter.
 _LISTS = re.compile(r"(.*\.experts\.)(gate_up|down)_projs\.\d+")
 
+_GATED = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -36,6 +38,7 @@ class Place:
     parameter: str
     part: int = 0  # which of the equal slices of its output features
     parts: int = 1  # how many layers were joined, such as 2 for gate and up
+    alternates: bool = False  # whether the joined layers take turns feature by feature, as in GPT-OSS
     expert: int | None = None  # index along the first dimension; None: the module had the whole parameter, as today
     around: tuple[str, str] = ("", "")  # what stood around the index in the old name; without one, the name and nothing
 
@@ -83,14 +86,31 @@ class Places:
         place = self._known[before, behind]
         if place is None:
             return None
-        return Place(place.module, place.parameter, place.part, place.parts, int(number), (before, behind))
+        return replace(place, expert=int(number), around=(before, behind))
 
     def _expert(self, name: str) -> Place | None:
         lists = _LISTS.fullmatch(name)
         if lists is not None:
             found = self._parameter(f"{lists[1]}{lists[2]}_proj")
             return None if found is None else Place(*found)
-        return self._only(name, self._converted)
+        return self._only(name, self._converted) or self._as_the_module_says(name)
+
+    def _as_the_module_says(self, name: str) -> Place | None:
+        """The place of gate, up or down of experts that never were layers in transformers, if their module says its layout.
+
+        Other programs have them as layers, such as mlx-lm. See ``use_experts_implementation`` of transformers.
+        """
+        match = _GATED.fullmatch(name)
+        joined = {
+            "down_proj": ("down_proj", 0, 1),
+            "gate_proj": ("gate_up_proj", 0, 2),
+            "up_proj": ("gate_up_proj", 1, 2),
+        }
+        own, part, parts = joined[match[2]] if match is not None else ("", 0, 1)
+        found = self._parameter(f"{match[1]}.{own}") if match is not None else None
+        if found is None or not getattr(self.found[found[0]].base, "has_gate", False):
+            return None
+        return Place(*found, part, parts, not getattr(self.found[found[0]].base, "is_concatenated", True))
 
     def _only(self, name: str, read: Callable[[str], Place | None]) -> Place | None:
         """The place of a name; or, as a part of the model may have a table of its own, of the only part that has one."""

@@ -19,6 +19,7 @@ class Block:
     expert: int
     rank: int  # the first of its ranks within the expert; the layers of one expert have theirs one after the other
     row: int = 0  # the first of its output features
+    step: int = 1  # from one of them to the next
     factor: float = 1.0  # what its B is multiplied by, to have the scaling of the others
 
 
@@ -58,7 +59,8 @@ class StackedB(_Stacked):
         for block, tensor in zip(self.blocks, tensors, strict=True):
             scaled = tensor if block.factor == 1 else tensor.double() * block.factor
             rows, ranks = tensor.shape
-            stacked[block.row : block.row + rows, block.rank : block.rank + ranks, block.expert] = scaled.to(self.dtype)
+            to = slice(block.row, block.row + rows * block.step, block.step)
+            stacked[to, block.rank : block.rank + ranks, block.expert] = scaled.to(self.dtype)
         return stacked.view(self.shape)
 
 

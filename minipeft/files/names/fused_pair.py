@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -59,12 +59,18 @@ def fused_pair(file: AdapterFile, layers: Sequence[Layer], owner: nn.Module) -> 
             f"they would be filled with zeros, which is done up to {max(features):,}."
         )
     lora_alpha = config.lora_alpha * (math.sqrt(r / config.r) if config.use_rslora else r / config.r)
-    blocks = [
-        (layer, start, layer.place.part * rows, layer.config.scaling / config.scaling)
-        for layer, start in zip(layers, starts, strict=True)
-    ]
-    A = tuple(Block(layer.keys[0], _index(layer), start) for layer, start, _, _ in blocks)
-    B = tuple(Block(layer.keys[1], _index(layer), start, row, factor) for layer, start, row, factor in blocks)
+    first_row, step = (1, first.place.parts) if first.place.alternates else (rows, 1)
+    A = tuple(Block(layer.keys[0], _index(layer), start) for layer, start in zip(layers, starts, strict=True))
+    B = tuple(
+        replace(
+            block,
+            source=layer.keys[1],
+            row=layer.place.part * first_row,
+            step=step,
+            factor=layer.config.scaling / config.scaling,
+        )
+        for block, layer in zip(A, layers, strict=True)
+    )
     is_scaled = any(block.factor != 1 for block in B)
     dtypes = (_dtype(file, A), torch.promote_types(_dtype(file, B), torch.float32) if is_scaled else _dtype(file, B))
     stacked_A = StackedA(A, experts, (experts * r, features[0]), dtypes[0])
