@@ -6,6 +6,8 @@ from torch import nn
 
 from minipeft.combining.report import CombineReport
 from minipeft.config import AdapterConfig, config_of_peft
+from minipeft.diagnosis.diagnose import diagnose
+from minipeft.diagnosis.finding import Finding
 from minipeft.errors import (
     CheckpointError,
     ConfigError,
@@ -72,6 +74,7 @@ __all__ = [
     "ConfigError",
     "ContractError",
     "DataError",
+    "Finding",
     "IA3Config",
     "LayerOps",
     "LeanError",
@@ -89,6 +92,7 @@ __all__ = [
     "VeraConfig",
     "after_step",
     "dequantize",
+    "diagnose",
     "extra_loss",
     "get_adapter_model",
     "get_lora_model",

@@ -44,6 +44,21 @@ def flags_unchanged_on_error(tensors: Iterable[Tensor], *others: object) -> Iter
 
 
 @contextlib.contextmanager
+def unchanged_afterwards(*things: object) -> Iterator[None]:
+    """After the block, however it ends, these objects have the attributes, and these the contents, that they had before.
+
+    As with `unchanged_on_error`, values of tensors are not kept.
+    """
+    kept = [_kept(thing) for thing in things]
+    try:
+        yield
+    finally:
+        with interrupts_deferred():
+            for one in kept:
+                _put_back(*one)
+
+
+@contextlib.contextmanager
 def _put_back_on_error(things: Iterable[object], tensors: Iterable[Tensor]) -> Iterator[None]:
     kept = [_kept(thing) for thing in things]
     flags = [(tensor, tensor.requires_grad) for tensor in tensors]

@@ -79,18 +79,30 @@ def idle_layers(model: nn.Module, names: tuple[str, ...], seen: Pass) -> list[st
     return [
         path
         for path, wrapper in unused
-        if not any(id(p) in acting for p in wrapper.adapters.parameters()) and _ran_without(model, path, wrapper, seen)
+        if not any(id(p) in acting for p in wrapper.adapters.parameters())
+        and ran_without(model, path, innermost(wrapper), seen)
     ]
 
 
-def _ran_without(model: nn.Module, path: str, wrapper: Wrapper, seen: Pass) -> bool:
-    if id(innermost(wrapper)) in seen.called:
+def ran_without(
+    model: nn.Module, path: str, base: nn.Module, seen: Pass, wrapping: tuple[type, ...] = (Wrapper,)
+) -> bool:
+    """Whether a layer should have run but did not use its adapters: the base layer or the module around it ran.
+
+    Args:
+        model: holds the layer.
+        path: name of the layer, whose adapters were not used.
+        base: the layer without what wraps it.
+        seen: the pass.
+        wrapping: the classes that stand in the place of a layer; PEFT has others.
+    """
+    if id(base) in seen.called:
         return True  # something calls the base layer itself
     parent = model.get_submodule(path.rpartition(".")[0])
     if id(parent) not in seen.called or isinstance(parent, CHOICES):
         return False
     # Another part of the parent that did not run may be what the layer belongs to, such as an image tower.
-    return all(isinstance(part, Wrapper) or not any(part.children()) or seen.ran(part) for part in parent.children())
+    return all(isinstance(part, wrapping) or not any(part.children()) or seen.ran(part) for part in parent.children())
 
 
 def read_layers(model: nn.Module, names: tuple[str, ...], seen: Pass) -> list[str]:

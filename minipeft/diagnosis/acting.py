@@ -1,0 +1,115 @@
+"""Whether the adapters act: active, switched on, not zero, and reached by a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.view import Part, told_places
+from minipeft.errors import shown
+
+GROUP = Group()
+check = GROUP.check
+
+
+@check("adapters-disabled", "The model computes what its base does, and training changes nothing.")
+def disabled(setup: Setup) -> Iterator[Seen]:
+    """The adapters are switched off."""
+    if setup.view.disabled:
+        fix = "model.base_model.enable_adapter_layers()" if setup.view.is_peft else "model.enable_adapters()"
+        yield Seen(f"adapter {shown(map(repr, setup.view.active))}", "all adapters are switched off.", fix)
+
+
+@check("no-active-adapter", "The model computes what its base does.", unless=["adapters-disabled"])
+def inactive(setup: Setup) -> Iterator[Seen]:
+    """There are adapters, and none is active."""
+    if not any(part.active for part in setup.view.parts):
+        names = list(dict.fromkeys(part.adapter for part in setup.view.parts))
+        yield Seen(f"adapter {shown(map(repr, names))}", "none is active.", f"model.set_adapter({names[0]!r})")
+
+
+@check("scale-zero", "Zero times an update adds nothing, and gives the adapter no gradient.")
+def scale_zero(setup: Setup) -> Iterator[Seen]:
+    """The update is multiplied by zero."""
+    parts = [part for part in setup.view.acting if part.scaling == 0]
+    if parts:
+        name = parts[0].adapter
+        fix = "give lora_alpha a positive value" if setup.view.is_peft else f"model.set_scale({name!r}, 1.0)"
+        yield Seen(
+            told_places(parts), "the scaling of the update is 0.", f"{fix}, and lora_alpha > 0 in the configuration."
+        )
+
+
+@check(
+    "adapter-untrained",
+    "The outputs are those of the base: this adapter was never trained, or its values were not loaded.",
+)
+def untrained(setup: Setup) -> Iterator[Seen]:
+    """An adapter that does not train changes nothing."""
+    for parts in _by_adapter(setup):
+        known = [zero for part in parts if (zero := part.is_zero()) is not None]
+        if known and all(known) and not any(part.is_full or part.trained for part in parts):
+            yield Seen(
+                told_places(parts),
+                "every update is exactly zero, as before the first step (B = 0), and nothing of it is set to train.",
+                "load the trained file, and look at it with `minipeft inspect DIR`; or load it with is_trainable=True to train it.",
+            )
+
+
+@check("adapter-unmoved", "The steps so far went elsewhere: B leaves zero in the first step that reaches it.")
+def unmoved(setup: Setup) -> Iterator[Seen]:
+    """The optimizer has made steps with the adapter, which is still zero."""
+    state = {} if setup.optimizer is None else setup.optimizer.state
+    for parts in _by_adapter(setup):
+        steps = max((float(state[p].get("step", 1)) for part in parts for p in part.trained if p in state), default=0)
+        known = [zero for part in parts if (zero := part.is_zero()) is not None]
+        if steps >= 1 and known and all(known):
+            yield Seen(
+                told_places(parts),
+                f"the optimizer has made {steps:.0f} steps, and every update is still exactly zero.",
+                "look at the learning rate of these parameters, and at a gradient scaler that skips every step.",
+            )
+
+
+@check(
+    "layer-not-reached",
+    "An adapter there does nothing and learns nothing, while it is saved and counted like the others.",
+    needs_trial=True,
+)
+def not_reached(setup: Setup) -> Iterator[Seen]:
+    """The module around a layer runs, and the layer is neither called nor read."""
+    assert setup.trial is not None
+    parts = [part for part in setup.view.acting if part.layer in setup.trial.idle]
+    if parts:
+        yield Seen(
+            told_places(parts, len(setup.view.acting)),
+            "the model ran the module around the layer and did not call the layer.",
+            "leave it out of target_modules (exclude_modules=...), or let the model call it.",
+        )
+
+
+@check("merged-in-training", "A merged adapter is part of the frozen weight: it gets no gradient.")
+def merged(setup: Setup) -> Iterator[Seen]:
+    """An adapter that trains is merged."""
+    parts = [part for part in setup.view.training if part.merged]
+    if parts and (setup.optimizer is not None or setup.view.root.training):
+        yield Seen(told_places(parts), "it is merged into the base, and is set to train.", "model.unmerge_adapter()")
+
+
+@check("two-adapters-train", "Both get the same gradient, and each is right only together with the other.")
+def two_train(setup: Setup) -> Iterator[Seen]:
+    """Several active adapters train at once."""
+    names = list(dict.fromkeys(part.adapter for part in setup.view.training))
+    if len(names) > 1:
+        freeze = f"[p.requires_grad_(False) for n, p in model.named_parameters() if '.{names[0]}.' in n]"
+        yield Seen(
+            f"adapter {shown(map(repr, names))}",
+            f"{len(names)} adapters are active and train.",
+            f"model.set_adapter({names[-1]!r}), or, if {names[0]!r} is to act without training: {freeze}",
+        )
+
+
+def _by_adapter(setup: Setup) -> Iterator[list[Part]]:
+    for name in dict.fromkeys(part.adapter for part in setup.view.acting):
+        yield [part for part in setup.view.acting if part.adapter == name]

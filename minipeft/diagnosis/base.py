@@ -1,0 +1,145 @@
+"""The base below the adapters: is it the right one, is all of it loaded, and do its tables hold together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import nn
+
+from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.view import told_places
+from minipeft.errors import shown
+from minipeft.files.format import open_weights
+from minipeft.injection.fresh_parts import ORIGINS
+from minipeft.transformers_model import (
+    computed_parameters,
+    input_embedding,
+    is_from_checkpoint,
+    name_or_path,
+    output_head,
+    says_tied,
+)
+
+GROUP = Group()
+check = GROUP.check
+
+
+@check("head-untrained", "It is random, and stays so: whoever loads the base again gets another one.")
+def head_untrained(setup: Setup) -> Iterator[Seen]:
+    """The checkpoint lacks a module, which was drawn at random, and nothing trains it."""
+    view, tables = setup.view, {id(t) for t in (input_embedding(setup.view.root), output_head(setup.view.root))}
+    in_tables = {id(p) for m in view.root.modules() if id(m) in tables for p in m.parameters()}
+    trained = {part.layer for part in view.parts if part.is_full and part.trained}
+    fresh = [
+        name
+        for name in _fresh(view.root, view.base)
+        if not view.base[name].requires_grad and id(view.base[name]) not in in_tables
+    ]
+    found = sorted({name.rpartition(".")[0] for name in fresh if not _within(name, trained)})
+    if found:
+        yield Seen(
+            shown(found, 3),
+            "it is not in the checkpoint of the base, so it was drawn at random, and it is frozen.",
+            f"modules_to_save={found[:3]!r} in the configuration, or its task_type, such as 'SEQ_CLS'",
+        )
+
+
+@check(
+    "other-base", "An update is added to weights that it was not made for: the outputs are wrong, and no shape tells."
+)
+def other_base(setup: Setup) -> Iterator[Seen]:
+    """The adapter names another base than the model was loaded from, and has no samples of its weights."""
+    here = name_or_path(setup.view.root)
+    for name, config in setup.view.configs.items():
+        there = getattr(config, "base_model_name_or_path", None)
+        if here and there and not _same_name(here, there) and not _was_compared(setup):
+            yield Seen(
+                f"adapter {name!r}",
+                f"it was trained on {there!r}, and this model was loaded from {here!r}.",
+                f"AutoModel...from_pretrained({there!r})",
+            )
+
+
+@check("keys-unmatched", "What did not match is not loaded: the adapter there is as it was drawn.")
+def keys_unmatched(setup: Setup) -> Iterator[Seen]:
+    """The file's keys are not those of the adapter."""
+    if setup.adapter_dir is None:
+        return
+    there, here = set(open_weights(setup.adapter_dir).shapes), _keys(setup)
+    if there != here:
+        missing, unexpected = sorted(here - there), sorted(there - here)
+        said = [f"{word} {shown(keys, 2)}" for word, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+        yield Seen(
+            str(setup.adapter_dir),
+            f"{len(here & there)} of the adapter's {len(here)} keys matched; {'; '.join(said)}.",
+            "load it strictly, minipeft.load_adapter(base, directory), which says what differs; key_mapping={...} renames keys.",
+        )
+
+
+@check(
+    "tie-broken", "The config says that both are one weight: merging or saving the model keeps one of them for both."
+)
+def tie_broken(setup: Setup) -> Iterator[Seen]:
+    """The input embedding is tied to the head by the config, and one of them trains a copy of its own."""
+    root = setup.view.root
+    tables = (input_embedding(root), output_head(root))
+    parts = [part for part in setup.view.training if part.is_full and any(part.module is table for table in tables)]
+    weights = [_weight(table) for table in tables]
+    if parts and says_tied(root) and None not in weights and weights[0] != weights[1]:
+        yield Seen(
+            told_places(parts),
+            "it trains a copy, and the layer that is tied to it keeps the frozen weight.",
+            "ensure_weight_tying=True in the configuration, or name both in modules_to_save and untie them.",
+        )
+
+
+def _weight(table: nn.Module | None) -> int | None:
+    weight = getattr(table, "weight", None)
+    return None if weight is None else weight.data_ptr()
+
+
+def _fresh(root: nn.Module, base: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of the base's parameters that its checkpoint lacks; none if the model does not say what it was loaded with."""
+    remembered = root.__dict__.get(ORIGINS)
+    if remembered is not None:
+        return [name for name in base if name in remembered.fresh]
+    new = [name for name, parameter in base.items() if not is_from_checkpoint(parameter)]
+    computed = computed_parameters(root)
+    if 2 * len(new) > len(base):
+        return []
+    return [name for name in new if computed is None or not computed.search(name)]
+
+
+def _within(name: str, modules: Collection[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _same_name(one: str, other: str) -> bool:
+    a, b = _plain(one), _plain(other)
+    return a in b or b in a
+
+
+def _plain(place: str) -> str:
+    """The last word of a path or name; of a folder in the hub's cache, the model's."""
+    cached = re.search(r"models--[^/]+?--([^/]+)/snapshots/", place)
+    return re.sub(r"[^a-z0-9]", "", (cached[1] if cached else re.split(r"[/\\]", place.rstrip("/\\"))[-1]).lower())
+
+
+def _was_compared(setup: Setup) -> bool:
+    """Whether samples of the base were compared when the adapter was loaded, as minipeft does with its own files."""
+    if setup.view.is_peft or setup.adapter_dir is None:
+        return False
+    return '"base"' in open_weights(setup.adapter_dir).metadata.get("minipeft", "")
+
+
+def _keys(setup: Setup) -> set[str]:
+    """The keys that the file of the first active adapter would have."""
+    name = next(iter(setup.view.active), None)
+    if not setup.view.is_peft:
+        state: dict[str, object] = setup.view.root.adapter_state_dict(name)  # type: ignore[operator]
+        return set(state)
+    from peft import get_peft_model_state_dict
+
+    return set(get_peft_model_state_dict(setup.view.model, adapter_name=name))

@@ -1,0 +1,130 @@
+"""`minipeft.diagnose`: what is wrong with a set-up, without training anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from minipeft.diagnosis import acting, base, labels, learning, numbers, precision, rates, vocabulary
+from minipeft.diagnosis.finding import Check, Finding
+from minipeft.diagnosis.our_view import our_view
+from minipeft.diagnosis.peft_view import has_peft_layers, peft_view
+from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.trial import try_batch
+from minipeft.diagnosis.view import View
+from minipeft.errors import ConfigError, DataError
+from minipeft.injection.attach import STATE
+from minipeft.wrapper_names import unwrapped
+
+GROUPS = (numbers, base, acting, learning, rates, precision, labels, vocabulary)
+CHECKS: tuple[Check, ...] = tuple(
+    sorted((c for group in GROUPS for c in group.GROUP.checks), key=lambda check: check.needs_trial)
+)
+
+
+def diagnose(
+    model: nn.Module,
+    batch: Mapping[str, Any] | None = None,
+    optimizer: Optimizer | None = None,
+    tokenizer: Any = None,
+    *,
+    adapter_dir: str | PathLike[str] | None = None,
+) -> list[Finding]:
+    """Look for what is wrong with an adapted model, minipeft's or PEFT's, as it would be trained or used now.
+
+    The batch is run once, with a backward pass if an active adapter trains. Afterwards the model, its gradients, modes and
+    buffers, the optimizer and all random generators are what they were, bit for bit.
+
+    Args:
+        model: with adapters; wrappers such as DDP and ``torch.compile`` are looked into.
+        batch: what the model is called with, with labels if it trains. Without one, what only a pass shows is not looked for.
+        optimizer: of the run. With one, the model is taken to be in training.
+        tokenizer: that made the batch, one of transformers'.
+        adapter_dir: the directory that the active adapter was loaded from, to compare its keys.
+
+    Returns:
+        The findings, what explains others first; none for a healthy set-up.
+
+    Raises:
+        DataError: the model cannot take the batch, or it trains and the batch has no labels.
+        ConfigError: an argument is of another kind, or the adapters are none that sit on layers, as prompts do not.
+        CheckpointError: `adapter_dir` holds no adapter.
+    """
+    _check_arguments(model, batch, optimizer)
+    view = view_of(model)
+    if not view.parts:
+        return [_no_adapter(view)]
+    setup = Setup(view, batch, optimizer, tokenizer, None if adapter_dir is None else Path(adapter_dir))
+    findings: list[Finding] = []
+    for check in CHECKS:
+        if check.needs_trial and setup.trial is None:
+            if batch is None or _stopped(findings):
+                break
+            setup.trial = try_batch(view, batch)
+        if not {finding.name for finding in findings}.intersection(check.unless):
+            findings += check.findings(setup)
+    return findings
+
+
+def view_of(model: nn.Module) -> View:
+    """The view of a model, whoever adapted it; without parts if nobody did.
+
+    Raises:
+        ConfigError: PEFT gave it a method without layers, such as prompt tuning.
+    """
+    called = unwrapped(model)
+    for root in _inside(called):
+        if STATE in root.__dict__:
+            return our_view(called, root)
+    *_, root = _inside(called)
+    view = peft_view(called, root) if has_peft_layers(root) else _unadapted(called)
+    if not view.parts and view.configs:
+        method = next(iter(view.configs.values()))
+        raise ConfigError(f"{type(method).__name__} puts nothing on layers, which is all that diagnose looks at.")
+    return view
+
+
+def _unadapted(model: nn.Module) -> View:
+    configs = getattr(model, "peft_config", None)
+    return View(
+        model, model, (), (), configs if isinstance(configs, dict) else {}, (), False, {}, lambda seen: (), False
+    )
+
+
+def _inside(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what is inside if it is a `peft.PeftModel`."""
+    yield model
+    inner = getattr(model, "get_base_model", None)
+    if callable(inner) and isinstance(found := inner(), nn.Module) and found is not model:
+        yield from _inside(unwrapped(found))
+
+
+def _no_adapter(view: View) -> Finding:
+    return Finding(
+        "no-adapter",
+        type(view.root).__name__,
+        "neither minipeft nor PEFT has put an adapter into this model.",
+        "Nothing of it is adapted, and all of it may train.",
+        "model = minipeft.get_lora_model(model, minipeft.LoraConfig(target_modules='all-linear'))",
+    )
+
+
+def _stopped(findings: list[Finding]) -> bool:
+    stops = {check.name for check in CHECKS if check.stops}
+    return any(finding.name in stops for finding in findings)
+
+
+def _check_arguments(model: object, batch: object, optimizer: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"diagnose takes a model, not {type(model).__name__}.")
+    if batch is not None and not isinstance(batch, Mapping):
+        raise DataError(
+            f"batch must be what the model is called with, a mapping by argument, not {type(batch).__name__}."
+        )
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise ConfigError(f"optimizer must be one of torch's or like it, not {type(optimizer).__name__}.")

@@ -1,0 +1,92 @@
+"""What a diagnosis says: findings, and the tables of checks that make them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from minipeft.diagnosis.setup import Setup
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Args:
+        name: of the check, for programs, such as "adapter-frozen".
+        where: the adapter, layer, parameter, batch or optimizer it is about.
+        what: what was seen there, with figures.
+        why: what comes of it.
+        fix: what to do, as code where code does it.
+    """
+
+    name: str
+    where: str
+    what: str
+    why: str
+    fix: str
+
+    def __str__(self) -> str:
+        lines = (f"{self.name}: {self.where}", f"what  {self.what}", f"why   {self.why}", f"fix   {self.fix}")
+        return "\n  ".join(lines)
+
+    def to_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a check has seen: a `Finding` without what is the same for all findings of the check."""
+
+    where: str
+    what: str
+    fix: str
+
+
+Look = Callable[[Setup], Iterator[Seen]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A function that looks at a set-up.
+
+    Args:
+        name: of its findings.
+        why: of its findings.
+        look: yields what it sees; nothing if all is well.
+        unless: names of other findings that explain what this check would see; it is then left out.
+        stops: with such a finding the batch cannot be run, and is not tried.
+        needs_trial: it looks at what became of the batch.
+    """
+
+    name: str
+    why: str
+    look: Look
+    unless: tuple[str, ...] = ()
+    stops: bool = False
+    needs_trial: bool = False
+
+    def findings(self, setup: Setup) -> Iterator[Finding]:
+        """What it finds in this set-up."""
+        for seen in self.look(setup):
+            yield Finding(self.name, seen.where, seen.what, self.why, seen.fix)
+
+
+@dataclass
+class Group:
+    """The checks of one file, in the order in which they are made."""
+
+    checks: list[Check] = field(default_factory=list)
+
+    def check(
+        self, name: str, why: str, *, unless: Sequence[str] = (), stops: bool = False, needs_trial: bool = False
+    ) -> Callable[[Look], Look]:
+        """Register the decorated function; see `Check`."""
+
+        def register(look: Look) -> Look:
+            self.checks.append(Check(name, why, look, tuple(unless), stops, needs_trial))
+            return look
+
+        return register

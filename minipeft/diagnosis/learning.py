@@ -1,0 +1,184 @@
+"""Whether training changes the adapters and nothing else: what requires a gradient, the optimizer, and the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.view import Part, told_places
+from minipeft.errors import shown
+
+GROUP = Group()
+check = GROUP.check
+MAKE = (
+    "make it after adapting the model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)"
+)
+FREEZE = "[p.requires_grad_(False) for p in base_parameters], and let get_lora_model or get_peft_model freeze the base"
+
+
+@check("adapter-frozen", "The optimizer will change nothing.", unless=["no-active-adapter"])
+def frozen(setup: Setup) -> Iterator[Seen]:
+    """There is an optimizer, and no parameter of an active adapter requires a gradient."""
+    for name in dict.fromkeys(part.adapter for part in setup.view.parts if part.active and setup.optimizer is not None):
+        parts = [part for part in setup.view.parts if part.active and part.adapter == name]
+        if not setup.view.training:
+            yield Seen(
+                told_places(parts),
+                f"none of its {sum(len(part.parameters) for part in parts)} parameters requires a gradient.",
+                "load it with is_trainable=True, or leave inference_mode=True out of its configuration.",
+            )
+
+
+@check("optimizer-of-another-model", "It trains tensors that this model does not compute with.")
+def another_model(setup: Setup) -> Iterator[Seen]:
+    """The optimizer holds parameters that are not the model's."""
+    own = {id(parameter) for parameter in setup.view.model.parameters()}
+    strangers = [key for key in setup.rates if key not in own]
+    if strangers:
+        yield Seen(
+            "optimizer",
+            f"{len(strangers)} of its {len(setup.rates)} parameters are not in this model, as after copying or reloading it.",
+            MAKE,
+        )
+
+
+@check(
+    "optimizer-before-adapters",
+    "The adapters will never change: an optimizer keeps the parameters that it was made with.",
+    unless=["optimizer-of-another-model"],
+)
+def before_adapters(setup: Setup) -> Iterator[Seen]:
+    """The optimizer holds none of what trains."""
+    parts = setup.view.training
+    if setup.optimizer is not None and parts and not any(id(p) in setup.rates for part in parts for p in part.trained):
+        yield Seen("optimizer", f"it holds {len(setup.rates)} parameters, and none of an adapter that trains.", MAKE)
+
+
+@check(
+    "not-in-optimizer",
+    "These will never change.",
+    unless=["optimizer-of-another-model", "optimizer-before-adapters"],
+)
+def not_in_optimizer(setup: Setup) -> Iterator[Seen]:
+    """The optimizer holds some of what trains, and not all of it."""
+    if setup.optimizer is not None:
+        parts = [part for part in setup.view.training if any(id(p) not in setup.rates for p in part.trained)]
+        if parts:
+            fix = "optimizer.add_param_group({'params': [...]}), or a new optimizer if the adapter was added to the model later."
+            yield Seen(told_places(parts, len(setup.view.training)), "trains, and is not in the optimizer.", fix)
+
+
+@check(
+    "base-trains", "The adapter's file does not hold the base, so what it learns is lost; its gradients take memory."
+)
+def base_trains(setup: Setup) -> Iterator[Seen]:
+    """Parameters of the base require a gradient."""
+    found = setup.trainable_base()
+    if found and not _is_quantized(setup):
+        yield Seen(
+            shown(found, 3),
+            f"{_share(found, setup)} of the base require a gradient.",
+            f"{FREEZE}; what is to train in full belongs into modules_to_save.",
+        )
+
+
+@check(
+    "quantized-base-trains",
+    "What the rest of a quantized base learns is in no file, and its norms leave what they were quantized with.",
+)
+def quantized_base_trains(setup: Setup) -> Iterator[Seen]:
+    """The base is quantized, and its remaining float parameters train."""
+    found = setup.trainable_base()
+    if found and _is_quantized(setup):
+        yield Seen(
+            shown(found, 3),
+            f"the base is quantized, and {_share(found, setup)} of it require a gradient.",
+            "quantize before adapting, so that the base is frozen; with PEFT, prepare_model_for_kbit_training(model) first.",
+        )
+
+
+@check(
+    "base-in-optimizer",
+    "Harmless while they have no gradient; the day one is unfrozen, it trains, with weight decay, and nobody said so.",
+    unless=["optimizer-of-another-model", "optimizer-before-adapters", "base-trains", "quantized-base-trains"],
+)
+def base_in_optimizer(setup: Setup) -> Iterator[Seen]:
+    """The optimizer holds frozen parameters of the base."""
+    found = {name: p for name, p in setup.view.base.items() if id(p) in setup.rates and not p.requires_grad}
+    if found:
+        yield Seen(shown(found, 3), f"the optimizer holds {_share(found, setup)} of the frozen base.", MAKE)
+
+
+@check(
+    "checkpointing-cuts-gradients",
+    "Reentrant checkpointing gives no gradient to a block none of whose inputs requires one, and token ids never do: the "
+    "classic 'None of the inputs have requires_grad=True'.",
+    needs_trial=True,
+)
+def checkpointing(setup: Setup) -> Iterator[Seen]:
+    """Adapters inside checkpointed blocks got no gradient."""
+    reentrant = [name for name, module in setup.view.root.named_modules() if _is_reentrant(module)]
+    parts = [
+        part for part in _without_gradient(setup) if any(part.layer.startswith(f"{n}.") or not n for n in reentrant)
+    ]
+    if parts:
+        yield Seen(
+            told_places(parts, len(setup.view.training)),
+            "gradient checkpointing with use_reentrant=True is on, and no gradient arrived.",
+            "model.gradient_checkpointing_enable({'use_reentrant': False}), or model.enable_input_require_grads()",
+        )
+
+
+@check(
+    "no-gradient",
+    "An optimizer leaves it as it is. (At the first step A's gradient is zero because B is; that is not meant here.)",
+    unless=[
+        "checkpointing-cuts-gradients",
+        "labels-all-ignored",
+        "merged-in-training",
+        "adapters-disabled",
+        "scale-zero",
+    ],
+    needs_trial=True,
+)
+def no_gradient(setup: Setup) -> Iterator[Seen]:
+    """A layer ran, and nothing of its adapter got a gradient that is not zero."""
+    parts = _without_gradient(setup)
+    if parts:
+        yield Seen(
+            told_places(parts, len(setup.view.training)),
+            "it ran in the forward pass, and its gradient is missing or zero in all its parameters.",
+            "look for detach(), torch.no_grad() or .data between this layer and the loss.",
+        )
+
+
+def _without_gradient(setup: Setup) -> list[Part]:
+    """The parts that ran and got no gradient in any parameter; A's alone is zero as long as B is."""
+    trial = setup.trial
+    assert trial is not None
+    ran = [part for part in setup.view.training if part.layer not in trial.idle and _ran(setup, part)]
+    return [part for part in ran if not any(trial.gradients.get(id(p), 0.0) != 0.0 for p in part.trained)]
+
+
+def _ran(setup: Setup, part: Part) -> bool:
+    seen = setup.trial.seen if setup.trial is not None else None
+    return seen is not None and (seen.ran(part.module) or id(part.module) in seen.read)
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    function = vars(module).get("_gradient_checkpointing_func")
+    return bool(getattr(module, "gradient_checkpointing", False)) and bool(
+        getattr(function, "keywords", {}).get("use_reentrant")
+    )
+
+
+def _is_quantized(setup: Setup) -> bool:
+    is_marked = bool(getattr(setup.view.root, "is_quantized", False))
+    return is_marked or any(not parameter.is_floating_point() for parameter in setup.view.base.values())
+
+
+def _share(found: dict[str, nn.Parameter], setup: Setup) -> str:
+    return f"{len(found)} of {len(setup.view.base)} parameters ({sum(p.numel() for p in found.values()):,} values)"

@@ -1,0 +1,125 @@
+"""The view of a model that minipeft has adapted."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.diagnosis.view import Part, View
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.attach import STATE, AdapterState
+from minipeft.injection.fresh_parts import base_parameters
+from minipeft.injection.module_tree import candidates, wrappers
+from minipeft.injection.watch import Pass, idle_layers
+from minipeft.injection.wrapper import Wrapper, innermost
+from minipeft.layers.offloaded import present
+from minipeft.methods.base import Adapter
+
+
+def our_view(model: nn.Module, root: nn.Module) -> View:
+    """The view of `root`, which holds the adapters, called as `model`."""
+    state: AdapterState = root.__dict__[STATE]
+    base = {name: parameter for name, _, parameter in base_parameters(root, candidates(root))}
+    return View(
+        model,
+        root,
+        (state, state.switch),
+        list(_parts(root, state)),
+        state.configs,
+        state.switch.active,
+        not state.switch.enabled,
+        base,
+        functools.partial(_idle, root, state.switch.active),
+        is_peft=False,
+    )
+
+
+def _idle(root: nn.Module, names: tuple[str, ...], seen: Pass) -> list[str]:
+    return idle_layers(root, names, seen)
+
+
+def _parts(root: nn.Module, state: AdapterState) -> Iterator[Part]:
+    for layer, wrapper in wrappers(root):
+        for name in state.configs:
+            if name not in wrapper.adapters:
+                continue
+            active = name in state.switch.active
+            if not isinstance(wrapper, AdaptedLayer):
+                yield _in_full(layer, wrapper, name, active)
+            elif wrapper.owns(name):
+                yield _adapter(layer, wrapper, name, active)
+
+
+def _in_full(layer: str, wrapper: Wrapper, name: str, active: bool) -> Part:
+    held = {key: tensor for key, tensor in wrapper.file_tensors(name).items() if isinstance(tensor, nn.Parameter)}
+    base = innermost(wrapper)
+    return Part(name, layer, wrapper, base, held, active, False, True, None, None, 0.0, _unknown, _unknown, _unknown)
+
+
+def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part:
+    adapter = wrapper.adapter(name)
+    dropout = float(getattr(adapter, "dropout", 0.0)) if adapter.training else 0.0
+    factors = dict(adapter.named_parameters(recurse=False))
+    pair = None
+    if factors.keys() >= {"lora_A", "lora_B"} and not wrapper.ops.is_embedding:
+        pair = factors["lora_A"].detach().flatten(1), factors["lora_B"].detach().flatten(1)
+    return Part(
+        name,
+        layer,
+        wrapper,
+        innermost(wrapper),
+        dict(adapter.named_parameters()),
+        active,
+        name in wrapper.merged,
+        False,
+        adapter.scaling,
+        pair,
+        dropout,
+        functools.partial(_is_zero, wrapper, adapter),
+        functools.partial(_update_norm, wrapper, adapter),
+        functools.partial(_weight_norm, wrapper),
+    )
+
+
+def _unknown() -> Any:
+    return None
+
+
+def _is_zero(layer: AdaptedLayer, adapter: Adapter) -> bool | None:
+    rows = adapter.changed_rows()
+    if rows is not None:
+        return not bool(rows[1].any())
+    if not adapter.overrides("factors"):
+        return None if (delta := _delta(layer, adapter)) is None else not bool(delta.any())
+    return not all(bool(factor.any()) for factor in adapter.stacked_factors() or ())
+
+
+def _delta(layer: AdaptedLayer, adapter: Adapter) -> Tensor | None:
+    if not adapter.overrides("delta"):
+        return None
+    with torch.no_grad(), present(layer.owner):
+        return adapter.delta(layer.ops.read_weight(layer.base_layer))
+
+
+@torch.no_grad()
+def _update_norm(layer: AdaptedLayer, adapter: Adapter) -> float | None:
+    factors = adapter.stacked_factors()
+    if factors is None:
+        delta = _delta(layer, adapter)
+        return None if delta is None else float(delta.norm())
+    up, down = (factor.double() for factor in factors)
+    # |U D|^2 is the sum of (U^T U) * (D D^T): matrices of the rank, none as large as the weight.
+    square = ((up.mT @ up) * (down @ down.mT)).sum()
+    return math.sqrt(max(float(square), 0.0))
+
+
+@torch.no_grad()
+def _weight_norm(layer: AdaptedLayer) -> float | None:
+    with present(layer.owner):
+        weight = layer.ops.read_weight(layer.base_layer)
+        return None if weight.is_meta else float(weight.float().norm())

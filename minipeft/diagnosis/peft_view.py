@@ -1,0 +1,153 @@
+"""The view of a model that PEFT has adapted: a `peft.PeftModel`, or one with PEFT's layers put into it by others."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.diagnosis.view import Part, View
+from minipeft.injection.watch import Pass, ran_without
+
+INSIDE = ("base_layer", "original_module")  # where PEFT's layers keep the layer
+
+
+def has_peft_layers(root: nn.Module) -> bool:
+    """Whether PEFT's layers are in a model; without PEFT having been imported there can be none."""
+    return "peft" in sys.modules and any(isinstance(module, _kinds()) for module in root.modules())
+
+
+def peft_view(model: nn.Module, root: nn.Module) -> View:
+    """The view of `root`, which holds PEFT's layers, called as `model`."""
+    layers = list(_layers(root))
+    parts = [part for name, module in layers for part in _parts(name, module)]
+    held = {id(parameter) for part in parts for parameter in part.parameters.values()}
+    base = {_plain(name): p for name, p in root.named_parameters() if id(p) not in held}
+    active = dict.fromkeys(name for _, module in layers for name in module.active_adapters)
+    configs = getattr(model, "peft_config", None) or getattr(root, "peft_config", None) or {}
+    return View(
+        model,
+        root,
+        (),
+        parts,
+        dict(configs),
+        list(active),
+        bool(layers) and all(module.disable_adapters for _, module in layers),
+        base,
+        functools.partial(_idle, root, parts),
+        is_peft=True,
+    )
+
+
+def _layers(root: nn.Module) -> Iterator[tuple[str, Any]]:
+    kinds = _kinds()
+    return ((name, module) for name, module in root.named_modules() if isinstance(module, kinds))
+
+
+def _kinds() -> tuple[type, ...]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return BaseTunerLayer, ModulesToSaveWrapper
+
+
+def _plain(name: str) -> str:
+    return ".".join(word for word in name.split(".") if word not in (*INSIDE, "token_adapter"))
+
+
+def _idle(root: nn.Module, parts: list[Part], seen: Pass) -> list[str]:
+    # PEFT's layers act when they are called; whoever reads their weight gets the base's.
+    return [
+        _plain(name)
+        for name, module in _layers(root)
+        if id(module) not in seen.called
+        and not any(seen.ran(container) for container in _containers(module))
+        and ran_without(root, name, _innermost(module), seen, _kinds())
+    ]
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while (inner := next((module._modules[n] for n in INSIDE if n in module._modules), None)) is not None:
+        module = inner
+    return module
+
+
+def _containers(module: nn.Module) -> list[nn.Module]:
+    names = getattr(module, "adapter_layer_names", ())
+    return [found for name in names if isinstance(found := module._modules.get(name), nn.Module)]
+
+
+def _parts(path: str, module: Any) -> Iterator[Part]:
+    held = _held(module)
+    for name, parameters in held.items():
+        full = "modules_to_save" in module._modules
+        scaling = getattr(module, "scaling", None)
+        yield Part(
+            name,
+            _plain(path),
+            module,
+            _innermost(module),
+            parameters,
+            name in module.active_adapters,
+            name in getattr(module, "merged_adapters", ()),
+            full,
+            float(scaling[name]) if isinstance(scaling, dict) and name in scaling else None,
+            _pair(parameters),
+            _dropout(module, name),
+            functools.partial(_is_zero, parameters),
+            functools.partial(_update_norm, module, name, full),
+            functools.partial(_weight_norm, module, full),
+        )
+
+
+def _held(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Adapter -> its parameters here, by the names that PEFT has for them."""
+    held: dict[str, dict[str, nn.Parameter]] = {}
+    for container in getattr(module, "adapter_layer_names", ()):
+        found = module._modules.get(container)
+        for name, parameter in () if found is None else found.named_parameters():
+            adapter, _, rest = name.partition(".")
+            held.setdefault(adapter, {})[f"{container}.{rest}" if rest else container] = parameter
+    return held
+
+
+def _pair(parameters: dict[str, nn.Parameter]) -> tuple[Tensor, Tensor] | None:
+    down, up = parameters.get("lora_A.weight"), parameters.get("lora_B.weight")
+    return None if down is None or up is None else (down.detach().flatten(1), up.detach().flatten(1))
+
+
+def _dropout(module: Any, name: str) -> float:
+    held = module._modules.get("lora_dropout")
+    dropout = held[name] if held is not None and name in held else None
+    return float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
+
+
+def _is_zero(parameters: dict[str, nn.Parameter]) -> bool | None:
+    factors = [p for name, p in parameters.items() if name.partition(".")[0].startswith(("lora_", "hada_w", "lokr_w"))]
+    factors = [factor for factor in factors if factor.ndim > 1]
+    return any(not bool(factor.any()) for factor in factors) if factors else None
+
+
+@torch.no_grad()
+def _update_norm(module: Any, name: str, full: bool) -> float | None:
+    if full or not hasattr(module, "get_delta_weight"):
+        return None
+    try:
+        return float(module.get_delta_weight(name).norm())
+    except Exception:  # of methods and layers for which PEFT forms no such weight
+        return None
+
+
+@torch.no_grad()
+def _weight_norm(module: Any, full: bool) -> float | None:
+    if full:
+        return None
+    try:
+        weight = module.get_param() if hasattr(module, "get_param") else module.get_base_weight()
+        return float(weight.float().norm())
+    except Exception:  # a layer without one weight, or a quantized one whose package PEFT does not find
+        return None

@@ -1,0 +1,113 @@
+"""Dtypes, devices and modes: what makes a right update vanish, overflow or never be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.view import told_places
+from minipeft.errors import shown
+
+GROUP = Group()
+check = GROUP.check
+
+HALF_SPACING = (
+    2.0**-9
+)  # of bfloat16: a change below this share of a value is rounded away, at least in half of all cases
+TO_FLOAT = "for p in filter(lambda p: p.requires_grad, model.parameters()): p.data = p.data.float()"
+LOST = 0.5  # share of a factor's values
+
+
+@check(
+    "float16-trained",
+    "A gradient scaler refuses it ('Attempting to unscale FP16 gradients'), and without one small gradients are zero.",
+)
+def float16(setup: Setup) -> Iterator[Seen]:
+    """Parameters in float16 require a gradient."""
+    parts = [p for p in setup.view.training if any(t.dtype == torch.float16 for t in p.trained)]
+    if parts:
+        yield Seen(
+            told_places(parts, len(setup.view.training)),
+            "its parameters train in float16.",
+            f"{TO_FLOAT}; float16 is for autocast. autocast_adapter_dtype=True, the default, does so from the start.",
+        )
+
+
+@check(
+    "update-lost-to-rounding",
+    "Adam moves each value by the learning rate, and bfloat16 rounds the sum back to the value.",
+)
+def lost_to_rounding(setup: Setup) -> Iterator[Seen]:
+    """Most values of a bfloat16 factor are too large to be changed by one step."""
+    rates = setup.rates if setup.is_adam else {}
+    lost = {}
+    for part in setup.view.training:
+        for parameter in part.trained:
+            if parameter.dtype == torch.bfloat16 and not parameter.is_meta and id(parameter) in rates:
+                share = float((parameter.detach().abs() * HALF_SPACING > rates[id(parameter)]).float().mean())
+                if share > LOST:
+                    lost[part.layer, part.adapter] = part, share, rates[id(parameter)]
+    if lost:
+        _, share, rate = max(lost.values(), key=lambda found: found[1])
+        yield Seen(
+            told_places(part for part, _, _ in lost.values()),
+            f"at learning rate {rate:g} a step leaves up to {share:.0%} of a factor's bfloat16 values unchanged.",
+            TO_FLOAT,
+        )
+
+
+@check("mixed-devices", "The forward pass fails there.", stops=True)
+def mixed_devices(setup: Setup) -> Iterator[Seen]:
+    """An adapter is on another device than its layer."""
+    parts = []
+    for part in setup.view.parts:
+        base = {p.device for p in part.base.parameters() if not p.is_meta}
+        own = {p.device for p in part.parameters.values()}
+        if part.active and base and own - base:
+            parts.append(part)
+    if parts:
+        here, there = next(iter(parts[0].parameters.values())).device, next(parts[0].base.parameters()).device
+        yield Seen(told_places(parts), f"the adapter is on {here}, its layer on {there}.", f"model.to({str(there)!r})")
+
+
+@check("dropout-in-eval", "The outputs are random, and differ from those in training by chance.")
+def dropout_in_eval(setup: Setup) -> Iterator[Seen]:
+    """The model is in evaluation mode, and a dropout is not."""
+    if setup.view.root.training or setup.optimizer is not None:
+        return
+    parts = [part for part in setup.view.acting if part.dropout > 0]
+    if parts:
+        yield Seen(
+            told_places(parts),
+            f"it drops {parts[0].dropout:.0%} of its inputs although the model is in evaluation mode.",
+            "model.eval(), after the adapter was added",
+        )
+    own = [n for n, m in setup.view.root.named_modules() if _drops(m) and m.training and "lora_dropout" not in n]
+    if own:
+        yield Seen(shown(own, 3), "this dropout is in training mode, and the model is not.", "model.eval()")
+
+
+@check(
+    "eval-in-training",
+    "Dropout and gradient checkpointing are off, so training takes another course than it is meant to.",
+)
+def eval_in_training(setup: Setup) -> Iterator[Seen]:
+    """There is an optimizer, and the model is in evaluation mode, which makes a difference."""
+    root = setup.view.root
+    if setup.optimizer is None or not setup.view.training or root.training:
+        return
+    waiting = [name for name, module in root.named_modules() if not module.training and _drops(module)]
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) is True for module in root.modules())
+    if waiting or checkpointed:
+        what = f"{len(waiting)} dropouts" if waiting else "gradient checkpointing"
+        yield Seen(
+            type(root).__name__, f"it is in evaluation mode, and has {what}.", "model.train()  # a Trainer does so"
+        )
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0

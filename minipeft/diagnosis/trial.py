@@ -1,0 +1,181 @@
+"""One forward pass, and a backward pass if something trains, after which everything is as it was, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from minipeft.diagnosis.view import View
+from minipeft.errors import DataError, told_error
+from minipeft.injection.rollback import unchanged_afterwards
+from minipeft.injection.watch import Pass, watched
+from minipeft.injection.wrapper import Switch
+
+SEED = 0
+
+
+@dataclass
+class Trial:
+    """What became of a batch.
+
+    Args:
+        seen: which modules were called and which weights were read.
+        idle: names of the adapted layers that were left out although the module around them ran.
+        loss: its value; None if the model returned none.
+        learns: whether the loss depends on a parameter that requires a gradient.
+        broken: name of the first module that returned a NaN.
+        gradients: the largest magnitude in the gradient of each trainable parameter that got one, by its id.
+    """
+
+    seen: Pass
+    idle: set[str]
+    loss: float | None
+    learns: bool
+    broken: str | None
+    gradients: dict[int, float]
+
+
+def try_batch(view: View, batch: Mapping[str, Any]) -> Trial:
+    """Run the batch: in training mode, with a backward pass, if an active adapter trains; else as the model is.
+
+    Raises:
+        DataError: the model cannot take the batch; or it is to be trained and returns no loss.
+    """
+    training = bool(view.training)
+    switch: Any = next((other for other in view.others if isinstance(other, Switch)), Switch())
+    with left_alone(view):
+        names = {id(module): name for name, module in view.root.named_modules()}
+        with watched(switch) as seen, _first_nan(names) as broken:
+            output = forward(view, batch, training=training)
+        loss = _loss(output)
+        if training and loss is None:
+            raise DataError(
+                f"{type(view.root).__name__} returns no loss for this batch, which has {', '.join(map(str, batch))}: training "
+                "needs labels in it."
+            )
+        if loss is not None and loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return Trial(
+            seen,
+            set(view.idle(seen)),
+            None if loss is None else float(loss),
+            loss is not None and loss.requires_grad,
+            next(iter(broken), None),
+            {
+                id(p): float(p.grad.abs().max())
+                for p in view.model.parameters()
+                if p.grad is not None and p.grad.numel()
+            },
+        )
+
+
+def forward(view: View, batch: Mapping[str, Any], *, training: bool) -> Any:
+    """Call the model on a batch with seeded random generators; inside `left_alone`.
+
+    Raises:
+        DataError: it cannot take the batch.
+    """
+    device = next((p.device for p in view.root.parameters() if not p.is_meta), torch.device("cpu"))
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if training:
+        view.model.train()
+    torch.manual_seed(SEED)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(training):
+            return view.model(**inputs)
+    except Exception as error:
+        raise DataError(
+            f"{type(view.root).__name__} cannot take this batch ({type(error).__name__}: {told_error(error)}); it has "
+            f"{', '.join(f'{name} {tuple(v.shape)}' if isinstance(v, Tensor) else str(name) for name, v in batch.items())}."
+        ) from error
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits that a model returned."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _loss(output: Any) -> Tensor | None:
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None and isinstance(output, tuple) and output:
+        found = output[0]
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+@contextlib.contextmanager
+def _first_nan(names: Mapping[int, str]) -> Iterator[list[str]]:
+    """Collects the names of the modules that return a NaN; infinities may be masks."""
+    found: list[str] = []
+
+    def look(module: nn.Module, args: object, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) and output else output
+        if not found and isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+            found.append(names.get(id(module)) or type(module).__name__)
+
+    handle = register_module_forward_hook(look)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def left_alone(view: View) -> Iterator[None]:
+    """Within the block the model may be run; afterwards it, its gradients and all random generators are what they were."""
+    modules = list(view.model.modules())
+    parameters = list(view.model.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    # Hooks after a gradient, with which some train without an optimizer's step.
+    found = (getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters)
+    hooks = [(own, own.copy()) for own in found if own]
+    with unchanged_afterwards(*modules, *view.others), _buffers_kept(modules), _generators_kept():
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            for own, _ in hooks:
+                own.clear()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            for own, content in hooks:
+                own.update(content)
+
+
+@contextlib.contextmanager
+def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
+    buffers = {id(b): b for module in modules for b in module._buffers.values() if b is not None and not b.is_meta}
+    kept = [(b, b._version, b.detach().clone()) for b in buffers.values() if not b.is_inference()]
+    try:
+        yield
+    finally:
+        for buffer, version, value in kept:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    own, foreign = random.getstate(), None if numpy is None else numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(own)
+        if numpy is not None:
+            numpy.random.set_state(foreign)
