@@ -8,12 +8,13 @@ import typer
 
 from minipeft.cli.check import check
 from minipeft.cli.convert import convert
+from minipeft.cli.doctor import doctor
 from minipeft.cli.inspect import inspect
 from minipeft.cli.merge import merge
 from minipeft.errors import MinipeftError
 
 app = typer.Typer(
-    help="Look at adapters, check who reads them, convert and merge them.",
+    help="Look at adapters, check who reads them, convert and merge them, find what is wrong.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,11 +24,12 @@ app.command()(inspect)
 app.command()(check)
 app.command()(convert)
 app.command()(merge)
+app.command()(doctor)
 
 
 @app.callback()
 def commands() -> None:
-    """Look at adapters, check who reads them, convert and merge them."""
+    """Look at adapters, check who reads them, convert and merge them, find what is wrong."""
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ def disabled(setup: Setup) -> Iterator[Seen]:
     """The adapters are switched off."""
     if setup.view.disabled:
         fix = "model.base_model.enable_adapter_layers()" if setup.view.is_peft else "model.enable_adapters()"
-        yield Seen(f"adapter {shown(map(repr, setup.view.active))}", "all adapters are switched off.", fix)
+        yield Seen(f"adapter {shown(setup.view.active)}", "all adapters are switched off.", fix)
 
 
 @check("no-active-adapter", "The model computes what its base does.", unless=["adapters-disabled"])
@@ -26,7 +26,7 @@ def inactive(setup: Setup) -> Iterator[Seen]:
     """There are adapters, and none is active."""
     if not any(part.active for part in setup.view.parts):
         names = list(dict.fromkeys(part.adapter for part in setup.view.parts))
-        yield Seen(f"adapter {shown(map(repr, names))}", "none is active.", f"model.set_adapter({names[0]!r})")
+        yield Seen(f"adapter {shown(names)}", "none is active.", f"model.set_adapter({names[0]!r})")
 
 
 @check("scale-zero", "Zero times an update adds nothing, and gives the adapter no gradient.")
@@ -44,6 +44,7 @@ def scale_zero(setup: Setup) -> Iterator[Seen]:
 @check(
     "adapter-untrained",
     "The outputs are those of the base: this adapter was never trained, or its values were not loaded.",
+    unless=["keys-unmatched"],
 )
 def untrained(setup: Setup) -> Iterator[Seen]:
     """An adapter that does not train changes nothing."""
@@ -93,7 +94,7 @@ def not_reached(setup: Setup) -> Iterator[Seen]:
 def merged(setup: Setup) -> Iterator[Seen]:
     """An adapter that trains is merged."""
     parts = [part for part in setup.view.training if part.merged]
-    if parts and (setup.optimizer is not None or setup.view.root.training):
+    if parts and setup.is_training:
         yield Seen(told_places(parts), "it is merged into the base, and is set to train.", "model.unmerge_adapter()")
 
 
@@ -104,7 +105,7 @@ def two_train(setup: Setup) -> Iterator[Seen]:
     if len(names) > 1:
         freeze = f"[p.requires_grad_(False) for n, p in model.named_parameters() if '.{names[0]}.' in n]"
         yield Seen(
-            f"adapter {shown(map(repr, names))}",
+            f"adapter {shown(names)}",
             f"{len(names)} adapters are active and train.",
             f"model.set_adapter({names[-1]!r}), or, if {names[0]!r} is to act without training: {freeze}",
         )

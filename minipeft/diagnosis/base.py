@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 from torch import nn
 
@@ -11,7 +12,9 @@ from minipeft.diagnosis.finding import Group, Seen
 from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.view import told_places
 from minipeft.errors import shown
-from minipeft.files.format import open_weights
+from minipeft.files.format import open_adapter, open_weights
+from minipeft.files.names.fitted import in_names_of
+from minipeft.files.peft_entries import as_peft_reads
 from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.transformers_model import (
     computed_parameters,
@@ -21,6 +24,7 @@ from minipeft.transformers_model import (
     output_head,
     says_tied,
 )
+from minipeft.wrapper_names import named_modules
 
 GROUP = Group()
 check = GROUP.check
@@ -67,9 +71,10 @@ def keys_unmatched(setup: Setup) -> Iterator[Seen]:
     """The file's keys are not those of the adapter."""
     if setup.adapter_dir is None:
         return
-    there, here = set(open_weights(setup.adapter_dir).shapes), _keys(setup)
-    if there != here:
-        missing, unexpected = sorted(here - there), sorted(there - here)
+    there, here = _keys_of_file(setup, setup.adapter_dir), _keys(setup)
+    missing, unexpected = sorted(here - there), sorted(there - here)
+    # minipeft has refused or named what is unexpected, and PEFT passes over it.
+    if missing or (unexpected and setup.view.is_peft):
         said = [f"{word} {shown(keys, 2)}" for word, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
         yield Seen(
             str(setup.adapter_dir),
@@ -132,6 +137,15 @@ def _was_compared(setup: Setup) -> bool:
     if setup.view.is_peft or setup.adapter_dir is None:
         return False
     return '"base"' in open_weights(setup.adapter_dir).metadata.get("minipeft", "")
+
+
+def _keys_of_file(setup: Setup, directory: Path) -> set[str]:
+    """The keys in the file, for a model of minipeft's by the names that the model has."""
+    if setup.view.is_peft:
+        return set(open_weights(directory).shapes)
+    root = setup.view.root
+    file = open_adapter(directory, lambda _: [name for name, _ in named_modules(root) if name])
+    return set(as_peft_reads(in_names_of(root, file, None, strict=False), root).shapes)
 
 
 def _keys(setup: Setup) -> set[str]:

@@ -65,7 +65,7 @@ def diagnose(
         if check.needs_trial and setup.trial is None:
             if batch is None or _stopped(findings):
                 break
-            setup.trial = try_batch(view, batch)
+            setup.trial = try_batch(view, batch, must_train=setup.is_training)
         if not {finding.name for finding in findings}.intersection(check.unless):
             findings += check.findings(setup)
     return findings

@@ -103,7 +103,7 @@ def packing_leaks(setup: Setup) -> Iterator[Seen]:
         for rows in (ids, torch.where(later, ids, (ids + 1) % vocabulary)):
             with torch.no_grad():
                 both.append(
-                    logits_of(forward(setup.view, {**batch, "input_ids": rows}, training=bool(setup.view.training)))
+                    logits_of(forward(setup.view, {**batch, "input_ids": rows}, training=bool(setup.view.learning)))
                 )
     if both[0] is None or both[1] is None:
         return

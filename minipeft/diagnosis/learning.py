@@ -11,6 +11,7 @@ from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.view import Part, told_places
 from minipeft.errors import shown
 
+CUT = "None of the inputs have requires_grad=True"  # what `torch.utils.checkpoint` warns of
 GROUP = Group()
 check = GROUP.check
 MAKE = (
@@ -19,7 +20,7 @@ MAKE = (
 FREEZE = "[p.requires_grad_(False) for p in base_parameters], and let get_lora_model or get_peft_model freeze the base"
 
 
-@check("adapter-frozen", "The optimizer will change nothing.", unless=["no-active-adapter"])
+@check("adapter-frozen", "The optimizer will change nothing.", unless=["no-active-adapter", "adapters-disabled"])
 def frozen(setup: Setup) -> Iterator[Seen]:
     """There is an optimizer, and no parameter of an active adapter requires a gradient."""
     for name in dict.fromkeys(part.adapter for part in setup.view.parts if part.active and setup.optimizer is not None):
@@ -103,7 +104,13 @@ def quantized_base_trains(setup: Setup) -> Iterator[Seen]:
 @check(
     "base-in-optimizer",
     "Harmless while they have no gradient; the day one is unfrozen, it trains, with weight decay, and nobody said so.",
-    unless=["optimizer-of-another-model", "optimizer-before-adapters", "base-trains", "quantized-base-trains"],
+    unless=[
+        "optimizer-of-another-model",
+        "optimizer-before-adapters",
+        "base-trains",
+        "quantized-base-trains",
+        "adapter-frozen",
+    ],
 )
 def base_in_optimizer(setup: Setup) -> Iterator[Seen]:
     """The optimizer holds frozen parameters of the base."""
@@ -114,21 +121,19 @@ def base_in_optimizer(setup: Setup) -> Iterator[Seen]:
 
 @check(
     "checkpointing-cuts-gradients",
-    "Reentrant checkpointing gives no gradient to a block none of whose inputs requires one, and token ids never do: the "
-    "classic 'None of the inputs have requires_grad=True'.",
+    "Reentrant checkpointing gives no gradient to a block none of whose inputs requires one, as images and the ids of tokens "
+    "do not; torch warns 'None of the inputs have requires_grad=True'.",
     needs_trial=True,
 )
 def checkpointing(setup: Setup) -> Iterator[Seen]:
     """Adapters inside checkpointed blocks got no gradient."""
-    reentrant = [name for name, module in setup.view.root.named_modules() if _is_reentrant(module)]
-    parts = [
-        part for part in _without_gradient(setup) if any(part.layer.startswith(f"{n}.") or not n for n in reentrant)
-    ]
-    if parts:
+    assert setup.trial is not None
+    parts = _without_gradient(setup)
+    if parts and any(CUT in said for said in setup.trial.warned):
         yield Seen(
             told_places(parts, len(setup.view.training)),
-            "gradient checkpointing with use_reentrant=True is on, and no gradient arrived.",
-            "model.gradient_checkpointing_enable({'use_reentrant': False}), or model.enable_input_require_grads()",
+            "it is checkpointed with use_reentrant=True, and no gradient arrived.",
+            "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})",
         )
 
 
@@ -159,20 +164,14 @@ def _without_gradient(setup: Setup) -> list[Part]:
     """The parts that ran and got no gradient in any parameter; A's alone is zero as long as B is."""
     trial = setup.trial
     assert trial is not None
-    ran = [part for part in setup.view.training if part.layer not in trial.idle and _ran(setup, part)]
+    here = setup.view.learning if trial.trained else ()
+    ran = [part for part in here if part.layer not in trial.idle and _ran(setup, part)]
     return [part for part in ran if not any(trial.gradients.get(id(p), 0.0) != 0.0 for p in part.trained)]
 
 
 def _ran(setup: Setup, part: Part) -> bool:
     seen = setup.trial.seen if setup.trial is not None else None
     return seen is not None and (seen.ran(part.module) or id(part.module) in seen.read)
-
-
-def _is_reentrant(module: nn.Module) -> bool:
-    function = vars(module).get("_gradient_checkpointing_func")
-    return bool(getattr(module, "gradient_checkpointing", False)) and bool(
-        getattr(function, "keywords", {}).get("use_reentrant")
-    )
 
 
 def _is_quantized(setup: Setup) -> bool:

@@ -63,6 +63,7 @@ def _in_full(layer: str, wrapper: Wrapper, name: str, active: bool) -> Part:
 
 def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part:
     adapter = wrapper.adapter(name)
+    there = not any(parameter.is_meta for parameter in adapter.parameters())
     dropout = float(getattr(adapter, "dropout", 0.0)) if adapter.training else 0.0
     factors = dict(adapter.named_parameters(recurse=False))
     pair = None
@@ -80,8 +81,8 @@ def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part
         adapter.scaling,
         pair,
         dropout,
-        functools.partial(_is_zero, wrapper, adapter),
-        functools.partial(_update_norm, wrapper, adapter),
+        functools.partial(_is_zero, wrapper, adapter) if there else _unknown,
+        functools.partial(_update_norm, wrapper, adapter) if there else _unknown,
         functools.partial(_weight_norm, wrapper),
     )
 

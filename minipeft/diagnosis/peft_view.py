@@ -129,7 +129,9 @@ def _dropout(module: Any, name: str) -> float:
 def _is_zero(parameters: dict[str, nn.Parameter]) -> bool | None:
     factors = [p for name, p in parameters.items() if name.partition(".")[0].startswith(("lora_", "hada_w", "lokr_w"))]
     factors = [factor for factor in factors if factor.ndim > 1]
-    return any(not bool(factor.any()) for factor in factors) if factors else None
+    if not factors or any(factor.is_meta for factor in factors):
+        return None
+    return any(not bool(factor.any()) for factor in factors)
 
 
 @torch.no_grad()

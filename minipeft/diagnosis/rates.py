@@ -37,23 +37,6 @@ def rate_zero(setup: Setup) -> Iterator[Seen]:
 
 
 @check(
-    "learning-rate-of-full-fine-tuning",
-    "LoRA learns best at about ten times the rate of full fine-tuning; at this one it hardly moves.",
-)
-def rate_of_full(setup: Setup) -> Iterator[Seen]:
-    """Adam's rate, times the scaling, is one for full fine-tuning."""
-    rates = _rates(setup)
-    low = [(part, rate) for part, rate in rates if 0 < rate <= FULL_RATE and rate * (part.scaling or 1.0) <= FULL_STEP]
-    if low and len(low) == len(rates):
-        part, rate = low[0]
-        yield Seen(
-            "optimizer",
-            f"learning rate {rate:g} with scaling {part.scaling or 1.0:g}.",
-            f"lr={10 * rate:g}; about 2e-4 is usual.",
-        )
-
-
-@check(
     "scaling-unusual",
     "The learning rates that are known to work are for factors from 1/16 to 32.",
     unless=["scale-zero"],
@@ -89,7 +72,7 @@ def step_too_large(setup: Setup) -> Iterator[Seen]:
 @check(
     "step-too-small",
     "Ten thousand steps would not change a bfloat16 weight.",
-    unless=["learning-rate-zero", "scaling-unusual"],
+    unless=["learning-rate-zero"],
 )
 def step_too_small(setup: Setup) -> Iterator[Seen]:
     """No number of steps that anybody makes adds up to anything."""
@@ -99,6 +82,24 @@ def step_too_small(setup: Setup) -> Iterator[Seen]:
             told_places(part for part, _ in steps),
             f"one step moves the layer by about {max(step for _, step in steps):.1g} of its weight's norm.",
             "lr=2e-4",
+        )
+
+
+@check(
+    "learning-rate-of-full-fine-tuning",
+    "LoRA learns best at about ten times the rate of full fine-tuning; at this one it hardly moves.",
+    unless=["step-too-small"],
+)
+def rate_of_full(setup: Setup) -> Iterator[Seen]:
+    """Adam's rate, times the scaling, is one for full fine-tuning."""
+    rates = _rates(setup)
+    low = [(part, rate) for part, rate in rates if 0 < rate <= FULL_RATE and rate * (part.scaling or 1.0) <= FULL_STEP]
+    if low and len(low) == len(rates):
+        part, rate = low[0]
+        yield Seen(
+            "optimizer",
+            f"learning rate {rate:g} with scaling {part.scaling or 1.0:g}.",
+            f"lr={10 * rate:g}; about 2e-4 is usual.",
         )
 
 

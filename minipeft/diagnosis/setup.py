@@ -36,6 +36,11 @@ class Setup:
     trial: Trial | None = None
 
     @property
+    def is_training(self) -> bool:
+        """Whether this is a set-up for training, not for use: it has an optimizer, or the model is in training mode."""
+        return self.optimizer is not None or self.view.root.training
+
+    @property
     def rates(self) -> dict[int, float]:
         """The learning rate of each parameter in the optimizer, by its id: that of the schedule's peak, if there is one."""
         groups = self.optimizer.param_groups if self.optimizer is not None else ()

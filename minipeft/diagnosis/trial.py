@@ -31,7 +31,8 @@ class Trial:
         seen: which modules were called and which weights were read.
         idle: names of the adapted layers that were left out although the module around them ran.
         loss: its value; None if the model returned none.
-        learns: whether the loss depends on a parameter that requires a gradient.
+        trained: whether it ran as in training, for a loss; `gradients` is then what came of it.
+        warned: what was warned about meanwhile.
         broken: name of the first module that returned a NaN.
         gradients: the largest magnitude in the gradient of each trainable parameter that got one, by its id.
     """
@@ -39,36 +40,43 @@ class Trial:
     seen: Pass
     idle: set[str]
     loss: float | None
-    learns: bool
+    trained: bool
+    warned: list[str]
     broken: str | None
     gradients: dict[int, float]
 
 
-def try_batch(view: View, batch: Mapping[str, Any]) -> Trial:
+def try_batch(view: View, batch: Mapping[str, Any], *, must_train: bool) -> Trial:
     """Run the batch: in training mode, with a backward pass, if an active adapter trains; else as the model is.
+
+    Args:
+        view: of the model.
+        batch: what it is called with.
+        must_train: whether a batch without a loss is an error, if something trains.
 
     Raises:
         DataError: the model cannot take the batch; or it is to be trained and returns no loss.
     """
-    training = bool(view.training)
+    training = bool(view.learning)
     switch: Any = next((other for other in view.others if isinstance(other, Switch)), Switch())
     with left_alone(view):
         names = {id(module): name for name, module in view.root.named_modules()}
-        with watched(switch) as seen, _first_nan(names) as broken:
+        with watched(switch) as seen, _first_nan(names) as broken, _warnings() as warned:
             output = forward(view, batch, training=training)
         loss = _loss(output)
-        if training and loss is None:
+        if loss is None and training and must_train:
             raise DataError(
                 f"{type(view.root).__name__} returns no loss for this batch, which has {', '.join(map(str, batch))}: training "
                 "needs labels in it."
             )
         if loss is not None and loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            _backward(view, loss)
         return Trial(
             seen,
             set(view.idle(seen)),
             None if loss is None else float(loss),
-            loss is not None and loss.requires_grad,
+            loss is not None and training,
+            warned,
             next(iter(broken), None),
             {
                 id(p): float(p.grad.abs().max())
@@ -99,6 +107,15 @@ def forward(view: View, batch: Mapping[str, Any], *, training: bool) -> Any:
         ) from error
 
 
+def _backward(view: View, loss: Tensor) -> None:
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise DataError(
+            f"the backward pass of {type(view.root).__name__} fails ({type(error).__name__}: {told_error(error)})."
+        ) from error
+
+
 def logits_of(output: Any) -> Tensor | None:
     """The logits that a model returned."""
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -110,6 +127,16 @@ def _loss(output: Any) -> Tensor | None:
     if found is None and isinstance(output, tuple) and output:
         found = output[0]
     return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collects what is warned about."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [str(warning.message) for warning in caught]
 
 
 @contextlib.contextmanager

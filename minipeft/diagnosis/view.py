@@ -93,6 +93,11 @@ class View:
         """The active parts with parameters that require a gradient."""
         return [part for part in self.parts if part.active and part.trained]
 
+    @property
+    def learning(self) -> list[Part]:
+        """Those of them that can get one, since they are not merged."""
+        return [part for part in self.training if not part.merged]
+
 
 def told_places(parts: Iterable[Part], of: int | None = None) -> str:
     """The layers of some parts, for a message, after the names of their adapters.
@@ -102,6 +107,6 @@ def told_places(parts: Iterable[Part], of: int | None = None) -> str:
         of: how many there are in all, if that is to be told.
     """
     found = list(parts)
-    names = shown(map(repr, dict.fromkeys(part.adapter for part in found)))
+    names = shown(dict.fromkeys(part.adapter for part in found))
     share = "" if of is None else f" ({len(found)} of {of} layers)"
     return f"adapter {names} on {shown(dict.fromkeys(part.layer for part in found), 3)}{share}"

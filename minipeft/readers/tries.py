@@ -42,23 +42,29 @@ class Tried:
         return self.difference is not None and self.difference <= EQUAL
 
 
-def base_model(directory: Path) -> Any:
-    """The transformers model in a directory, in float32 and for inference.
+def base_model(directory: Path, architecture: str | None = None, **options: Any) -> Any:
+    """The transformers model in a directory, for inference.
+
+    Args:
+        directory: of the model.
+        architecture: a class of transformers, to take instead of the one that the directory names.
+        options: of its ``from_pretrained``; without any it loads in float32.
 
     Raises:
         MinipeftError: transformers is missing, or the directory holds no model that it knows.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("--try needs transformers: pip install transformers.")
+        raise ConfigError("loading a base model needs transformers: pip install transformers.")
     names = read_object(directory / "config.json").get("architectures")
     with _quiet():
         import transformers
 
-        cls = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        name: Any = architecture or (str(names[0]) if isinstance(names, list) and names else "")
+        cls: Any = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and (architecture is not None or issubclass(cls, nn.Module))):
         raise CheckpointError(f"{directory / 'config.json'} names no model class of transformers in 'architectures'.")
     with reading(directory), _quiet():
-        model = cls.from_pretrained(directory, dtype=torch.float32)  # type: ignore[attr-defined]
+        model = cls.from_pretrained(directory, **(options or {"dtype": torch.float32}))
     return model.eval()
 
 
@@ -66,18 +72,23 @@ def base_model(directory: Path) -> Any:
 def outputs(model: Any) -> Tensor:
     """Outputs for a fixed batch: logits, or the last hidden states of a model without a head."""
     with _quiet():
-        found = model(**_batch(model))
+        found = model(**any_batch(model))
     values = getattr(found, "logits", None)
     return values if isinstance(values, Tensor) else found[0]
 
 
-def _batch(model: Any) -> dict[str, Tensor]:
+def any_batch(model: Any) -> dict[str, Tensor]:
+    """A fixed batch that the model takes: tokens or pixels at random.
+
+    Raises:
+        ConfigError: it reads something else.
+    """
     generator = torch.Generator().manual_seed(0)
     config = model.config.get_text_config()
     if model.main_input_name != "input_ids":
         size = getattr(model.config, "image_size", None)
         if model.main_input_name != "pixel_values" or not isinstance(size, int):
-            raise ConfigError(f"--try has no input for {type(model).__name__}, which wants {model.main_input_name}.")
+            raise ConfigError(f"there is no batch for {type(model).__name__}, which reads {model.main_input_name}.")
         return {"pixel_values": torch.randn(1, model.config.num_channels, size, size, generator=generator)}
     ids = torch.randint(1, config.vocab_size, (1, 16), generator=generator)  # 0 often pads
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
