@@ -35,13 +35,15 @@ def head_untrained(setup: Setup) -> Iterator[Seen]:
     """The checkpoint lacks a module, which was drawn at random, and nothing trains it."""
     view, tables = setup.view, {id(t) for t in (input_embedding(setup.view.root), output_head(setup.view.root))}
     in_tables = {id(p) for m in view.root.modules() if id(m) in tables for p in m.parameters()}
-    trained = {part.layer for part in view.parts if part.is_full and part.trained}
+    training = {part.adapter for part in view.parts if part.trained}
+    # Loaded to be used, a head is the file's; in training it has to train.
+    covered = {p.layer for p in view.parts if p.is_full and (p.trained or p.adapter not in training)}
     fresh = [
         name
         for name in _fresh(view.root, view.base)
         if not view.base[name].requires_grad and id(view.base[name]) not in in_tables
     ]
-    found = sorted({name.rpartition(".")[0] for name in fresh if not _within(name, trained)})
+    found = sorted({name.rpartition(".")[0] for name in fresh if not _within(name, covered)})
     if found:
         yield Seen(
             shown(found, 3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minipeft.diagnosis.view import Part, View
 from minipeft.injection.watch import Pass, ran_without
 
+PRODUCTS = ("lora_", "hada_w", "lokr_w")  # how the names of factors begin
 INSIDE = ("base_layer", "original_module")  # where PEFT's layers keep the layer
 
 
@@ -24,11 +25,11 @@ def has_peft_layers(root: nn.Module) -> bool:
 def peft_view(model: nn.Module, root: nn.Module) -> View:
     """The view of `root`, which holds PEFT's layers, called as `model`."""
     layers = list(_layers(root))
-    parts = [part for name, module in layers for part in _parts(name, module)]
+    configs = getattr(model, "peft_config", None) or getattr(root, "peft_config", None) or {}
+    parts = [part for name, module in layers for part in _parts(name, module, configs)]
     held = {id(parameter) for part in parts for parameter in part.parameters.values()}
     base = {_plain(name): p for name, p in root.named_parameters() if id(p) not in held}
     active = dict.fromkeys(name for _, module in layers for name in module.active_adapters)
-    configs = getattr(model, "peft_config", None) or getattr(root, "peft_config", None) or {}
     return View(
         model,
         root,
@@ -81,10 +82,11 @@ def _containers(module: nn.Module) -> list[nn.Module]:
     return [found for name in names if isinstance(found := module._modules.get(name), nn.Module)]
 
 
-def _parts(path: str, module: Any) -> Iterator[Part]:
+def _parts(path: str, module: Any, configs: Mapping[str, Any]) -> Iterator[Part]:
     held = _held(module)
     for name, parameters in held.items():
         full = "modules_to_save" in module._modules
+        adds = _adds(parameters, configs.get(name))
         scaling = getattr(module, "scaling", None)
         yield Part(
             name,
@@ -99,9 +101,19 @@ def _parts(path: str, module: Any) -> Iterator[Part]:
             _pair(parameters),
             _dropout(module, name),
             functools.partial(_is_zero, parameters),
-            functools.partial(_update_norm, module, name, full),
+            functools.partial(_update_norm, module, name) if adds else _unknown,
             functools.partial(_weight_norm, module, full),
         )
+
+
+def _adds(parameters: Mapping[str, object], config: object) -> bool:
+    """Whether the update is a product that starts at zero; with inits such as PiSSA's PEFT takes it out of the weight."""
+    start = getattr(config, "init_lora_weights", True)
+    return all(name.startswith(PRODUCTS) for name in parameters) and (start == "gaussian" or not isinstance(start, str))
+
+
+def _unknown() -> None:
+    return None
 
 
 def _held(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -127,7 +139,7 @@ def _dropout(module: Any, name: str) -> float:
 
 
 def _is_zero(parameters: dict[str, nn.Parameter]) -> bool | None:
-    factors = [p for name, p in parameters.items() if name.partition(".")[0].startswith(("lora_", "hada_w", "lokr_w"))]
+    factors = [p for name, p in parameters.items() if name.partition(".")[0].startswith(PRODUCTS)]
     factors = [factor for factor in factors if factor.ndim > 1]
     if not factors or any(factor.is_meta for factor in factors):
         return None
@@ -135,12 +147,10 @@ def _is_zero(parameters: dict[str, nn.Parameter]) -> bool | None:
 
 
 @torch.no_grad()
-def _update_norm(module: Any, name: str, full: bool) -> float | None:
-    if full or not hasattr(module, "get_delta_weight"):
-        return None
+def _update_norm(module: Any, name: str) -> float | None:
     try:
         return float(module.get_delta_weight(name).norm())
-    except Exception:  # of methods and layers for which PEFT forms no such weight
+    except Exception:  # of layers for which PEFT forms no such weight
         return None
 
 

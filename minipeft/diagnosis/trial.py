@@ -21,6 +21,7 @@ from minipeft.injection.watch import Pass, watched
 from minipeft.injection.wrapper import Switch
 
 SEED = 0
+LARGE = 2**16  # elements
 
 
 @dataclass
@@ -165,7 +166,8 @@ def left_alone(view: View) -> Iterator[None]:
     # Hooks after a gradient, with which some train without an optimizer's step.
     found = (getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters)
     hooks = [(own, own.copy()) for own in found if own]
-    with unchanged_afterwards(*modules, *view.others), _buffers_kept(modules), _generators_kept():
+    with unchanged_afterwards(*modules, *view.others), _generators_kept():
+        _copy_buffers(modules)
         try:
             for parameter in parameters:
                 parameter.grad = None
@@ -181,17 +183,13 @@ def left_alone(view: View) -> Iterator[None]:
                 own.update(content)
 
 
-@contextlib.contextmanager
-def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
-    buffers = {id(b): b for module in modules for b in module._buffers.values() if b is not None and not b.is_meta}
-    kept = [(b, b._version, b.detach().clone()) for b in buffers.values() if not b.is_inference()]
-    try:
-        yield
-    finally:
-        for buffer, version, value in kept:
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
+def _copy_buffers(modules: list[nn.Module]) -> None:
+    """Let modules run with copies of their buffers. Large tables of integers are weights that no call changes."""
+    copies: dict[int, Tensor] = {}
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and (buffer.is_floating_point() or buffer.numel() < LARGE):
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
 
 
 @contextlib.contextmanager
