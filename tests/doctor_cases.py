@@ -342,7 +342,8 @@ def _():
     for group in steps.param_groups:
         group["lr"] = 0.0
     model(**made["batch"]).loss.backward()
-    steps.step()
+    for _ in range(2):
+        steps.step()
     steps.zero_grad()
     for group in steps.param_groups:
         group["lr"] = RATE
@@ -457,6 +458,19 @@ class Detached(Bypass):
 @broken("a gradient that is cut", "no-gradient")
 def _():
     model = get_lora_model(Detached(), LoraConfig(r=2, lora_alpha=4, target_modules=["used", "other"]))
+    return training(model, plain_batch())
+
+
+class Checkpointed(Bypass):
+    def forward(self, x, labels):
+        logits = torch.utils.checkpoint.checkpoint(self.used, x, use_reentrant=True)
+        loss = nn.functional.cross_entropy(logits + self.other(x), labels)
+        return {"loss": loss, "logits": logits}
+
+
+@broken("a block of one's own with reentrant checkpointing", "checkpointing-cuts-gradients")
+def _():
+    model = get_lora_model(Checkpointed(), LoraConfig(r=2, lora_alpha=4, target_modules=["used", "other"]))
     return training(model, plain_batch())
 
 

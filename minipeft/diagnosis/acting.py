@@ -65,7 +65,7 @@ def unmoved(setup: Setup) -> Iterator[Seen]:
     for parts in _by_adapter(setup):
         steps = max((float(state[p].get("step", 1)) for part in parts for p in part.trained if p in state), default=0)
         known = [zero for part in parts if (zero := part.is_zero()) is not None]
-        if steps >= 1 and known and all(known):
+        if steps > 1 and known and all(known):  # the first step of a warm-up is one of zero
             yield Seen(
                 told_places(parts),
                 f"the optimizer has made {steps:.0f} steps, and every update is still exactly zero.",

@@ -86,7 +86,8 @@ def keys_unmatched(setup: Setup) -> Iterator[Seen]:
 
 
 @check(
-    "tie-broken", "The config says that both are one weight: merging or saving the model keeps one of them for both."
+    "tie-broken",
+    "Two weights now stand for what the config says is one: who loads the merged model ties them again and loses one.",
 )
 def tie_broken(setup: Setup) -> Iterator[Seen]:
     """The input embedding is tied to the head by the config, and one of them trains a copy of its own."""
@@ -97,8 +98,8 @@ def tie_broken(setup: Setup) -> Iterator[Seen]:
     if parts and says_tied(root) and None not in weights and weights[0] != weights[1]:
         yield Seen(
             told_places(parts),
-            "it trains a copy, and the layer that is tied to it keeps the frozen weight.",
-            "ensure_weight_tying=True in the configuration, or name both in modules_to_save and untie them.",
+            "it trains a copy of its own, apart from the layer that the config ties it to.",
+            "ensure_weight_tying=True in the configuration keeps them one; or model.config.tie_word_embeddings = False before adapting.",
         )
 
 

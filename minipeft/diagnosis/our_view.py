@@ -83,7 +83,7 @@ def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part
         dropout,
         functools.partial(_is_zero, wrapper, adapter) if there else _unknown,
         functools.partial(_update_norm, wrapper, adapter) if there else _unknown,
-        functools.partial(_weight_norm, wrapper),
+        functools.cache(functools.partial(_weight_norm, wrapper)),
     )
 
 

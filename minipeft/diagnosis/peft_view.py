@@ -102,7 +102,7 @@ def _parts(path: str, module: Any, configs: Mapping[str, Any]) -> Iterator[Part]
             _dropout(module, name),
             functools.partial(_is_zero, parameters),
             functools.partial(_update_norm, module, name) if adds else _unknown,
-            functools.partial(_weight_norm, module, full),
+            functools.cache(functools.partial(_weight_norm, module, full)),
         )
 
 

@@ -99,7 +99,7 @@ def rate_of_full(setup: Setup) -> Iterator[Seen]:
         yield Seen(
             "optimizer",
             f"learning rate {rate:g} with scaling {part.scaling or 1.0:g}.",
-            f"lr={10 * rate:g}; about 2e-4 is usual.",
+            f"lr={10 * rate:g}; about 2e-4 is usual, and less for preferences (DPO).",
         )
 
 

@@ -59,9 +59,11 @@ def base_model(directory: Path, architecture: str | None = None, **options: Any)
     with _quiet():
         import transformers
 
-        name: Any = architecture or (str(names[0]) if isinstance(names, list) and names else "")
-        cls: Any = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and (architecture is not None or issubclass(cls, nn.Module))):
+        cls: Any = getattr(
+            transformers, architecture or (str(names[0]) if isinstance(names, list) and names else ""), None
+        )
+    is_model = isinstance(cls, type) and issubclass(cls, nn.Module)
+    if cls is None or not (is_model or architecture):
         raise CheckpointError(f"{directory / 'config.json'} names no model class of transformers in 'architectures'.")
     with reading(directory), _quiet():
         model = cls.from_pretrained(directory, **(options or {"dtype": torch.float32}))
