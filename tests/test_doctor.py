@@ -42,7 +42,9 @@ def everything(model, optimizer=None):
         digest.update(repr(None if state is None else [vars(state), vars(state.switch)]).encode())
     digest.update(repr(None if optimizer is None else optimizer.state_dict()).encode())
     digest.update(
-        repr((random.getstate(), numpy.random.get_state()[1].tobytes(), torch.get_rng_state().tolist())).encode()
+        repr(
+            (random.getstate(), numpy.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes())
+        ).encode()
     )
     return digest.hexdigest(), kept
 
@@ -221,6 +223,29 @@ def test_wrappers_are_looked_into():
         for wrap in (torch.compile, nn.DataParallel)
     ]
     assert names == [["learning-rate-zero"]] * 2
+
+
+class Outer(nn.Module):
+    """A model inside another one, as sentence-transformers holds it."""
+
+    def __init__(self, *inner):
+        super().__init__()
+        self.inner = nn.ModuleList(inner)
+
+    def forward(self, **inputs):
+        return self.inner[0](**inputs)
+
+
+@pytest.mark.parametrize("adapt", [lora, peft_lora])
+def test_an_adapted_model_is_found_inside_another_one(adapt):
+    made = training(Outer(adapt(lora_dropout=0.1)))
+    assert diagnose(**made) == []
+    assert [f.name for f in diagnose(**{**made, "model": made["model"].eval()})] == ["eval-in-training"]
+
+
+def test_of_several_adapted_models_none_is_passed_over():
+    with pytest.raises(ConfigError, match="2 adapted models"):
+        diagnose(Outer(lora(), lora()))
 
 
 METHODS = {

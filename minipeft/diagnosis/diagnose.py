@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -75,33 +75,25 @@ def view_of(model: nn.Module) -> View:
     """The view of a model, whoever adapted it; without parts if nobody did.
 
     Raises:
-        ConfigError: PEFT gave it a method without layers, such as prompt tuning.
+        ConfigError: PEFT gave it a method without layers, such as prompt tuning; or it holds several adapted models.
     """
     called = unwrapped(model)
-    for root in _inside(called):
-        if STATE in root.__dict__:
-            return our_view(called, root)
-    *_, root = _inside(called)
-    view = peft_view(called, root) if has_peft_layers(root) else _unadapted(called)
-    if not view.parts and view.configs:
-        method = next(iter(view.configs.values()))
-        raise ConfigError(f"{type(method).__name__} puts nothing on layers, which is all that diagnose looks at.")
-    return view
-
-
-def _unadapted(model: nn.Module) -> View:
-    configs = getattr(model, "peft_config", None)
-    return View(
-        model, model, (), (), configs if isinstance(configs, dict) else {}, (), False, {}, lambda seen: (), False
-    )
-
-
-def _inside(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, and what is inside if it is a `peft.PeftModel`."""
-    yield model
-    inner = getattr(model, "get_base_model", None)
-    if callable(inner) and isinstance(found := inner(), nn.Module) and found is not model:
-        yield from _inside(unwrapped(found))
+    ours = [module for module in called.modules() if STATE in vars(module)]
+    if len(ours) > 1:
+        raise ConfigError(
+            f"{type(called).__name__} holds {len(ours)} adapted models; call diagnose with one at a time."
+        )
+    if ours:
+        return our_view(called, ours[0])
+    inner = getattr(called, "get_base_model", None)
+    root = inner() if callable(inner) else called
+    if has_peft_layers(root):
+        return peft_view(called, root)
+    configs = getattr(called, "peft_config", None)
+    if isinstance(configs, dict) and configs:
+        method = type(next(iter(configs.values()))).__name__
+        raise ConfigError(f"{method} puts nothing on layers, which is all that diagnose looks at.")
+    return View(called, called, (), (), {}, (), False, {}, lambda seen: (), False)
 
 
 def _no_adapter(view: View) -> Finding:

@@ -58,13 +58,14 @@ def _parts(root: nn.Module, state: AdapterState) -> Iterator[Part]:
 def _in_full(layer: str, wrapper: Wrapper, name: str, active: bool) -> Part:
     held = {key: tensor for key, tensor in wrapper.file_tensors(name).items() if isinstance(tensor, nn.Parameter)}
     base = innermost(wrapper)
-    return Part(name, layer, wrapper, base, held, active, False, True, None, None, 0.0, _unknown, _unknown, _unknown)
+    return Part(
+        name, layer, wrapper, base, held, active, False, True, None, None, 0.0, False, _unknown, _unknown, _unknown
+    )
 
 
 def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part:
     adapter = wrapper.adapter(name)
     there = not any(parameter.is_meta for parameter in adapter.parameters())
-    dropout = float(getattr(adapter, "dropout", 0.0)) if adapter.training else 0.0
     factors = dict(adapter.named_parameters(recurse=False))
     pair = None
     if factors.keys() >= {"lora_A", "lora_B"} and not wrapper.ops.is_embedding:
@@ -80,7 +81,8 @@ def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part
         False,
         adapter.scaling,
         pair,
-        dropout,
+        float(getattr(adapter, "dropout", 0.0)),
+        adapter.training,
         functools.partial(_is_zero, wrapper, adapter) if there else _unknown,
         functools.partial(_update_norm, wrapper, adapter) if there else _unknown,
         functools.cache(functools.partial(_weight_norm, wrapper)),

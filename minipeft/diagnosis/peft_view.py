@@ -99,7 +99,7 @@ def _parts(path: str, module: Any, configs: Mapping[str, Any]) -> Iterator[Part]
             full,
             float(scaling[name]) if isinstance(scaling, dict) and name in scaling else None,
             _pair(parameters),
-            _dropout(module, name),
+            *_dropout(module, name),
             functools.partial(_is_zero, parameters),
             functools.partial(_update_norm, module, name) if adds else _unknown,
             functools.cache(functools.partial(_weight_norm, module, full)),
@@ -132,10 +132,10 @@ def _pair(parameters: dict[str, nn.Parameter]) -> tuple[Tensor, Tensor] | None:
     return None if down is None or up is None else (down.detach().flatten(1), up.detach().flatten(1))
 
 
-def _dropout(module: Any, name: str) -> float:
+def _dropout(module: Any, name: str) -> tuple[float, bool]:
     held = module._modules.get("lora_dropout")
     dropout = held[name] if held is not None and name in held else None
-    return float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
+    return float(getattr(dropout, "p", 0.0)), dropout is not None and dropout.training
 
 
 def _is_zero(parameters: dict[str, nn.Parameter]) -> bool | None:

@@ -79,14 +79,14 @@ def dropout_in_eval(setup: Setup) -> Iterator[Seen]:
     """The model is in evaluation mode, and a dropout is not."""
     if setup.view.root.training or setup.optimizer is not None:
         return
-    parts = [part for part in setup.view.acting if part.dropout > 0]
+    parts = [part for part in setup.view.acting if part.dropout and part.drops]
     if parts:
         yield Seen(
             told_places(parts),
             f"it drops {parts[0].dropout:.0%} of its inputs although the model is in evaluation mode.",
             "model.eval(), after the adapter was added",
         )
-    own = [n for n, m in setup.view.root.named_modules() if _drops(m) and m.training and "lora_dropout" not in n]
+    own = [name for name, module in _dropouts(setup) if module.training]
     if own:
         yield Seen(shown(own, 3), "this dropout is in training mode, and the model is not.", "model.eval()")
 
@@ -100,7 +100,8 @@ def eval_in_training(setup: Setup) -> Iterator[Seen]:
     root = setup.view.root
     if setup.optimizer is None or not setup.view.training or root.training:
         return
-    waiting = [name for name, module in root.named_modules() if not module.training and _drops(module)]
+    waiting = [name for name, module in _dropouts(setup) if not module.training]
+    waiting += [part.layer for part in setup.view.training if part.dropout and not part.drops]
     checkpointed = any(getattr(module, "gradient_checkpointing", False) is True for module in root.modules())
     if waiting or checkpointed:
         what = f"{len(waiting)} dropouts" if waiting else "gradient checkpointing"
@@ -109,5 +110,11 @@ def eval_in_training(setup: Setup) -> Iterator[Seen]:
         )
 
 
-def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+def _dropouts(setup: Setup) -> list[tuple[str, nn.Module]]:
+    """The base's own dropouts that are not 0."""
+    found = [
+        (name, module)
+        for name, module in setup.view.root.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    ]
+    return [(name, module) for name, module in found if "lora_dropout" not in name]

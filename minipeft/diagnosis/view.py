@@ -28,7 +28,8 @@ class Part:
         scaling: factor of the update; None for a method without one.
         pair: LoRA's A (r, in) and B (out, r) on a layer that multiplies by its weight; of experts in one parameter, side by
             side.
-        dropout: probability, if the adapter drops features now; else 0.
+        dropout: the probability that the adapter drops a feature in training.
+        drops: whether it does so now, if that is not 0.
         is_zero: whether the update is exactly zero; None if the method has no such state.
         update_norm: Frobenius norm of the update, None if it is not a sum with the weight.
         weight_norm: Frobenius norm of the base weight, None if it cannot be read.
@@ -45,6 +46,7 @@ class Part:
     scaling: float | None
     pair: tuple[Tensor, Tensor] | None
     dropout: float
+    drops: bool
     is_zero: Callable[[], bool | None]
     update_norm: Callable[[], float | None]
     weight_norm: Callable[[], float | None]
