@@ -51,11 +51,11 @@ def adapter(tmp_path):
 
 
 def test_help_answers_without_torch():
-    code = "import sys\nfrom minipeft.cli.main import main\nfor command in ('inspect', 'check', 'convert'):\n"
+    code = "import sys\nfrom minipeft.cli.main import main\nfor command in ('inspect', 'check', 'convert', 'doctor'):\n"
     code += "    sys.argv = ['minipeft', command, '--help']\n    try: main()\n    except SystemExit: pass\n"
     code += "print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("inspect", "check", "convert"):
+    for command in ("inspect", "check", "convert", "doctor"):
         assert f"{command} [OPTIONS]" in result.stdout
     assert result.stdout.endswith("False\n")
 
