@@ -585,6 +585,14 @@ def _():
     return training(lora(), rows | {"labels": rows["input_ids"].clone()})
 
 
+@broken("labels on the padding, and no mask", "padding-in-loss")
+def _():
+    ids = token_ids()
+    ids[1, 7:] = 2
+    rows = {"input_ids": ids, "labels": ids.clone()}
+    return training(lora(), rows) | {"tokenizer": tokenizer(pad_token="w2", eos_token="w0")}
+
+
 @broken("labels of T5 on the padding", "padding-in-loss")
 def _():
     labels = token_ids(length=6, seed=3)

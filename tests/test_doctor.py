@@ -271,6 +271,43 @@ def test_other_methods_are_healthy_before_their_first_step_and_after_it(method):
     assert diagnose(**made) == []
 
 
+FIXED_BY_CODE = (
+    "adapters switched off",
+    "PEFT's adapters switched off",
+    "PEFT's model with no adapter active",
+    "a scale of zero",
+    "a merged adapter in training",
+    "PEFT's merged adapter in training",
+    "two active adapters that train",
+    "the optimizer of a copy",
+    "the optimizer made first",
+    "all parameters in the optimizer",
+    "a base that trains",
+    "a quantized base whose norms train",
+    "PEFT's ViT with reentrant checkpointing",
+    "float16 adapters",
+    "bfloat16 adapters at a small rate",
+    "PEFT's dropout in evaluation",
+    "a model left in evaluation mode",
+    "labels shifted by hand",
+    "labels on the padding",
+)
+
+
+@pytest.mark.parametrize("what", FIXED_BY_CODE)
+def test_fixes_that_are_code_repair_the_set_up(what):
+    with foreign_code():
+        made = BROKEN[what].make()
+    found, fixes = diagnose(**made), 0
+    while found and fixes < 2:  # the optimizer of a base that trained is to be made again
+        names = {"torch": torch, **made, **made["batch"]}
+        with foreign_code():
+            exec(found[0].fix, names)
+        made = {name: names[name] for name in made} | {"batch": {name: names[name] for name in made["batch"]}}
+        found, fixes = diagnose(**made), fixes + 1
+    assert (found, fixes > 0) == ([], True)
+
+
 # The command
 
 

@@ -34,11 +34,9 @@ def scale_zero(setup: Setup) -> Iterator[Seen]:
     """The update is multiplied by zero."""
     parts = [part for part in setup.view.acting if part.scaling == 0]
     if parts:
-        name = parts[0].adapter
-        fix = "give lora_alpha a positive value" if setup.view.is_peft else f"model.set_scale({name!r}, 1.0)"
-        yield Seen(
-            told_places(parts), "the scaling of the update is 0.", f"{fix}, and lora_alpha > 0 in the configuration."
-        )
+        fix = f"model.set_scale({parts[0].adapter!r}, 1.0)  # and lora_alpha > 0 in the configuration"
+        theirs = "lora_alpha > 0 in the configuration"
+        yield Seen(told_places(parts), "the scaling of the update is 0.", theirs if setup.view.is_peft else fix)
 
 
 @check(
@@ -103,11 +101,11 @@ def two_train(setup: Setup) -> Iterator[Seen]:
     """Several active adapters train at once."""
     names = list(dict.fromkeys(part.adapter for part in setup.view.training))
     if len(names) > 1:
-        freeze = f"[p.requires_grad_(False) for n, p in model.named_parameters() if '.{names[0]}.' in n]"
+        freeze = f"to let {names[0]!r} act without training: requires_grad_(False) on its parameters"
         yield Seen(
             f"adapter {shown(names)}",
             f"{len(names)} adapters are active and train.",
-            f"model.set_adapter({names[-1]!r}), or, if {names[0]!r} is to act without training: {freeze}",
+            f"model.set_adapter({names[-1]!r})  # or, {freeze}",
         )
 
 

@@ -45,7 +45,7 @@ def shifted_twice(setup: Setup) -> Iterator[Seen]:
     shifted = int(((labels[:, :-1] == ids[:, 1:]) & counts).sum()) / total
     if shifted >= SHIFTED and aligned < ALIGNED:
         what = f"{shifted:.0%} of the labels are the next token, {aligned:.0%} the token itself."
-        yield Seen("batch['labels']", what, "labels = input_ids.clone(), with -100 where nothing is to be learnt")
+        yield Seen("batch['labels']", what, "labels = input_ids.clone()  # with -100 where nothing is to be learnt")
 
 
 @check("padding-in-loss", "The model learns to write padding, and the mean of the loss is mostly about that.")
@@ -124,8 +124,12 @@ def _tokens(setup: Setup) -> tuple[Tensor, Tensor, Tensor] | None:
     ids, labels, mask = setup.tensor("input_ids"), setup.tensor("labels"), setup.tensor("attention_mask")
     if ids is None or labels is None or ids.ndim != 2 or labels.shape != ids.shape or not setup.is_causal:
         return None
-    whole = mask is None or mask.shape != ids.shape
-    return ids, labels, torch.ones_like(ids, dtype=torch.bool) if whole or mask is None else mask.bool()
+    if mask is not None and mask.shape == ids.shape:
+        return ids, labels, mask.bool()
+    pad = _token(setup, "pad_token_id")
+    if pad is None or pad == _token(setup, "eos_token_id"):
+        return ids, labels, torch.ones_like(ids, dtype=torch.bool)
+    return ids, labels, (ids == pad).flip(1).cumprod(1).flip(1) == 0  # all but the run of padding at the end
 
 
 def _is_seq2seq(setup: Setup) -> bool:

@@ -14,10 +14,7 @@ from minipeft.errors import shown
 CUT = "None of the inputs have requires_grad=True"  # what `torch.utils.checkpoint` warns of
 GROUP = Group()
 check = GROUP.check
-MAKE = (
-    "make it after adapting the model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)"
-)
-FREEZE = "[p.requires_grad_(False) for p in base_parameters], and let get_lora_model or get_peft_model freeze the base"
+MAKE = "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)  # after adapting"
 
 
 @check("adapter-frozen", "The optimizer will change nothing.", unless=["no-active-adapter", "adapters-disabled"])
@@ -82,13 +79,13 @@ def base_trains(setup: Setup) -> Iterator[Seen]:
         yield Seen(
             shown(found, 3),
             f"{_share(found, setup)} of the base require a gradient.",
-            f"{FREEZE}; what is to train in full belongs into modules_to_save.",
+            f"{_freeze(setup)}  # what is to train in full belongs into modules_to_save",
         )
 
 
 @check(
     "quantized-base-trains",
-    "What the rest of a quantized base learns is in no file, and its norms leave what they were quantized with.",
+    "What they learn is in no adapter file, and the quantized layers do not follow.",
 )
 def quantized_base_trains(setup: Setup) -> Iterator[Seen]:
     """The base is quantized, and its remaining float parameters train."""
@@ -97,7 +94,7 @@ def quantized_base_trains(setup: Setup) -> Iterator[Seen]:
         yield Seen(
             shown(found, 3),
             f"the base is quantized, and {_share(found, setup)} of it require a gradient.",
-            "quantize before adapting, so that the base is frozen; with PEFT, prepare_model_for_kbit_training(model) first.",
+            f"{_freeze(setup)}  # quantize before adapting, which freezes what is left in float",
         )
 
 
@@ -133,7 +130,7 @@ def checkpointing(setup: Setup) -> Iterator[Seen]:
         yield Seen(
             told_places(parts, len(setup.view.training)),
             "it is checkpointed with use_reentrant=True, and no gradient arrived.",
-            "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})",
+            "model.gradient_checkpointing_enable({'use_reentrant': False})",
         )
 
 
@@ -177,6 +174,11 @@ def _is_of_tokens(part: Part) -> bool:
 def _ran(setup: Setup, part: Part) -> bool:
     seen = setup.trial.seen if setup.trial is not None else None
     return seen is not None and (seen.ran(part.module) or id(part.module) in seen.read)
+
+
+def _freeze(setup: Setup) -> str:
+    kept = "'lora_' in n or 'modules_to_save' in n" if setup.view.is_peft else "'.adapters.' in n"
+    return f"for n, p in model.named_parameters(): p.requires_grad_({kept})"
 
 
 def _is_quantized(setup: Setup) -> bool:

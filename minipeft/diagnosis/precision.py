@@ -33,7 +33,7 @@ def float16(setup: Setup) -> Iterator[Seen]:
         yield Seen(
             told_places(parts, len(setup.view.training)),
             "its parameters train in float16.",
-            f"{TO_FLOAT}; float16 is for autocast. autocast_adapter_dtype=True, the default, does so from the start.",
+            f"{TO_FLOAT}  # autocast_adapter_dtype=True, the default, does so from the start",
         )
 
 
@@ -84,7 +84,7 @@ def dropout_in_eval(setup: Setup) -> Iterator[Seen]:
         yield Seen(
             told_places(parts),
             f"it drops {parts[0].dropout:.0%} of its inputs although the model is in evaluation mode.",
-            "model.eval(), after the adapter was added",
+            "model.eval()  # after the adapter was added",
         )
     own = [name for name, module in _dropouts(setup) if module.training]
     if own:

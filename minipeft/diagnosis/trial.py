@@ -97,7 +97,9 @@ def forward(view: View, batch: Mapping[str, Any], *, training: bool) -> Any:
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     if training:
         view.model.train()
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(SEED)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(training):
             return view.model(**inputs)
