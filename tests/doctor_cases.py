@@ -169,6 +169,11 @@ def _():
     return training(get_lora_model(minipeft.quantize(llama(), "nf4"), LoraConfig(**QV)))
 
 
+@healthy("a base of torchao's int8")
+def _():
+    return training(get_lora_model(minipeft.quantize(llama(), "int8_weight_only"), LoraConfig(**QV)))
+
+
 @healthy("lean")
 def _():
     return training(minipeft.lean(get_lora_model(llama(), LoraConfig(**QV))))

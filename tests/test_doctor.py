@@ -21,7 +21,8 @@ from minipeft.diagnosis.diagnose import CHECKS, view_of
 from minipeft.diagnosis.rates import _steps
 from minipeft.diagnosis.setup import Setup
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "doctor.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, TINY = ROOT / "docs" / "doctor.md", ROOT / "examples" / "assets" / "tiny"
 
 
 def everything(model, optimizer=None):
@@ -269,6 +270,14 @@ def test_other_methods_are_healthy_before_their_first_step_and_after_it(method):
     made["model"](**made["batch"]).loss.backward()
     made["optimizer"].step()
     assert diagnose(**made) == []
+
+
+def test_the_page_shows_what_its_code_prints(capsys):
+    text = PAGE.read_text("utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    with foreign_code():
+        exec(code.replace("openai-community/gpt2", str(TINY)), {})
+    assert f"```text\n{capsys.readouterr().out}```" in text
 
 
 FIXED_BY_CODE = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from minipeft.diagnosis.finding import Group, Seen
 from minipeft.diagnosis.setup import Setup
@@ -183,7 +183,11 @@ def _freeze(setup: Setup) -> str:
 
 def _is_quantized(setup: Setup) -> bool:
     is_marked = bool(getattr(setup.view.root, "is_quantized", False))
-    return is_marked or any(not parameter.is_floating_point() for parameter in setup.view.base.values())
+    return is_marked or any(_is_quantized_weight(parameter) for parameter in setup.view.base.values())
+
+
+def _is_quantized_weight(parameter: Tensor) -> bool:
+    return not parameter.is_floating_point() or type(parameter).__module__.partition(".")[0] == "torchao"
 
 
 def _share(found: dict[str, nn.Parameter], setup: Setup) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minipeft.diagnosis.finding import Group, Seen
 from minipeft.diagnosis.setup import Setup
@@ -78,6 +78,8 @@ def in_gradient(setup: Setup) -> Iterator[Seen]:
 
 
 def _is_broken(parameter: Tensor) -> bool:
-    if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+    # Other types are quantized or sharded weights, for which torch has no such function.
+    plain = type(parameter) in (Tensor, nn.Parameter) and parameter.is_floating_point() and not parameter.is_meta
+    if not plain or not parameter.numel():
         return False
     return not bool(parameter.detach().isfinite().all())
