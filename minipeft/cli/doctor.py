@@ -34,5 +34,5 @@ def doctor(
     elif findings:
         typer.echo("\n\n".join(map(str, findings)))
     else:
-        typer.echo(f"{directory} on {found.base}: healthy, by {len(CHECKS)} checks")
+        typer.echo(f"{directory} on {found.base}: healthy, none of {len(CHECKS)} checks found anything")
     raise typer.Exit(1 if findings else 0)
