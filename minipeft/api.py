@@ -17,6 +17,7 @@ from minipeft.errors import (
     MergeError,
     MinipeftError,
     RegistryError,
+    RequestError,
     StateError,
     TargetError,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "MinipeftError",
     "OFTConfig",
     "RegistryError",
+    "RequestError",
     "StateError",
     "TargetError",
     "TrainableTokensConfig",

@@ -60,6 +60,19 @@ class LeanError(MinipeftError, RuntimeError):
     """`minipeft.lean` would change what the model computes."""
 
 
+class RequestError(MinipeftError, ValueError):
+    """A server cannot answer a request.
+
+    Args:
+        message: the reason.
+        status: of HTTP.
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class ContractError(MinipeftError, AssertionError):
     """A method on a layer type breaks what the contract promises for every such pair.
 

@@ -24,7 +24,7 @@ FLOORS = (
     ("files", "quantization", "memory"),
     ("merging", "combining", "step_hooks", "readers"),
     ("model", "trainer_checkpoint", "integrations", "diagnosis"),
-    ("api", "hf", "training", "testing", "cli"),
+    ("api", "hf", "training", "testing", "cli", "serving"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 

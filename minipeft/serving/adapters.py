@@ -1,0 +1,208 @@
+"""Adapters from the directories below one root: loaded when a request names them, and let go when memory is needed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import CheckpointError, ConfigError, MinipeftError, RequestError, hint, shown
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.injection.module_tree import wrappers
+from minipeft.injection.rows import BASE
+from minipeft.model import AdaptedModel, load_adapter
+
+Stamp = tuple[tuple[str, int, int], ...]  # name, time and size of each file
+MiB = 2**20
+
+
+@dataclass(frozen=True)
+class Resident:
+    """An adapter in the model.
+
+    Args:
+        name: which it has there; a directory's name may not be allowed as one.
+        size: bytes of its tensors.
+        stamp: of the files that it was read from.
+    """
+
+    name: str
+    size: int
+    stamp: Stamp
+
+
+class Adapters:
+    """The adapters of a model that one thread loads and lets go.
+
+    Args:
+        model: the base; it becomes adapted with the first adapter, and plain again without any.
+        root: the directory whose directories are adapters. Nothing else is ever opened.
+        limit: bytes that all of them may take together.
+    """
+
+    def __init__(self, model: nn.Module, root: Path, limit: int) -> None:
+        if not os.path.isdir(root):
+            raise ConfigError(f"{root} is not a directory; give the one that holds the adapters' directories.")
+        self.model, self.root, self.limit = model, Path(os.path.realpath(root)), limit
+        self.resident: OrderedDict[str, Resident] = OrderedDict()  # the one used last comes last
+        self._sizes: dict[str, tuple[Stamp, int]] = {}  # of those that were loaded before
+        self._broken: dict[str, tuple[Stamp, MinipeftError]] = {}
+        self._numbers = itertools.count()
+
+    def names(self) -> list[str]:
+        """The directories of the root that look like adapters."""
+        with os.scandir(self.root) as entries:
+            found = sorted(entry.name for entry in entries if entry.is_dir())
+        return [name for name in found if self._is_below(name) and self._is_adapter(self.root / name)]
+
+    def directory(self, name: str) -> Path:
+        """The directory of this name, directly below the root.
+
+        Raises:
+            RequestError: with status 400 if it is a path, 404 if there is none.
+        """
+        if not name or name in (".", "..") or {"/", "\\", "\0"} & {*name}:
+            raise RequestError(f"model must be the name of an adapter and not a path: {name!r:.100}.")
+        if not self._is_below(name):
+            known = self.names()
+            raise RequestError(f"no model {name!r:.100}{hint(name, known)}; there are: {shown(known)}.", 404)
+        return self.root / name
+
+    def acquire(self, name: str, used: Collection[str]) -> str | None:
+        """The name in the model of the adapter from this directory, loaded if need be.
+
+        Args:
+            name: of the directory.
+            used: names in the model that must stay.
+
+        Returns:
+            None if it has to wait until some of `used` are not.
+
+        Raises:
+            MinipeftError: the adapter cannot be used.
+        """
+        directory = self.directory(name)
+        stamp = _stamp(directory)
+        here = self.resident.get(name)
+        if here is not None and here.stamp == stamp:
+            self.resident.move_to_end(name)
+            return here.name
+        if here is not None:  # replaced on disk
+            if here.name in used:
+                return None
+            self._let_go(name)
+        broken = self._broken.get(name)
+        if broken is not None and broken[0] == stamp:
+            raise broken[1]
+        try:
+            return self._load(name, directory, stamp, used)
+        except MinipeftError as error:
+            self._broken[name] = stamp, _without(error, self.root)
+            raise self._broken[name][1] from error
+
+    def _load(self, name: str, directory: Path, stamp: Stamp, used: Collection[str]) -> str | None:
+        known = self._sizes.get(name)
+        size = known[1] if known is not None and known[0] == stamp else _on_disk(stamp)
+        if not self._make_room(name, size, used):
+            return None
+        inner = f"served_{next(self._numbers)}"
+        load_adapter(self.model, directory, inner, local_files_only=True)
+        self.resident[name] = Resident(inner, _bytes(self.model, inner), stamp)
+        try:
+            self._try_out(inner, name)
+        except BaseException:
+            self._let_go(name)
+            raise
+        self._sizes[name] = stamp, self.resident[name].size
+        if not self._make_room(name, 0, {*used, inner}):  # it takes more than its file does
+            self._let_go(name)
+            return None
+        return inner
+
+    def _make_room(self, name: str, size: int, used: Collection[str]) -> bool:
+        """Let go of those that have not been used for longest, until there is room; False if those in use take it.
+
+        Raises:
+            RequestError: it is too large by itself.
+        """
+        own = self.resident[name].size if name in self.resident else size
+        if own > self.limit:
+            raise RequestError(
+                f"{name!r} takes {own / MiB:.1f} MiB, and adapters may take {self.limit / MiB:.1f} MiB together; the operator "
+                "can raise that."
+            )
+        idle = [other for other, resident in self.resident.items() if resident.name not in used]
+        for other in idle:
+            if self._total() + size <= self.limit:
+                break
+            self._let_go(other)
+        return self._total() + size <= self.limit
+
+    def _total(self) -> int:
+        return sum(resident.size for resident in self.resident.values())
+
+    def _let_go(self, name: str) -> None:
+        inner = self.resident.pop(name).name
+        model = cast(AdaptedModel, self.model)
+        others = [other for other in model.adapter_configs if other != inner]
+        if others:
+            model.delete_adapter(inner, activate=others[:1])  # which act does not matter: each row names its own
+        else:
+            model.unload()
+
+    @torch.no_grad()
+    def _try_out(self, inner: str, name: str) -> None:
+        """Run a row with the adapter next to one without, so that one that cannot work is found before others run with it."""
+        model: Any = self.model
+        ids = torch.arange(6, device=next(model.parameters()).device).view(2, 3)
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=[inner, BASE]).logits[
+            0
+        ]
+        if not logits.isfinite().all():
+            raise CheckpointError(f"{name!r} gives values that are not finite.")
+
+    def _is_below(self, name: str) -> bool:
+        """Whether it is a directory that no link leads out of the root."""
+        place = os.path.realpath(self.root / name) if len(name) < 256 else ""
+        return os.path.isdir(place) and os.path.dirname(place) == str(self.root)
+
+    @staticmethod
+    def _is_adapter(directory: Path) -> bool:
+        return any(os.path.exists(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+def _stamp(directory: Path) -> Stamp:
+    def entries() -> Iterator[tuple[str, int, int]]:
+        with os.scandir(directory) as found:
+            for entry in found:
+                if entry.is_file():
+                    yield entry.name, entry.stat().st_mtime_ns, entry.stat().st_size
+
+    try:
+        return tuple(sorted(entries()))
+    except OSError as error:
+        raise RequestError(f"{directory.name!r} cannot be read ({error.strerror}).", 404) from error
+
+
+def _on_disk(stamp: Stamp) -> int:
+    return sum(size for name, _, size in stamp if name.endswith(".safetensors"))
+
+
+def _bytes(model: nn.Module, adapter_name: str) -> int:
+    """Bytes of an adapter's tensors, each counted once."""
+    parts = [wrapper.adapters[adapter_name] for _, wrapper in wrappers(model) if adapter_name in wrapper.adapters]
+    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def _without(error: MinipeftError, root: Path) -> RequestError:
+    """The error for a client, who is not told where the root is."""
+    status = error.status if isinstance(error, RequestError) else 400
+    return RequestError(str(error).replace(f"{root}{os.sep}", ""), status)
