@@ -1,16 +1,28 @@
 """A server of many adapters: each answer is its adapter's alone, whoever else is in the batch, and limits hold."""
 
+import asyncio
+import contextlib
+import http.client
+import importlib.util
+import json
 import os
 import queue
 import shutil
+import socket
 import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 from tiny_models import foreign_code, gpt2, llama, t5
-from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from warm import Warm
 
 import minipeft
 from minipeft import LoraConfig, RequestError, StateError
@@ -18,6 +30,10 @@ from minipeft.serving.adapters import Adapters
 from minipeft.serving.batch import Batch
 from minipeft.serving.choice import choose
 from minipeft.serving.engine import Answer, Engine
+from minipeft.serving.text import Text
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+TINY = EXAMPLES / "assets" / "tiny"
 
 
 def mistral():
@@ -283,3 +299,325 @@ def test_the_queue_is_bounded_and_takes_all_or_none(tmp_path):
     assert not engine.waiting
     with pytest.raises(RequestError, match="shutting down"):
         engine.submit([Client(None, [9])])
+
+
+@pytest.fixture(scope="module")
+def example():
+    """examples/serve_many.py as a module, which needs an extra."""
+    pytest.importorskip("aiohttp")
+    spec = importlib.util.spec_from_file_location("serve_many", EXAMPLES / "serve_many.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Site:
+    """A server in a thread of its own, and a client of it."""
+
+    def __init__(self, example, root, *flags):
+        args = example.flags(["--model", str(TINY), "--adapters", str(root), *flags])
+        with foreign_code():
+            self.server = example.build(args)
+        self.engine, self.root = self.server.engine, root
+        self.engine.start()
+        self.loop, self.port = asyncio.new_event_loop(), None
+        self.runner = example.web.AppRunner(example.make_app(self.server), handler_cancellation=True)
+        self.loop.run_until_complete(self.runner.setup())
+        self.loop.run_until_complete((site := example.web.TCPSite(self.runner, "127.0.0.1", 0)).start())
+        self.port = site._server.sockets[0].getsockname()[1]
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+
+    def close(self):
+        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(30)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+        assert not self.engine.is_alive()
+
+    @contextlib.contextmanager
+    def response(self, body, path="/v1/completions"):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            if body is None:
+                connection.request("GET", path)
+            else:
+                connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body))
+            yield connection.getresponse()
+
+    def ask(self, body=None, path="/v1/completions", **fields):
+        """(status, answer)"""
+        if fields:
+            body = {"model": "french", "prompt": "def main(", "max_tokens": 8, "temperature": 0} | fields
+        with self.response(body, path) as response:
+            return response.status, json.loads(response.read())
+
+    def stream(self, **fields):
+        """The events of a stream, without the last."""
+        body = {"model": "french", "prompt": "def main(", "max_tokens": 8, "temperature": 0, "stream": True} | fields
+        with self.response(body) as response:
+            assert response.getheader("Content-Type") == "text/event-stream"
+            events = response.read().decode().split("\n\n")
+        assert all(event.startswith("data: ") for event in events[:-1])
+        assert events[-2:] == ["data: [DONE]", ""]
+        return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+    def idle(self):
+        """Wait until no row is left."""
+        deadline = time.monotonic() + 10
+        while self.engine.batch.rows or self.engine.waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def site(example, tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+
+    def make():
+        with foreign_code():
+            return AutoModelForCausalLM.from_pretrained(TINY)
+
+    site = Site(
+        example, saved(make, root, {"french": LoraConfig(r=4, init_lora_weights=False), "short.v1": METHODS["d"]})
+    )
+    yield site
+    site.close()
+
+
+@pytest.fixture(scope="module")
+def expected(site):
+    """The ids and text that `generate` and the tokenizer give for a prompt with an adapter."""
+    with foreign_code():
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), site.server.tokenizer
+
+    def compute(name, prompt, count):
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        client = Client(None if name == "tiny" else name, ids, count)
+        return tokenizer.decode(alone(model, site.root, client), skip_special_tokens=True)
+
+    return compute
+
+
+def test_completions_over_http(site, expected):
+    status, answer = site.ask(prompt="def main(")
+    assert status == 200
+    assert answer["object"] == "text_completion"
+    text = expected("french", "def main(", 8)
+    assert answer["choices"] == [{"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}]
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
+    prompts = ["def main(", "x", "import"]
+    for name in ("short.v1", "tiny"):
+        _, answer = site.ask(model=name, prompt=prompts, echo=True)
+        assert [c["text"] for c in answer["choices"]] == [p + expected(name, p, 8) for p in prompts]
+        assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
+    _, answer = site.ask(prompt=[[5, 6, 7], [8]])
+    assert [c["text"] for c in answer["choices"]] == [expected("french", ids, 8) for ids in ([5, 6, 7], [8])]
+    _, answer = site.ask(None, "/v1/models")
+    assert [model["id"] for model in answer["data"]] == ["tiny", "french", "short.v1"]
+    assert site.ask(None, "/health") == (200, {"status": "ok", "rows": 0, "waiting": 0})
+    assert site.ask(None, "/v2")[0] == 404
+
+
+def test_a_stream_has_the_pieces_of_the_same_text(site):
+    prompts = ["def main(", "é", "x = ["]
+    _, whole = site.ask(model="short.v1", prompt=prompts, max_tokens=20)
+    events = site.stream(model="short.v1", prompt=prompts, max_tokens=20, stream_options={"include_usage": True})
+    assert events[-1]["usage"] == whole["usage"]
+    pieces = [event["choices"][0] for event in events[:-1]]
+    for choice in whole["choices"]:
+        own = [piece for piece in pieces if piece["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in own) == choice["text"]
+        assert [piece["finish_reason"] for piece in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
+    assert len(pieces) > 20
+
+
+def test_stop_strings_end_the_text_before_them_and_free_the_row(site):
+    _, plain = site.ask(max_tokens=40)
+    text = plain["choices"][0]["text"]
+    stop = text[15:20]  # within tokens, and over several
+    wanted = text[: text.index(stop)]
+    _, answer = site.ask(max_tokens=40, stop=["never there", stop])
+    assert answer["choices"][0] | {"text": wanted, "finish_reason": "stop"} == answer["choices"][0]
+    assert answer["usage"]["completion_tokens"] < 40
+    events = site.stream(max_tokens=40, stop=stop)
+    assert "".join(event["choices"][0]["text"] for event in events) == wanted
+    site.idle()
+
+
+def test_pieces_of_text_are_whole_characters_and_never_part_of_a_stop_string(site):
+    tokenizer = site.server.tokenizer
+    for said in ["a€b 𝄞 naïve — ok", " leading", "stopstop STOP here", "ST", "日本"]:
+        for stops in [(), ("STOP",), ("op S", "€"), ("𝄞 n",)]:
+            text, pieces = Text(tokenizer, stops), []
+            for token in tokenizer(said)["input_ids"]:
+                if not text.stopped:
+                    pieces.append(text.add(token))
+            pieces.append(text.rest())
+            places = [said.index(stop) for stop in stops if stop in said]
+            assert "".join(pieces) == said[: min(places, default=None)]
+            assert text.stopped == bool(places)
+            assert not any("\ufffd" in piece for piece in pieces)
+
+
+BAD = {
+    "unknown field": ({"max_token": 5}, 400, "unknown field 'max_token' (closest: 'max_tokens')"),
+    "logprobs": ({"logprobs": 3}, 400, "logprobs is not built"),
+    "n": ({"n": 2}, 400, "n must be 1"),
+    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty must be 0"),
+    "no prompt": ({"prompt": None}, 400, "prompt is missing"),
+    "mixed prompts": ({"prompt": ["a", 5]}, 400, "prompt must be a string"),
+    "empty prompt": ({"prompt": []}, 400, "prompt must be a string"),
+    "unknown token": ({"prompt": [5, 99999]}, 400, "a token that the model does not know"),
+    "true is no number": ({"max_tokens": True}, 400, "max_tokens must be a whole number"),
+    "no tokens": ({"max_tokens": 0}, 400, "max_tokens must be a whole number from 1 on"),
+    "temperature": ({"temperature": -1}, 400, "temperature must be a number from 0 to 2"),
+    "not a number": ({"temperature": float("nan")}, 400, "temperature must be a number from 0 to 2"),
+    "top_p": ({"top_p": 0}, 400, "top_p must be"),
+    "seed": ({"seed": 2**64}, 400, "seed must be a whole number"),
+    "stop": ({"stop": ["a"] * 5}, 400, "stop has 5 strings; 4"),
+    "empty stop": ({"stop": ""}, 400, "stop must be a string of 1 to"),
+    "stream": ({"stream": "yes"}, 400, "stream must be true or false"),
+    "stream options": ({"stream_options": {"include_usage": True}}, 400, "with stream: true"),
+    "too long": ({"max_tokens": 253}, 400, "4 + 253 tokens; 256 are allowed"),
+    "nearest name": ({"model": "frensh"}, 404, "no model 'frensh' (closest: 'french')"),
+    "a path": ({"model": "../french"}, 400, "the name of an adapter and not a path"),
+    "the root": ({"model": ".."}, 400, "not a path"),
+    "an absolute path": ({"model": "/etc"}, 400, "not a path"),
+    "a very long name": ({"model": "a" * 5000}, 404, "no model"),
+    "a file": ({"model": "file"}, 404, "no model 'file'"),
+    "a link that leads out": ({"model": "link"}, 404, "no model 'link'"),
+    "not an adapter": ({"model": "empty"}, 400, "empty"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_requests_are_answered_with_the_reason(kind, site, tmp_path):
+    fields, expected_status, said = BAD[kind]
+    with contextlib.suppress(FileExistsError):
+        (site.root / "file").write_text("no directory")
+        (site.root / "empty").mkdir()
+        (site.root / "link").symlink_to(tmp_path)
+    for more in ({}, {"stream": True}) if kind not in ("stream", "stream options") else ({},):
+        status, answer = site.ask(**fields | more)
+        assert status == expected_status
+        assert answer["error"].keys() == {"message", "type", "param", "code"}
+        assert said in answer["error"]["message"]
+        assert str(site.root) not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"model": "french"}'], ids=str)
+def test_a_body_that_is_no_request_is_refused(body, site):
+    assert site.ask(body)[0] == 400
+
+
+def test_a_body_of_a_gibibyte_is_refused_before_it_is_read(site):
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1073741824\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", site.port), timeout=10) as connection:
+        connection.sendall(request)
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.request("POST", "/v1/completions", (b"x" * 2**16 for _ in range(17)), encode_chunked=True)
+        assert connection.getresponse().status == 413
+
+
+def test_a_directory_that_is_deleted_or_broken_answers_4xx_and_others_go_on(site):
+    shutil.copytree(site.root / "french", site.root / "gone")
+    assert site.ask(model="gone")[0] == 200
+    shutil.rmtree(site.root / "gone")
+    status, answer = site.ask(model="gone")
+    assert (status, answer["error"]["message"][:15]) == (404, "no model 'gone'")
+    shutil.copytree(site.root / "french", site.root / "nan")
+    path = site.root / "nan" / "adapter_model.safetensors"
+    save_file({key: tensor * float("nan") for key, tensor in load_file(path).items()}, path)
+    assert site.ask(model="nan")[0] == 400
+    assert site.ask(model="nan", stream=True)[0] == 400
+    assert site.ask(model="french")[0] == 200
+
+
+@pytest.fixture
+def slow(site, monkeypatch):
+    """Every token takes a while."""
+    step = site.engine.batch.step
+    monkeypatch.setattr(site.engine.batch, "step", lambda: time.sleep(0.02) or step())
+    yield
+    site.idle()
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_request_that_takes_too_long_is_answered_504_and_its_row_leaves(site, monkeypatch):
+    monkeypatch.setattr(site.server, "timeout", 0.3)
+    status, answer = site.ask(max_tokens=250)
+    assert (status, answer["error"]["message"][:24]) == (504, "The answer took too long")
+    site.idle()
+    with site.response({"model": "french", "prompt": "x", "max_tokens": 250, "stream": True, "seed": 0}) as response:
+        events = response.read().decode().split("\n\n")
+    assert response.status == 200
+    assert "took too long" in events[-2]
+    assert "[DONE]" not in "".join(events)
+
+
+@pytest.mark.usefixtures("slow")
+def test_the_row_of_a_client_that_has_gone_leaves(site):
+    for stream in (True, False):
+        body = {"model": "french", "prompt": "x", "max_tokens": 250, "stream": stream, "seed": 0}
+        connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=20)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        while not site.engine.batch.rows:
+            time.sleep(0.01)
+        connection.close()
+        start = time.monotonic()
+        site.idle()
+        assert time.monotonic() - start < 3  # all of it would take 5 seconds
+
+
+@pytest.mark.usefixtures("slow")
+def test_requests_beyond_the_queue_are_answered_429(site, monkeypatch):
+    monkeypatch.setattr(site.engine, "max_rows", 1)
+    monkeypatch.setattr(site.engine, "max_waiting", 1)
+    with ThreadPoolExecutor(6) as pool:
+        statuses = [status for status, _ in pool.map(lambda _: site.ask(max_tokens=20), range(6))]
+    assert sorted({*statuses}) == [200, 429]
+    assert site.ask(prompt=["a", "b"])[0] == 429
+
+
+def test_shutting_down_finishes_what_runs_and_refuses_what_is_new(example, site):
+    other = Site(example, site.root)
+    try:
+        with other.response(
+            {"model": "french", "prompt": "x", "max_tokens": 100, "stream": True, "seed": 0}
+        ) as response:
+            first = response.readline()
+            closing = threading.Thread(target=other.close)
+            closing.start()
+            while not other.engine.closing:
+                time.sleep(0.001)
+            with pytest.raises(OSError, match="refused"):
+                other.ask(prompt="y")
+            events = (first + response.read()).decode().split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        assert json.loads(events[-3].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
+    finally:
+        closing.join()
+
+
+@pytest.mark.slow  # a new process
+def test_sigterm_ends_the_program_with_0(example, site, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--model", TINY, "--adapters", site.root, "--port", port]
+    process = Warm(tmp_path, warm.script, EXAMPLES / "serve_many.py", *words)
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url.replace("v1/completions", "health"), timeout=5):
+            break
+        time.sleep(0.05)
+    body = {"model": "french", "prompt": "x", "max_tokens": 200, "stream": True, "seed": 0}
+    with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=30) as response:
+        response.readline()
+        process.terminate()
+        assert response.read().decode().endswith("data: [DONE]\n\n")
+    assert process.wait() == 0
