@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import math
 import threading
 
@@ -290,6 +291,59 @@ def test_an_input_whose_first_dimension_is_not_the_rows_is_refused_by_name(kind,
     assert torch.equal(getattr(alike, "logits", alike), getattr(own, "logits", own))
 
 
+class TorchLayers(nn.Module):
+    """Torch's own attention and recurrence, with rows or positions first in the model's input and in those layers."""
+
+    def __init__(self, layer, input_rows_first, layer_rows_first):
+        super().__init__()
+        self.turns = input_rows_first != layer_rows_first
+        self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 3)
+        attention = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=layer_rows_first)
+        self.layer = attention if layer == "attention" else nn.LSTM(8, 8, batch_first=layer_rows_first)
+
+    def forward(self, x):
+        x = self.table(x)
+        x = self.layer(x.transpose(0, 1) if self.turns else x)
+        x = x[0] if isinstance(x, tuple) else x
+        return self.head(x.transpose(0, 1) if self.turns else x)
+
+
+@pytest.mark.parametrize("length", [3, 4])  # of 4 rows
+@pytest.mark.parametrize("layer", ["attention", "recurrence"])
+@pytest.mark.parametrize("layer_rows_first", [False, True])
+@pytest.mark.parametrize("input_rows_first", [False, True])
+def test_rows_first_or_not_in_torchs_own_layers(layer, layer_rows_first, input_rows_first, length):
+    model = TorchLayers(layer, input_rows_first, layer_rows_first)
+    several(model, {name: LoraConfig(r=2, target_modules=["head"], init_lora_weights=False) for name in "ab"})
+    ids = torch.randint(9, (4, length) if input_rows_first else (length, 4))
+    names = ["a", "b", BASE, "a"][: len(ids)]
+    with torch.no_grad():
+        if input_rows_first:
+            check_rows(model, names, functools.partial(model, ids))
+        else:
+            with pytest.raises(StateError, match=r"input of TorchLayers reaches layer\S* as positions"):
+                model(ids, adapter_names=names)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_forward_called_directly_uses_adapter_names_too(make):
+    options = {"target_modules": "all-linear", "init_lora_weights": False}
+    model = several(make(), {"a": LoraConfig(r=2, **options), "b": LoraConfig(r=3, **options)})
+    ids, names = token_ids(3, 5), ["b", BASE, "a"]
+    with torch.no_grad():
+        found = check_rows(model, names, lambda **more: model.forward(ids, **more).logits)
+        assert torch.equal(found, model(ids, adapter_names=names).logits)
+    with pytest.raises(StateError, match="no adapter 'c'"):
+        model.forward(ids, adapter_names=["a", "b", "c"])
+    assert inspect.signature(model.forward) == inspect.signature(make().forward)
+    changed = type(make())
+    before = changed.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changed, "forward", lambda self, *args, **kwargs: "patched")
+        assert model(ids) == "patched"
+    assert changed.forward is before
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "t5", "bert"])
 def test_as_many_rows_as_positions_are_no_trouble_elsewhere(kind):
     ids = token_ids(4, 4)
@@ -345,6 +399,26 @@ def test_quantized_bases(kind):
         ids = token_ids(4)
         with torch.no_grad():
             check_rows(model, ["a", "b", "c", BASE], lambda **more: model(ids, **more).logits)
+
+
+def test_int8_rows_depend_on_the_batch_as_the_bare_layer_of_bitsandbytes_does():
+    """It keeps the features in half precision that are large in any row, so that one row changes the rounding of others."""
+    pytest.importorskip("bitsandbytes")
+    x = torch.randn(4, 3, 32)
+    x[1, 0, 5] = 9.0
+    with foreign_code(), torch.no_grad():
+        bare = minipeft.quantize(OneLayer(nn.Linear(32, 16)), "int8").eval().layer
+        changed = [
+            (bare(inputs) - torch.cat([bare(row[None]) for row in inputs])).abs().amax((1, 2)) for inputs in (x, x / 9)
+        ]
+        assert (changed[0][[0, 2, 3]] > 1e-4).all()
+        assert changed[1].max() < 1e-6  # no feature is large
+        options = {"target_modules": ["layer"], "init_lora_weights": False}
+        model = OneLayer(bare)
+        several(model, {"a": LoraConfig(r=2, **options), "b": LoraConfig(r=4, use_dora=True, **options)})
+        check_rows(
+            model, ["a", "b", BASE, "a"], functools.partial(model, x)
+        )  # each alone in the same batch: no difference
 
 
 def generated(model, names, **options):

@@ -130,8 +130,7 @@ def _attach(
     state.resting[adapter_name] = put_to_rest(state.places[adapter_name])
     if not trainable:
         state.resting[adapter_name] = set()
-    mark_rows(model)
-    state.switch.order_known = False
+    state.switch.order_told, state.switch.order_known = mark_rows(model), False
     state.unwatched.add(adapter_name)
     if trainable:
         state.trainable.add(adapter_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -43,6 +44,13 @@ class Configurations(dict[str, AdapterConfig]):
 class OwnMethods(nn.Module):
     """The part of `minipeft.AdaptedModel` that comes in front of methods of torch's and transformers'."""
 
+    def __init_subclass__(cls) -> None:
+        """The ``forward`` of an adapted class, called directly, takes ``adapter_names`` too; transformers' would ignore it."""
+        super().__init_subclass__()
+        mixin, *others = cls.__bases__
+        if others and issubclass(mixin, OwnMethods) and cls.forward is not nn.Module.forward:
+            cls.forward = _forward_by_row(cls)
+
     @property
     def _hf_peft_config_loaded(self) -> bool:
         """What transformers' Trainer asks of a quantized model before it trains it: whether it has adapters.
@@ -79,7 +87,7 @@ class OwnMethods(nn.Module):
             return super().__call__(*args, **kwargs)
         if (rows := rows_now(state.switch)) is not None:
             note_length(self, rows, args, kwargs)
-            if rows.length == len(rows.names) and len(rows.uses) > 1:
+            if len(rows.uses) > 1 and (rows.length == len(rows.names) or state.switch.order_told):
                 self._learn_order(rows, args, kwargs)
         elif state.switch.trained_by_row and torch.is_grad_enabled():
             state.switch.trained_by_row = False
@@ -90,8 +98,7 @@ class OwnMethods(nn.Module):
     def _learn_order(self, rows: Rows, args: Any, kwargs: Any) -> None:
         switch = self.__dict__[STATE].switch
         if not switch.order_known and not torch.compiler.is_compiling():
-            learn_order(self, rows, super().__call__, args, kwargs)
-            switch.order_known = True
+            switch.order_known = learn_order(self, rows, super().__call__, args, kwargs)
 
     # Not compiled itself, so that other names need no other graph.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
@@ -156,6 +163,16 @@ class OwnMethods(nn.Module):
         _check_replaceable(self, output_head(self), new_embeddings)
         parent: Any = super()
         return parent.set_output_embeddings(new_embeddings, *args, **kwargs)
+
+
+def _forward_by_row(cls: type[nn.Module]) -> Any:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return super(cls, self).forward(*args, **kwargs)
+        return self(*args, adapter_names=adapter_names, **kwargs)
+
+    return forward
 
 
 def _rows(table: nn.Module) -> int:

@@ -1,11 +1,13 @@
 """Whether rows come before positions in the layers' inputs, for a batch with as many of the ones as of the others.
 
 XLNet and torch's own transformer layers put positions first. Elsewhere the shape of an input shows that. Here one row is
-run alone, once for each model: then the dimension of the rows is the one of size 1.
+run alone, once for each model: then the dimension of the rows is the one of size 1. Modules with ``batch_first``, as torch's
+have it, say which of their dimensions is the rows; if that is another one, the first dimension of the model's input is not.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from minipeft.errors import StateError
-from minipeft.injection.module_tree import wrappers
+from minipeft.injection.module_tree import outside_adapters, wrappers
+from minipeft.injection.row_marks import says_order
 from minipeft.injection.rows import Rows, acting
 
 BY_POSITION = {"cache_position"}  # arguments of transformers' models without a dimension of rows
@@ -23,7 +26,7 @@ CACHES = ("past_key_values", "cache_params")
 
 def learn_order(
     model: nn.Module, rows: Rows, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> None:
+) -> bool:
     """Mark the layers that are called with positions before rows.
 
     Args:
@@ -32,10 +35,14 @@ def learn_order(
         call: the model's own call.
         args, kwargs: of the call.
 
+    Returns:
+        Whether that is known now for other batches too.
+
     Raises:
-        StateError: one row alone cannot be run.
+        StateError: one row alone cannot be run, or the first dimension of the model's input is not the rows.
     """
     count, seen = len(rows.names), []
+    sizes: dict[str, tuple[int, int]] = {}  # numbers of rows and positions that modules with `batch_first` take
 
     def first(tensor: Tensor) -> Tensor:
         return tensor[:1] if tensor.ndim and tensor.shape[0] == count else tensor
@@ -52,16 +59,32 @@ def learn_order(
         if one.pop(name, None) is not None:
             one["use_cache"] = False
     hooks = [wrapper.register_forward_pre_hook(note) for _, wrapper in wrappers(model)]
+    for path, module in outside_adapters(model):
+        if says_order(module):
+            hooks.append(module.register_forward_pre_hook(functools.partial(_note_sizes, sizes, path)))
     try:
         with torch.no_grad(), torch.random.fork_rng(), acting(None):
             call(*tree_map_only(Tensor, first, tuple(args)), **one)
     except Exception as error:
         raise StateError(
-            f"adapter_names: {type(model).__name__} has as many rows as positions here, {count}, and does not run on one row "
-            "alone, so it cannot be told which come first in its layers. Pad the batch by one position."
+            f"adapter_names: {type(model).__name__} does not run on one of its {count} rows alone, so it cannot be told whether "
+            "rows or positions come first in its layers. Give it other than as many positions as rows, if that is so."
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
+    for path, (others, positions) in sizes.items():
+        if others > positions == 1:
+            raise StateError(
+                f"adapter_names: the first dimension of the input of {type(model).__name__} reaches {path} as positions (see its "
+                "batch_first), so it is not the rows. Give all of them the same name, or the model inputs with rows first."
+            )
     for wrapper in seen:
         wrapper.counts = "positions before rows"
+    return rows.length != 1 or not sizes
+
+
+def _note_sizes(sizes: dict[str, tuple[int, int]], path: str, module: Any, given: tuple[Any, ...]) -> None:
+    if given and isinstance(given[0], Tensor) and given[0].ndim == 3:
+        first, second = given[0].shape[:2]
+        sizes[path] = (first, second) if module.batch_first else (second, first)
