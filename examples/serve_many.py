@@ -56,7 +56,7 @@ class Server:
     ) -> web.StreamResponse:
         wanted = parse(await request.read())
         events: asyncio.Queue[Any] = asyncio.Queue()
-        answers += [self.ask(wanted, prompt, index, events) for index, prompt in enumerate(wanted.prompts)]
+        answers += [self.ask(wanted, prompt, index, events) for index, prompt in enumerate(wanted.prompt)]
         self.engine.submit(answers)
         texts = [Text(self.tokenizer, wanted.stop) for _ in answers]
         pieces = self.pieces(wanted, answers, texts, events)
@@ -103,7 +103,7 @@ class Server:
         self, wanted: Completion, answers: Sequence[Answer], texts: Sequence[Text], events: asyncio.Queue
     ) -> AsyncIterator[tuple[int, str, str | None]]:
         """(which answer, text, why it ends or None) as they come."""
-        echoes = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in wanted.prompts if wanted.echo]
+        echoes = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in wanted.prompt if wanted.echo]
         for index, prompt in enumerate(echoes):
             yield index, prompt, None
         left = len(answers)

@@ -50,6 +50,17 @@ def test_the_scale_benchmark_compares_each_verb_at_each_size_and_its_growth(main
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_serving_benchmark_reports_throughput_and_latencies_beside_one_at_a_time(main, tmp_path):
+    pytest.importorskip("aiohttp")
+    main("serve")(["--quick", "--output", str(tmp_path)])
+    rows = read(tmp_path / "serve.csv")
+    measures = ["requests a second", "latency, median", "latency, 95 %", "latency, 99 %"]
+    assert [row["measure"] for row in rows[::2]] == measures
+    assert [row["peer_name"] for row in rows[:2]] == ["PEFT, set_adapter, one at a time", "minipeft, one at a time"]
+    assert all(float(row["ours"]) > 0 < float(row["peer"]) for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_layer_benchmark_reports_overheads_and_draws_them(main, tmp_path):
     main("speed")(["--quick", "--part", "layer", "--output", str(tmp_path)])
     rows = read(tmp_path / "speed_layer.csv")

@@ -68,7 +68,8 @@ def alone(model, root, client):
     served = model if client.model is None else minipeft.load_adapter(model, root / client.model)
     with foreign_code():
         ids = torch.tensor([client.prompt])
-        found = served.generate(ids, do_sample=False, pad_token_id=0, eos_token_id=-1, max_new_tokens=client.max_tokens)
+        served.generation_config.eos_token_id = None
+        found = served.generate(ids, do_sample=False, pad_token_id=0, max_new_tokens=client.max_tokens)
     if client.model is not None:
         served.unload()
     return found[0, len(client.prompt) :].tolist()
@@ -199,7 +200,7 @@ def test_adapters_take_no_more_memory_than_allowed_and_one_in_use_stays(tmp_path
     for client in clients:
         assert client.result()[0] == alone(model, root, client)
     assert all(model in resident and len(resident) <= 2 for model, resident in seen)
-    with pytest.raises(RequestError, match="takes 0.0 MiB, and adapters may take 0.0 MiB together"):
+    with pytest.raises(RequestError, match="takes 0.0 MiB, and all adapters may take 0.0 MiB"):
         Adapters(llama(), root, size - 1).acquire("a", ())
 
 
@@ -462,7 +463,7 @@ def test_pieces_of_text_are_whole_characters_and_never_part_of_a_stop_string(sit
 
 BAD = {
     "unknown field": ({"max_token": 5}, 400, "unknown field 'max_token' (closest: 'max_tokens')"),
-    "logprobs": ({"logprobs": 3}, 400, "logprobs is not built"),
+    "logprobs": ({"logprobs": 3}, 400, "logprobs must be left out"),
     "n": ({"n": 2}, 400, "n must be 1"),
     "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty must be 0"),
     "no prompt": ({"prompt": None}, 400, "prompt is missing"),
@@ -473,12 +474,12 @@ BAD = {
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens must be a whole number from 1 on"),
     "temperature": ({"temperature": -1}, 400, "temperature must be a number from 0 to 2"),
     "not a number": ({"temperature": float("nan")}, 400, "temperature must be a number from 0 to 2"),
-    "top_p": ({"top_p": 0}, 400, "top_p must be"),
+    "top_p": ({"top_p": 0}, 400, "top_p must be a number above 0"),
     "seed": ({"seed": 2**64}, 400, "seed must be a whole number"),
-    "stop": ({"stop": ["a"] * 5}, 400, "stop has 5 strings; 4"),
+    "stop": ({"stop": ["a"] * 5}, 400, "stop must be a string of 1 to 200 characters, or a list of up to 4"),
     "empty stop": ({"stop": ""}, 400, "stop must be a string of 1 to"),
     "stream": ({"stream": "yes"}, 400, "stream must be true or false"),
-    "stream options": ({"stream_options": {"include_usage": True}}, 400, "with stream: true"),
+    "stream options": ({"stream_options": {"include_usage": True}}, 400, "for stream: true"),
     "too long": ({"max_tokens": 253}, 400, "4 + 253 tokens; 256 are allowed"),
     "nearest name": ({"model": "frensh"}, 404, "no model 'frensh' (closest: 'french')"),
     "a path": ({"model": "../french"}, 400, "the name of an adapter and not a path"),

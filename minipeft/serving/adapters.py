@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError, RequestError, hint, shown
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -23,17 +22,10 @@ Stamp = tuple[tuple[str, int, int], ...]  # name, time and size of each file
 MiB = 2**20
 
 
-@dataclass(frozen=True)
-class Resident:
-    """An adapter in the model.
+class Resident(NamedTuple):
+    """An adapter in the model: its name there, the bytes of its tensors, and the files that it was read from."""
 
-    Args:
-        name: which it has there; a directory's name may not be allowed as one.
-        size: bytes of its tensors.
-        stamp: of the files that it was read from.
-    """
-
-    name: str
+    name: str  # not the directory's, which may not be allowed as one
     size: int
     stamp: Stamp
 
@@ -51,16 +43,16 @@ class Adapters:
         if not os.path.isdir(root):
             raise ConfigError(f"{root} is not a directory; give the one that holds the adapters' directories.")
         self.model, self.root, self.limit = model, Path(os.path.realpath(root)), limit
-        self.resident: OrderedDict[str, Resident] = OrderedDict()  # the one used last comes last
-        self._sizes: dict[str, tuple[Stamp, int]] = {}  # of those that were loaded before
-        self._broken: dict[str, tuple[Stamp, MinipeftError]] = {}
+        self.resident: OrderedDict[str, Resident] = OrderedDict()  # by directory; the one used last comes last
+        self._known: dict[
+            str, tuple[Stamp, int | RequestError]
+        ] = {}  # the size of an adapter, or why it cannot be used
         self._numbers = itertools.count()
 
     def names(self) -> list[str]:
         """The directories of the root that look like adapters."""
-        with os.scandir(self.root) as entries:
-            found = sorted(entry.name for entry in entries if entry.is_dir())
-        return [name for name in found if self._is_below(name) and self._is_adapter(self.root / name)]
+        found = [name for name in sorted(os.listdir(self.root)) if self._is_below(name)]
+        return [name for name in found if {CONFIG_FILE, WEIGHTS_FILE} & {*os.listdir(self.root / name)}]
 
     def directory(self, name: str) -> Path:
         """The directory of this name, directly below the root.
@@ -86,7 +78,7 @@ class Adapters:
             None if it has to wait until some of `used` are not.
 
         Raises:
-            MinipeftError: the adapter cannot be used.
+            RequestError: the adapter cannot be used.
         """
         directory = self.directory(name)
         stamp = _stamp(directory)
@@ -94,37 +86,35 @@ class Adapters:
         if here is not None and here.stamp == stamp:
             self.resident.move_to_end(name)
             return here.name
-        if here is not None:  # replaced on disk
-            if here.name in used:
-                return None
+        if here is not None and here.name in used:
+            return None  # replaced on disk, while the old one still answers
+        if here is not None:
             self._let_go(name)
-        broken = self._broken.get(name)
-        if broken is not None and broken[0] == stamp:
-            raise broken[1]
+        before, known = self._known.get(name, (None, 0))
+        if before != stamp:
+            known = sum(size for file, _, size in stamp if file.endswith(".safetensors"))
         try:
-            return self._load(name, directory, stamp, used)
+            if isinstance(known, RequestError):
+                raise known
+            return self._load(directory, stamp, used) if self._make_room(name, known, used) else None
         except MinipeftError as error:
-            self._broken[name] = stamp, _without(error, self.root)
-            raise self._broken[name][1] from error
+            self._known[name] = stamp, _for_clients(error, self.root)
+            raise self._known[name][1] from error  # type: ignore[misc]
 
-    def _load(self, name: str, directory: Path, stamp: Stamp, used: Collection[str]) -> str | None:
-        known = self._sizes.get(name)
-        size = known[1] if known is not None and known[0] == stamp else _on_disk(stamp)
-        if not self._make_room(name, size, used):
-            return None
-        inner = f"served_{next(self._numbers)}"
+    def _load(self, directory: Path, stamp: Stamp, used: Collection[str]) -> str | None:
+        name, inner = directory.name, f"served_{next(self._numbers)}"
         load_adapter(self.model, directory, inner, local_files_only=True)
         self.resident[name] = Resident(inner, _bytes(self.model, inner), stamp)
+        self._known[name] = stamp, self.resident[name].size
         try:
             self._try_out(inner, name)
+            fits = self._make_room(name, 0, {*used, inner})  # it may take more than its file does
         except BaseException:
             self._let_go(name)
             raise
-        self._sizes[name] = stamp, self.resident[name].size
-        if not self._make_room(name, 0, {*used, inner}):  # it takes more than its file does
+        if not fits:
             self._let_go(name)
-            return None
-        return inner
+        return inner if fits else None
 
     def _make_room(self, name: str, size: int, used: Collection[str]) -> bool:
         """Let go of those that have not been used for longest, until there is room; False if those in use take it.
@@ -135,14 +125,11 @@ class Adapters:
         own = self.resident[name].size if name in self.resident else size
         if own > self.limit:
             raise RequestError(
-                f"{name!r} takes {own / MiB:.1f} MiB, and adapters may take {self.limit / MiB:.1f} MiB together; the operator "
-                "can raise that."
+                f"{name!r} takes {own / MiB:.1f} MiB, and all adapters may take {self.limit / MiB:.1f} MiB."
             )
-        idle = [other for other, resident in self.resident.items() if resident.name not in used]
-        for other in idle:
-            if self._total() + size <= self.limit:
-                break
-            self._let_go(other)
+        for other in [other for other, resident in self.resident.items() if resident.name not in used]:
+            if self._total() + size > self.limit:
+                self._let_go(other)
         return self._total() + size <= self.limit
 
     def _total(self) -> int:
@@ -162,10 +149,8 @@ class Adapters:
         """Run a row with the adapter next to one without, so that one that cannot work is found before others run with it."""
         model: Any = self.model
         ids = torch.arange(6, device=next(model.parameters()).device).view(2, 3)
-        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=[inner, BASE]).logits[
-            0
-        ]
-        if not logits.isfinite().all():
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=[inner, BASE])
+        if not output.logits[0].isfinite().all():
             raise CheckpointError(f"{name!r} gives values that are not finite.")
 
     def _is_below(self, name: str) -> bool:
@@ -173,26 +158,13 @@ class Adapters:
         place = os.path.realpath(self.root / name) if len(name) < 256 else ""
         return os.path.isdir(place) and os.path.dirname(place) == str(self.root)
 
-    @staticmethod
-    def _is_adapter(directory: Path) -> bool:
-        return any(os.path.exists(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
-
 
 def _stamp(directory: Path) -> Stamp:
-    def entries() -> Iterator[tuple[str, int, int]]:
-        with os.scandir(directory) as found:
-            for entry in found:
-                if entry.is_file():
-                    yield entry.name, entry.stat().st_mtime_ns, entry.stat().st_size
-
     try:
-        return tuple(sorted(entries()))
+        found = [(entry.name, entry.stat()) for entry in os.scandir(directory) if entry.is_file()]
     except OSError as error:
         raise RequestError(f"{directory.name!r} cannot be read ({error.strerror}).", 404) from error
-
-
-def _on_disk(stamp: Stamp) -> int:
-    return sum(size for name, _, size in stamp if name.endswith(".safetensors"))
+    return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in found))
 
 
 def _bytes(model: nn.Module, adapter_name: str) -> int:
@@ -202,7 +174,7 @@ def _bytes(model: nn.Module, adapter_name: str) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def _without(error: MinipeftError, root: Path) -> RequestError:
+def _for_clients(error: MinipeftError, root: Path) -> RequestError:
     """The error for a client, who is not told where the root is."""
     status = error.status if isinstance(error, RequestError) else 400
     return RequestError(str(error).replace(f"{root}{os.sep}", ""), status)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from minipeft.errors import RequestError, hint, shown, told
 
-# Fields of OpenAI's that are taken only with a value that asks for nothing.
-WITHOUT_EFFECT = {"n": 1, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""}
 LARGEST = 2**63  # a seed is below it
 MAX_STOPS, MAX_STOP = 4, 200  # strings, and characters of one
 
@@ -21,7 +19,7 @@ class Completion:
 
     Args:
         model: an adapter's directory, or the base's name.
-        prompts: texts, or lists of token ids.
+        prompt: texts, or lists of token ids.
         max_tokens: the longest answer to each prompt.
         temperature: 0 takes the most likely token each time.
         top_p: sample among the most likely tokens that together are at least as likely as this.
@@ -33,7 +31,7 @@ class Completion:
     """
 
     model: str
-    prompts: tuple[str | tuple[int, ...], ...]
+    prompt: tuple[str | tuple[int, ...], ...]
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
@@ -57,88 +55,79 @@ def parse(payload: bytes) -> Completion:
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        raise RequestError("The body must be a JSON object.")
+        raise RequestError("the body must be a JSON object.")
     given = {name: value for name, value in body.items() if value is not None}
-    options = _stream_options(given.pop("stream_options", {}), given.get("stream"))
-    for name, value in WITHOUT_EFFECT.items():
-        if (found := given.pop(name, value)) != value:
-            raise RequestError(f"{name} must be {value!r} or left out, not {told(found)}; nothing else is built here.")
-    if "logprobs" in given:
-        raise RequestError("logprobs is not built here; leave it out.")
-    given.pop("user", None)
+    for name, value in given.items():
+        if name not in FIELDS:
+            raise RequestError(f"unknown field {told(name)}{hint(name, FIELDS)}; there are: {shown(FIELDS, 20)}.")
+        if not FIELDS[name][0](value):
+            raise RequestError(f"{name} must be {FIELDS[name][1]}, not {told(value)}.")
     if missing := [name for name in ("model", "prompt") if name not in given]:
         raise RequestError(f"{missing[0]} is missing.")
-    prompts = _prompts(given.pop("prompt"))
-    if unknown := [name for name in given if name not in CHECKS]:
-        raise RequestError(
-            f"unknown field {told(unknown[0])}{hint(unknown[0], CHECKS)}; there are: {shown(CHECKS, 20)}."
-        )
-    checked = {name: CHECKS[name](name, value) for name, value in given.items()}
-    return Completion(prompts=prompts, include_usage=options, **checked)
+    if "stream_options" in given and not given.get("stream"):
+        raise RequestError("stream_options is for stream: true alone.")
+    given["prompt"] = _several(given["prompt"])
+    given["stop"] = (given["stop"],) if isinstance(given.get("stop"), str) else tuple(given.get("stop", ()))
+    given["include_usage"] = given.get("stream_options", {}).get("include_usage", False)
+    return Completion(**{name: value for name, value in given.items() if name in Completion.__dataclass_fields__})
 
 
-def _stream_options(options: Any, stream: Any) -> bool:
-    usage = options.get("include_usage", False) if isinstance(options, dict) else None
-    if not isinstance(usage, bool) or options.keys() - {"include_usage"} or (options and not stream):
-        raise RequestError("stream_options is {'include_usage': true or false}, with stream: true.")
-    return usage
+def _several(prompt: Any) -> tuple[Any, ...]:
+    if isinstance(prompt, str) or type(prompt[0]) is int:
+        prompt = [prompt]
+    return tuple(each if isinstance(each, str) else tuple(each) for each in prompt)
 
 
-def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return tuple(value)
-        if all(type(item) is int for item in value):
-            return (tuple(value),)
-        if all(isinstance(item, list) and item and all(type(token) is int for token in item) for item in value):
-            return tuple(map(tuple, value))
-    raise RequestError("prompt must be a string, a list of token ids, or a list of several of one kind.")
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or _is_list(value, str) or _is_ids(value) or _is_list(value, list, _is_ids)
 
 
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"{name} must be a string, not {told(value)}.")
-    return value
+def _is_ids(value: Any) -> bool:
+    return _is_list(value, int, lambda token: type(token) is int)
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false, not {told(value)}.")
-    return value
+def _is_list(value: Any, kind: type, check: Callable[[Any], bool] = lambda _: True) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) and check(item) for item in value)
 
 
-def _whole(name: str, value: Any) -> int:
-    least = 1 if name == "max_tokens" else -LARGEST
-    if type(value) is not int or not least <= value < LARGEST:
-        raise RequestError(f"{name} must be a whole number from {least} on, not {told(value)}.")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    most = 2 if name == "temperature" else 1
-    if type(value) not in (int, float) or not (0 <= value <= most) or (name == "top_p" and value == 0):
-        raise RequestError(f"{name} must be a number from 0 to {most}, not {told(value)}.")
-    return float(value)
-
-
-def _stops(name: str, value: Any) -> tuple[str, ...]:
+def _is_stop(value: Any) -> bool:
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP for s in stops):
-        raise RequestError(f"{name} must be a string of 1 to {MAX_STOP} characters, or a list of them.")
-    if len(stops) > MAX_STOPS:
-        raise RequestError(f"{name} has {len(stops)} strings; {MAX_STOPS} are allowed.")
-    return tuple(stops)
+    return stops == [] or (_is_list(stops, str, lambda s: 0 < len(s) <= MAX_STOP) and len(stops) <= MAX_STOPS)
 
 
-CHECKS: Mapping[str, Any] = {
-    "model": _text,
-    "max_tokens": _whole,
-    "temperature": _number,
-    "top_p": _number,
-    "stop": _stops,
-    "seed": _whole,
-    "stream": _flag,
-    "echo": _flag,
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: Any, most: float) -> bool:
+    return type(value) in (int, float) and 0 <= value <= most
+
+
+def _asks_nothing(nothing: Any) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: bool(value == nothing), f"{nothing!r} or left out, since nothing else is built here"
+
+
+# Every field of OpenAI's: (whether a value is allowed, what is).
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: isinstance(value, str), "a string"),
+    "prompt": (_is_prompt, "a string, a list of token ids, or a list of several of one kind"),
+    "max_tokens": (lambda value: type(value) is int and 1 <= value < LARGEST, "a whole number from 1 on"),
+    "temperature": (lambda value: _is_number(value, 2), "a number from 0 to 2"),
+    "top_p": (lambda value: _is_number(value, 1) and value > 0, "a number above 0 and up to 1"),
+    "stop": (_is_stop, f"a string of 1 to {MAX_STOP} characters, or a list of up to {MAX_STOPS}"),
+    "seed": (lambda value: type(value) is int and -LARGEST <= value < LARGEST, "a whole number of 64 bits"),
+    "stream": (_is_flag, "true or false"),
+    "echo": (_is_flag, "true or false"),
+    "stream_options": (
+        lambda value: (
+            isinstance(value, dict) and value.keys() <= {"include_usage"} and all(map(_is_flag, value.values()))
+        ),
+        "{'include_usage': true or false}",
+    ),
+    "user": (lambda value: isinstance(value, str), "a string"),
+    "logprobs": (lambda value: False, "left out, since it is not built here"),
+    "suffix": _asks_nothing(""),
+    "logit_bias": _asks_nothing({}),
+    **{name: _asks_nothing(1) for name in ("n", "best_of")},
+    **{name: _asks_nothing(0) for name in ("presence_penalty", "frequency_penalty")},
 }
