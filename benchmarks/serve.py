@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
     if args.quick:
-        args.clients, args.adapters, args.each, args.tokens, args.rounds = 3, 3, 2, 4, 2
+        args.clients, args.adapters, args.each, args.tokens, args.rounds = 3, 3, 1, 3, 2
     rows = measure(args)
     for row in rows:
         show(row)

@@ -34,6 +34,7 @@ class Server:
     def __init__(self, engine: Engine, tokenizer: Any, name: str, max_length: int, timeout: float, body: int) -> None:
         self.engine, self.tokenizer, self.name = engine, tokenizer, name
         self.max_length, self.timeout, self.body = max_length, timeout, body
+        self.vocabulary = min(len(tokenizer), engine.batch.model.config.get_text_config().vocab_size)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         if (request.content_length or 0) > self.body:  # aiohttp would read that much first
@@ -82,7 +83,7 @@ class Server:
         if wanted.model != self.name:
             self.engine.adapters.directory(wanted.model)
         ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        if not ids or not all(0 <= token < len(self.tokenizer) for token in ids):
+        if not ids or not all(0 <= token < self.vocabulary for token in ids):
             raise RequestError("prompt is empty, or has a token that the model does not know.")
         if len(ids) + wanted.max_tokens > self.max_length:
             raise RequestError(

@@ -294,6 +294,8 @@ def test_the_queue_is_bounded_and_takes_all_or_none(tmp_path):
         engine.submit([Client(None, [9], 1), Client(None, [9], 1)])
     assert caught.value.status == 429
     assert len(engine.waiting) == 2
+    engine.waiting[1].over = True  # nobody waits for it
+    engine.submit([Client(None, [9], 1), Client(None, [9], 1)])
     release.set()
     engine.stop()
     assert first.result()[1] == "length"
@@ -469,6 +471,8 @@ BAD = {
     "no prompt": ({"prompt": None}, 400, "prompt is missing"),
     "mixed prompts": ({"prompt": ["a", 5]}, 400, "prompt must be a string"),
     "empty prompt": ({"prompt": []}, 400, "prompt must be a string"),
+    "half a character": ({"prompt": "\ud800"}, 400, "prompt must be a string"),
+    "half a character in a name": ({"model": "\ud800"}, 400, "model must be a string"),
     "unknown token": ({"prompt": [5, 99999]}, 400, "a token that the model does not know"),
     "true is no number": ({"max_tokens": True}, 400, "max_tokens must be a whole number"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens must be a whole number from 1 on"),

@@ -78,8 +78,14 @@ def _several(prompt: Any) -> tuple[Any, ...]:
     return tuple(each if isinstance(each, str) else tuple(each) for each in prompt)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any(
+        "\ud800" <= letter <= "\udfff" for letter in value
+    )  # halves of a character
+
+
 def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or _is_list(value, str) or _is_ids(value) or _is_list(value, list, _is_ids)
+    return _is_text(value) or _is_list(value, str, _is_text) or _is_ids(value) or _is_list(value, list, _is_ids)
 
 
 def _is_ids(value: Any) -> bool:
@@ -92,7 +98,9 @@ def _is_list(value: Any, kind: type, check: Callable[[Any], bool] = lambda _: Tr
 
 def _is_stop(value: Any) -> bool:
     stops = [value] if isinstance(value, str) else value
-    return stops == [] or (_is_list(stops, str, lambda s: 0 < len(s) <= MAX_STOP) and len(stops) <= MAX_STOPS)
+    return stops == [] or (
+        _is_list(stops, str, lambda s: _is_text(s) and 0 < len(s) <= MAX_STOP) and len(stops) <= MAX_STOPS
+    )
 
 
 def _is_flag(value: Any) -> bool:
@@ -109,7 +117,7 @@ def _asks_nothing(nothing: Any) -> tuple[Callable[[Any], bool], str]:
 
 # Every field of OpenAI's: (whether a value is allowed, what is).
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (lambda value: isinstance(value, str), "a string"),
+    "model": (_is_text, "a string"),
     "prompt": (_is_prompt, "a string, a list of token ids, or a list of several of one kind"),
     "max_tokens": (lambda value: type(value) is int and 1 <= value < LARGEST, "a whole number from 1 on"),
     "temperature": (lambda value: _is_number(value, 2), "a number from 0 to 2"),

@@ -88,10 +88,9 @@ class Engine:
         with self._changed:
             if self.closing or not self.is_alive():
                 raise RequestError("the server is shutting down.", 503)
-            if len(self.waiting) + len(answers) > self.max_waiting:
-                raise RequestError(
-                    f"{len(self.waiting)} prompts wait, and {self.max_waiting} may; try again later.", 429
-                )
+            count = sum(not answer.over for answer in self.waiting)
+            if count + len(answers) > self.max_waiting:
+                raise RequestError(f"{count} prompts wait, and {self.max_waiting} may; try again later.", 429)
             self.waiting += answers
             self._changed.notify()
 
@@ -100,7 +99,8 @@ class Engine:
         with self._changed:
             self.closing = True
             self._changed.notify()
-        self._thread.join()
+        if self.is_alive():
+            self._thread.join()
 
     def _work(self) -> None:
         while self._has_work():
