@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from minipeft.errors import StateError, told_error
+from minipeft.errors import StateError
 from minipeft.injection.rows import Rows
 from minipeft.injection.rows_of_call import rows_acting, rows_of_call
 from minipeft.model import AdaptedModel
@@ -86,17 +86,17 @@ class Batch:
         Raises:
             StateError: it is not a decoder that remembers keys and values of every token and nothing else.
         """
-        ids, cache, why = self._tensor([[0, 0]]), _new_cache(), ""
+        ids, cache, cause = self._tensor([[0, 0]]), _new_cache(), None
         try:
             self._run(ids, torch.ones_like(ids), cache, None)
             lengths = {tensor.shape[-2] for layer in cache.layers for tensor in (layer.keys, layer.values)}
         except Exception as error:
-            lengths, why = set(), f" ({told_error(error)})"
+            lengths, cause = set(), error
         if lengths != {2}:
             raise StateError(
-                f"{type(self.model).__name__} cannot be served here{why}: that takes a decoder of transformers which remembers "
+                f"{type(self.model).__name__} cannot be served here: that takes a decoder of transformers which remembers "
                 "keys and values of each token and nothing else."
-            )
+            ) from cause
 
     def _tensor(self, values: list[list[int]]) -> Tensor:
         return torch.tensor(values, device=next(self.model.parameters()).device)
