@@ -116,6 +116,12 @@ class Client(Answer):
         return tokens, event
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Adapters of a Llama, to read."""
+    return saved(llama, tmp_path_factory.mktemp("shared"))
+
+
 @pytest.fixture
 def running():
     """Start engines; they are stopped at the end, and have nothing left to do."""
@@ -165,8 +171,8 @@ def test_rows_that_join_and_leave_get_what_generate_gives_with_their_adapter_alo
     assert engine.adapters.resident.keys() == METHODS.keys()
 
 
-def test_a_seed_gives_the_same_text_whoever_else_is_in_the_batch(tmp_path, running):
-    engine = running(llama, saved(llama, tmp_path))
+def test_a_seed_gives_the_same_text_whoever_else_is_in_the_batch(shared, running):
+    engine = running(llama, shared)
     options = {"temperature": 0.9, "top_p": 0.8, "seed": 5, "max_tokens": 12}
     by_itself = Client("a", [11, 12, 13], **options)
     engine.submit([by_itself])
@@ -220,8 +226,8 @@ def test_adapters_take_no_more_memory_than_allowed_and_one_in_use_stays(tmp_path
         Adapters(llama(), root, size - 1).acquire("a", ())
 
 
-def test_an_adapter_is_read_again_after_its_files_were_replaced(tmp_path, running):
-    root = saved(llama, tmp_path, {"a": METHODS["a"], "d": METHODS["d"]})
+def test_an_adapter_is_read_again_after_its_files_were_replaced(shared, tmp_path, running):
+    root = shutil.copytree(shared, tmp_path / "root")
     engine = running(llama, root)
     engine.submit([before := Client("a", [9, 10])])
     shutil.rmtree(root / "a")
@@ -233,7 +239,7 @@ def test_an_adapter_is_read_again_after_its_files_were_replaced(tmp_path, runnin
 
 def broken(root, kind):
     """An adapter that cannot be used, and what is said of it."""
-    saved(llama, root, {"bad": METHODS["a"]})
+    shutil.copytree(root / "a", root / "bad")
     path = root / "bad" / "adapter_model.safetensors"
     if kind == "missing file":
         path.unlink()
@@ -249,9 +255,10 @@ def broken(root, kind):
 
 
 @pytest.mark.parametrize("kind", ["nan", "too large", "missing file", "another base"])
-def test_a_broken_adapter_fails_alone_while_others_go_on(kind, tmp_path, running):
-    said = broken(saved(llama, tmp_path), kind)
-    engine, other = running(llama, tmp_path), []
+def test_a_broken_adapter_fails_alone_while_others_go_on(kind, shared, tmp_path, running):
+    root = shutil.copytree(shared, tmp_path / "root")
+    said = broken(root, kind)
+    engine, other = running(llama, root), []
 
     def join(client, event):
         if len(client.tokens) == 2 and not other:
@@ -261,7 +268,7 @@ def test_a_broken_adapter_fails_alone_while_others_go_on(kind, tmp_path, running
     good = Client("a", [11, 12], 10, join)
     engine.submit([good])
     tokens, _ = good.result()
-    assert tokens == alone(llama(), tmp_path, good)
+    assert tokens == alone(llama(), root, good)
     nothing, error = other[0].result()
     assert nothing == []
     assert isinstance(error, RequestError)
@@ -271,15 +278,15 @@ def test_a_broken_adapter_fails_alone_while_others_go_on(kind, tmp_path, running
     assert "bad" not in engine.adapters.resident
 
 
-def test_a_failing_model_ends_the_answers_and_not_the_thread(tmp_path, running, monkeypatch, caplog):
-    engine = running(llama, saved(llama, tmp_path))
+def test_a_failing_model_ends_the_answers_and_not_the_thread(shared, running, monkeypatch, caplog):
+    engine = running(llama, shared)
     monkeypatch.setattr(engine.batch, "step", lambda: 1 / 0)
     engine.submit([first := Client("a", [9])])
     assert first.result()[1].status == 500
     assert "ZeroDivisionError" in caplog.text
     monkeypatch.undo()
     engine.submit([second := Client("a", [9])])
-    assert second.result()[0] == alone(llama(), tmp_path, second)
+    assert second.result()[0] == alone(llama(), shared, second)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "t5"])
