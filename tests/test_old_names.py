@@ -97,9 +97,10 @@ def test_a_router_is_a_layer_again_with_its_own_rank(tmp_path):
 
 
 def test_a_table_that_speaks_of_the_weight_renames_its_layer(tmp_path):
-    """transformers renamed ``.gate.weight`` of PhiMoE, whose router is a layer today too."""
+    """transformers renamed ``.gate.weight`` of PhiMoE, whose router's weight alone can be adapted today."""
     base_in(tmp_path, mixture("phimoe"))
-    config = minipeft.LoraConfig(r=2, init_lora_weights=False, target_modules=["router", "q_proj"])
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["router.weight"]}
+    config = minipeft.LoraConfig(r=2, init_lora_weights=False, **targets)
     model = minipeft.get_lora_model(mixture("phimoe"), config).eval()
     keys, old = converted(model, tmp_path)
     assert "base_model.model.model.layers.1.block_sparse_moe.gate.lora_A.weight" in keys
