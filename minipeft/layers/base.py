@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.class_swap import plain_class
+from minipeft.errors import StateError
 from minipeft.kernels.frozen_linear import Weight, lean_linear
 
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -91,7 +92,13 @@ class LayerOps(ABC):
             y = lean_linear(x, self.linear_weight(base, x), self.read_bias(base))
             if y is not None:
                 return y
-        return base(x, *args, **kwargs)
+        y = base(x, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise StateError(
+                f"a {type(base).__name__} returns a {type(y).__name__}, to which no update can be added. Name its weight in "
+                "target_parameters instead: then the layer runs with the updated weight."
+            )
+        return y
 
     def project_in(self, base: Any, x: Tensor, A: Tensor) -> Tensor:
         """``A x``, shape (..., r), for the layer's own input x and A of shape (r, in) or as in `factor_shapes`."""

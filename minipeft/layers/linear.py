@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.class_swap import plain_class
-from minipeft.errors import StateError
 from minipeft.layers.base import LayerOps, has_plain_weight, runs_only
 from minipeft.registry import register_layer
 from minipeft.transformers_model import has_other_output
@@ -36,20 +35,9 @@ class LinearOps(LayerOps):
     def accepts(self, base: Any) -> bool:
         # nn.MultiheadAttention never calls its out_proj, which is of this type, so an adapter there would do nothing.
         never_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        return (
-            not never_called
-            and not has_other_output(base)
-            and has_plain_weight(base, (base.out_features, base.in_features))
-        )
-
-    def call(self, base: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        y = super().call(base, x, *args, **kwargs)
-        if not isinstance(y, Tensor):
-            raise StateError(
-                f"a {type(base).__name__} returns a {type(y).__name__}, to which no update can be added. Name its weight in "
-                "target_parameters instead: then the layer runs with the updated weight."
-            )
-        return y
+        if never_called or has_other_output(base):
+            return False
+        return has_plain_weight(base, (base.out_features, base.in_features))
 
     def linear_weight(self, base: Any, x: Tensor) -> Tensor | None:
         return base.weight if runs_only(base, nn.Linear.forward) else None

@@ -52,9 +52,8 @@ class LoHa(Lycoris):
         super().__init__(base, ops, config, shared, rescales=True)
         weight, (features, kernel) = ops.read_weight(base), features_and_kernel(base, ops)
         core = core_shape(config, kernel)
-        up, down = (self.out_features, config.r), (config.r, self.in_features)
-        if core is not None:
-            up, down = (config.r, self.out_features), (config.r, features)
+        up = (config.r, self.out_features) if core else (self.out_features, config.r)
+        down = (config.r, features if core else self.in_features)
         for which in ("1", "2"):
             for name, shape in ((f"w{which}_a", up), (f"w{which}_b", down), (f"t{which}", core)):
                 if shape is not None:
