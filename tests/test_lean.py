@@ -562,11 +562,11 @@ GROUPED = [(gpt2, torch.float32, 0.2), (gpt2, "autocast", 0.0), (llama, torch.fl
 )
 def test_groups_of_blocks_compute_their_inputs_again_to_the_last_bit(make, dropout, dtype):
     config = copy.deepcopy(make(use_cache=False).config)
-    setattr(config, "n_layer" if make is gpt2 else "num_hidden_layers", 7)
+    setattr(config, "n_layer" if make is gpt2 else "num_hidden_layers", 5)
     torch.manual_seed(0)
     base = type(make())(config)
     model = in_training(base, target_modules="all-linear", lora_dropout=dropout)
-    ids = torch.randint(VOCABULARY, (4, 16))
+    ids = torch.randint(VOCABULARY, (2, 8))
 
     def gradients(checkpointing):
         lean(model, checkpointing)
@@ -580,7 +580,7 @@ def test_groups_of_blocks_compute_their_inputs_again_to_the_last_bit(make, dropo
         return [loss, *found]
 
     wanted = gradients("block")
-    for checkpointing in ("sqrt", 2, 7, 100):
+    for checkpointing in ("sqrt", 2, 100):
         assert all(torch.equal(f, w) for f, w in zip(gradients(checkpointing), wanted, strict=True))
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     torch.manual_seed(1)
