@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from minipeft.combining.report import CombineReport
@@ -37,6 +39,7 @@ from minipeft.methods.oft import OFTConfig
 from minipeft.methods.trainable_tokens import TrainableTokensConfig
 from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
+from minipeft.planning.estimate import Estimate, Planner, Setup
 from minipeft.quantization.dequantize import dequantize
 from minipeft.quantization.quantize import quantize
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
@@ -65,6 +68,36 @@ def get_lora_model(
     return get_adapter_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
+def estimate(
+    model: Any,
+    config: object = None,
+    *,
+    training: str = "lean",
+    checkpointing: str | int | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    batch: int = 1,
+    length: int = 512,
+    device: str = "cpu",
+) -> Estimate:
+    """How much memory a training step will take, itemised; no weight is loaded and nothing is computed.
+
+    Args:
+        model: a directory or name on the Hub with a ``config.json``, a transformers configuration, or a plain transformers
+            model, which is only read.
+        config: of the adapter, PEFT's or ours. None: ``LoraConfig(r=8, target_modules="all-linear")``.
+        training, checkpointing, dtype, quantize, batch, length, device: see `minipeft.planning.estimate.Setup`.
+
+    Raises:
+        MinipeftError: there is no such model, or it cannot be trained so.
+    """
+    config = LoraConfig(r=8, target_modules="all-linear") if config is None else config_of_peft(config)
+    if not isinstance(config, AdapterConfig):
+        raise ConfigError(f"config must be the configuration of a method, such as LoraConfig, not {config!r:.100}.")
+    setup = Setup(training, checkpointing, dtype, quantize, batch, length, device)
+    return Planner(model, config, setup, get_adapter_model).estimate()
+
+
 __all__ = [
     "AdaLoraConfig",
     "AdaptedModel",
@@ -75,6 +108,7 @@ __all__ = [
     "ConfigError",
     "ContractError",
     "DataError",
+    "Estimate",
     "Finding",
     "IA3Config",
     "LayerOps",
@@ -95,6 +129,7 @@ __all__ = [
     "after_step",
     "dequantize",
     "diagnose",
+    "estimate",
     "extra_loss",
     "get_adapter_model",
     "get_lora_model",

@@ -8,13 +8,17 @@ import typer
 
 from minipeft.cli.check import check
 from minipeft.cli.convert import convert
+from minipeft.cli.diff import diff
 from minipeft.cli.doctor import doctor
+from minipeft.cli.estimate import estimate
 from minipeft.cli.inspect import inspect
 from minipeft.cli.merge import merge
+from minipeft.cli.plot import plot
+from minipeft.cli.suggest import suggest
 from minipeft.errors import MinipeftError
 
 app = typer.Typer(
-    help="Look at adapters, check who reads them, convert and merge them, find what is wrong.",
+    help="Look at adapters, check who reads them, convert and merge them; plan, compare and check training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,11 +29,15 @@ app.command()(check)
 app.command()(convert)
 app.command()(merge)
 app.command()(doctor)
+app.command()(estimate)
+app.command()(suggest)
+app.command()(diff)
+app.command()(plot)
 
 
 @app.callback()
 def commands() -> None:
-    """Look at adapters, check who reads them, convert and merge them, find what is wrong."""
+    """Look at adapters, check who reads them, convert and merge them; plan, compare and check training."""
 
 
 def main() -> None:

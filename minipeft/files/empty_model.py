@@ -117,7 +117,7 @@ def _class_named(transformers: Any, folder: Path, own: str | None) -> Any:
 
 def _built(cls: Any, config: Any) -> nn.Module:
     try:
-        with _without_weights(), torch.random.fork_rng(devices=[]):
+        with without_weights(), torch.random.fork_rng(devices=[]):
             model = cls(config)
     except Exception as error:  # whatever a model raises for a configuration
         raise MergeError(f"{cls.__name__} cannot be built from the base's config.json ({error!s:.200}).") from error
@@ -127,7 +127,7 @@ def _built(cls: Any, config: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _without_weights() -> Iterator[None]:
+def without_weights() -> Iterator[None]:
     """Parameters are made on the meta device; buffers have values, since no file holds some of them."""
     try:
         from accelerate import init_empty_weights  # type: ignore[import-untyped]

@@ -1,0 +1,158 @@
+"""Two adapters compared layer by layer, from their files, without forming an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.combining.products import Factors, product_norm
+from minipeft.errors import CheckpointError
+from minipeft.readers.contents import read_contents
+from minipeft.readers.plain import Pair, pairs_of
+
+TINY = 1e-10  # singular values below this share of the largest are rounding
+
+
+@dataclass(frozen=True)
+class LayerDiff:
+    """How the updates of one layer differ.
+
+    Attributes:
+        module: its name.
+        ranks: of the two updates, numerically; 0 where an adapter has none.
+        norms: Frobenius norms of the two updates.
+        difference: Frobenius norm of their difference.
+        cosine: of the angle between the updates as vectors; None if one is zero.
+        column_angles: principal angles between their column spaces, in degrees, the smallest first.
+        row_angles: the same for their row spaces.
+    """
+
+    module: str
+    ranks: tuple[int, int]
+    norms: tuple[float, float]
+    difference: float
+    cosine: float | None
+    column_angles: tuple[float, ...]
+    row_angles: tuple[float, ...]
+
+    @property
+    def relative(self) -> float | None:
+        """The difference over the larger of the two norms; None if both are zero."""
+        return self.difference / max(self.norms) if max(self.norms) else None
+
+
+@dataclass(frozen=True)
+class AdapterDiff:
+    """Two adapters: their layers, those that moved most apart first."""
+
+    layers: tuple[LayerDiff, ...]
+
+    @property
+    def norms(self) -> tuple[float, float]:
+        """Of all updates together."""
+        return math.hypot(*(layer.norms[0] for layer in self.layers)), math.hypot(
+            *(layer.norms[1] for layer in self.layers)
+        )
+
+    @property
+    def difference(self) -> float:
+        """Of all updates together."""
+        return math.hypot(*(layer.difference for layer in self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        layers = [{**asdict(layer), "relative": layer.relative} for layer in self.layers]
+        return {"norms": self.norms, "difference": self.difference, "layers": layers}
+
+
+def adapter_diff(first: Path, second: Path) -> AdapterDiff:
+    """Compare two adapters of the same base whose updates are of low rank: LoRA, its variants, and AdaLoRA, of any ranks.
+
+    Raises:
+        CheckpointError: a directory has no such adapter, or the two are for different bases.
+    """
+    one, two = _updates(first), _updates(second)
+    if not one.keys() & two.keys():
+        raise CheckpointError(
+            f"{first} and {second} have no layer in common ({next(iter(one), 'none')}, {next(iter(two), 'none')}), so they are "
+            "not for the same model."
+        )
+    layers = [_compared(name, one.get(name), two.get(name), first, second) for name in {**one, **two}]
+    return AdapterDiff(tuple(sorted(layers, key=lambda layer: -layer.difference)))
+
+
+def _updates(directory: Path) -> dict[str, Factors]:
+    """(up, down) of each layer in float64, the scaling in `up`."""
+    contents = read_contents(directory)
+    pairs = pairs_of(contents, contents.weights.read())
+    if not pairs:
+        raise CheckpointError(f"{directory} has no layer with a low-rank update.")
+    return {name: _factors(pair) for name, pair in pairs.items()}
+
+
+def _factors(pair: Pair) -> Factors:
+    return pair.scaling * pair.up.double().flatten(1), pair.down.double().flatten(1)
+
+
+def _compared(name: str, one: Factors | None, two: Factors | None, first: Path, second: Path) -> LayerDiff:
+    shapes = [(len(f[0]), f[1].shape[1]) for f in (one, two) if f is not None]
+    if len(set(shapes)) > 1:
+        raise CheckpointError(
+            f"{name} is {shapes[0]} in {first} and {shapes[1]} in {second}; compare adapters of the same base."
+        )
+    given = [
+        f if f is not None else (torch.zeros(shapes[0][0], 1).double(), torch.zeros(1, shapes[0][1]).double())
+        for f in (one, two)
+    ]
+    norms = tuple(product_norm([factors], [1.0]) for factors in given)
+    inner = float(((given[0][0].T @ given[1][0]) * (given[0][1] @ given[1][1].T)).sum())
+    columns, rows = zip(*(_spaces(*factors) for factors in given), strict=True)
+    return LayerDiff(
+        name,
+        (columns[0].shape[1], columns[1].shape[1]),
+        (norms[0], norms[1]),
+        product_norm(given, [1.0, -1.0]),
+        max(-1.0, min(1.0, inner / (norms[0] * norms[1]))) if all(norms) else None,
+        principal_angles(*columns),
+        principal_angles(*rows),
+    )
+
+
+def _spaces(up: Tensor, down: Tensor) -> Factors:
+    """Orthonormal bases of the column and row space of ``up @ down``: shapes (out, rank) and (in, rank)."""
+    left, R = torch.linalg.qr(up)
+    right, S = torch.linalg.qr(down.T)
+    U, sizes, Vh = torch.linalg.svd(R @ S.T, full_matrices=False)
+    rank = int((sizes > TINY * sizes[0]).sum()) if sizes[0] > 0 else 0
+    return left @ U[:, :rank], right @ Vh[:rank].T
+
+
+def principal_angles(one: Tensor, two: Tensor) -> tuple[float, ...]:
+    """Angles in degrees between the spaces that two orthonormal bases span (Bjorck and Golub, 1973, eq. 3.6), rising.
+
+    Small ones come from their sines, since the cosine of an angle of 1e-8 is 1.
+    """
+    if not one.shape[1] or not two.shape[1]:
+        return ()
+    if one.shape[1] < two.shape[1]:
+        one, two = two, one
+    overlap = one.T @ two
+    cosines = torch.linalg.svdvals(overlap).clamp(0, 1)
+    sines = torch.linalg.svdvals(two - one @ overlap).clamp(0, 1).flip(0)[: len(cosines)]
+    angles = torch.where(cosines**2 < 0.5, torch.acos(cosines), torch.asin(sines))
+    return tuple(float(angle) for angle in torch.rad2deg(angles))
+
+
+def summed_by_block(layers: Mapping[str, float]) -> dict[str, float]:
+    """The norm of all layers that have the same first number in their names, by that number, in the order of the layers."""
+    squares: dict[str, float] = {}
+    for name, norm in layers.items():
+        block = next((word for word in name.split(".") if word.isdigit()), "-")
+        squares[block] = squares.get(block, 0.0) + norm * norm
+    return {block: math.sqrt(square) for block, square in squares.items()}

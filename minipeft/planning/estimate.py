@@ -1,0 +1,167 @@
+"""How much memory a training step will take, itemised, from the model's configuration alone."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from minipeft.config import AdapterConfig
+from minipeft.errors import ConfigError, hint, shown, told
+from minipeft.files.save import adapter_tensors
+from minipeft.files.tensor_bytes import header_of
+from minipeft.memory.lean import lean
+from minipeft.planning.base import DTYPES, Place, base_model
+from minipeft.planning.hollow import Hollow
+from minipeft.planning.ledger import Ledger
+from minipeft.planning.quiet import quiet
+from minipeft.planning.step import peak_of_step, sized_for
+
+TRAININGS = ("full", "lora", "lean")
+DEVICES = ("cpu", "cuda")
+ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary", "logits", "overhead")
+ADAPTER = "default"
+Adapt = Callable[[nn.Module, AdapterConfig], nn.Module]
+MIB = 2**20
+# What a process takes besides arrays. On a CPU, by benchmarks/estimate.py: what the matrix libraries set up, and the holes in
+# glibc's heap, as a share of the arrays that come and go. On CUDA: torch's context, which was not measured.
+RUNTIME = {"cpu": 40 * MIB, "cuda": 500 * MIB}
+HOLES = {"cpu": 0.1, "cuda": 0.0}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is going to be trained.
+
+    Args:
+        training: "full" (fine-tuning), "lora", or "lean", which is LoRA with `minipeft.lean`.
+        checkpointing: of lean, see `minipeft.lean`.
+        dtype: of the base, see `minipeft.planning.base.base_model`.
+        quantize: None, or a kind of `minipeft.quantize`.
+        batch: sequences in a step.
+        length: tokens in each.
+        device: "cpu" or "cuda"; on a GPU lean works on larger pieces.
+
+    Raises:
+        ConfigError: a value is not allowed, or does not go with another.
+    """
+
+    training: str = "lean"
+    checkpointing: str | int | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    batch: int = 1
+    length: int = 512
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("training", self.training, TRAININGS), ("device", self.device, DEVICES)):
+            if value not in allowed:
+                raise ConfigError(
+                    f"{name} must be one of {shown(allowed)}, not {told(value)}{hint(str(value), allowed)}."
+                )
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(
+                f"dtype must be one of {shown(DTYPES)}, not {told(self.dtype)}{hint(str(self.dtype), DTYPES)}."
+            )
+        for name, number in (("batch", self.batch), ("length", self.length)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ConfigError(f"{name} must be a whole number from 1 on, not {told(number)}.")
+        if self.training != "lean" and self.checkpointing is not None:
+            raise ConfigError(f'checkpointing={self.checkpointing!r} is an option of training="lean".')
+        if self.training == "full" and self.quantize is not None:
+            raise ConfigError("a quantized base is frozen, so it cannot be fine-tuned in full; take lora or lean.")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training step takes.
+
+    Attributes:
+        model: name of the model's class.
+        setup: what it is for.
+        parameters: of the model with its adapters; a quantized weight counts as many as it packs.
+        trainable: those that train.
+        adapter_file: bytes of the tensors in ``adapter_model.safetensors`` with their header; 0 for full fine-tuning.
+        memory: bytes at the peak by what they are for, see `ITEMS`; "temporary" is what the backward pass makes and drops.
+    """
+
+    model: str
+    setup: Setup
+    parameters: int
+    trainable: int
+    adapter_file: int
+    memory: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.memory.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "peak": self.peak}
+
+
+class Planner:
+    """A model that is built and adapted once, to look at it with several batches.
+
+    Args:
+        place: see `minipeft.planning.base.base_model`.
+        config: of the adapter.
+        setup: how it is trained.
+        adapt: `minipeft.get_adapter_model`, which stands above this package.
+
+    Raises:
+        MinipeftError: the model cannot be built, adapted, or made lean.
+    """
+
+    def __init__(self, place: Place, config: AdapterConfig, setup: Setup, adapt: Adapt) -> None:
+        self.setup, self.hollow = setup, Hollow(Ledger())
+        self.model = base_model(place, self.hollow, setup.dtype, setup.quantize)
+        own = {id(parameter) for parameter in self.model.parameters()}
+        ledger = self.hollow.ledger
+        with quiet(), self.hollow, sized_for(setup.device):
+            if setup.training != "full":
+                self.model = adapt(self.model, config)
+                added = [parameter for parameter in self.model.parameters() if id(parameter) not in own]
+                ledger.name(added, "adapters")
+            ledger.use = "activations"
+            if setup.training == "lean":
+                chunked = getattr(self.model.loss_function, "__name__", "") == "ForCausalLMLoss"
+                lean(self.model, setup.checkpointing, chunked_loss=chunked)
+
+    def estimate(self, batch: int | None = None) -> Estimate:
+        """The estimate, for the batch of the setup or another one.
+
+        Raises:
+            ConfigError: the model refuses such a batch.
+        """
+        setup = self.setup if batch is None else replace(self.setup, batch=batch)
+        gc.collect()  # of an earlier step
+        with quiet(), sized_for(setup.device):
+            found = peak_of_step(self.model, self.hollow, setup.batch, setup.length)
+        holes = HOLES[setup.device] * (found["activations"] + found["temporary"])
+        found["overhead"] = RUNTIME[setup.device] + int(holes)
+        parameters = list(self.model.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        return Estimate(
+            type(self.model).__name__,
+            setup,
+            sum(_values(p) for p in parameters),
+            trainable,
+            0 if setup.training == "full" else self._file_bytes(),
+            {item: found[item] for item in ITEMS},
+        )
+
+    def _file_bytes(self) -> int:
+        tensors = adapter_tensors(self.model, ADAPTER)
+        return len(header_of(tensors, {})[0]) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _values(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())

@@ -1,0 +1,126 @@
+"""Which settings fit into a given memory, the fastest first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from minipeft.config import AdapterConfig
+from minipeft.errors import ConfigError, LeanError
+from minipeft.planning.base import Place
+from minipeft.planning.estimate import Adapt, Estimate, Planner, Setup
+from minipeft.transformers_model import recomputable_blocks
+
+USABLE = 0.9  # of the memory: the estimate is that exact, and others need some, too
+# Of all blocks, how many more forward passes a step takes; each takes less memory than the one before.
+RECOMPUTED: dict[str, Callable[[list[nn.Module]], float]] = {
+    "none": lambda blocks: 0.0,
+    "last": lambda blocks: 1 / len(blocks),
+    "mlp": lambda blocks: _share_of_mlp(blocks),
+    "block": lambda blocks: 1.0,
+    "sqrt": lambda blocks: 2.0 - 1 / math.sqrt(len(blocks)),
+}
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings that fit.
+
+    Attributes:
+        estimate: with the setup, whose batch is that of one forward pass.
+        accumulation: forward passes in an optimizer step.
+        recomputed: how much of the forward pass is computed again in the backward pass; 1.0 is all of it.
+    """
+
+    estimate: Estimate
+    accumulation: int
+    recomputed: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self.estimate.to_dict(), "accumulation": self.accumulation, "recomputed": self.recomputed}
+
+
+def fit(place: Place, config: AdapterConfig, setup: Setup, memory: int, adapt: Adapt) -> list[Proposal]:
+    """Settings of `minipeft.lean` with which a step fits into this memory, those first that recompute least.
+
+    With each way of checkpointing the batch is halved, and as many more are accumulated, until it fits. If nothing fits with
+    the weights as they are, they are quantized to NF4.
+
+    Args:
+        place: see `minipeft.planning.base.base_model`.
+        config: of the adapter.
+        setup: its batch is that of an optimizer step; training and checkpointing are chosen here.
+        memory: bytes.
+        adapt: see `Planner`.
+
+    Raises:
+        ConfigError: nothing fits; or as `Planner`.
+    """
+    least: Estimate | None = None
+    for quantize in dict.fromkeys((setup.quantize, setup.quantize or "nf4")):
+        found = []
+        for name in RECOMPUTED:
+            way = replace(setup, training="lean", checkpointing=name, quantize=quantize)
+            try:
+                planner = Planner(place, config, way, adapt)
+            except LeanError:
+                continue  # the model's blocks have no feed-forward part, or cannot be recomputed at all
+            smallest = planner.estimate(1)
+            least = smallest if least is None or smallest.peak < least.peak else least
+            if smallest.memory["weights"] > USABLE * memory:
+                break  # whatever is recomputed
+            found += [_proposal(planner, smallest, estimate) for estimate in _largest(planner, smallest, memory)]
+            if found and found[-1].accumulation == 1:
+                break  # what comes now is slower and helps nothing
+        if found:
+            return sorted(found, key=lambda proposal: (proposal.recomputed, proposal.accumulation))
+    raise ConfigError(_why_nothing(setup, memory, least))
+
+
+def _largest(planner: Planner, smallest: Estimate, memory: int) -> Iterator[Estimate]:
+    """The largest batch that fits: a half, a quarter, ... of the one that is wanted."""
+    batch = planner.setup.batch
+    while batch > 1:
+        estimate = planner.estimate(batch)
+        if estimate.peak <= USABLE * memory:
+            yield estimate
+            return
+        # Memory grows with the batch in a straight line, so most sizes need no look.
+        room = (USABLE * memory - smallest.peak) / max(1, estimate.peak - smallest.peak) * (batch - 1) + 1
+        batch = batch // 2
+        while batch > max(1.0, 1.1 * room):
+            batch //= 2
+    if smallest.peak <= USABLE * memory:
+        yield smallest
+
+
+def _proposal(planner: Planner, smallest: Estimate, estimate: Estimate) -> Proposal:
+    blocks = list(recomputable_blocks(planner.model))
+    name = str(planner.setup.checkpointing)
+    return Proposal(
+        estimate, math.ceil(planner.setup.batch / estimate.setup.batch), RECOMPUTED[name](blocks) if blocks else 0.0
+    )
+
+
+def _share_of_mlp(blocks: list[nn.Module]) -> float:
+    sizes = {"mlp": 0, "all": 0}
+    for name, parameter in blocks[0].named_parameters():
+        sizes["all"] += parameter.numel()
+        sizes["mlp"] += parameter.numel() if any(word in name.lower() for word in ("mlp", "ffn", "feed_forward")) else 0
+    return sizes["mlp"] / max(1, sizes["all"])
+
+
+def _why_nothing(setup: Setup, memory: int, least: Estimate | None) -> str:
+    if least is None:
+        return "lean() is not for this model, so nothing can be proposed; estimate with training='lora' says what it takes."
+    gib = 2**30
+    return (
+        f"nothing fits into {memory / gib:.1f} GiB, of which {USABLE:.0%} count: one sequence of {setup.length} tokens on an "
+        f"{least.setup.quantize or least.setup.dtype or 'unquantized'} base takes {least.peak / gib:.1f} GiB, of which the "
+        f"weights are {least.memory['weights'] / gib:.1f}. Take a smaller model, or fewer tokens."
+    )

@@ -1,0 +1,149 @@
+"""Settings to begin with, each with its reason, by the rules of "LoRA Without Regret" (Schulman et al., 2025).
+
+Source: https://thinkingmachines.ai/blog/lora; the formula for the learning rate is the one that its authors publish with it
+(``tinker_cookbook.hyperparam_utils``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, config_from_dict
+from minipeft.errors import ConfigError, told
+from minipeft.planning.base import Place, base_model
+from minipeft.planning.estimate import Adapt
+from minipeft.planning.hollow import Hollow
+from minipeft.planning.ledger import Ledger
+from minipeft.transformers_model import model_type, text_part
+
+ARTICLE = "LoRA Without Regret"
+LEAST_RANK, MOST_RANK, USUAL_RANK = 8, 256, 32
+ALPHA = 32  # the article's, for every rank
+# learning rate = FULL_RATE * FACTOR * (WIDTH / hidden_size) ** exponent of the family
+FULL_RATE, FACTOR, WIDTH = 5e-5, 10, 2000
+EXPONENTS = {"qwen": 0.0775, "llama": 0.781}
+SHORT_RUN = 100  # steps; in shorter ones 15 times full fine-tuning's rate was best
+MOST_SEQUENCES = 32
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting: its name, its value, and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings to begin with, in the order in which they are chosen."""
+
+    choices: tuple[Choice, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return next(choice.value for choice in self.choices if choice.name == name)
+
+    def code(self) -> str:
+        """The configuration, to paste."""
+        return f'LoraConfig(r={self["r"]}, lora_alpha={self["lora_alpha"]}, target_modules="{self["target_modules"]}")'
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"config": self.code(), "choices": [asdict(choice) for choice in self.choices]}
+
+
+def suggest(place: Place, adapt: Adapt, tokens: int | None = None, length: int = 512) -> Suggestion:
+    """Choose targets, rank, alpha, learning rate, batch and schedule.
+
+    Args:
+        place: see `minipeft.planning.base.base_model`.
+        adapt: `minipeft.get_adapter_model`.
+        tokens: to train on, each counted once; None if not known.
+        length: tokens in a sequence.
+
+    Raises:
+        MinipeftError: the model cannot be built or adapted, or a number is not allowed.
+    """
+    for name, number in (("tokens", tokens), ("length", length)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise ConfigError(f"{name} must be a whole number from 1 on, not {told(number)}.")
+    hollow = Hollow(Ledger())
+    model = base_model(place, hollow)
+    family, width = model_type(model) or "", _hidden_size(model)
+    has_towers = text_part(model) not in (None, model)
+    targets = ALL_LINEAR_TEXT if has_towers else ALL_LINEAR
+    with hollow:
+        adapted = adapt(model, config_from_dict({"peft_type": "LORA", "r": 1, "target_modules": targets}, live=True))
+    per_rank = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    rank = _rank(tokens, per_rank)
+    batch, steps = _batch(tokens, length)
+    return Suggestion(
+        (
+            Choice(
+                "target_modules",
+                targets,
+                f"attention alone learns less than the feed-forward layers do, at the same number of parameters ({ARTICLE})",
+            ),
+            rank,
+            Choice(
+                "lora_alpha",
+                ALPHA,
+                f"the update is scaled by alpha / r, so the learning rate serves every rank ({ARTICLE})",
+            ),
+            _learning_rate(family, width, steps),
+            batch,
+            Choice(
+                "lr_scheduler_type", "linear", "after a warm-up over 5 % of the steps; the article held it constant"
+            ),
+        )
+    )
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config: Any = model.config
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if not isinstance(width, int):
+        raise ConfigError(
+            f"{type(model).__name__}: its configuration has no hidden_size, by which the learning rate is chosen."
+        )
+    return width
+
+
+def _rank(tokens: int | None, per_rank: int) -> Choice:
+    if tokens is None:
+        return Choice("r", USUAL_RANK, "the number of training tokens is not known; say --tokens or --text to fit it")
+    needed = 2 ** math.ceil(math.log2(max(1.0, tokens / per_rank)))
+    rank = min(MOST_RANK, max(LEAST_RANK, needed))
+    has = f"{rank * per_rank:,} parameters at r={rank} for {tokens:,} tokens"
+    if needed > MOST_RANK:
+        return Choice("r", rank, f"{has}: less than one a token, so full fine-tuning may learn more ({ARTICLE})")
+    return Choice("r", rank, f"{has}: at least one a token, so the adapter has room for what they teach ({ARTICLE})")
+
+
+def _batch(tokens: int | None, length: int) -> tuple[Choice, int | None]:
+    why = f"LoRA loses more by large batches than full fine-tuning does ({ARTICLE})"
+    if tokens is None:
+        return Choice("batch_size", 16, f"{why}: 32 at most"), None
+    sequences = max(1, tokens // length)
+    batch = 2 ** max(0, min(int(math.log2(MOST_SEQUENCES)), math.floor(math.log2(max(1, sequences // SHORT_RUN)))))
+    steps = max(1, sequences // batch)
+    return Choice("batch_size", batch, f"{why}; {steps:,} steps an epoch of {length} tokens each sequence"), steps
+
+
+def _learning_rate(family: str, width: int, steps: int | None) -> Choice:
+    known = next((name for name in EXPONENTS if family.startswith(name)), None)
+    is_short = steps is not None and steps < SHORT_RUN
+    rate = FULL_RATE * FACTOR * (WIDTH / width) ** EXPONENTS[known or "llama"] * (1.5 if is_short else 1)
+    times = 15 if is_short else FACTOR
+    fitted = f"fitted for {known}" if known else f"fitted for Llama, as {family or 'this family'} was not measured"
+    short = f", and fewer than {SHORT_RUN} steps" if is_short else ""
+    return Choice(
+        "learning_rate",
+        float(f"{rate:.2g}"),
+        f"{times} times full fine-tuning's, for hidden size {width}{short}; {fitted} ({ARTICLE})",
+    )

@@ -1,0 +1,35 @@
+"""How many tokens a text has for a model."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from minipeft.errors import DataError, told_error
+
+
+def count_tokens(place: str, path: Path) -> int:
+    """The number of tokens that the model's tokenizer makes of a text file.
+
+    Args:
+        place: the model's directory, or its name on the Hub.
+        path: a file in UTF-8.
+
+    Raises:
+        DataError: the file cannot be read, or the model has no tokenizer.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path} cannot be read as text ({told_error(error)}).") from None
+    try:
+        tokenizer: Any = importlib.import_module("transformers").AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # of as many kinds as there are tokenizers
+        raise DataError(
+            f"{place} has no tokenizer that loads ({told_error(error)}); count yourself and say --tokens."
+        ) from None
+    count = len(tokenizer(text, verbose=False)["input_ids"])
+    if not count:
+        raise DataError(f"{path} is empty.")
+    return count

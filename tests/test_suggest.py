@@ -1,0 +1,68 @@
+"""The suggestions, against the article's formula worked out here."""
+
+import json
+
+import pytest
+import transformers
+from test_cli import run
+from tiny_models import gpt2
+from transformers import LlamaConfig, Qwen2Config
+
+from minipeft import ConfigError, LoraConfig, MinipeftError, get_adapter_model
+from minipeft.planning.suggest import suggest
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192}
+LLAMA = LlamaConfig(hidden_size=2048, vocab_size=100, **SIZES, architectures=["LlamaForCausalLM"])
+# In and out features of q, k, v, o, gate, up and down.
+PER_RANK = 2 * (2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 8192))
+
+
+def test_the_learning_rate_is_ten_times_that_of_full_fine_tuning():
+    found = suggest(LLAMA, get_adapter_model)
+    assert found["learning_rate"] == pytest.approx(5e-4 * (2000 / 2048) ** 0.781, rel=0.02)
+    qwen = suggest(Qwen2Config(hidden_size=1024, vocab_size=100, **SIZES), get_adapter_model)
+    assert qwen["learning_rate"] == pytest.approx(5e-4 * (2000 / 1024) ** 0.0775, rel=0.02)
+
+
+@pytest.mark.parametrize(("tokens", "r"), [(1000, 8), (20 * PER_RANK, 32), (64 * PER_RANK, 64), (10**12, 256)])
+def test_the_rank_gives_a_parameter_to_each_token(tokens, r):
+    found = suggest(LLAMA, get_adapter_model, tokens)
+    assert found["r"] == r
+    reason = next(choice.reason for choice in found.choices if choice.name == "r")
+    assert f"{r * PER_RANK:,} parameters" in reason
+    assert ("less than one a token" in reason) == (tokens == 10**12)
+
+
+def test_a_short_run_learns_faster_and_in_small_batches():
+    short, long = (suggest(LLAMA, get_adapter_model, tokens, length=100) for tokens in (1000, 10**7))
+    assert short["learning_rate"] == pytest.approx(1.5 * long["learning_rate"], rel=0.03)
+    assert (short["batch_size"], long["batch_size"]) == (1, 32)
+
+
+def missing(place):
+    raise OSError(f"no tokenizer in {place}")
+
+
+def test_the_command_prints_a_configuration_to_paste(tmp_path):
+    gpt2().config.save_pretrained(tmp_path)
+    lines = run("suggest", tmp_path, "--tokens", "5000").output.splitlines()
+    assert eval(lines[-1]) == LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
+    found = json.loads(run("suggest", tmp_path, "--tokens", "5000", "--json").output)
+    assert found["config"] == lines[-1]
+    assert all(choice["reason"] for choice in found["choices"])
+
+
+def test_bad_input_is_named(tmp_path, monkeypatch):
+    gpt2().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", missing)
+    (tmp_path / "text").write_text("one")  # and a model without a tokenizer
+    for more, words in (
+        (["--tokens", "1", "--text", "x"], "give one"),
+        (["--text", tmp_path / "none"], "cannot be read"),
+        (["--text", tmp_path / "text"], "no tokenizer"),
+        (["--tokens", "0"], "from 1 on"),
+    ):
+        with pytest.raises(MinipeftError, match=words):
+            run("suggest", tmp_path, *more)
+    with pytest.raises(ConfigError, match="whole number"):
+        suggest(LLAMA, get_adapter_model, length=0)
