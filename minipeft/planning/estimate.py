@@ -29,6 +29,7 @@ MIB = 2**20
 # What a process takes besides arrays. On a CPU, by benchmarks/estimate.py: what the matrix libraries set up, and the holes in
 # glibc's heap, as a share of the arrays that come and go. On CUDA: torch's context, which was not measured.
 RUNTIME = {"cpu": 40 * MIB, "cuda": 500 * MIB}
+QUANTIZED = 25 * MIB  # the library, and what the float weights leave behind
 HOLES = {"cpu": 0.1, "cuda": 0.0}
 
 
@@ -145,7 +146,9 @@ class Planner:
         with quiet(), sized_for(setup.device):
             found = peak_of_step(self.model, self.hollow, setup.batch, setup.length)
         holes = HOLES[setup.device] * (found["activations"] + found["temporary"])
-        found["overhead"] = RUNTIME[setup.device] + int(holes)
+        found["overhead"] = (
+            RUNTIME[setup.device] + int(holes) + (QUANTIZED if setup.quantize and setup.device == "cpu" else 0)
+        )
         parameters = list(self.model.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         return Estimate(
