@@ -7,7 +7,8 @@ from torch import Tensor
 
 from minipeft.kernels.functional import is_column_major
 
-BLOCK = 2**20  # values of a half-precision weight that are widened at a time; 4 MiB fit a processor's cache
+BLOCK = 2**18  # values of a half-precision weight that are widened at a time: 1 MiB, for the cache of one core
+ROWS = 64  # at least: the product is slow by a few rows
 
 
 def rounded(value: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -39,7 +40,7 @@ def add_product(weight: Tensor, up: Tensor, down: Tensor) -> None:
         return
     if is_column_major(weight):
         weight, up, down = weight.t(), down.t(), up.t()
-    rows = max(1, BLOCK // max(1, weight.shape[1]))
+    rows = max(ROWS, BLOCK // max(1, weight.shape[1]))
     wide = up.new_empty(min(rows, len(weight)), weight.shape[1])
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows]
