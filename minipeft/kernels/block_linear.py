@@ -67,8 +67,8 @@ class _BlockLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
         y = matmul.linear(x, held_or_made(weight, x.dtype), None if bias is None else bias.to(x.dtype))
-        h = torch.bmm(x, down.mT)
-        y.baddbmm_(h, up.mT)
+        h = matmul.bmm(x, down.mT)
+        matmul.add_bmm(y, h, up.mT)
         learns = any(ctx.needs_input_grad[3:])
         held = weight if isinstance(weight, Tensor) else None
         ctx.save_for_backward(x if learns else None, held, down, up, h if learns else None)
@@ -81,16 +81,16 @@ class _BlockLinear(torch.autograd.Function):
             with torch.autocast(dy.device.type, enabled=False):
                 return _BlockLinear.backward(ctx, dy)
         x, weight, down, up, h = ctx.saved_tensors
-        g = torch.bmm(dy, up)
+        g = matmul.bmm(dy, up)
         dx = d_down = d_up = None
         if ctx.needs_input_grad[0]:
             W = held_or_made(ctx.make or weight, dy.dtype)
             if torch.is_grad_enabled():  # the gradient of a gradient
                 dx = torch.baddbmm(dy @ W, g, down)
             else:
-                dx = matmul.linear(dy, W.t()).baddbmm_(g, down)
+                dx = matmul.add_bmm(matmul.linear(dy, W.t()), g, down)
         if ctx.needs_input_grad[3]:
-            d_down = torch.bmm(g.mT, x)
+            d_down = matmul.bmm(g.mT, x)
         if ctx.needs_input_grad[4]:
-            d_up = torch.bmm(dy.mT, torch.bmm(x, down.mT) if torch.is_grad_enabled() else h)
+            d_up = matmul.bmm(dy.mT, matmul.bmm(x, down.mT) if torch.is_grad_enabled() else h)
         return dx, None, None, d_down, d_up

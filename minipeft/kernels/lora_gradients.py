@@ -143,9 +143,9 @@ def _through_mask(
     dA, shaped = torch.zeros_like(lora_A), dx if rows is None else rows
     for block, survives, dropped in ctx.mask.blocks(shaped, start) if shaped is not None else ():
         if wants_A:
-            dA.addmm_(g[block].t(), dropped, alpha=factor)
+            matmul.add_product(dA, g[block].t(), dropped, alpha=factor)
         if dx is not None:
-            dx[block].add_(torch.mm(g[block], lora_A).mul_(survives), alpha=factor)
+            dx[block].add_(matmul.outer(g[block], lora_A).mul_(survives), alpha=factor)
     return dA if wants_A else None
 
 

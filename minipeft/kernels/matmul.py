@@ -77,6 +77,25 @@ def add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> T
     return y
 
 
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, shapes (p, few) and (few, q), outside autograd."""
+    return linear(left, right.t()) if through_float32(left, right.t()) else torch.mm(left, right)
+
+
+def bmm(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.bmm``, by way of float32 where that is faster; differentiable."""
+    if not through_float32(left, right.mT[0]):
+        return torch.bmm(left, right)
+    return torch.bmm(left.float(), right.float()).to(left.dtype)
+
+
+def add_bmm(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``y += bmm(left, right)`` in place, outside autograd."""
+    if not through_float32(left, right.mT[0]):
+        return y.baddbmm_(left, right)
+    return y.copy_(torch.baddbmm(y.float(), left.float(), right.float()))
+
+
 def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """Write ``x @ weight.T + bias``, shape (rows, out), into y. A block of the weight becomes float32 once."""
     size = max(128, BLOCK // max(1, x.shape[1]))
