@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft import ConfigError, LoraConfig, MergeError, TargetError, get_lora_model, load_adapter
-from minipeft.injection.adapted_layer import AdaptedWeight
+from minipeft.injection.adapted_weight import AdaptedWeight
 
 with foreign_code():
     peft = pytest.importorskip("peft")

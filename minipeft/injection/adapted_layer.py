@@ -8,20 +8,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from minipeft.errors import StateError
 from minipeft.injection.adapted_value import adapted_value
 from minipeft.injection.layer_by_row import run_by_row
-from minipeft.injection.rows import BASE, in_backward, rows_now
-from minipeft.injection.split_weight import Origin, split_weight
+from minipeft.injection.rows import BASE, CURRENT, in_backward, rows_now
 from minipeft.injection.stored_weight import stored_weight
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
 from minipeft.kernels.functional import accumulation_dtype
-from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import HOOK, on_device_of, present
-from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
 
 
@@ -62,8 +58,7 @@ class AdaptedLayer(Wrapper):
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output with the adapters that act now."""
-        rows = self.mixed_rows()
-        if rows is not None:
+        if CURRENT.rows is not None and (rows := self.mixed_rows()) is not None:
             return run_by_row(self, rows, x, args, kwargs)
         return self.run_with(self.acting(), x, *args, **kwargs)
 
@@ -75,7 +70,8 @@ class AdaptedLayer(Wrapper):
         """
         if not self.switch.enabled:
             return ()
-        here, rows = self.adapters._modules, rows_now(self.switch)
+        here: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]  # in a third of the time of an attribute
+        rows = rows_now(self.switch) if CURRENT.rows is not None else None
         if rows is not None:
             only = rows.only(here)
             if only is None:
@@ -97,10 +93,10 @@ class AdaptedLayer(Wrapper):
     def run_with(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output with exactly these adapters, each taking its turn."""
         y: Any = None
-        here = self.adapters._modules
+        here: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]
+        if len(names) == 1 and here[names[0]].runs_base and not (args or kwargs):
+            return here[names[0]](self._modules["base_layer"], self.ops, x, None)  # kept short for single tokens
         acting: list[Any] = [here[name] for name in names]
-        if len(acting) == 1 and acting[0].runs_base and not (args or kwargs):
-            return acting[0](self.base_layer, self.ops, x, None)  # the usual case, kept short for single tokens
         inputs = [x]  # of each adapter, the last one first: its `before` decides what those in front of it see
         for adapter in reversed(acting):
             inputs.append(adapter.before(self.base_layer, self.ops, inputs[-1]))
@@ -200,55 +196,3 @@ def _sum_of_biases(own: nn.Parameter, adapters: Sequence[Adapter]) -> Tensor:
         assert changed is not None
         bias = changed
     return own if bias is start else bias.to(own.dtype)
-
-
-class AdaptedWeight(AdaptedLayer):
-    """A module that reads its weight instead of calling a layer: it runs with the adapted weight in place of its own.
-
-    Two adapted parameters of one module are two of these, one around the other, as in PEFT's files.
-    """
-
-    ops: UncalledOps
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with present(self.owner):
-            return self.run_with_weights(*args, **kwargs)
-
-    def run_with_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the module with the adapted weights in place of its own."""
-        weights = self.adapted_weights()
-        return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
-
-    def adapted_weights(self) -> dict[str, Tensor]:
-        """The weight with the acting adapters, by its name in the base layer; empty if none acts."""
-        acting = self.acting()
-        if not acting:
-            return {}
-        path, inner = "", self.base_layer
-        while isinstance(inner, Wrapper):
-            path, inner = f"{path}base_layer.", inner.base_layer
-        weight = self.split_weight(acting)
-        return {f"{path}{self.ops.parameter}": self.adapted_weight(acting) if weight is None else weight}
-
-    def split_weight(self, names: tuple[str, ...]) -> Tensor | None:
-        """The parameter with these adapters, formed only if the module does more with it than to multiply by it.
-
-        None if it must be formed at once: for a method that does more than to add a product, or under a compiler.
-        """
-        if is_transformed():
-            return None
-        owner = self.owner
-        own: Tensor = getattr(owner, self.ops.parameter)
-        factors = [factors for name in names if (factors := self.adapter(name).weight_factors()) is not None]
-        total = self.ops.low_rank_sum(owner, factors) if len(factors) == len(names) else None
-        origin = Origin(f"{type(owner).__name__}.{self.ops.parameter}", own.nbytes)
-        return None if total is None else split_weight(total, origin)
-
-    def adapted_weight(self, names: tuple[str, ...]) -> Tensor:
-        """The parameter with these adapters, as the module stores it."""
-        owner = self.owner
-        x, y = self.ops.as_call(owner)
-        with torch.autocast(y.device.type, enabled=False):
-            for name in names:
-                y = self.adapters[name](owner, self.ops, x, y)
-        return self.ops.from_call(owner, y)

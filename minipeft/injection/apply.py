@@ -8,7 +8,8 @@ from functools import partial
 from torch import nn
 
 from minipeft.injection import place
-from minipeft.injection.adapted_layer import AdaptedLayer, AdaptedWeight
+from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.adapted_weight import AdaptedWeight
 from minipeft.injection.build import Parts
 from minipeft.injection.module_tree import Candidate, occupants, outside_adapters, wrappers
 from minipeft.injection.modules_to_save import SavedModule

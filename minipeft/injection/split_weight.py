@@ -3,52 +3,32 @@
 The module's own code runs, whichever it is: transformers' experts have three implementations (a loop, ``batched_mm``,
 ``grouped_mm``), which the user may change at any time, and each class its own loop. What gets in the way of a product is
 torch's protocol for tensor-like objects: each product that `RULES` knows is computed as ``x W + s (x A) B``, so
-that nothing as large as W is made. Any other use of the weight forms it, as an `AdaptedValue`.
+that nothing as large as W is made. Any other use of the weight forms it, as an `AdaptedValue`. A compiler follows the same
+rules while it traces (`TracedWeight`).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
+from inspect import isgetsetdescriptor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from minipeft.injection.adapted_value import AdaptedValue, adapted_value
+from minipeft.injection.formed_weight import Origin, formed
 from minipeft.kernels import low_rank_groups, low_rank_sum
-from minipeft.kernels.frozen_linear import can_fuse
+from minipeft.kernels.frozen_linear import is_frozen_product
 from minipeft.kernels.low_rank_sum import LowRankSum
+from minipeft.kernels.transformed import is_compiled
 from minipeft.transformers_model import GROUPED_PRODUCT
 
-SAID_FROM = 2**26  # bytes kept for the backward pass
 
-
-@dataclass(frozen=True)
-class Origin:
-    """The parameter that a weight comes from.
-
-    Args:
-        name: for messages.
-        size: in bytes.
-    """
-
-    name: str
-    size: int
-
-    def say_formed(self, why: str) -> None:
-        """Warn that autograd keeps the adapted parameter, if it is large."""
-        if self.size >= SAID_FROM:
-            warnings.warn(
-                f"{self.name}: {why}, so W + BA is formed at each call and kept for the backward pass, "
-                f"{self.size / 2**20:.0f} MiB. Gradient checkpointing forms it again instead.",
-                stacklevel=2,
-            )
-
-
-class SplitWeight(AdaptedValue):
+class Split(Tensor):
     """A `LowRankSum` as the tensor that it stands for; if `picks` is given, the matrices of it with these indices."""
 
     parts: LowRankSum
@@ -56,68 +36,91 @@ class SplitWeight(AdaptedValue):
     origin: Origin
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = RULES.get(func) or NAMED_RULES.get(getattr(func, "__name__", ""))
         found = NotImplemented if rule is None else rule(*args, **(kwargs or {}))
         if found is not NotImplemented:
             return found
+        args, kwargs = cls.for_torch(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+
+    @classmethod
+    def for_torch(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        """The arguments of a call that no rule is for."""
+        return args, kwargs
+
+
+class SplitWeight(Split, AdaptedValue):  # type: ignore[misc]  # the protocol is that of `Split`
+    """Forms the sum when something reads its values."""
+
+
+class TracedWeight(Split):
+    """W itself, for a compiler, which replaces it by the sum in every call that reads its values."""
+
+    @classmethod
+    def for_torch(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in LOOKS:
+            return args, kwargs
+        return tree_map_only(TracedWeight, _formed_now, (args, kwargs))
 
 
 def split_weight(parts: LowRankSum, origin: Origin, picks: Tensor | None = None) -> Tensor:
     """The sum, or the matrices of it with these indices (n,), as a tensor."""
-
-    def compute() -> Tensor:
-        if learns:
-            origin.say_formed("its module does more with it than to multiply by it")
-        with torch.autocast(parts.own.device.type, enabled=False):
-            return (parts if picks is None else parts.picked(picks)).formed()
-
-    learns = parts.learns
     like = parts.own if picks is None else parts.own[:1].expand(len(picks), -1, -1)
-    made = adapted_value(like, compute, (parts.left, parts.right), SplitWeight)
-    if isinstance(made, SplitWeight):  # else it had to be formed at once
+    made: Tensor
+    if is_compiled():
+        made = like.as_subclass(TracedWeight)
+    else:
+        compute = partial(formed, parts, picks, origin, parts.learns)
+        made = adapted_value(like, compute, (parts.left, parts.right), SplitWeight)
+    if isinstance(made, Split):  # else it had to be formed at once
         made.parts, made.picks, made.origin = parts, picks, origin
     return made
+
+
+def _formed_now(weight: TracedWeight) -> Tensor:
+    return formed(weight.parts, weight.picks, weight.origin, weight.parts.learns)
 
 
 # Rules: arguments as those of the function; NotImplemented leaves the call to torch.
 
 
-def _item(weight: SplitWeight, index: Any) -> Any:
+def _item(weight: Split, index: Any) -> Any:
     if weight.picks is not None or weight.ndim != 3:
         return NotImplemented
     if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype is not torch.bool:
         if index.ndim == 1:
             return split_weight(weight.parts, weight.origin, index)
         index = int(index) if index.ndim == 0 else index
-    return split_weight(weight.parts.matrices[index], weight.origin) if type(index) is int else NotImplemented
+    return split_weight(_matrices(weight)[index], weight.origin) if type(index) is int else NotImplemented
 
 
-def _unbind(weight: SplitWeight, dim: int = 0) -> Any:
+def _unbind(weight: Split, dim: int = 0) -> Any:
     if weight.picks is not None or weight.ndim != 3 or dim != 0:
         return NotImplemented
-    return tuple(split_weight(matrix, weight.origin) for matrix in weight.parts.matrices)
+    return tuple(split_weight(matrix, weight.origin) for matrix in _matrices(weight))
 
 
-def _mT(weight: SplitWeight, *_: Any) -> Any:
+def _matrices(weight: Split) -> tuple[LowRankSum, ...]:
+    return weight.parts.split() if is_compiled() else weight.parts.matrices
+
+
+def _mT(weight: Split, *_: Any) -> Any:
     return split_weight(weight.parts.mT, weight.origin, weight.picks)
 
 
-def _t(weight: SplitWeight, *_: Any) -> Any:
+def _t(weight: Split, *_: Any) -> Any:
     return _mT(weight) if weight.ndim == 2 else NotImplemented
 
 
-def _transpose(weight: SplitWeight, dim0: Any, dim1: Any) -> Any:
+def _transpose(weight: Split, dim0: Any, dim1: Any) -> Any:
     last = isinstance(dim0, int) and {dim0 % weight.ndim, dim1 % weight.ndim} == {weight.ndim - 2, weight.ndim - 1}
     return _mT(weight) if last else NotImplemented
 
 
 def _cast(dtype: torch.dtype) -> Callable[..., Any]:
-    def cast(weight: SplitWeight) -> Any:
+    def cast(weight: Split) -> Any:
         if weight.dtype is dtype:
             return weight
         return split_weight(weight.parts.to(dtype), weight.origin) if weight.picks is None else NotImplemented
@@ -125,21 +128,21 @@ def _cast(dtype: torch.dtype) -> Callable[..., Any]:
     return cast
 
 
-def _to(weight: SplitWeight, *args: Any, **kwargs: Any) -> Any:
+def _to(weight: Split, *args: Any, **kwargs: Any) -> Any:
     only = args[0] if len(args) == 1 and not kwargs else None
     return _cast(only)(weight) if isinstance(only, torch.dtype) and only.is_floating_point else NotImplemented
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-    if not isinstance(weight, SplitWeight) or weight.ndim != 2 or not can_fuse(input, weight.parts.own, bias):
+    if not isinstance(weight, Split) or weight.ndim != 2 or not is_frozen_product(input, weight.parts.own, bias):
         return NotImplemented
     return low_rank_sum.linear(input, weight.parts, bias)
 
 
 def _matmul(product: Callable[..., Tensor]) -> Callable[..., Any]:
     def matmul(input: Any, other: Any) -> Any:
-        weight, x = (other, input) if isinstance(other, SplitWeight) else (input, other)
-        if isinstance(x, SplitWeight) or x.ndim < 2 or not can_fuse(x, weight.parts.own, None):
+        weight, x = (other, input) if isinstance(other, Split) else (input, other)
+        if isinstance(x, Split) or x.ndim < 2 or not is_frozen_product(x, weight.parts.own, None):
             return NotImplemented
         if weight.picks is not None:
             return _by_index(weight, x, product, after=weight is input)
@@ -154,7 +157,7 @@ def _matmul(product: Callable[..., Tensor]) -> Callable[..., Any]:
     return matmul
 
 
-def _by_index(weight: SplitWeight, x: Tensor, product: Callable[..., Tensor], after: bool) -> Any:
+def _by_index(weight: Split, x: Tensor, product: Callable[..., Tensor], after: bool) -> Any:
     """One row, or one column `after` the weight, for each matrix that the index names."""
     assert weight.picks is not None
     parts, dim = weight.parts, -1 if after else -2
@@ -172,10 +175,10 @@ def _by_index(weight: SplitWeight, x: Tensor, product: Callable[..., Tensor], af
 
 def _grouped(product: Callable[..., Tensor]) -> Callable[..., Any]:
     def grouped_mm(input: Any, mat2: Any, offs: Tensor | None = None, **options: Any) -> Any:
-        plain = isinstance(mat2, SplitWeight) and mat2.picks is None and mat2.ndim == 3 and type(input) is Tensor
+        plain = isinstance(mat2, Split) and mat2.picks is None and mat2.ndim == 3 and type(input) is Tensor
         if not plain or input.ndim != 2 or offs is None or any(value is not None for value in options.values()):
             return NotImplemented
-        if input.dtype is not mat2.dtype or not can_fuse(input, mat2.parts.own, None):
+        if input.dtype is not mat2.dtype or not is_frozen_product(input, mat2.parts.own, None):
             return NotImplemented
         with torch.autocast(input.device.type, enabled=False):  # which does not change this product
             return low_rank_groups.grouped(input, mat2.parts, offs, product)
@@ -183,8 +186,8 @@ def _grouped(product: Callable[..., Tensor]) -> Callable[..., Any]:
     return grouped_mm
 
 
-def _data_ptr(weight: SplitWeight) -> int:
-    return weight.computed().data_ptr()
+def _data_ptr(weight: Split) -> Any:
+    return weight.computed().data_ptr() if isinstance(weight, SplitWeight) else NotImplemented
 
 
 def _by_torch(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
@@ -220,6 +223,13 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     torch.bmm: _matmul(torch.bmm),
     Tensor.data_ptr: _data_ptr,
 }
+OF_VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes of a tensor that are made of its values
+LOOKS: frozenset[Any] = frozenset(  # what has no need of the values
+    [v.__get__ for k, v in vars(torch._C.TensorBase).items() if isgetsetdescriptor(v) and k not in OF_VALUES]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage]
+    + [Tensor.is_floating_point, Tensor.is_contiguous, Tensor.is_conj, Tensor.is_neg, Tensor.is_inference]
+    + [Tensor._is_view]
+)
 # By name, since not every version of torch or transformers has them.
 NAMED_RULES: Mapping[str, Callable[..., Any]] = {
     "_grouped_mm": _grouped(_by_torch),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minipeft.errors import LeanError
 from minipeft.kernels import matmul
+from minipeft.kernels.transformed import is_compiled
 
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}  # of logits
 CHUNK_ROWS = 256  # at least: each chunk reads the whole head, which takes longer than multiplying by it for a few rows
@@ -62,7 +63,8 @@ def causal_lm_loss(
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         rows, change = (None, None) if changed_rows is None else changed_rows
-        total: Tensor = _Summed.apply(hidden, weight, bias, targets, ignore_index, rows, change)  # type: ignore[no-untyped-call]
+        args = hidden, weight, bias, targets, ignore_index, rows, change
+        total: Tensor = summed_in_graph(*args) if is_compiled() else _Summed.apply(*args)  # type: ignore[no-untyped-call]
     count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
@@ -71,49 +73,10 @@ class _Summed(torch.autograd.Function):
     """The sum over all tokens. The gradients are kept for the backward pass, which only scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        ignore_index: int,
-        rows_changed: Tensor | None,
-        change: Tensor | None,
-    ) -> Tensor:
-        wanted, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
-        rows, weight = hidden.reshape(-1, hidden.shape[-1]), weight.to(hidden.dtype)
-        kept = (targets != ignore_index).nonzero().flatten()
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        gradient = torch.zeros_like(rows) if wanted else None
-        added = None if change is None else change.to(hidden.dtype)
-        of_change = torch.zeros_like(change, dtype=exact) if change is not None and trains else None
-        chunks = torch.split(kept, rows_per_chunk(hidden, weight))
-        room = rows.new_empty(len(chunks[0]), len(weight))  # for all chunks: new memory costs more than it seems
-        wide = room if room.dtype is exact else torch.empty_like(room, dtype=exact)
-        for some in chunks:
-            x, target = rows[some], targets[some, None]
-            logits = matmul.linear(x, weight, None if bias is None else bias.to(x.dtype), room=room[: len(x)])
-            logs = logits if logits.dtype is exact else wide[: len(x)].copy_(logits)
-            if rows_changed is not None and added is not None:
-                logs.index_add_(1, rows_changed, F.linear(x, added).to(exact))
-            torch.log_softmax(logs, 1, out=logs)
-            total -= logs.gather(1, target).sum(dtype=torch.float64)
-            if gradient is None and of_change is None:
-                continue
-            probabilities = logs.exp_()
-            probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1))
-            of_rows = None if rows_changed is None else probabilities[:, rows_changed]
-            if gradient is not None:
-                given = logits if logits is logs else logits.copy_(probabilities)
-                gradient[some] = matmul.linear(given, weight.t())
-                if of_rows is not None and added is not None:
-                    gradient[some] += of_rows.to(x.dtype) @ added
-            if of_change is not None and of_rows is not None:
-                of_change += of_rows.t() @ x.to(exact)
-        ctx.save_for_backward(None if gradient is None else gradient.view(hidden.shape), of_change)
-        return total.to(exact)
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        total, *gradients = _summed(*args, wanted=ctx.needs_input_grad[0], trains=ctx.needs_input_grad[6])
+        ctx.save_for_backward(*gradients)
+        return total
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +86,96 @@ class _Summed(torch.autograd.Function):
         return of_hidden, None, None, None, None, None, of_change
 
 
+def _summed(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    rows_changed: Tensor | None,
+    change: Tensor | None,
+    *,
+    wanted: bool,
+    trains: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum, its gradient in `hidden` if that is wanted, and its gradient in `change` if that trains."""
+    rows, weight = hidden.reshape(-1, hidden.shape[-1]), weight.to(hidden.dtype)
+    kept = (targets != ignore_index).nonzero().flatten()
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    gradient = torch.zeros_like(rows) if wanted else None
+    added = None if change is None else change.to(hidden.dtype)
+    of_change = torch.zeros_like(change, dtype=exact) if change is not None and trains else None
+    chunks = torch.split(kept, rows_per_chunk(hidden, weight))
+    room = rows.new_empty(len(chunks[0]), len(weight))  # for all chunks: new memory costs more than it seems
+    wide = room if room.dtype is exact else torch.empty_like(room, dtype=exact)
+    for some in chunks:
+        x, target = rows[some], targets[some, None]
+        logits = matmul.linear(x, weight, None if bias is None else bias.to(x.dtype), room=room[: len(x)])
+        logs = logits if logits.dtype is exact else wide[: len(x)].copy_(logits)
+        if rows_changed is not None and added is not None:
+            logs.index_add_(1, rows_changed, matmul.linear(x, added).to(exact))
+        torch.log_softmax(logs, 1, out=logs)
+        total -= logs.gather(1, target).sum(dtype=torch.float64)
+        if gradient is None and of_change is None:
+            continue
+        probabilities = logs.exp_()
+        probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1))
+        of_rows = None if rows_changed is None else probabilities[:, rows_changed]
+        if gradient is not None:
+            given = logits if logits is logs else logits.copy_(probabilities)
+            gradient[some] = matmul.linear(given, weight.t())
+            if of_rows is not None and added is not None:
+                gradient[some] += matmul.linear(of_rows.to(x.dtype), added.t())
+        if of_change is not None and of_rows is not None:
+            of_change += of_rows.t() @ x.to(exact)
+    return total.to(exact), None if gradient is None else gradient.view(hidden.shape), of_change
+
+
 def rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
     """How many rows of logits are made at a time."""
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     return max(CHUNK_ROWS, budget // (4 * len(weight)))
+
+
+# The same for a compiler: one operation of which it knows the shapes alone, since labels decide what is computed.
+SCHEMA = """(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, Tensor? rows_changed, Tensor? change,
+    bool wanted, bool trains) -> (Tensor, Tensor, Tensor)"""
+
+
+@torch.library.custom_op("minipeft::chunked_cross_entropy", mutates_args=(), schema=SCHEMA)
+@torch.no_grad()
+def _operation(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *others, wanted, trains = args
+    total, *gradients = _summed(hidden, *others, wanted=wanted, trains=trains)
+    of_hidden, of_change = (hidden.new_empty(0) if found is None else found for found in gradients)
+    return total, of_hidden, of_change
+
+
+@_operation.register_fake
+def _shapes(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, change, wanted, trains = args
+    exact, none = torch.promote_types(hidden.dtype, torch.float32), hidden.new_empty(0)
+    of_hidden = hidden.new_empty(hidden.shape) if wanted else none
+    return hidden.new_empty((), dtype=exact), of_hidden, torch.empty_like(change, dtype=exact) if trains else none
+
+
+def _keep(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.wanted, ctx.trains = inputs[-2:]
+
+
+def _scaled(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    of_hidden, of_change = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+    return of_hidden if ctx.wanted else None, *[None] * 5, of_change if ctx.trains else None, None, None
+
+
+_operation.register_autograd(_scaled, setup_context=_keep)
+
+
+def summed_in_graph(hidden: Tensor, *args: Any) -> Tensor:
+    """The sum over all tokens, as one operation of a compiled graph."""
+    learns, change = torch.is_grad_enabled(), args[-1]
+    trains = learns and change is not None and change.requires_grad
+    total: Tensor = _operation(hidden, *args, learns and hidden.requires_grad, trains)[0]
+    return total

@@ -24,16 +24,23 @@ def held_or_made(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
-    """Whether the product may be one autograd node of ours: weight and bias are frozen plain tensors that match x.
+    """Whether the product may be one autograd node of ours: what `is_frozen_product` says, and nothing transforms it.
 
-    Nested tensors, compiling, tracing and functorch transforms rule it out. If the weight is made, its maker vouches for the dtype
-    (see `LayerOps.linear_weight`).
+    Compiling, tracing and functorch transforms do.
+    """
+    return is_frozen_product(x, weight, bias) and not is_transformed()
+
+
+def is_frozen_product(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:
+    """Whether weight and bias are frozen plain tensors that match x, which is not nested.
+
+    If the weight is made, its maker vouches for the dtype (see `LayerOps.linear_weight`).
     """
     if isinstance(weight, Tensor):
         plain = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
         if not plain or not (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)):
             return False
-    return (bias is None or not bias.requires_grad) and not x.is_nested and not is_transformed()
+    return (bias is None or not bias.requires_grad) and not x.is_nested
 
 
 def lean_linear(x: Tensor, weight: Weight | None, bias: Tensor | None) -> Tensor | None:

@@ -21,6 +21,8 @@ from minipeft.kernels import lora_gradients, matmul, merged_weight, recompute
 from minipeft.kernels.dropout_mask import DropoutMask, project_down
 from minipeft.kernels.frozen_linear import Weight, held_or_made
 
+FEW_ROWS = 64
+
 
 def lora_linear(
     x: Tensor,
@@ -56,20 +58,29 @@ def lora_linear(
         return y if isinstance(weight, Tensor) else y.to(dtype)
     if lora_A.dtype is not x.dtype or lora_B.dtype is not x.dtype:
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    if dropout == 0 and x.numel() == x.shape[-1] and isinstance(weight, Tensor):
-        return _one_row(x, weight, bias, lora_A, lora_B, scaling)
+    learns = torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
+    if dropout == 0 and x.numel() <= FEW_ROWS * x.shape[-1] and isinstance(weight, Tensor):
+        if not learns or x.numel() == x.shape[-1]:
+            return _few_rows(x, weight, bias, lora_A, lora_B, scaling, learns)
     mask = DropoutMask(dropout) if dropout > 0 else None
-    if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
+    if learns:
         return _learning(x, weight, bias, lora_A, lora_B, scaling, mask)
     # Without gradients use torch's own kernel, so that a zero adapter reproduces the base bit for bit.
     return _product(x, weight, bias, lora_A, lora_B, scaling, mask, matmul.torch_linear)[0]
 
 
-def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """With one row there is nothing to save, and a node of our own would cost more than it saves."""
+def _few_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, learns: bool
+) -> Tensor:
+    """With few rows, as in decoding, each call to torch counts; and to keep one for the backward pass saves nothing."""
     if weight.dtype is not x.dtype:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, lora_A), lora_B), alpha=scaling)
+    y = F.linear(x, weight, bias)
+    if learns:
+        return torch.add(y, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling)
+    h = torch.mm(x.reshape(-1, x.shape[-1]), lora_A.t())
+    y.view(-1, y.shape[-1]).addmm_(h, lora_B.t(), alpha=scaling)
+    return y
 
 
 def _learning(

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.kernels.grouped_product import Groups, is_one_call
+from minipeft.kernels.grouped_product import DTYPES, Groups, grouped_times, is_one_call
 from minipeft.kernels.low_rank_sum import LowRankSum
+from minipeft.kernels.transformed import is_compiled
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # (rows, p), (groups, p, q), ends -> (rows, q)
 
@@ -29,6 +30,8 @@ def grouped(x: Tensor, stack: LowRankSum, ends: Tensor, product: Product | None 
         product: computes this for a plain stack. Without gradients W is multiplied by it, so a zero adapter reproduces
             the base bit for bit.
     """
+    if is_compiled():
+        return _composed(x.contiguous(), stack, ends)
     x, groups = x.contiguous(), Groups(ends, is_one_call(x, stack.own))
     if stack.learns or (torch.is_grad_enabled() and x.requires_grad):
         return _Grouped.apply(x, stack.own, stack.left, stack.right, stack.scaling, groups)  # type: ignore[no-untyped-call]
@@ -42,28 +45,36 @@ def gathered(x: Tensor, stack: LowRankSum, index: Tensor) -> Tensor:
     The rows are sorted, so that no matrix is copied.
 
     Raises:
-        IndexError: there is no such matrix; on a GPU, whose values are not looked at, the result is undefined instead.
+        IndexError: there is no such matrix; on a GPU and by a compiler, where no value is looked at, the result is
+            undefined instead.
     """
     count = len(stack.own)
     index, order = torch.sort(torch.where(index < 0, index + count, index), stable=True)
-    if x.device.type == "cpu" and len(index) and not 0 <= int(index[0]) <= int(index[-1]) < count:
+    if x.device.type == "cpu" and not is_compiled() and len(index) and not 0 <= int(index[0]) <= int(index[-1]) < count:
         raise IndexError(f"an index is out of range for {count} matrices")
     ends = torch.searchsorted(index, torch.arange(count, device=index.device), right=True).to(torch.int32)
     y = grouped(x[order], stack, ends)
     return y[torch.argsort(order)]
 
 
+def _composed(x: Tensor, stack: LowRankSum, ends: Tensor) -> Tensor:
+    """For a compiler: of operations that it knows, of which none keeps or makes anything of the size of W."""
+    left, right = _padded(stack.left, stack.right, x, x.dtype in DTYPES)
+    update = grouped_times(grouped_times(x, left, ends), right, ends)
+    return torch.add(grouped_times(x, stack.own, ends), update, alpha=stack.scaling)
+
+
 def _added(y: Tensor, x: Tensor, left: Tensor, right: Tensor, scaling: float, groups: Groups) -> tuple[Tensor, Tensor]:
     """``y + s (x L) R``, written into y, and ``x L``."""
-    left, right = _padded(left, right, x, groups)
+    left, right = _padded(left, right, x, groups.one_call)
     h = groups.times(x, left)
     return y.add_(groups.times(h, right), alpha=scaling), h
 
 
-def _padded(left: Tensor, right: Tensor, x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+def _padded(left: Tensor, right: Tensor, x: Tensor, one_call: bool) -> tuple[Tensor, Tensor]:
     """The factors in the dtype of x; for torch's grouped product dense, with ranks of zeros until they fill 16 bytes."""
     left, right = left.to(x.dtype), right.to(x.dtype)
-    if not groups.one_call:
+    if not one_call:
         return left, right
     spare = -left.shape[-1] % (16 // x.element_size())
     if spare:
@@ -93,7 +104,7 @@ def _gradients(
     """Of x, W (none), L and R. Of torch's differentiable operations, so that they have gradients too."""
     groups, r = ctx.groups, left.shape[-1]
     wants_x, _, wants_left, wants_right, *_ = ctx.needs_input_grad
-    down, up = _padded(left, right, x, groups)
+    down, up = _padded(left, right, x, groups.one_call)
     if torch.is_grad_enabled():
         h = groups.times(x, down)
     dh = groups.times(dy, up.mT) * ctx.scaling

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipeft.kernels import matmul as products
 from minipeft.kernels.lora_linear import lora_linear
+from minipeft.kernels.transformed import is_transformed
 
 FEW = 2**24  # multiplications below which a node of our own costs more than it saves
 
@@ -38,11 +40,17 @@ class LowRankSum:
     @property
     def mT(self) -> LowRankSum:
         """With the last two dimensions swapped."""
-        return LowRankSum(self.own.mT, self.right.mT, self.left.mT, self.scaling)
+        # Not by `Tensor.mT`, of which a compiler cannot make a `TracedWeight`.
+        own, left, right = (part.transpose(-2, -1) for part in (self.own, self.left, self.right))
+        return LowRankSum(own, right, left, self.scaling)
 
     @cached_property
     def matrices(self) -> tuple[LowRankSum, ...]:
-        """The matrices of a stack. Split at once: the gradient of a single index would be as large as the stack."""
+        """`split`, done once; not for a compiler, which does not go past the lock of this cache."""
+        return self.split()
+
+    def split(self) -> tuple[LowRankSum, ...]:
+        """The matrices of a stack. All at once: the gradient of a single index would be as large as the stack."""
         parts = zip(self.own.unbind(), self.left.unbind(), self.right.unbind(), strict=True)
         return tuple(LowRankSum(*part, self.scaling) for part in parts)
 
@@ -68,10 +76,14 @@ class LowRankSum:
 def linear(x: Tensor, weight: LowRankSum, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` for one matrix (q, p): x (..., p) -> (..., q)."""
     own, down, up = weight.own, weight.right, weight.left
-    if x.numel() * len(own) >= FEW or x.dtype is not own.dtype or torch.is_autocast_enabled(x.device.type):
+    if not is_transformed() and (_is_much(x, own) or torch.is_autocast_enabled(x.device.type)):
         return lora_linear(x, own, bias, down, up, weight.scaling)
     h = F.linear(x, down.to(x.dtype))
     return torch.add(F.linear(x, own, bias), F.linear(h, up.to(x.dtype)), alpha=weight.scaling)
+
+
+def _is_much(x: Tensor, own: Tensor) -> bool:
+    return x.numel() * len(own) >= FEW or x.dtype is not own.dtype or products.through_float32(x, own)
 
 
 def matmul(

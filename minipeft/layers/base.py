@@ -159,7 +159,13 @@ def layer_ops(base: nn.Module) -> LayerOps | None:
 def runs_only(base: nn.Module, forward: object) -> bool:
     """Whether calling the module runs this ``forward`` of its class and no hook."""
     hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return not hooks and vars(plain_class(type(base))).get("forward") is forward and "forward" not in base.__dict__
+    if hooks or "forward" in base.__dict__:
+        return False
+    own: Any = type(base)
+    plain: Any = (
+        plain_class(own) if own.forward is not forward else own
+    )  # and not its `__dict__`, at which a compiler stops
+    return plain.forward is forward
 
 
 def has_plain_weight(base: nn.Module, shape: tuple[int, ...]) -> bool:

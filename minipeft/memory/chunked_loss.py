@@ -20,7 +20,7 @@ from minipeft.errors import LeanError
 from minipeft.injection.wrapper import innermost
 from minipeft.kernels import malloc_trim
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
-from minipeft.kernels.transformed import is_transformed
+from minipeft.kernels.transformed import is_compiled, is_transformed
 
 _log = logging.getLogger("minipeft")
 
@@ -32,7 +32,7 @@ class PassesThrough(SameFunction):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.passing is not None:
-            self.passing.hidden, self.passing.version = hidden, hidden._version
+            self.passing.hidden, self.passing.version = hidden, 0 if is_compiled() else hidden._version
             return hidden
         return super().forward(hidden)
 
@@ -78,11 +78,15 @@ class LeanLoss:
     def _check_untouched(self, passing: Passing, logits: Tensor) -> None:
         hidden = passing.hidden
         same = (
-            hidden is not None
-            and hidden.data_ptr() == logits.data_ptr()
-            and hidden.shape == logits.shape
-            and hidden.dtype == logits.dtype
-            and logits._version == passing.version
+            (hidden is logits)
+            if is_compiled()
+            else (
+                hidden is not None
+                and hidden.data_ptr() == logits.data_ptr()
+                and hidden.shape == logits.shape
+                and hidden.dtype == logits.dtype
+                and logits._version == passing.version
+            )
         )
         if not same:
             raise LeanError(
@@ -92,14 +96,14 @@ class LeanLoss:
 
 
 def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Pre-hook of the model: decides whether this call's loss is computed in chunks. A compiler sees the whole logits."""
+    """Pre-hook of the model: decides whether this call's loss is computed in chunks. An export has the whole logits."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
     if not (model.training and torch.is_grad_enabled()):
         return None
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
     if given.get("labels") is None and kwargs.get("shift_labels") is None:
         return None
-    if not is_transformed() and _still_fits(model, loss.head):
+    if (is_compiled() or not is_transformed()) and _still_fits(model, loss.head):
         malloc_trim.trim(next(model.parameters()).device.type)
         loss.head.passing = Passing()  # type: ignore[assignment]
     # A training step does not read the cache, which would copy all keys and values.
@@ -133,7 +137,7 @@ def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     passing: Passing | None = getattr(loss.head, "passing", None)
     if passing is None:
         return None
-    del loss.head.passing
+    loss.head.passing = None  # type: ignore[assignment]
     if output is None:  # the call failed
         return None
     if passing.hidden is None:  # the head was not called: TRL multiplies by its weight itself, in chunks of its own

@@ -131,7 +131,7 @@ def unlean(model: nn.Module) -> None:
     for module in model.modules():  # not those of `state.mixed`: adapting has moved some into new objects
         if isinstance(module, SameFunction):
             module.__class__ = plain_class(type(module))
-            for name in ("lean_ops", token_tiles.TOKENS, token_tiles.TRIED):
+            for name in ("lean_ops", "passing", token_tiles.TOKENS, token_tiles.TRIED):
                 module.__dict__.pop(name, None)
     _keep_blocks(state)
     for hook in state.hooks:
