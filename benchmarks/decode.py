@@ -8,23 +8,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from options import Options, quietly, refused
+from options import Options, hold_against, output, quietly, refused
 from rows import Rows, compare
-from subjects import CORE, PEFT, SUBJECTS, gpt2, model_name, save_adapter
+from subjects import CORE, MODELS, PEFT, SUBJECTS, model_name, save_adapter
 from torch import Tensor, nn
 
 import minipeft
 
 
 def decode_part(options: Options) -> Iterator[Rows | None]:
-    prompt, new_tokens = 16, 8 if options.quick else 64
-    base = options.place(gpt2(options.quick)).eval()
+    for dtype in dict.fromkeys((torch.float32, options.dtype)):
+        for name in MODELS:
+            models = decode_models(name, dtype, options)
+            for batch in (1, 8):
+                yield measured(name, models, batch, dtype, options)
+
+
+def decode_models(name: str, dtype: torch.dtype, options: Options) -> dict[str, nn.Module]:
+    make = MODELS[name]
+    base = options.place(make(options.quick)).to(dtype).eval()
     with tempfile.TemporaryDirectory() as folder, quietly():
-        adapter = save_adapter(gpt2(options.quick), Path(folder))
-        theirs, ours = (SUBJECTS[name](copy.deepcopy(base), adapter).eval() for name in (PEFT, CORE))
+        adapter = save_adapter(make(options.quick), Path(folder))
+        theirs, ours = (SUBJECTS[subject](copy.deepcopy(base), adapter).eval() for subject in (PEFT, CORE))
         merged = minipeft.load_adapter(copy.deepcopy(base), adapter).merge_and_unload().eval()
-    models = {"base": base, PEFT: theirs, CORE: ours, "minipeft, merged": merged}
-    ids = torch.randint(base.config.vocab_size, (1, prompt), device=options.device)
+    return {"base": base, PEFT: theirs, CORE: ours, "minipeft, merged": merged}
+
+
+def measured(name: str, models: dict[str, nn.Module], batch: int, dtype: torch.dtype, options: Options) -> Rows | None:
+    prompt, new_tokens = 16, 8 if options.quick else 64
+    ids = torch.randint(models["base"].config.vocab_size, (batch, prompt), device=options.device)
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
 
     def call(model: nn.Module) -> Callable[[], Tensor]:
@@ -34,12 +46,13 @@ def decode_part(options: Options) -> Iterator[Rows | None]:
         )
 
     calls = {name: call(model) for name, model in models.items()}
-    if not torch.equal(calls[PEFT](), calls[CORE]()):
+    if dtype is not torch.float32:  # two nearly equal logits may change places
+        hold_against(output(models[PEFT], ids), models[CORE], ids, tolerance=0.05)
+    elif not torch.equal(calls[PEFT](), calls[CORE]()):
         raise SystemExit("decode: ours and PEFT generate different tokens; no time is reported")
-    case = f"{model_name(options.quick)}, {prompt} + {new_tokens} tokens, batch 1"
+    case = f"{model_name(options.quick, name)}, {prompt} + {new_tokens} tokens, batch {batch}, {str(dtype).removeprefix('torch.')}"
     times = options.race(calls, options.rounds_or(20), "base")
     if times is None:
-        yield refused(case)
-        return
-    pairs = [(name, "base") for name in models if name != "base"] + [(CORE, PEFT)]
-    yield [compare("speed_decode", case, "greedy decoding", "ms", times[a], times[b], b, a) for a, b in pairs]
+        return refused(case)
+    pairs = [(subject, "base") for subject in models if subject != "base"] + [(CORE, PEFT)]
+    return [compare("speed_decode", case, "greedy decoding", "ms", times[a], times[b], b, a) for a, b in pairs]

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import functools
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from minipeft.kernels import matmul
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -29,6 +32,25 @@ def device_name(device: str = "cpu") -> str:
         return torch.cuda.get_device_name()
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def instructions() -> str:
+    """What torch's own kernels use of this processor, and for which halves of float32 it has products."""
+    halves = [str(dtype).removeprefix("torch.") for dtype in matmul.HALF if matmul.has_kernels(dtype)]
+    return f"{torch.backends.cpu.get_cpu_capability()}, products in {' and '.join(['float32', *halves])}"
+
+
+def matrix_library() -> str:
+    """The library that torch multiplies float32 matrices with."""
+    built = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return {"mkl": "MKL", "open": "OpenBLAS"}.get(built[1], built[1]) if built else "unknown"
+
+
+def fast_products() -> str:
+    """What `minipeft.kernels.matmul` does here."""
+    if matmul.onednn_is_faster():
+        return "oneDNN"
+    return "torch's" if all(map(matmul.has_kernels, matmul.HALF)) else "torch's, halves in float32"
 
 
 # Results of an earlier run do not count as changes of the code.
@@ -58,6 +80,9 @@ class Row:
     commit: str = field(default_factory=lambda: _git("rev-parse", "--short", "HEAD"))
     dirty: bool = field(default_factory=lambda: bool(_git(*UNCOMMITTED)))
     subject: str = "minipeft"  # whose value `ours` is
+    instructions: str = field(default_factory=instructions)
+    matrix_library: str = field(default_factory=matrix_library)
+    fast_products: str = field(default_factory=fast_products)
 
 
 Rows = list[Row]
