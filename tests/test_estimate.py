@@ -113,9 +113,9 @@ def test_the_estimate_is_the_peak_of_a_real_step_to_the_byte(case):
     with foreign_code():
         found = estimate(make(), ALL, **options, batch=BATCH, length=LENGTH)
         expected = real_peak(make(), **options)
-    # bitsandbytes has a table of its codes for itself, and an offset for each layer.
-    spare = 1024 + 4 * 8 if "quantize" in options else 0
-    assert found.peak - found.memory["overhead"] - expected in (0, spare)
+    # bitsandbytes has an offset for each layer, and once in a process a table of its codes for itself.
+    spare = (4 * 8, 4 * 8 + 1024) if "quantize" in options else (0,)
+    assert found.peak - found.memory["overhead"] - expected in spare
 
 
 def test_the_items_are_what_they_are_called(tmp_path):

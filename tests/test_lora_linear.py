@@ -585,3 +585,15 @@ def test_a_subclass_that_brings_its_own_forward_is_given_the_output_of_the_base(
 
     assert Lora.runs_base
     assert not Doubled.runs_base
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 64, 65])
+@pytest.mark.parametrize("r", [1, 4, 16])
+def test_training_and_evaluation_give_the_same_bits_however_few_the_rows(rows, r):
+    """An adapter that trains, and the same one loaded for inference: one forward pass keeps what the other drops."""
+    for sizes in ((8, 8), (32, 96), (300, 160)):
+        x, *others = arguments((rows,), *sizes, r=r, dtype=torch.float32)
+        y = lora_linear(x, *others, S)
+        with torch.no_grad():
+            assert torch.equal(lora_linear(x, *others, S), y)
+        torch.testing.assert_close(y, formula(x, *others), rtol=1e-4, atol=1e-4)

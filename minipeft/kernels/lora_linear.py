@@ -60,8 +60,9 @@ def lora_linear(
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
     if dropout == 0 and x.numel() <= FEW_ROWS * x.shape[-1] and isinstance(weight, Tensor):
-        if not learns or x.numel() == x.shape[-1]:
-            return _few_rows(x, weight, bias, lora_A, lora_B, scaling, learns)
+        rows = x.reshape(-1, x.shape[-1])
+        if (not learns or len(rows) == 1) and not merged_weight.pays(rows, weight):
+            return _few_rows(x, rows, weight, bias, lora_A, lora_B, scaling, learns)
     mask = DropoutMask(dropout) if dropout > 0 else None
     if learns:
         return _learning(x, weight, bias, lora_A, lora_B, scaling, mask)
@@ -70,16 +71,25 @@ def lora_linear(
 
 
 def _few_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, learns: bool
+    x: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    learns: bool,
 ) -> Tensor:
-    """With few rows, as in decoding, each call to torch counts; and to keep one for the backward pass saves nothing."""
+    """With few rows, as in decoding, each call to torch counts; and a node of our own for one row would save nothing."""
     if weight.dtype is not x.dtype:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.linear(x, weight, bias)
+    # As `matmul.narrow` has it, so that training and evaluation give the same bits.
+    h = torch.mm(rows, lora_A.t()) if len(lora_A) >= 16 else torch.mm(lora_A, rows.t()).t()
+    flat = y.view(-1, y.shape[-1])
     if learns:
-        return torch.add(y, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling)
-    h = torch.mm(x.reshape(-1, x.shape[-1]), lora_A.t())
-    y.view(-1, y.shape[-1]).addmm_(h, lora_B.t(), alpha=scaling)
+        return torch.addmm(flat, h, lora_B.t(), alpha=scaling).view(y.shape)
+    flat.addmm_(h, lora_B.t(), alpha=scaling)
     return y
 
 
