@@ -11,6 +11,7 @@ AVX512-BF16, bitsandbytes' own layers work as anywhere else here: nothing is eva
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import math
 import multiprocessing
@@ -51,6 +52,7 @@ from subjects import (
 )
 from torch import Tensor, nn
 
+from minipeft.kernels.malloc_trim import trim
 from minipeft.kernels.matmul import has_kernels
 
 MIB = 2**20
@@ -108,6 +110,13 @@ def status_mib(field: str) -> float:
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
+def forget_peak() -> None:
+    """Let VmHWM begin anew, from what is resident now."""
+    gc.collect()
+    trim("cpu")
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
     """Two optimizer steps: peak memory in MiB, gross and net of the interpreter, losses, and ms of the second step.
 
@@ -118,6 +127,8 @@ def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
         importlib.import_module("bitsandbytes")  # the interpreter's, not the model's
     interpreter = 0.0 if cuda else status_mib("VmRSS")
     model = work.model(subject, adapter)
+    if not cuda:
+        forget_peak()  # a model is made here in float32, and loaded in other ways
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     weights = base_bytes(model) / MIB
     ids, losses, elapsed = work.ids(model.config.vocab_size), [], 0.0
