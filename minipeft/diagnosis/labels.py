@@ -59,7 +59,7 @@ def padding_in_loss(setup: Setup) -> Iterator[Seen]:
         if padded:
             fix = "labels[attention_mask == 0] = -100"
             yield Seen("batch['labels']", f"{padded} of {int((~mask).sum())} padded positions have a label.", fix)
-    elif _is_seq2seq(setup) and labels is not None and labels.ndim == 2 and pad is not None:
+    elif setup.is_encoder_decoder and labels is not None and labels.ndim == 2 and pad is not None:
         padded = int((labels == pad).sum())
         if padded and pad != _token(setup, "eos_token_id"):
             yield Seen(
@@ -130,10 +130,6 @@ def _tokens(setup: Setup) -> tuple[Tensor, Tensor, Tensor] | None:
     if pad is None or pad == _token(setup, "eos_token_id"):
         return ids, labels, torch.ones_like(ids, dtype=torch.bool)
     return ids, labels, (ids == pad).flip(1).cumprod(1).flip(1) == 0  # all but the run of padding at the end
-
-
-def _is_seq2seq(setup: Setup) -> bool:
-    return bool(getattr(getattr(setup.view.root, "config", None), "is_encoder_decoder", False))
 
 
 def _token(setup: Setup, name: str) -> int | None:

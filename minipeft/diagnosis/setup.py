@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Setup:
         """Whether this is a set-up for training, not for use: it has an optimizer, or the model is in training mode."""
         return self.optimizer is not None or self.view.root.training
 
-    @property
+    @cached_property  # asked for each parameter
     def rates(self) -> dict[int, float]:
         """The learning rate of each parameter in the optimizer, by its id: that of the schedule's peak, if there is one."""
         groups = self.optimizer.param_groups if self.optimizer is not None else ()
@@ -55,8 +56,12 @@ class Setup:
     def is_causal(self) -> bool:
         """Whether the model predicts each token from those before it, and shifts the labels itself."""
         can_generate = getattr(self.view.root, "can_generate", None)
-        is_decoder = not getattr(getattr(self.view.root, "config", None), "is_encoder_decoder", False)
-        return is_decoder and callable(can_generate) and bool(can_generate())
+        return not self.is_encoder_decoder and callable(can_generate) and bool(can_generate())
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads one sequence and writes another."""
+        return bool(getattr(getattr(self.view.root, "config", None), "is_encoder_decoder", False))
 
     def tensor(self, name: str) -> Tensor | None:
         """A tensor of the batch."""
