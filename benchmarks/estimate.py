@@ -15,7 +15,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from subjects import LLAMA_TARGETS, TARGETS, gpt2, llama
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import minipeft
+from minipeft.testing.table import with_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 START, END = "<!-- estimate: begin -->", "<!-- estimate: end -->"
@@ -172,9 +172,7 @@ def main() -> None:
     if folder is not None:
         print(write_rows("estimate", rows, folder))
     if args.output is None and not args.quick:
-        text = PAGE.read_text("utf-8")
-        between = re.escape(START) + ".*" + re.escape(END)
-        PAGE.write_text(re.sub(between, f"{START}\n{table(rows)}\n{END}", text, flags=re.DOTALL), "utf-8")
+        PAGE.write_text(with_table(PAGE.read_text("utf-8"), f"{table(rows)}\n", START, END), "utf-8")
 
 
 if __name__ == "__main__":

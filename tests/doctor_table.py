@@ -13,6 +13,7 @@ from tiny_models import foreign_code
 
 import minipeft
 from minipeft.diagnosis.diagnose import CHECKS
+from minipeft.testing.table import with_table
 
 BEGIN, END = "<!-- python -m tests.doctor_table -->", "<!-- end of the table -->"
 
@@ -48,8 +49,7 @@ def table(found):
 
 def written(text, found):
     """The text of the page with the table as it is now."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table(found)}{END}{rest.partition(END)[2]}"
+    return with_table(text, table(found), BEGIN, END)
 
 
 def main():

@@ -12,6 +12,7 @@ import minipeft
 from minipeft.readers.contents import read_contents
 from minipeft.readers.names import Reader
 from minipeft.readers.rules import answer
+from minipeft.testing.table import with_table
 
 BEGIN, END = "<!-- python -m tests.readers_table -->", "<!-- end of the readers -->"
 LORA, LINEAR = minipeft.LoraConfig, ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -67,8 +68,7 @@ def trained(config):
 
 def written(text):
     """The text of the page with the table as it is now."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}{END}{rest.partition(END)[2]}"
+    return with_table(text, table(), BEGIN, END)
 
 
 def main():

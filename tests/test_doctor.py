@@ -274,6 +274,16 @@ def test_other_methods_are_healthy_before_their_first_step_and_after_it(method):
     assert diagnose(**made) == []
 
 
+def test_the_readme_has_the_counts_of_these_set_ups_and_checks():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for counted in (
+        f"{len(CHECKS)} checks of your model",
+        f"{len(BROKEN)} broken set-ups",
+        f"{len(HEALTHY)} healthy ones",
+    ):
+        assert counted in readme
+
+
 def test_the_page_shows_what_its_code_prints(capsys):
     text = PAGE.read_text("utf-8")
     code = text.partition("```python\n")[2].partition("```")[0]

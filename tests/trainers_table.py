@@ -32,6 +32,7 @@ from transformers import (
 import minipeft
 from minipeft.errors import MinipeftError
 from minipeft.hf import AdapterTrainerMixin
+from minipeft.testing.table import with_table
 
 BEGIN, END = "<!-- python -m tests.trainers_table -->", "<!-- end of the trainers -->"
 COLUMNS = (
@@ -255,12 +256,14 @@ def row(kind):
 
 def written(page):
     """The text of the page with the table as it is now."""
-    before, _, rest = page.partition(BEGIN)
-    table, _, after = rest.partition(END)
-    old = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    old = {
+        line.split("`")[1]: line
+        for line in page.partition(BEGIN)[2].partition(END)[0].splitlines()
+        if line.startswith("| `")
+    }
     head = [f"| trainer | {' | '.join(COLUMNS)} |", f"|---|{':-:|' * len(COLUMNS)}"]
     lines = [*head, *(row(kind) if installed(kind) else old[kind.name] for kind in KINDS)]
-    return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after
+    return with_table(page, "\n".join(lines) + "\n", BEGIN, END)
 
 
 def main():

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minipeft.errors import CheckpointError, ConfigError, DataError, told_error
+from minipeft.errors import CheckpointError, ConfigError, DataError
 from minipeft.files.format import AdapterFile, open_adapter
 from minipeft.files.hub import adapter_directory, base_directory
-from minipeft.files.reading import reading
+from minipeft.files.reading import read_text, reading
 from minipeft.model import AdaptedModel, load_adapter
 from minipeft.readers.tries import any_batch, base_model
 
@@ -76,10 +76,7 @@ def batch_of(found: Loaded, text: Path | None) -> tuple[Mapping[str, Any], Any]:
 
     auto: Any = transformers  # which hides its Auto classes from type checkers
 
-    try:
-        words = text.read_text("utf-8")
-    except (OSError, UnicodeError) as error:
-        raise DataError(f"{text} cannot be read as text ({told_error(error)}).") from None
+    words = read_text(text)
     with reading(found.base):
         own = found.directory if (found.directory / "tokenizer_config.json").exists() else found.base
         tokenizer: Any = auto.AutoTokenizer.from_pretrained(own)

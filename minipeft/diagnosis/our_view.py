@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minipeft.combining.products import product_norm
 from minipeft.diagnosis.view import Part, View
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.attach import STATE, AdapterState
@@ -116,9 +116,7 @@ def _update_norm(layer: AdaptedLayer, adapter: Adapter) -> float | None:
         delta = _delta(layer, adapter)
         return None if delta is None else float(delta.norm())
     up, down = (factor.double() for factor in factors)
-    # |U D|^2 is the sum of (U^T U) * (D D^T): matrices of the rank, none as large as the weight.
-    square = ((up.mT @ up) * (down @ down.mT)).sum()
-    return math.sqrt(max(float(square), 0.0))
+    return product_norm([(up, down)], [1.0])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from minipeft.errors import CheckpointError, ConfigError, MinipeftError, told, told_error
+from minipeft.errors import CheckpointError, ConfigError, DataError, MinipeftError, told, told_error
 
 
 def reading(place: object) -> contextlib.AbstractContextManager[None]:
@@ -54,6 +54,18 @@ def read_limited(path: Path, limit: int) -> bytes:
     if len(payload) > limit:
         raise CheckpointError(f"{path} is larger than {limit:,} bytes, too large for an adapter.")
     return payload
+
+
+def read_text(path: Path) -> str:
+    """A text that a user gave, in UTF-8.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path} cannot be read as text ({told_error(error)}).") from None
 
 
 def check_inside(directory: Path, name: str) -> None:

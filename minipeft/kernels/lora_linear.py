@@ -21,7 +21,7 @@ from minipeft.kernels import lora_gradients, matmul, merged_weight, recompute
 from minipeft.kernels.dropout_mask import DropoutMask, project_down
 from minipeft.kernels.frozen_linear import Weight, held_or_made
 
-FEW_ROWS = 64
+FEW_ROWS = 64  # up to which a call takes as long as its number of operations, and not as their size
 
 
 def lora_linear(
@@ -84,8 +84,7 @@ def _few_rows(
     if weight.dtype is not x.dtype:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.linear(x, weight, bias)
-    # As `matmul.narrow` has it, so that training and evaluation give the same bits.
-    h = torch.mm(rows, lora_A.t()) if len(lora_A) >= 16 else torch.mm(lora_A, rows.t()).t()
+    h = matmul.torch_narrow(rows, lora_A.t())  # as `project_down` has it: training and evaluation give the same bits
     flat = y.view(-1, y.shape[-1])
     if learns:
         return torch.addmm(flat, h, lora_B.t(), alpha=scaling).view(y.shape)

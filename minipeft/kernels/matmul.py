@@ -62,7 +62,11 @@ def narrow(left: Tensor, right: Tensor) -> Tensor:
     if beats_torch(left, right.t()):
         transposed = left.stride(0) < left.stride(1)
         return linear(right.t(), left).t() if transposed else linear(left, right.t())
-    # MKL is slow if the columns do not fill a vector register.
+    return torch_narrow(left, right)
+
+
+def torch_narrow(left: Tensor, right: Tensor) -> Tensor:
+    """`narrow` by torch's own product, differentiable: MKL is slow if the columns do not fill a vector register."""
     return torch.mm(left, right) if right.shape[1] >= 16 else torch.mm(right.t(), left.t()).t()
 
 

@@ -162,9 +162,7 @@ def runs_only(base: nn.Module, forward: object) -> bool:
     if hooks or "forward" in base.__dict__:
         return False
     own: Any = type(base)
-    plain: Any = (
-        plain_class(own) if own.forward is not forward else own
-    )  # and not its `__dict__`, at which a compiler stops
+    plain: Any = own if own.forward is forward else plain_class(own)  # a compiler would stop at `plain_class`
     return plain.forward is forward
 
 

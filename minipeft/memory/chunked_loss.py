@@ -77,17 +77,16 @@ class LeanLoss:
 
     def _check_untouched(self, passing: Passing, logits: Tensor) -> None:
         hidden = passing.hidden
-        same = (
-            (hidden is logits)
-            if is_compiled()
-            else (
+        if is_compiled():  # which has neither addresses nor versions
+            same = hidden is logits
+        else:
+            same = (
                 hidden is not None
                 and hidden.data_ptr() == logits.data_ptr()
                 and hidden.shape == logits.shape
                 and hidden.dtype == logits.dtype
                 and logits._version == passing.version
             )
-        )
         if not same:
             raise LeanError(
                 "the model changes its logits between the head and the loss (a soft cap, a scale, a slice or a cast); "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.errors import DataError, told_error
+from minipeft.files.reading import read_text
 
 
 def count_tokens(place: str, path: Path) -> int:
@@ -19,10 +20,7 @@ def count_tokens(place: str, path: Path) -> int:
     Raises:
         DataError: the file cannot be read, or the model has no tokenizer.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeError) as error:
-        raise DataError(f"{path} cannot be read as text ({told_error(error)}).") from None
+    text = read_text(path)
     try:
         tokenizer: Any = importlib.import_module("transformers").AutoTokenizer.from_pretrained(place)
     except Exception as error:  # of as many kinds as there are tokenizers

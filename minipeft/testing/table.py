@@ -44,17 +44,17 @@ def refusals() -> dict[tuple[str, str], str]:
     return {pair: words for pair, words in tried.items() if words is not None}
 
 
-def with_table(text: str, new: str) -> str:
-    """The text with `new` between the two marker lines.
+def with_table(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
+    """The text with `new` between two marker lines.
 
     Raises:
         StateError: the text does not have each marker once, in this order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    inside, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in before + inside + after:
-        raise StateError(f"the table goes between the lines {BEGIN!r} and {END!r}, once each; nothing was written.")
-    return f"{before}{BEGIN}\n{new}{END}{after}"
+    before, found, rest = text.partition(begin)
+    inside, closed, after = rest.partition(end)
+    if not found or not closed or begin in rest or end in before + inside + after:
+        raise StateError(f"the table goes between the lines {begin!r} and {end!r}, once each; nothing was written.")
+    return f"{before}{begin}\n{new}{end}{after}"
 
 
 def code_lines(path: str) -> int:
