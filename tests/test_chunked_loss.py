@@ -89,7 +89,10 @@ def test_a_gradient_of_the_gradient_is_refused_and_not_wrong():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_the_logits_once_and_sums_in_float32(dtype):
+@pytest.mark.parametrize("kernels", [True, False])
+def test_half_precision_rounds_the_logits_once_and_sums_in_float32(dtype, kernels, monkeypatch):
+    monkeypatch.setattr(chunked_loss.matmul, "WORTH_IT", 0)
+    monkeypatch.setattr(chunked_loss.matmul, "has_kernels", lambda dtype: kernels)
     hidden, weight, b, labels = arguments(dtype)
     loss = causal_lm_loss(hidden, weight, b, labels)
     expected = ForCausalLMLoss(F.linear(hidden, weight, b), labels, VOCABULARY)

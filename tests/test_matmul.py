@@ -85,22 +85,27 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("bias", [True, False])
-def test_without_kernels_for_a_dtype_the_product_is_made_in_float32_and_rounded_once(dtype, bias, monkeypatch):
+@pytest.mark.parametrize(("out", "features"), [(310, 24), (40, 310)])
+def test_without_kernels_for_a_dtype_the_product_is_made_in_float32_and_rounded_once(
+    dtype, bias, out, features, monkeypatch
+):
     monkeypatch.setattr(matmul, "WORTH_IT", 0)
     monkeypatch.setattr(matmul, "BLOCK", 500)
     monkeypatch.setattr(matmul, "has_kernels", lambda dtype: dtype not in HALF)
-    for x in layouts(150, 24):
-        for weight in layouts(310, 24):
-            x, weight, b = x.to(dtype), weight.to(dtype), torch.randn(310).to(dtype) if bias else None
+    for x in layouts(150, features):
+        for weight in layouts(out, features):
+            x, weight, b = x.to(dtype), weight.to(dtype), torch.randn(out).to(dtype) if bias else None
             assert matmul.beats_torch(x, weight)
             exact = x.double() @ weight.double().t() + (0 if b is None else b)
-            for room in (None, torch.empty(150, 310, dtype=dtype)):
+            for room in (None, torch.empty(150, out, dtype=dtype)):
                 y = matmul.linear(x, weight, b, room=room)
                 assert y.dtype is dtype
                 assert y.is_contiguous()
                 assert room is None or y.data_ptr() == room.data_ptr()
                 # Half a unit in the last place, and what float32 rounds before.
                 assert ((y.double() - exact).abs() <= exact.abs() * 0.502 * torch.finfo(dtype).eps + 1e-5).all()
+            wide = matmul.in_float32(x, weight, b, torch.empty(150, out))
+            assert torch.equal(wide, matmul.linear(x, weight, b).float())
             narrow = matmul.narrow(x, weight[:5].t())
             assert narrow.dtype is dtype
             torch.testing.assert_close(

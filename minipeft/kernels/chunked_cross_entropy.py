@@ -107,12 +107,10 @@ def _summed(
     added = None if change is None else change.to(hidden.dtype)
     of_change = torch.zeros_like(change, dtype=exact) if change is not None and trains else None
     chunks = torch.split(kept, rows_per_chunk(hidden, weight))
-    room = rows.new_empty(len(chunks[0]), len(weight))  # for all chunks: new memory costs more than it seems
-    wide = room if room.dtype is exact else torch.empty_like(room, dtype=exact)
+    head = _Head(weight, None if bias is None else bias.to(rows.dtype), len(chunks[0]))
     for some in chunks:
         x, target = rows[some], targets[some, None]
-        logits = matmul.linear(x, weight, None if bias is None else bias.to(x.dtype), room=room[: len(x)])
-        logs = logits if logits.dtype is exact else wide[: len(x)].copy_(logits)
+        logs = head.logits(x)
         if rows_changed is not None and added is not None:
             logs.index_add_(1, rows_changed, matmul.linear(x, added).to(exact))
         torch.log_softmax(logs, 1, out=logs)
@@ -123,13 +121,43 @@ def _summed(
         probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1))
         of_rows = None if rows_changed is None else probabilities[:, rows_changed]
         if gradient is not None:
-            given = logits if logits is logs else logits.copy_(probabilities)
-            gradient[some] = matmul.linear(given, weight.t())
+            gradient[some] = head.back(probabilities)
             if of_rows is not None and added is not None:
                 gradient[some] += matmul.linear(of_rows.to(x.dtype), added.t())
         if of_change is not None and of_rows is not None:
             of_change += of_rows.t() @ x.to(exact)
     return total.to(exact), None if gradient is None else gradient.view(hidden.shape), of_change
+
+
+class _Head:
+    """The output head on one chunk after the other; all use the same memory, since new memory costs more than it seems.
+
+    In half precision the logits are rounded as they would be, and their softmax is taken in float32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self.weight, self.bias = weight, bias
+        self.by_float32 = matmul.through_float32(weight.new_empty(rows, weight.shape[1]), weight)
+        dtype = torch.float32 if self.by_float32 else weight.dtype
+        self.room = weight.new_empty(rows, len(weight), dtype=dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        self.wide = self.room if exact is dtype else torch.empty_like(self.room, dtype=exact)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Shape (rows, vocabulary), float32 or wider."""
+        room, wide = self.room[: len(x)], self.wide[: len(x)]
+        if self.by_float32:
+            return matmul.in_float32(x, self.weight, self.bias, room)
+        made = matmul.linear(x, self.weight, self.bias, room=room)
+        return made if made.dtype is wide.dtype else wide.copy_(made)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """The gradient of the rows, shape (rows, features), from that of their logits."""
+        if self.by_float32:
+            y = self.weight.new_empty(len(gradient), self.weight.shape[1])
+            return matmul.in_float32(gradient, self.weight.t(), None, y)
+        room = self.room[: len(gradient)]
+        return matmul.linear(gradient if gradient.dtype is room.dtype else room.copy_(gradient), self.weight.t())
 
 
 def rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:

@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tenso
         return y.view(shape).data
     if through_float32(rows, weight):
         y = x.new_empty(len(rows), len(weight)) if room is None else room
-        return _in_float32(rows, weight, bias, y.view(-1, len(weight))).view(shape)
+        return in_float32(rows, weight, bias, y.view(-1, len(weight))).view(shape)
     return torch_linear(x, weight, bias, room=room)
 
 
@@ -100,16 +100,37 @@ def add_bmm(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return y.copy_(torch.baddbmm(y.float(), left.float(), right.float()))
 
 
-def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """Write ``x @ weight.T + bias``, shape (rows, out), into y. A block of the weight becomes float32 once."""
+def in_float32(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """Write ``x @ weight.T + bias``, shape (rows, out), into y. Only blocks of x and the weight are made float32.
+
+    Each number is rounded once, to the weight's dtype, even if y is in float32.
+    """
+    wide = len(weight) < weight.shape[1]
+    return (_in_blocks_of_terms if wide else _in_blocks_of_columns)(x, weight, bias, y)
+
+
+def _in_blocks_of_columns(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """A block of the weight becomes float32 once."""
     size = max(128, BLOCK // max(1, x.shape[1]))
     for start in range(0, len(weight), size):
         columns = slice(start, start + size)
-        wide = weight[columns].float().t()
+        factor = weight[columns].float().t()
         added = None if bias is None else bias[columns].float()
-        for some in range(0, len(x), size):
-            part = x[some : some + size].float()
-            y[some : some + size, columns] = part @ wide if added is None else torch.addmm(added, part, wide)
+        for some in (slice(row, row + size) for row in range(0, len(x), size)):
+            part = x[some].float()
+            made = part @ factor if added is None else torch.addmm(added, part, factor)
+            y[some, columns] = made.to(weight.dtype)
+    return y
+
+
+def _in_blocks_of_terms(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """For weights with few rows: each of their blocks adds to the whole of a block of the result."""
+    size = max(128, BLOCK // max(1, len(weight)))
+    for some in (slice(row, row + size) for row in range(0, len(x), size)):
+        total = torch.zeros(len(y[some]), len(weight)) if bias is None else bias.float().repeat(len(y[some]), 1)
+        for terms in (slice(start, start + size) for start in range(0, x.shape[1], size)):
+            total.addmm_(x[some, terms].float(), weight[:, terms].float().t())
+        y[some] = total.to(weight.dtype)
     return y
 
 
