@@ -52,7 +52,7 @@ from subjects import (
 )
 from torch import Tensor, nn
 
-from minipeft.kernels.malloc_trim import trim
+from minipeft.kernels.glibc import trim
 from minipeft.kernels.matmul import has_kernels
 
 MIB = 2**20

@@ -3,7 +3,10 @@
 import contextlib
 import copy
 import inspect
+import os
 import pickle
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -660,14 +663,36 @@ def test_frozen_layers_take_the_faster_library_in_training_only(monkeypatch):
 
 
 def test_memory_is_handed_back_by_glibc_and_nowhere_else(monkeypatch):
-    from minipeft.kernels import malloc_trim
+    from minipeft.kernels import glibc
 
-    malloc_trim.trim("cpu")
-    malloc_trim._malloc_trim.cache_clear()
+    glibc.trim("cpu")
+    glibc._of_glibc.cache_clear()
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
-    assert malloc_trim._malloc_trim() is None
-    malloc_trim.trim("cpu")
-    malloc_trim._malloc_trim.cache_clear()
+    assert glibc._of_glibc("malloc_trim") is None
+    glibc.trim("cpu")
+    glibc.map_large_arrays()
+    glibc._of_glibc.cache_clear()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize("checkpointing", ["block", "sqrt", 2])
+def test_recomputing_all_blocks_gives_freed_arrays_back_at_once(checkpointing):
+    from minipeft.kernels import glibc
+
+    glibc._of_glibc("mallopt")(glibc.M_MMAP_THRESHOLD, 2**25)  # what glibc comes to by itself
+    lean(adapted(gpt2()), checkpointing)
+    before = resident()
+    large = [torch.ones(2**19) for _ in range(16)]  # 2 MiB each
+    kept = [torch.ones(2**10), *large[1::2]]
+    assert resident() - before > 31 * 2**20
+    del large
+    assert resident() - before < 17 * 2**20, "freed arrays between others stay"
+    del kept
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("checkpointing", ["mlp", "block"])

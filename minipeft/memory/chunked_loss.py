@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minipeft.class_swap import SameFunction
 from minipeft.errors import LeanError
 from minipeft.injection.wrapper import innermost
-from minipeft.kernels import malloc_trim
+from minipeft.kernels import glibc
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 from minipeft.kernels.transformed import is_compiled, is_transformed
 
@@ -70,9 +70,9 @@ class LeanLoss:
         known = {
             name: kwargs[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in kwargs
         }
-        malloc_trim.trim(logits.device.type)
+        glibc.trim(logits.device.type)
         loss = causal_lm_loss(logits, _whole(base.weight), bias, labels, changed_rows=changed, **known)
-        malloc_trim.trim(logits.device.type)  # just before the step's peak of memory
+        glibc.trim(logits.device.type)  # just before the step's peak of memory
         return loss
 
     def _check_untouched(self, passing: Passing, logits: Tensor) -> None:
@@ -103,7 +103,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if given.get("labels") is None and kwargs.get("shift_labels") is None:
         return None
     if (is_compiled() or not is_transformed()) and _still_fits(model, loss.head):
-        malloc_trim.trim(next(model.parameters()).device.type)
+        glibc.trim(next(model.parameters()).device.type)
         loss.head.passing = Passing()  # type: ignore[assignment]
     # A training step does not read the cache, which would copy all keys and values.
     free = given.get("use_cache") is None and ("use_cache" in kwargs or "use_cache" not in given)

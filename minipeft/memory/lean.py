@@ -15,7 +15,7 @@ from minipeft.class_swap import SameFunction, mixed_class, original_class, plain
 from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper
-from minipeft.kernels import matmul
+from minipeft.kernels import glibc, matmul
 from minipeft.layers.base import is_plain_linear, layer_ops
 from minipeft.memory import sample_slices, token_tiles
 from minipeft.memory.chains import CHAINS, Chains
@@ -75,7 +75,8 @@ def lean(
             since memory peaks at the beginning of that pass. "mlp": the feed-forward half of each block. "block": every
             block, in slices, and its feed-forward half in tiles of tokens. A number k: every block, and of each k blocks
             only the first keeps its input, from which those of the others are computed again; "sqrt": as many blocks as
-            groups. Each takes less memory and more time than the one before. "none": nothing. The default is "last" if the
+            groups. Each takes less memory and more time than the one before; from "block" on, glibc is told to give
+            freed arrays back at once, for the rest of the process. "none": nothing. The default is "last" if the
             model can run in slices, which dropout prevents, else "none". Recomputation is non-reentrant and stops below
             the lowest adapter.
         chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
@@ -119,6 +120,8 @@ def lean(
     if not (state.mixed or state.blocks or state.chunked_loss):
         unlean(model)
         raise LeanError(f"there is nothing in {type(model).__name__} that lean() could improve with these options.")
+    if checkpointing in ("block", "sqrt") or is_number:
+        glibc.map_large_arrays()
     logger.info("lean: %s", describe(state))
     return model
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minipeft.class_swap import SameFunction
 from minipeft.injection.rows import with_rows_kept
-from minipeft.kernels import malloc_trim, recompute
+from minipeft.kernels import glibc, recompute
 from minipeft.kernels.frozen_linear import lean_linear
 from minipeft.kernels.keeps_inputs import keeping_inputs
 from minipeft.kernels.transformed import is_traced, is_transformed
@@ -157,7 +157,7 @@ def _trimmed(function: Any, *args: Any) -> Any:
 def trim_before(module: nn.Module | None, args: tuple[Any, ...]) -> None:
     """Return freed memory to the system before a call; can be used as a forward pre-hook."""
     if (module is None or learns(module)) and args and isinstance(args[0], Tensor):
-        malloc_trim.trim(args[0].device.type)
+        glibc.trim(args[0].device.type)
 
 
 def wants_gradient(module: nn.Module, args: Any, kwargs: Any) -> bool:
