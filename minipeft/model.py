@@ -26,6 +26,7 @@ from minipeft.injection.absent import check_loaded
 from minipeft.injection.attach import attach, check_name, detach, remove, switch_to
 from minipeft.injection.build import PREFIX, build
 from minipeft.injection.many_adapters import ManyAdapters
+from minipeft.injection.module_tree import adapted_places
 from minipeft.injection.own_methods import Configurations, OwnMethods
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
@@ -130,6 +131,10 @@ def _check_adaptable(model: object) -> None:
     wrapping = wrapping_class(model)
     if wrapping is not None:
         raise StateError(f"{wrapping} wraps the model; adapt the model itself, then wrap it.")
+    if not isinstance(model, AdaptedModel) and (inner := next(adapted_places(model), None)) is not None:
+        raise StateError(
+            f"{inner} of {type(model).__name__} is adapted already, with verbs and files of its own; use those, or unload() it first."
+        )
     registry.load_plugins()
 
 

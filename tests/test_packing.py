@@ -219,8 +219,9 @@ def test_packing_is_refused_or_padded_where_it_cannot_be_exact(tmp_path, caplog)
 
 def test_documents_are_packed_by_default_and_prompts_if_asked(tmp_path):
     model = model_of("qwen3", vocab_size=300)
-    path = write(tmp_path / "a.jsonl", [{"text": "ab" * (1 + n % 3)} for n in range(40)])
+    path = write(tmp_path / "a.jsonl", [{"text": "ab" * (1 + n % 3), "id": n} for n in range(40)])
     texts = texts_of(path, model)
+    assert "columns that are not used (train): 'id'" in texts.describe("a")
     assert len(texts.train) < 20
     assert len(texts.train.store) == 38
     assert len(texts.evaluation["eval"].store) == 2

@@ -64,6 +64,37 @@ def test_the_verbs_do_what_the_model_does(wrapped, tmp_path):
     torch.testing.assert_close(wrapped.merge_and_unload()(input_ids=IDS).logits, adapted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2]}, {"use_dora": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_peft_reads_and_sets_the_tensors_of_an_adapter(options):
+    """As FSDP does when it saves adapters alone."""
+    values, theirs = {"r": 2, "target_modules": ["q_proj", "up_proj"], **options}, []
+    for seed in (0, 1):
+        model = get_lora_model(llama(), LoraConfig(**values))
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        with torch.no_grad():
+            for place, tensor in enumerate(model.adapter_state_dict("default").values()):
+                tensor.add_(seed + place / 10)
+        theirs.append(as_peft_model(model))
+    source, target = theirs
+    found = peft.get_peft_model_state_dict(source)
+    assert (
+        found.keys() == peft.get_peft_model_state_dict(peft.get_peft_model(llama(), peft.LoraConfig(**values))).keys()
+    )
+    assert not peft.set_peft_model_state_dict(target, found).unexpected_keys
+    torch.testing.assert_close(target.get_base_model().adapter_state_dict("default"), dict(found), rtol=0, atol=0)
+    assert torch.equal(target(input_ids=IDS).logits, source(input_ids=IDS).logits)
+
+
+def test_biases_that_peft_could_not_tell_apart_are_not_given_to_it():
+    model = as_peft_model(get_lora_model(gpt2(), LoraConfig(bias="all")))
+    with pytest.raises(ConfigError, match="which biases of 'default' train"):
+        peft.get_peft_model_state_dict(model)
+
+
 def test_what_only_peft_has_is_refused_by_name(wrapped):
     with pytest.raises(StateError, match="get_layer_status"):
         wrapped.get_layer_status()

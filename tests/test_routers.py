@@ -30,6 +30,11 @@ def test_all_linear_leaves_routers_out_by_name():
     logits(model, IDS)
 
 
+def test_a_router_that_is_no_linear_layer_is_named_too():
+    with pytest.warns(UserWarning, match=r"2 MixtralTopKRouter \(target_parameters can name weight\) such as"):
+        get_lora_model(mixture("mixtral"), LoraConfig(r=2, target_modules="all-linear"))
+
+
 def test_a_router_that_was_a_layer_in_transformers_4_is_read(tmp_path):
     file, model = OldFile(), mixture("phimoe").double()
     update = file.pair("model.layers.1.block_sparse_moe.gate", *model.model.layers[1].mlp.router.weight.shape)

@@ -87,8 +87,9 @@ def _why_left_out(candidate: Candidate) -> str | None:
     if _is_linear(base) and layer_ops(base) is None:
         return _weight_of(base)
     fused = [name for name, own in base._parameters.items() if own is not None and own.ndim >= 2]
-    if fused and "expert" in type(base).__name__.lower():
-        return f"fused; target_parameters can name {' and '.join(fused)}"
+    kind = type(base).__name__.lower()
+    if fused and any(word in kind for word in ("expert", "router")):
+        return f"{'fused; ' if 'expert' in kind else ''}target_parameters can name {' and '.join(fused)}"
     return None
 
 

@@ -96,6 +96,11 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
             yield name, module
 
 
+def adapted_places(model: nn.Module) -> Iterator[str]:
+    """Names of the modules that hold an adapter, of this model or of a part that is adapted by itself."""
+    return (name for name, module in model.named_modules() if isinstance(module, Wrapper))
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Every (name, adapted layer) of a model."""
     for name, module in wrappers(model):

@@ -6,12 +6,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from minipeft.errors import ConfigError, DataError
+from minipeft.errors import ConfigError, DataError, shown
 from minipeft.training.data.apart import why_not_apart
 from minipeft.training.data.encoding import Encoder, Encoding, check_fit
 from minipeft.training.data.examples import Examples, encode
@@ -30,12 +30,14 @@ class Texts:
         evaluation: examples to evaluate on, by name; one is "eval".
         encoding: of `train`; its `packing` is what the model allows.
         held_out: whether these are the end of the text to train on.
+        ignored: by name, columns of the data that nothing reads.
     """
 
     train: Examples | Packed | Source
     evaluation: dict[str, Examples | Packed]
     encoding: Encoding
     held_out: bool = False
+    ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def fingerprints(self) -> dict[str, str]:
         """Digests of all texts by name, to compare when a run goes on. A stream has none."""
@@ -47,6 +49,7 @@ class Texts:
         train = "a stream" if isinstance(self.train, Source) else self.train.describe()
         lines = [f"text {name}, to train on (train): {train}"]
         lines += [f"text {name}, to evaluate on ({key}): {text.describe()}" for key, text in self.evaluation.items()]
+        lines += [f"columns that are not used ({key}): {shown(columns, 8)}" for key, columns in self.ignored.items()]
         if self.held_out:
             lines.append("no evaluation text: the last 5 percent of the examples are held out for it")
         return "\n".join(lines)
@@ -101,13 +104,15 @@ def read_texts(
     source, own = opened(data, streaming=streaming)
     others = {"eval": opened(data, split)} if split else {name: opened(text) for name, text in evaluation.items()}
     texts = {name: evaluated(_encoded(*other, tokenizer, model), *other) for name, other in others.items()}
+    sources = {"train": source, **{name: other for name, (other, _) in others.items()}}
+    ignored = {name: read.ignored for name, read in sources.items() if read.ignored}
     if streaming:
-        return Texts(source, texts, own)
+        return Texts(source, texts, own, ignored=ignored)
     examples = _encoded(source, own, tokenizer, model)
     if not others:
         examples, end = examples.hold_out()
         texts = {"eval": evaluated(end, source, own)}
-    return Texts(packed(examples, source, own), texts, own, held_out=not others)
+    return Texts(packed(examples, source, own), texts, own, held_out=not others, ignored=ignored)
 
 
 def _encoded(source: Source, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, model: Any) -> Examples:
