@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from minipeft.files.tensor_file import open_tensors
 
 RECORD = "minipeft"  # our place in trainer_state.json, among the states of callbacks
 TRAINER_STATE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULE_FILE = "adapter_schedule.safetensors"
 Schedules = Mapping[str, Mapping[str, Tensor] | None]  # by adapter, see `minipeft.step_hooks.schedule_state`
 
@@ -53,6 +55,12 @@ def resume(model: SavableModel, checkpoint: Path) -> None:
     schedules = _read_schedules(model, checkpoint)
     restore_adapters(model, checkpoint)
     _load_schedules(model, schedules)
+    if not (checkpoint / OPTIMIZER_FILE).exists():
+        warnings.warn(
+            f"{checkpoint} holds no optimizer, as save_only_model=True leaves it: the adapters go on from their values, but the "
+            "optimizer, learning rate and random numbers start anew.",
+            stacklevel=2,
+        )
 
 
 @all_or_nothing

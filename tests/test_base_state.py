@@ -180,3 +180,13 @@ def test_conversions_and_moves_are_no_change(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             convert(lora(net())).save_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_parts_of_the_base_are_left_alone():
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4), torch.jit.script(norm))
+    get_lora_model(model, LoraConfig(r=2, target_modules=["1"])).train()
+    model(torch.randn(3, 4)).sum().backward()
+    assert torch.equal(model[2].running_mean, torch.zeros(4))
+    assert model[1].adapters["default"].lora_B.grad.any()

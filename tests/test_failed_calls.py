@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import adapted, foreign_code, gpt2, logits, refuses
+from torch import nn
 from transformers import GPT2LMHeadModel
 
 from minipeft import LoraConfig, StateError, TargetError, get_lora_model
@@ -81,3 +82,13 @@ def test_the_layers_within_a_layer_that_peft_has_adapted_are_no_targets():
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["c_attn"]), model)
     config = LoraConfig(target_modules="all-linear")
     refuses(TargetError, model, lambda: get_lora_model(model, config), "transformer.h.0.attn.c_attn")
+
+
+def test_a_model_with_an_adapted_part_is_refused():
+    """Its file would hold the part's adapters as well, which its configuration does not name."""
+    outer = nn.ModuleDict({"body": adapted(), "head": nn.Linear(4, 4)})
+    config = LoraConfig(r=2, target_modules=["head"])
+    refuses(StateError, outer, lambda: get_lora_model(outer, config), "body.transformer", "adapted already")
+    body = nn.ModuleDict({"body": gpt2()})
+    get_lora_model(body, LoraConfig(r=2, target_modules=["c_attn"]))
+    refuses(StateError, body, lambda: get_lora_model(body["body"], config), "transformer.h.0.attn", "adapted already")

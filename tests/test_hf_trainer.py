@@ -207,6 +207,9 @@ def test_a_checkpoint_without_optimizer_brings_the_values_back(tmp_path):
     again = disturb(adapted())
     restore_adapters(again, tmp_path / "checkpoint-2")
     assert same(values(again), values(first))
+    trainer = AdapterTrainer(adapted(), arguments(tmp_path, max_steps=2), train_dataset=DATA)
+    with pytest.warns(UserWarning, match="holds no optimizer, .* start anew"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 @pytest.fixture

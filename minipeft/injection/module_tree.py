@@ -64,6 +64,11 @@ def _walk(module: nn.Module, own: str, path: str) -> Iterator[tuple[str, str, nn
             yield from _walk(child, name, f"{full}.")
 
 
+def own_bias(module: nn.Module) -> nn.Parameter | None:
+    """A module's own parameter ``bias``. The tables of a scripted module have no ``get``."""
+    return next((parameter for name, parameter in module._parameters.items() if name == "bias"), None)
+
+
 def is_callable(module: nn.Module) -> bool:
     """Whether a module can be called: a list of layers or of parameters cannot, so nothing can take its place."""
     if isinstance(module, torch.jit.ScriptModule):

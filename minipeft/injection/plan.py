@@ -19,7 +19,7 @@ from minipeft.injection.fresh_parts import (
     warn_of_fresh_parts,
     with_fresh_parts,
 )
-from minipeft.injection.module_tree import Candidate, candidates, is_callable, outside_adapters
+from minipeft.injection.module_tree import Candidate, candidates, is_callable, outside_adapters, own_bias
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.sites import AdapterSite, SavedSite, module_sites
 from minipeft.injection.target_parameters import check_alone, parameter_sites
@@ -146,7 +146,7 @@ def _bias_sites(
     taken |= {id(module) for site in saved for module in site.candidate.base.modules()}
     biased = []
     for name, candidate in found.items():
-        if candidate.base._parameters.get("bias") is not None and id(candidate.module) not in taken:
+        if own_bias(candidate.base) is not None and id(candidate.module) not in taken:
             if candidate.base._modules:
                 raise TargetError(f"{name} has a bias and also child modules, which bias='all' cannot train.")
             biased.append(SavedSite(name, candidate, ("bias",)))
