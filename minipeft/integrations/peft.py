@@ -15,16 +15,16 @@ from typing import Any
 
 import peft
 from peft.tuners.lora.layer import Linear, dispatch_default
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files.restore import restore_adapter
-from minipeft.files.save import file_config, tensors_from_state
+from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.module_tree import wrappers
+from minipeft.integrations.peft_tensors import Holder
 from minipeft.kernels.frozen_linear import can_fuse
 from minipeft.kernels.lora_linear import lora_linear
 from minipeft.merging.mergeable_model import MergeableModel
@@ -44,7 +44,7 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
 
     def __init__(self, model: MergeableModel) -> None:
         nn.Module.__init__(self)
-        self.base_model = _Holder(model)
+        self.base_model = Holder(model)
         self._configs: dict[str, tuple[AdapterConfig, Any]] = {}
 
     def get_base_model(self) -> Any:
@@ -143,51 +143,6 @@ class _Configs(dict[str, Any]):
             f"there is no adapter {name!r}, only {shown(list(self))}. TRL trains the one that is called 'default': load or make "
             "it under that name."
         )
-
-
-class _Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
-    """What PEFT calls the tuner: the model under ``model``, and its attributes.
-
-    PEFT asks a module of this class for its adapter's tensors, so `peft.get_peft_model_state_dict` and its counterpart,
-    by which FSDP saves, find ours.
-    """
-
-    def __init__(self, model: MergeableModel) -> None:
-        nn.Module.__init__(self)
-        self.model = model
-
-    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values that a state of this module holds for an adapter, with their keys in PEFT's file after its name.
-
-        Raises:
-            ConfigError: the adapter trains biases of the base, among which PEFT would count those that we keep beside ours.
-        """
-        if getattr(self.model.adapter_configs[adapter_name], "bias", "none") != "none":
-            raise ConfigError(
-                f"PEFT cannot tell which biases of {adapter_name!r} train; get_base_model().adapter_state_dict() can."
-            )
-        state = {name.removeprefix("model."): value for name, value in state_dict.items()}
-        tensors = tensors_from_state(self.model, self.model.adapter_state_dict(adapter_name), state)
-        return {_after_base_model(key): tensor for key, tensor in tensors.items()}
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """For each of those keys the name in a state of this module."""
-        names = {id(tensor): f"model.{name}" for name, tensor in self.model.state_dict(keep_vars=True).items()}
-        tensors = self.model.adapter_state_dict(adapter_name)
-        return {_after_base_model(key): names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return nn.Module.__getattr__(self, name)
-        except AttributeError:
-            return getattr(nn.Module.__getattr__(self, "model"), name)
-
-
-def _after_base_model(key: str) -> str:
-    return key.removeprefix("base_model.")
 
 
 def _passed_on(name: str) -> Any:

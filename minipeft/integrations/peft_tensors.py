@@ -1,0 +1,59 @@
+"""An adapted model where PEFT looks for its tuner, and where it finds the tensors of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from minipeft.errors import ConfigError
+from minipeft.files.save import tensors_from_state
+from minipeft.merging.mergeable_model import MergeableModel
+
+
+class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
+    """What PEFT calls the tuner: the model under ``model``, and its attributes.
+
+    PEFT asks a module of this class for its adapter's tensors, so `peft.get_peft_model_state_dict` and its counterpart,
+    by which FSDP saves, find ours.
+    """
+
+    def __init__(self, model: MergeableModel) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values that a state of this module holds for an adapter, with their keys in PEFT's file after its name.
+
+        Raises:
+            ConfigError: the adapter trains biases of the base, among which PEFT would count those that we keep beside ours.
+        """
+        model: Any = self.model
+        if getattr(model.adapter_configs[adapter_name], "bias", "none") != "none":
+            raise ConfigError(
+                f"PEFT cannot tell which biases of {adapter_name!r} train; get_base_model().adapter_state_dict() can."
+            )
+        state = {name.removeprefix("model."): value for name, value in state_dict.items()}
+        tensors = tensors_from_state(model, model.adapter_state_dict(adapter_name), state)
+        return {_after_base_model(key): tensor for key, tensor in tensors.items()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """For each of those keys the name in a state of this module."""
+        names = {id(tensor): f"model.{name}" for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        tensors = self.model.adapter_state_dict(adapter_name)
+        return {_after_base_model(key): names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return getattr(nn.Module.__getattr__(self, "model"), name)
+
+
+def _after_base_model(key: str) -> str:
+    return key.removeprefix("base_model.")
