@@ -190,3 +190,10 @@ def test_scripted_parts_of_the_base_are_left_alone():
     model(torch.randn(3, 4)).sum().backward()
     assert torch.equal(model[2].running_mean, torch.zeros(4))
     assert model[1].adapters["default"].lora_B.grad.any()
+
+
+def test_an_adapted_layer_that_was_replaced_is_missed_when_the_adapter_is_saved(tmp_path):
+    model = adapted()
+    model.transformer.h[0].attn.c_attn = copy.deepcopy(gpt2().transformer.h[0].attn.c_attn).requires_grad_(False)
+    with pytest.warns(UserWarning, match="1 of the 2 parts of adapter 'default' are no longer in the model"):
+        model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""What has changed in the base, by hand or by itself, and is in no adapter's file: said when an adapter is saved."""
+"""What no adapter's file will hold: changes of the base, and layers that were replaced. Said when an adapter is saved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from minipeft.injection.module_tree import adapters_of
 
 
 def warn_of_lost_state(model: nn.Module) -> None:
-    """Warn about parameters of the base that were unfrozen by hand, and buffers that changed since it was adapted."""
+    """Warn about parameters of the base that were unfrozen by hand, buffers that changed, and adapted layers that are gone."""
     state: AdapterState = model.__dict__[STATE]
+    here = set(map(id, model.modules()))
+    for adapter_name, places in state.places.items():
+        parts = {id(module) for module, _ in places}
+        if gone := len(parts - here):
+            warnings.warn(
+                f"{gone} of the {len(parts)} parts of adapter {adapter_name!r} are no longer in the model, since layers were replaced "
+                "or removed after adapting. Its file lacks them, and fits only a model without these layers.",
+                stacklevel=3,
+            )
     unfrozen = [
         f"{name}.{key}" if name else key
         for name, module in base_modules(model).items()
