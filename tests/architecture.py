@@ -23,8 +23,13 @@ def modules(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
         yield path, ".".join(path.relative_to(root).with_suffix("").parts)
 
 
-def imported(path: Path) -> Iterator[str]:
+@functools.cache
+def imported(path: Path) -> tuple[str, ...]:
     """The minipeft modules that a file imports, as dotted names; of ``from minipeft.a import b`` also ``minipeft.a.b``."""
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minipeft":
             if node.module != "minipeft":

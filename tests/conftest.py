@@ -4,6 +4,7 @@ import functools
 import gc
 import gzip
 import importlib.util
+import logging
 import os
 import re
 import signal
@@ -15,14 +16,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to it
-if not torch.accelerator.is_available():
-    # For a device to come they would note at each `torch.manual_seed` where it was called, a millisecond each.
-    for devices in (torch.cuda, torch.mtia, torch.xpu):
-        devices.manual_seed_all = lambda seed: None
 _connect = socket.socket.connect
 TESTS = Path(__file__).resolve().parent
 EXAMPLES = TESTS.parent / "examples"
@@ -37,6 +32,19 @@ LONGEST += (
     "offloaded",
     "families_train",
 )
+
+
+def pytest_configure(config):
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # it starts the others and runs no test, and importing torch takes it three seconds
+    gc.set_threshold(100_000, 20, 100)  # looking for cycles took a twentieth of the time
+    import torch
+
+    torch.set_num_threads(1)
+    if not torch.accelerator.is_available():
+        # For a device to come they would note at each `torch.manual_seed` where it was called, a millisecond each.
+        for devices in (torch.cuda, torch.mtia, torch.xpu):
+            devices.manual_seed_all = lambda seed: None
 
 
 @functools.cache
@@ -66,10 +74,15 @@ def pytest_collection_finish():
     """A million objects of imported packages are not looked through again at every collection of garbage."""
     gc.collect()
     gc.freeze()
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch."):  # to sixty that do not propagate pytest attaches its handlers, six times a test
+            logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(autouse=True)
 def seeded():
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -81,6 +94,14 @@ def no_cards():
     except ImportError:
         return
     PeftModel.create_or_update_model_card = lambda self, directory: None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unmeasured():
+    """torch.compile flushes the processor's caches to time its guards, 60 ms for each compilation."""
+    from torch._dynamo import guards
+
+    guards.profile_guard_manager = lambda *arguments: 0.0
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,6 @@ PAIRS = [(method, layer) for method in registry.method_names() for layer in regi
 of_built_in = functools.cache(check_pair)  # nothing of a built-in pair is tried twice
 
 
-@pytest.fixture(autouse=True)
-def unmeasured(monkeypatch):
-    """torch.compile flushes the processor's caches to time its guards, 60 ms for each compilation."""
-    monkeypatch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *arguments: 0.0)
-
-
 @pytest.fixture
 def uncompiled(monkeypatch):
     """All checks but `one_graph`, which takes as long as the others together."""

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import transformers
+from fast_copy import Template
 from tiny_models import foreign_code
 from torch import nn
 
@@ -105,7 +106,7 @@ NO_DEFAULT_IN_PEFT = {"mixtral"}
 
 def family(model_type):
     """A tiny random model in eval mode, always the same; no bias and no scale is at its neutral value."""
-    return copy.deepcopy(_made(model_type))
+    return _made(model_type).copy()
 
 
 @functools.lru_cache(maxsize=1)
@@ -119,7 +120,7 @@ def _made(model_type):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape), alpha=0.05)
-    return model.eval()
+    return Template(model.eval())
 
 
 def inputs(model_type):

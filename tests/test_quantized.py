@@ -37,15 +37,15 @@ EPS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def gpt2(seed=0):
     sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
     drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(**sizes, **drops, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    return _made(GPT2LMHeadModel, config, seed)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    return _made(GPT2LMHeadModel, seed, GPT2Config, **sizes, **drops, **ids, vocab_size=VOCABULARY)
 
 
 def llama(seed=0):
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, **heads, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=None)
-    return _made(LlamaForCausalLM, config, seed)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return _made(LlamaForCausalLM, seed, LlamaConfig, **sizes, **heads, **ids, vocab_size=VOCABULARY)
 
 
 def quantized(kind, make=lambda: nn.Linear(128, 64), dtype=torch.float32):
