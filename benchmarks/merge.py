@@ -39,13 +39,13 @@ def measured(name: str, dtype: torch.dtype, options: Options) -> Rows | None:
         "PEFT, safe_merge=True": (PEFT, lambda model: model.merge_and_unload(safe_merge=True)),
     }
     times: dict[str, list[float]] = {name: [] for name in verbs}
-    rounds = options.rounds_or(20)
-    for index in range(rounds + 2):
+    rounds, warm_ups = options.rounds_or(20), 0 if options.quick else 2
+    for index in range(warm_ups + rounds):
         for key, (subject, verb) in list(verbs.items())[:: 1 if index % 2 else -1]:
             twin = copy.deepcopy(models[subject])
             elapsed, merged = timed(functools.partial(verb, twin), options.device)
             hold_against(expected, merged, x, TOLERANCE[dtype])
-            if index >= 2:
+            if index >= warm_ups:
                 times[key].append(elapsed)
     case = f"{model_name(options.quick, name)}, {str(dtype).removeprefix('torch.')}"
     if not options.force and drift(times[PEFT]) > MAX_DRIFT:

@@ -59,7 +59,7 @@ def run_part(part: str, options: Options, folder: Path | None) -> bool:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds, nothing written without --output")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round, nothing written without --output")
     parser.add_argument("--part", choices=list(PARTS), action="append", help="several may be given; default: all")
     parser.add_argument("--rounds", type=int, help="default: 30 for layers, 10 for steps, 20 for the rest")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

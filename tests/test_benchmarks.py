@@ -172,7 +172,10 @@ def test_no_time_is_reported_of_a_method_that_computes_something_else(main, tmp_
 
 def test_a_refused_case_is_said_by_the_exit_code(main, monkeypatch, capsys):
     speed = main("speed")
-    monkeypatch.setitem(speed.__globals__["PARTS"], "merge", lambda options: iter([None]))
+    compare = sys.modules["rows"].compare
+    measured = [compare("speed_decode", "a model", "greedy decoding", "ms", [2.0], [3.0], "base")]
+    for part, found in (("decode", measured), ("merge", None)):
+        monkeypatch.setitem(speed.__globals__["PARTS"], part, lambda options, found=found: iter([found]))
     with pytest.raises(SystemExit, match="some cases were refused"):
         speed(["--quick", "--part", "decode", "--part", "merge"])
     assert "greedy decoding" in capsys.readouterr().out
