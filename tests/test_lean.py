@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import os
 import pickle
 import platform
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -509,11 +511,18 @@ def test_the_trainer_of_transformers_trains_a_lean_model_to_the_same_losses(tmp_
     assert lean_evaluated["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-3)
 
 
+@pytest.fixture
+def unprobed(monkeypatch):
+    """lean() without its own proof that it changes nothing, which takes most of its time and counts no bytes."""
+    monkeypatch.setattr("minipeft.memory.lean.Probe", mock.Mock())
+
+
 def kept_of_64_tokens(model):
     ids = torch.zeros(2, 32, dtype=torch.long)
     return bytes_kept(model, input_ids=ids, labels=ids)
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize(
     ("subject", "units"),
     [
@@ -546,20 +555,26 @@ def test_a_block_of_gpt2_keeps_so_many_arrays_of_its_width(subject, units):
     assert units * unit <= block <= units * unit + small
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize(("checkpointing", "kept"), [("block", (9, 4)), ("sqrt", (3, 2)), (4, (3, 1)), (2, (5, 2))])
 def test_a_group_of_blocks_keeps_one_array_of_its_width(checkpointing, kept):
-    def model(n_layer):
-        config = copy.deepcopy(gpt2(use_cache=False).config)
-        config.n_layer, config.n_embd, config.n_head = n_layer, 64, 2
-        return lean(in_training(type(gpt2())(config).train(), r=1, target_modules=["c_attn", "c_fc"]), checkpointing)
-
+    nine, four = (kept_of_64_tokens(lean(of_blocks(number), checkpointing)) for number in (9, 4))
     unit = 2 * 32 * 64 * 4
-    assert kept_of_64_tokens(model(9)) - kept_of_64_tokens(model(4)) == (kept[0] - kept[1]) * unit
+    assert nine - four == (kept[0] - kept[1]) * unit
+
+
+@functools.cache
+def of_blocks(number):
+    """A GPT-2 of so many blocks, made once: a call of `lean` replaces the options of the one before."""
+    config = copy.deepcopy(gpt2(use_cache=False).config)
+    config.n_layer, config.n_embd, config.n_head = number, 64, 2
+    return in_training(type(gpt2())(config).train(), r=1, target_modules=["c_attn", "c_fc"])
 
 
 GROUPED = [(gpt2, torch.float32, 0.2), (gpt2, "autocast", 0.0), (llama, torch.float32, 0.0)]
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize(
     ("make", "dtype", "dropout"), thinned(([gpt2, llama], [torch.float32, "autocast"], [0.0, 0.2]), GROUPED)
 )
@@ -617,21 +632,25 @@ def rotary_model(kind, dtype, n_layer, ff):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **config, **ids)).to(dtype).train()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("kind", "subject", "units"),
-    [
-        # Two norms' inputs, q and the output of attention, k and v (a quarter each), gate and up (three each).
-        ("llama", "none", 4 + 0.5 + 2 * 3),
-        ("mistral", "none", 4 + 0.5 + 2 * 3),
-        ("phi3", "none", 5 + 0.25 + 1.5 + 2 * 3),  # v is a view of q, k and v, and the output of attention is copied
-        ("qwen3", "none", 4 + 0.5 + 1 + 0.25 + 2 * 3),  # and the inputs of the norms of q and k
-        ("llama", "mlp", 4 + 0.5),
-        ("llama", "block", 1),
-    ],
-)
-def test_a_block_of_the_llama_family_keeps_so_many_arrays_of_its_width(kind, subject, units, dtype):
+LLAMAS = {
+    # Two norms' inputs, q and the output of attention, k and v (a quarter each), gate and up (three each).
+    ("llama", "none"): 4 + 0.5 + 2 * 3,
+    ("mistral", "none"): 4 + 0.5 + 2 * 3,
+    ("phi3", "none"): 5 + 0.25 + 1.5 + 2 * 3,  # v is a view of q, k and v, and the output of attention is copied
+    ("qwen3", "none"): 4 + 0.5 + 1 + 0.25 + 2 * 3,  # and the inputs of the norms of q and k
+    ("llama", "mlp"): 4 + 0.5,
+    ("llama", "block"): 1,
+}
+TRIED = {(case, torch.float32) for case in LLAMAS} | {
+    (("llama", subject), torch.bfloat16) for subject in ("none", "mlp")
+}
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize(("case", "dtype"), thinned((LLAMAS, [torch.float32, torch.bfloat16]), TRIED))
+def test_a_block_of_the_llama_family_keeps_so_many_arrays_of_its_width(case, dtype):
     """In units of one (rows, width) array of the model's dtype, as for GPT-2."""
+    (kind, subject), units = case, LLAMAS[case]
 
     def model(n_layer):
         base = rotary_model(kind, dtype, n_layer, 3 * 256)
