@@ -32,7 +32,7 @@ def test_every_file_has_its_recorded_sum():
     assert sum((ASSETS / name).stat().st_size for name in recorded) < 4e6
 
 
-@pytest.mark.parametrize("corpus", ["docs", "code"])
+@pytest.mark.parametrize("corpus", [pytest.param("docs", marks=pytest.mark.slow), "code"])
 def test_the_base_has_its_recorded_perplexity(corpus):
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny")
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype=torch.float32).eval()

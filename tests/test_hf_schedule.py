@@ -133,7 +133,7 @@ def whole(tmp_path_factory):
     return folder, losses
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 6, 7])
+@pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 6)), 5, 7])
 def test_a_resumed_run_ends_with_the_same_files(whole, tmp_path, step):
     """From before the first allocation, from between two, and from after the last one."""
     folder, losses = whole
