@@ -163,7 +163,7 @@ def test_fit_proposes_what_fits_and_recomputes_least_first():
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=100,

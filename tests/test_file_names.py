@@ -10,6 +10,7 @@ import logging
 import pytest
 import torch
 import transformers as tf
+from fast_copy import Template
 from safetensors.torch import load_file, save_file
 from tiny_models import foreign_code, llama, state_digest, token_ids
 
@@ -48,7 +49,7 @@ QWEN_IDS = {"image_token_id": 99, "video_token_id": 98, "vision_start_token_id":
 
 
 def made(cls, config):
-    """A model, always the same; copied, as making one takes three times as long."""
+    """A model, always the same; copied, as making one takes ten times as long."""
     key = (cls, config.to_json_string(use_diff=False))
     if key not in _models:
         torch.manual_seed(0)
@@ -57,8 +58,8 @@ def made(cls, config):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape), alpha=0.05)
-        _models[key] = model
-    return copy.deepcopy(_models[key])
+        _models[key] = Template(model)
+    return _models[key].copy()
 
 
 def llava(cls=tf.LlavaForConditionalGeneration):
@@ -485,6 +486,16 @@ METHODS = {
 }
 
 
+# Of the others, the options that are saved again are those of one of these, or name no module.
+SAVED_AGAIN = (
+    "rank pattern by full name",
+    "excluded",
+    "head trained by full name",
+    "tokens by name",
+    "ia3 by full name",
+)
+
+
 @pytest.mark.parametrize("case", METHODS)
 def test_every_methods_file_is_read_under_old_names_and_its_state_with_the_adapters_name(case, tmp_path):
     """The state is what a script writes that saves PEFT's state_dict() itself."""
@@ -493,7 +504,8 @@ def test_every_methods_file_is_read_under_old_names_and_its_state_with_the_adapt
     with foreign_code():
         model = adapted(base, config())
     want = output(model)
-    check_loads(base, write(model, tmp_path / "old", BEFORE_4_52, **edit), want, tmp_path, by_peft=False)
+    directory = write(model, tmp_path / "old", BEFORE_4_52, **edit)
+    check_loads(base, directory, want, tmp_path, by_peft=False, again=case in SAVED_AGAIN)
     directory = write(model, tmp_path / "file")
     own = {id(p) for p in model.parameters() if p.requires_grad}
     state = {

@@ -23,7 +23,8 @@ def everything(model):
         inside = {key: list(map(id, value.values())) for key, value in own.items() if isinstance(value, dict)}
         modules[name] = (id(module), type(module), id(own), {key: id(value) for key, value in own.items()}, inside)
     tensors = {
-        name: (id(t), t.requires_grad, t.data_ptr(), t.tolist()) for name, t in model.state_dict(keep_vars=True).items()
+        name: (id(t), t.requires_grad, t.data_ptr(), t.detach().numpy().tobytes())
+        for name, t in model.state_dict(keep_vars=True).items()
     }
     state = vars(model).get(verbs.STATE)
     known = {} if state is None else {**vars(state), **vars(state.switch)}
