@@ -2,8 +2,10 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +28,6 @@ METHODS = {
     "IA3": "ia3",
     "VERA": "vera",
 }
-
-
-def shell(*arguments):
-    return subprocess.run([sys.executable, "-m", "minipeft", *arguments], capture_output=True, text=True, check=False)
 
 
 def run(*arguments):
@@ -60,12 +58,16 @@ def test_help_answers_without_torch():
     assert result.stdout.endswith("False\n")
 
 
-def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    result = shell("inspect", str(tmp_path / "nothing"))
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("minipeft: ")
-    assert result.stderr.count("\n") == 1
+def test_an_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minipeft", "inspect", str(tmp_path / "nothing")])
+    program = Path(minipeft.__file__).with_name("__main__.py")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(program), run_name="__main__")  # as `python -m minipeft` does
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("minipeft: ")
+    assert said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """minipeft.training.flags: a flag is one field of a dataclass, which says all there is to know about it."""
 
 import dataclasses
-import subprocess
-import sys
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -135,7 +134,7 @@ def test_the_help_has_every_flag_and_its_default(capsys):
     assert "False" not in text
 
 
-def test_a_program_can_define_its_flags_in_a_file_of_its_own(tmp_path):
+def test_a_program_can_define_its_flags_in_a_file_of_its_own(tmp_path, capsys):
     """As a script, whose module is not one that others import."""
     script = tmp_path / "program.py"
     script.write_text(
@@ -148,5 +147,5 @@ def test_a_program_can_define_its_flags_in_a_file_of_its_own(tmp_path):
         "print(parse_flags(Flags, ['--rank', '4'], None))\n",
         "utf-8",
     )
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (0, "Flags(rank=4)\n"), result.stderr
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out == "Flags(rank=4)\n"

@@ -42,8 +42,11 @@ RESULTS |= {
 }
 
 
+ON_CPU = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **more}
+    env = {**os.environ, **ON_CPU, **more}
     return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=200)
 
 
@@ -61,12 +64,12 @@ def losses_of(directory: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """One quick run as the README starts it."""
+def quick(tmp_path_factory) -> tuple[Path, Warm]:
+    """One quick run as the README starts it, but for the new interpreters."""
     directory = tmp_path_factory.mktemp("quick") / "new" / "directory"
-    result = run("-m", "accelerate.commands.launch", SCRIPT, "--quick", "--output_dir", directory)
-    assert result.returncode == 0, result.stderr
-    return directory, result
+    process = Warm(directory.parents[1], warm.launch, SCRIPT, "--quick", "--output_dir", directory, **ON_CPU)
+    assert process.wait(200) == 0, process.stderr
+    return directory, process
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,13 @@ def short_text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "short [1].txt"  # a name that is also a glob pattern
     path.write_text(gzip.decompress((CORPUS / "code-train.txt.gz").read_bytes()).decode()[:3620], "utf-8")
     return path
+
+
+@pytest.mark.slow  # two new interpreters import everything
+def test_the_command_of_the_readme_starts_a_run(quick, tmp_path):
+    result = run("-m", "accelerate.commands.launch", SCRIPT, "--quick", "--output_dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert losses_of(tmp_path) == losses_of(quick[0])
 
 
 def test_the_quick_run_leaves_all_its_results(quick):

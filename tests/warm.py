@@ -5,6 +5,7 @@ own environment, output, signals and exit code; what a launcher starts, and at l
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -57,6 +58,7 @@ def _run(files, environment, target, args):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # else the first collection looks through all that the server has imported, and copies its pages
     target(*args)
 
 
