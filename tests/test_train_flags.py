@@ -136,7 +136,9 @@ def test_an_attention_that_is_not_there_is_refused_by_its_flag(refused, name):
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"])
-def test_each_optimizer_trains_and_resumes_bit_for_bit(go, tmp_path, name):
+def test_each_optimizer_is_what_its_name_says_trains_and_resumes_bit_for_bit(go, train, monkeypatch, tmp_path, name):
+    made, make = [], train.optimizers.make_optimizer
+    monkeypatch.setattr(train.optimizers, "make_optimizer", lambda *args: made.append(make(*args)) or made[-1])
     if "8bit" in name:
         pytest.importorskip("bitsandbytes")
     flags = ["--optim", name, "--rank", "64", "--save_every", "1", "--keep", "9"]
@@ -146,22 +148,11 @@ def test_each_optimizer_trains_and_resumes_bit_for_bit(go, tmp_path, name):
     again = load_file(tmp_path / "run/adapter_model.safetensors")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     assert [row.get("loss") for row in rows_of(tmp_path / "run")] == [row.get("loss") for row in rows]
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "state"),
-    [("adamw_torch_fused", "AdamW", None), ("adamw_8bit", "AdamW8bit", torch.uint8), ("adamw_torch", "AdamW", None)],
-)
-def test_an_optimizer_is_the_one_that_its_name_says(go, train, monkeypatch, name, kind, state):
-    made, make = [], train.optimizers.make_optimizer
-    monkeypatch.setattr(train.optimizers, "make_optimizer", lambda *args: made.append(make(*args)) or made[0])
-    if "8bit" in name:
-        pytest.importorskip("bitsandbytes")
-    go("--optim", name, "--rank", "64")
-    assert type(made[0]).__name__ == kind
-    assert made[0].defaults.get("fused") is (True if "fused" in name else None)
-    if state:
-        assert {values["state1"].dtype for values in made[0].state.values()} == {state}
+    for optimizer in made:
+        assert type(optimizer).__name__ == ("AdamW8bit" if "8bit" in name else "AdamW")
+        assert optimizer.defaults.get("fused") is (True if "fused" in name else None)
+        if "8bit" in name:
+            assert {values["state1"].dtype for values in optimizer.state.values()} == {torch.uint8}
 
 
 def test_an_optimizer_that_is_not_there_is_refused_by_name(refused, monkeypatch):
