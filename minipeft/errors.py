@@ -56,6 +56,10 @@ class DataError(MinipeftError, ValueError):
     """Text or rows to train on cannot be found, read, or made into examples."""
 
 
+class ExerciseError(MinipeftError, ValueError):
+    """An exercise of `minipeft learn` does not exist, or the learner's file cannot be checked."""
+
+
 class LeanError(MinipeftError, RuntimeError):
     """`minipeft.lean` would change what the model computes."""
 

@@ -12,6 +12,7 @@ from minipeft.cli.diff import diff
 from minipeft.cli.doctor import doctor
 from minipeft.cli.estimate import estimate
 from minipeft.cli.inspect import inspect
+from minipeft.cli.learn import learn
 from minipeft.cli.merge import merge
 from minipeft.cli.plot import plot
 from minipeft.cli.suggest import suggest
@@ -33,6 +34,7 @@ app.command()(estimate)
 app.command()(suggest)
 app.command()(diff)
 app.command()(plot)
+app.add_typer(learn, name="learn")
 
 
 @app.callback()

@@ -1,0 +1,10 @@
+full_numbers = 1024 * 1024
+lora_numbers = 8 * 1024 + 1024 * 8
+times_fewer = full_numbers / lora_numbers
+scaling = 32 / 8
+scaling_after_doubling_r = 0.5
+largest_rank = 2
+first_difference = 0
+gradient_of_B = 2 * 1 * (1 * 1 + 1 * 2)  # s dL/dy (A x)
+gradient_of_A = 0  # s (B^T dL/dy) x, and B is zero
+merged = 2 + 8 / 4 * 3 * 0.5
