@@ -74,7 +74,7 @@ def _run(arguments: list[str], output: Path, name: str, seconds: float) -> int:
             [sys.executable, "-m", "minipeft.learning.child", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=file,
-            stderr=file,
+            stderr=subprocess.DEVNULL,  # where libraries warn
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )

@@ -96,12 +96,15 @@ def _takes_conv1d(work: SimpleNamespace) -> None:
 
 @LAWS.law("every layer of these names is adapted, of either type, wherever it is")
 def _finds_all(work: SimpleNamespace) -> None:
-    model, _ = _adapted(work)
-    found = _found(work, model)
-    if not found:
+    try:
+        model, _ = _adapted(work)
+    except ValueError as error:
         raise Broken(
-            "no layer is adapted: GPT-2's layers are Conv1D, which is no subclass of nn.Linear; and put each into its parent."
-        )
+            f"for names that are there it raises a ValueError ({error}): GPT-2's layers are Conv1D, which is no subclass of "
+            "nn.Linear, and they are in blocks within the model."
+        ) from None
+    found = _found(work, model)
+    require(found, "no layer is adapted: put each into its parent, with setattr.")
     missing = [name for name in TRAINED if name not in found]
     require(not missing, f"{', '.join(missing)} is not adapted.")
     nested = [name for name in found if "base_layer" in name]
@@ -112,7 +115,10 @@ def _finds_all(work: SimpleNamespace) -> None:
     require(
         not others, f"{', '.join(others)} is adapted, too: compare the last part of the name, and compare it whole."
     )
-    linear, _ = _adapted(work, ("head", "not_c_attn"))
+    try:
+        linear, _ = _adapted(work, ("head", "not_c_attn"))
+    except ValueError:
+        raise Broken("it finds no nn.Linear; adapt both types.") from None
     found = _found(work, linear)
     require("head" in found, "an nn.Linear directly in the model, 'head', is not adapted.")
     require(len(found) == 3, f"of three layers called head or not_c_attn, all nn.Linear, {len(found)} are adapted.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from minipeft.learning.law import Broken, Laws, require
 
-LAWS = Laws(independent=True)
+LAWS = Laws()
 READINGS = {
     "overfits": ("a", "its training loss goes on falling while the other loss turns and rises"),
     "learning_rate_too_low": ("b", "both of its losses fall, evenly, and hardly at all"),

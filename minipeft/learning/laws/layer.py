@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minipeft.learning.law import Broken, Laws, gap, require, same
 
 LAWS = Laws()
-R, ALPHA = 4, 16.0
+R, ALPHA = 4, 12.0
 OUT, IN = 6, 5
 
 
@@ -107,7 +107,8 @@ def _starts_at_random(work: SimpleNamespace) -> None:
 
 @LAWS.law("the first output is the base layer's")
 def _begins_as_the_base(work: SimpleNamespace) -> None:
-    base, x = _base(), _inputs(7, IN)
+    # Square, so that a transposed factor is a wrong number later, and not an error here.
+    base, x = _base(R, R), _inputs(7, R)
     y, given = base(x), _layer(work, base)(x)
     require(isinstance(given, Tensor), f"forward returns {type(given).__name__}, not a tensor: is a return missing?")
     require(
@@ -130,7 +131,6 @@ def _begins_as_the_base(work: SimpleNamespace) -> None:
 
 @LAWS.law("the update is s B A x, with s = lora_alpha / r")
 def _scales_by_alpha_over_r(work: SimpleNamespace) -> None:
-    # Square, so that a transposed factor is a wrong number and not an error.
     for base in (_base(R, R), _base()):
         layer, x = _trained(_layer(work, base)), _inputs(7, base.in_features)
         update = (layer(x) - base(x)).detach()

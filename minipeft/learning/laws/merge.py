@@ -91,7 +91,10 @@ def _merges_conv1d(work: SimpleNamespace) -> None:
 def _merges_what_trains(work: SimpleNamespace) -> None:
     layer, A, B = _case("Linear", 6, 3)
     layer.requires_grad_(True)
-    work.merge(layer, nn.Parameter(A), nn.Parameter(B), SCALING)
+    try:
+        work.merge(layer, nn.Parameter(A), nn.Parameter(B), SCALING)
+    except RuntimeError as error:
+        raise Broken(f"torch says: {error} Merge under torch.no_grad().") from None
     require(layer.weight.is_leaf, "the merged weight hangs on the graph of A and B: merge under torch.no_grad().")
 
 

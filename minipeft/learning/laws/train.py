@@ -15,7 +15,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 from minipeft.learning.law import Broken, Laws, require, same
 
 LAWS = Laws()
-STEPS = 12
+STEPS = 6
 LOWEST, HIGHEST = 1e-4, 1e-2  # learning rates that may do for LoRA; full fine-tuning takes 1e-5 to 5e-5
 
 
@@ -163,7 +163,7 @@ def _steps(work: SimpleNamespace) -> None:
 
 @LAWS.law("the model learns, and its base stays as it was")
 def _learns(work: SimpleNamespace) -> None:
-    model, batches = _prepared(work, dropout=0.0), _batches() * 5
+    model, batches = _prepared(work, dropout=0.0), _batches() * 8
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     losses = work.train(model, work.make_optimizer(model), batches)
     last = sum(losses[-STEPS:]) / STEPS
