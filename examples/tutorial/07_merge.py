@@ -38,8 +38,11 @@ def loaded(folder: str, dtype: torch.dtype):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
-    rows, unseen = blocks("code-train", 64), blocks("code-eval", 64)[: 16 if args.quick else 64]
-    ids = unseen[:4]
+    rows, unseen = (
+        blocks("code-eval" if args.quick else "code-train", 64),
+        blocks("code-eval", 64)[: 16 if args.quick else 64],
+    )
+    ids = unseen[:1, :32]  # with many rows the library computes with the sum W + s B A anyway
     with TemporaryDirectory() as folder:
         model = trained(folder, rows, 8 if args.quick else 100)
         adapted, weight = logits(model, ids), model.transformer.h[0].attn.c_attn.base_layer.weight.clone()

@@ -86,7 +86,10 @@ def trained(made: Run, rows: Tensor, unseen: Tensor, steps: int) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
     steps = 10 if args.quick else 40
-    rows, unseen = blocks("code-train", LENGTH), blocks("code-eval", LENGTH)[: 4 if args.quick else 16]
+    rows, unseen = (
+        blocks("code-eval" if args.quick else "code-train", LENGTH),
+        blocks("code-eval", LENGTH)[: 4 if args.quick else 16],
+    )
     found, curves = {}, {}
     for name, (make, wanted) in {"nothing wrong": (run, None), **BROKEN}.items():
         made = make()

@@ -52,7 +52,10 @@ def layer_bytes(model) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
     steps = 10 if args.quick else 100
-    rows, unseen = blocks("code-train", 64), blocks("code-eval", 64)[: 8 if args.quick else 48]
+    rows, unseen = (
+        blocks("code-eval" if args.quick else "code-train", 64),
+        blocks("code-eval", 64)[: 8 if args.quick else 48],
+    )
 
     weight = tiny_model().transformer.h[0].mlp.c_fc.weight.detach().T.contiguous()  # Conv1D stores (in, out)
     by_hand, levels = to_levels(weight, normal_levels()), normal_levels()

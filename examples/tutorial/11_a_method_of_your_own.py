@@ -61,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(check_pair("lora_fa", layer))
 
     steps = 10 if args.quick else 100
-    rows, unseen = blocks("code-train", 64), blocks("code-eval", 64)[: 8 if args.quick else 48]
+    rows, unseen = (
+        blocks("code-eval" if args.quick else "code-train", 64),
+        blocks("code-eval", 64)[: 8 if args.quick else 48],
+    )
     curves, losses, trainable = {}, {"base": evaluate(tiny_model(), unseen)}, {}
     for name, config in {
         "LoRA": LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS),

@@ -63,7 +63,10 @@ def draw(args, moved: dict[str, float], words: list[str], change: Tensor) -> Non
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
-    rows, unseen = blocks("code-train", 64), blocks("code-eval", 64)[: 8 if args.quick else 48]
+    rows, unseen = (
+        blocks("code-eval" if args.quick else "code-train", 64),
+        blocks("code-eval", 64)[: 8 if args.quick else 48],
+    )
     ids = tokenizer()(TEXT, return_tensors="pt")["input_ids"]
     base = tiny_model()
     model = get_lora_model(tiny_model(), LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
