@@ -18,9 +18,9 @@ STRENGTHS = [2.0**power for power in range(-8, 3)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def trained(folder: str, rows: torch.Tensor, steps: int):
+def trained(folder: str, rows: torch.Tensor, steps: int, size: int):
     model = get_lora_model(tiny_model(), LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
-    train(model, rows, steps=steps, lr=3e-3)
+    train(model, rows, steps=steps, lr=3e-3, size=size)
     model.save_pretrained(folder)
     return model
 
@@ -38,13 +38,12 @@ def loaded(folder: str, dtype: torch.dtype):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
-    rows, unseen = (
-        blocks("code-eval" if args.quick else "code-train", 64),
-        blocks("code-eval", 64)[: 16 if args.quick else 64],
-    )
+    train_text = "code-eval" if args.quick else "code-train"
+    rows, unseen = blocks(train_text, 64), blocks("code-eval", 64)[: 4 if args.quick else 64]
+    strengths = STRENGTHS[::4] if args.quick else STRENGTHS
     ids = unseen[:1, :32]  # with many rows the library computes with the sum W + s B A anyway
     with TemporaryDirectory() as folder:
-        model = trained(folder, rows, 8 if args.quick else 100)
+        model = trained(folder, rows, *((5, 2) if args.quick else (100, 8)))
         adapted, weight = logits(model, ids), model.transformer.h[0].attn.c_attn.base_layer.weight.clone()
         report = model.merge_adapter()
         print(f"float32: {report}")
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         errors: dict[torch.dtype, list[float]] = {dtype: [] for dtype in DTYPES}
         for dtype in DTYPES:
             model = loaded(folder, dtype)
-            for strength in STRENGTHS:
+            for strength in strengths:
                 model.set_scale("default", strength)
                 errors[dtype].append(model.merge_adapter().worst)
                 model.unmerge_adapter()
@@ -74,23 +73,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = str(dtype).removeprefix("torch.")
             print(f"{name}: evaluation loss {before:.4f}, merged {evaluate(model, unseen):.4f}; {report}")
 
-    at_one = STRENGTHS.index(1.0)
+    at_one = strengths.index(1.0)
     worst = {dtype: errors[dtype][at_one] for dtype in DTYPES}
     check(
         f"bfloat16 loses {worst[torch.bfloat16]:.1%} of the update, float16 {worst[torch.float16]:.1%}",
         worst[torch.bfloat16] > 4 * worst[torch.float16] > 400 * worst[torch.float32],
     )
     check(
-        f"at a {1 / STRENGTHS[0]:.0f}th of its size bfloat16 loses {errors[torch.bfloat16][0]:.0%} of it: "
+        f"at a {1 / strengths[0]:.0f}th of its size bfloat16 loses {errors[torch.bfloat16][0]:.0%} of it: "
         "the smaller the update, the larger the part that is lost",
         errors[torch.bfloat16] == sorted(errors[torch.bfloat16], reverse=True),
     )
 
     drawn, [axes] = figure()
     for dtype in DTYPES:
-        axes.plot(STRENGTHS, errors[dtype], "o-", label=str(dtype).removeprefix("torch."))
+        axes.plot(strengths, errors[dtype], "o-", label=str(dtype).removeprefix("torch."))
     axes.axhline(1, color="0.4", linestyle=":")
-    axes.text(STRENGTHS[-1], 1.15, "all of the update is lost", ha="right", color="0.4", va="bottom")
+    axes.text(strengths[-1], 1.15, "all of the update is lost", ha="right", color="0.4", va="bottom")
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="strength of the adapter (1: as trained)", ylabel="share of the update that is lost")
     axes.set_title("What rounding costs when an adapter is merged")

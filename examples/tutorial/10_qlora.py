@@ -51,11 +51,9 @@ def layer_bytes(model) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
-    steps = 10 if args.quick else 100
-    rows, unseen = (
-        blocks("code-eval" if args.quick else "code-train", 64),
-        blocks("code-eval", 64)[: 8 if args.quick else 48],
-    )
+    steps, size = (5, 2) if args.quick else (100, 8)
+    train_text = "code-eval" if args.quick else "code-train"
+    rows, unseen = blocks(train_text, 64), blocks("code-eval", 64)[: 4 if args.quick else 48]
 
     weight = tiny_model().transformer.h[0].mlp.c_fc.weight.detach().T.contiguous()  # Conv1D stores (in, out)
     by_hand, levels = to_levels(weight, normal_levels()), normal_levels()
@@ -85,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, model in (("LoRA on the float base", floats), ("QLoRA: LoRA on the NF4 base", small)):
         torch.manual_seed(0)  # the same A for both
         model = get_lora_model(model, CONFIG)
-        curves[name] = train(model, rows, steps=steps, lr=3e-3)
+        curves[name] = train(model, rows, steps=steps, lr=3e-3, size=size)
         after.append(evaluate(model, unseen))
         print(f"{name}: evaluation loss {after[-1]:.3f}")
     check(
