@@ -19,6 +19,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def trained(folder: str, rows: torch.Tensor, steps: int, size: int):
+    torch.manual_seed(0)
     model = get_lora_model(tiny_model(), LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
     train(model, rows, steps=steps, lr=3e-3, size=size)
     model.save_pretrained(folder)
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         axes.plot(strengths, errors[dtype], "o-", label=str(dtype).removeprefix("torch."))
     axes.axhline(1, color="0.4", linestyle=":")
     axes.text(strengths[-1], 1.15, "all of the update is lost", ha="right", color="0.4", va="bottom")
+    axes.set_ylim(top=10)
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="strength of the adapter (1: as trained)", ylabel="share of the update that is lost")
     axes.set_title("What rounding costs when an adapter is merged")

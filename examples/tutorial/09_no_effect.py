@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, unseen = blocks(train_text, LENGTH), blocks("code-eval", LENGTH)[: 4 if args.quick else 16]
     found, curves = {}, {}
     for name, (make, wanted) in {"nothing wrong": (run, None), **BROKEN}.items():
+        torch.manual_seed(0)
         made = make()
         findings = diagnose(made.model.train(), made.batch(rows[:size]), made.optimizer, tokenizer())
         found[name] = [finding.name for finding in findings]

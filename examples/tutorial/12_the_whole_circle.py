@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps, size = (8, 2) if args.quick else (120, 8)
     ids = tokenizer()(TEXT, return_tensors="pt")["input_ids"]
     base = tiny_model()
+    torch.manual_seed(0)
     model = get_lora_model(tiny_model(), LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
     train(model, rows, steps=steps, lr=3e-3, size=size)
     before, after = evaluate(base, unseen), evaluate(model, unseen)
