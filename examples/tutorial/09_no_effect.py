@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(f"{name}: found as {wanted}", found[name] == [wanted])
     if not args.quick:
         gain = {name: curve[0] - curve[-1] for name, curve in curves.items()}
-        check(f"the healthy run gains {gain['nothing wrong']:.2f} nats per token", gain["nothing wrong"] > 0.3)
+        check(f"the healthy run gains {gain['nothing wrong']:.2f} nats per token", gain["nothing wrong"] > 0.2)
         most = max(gain[name] for name in BROKEN)
         check(f"no broken run gains more than {most:.2f}", most < 0.4 * gain["nothing wrong"])
 
@@ -120,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ylabel="loss on other text (nats per token)",
         title="Five runs that print losses and do not learn the text",
     )
-    axes.set_ylim(top=curves["nothing wrong"][0] + 2.5)  # two of them leave the picture
-    axes.legend(fontsize="small")
+    axes.set_ylim(top=curves["nothing wrong"][0] + 4)  # with room for the legend
+    axes.legend(fontsize="small", ncols=2, loc="upper right")
     save(drawn, args, __file__)
 
 
