@@ -1,0 +1,130 @@
+"""What a sweep found: its table, its plots, and how far the suggested setting is from the best. Used by sweep.py."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+Setting = tuple[Any, ...]
+KEYS = ("method", "targets", "rank", "alpha", "rate")
+START, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
+
+
+class Result:
+    """One setting over its seeds."""
+
+    def __init__(self, records: Sequence[dict[str, Any]]):
+        first, losses = records[0], [record["loss"] for record in records]
+        self.method, self.targets, self.rank, self.alpha, self.rate = (first[key] for key in KEYS)
+        self.bytes, self.loss, self.low, self.high = first["bytes"], mean(losses), min(losses), max(losses)
+
+    @property
+    def name(self) -> str:
+        if self.method == "full":
+            return "full fine-tuning"
+        return (
+            f"{self.method}, r = {self.rank}, alpha = {self.alpha:g}, {self.targets}"
+            if self.method == "lora"
+            else self.method
+        )
+
+
+def settings(records: Iterable[dict[str, Any]]) -> dict[Setting, Result]:
+    """Results by setting, in the order in which they were trained; a loss that is not finite counts as infinite."""
+    found: dict[Setting, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(tuple(record[key] for key in KEYS), []).append(record)
+    return {setting: Result(each) for setting, each in found.items()}
+
+
+def best(results: Iterable[Result], *keys: str) -> dict[Setting, Result]:
+    """The best learning rate of each of these."""
+    found: dict[Setting, Result] = {}
+    for result in results:
+        key = tuple(getattr(result, name) for name in keys)
+        if key not in found or result.loss < found[key].loss:
+            found[key] = result
+    return found
+
+
+def table(results: Sequence[Result], chosen: Result) -> str:
+    """Every setting at its best learning rate, the best first."""
+    lines = ["| setting | learning rate | trainable bytes | loss | over seeds |", "|---|---:|---:|---:|---|"]
+    tuned = best(results, "method", "targets", "rank", "alpha").values()
+    for result in sorted({*tuned, chosen}, key=lambda result: result.loss):
+        name = f"**suggested**: {result.name}" if result is chosen else result.name
+        lines.append(
+            f"| {name} | {result.rate:g} | {result.bytes:,} | {result.loss:.3f} | {result.low:.3f} to {result.high:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(axes: Any, x: Sequence[float], results: Sequence[Result], label: str) -> None:
+    """Mean over the seeds as a line, and from the least to the most as a band."""
+    [line] = axes.plot(x, [result.loss for result in results], "o-", markersize=4, label=label)
+    axes.fill_between(x, [r.low for r in results], [r.high for r in results], color=line.get_color(), alpha=0.2)
+
+
+def draw(results: Sequence[Result], chosen: Result, path: Path) -> None:
+    """Three plots: loss by learning rate, by rank, and by trainable bytes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    by_rate, by_rank, by_bytes = figure.subplots(1, 3)
+    lora = [result for result in results if result.method == "lora"]
+    alike = [result for result in lora if (result.targets, result.alpha) == (chosen.targets, chosen.alpha)]
+    for rank in sorted({result.rank for result in alike}):
+        own = sorted((result for result in alike if result.rank == rank), key=lambda result: result.rate)
+        spread(by_rate, [result.rate for result in own], own, f"r = {rank}")
+    full = sorted((result for result in results if result.method == "full"), key=lambda result: result.rate)
+    if full:
+        spread(by_rate, [result.rate for result in full], full, "full fine-tuning")
+    tuned = best(lora, "targets", "alpha", "rank")
+    for targets, alpha in dict.fromkeys((result.targets, result.alpha) for result in lora):
+        own = sorted((r for key, r in tuned.items() if key[:2] == (targets, alpha)), key=lambda result: result.rank)
+        spread(by_rank, [result.rank for result in own], own, f"{targets}, alpha = {alpha:g}")
+    for name in dict.fromkeys(result.method for result in results):
+        own = sorted(best((r for r in results if r.method == name), "bytes").values(), key=lambda result: result.bytes)
+        errors = [[r.loss - r.low for r in own], [r.high - r.loss for r in own]]
+        by_bytes.errorbar(
+            [r.bytes for r in own], [r.loss for r in own], errors, fmt="o", capsize=3, markersize=5, label=name
+        )
+    for axes in (by_rate, by_bytes):
+        axes.plot(
+            [chosen.rate if axes is by_rate else chosen.bytes], [chosen.loss], "k*", markersize=12, label="suggested"
+        )
+    by_rate.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel="loss on other text",
+        title=f"{chosen.targets}, alpha = {chosen.alpha:g}",
+    )
+    by_rank.set(xscale="log", xlabel="rank", title="LoRA at its best learning rate")
+    by_rank.set_xticks(sorted({result.rank for result in lora}), [str(rank) for rank in sorted({r.rank for r in lora})])
+    by_bytes.set(xscale="log", xlabel="trainable bytes", title="Methods at their best learning rate")
+    worst = min(max(result.loss for result in results), 1.15 * min(result.loss for result in results))
+    for axes in (by_rate, by_rank, by_bytes):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+        axes.set_ylim(top=worst)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+
+
+def report(records: Sequence[dict[str, Any]], suggested: dict[str, Any], folder: Path, page: Path | None) -> float:
+    """Print, draw and write; returns how much worse the suggested setting is than the best, as a share."""
+    by_setting = settings(records)
+    results, chosen = list(by_setting.values()), by_setting[tuple(suggested[key] for key in KEYS)]
+    found, top = table(results, chosen), min((r for r in results if r.method == "lora"), key=lambda result: result.loss)
+    print(found)
+    share = chosen.loss / top.loss - 1
+    words = (
+        f"The suggested setting ({chosen.name}, learning rate {chosen.rate:g}) reaches {chosen.loss:.3f}, {100 * share:.1f} % above "
+        f"the best of {len(results)} settings ({top.name}, learning rate {top.rate:g}: {top.loss:.3f})."
+    )
+    print(words)
+    draw(results, chosen, folder / "sweep.png")
+    if page is not None:
+        text = page.read_text("utf-8")
+        before, after = text.split(START)[0], text.split(END)[1]
+        page.write_text(f"{before}{START}\n{words}\n\n{found}\n{END}{after}", "utf-8")
+    return share
