@@ -121,7 +121,7 @@ class Training:
             model.train_adapters(names)
         parameters = [list(model.parameters()) if is_full else model.adapter_parameters(name) for name in names]
         groups = [{"params": own, "lr": cell.rate} for own, cell in zip(parameters, cells, strict=True)]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         schedule = get_scheduler("linear", optimizer, max(1, self.steps // 20), self.steps)
         for rows in zip(*(self.order(cell.seed) for cell in cells), strict=True):
             sum(losses(model, rows, names, is_full)).backward()
@@ -190,7 +190,7 @@ def flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--other_text", type=Path, default=ASSETS / "corpus" / "code-eval.txt.gz", help="to evaluate on"
     )
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], help="of LoRA")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3, 1.2e-2], help="of LoRA")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--alphas", type=float, nargs="+", default=[16, 32])
     parser.add_argument(
