@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     drawn, [axes] = figure()
     bottom = [0.0] * len(WAYS)
-    for item in ITEMS:
+    for item in (item for item in ITEMS if any(ledgers[way][item] for way in WAYS)):
         heights = [ledgers[way][item] / 1e6 for way in WAYS]
         axes.bar(["full fine-tuning", "LoRA", "LoRA, lean"], heights, bottom=bottom, label=item, width=0.6)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
