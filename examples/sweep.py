@@ -229,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         name: str(getattr(args, name))
         for name in ("model", "text", "other_text", "rows", "other_rows", "length", "epochs", "together")
     }
+    settings["batch"] = str(training.batch)
     records = Records(args.output_dir / "cells.jsonl", settings)
     todo = [group for group in groups if not all(cell in records.done for cell in group)]
     total = sum(map(len, groups))

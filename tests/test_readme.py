@@ -16,6 +16,7 @@ from minipeft.injection import default_targets as families
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES += tuple(sorted((ROOT / "docs" / "tutorial").glob("*.md")))
 TINY = ROOT / "examples/assets/tiny"
 TRAINING = "# ... train it with what you train models with ..."
 TRAINED = "[p.data.add_(0.01) for p in model.parameters() if p.requires_grad]"

@@ -24,6 +24,14 @@ def test_the_learning_rate_is_ten_times_that_of_full_fine_tuning():
     assert qwen["learning_rate"] == pytest.approx(5e-4 * (2000 / 1024) ** 0.0775, rel=0.02)
 
 
+def test_a_family_that_was_not_measured_gets_a_rate_between_those_that_were():
+    found = suggest(gpt2().config, get_adapter_model)
+    width = gpt2().config.hidden_size
+    llama, qwen = (5e-4 * (2000 / width) ** p for p in (0.781, 0.0775))
+    assert found["learning_rate"] == pytest.approx((llama * qwen) ** 0.5, rel=0.03)
+    assert "gpt2 was not measured" in next(c.reason for c in found.choices if c.name == "learning_rate")
+
+
 @pytest.mark.parametrize(("tokens", "r"), [(1000, 8), (20 * PER_RANK, 32), (64 * PER_RANK, 64), (10**12, 256)])
 def test_the_rank_gives_a_parameter_to_each_token(tokens, r):
     found = suggest(LLAMA, get_adapter_model, tokens)

@@ -42,8 +42,7 @@ def adapted(runs: Sequence[Run]) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model with an adapter for each run, and the optimizer of all of them."""
     model, groups = tiny_model(), []  # from_pretrained switches dropout off, so a run depends on its seed alone
     for place, run in enumerate(runs):
-        options, _ = SETTINGS[run.setting]
-        config = LoraConfig(**options, target_modules=TARGETS)
+        config = LoraConfig(**SETTINGS[run.setting][0], target_modules=TARGETS)
         torch.manual_seed(run.seed)
         if place == 0:
             get_lora_model(model, config, run.name)
@@ -127,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     axes[1].set(title="Three ranks")
     for plot in axes:
         plot.set(xscale="log", xlabel="learning rate")
+        plot.set_ylim(top=1.3 * min(best.values()))
         plot.legend(fontsize="small")
     save(drawn, args, __file__)
 
