@@ -24,7 +24,7 @@ def chapters(monkeypatch):
     yield
     logging.set_verbosity(verbosity)
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
-    for name in (*CHAPTERS, "material", "my_lora"):
+    for name in CHAPTERS:
         sys.modules.pop(name, None)
 
 

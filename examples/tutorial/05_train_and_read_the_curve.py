@@ -49,7 +49,7 @@ def trained(run: Run, steps: int, size: int, other: torch.Tensor) -> Run:
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
     steps, size, other = (
-        (16, 2, blocks("code-eval", LENGTH)[:8]) if args.quick else (160, 4, blocks("code-eval", LENGTH)[:32])
+        (8, 2, blocks("code-eval", LENGTH)[:4]) if args.quick else (160, 4, blocks("code-eval", LENGTH)[:32])
     )
     good = Run("a good run", 4e-3)
     slow = Run("learning rate too low", 4e-5)
