@@ -100,8 +100,11 @@ def draw(results: Sequence[Result], chosen: Result, path: Path) -> None:
         title=f"{chosen.targets}, alpha = {chosen.alpha:g}",
     )
     by_rank.set(xscale="log", xlabel="rank", title="LoRA at its best learning rate")
-    by_rank.set_xticks(sorted({result.rank for result in lora}), [str(rank) for rank in sorted({r.rank for r in lora})])
-    by_bytes.set(xscale="log", xlabel="trainable bytes", title="Methods at their best learning rate")
+    ranks, rates = sorted({result.rank for result in lora}), sorted({result.rate for result in alike + full})
+    for axes, values in ((by_rank, ranks), (by_rate, rates)):
+        axes.minorticks_off()
+        axes.set_xticks(values, [f"{value:g}" for value in values], rotation=0 if axes is by_rank else 45)
+    by_bytes.set(xscale="log", xlabel="trainable bytes", title="At the best learning rate")
     worst = min(max(result.loss for result in results), 1.15 * min(result.loss for result in results))
     for axes in (by_rate, by_rank, by_bytes):
         axes.grid(alpha=0.3)
