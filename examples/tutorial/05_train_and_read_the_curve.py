@@ -31,25 +31,24 @@ class Run:
     others: dict[int, float] = field(default_factory=dict)  # loss on other code, after so many steps
 
 
-def trained(run: Run, steps: int, size: int, other: torch.Tensor) -> Run:
+def trained(run: Run, steps: int, size: int, looks: int, other: torch.Tensor) -> None:
     torch.manual_seed(0)
     model = get_lora_model(tiny_model(), LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
 
     def look(step: int, norm: float) -> None:
         run.norms.append(norm)
-        if step % (steps // 8) == 0:
+        if step % (steps // looks) == 0:
             run.others[step] = evaluate(model, other)
 
     run.others[0] = evaluate(model, other)
     rows = blocks("code-train", LENGTH)[: run.rows]
     run.losses = train(model, rows, steps=steps, lr=run.lr, size=size, after_step=look, **run.more)
-    return run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
-    steps, size, other = (
-        (8, 2, blocks("code-eval", LENGTH)[:4]) if args.quick else (160, 4, blocks("code-eval", LENGTH)[:32])
+    steps, size, looks, other = (
+        (8, 2, 2, blocks("code-eval", LENGTH)[:4]) if args.quick else (160, 4, 8, blocks("code-eval", LENGTH)[:32])
     )
     good = Run("a good run", 4e-3)
     slow = Run("learning rate too low", 4e-5)
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bare = Run("no warm-up, no clipping", 5e-2, more={"warmup": 0, "clip": 1e9})
     safe = Run("warm-up and clipping", 5e-2, more={"warmup": steps // 5, "clip": 1.0})
     for run in (good, slow, heart, bare, safe):
-        trained(run, steps, size, other)
+        trained(run, steps, size, looks, other)
 
     window = steps // 8
     print(f"{'loss, in nats per token':>24}{'training':>10}{'other code':>12}{'lowest':>9}")

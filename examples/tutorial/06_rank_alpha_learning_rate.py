@@ -84,8 +84,8 @@ def trained(runs: Sequence[Run], steps: int, other: Tensor) -> dict[Run, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
-    rates, steps, other = ([3e-3, 3e-2], 2, 2) if args.quick else ([1e-3, 3e-3, 1e-2, 3e-2], 40, 24)
-    product = itertools.product(SETTINGS, rates, range(2))
+    rates, seeds, steps, other = ([3e-3, 3e-2], 2, 2, 2) if args.quick else ([1e-3, 3e-3, 1e-2, 3e-2], 2, 40, 24)
+    product = itertools.product(SETTINGS, rates, range(seeds))
     runs = [Run(setting, rate, seed, f"run{place}") for place, (setting, rate, seed) in enumerate(product)]
     found = trained(runs, steps, blocks("code-eval", 64)[:other])
 
