@@ -41,7 +41,7 @@ def told(chapter):
     return [line.rstrip() for line in shown.splitlines() if not line.startswith("figure: ")]
 
 
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def words(line):
