@@ -136,15 +136,17 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path):
     call = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import build; sys.exit(build.build(Path(sys.argv[2])))"
     done = subprocess.run([sys.executable, "-c", call, DOCS, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pages = [
-        page for page in tmp_path.rglob("*.html") if page.name != "index.html" or page.parent.name != tmp_path.name
-    ]
+    pages = {page: page.read_text("utf-8") for page in tmp_path.rglob("*.html")}
     assert len(pages) > 2 * len(TRANSLATED)
-    for page in pages:
-        html = page.read_text("utf-8")
+    for page, html in pages.items():
         assert not re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="https?:[^"]*"', html), page
-        for goal in re.findall(r'<a href="([^"]+)" lang=', html):
-            assert (page.parent / goal).exists(), f"{page} has no {goal} in the other language"
-    first = tmp_path / "zh-TW/docs/zh-TW/tutorial" / f"{TRANSLATED[1].stem}.html"
-    assert 'lang="zh-TW"' in first.read_text("utf-8")
-    assert "<math" in (tmp_path / "docs/tutorial/02_mathematics.html").read_text("utf-8")
+        for target, fragment in re.findall(r'(?:href|src)="(?!https?:|data:)([^"#?]*)[^"#]*#?([^"]*)"', html):
+            goal = (page.parent / target).resolve() if target else page
+            goal = goal / "index.html" if goal.is_dir() else goal
+            assert goal.exists(), f"{page} links to {target}"
+            assert not fragment or f'id="{fragment}"' in pages.get(goal, html), f"{page} links to {target}#{fragment}"
+    english, chinese = (tmp_path / at / "tutorial/02_mathematics.html" for at in ("docs", "zh-TW/docs/zh-TW"))
+    assert "<math" in pages[english]
+    assert "<math" in pages[chinese]
+    assert '<html class="no-js" lang="zh-TW"' in pages[chinese]
+    assert re.search(r'<a href="[./]+/zh-TW/docs/zh-TW/tutorial/02_mathematics.html" lang="zh-TW"', pages[english])
