@@ -52,7 +52,7 @@ def test_both_languages_have_the_same_code_formulas_figures_links_and_numbers():
         texts = [at.read_text("utf-8") for at in (page, translation)]
         for what in (CODE, r"\$\$.+?\$\$", r"(?m)^#+(?= )", r"(?m)^\|(?=.*\|$)"):
             first, second = (re.findall(what, text) for text in texts)
-            assert first == second, page
+            assert first == second, f"{page}; python docs/same_code.py copies code blocks"
         for link in (r"!\[[^\]]*\]\(([^)]+)\)", r"(?<!!)\[[^\]]*\]\(([^)]+)\)"):
             first, second = (
                 sorted(
