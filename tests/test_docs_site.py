@@ -81,7 +81,6 @@ def test_the_translation_is_written_as_in_taiwan():
         "屏幕",
         "加載",
         "運行",
-        "調用",
         "線程",
         "激活",
         "數據",
