@@ -61,8 +61,8 @@ IN_FLOAT32 = (FULL, PEFT, TUNED, PEFT_CHECKPOINTED, CORE, LEAN, LEAN_MLP, LEAN_B
 IN_HALF = (PEFT, CORE, LEAN, LEAN_BLOCK, LEAN_SQRT)
 COMPARED = (*IN_FLOAT32, FULL + BF16, *(each + ending for ending in (BF16, NF4, NF4_BF16) for each in IN_HALF))
 QUICK = (FULL, PEFT, LEAN_BLOCK, PEFT + NF4, CORE + NF4, PEFT + BF16, LEAN_SQRT + BF16)
-# Torch multiplies in bfloat16 number by number on a processor without instructions for it: these would take half an hour.
-TOO_SLOW = (FULL + BF16, PEFT + BF16, PEFT + NF4_BF16)
+# Torch multiplies in bfloat16 number by number on a processor without instructions for it: these take 10 minutes or more.
+TOO_SLOW = (FULL + BF16, PEFT + BF16, PEFT + NF4_BF16, CORE + BF16, CORE + NF4_BF16)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sweep_report import report
+from sweep_report import FULL, report
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -33,7 +33,6 @@ from minipeft import per_adapter_loss
 from minipeft.planning.suggest import suggest
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-FULL = "full"
 METHODS: dict[str, Callable[..., minipeft.AdapterConfig]] = {
     "lora": lambda r, **more: minipeft.LoraConfig(r=r, **more),
     "dora": lambda r, **more: minipeft.LoraConfig(r=r, use_dora=True, **more),

@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 Setting = tuple[Any, ...]
+FULL = "full"  # the method that is none
 KEYS = ("method", "targets", "rank", "alpha", "rate")
 START, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 
@@ -20,7 +21,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        if self.method == "full":
+        if self.method == FULL:
             return "full fine-tuning"
         return (
             f"{self.method}, r = {self.rank}, alpha = {self.alpha:g}, {self.targets}"
@@ -70,47 +71,58 @@ def draw(results: Sequence[Result], chosen: Result, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    by_rate, by_rank, by_bytes = figure.subplots(1, 3)
-    lora = [result for result in results if result.method == "lora"]
-    alike = [result for result in lora if (result.targets, result.alpha) == (chosen.targets, chosen.alpha)]
-    for rank in sorted({result.rank for result in alike}):
-        own = sorted((result for result in alike if result.rank == rank), key=lambda result: result.rate)
-        spread(by_rate, [result.rate for result in own], own, f"r = {rank}")
-    full = sorted((result for result in results if result.method == "full"), key=lambda result: result.rate)
-    if full:
-        spread(by_rate, [result.rate for result in full], full, "full fine-tuning")
-    tuned = best(lora, "targets", "alpha", "rank")
-    for targets, alpha in dict.fromkeys((result.targets, result.alpha) for result in lora):
-        own = sorted((r for key, r in tuned.items() if key[:2] == (targets, alpha)), key=lambda result: result.rank)
-        spread(by_rank, [result.rank for result in own], own, f"{targets}, alpha = {alpha:g}")
-    for name in dict.fromkeys(result.method for result in results):
-        own = sorted(best((r for r in results if r.method == name), "bytes").values(), key=lambda result: result.bytes)
-        errors = [[r.loss - r.low for r in own], [r.high - r.loss for r in own]]
-        by_bytes.errorbar(
-            [r.bytes for r in own], [r.loss for r in own], errors, fmt="o", capsize=3, markersize=5, label=name
-        )
-    for axes in (by_rate, by_bytes):
-        axes.plot(
-            [chosen.rate if axes is by_rate else chosen.bytes], [chosen.loss], "k*", markersize=12, label="suggested"
-        )
-    by_rate.set(
-        xscale="log",
-        xlabel="learning rate",
-        ylabel="loss on other text",
-        title=f"{chosen.targets}, alpha = {chosen.alpha:g}",
-    )
-    by_rank.set(xscale="log", xlabel="rank", title="LoRA at its best learning rate")
-    ranks, rates = sorted({result.rank for result in lora}), sorted({result.rate for result in alike + full})
-    for axes, values in ((by_rank, ranks), (by_rate, rates)):
-        axes.minorticks_off()
-        axes.set_xticks(values, [f"{value:g}" for value in values], rotation=0 if axes is by_rank else 45)
-    by_bytes.set(xscale="log", xlabel="trainable bytes", title="At the best learning rate")
+    plots = figure.subplots(1, 3)
+    draw_rates(plots[0], results, chosen)
+    draw_ranks(plots[1], [result for result in results if result.method == "lora"])
+    draw_bytes(plots[2], results, chosen)
     worst = min(max(result.loss for result in results), 1.15 * min(result.loss for result in results))
-    for axes in (by_rate, by_rank, by_bytes):
+    for axes in plots:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
         axes.set_ylim(top=worst)
     figure.savefig(path, dpi=80, metadata={"Software": None})
+
+
+def draw_rates(axes: Any, results: Sequence[Result], chosen: Result) -> None:
+    """Loss by learning rate: a line for each rank with the targets and alpha of the chosen setting, and full fine-tuning."""
+    same = (chosen.targets, chosen.alpha)
+    alike = [r for r in results if r.method == FULL or (r.method == "lora" and (r.targets, r.alpha) == same)]
+    for method, rank in sorted({(r.method, r.rank) for r in alike}, reverse=True):
+        own = sorted((r for r in alike if (r.method, r.rank) == (method, rank)), key=lambda result: result.rate)
+        spread(axes, [r.rate for r in own], own, "full fine-tuning" if method == FULL else f"r = {rank}")
+    axes.plot([chosen.rate], [chosen.loss], "k*", markersize=12, label="suggested")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss on other text")
+    axes.set_title(f"{chosen.targets}, alpha = {chosen.alpha:g}")
+    ticks(axes, {result.rate for result in alike if result is not chosen}, rotation=45)
+
+
+def draw_ranks(axes: Any, lora: Sequence[Result]) -> None:
+    """Loss by rank at each one's best learning rate: a line for each choice of targets and alpha."""
+    tuned = best(lora, "targets", "alpha", "rank")
+    for targets, alpha in dict.fromkeys((result.targets, result.alpha) for result in lora):
+        own = sorted((r for key, r in tuned.items() if key[:2] == (targets, alpha)), key=lambda result: result.rank)
+        spread(axes, [result.rank for result in own], own, f"{targets}, alpha = {alpha:g}")
+    axes.set(xscale="log", xlabel="rank", title="LoRA at its best learning rate")
+    ticks(axes, {result.rank for result in lora})
+
+
+def draw_bytes(axes: Any, results: Sequence[Result], chosen: Result) -> None:
+    """Loss by trainable bytes at the best learning rate: a colour for each method."""
+    for name in dict.fromkeys(result.method for result in results):
+        own = sorted(best((r for r in results if r.method == name), "bytes").values(), key=lambda result: result.bytes)
+        errors = [[r.loss - r.low for r in own], [r.high - r.loss for r in own]]
+        label = "full fine-tuning" if name == FULL else name
+        axes.errorbar(
+            [r.bytes for r in own], [r.loss for r in own], errors, fmt="o", capsize=3, markersize=5, label=label
+        )
+    axes.plot([chosen.bytes], [chosen.loss], "k*", markersize=12, label="suggested")
+    axes.set(xscale="log", xlabel="trainable bytes", title="At the best learning rate")
+
+
+def ticks(axes: Any, values: Iterable[float], rotation: int = 0) -> None:
+    """A tick at each of these values, and nowhere else."""
+    axes.minorticks_off()
+    axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], rotation=rotation)
 
 
 def report(records: Sequence[dict[str, Any]], suggested: dict[str, Any], folder: Path, page: Path | None) -> float:
