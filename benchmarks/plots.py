@@ -126,10 +126,8 @@ def draw_memory(records: Records, path: Path) -> None:
     net = [r for r in records if r["measure"].startswith("peak") and r["measure"].endswith("net")]
     shown = [r for r in net if r["peer_name"] == PEFT]
     cases = list(dict.fromkeys(r["case"] for r in shown))
-    height = 1 + 0.27 * len(shown) / len(cases)
-    figure, panels = plt.subplots(
-        1, len(cases), figsize=(8 * len(cases), height), sharey=True, squeeze=False, layout="constrained"
-    )
+    height = 1 + 0.27 * max(sum(r["case"] == case for r in shown) for case in cases)
+    figure, panels = plt.subplots(1, len(cases), figsize=(8 * len(cases), height), squeeze=False, layout="constrained")
     for axes, case in zip(panels[0], cases, strict=True):
         bars(axes, [r for r in shown if r["case"] == case], "MiB")
         axes.set_title(f"{case}, LoRA r=8")
