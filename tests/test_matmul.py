@@ -113,6 +113,18 @@ def test_without_kernels_for_a_dtype_the_product_is_made_in_float32_and_rounded_
             )
 
 
+@pytest.mark.parametrize(("out", "features"), [(310, 24), (40, 310)])
+def test_torchs_default_dtype_changes_nothing(out, features):
+    x, weight = torch.randn(150, features).bfloat16(), torch.randn(out, features).bfloat16()
+    expected = matmul.in_float32(x, weight, None, torch.empty(150, out, dtype=torch.bfloat16))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = matmul.in_float32(x, weight, None, torch.empty(150, out, dtype=torch.bfloat16))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_a_narrow_product_is_added_in_place(dtype, monkeypatch):
     monkeypatch.setattr(matmul, "WORTH_IT", 0)

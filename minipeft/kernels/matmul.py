@@ -127,9 +127,12 @@ def _in_blocks_of_terms(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tenso
     """For weights with few rows: each of their blocks adds to the whole of a block of the result."""
     size = max(128, BLOCK // max(1, len(weight)))
     for some in (slice(row, row + size) for row in range(0, len(x), size)):
-        total = torch.zeros(len(y[some]), len(weight)) if bias is None else bias.float().repeat(len(y[some]), 1)
+        part = x[some]
+        total = x.new_zeros(len(part), len(weight), dtype=torch.float32)
+        if bias is not None:
+            total += bias
         for terms in (slice(start, start + size) for start in range(0, x.shape[1], size)):
-            total.addmm_(x[some, terms].float(), weight[:, terms].float().t())
+            total.addmm_(part[:, terms].float(), weight[:, terms].float().t())
         y[some] = total.to(weight.dtype)
     return y
 
