@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from minipeft.testing.table import with_table
+
 Setting = tuple[Any, ...]
 FULL = "full"  # the method that is none
 KEYS = ("method", "targets", "rank", "alpha", "rate")
@@ -139,7 +141,5 @@ def report(records: Sequence[dict[str, Any]], suggested: dict[str, Any], folder:
     print(words)
     draw(results, chosen, folder / "sweep.png")
     if page is not None:
-        text = page.read_text("utf-8")
-        before, after = text.split(START)[0], text.split(END)[1]
-        page.write_text(f"{before}{START}\n{words}\n\n{found}\n{END}{after}", "utf-8")
+        page.write_text(with_table(page.read_text("utf-8"), f"{words}\n\n{found}\n", START, END), "utf-8")
     return share
