@@ -334,7 +334,7 @@ def passing(x, seed, p):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("shape", [(3, 4), (ROWS + 3,), (0,)])
+@pytest.mark.parametrize("shape", [(3, 4), (ROWS["cpu"] + 3,), (0,)])
 def test_dropout_is_the_formula_on_the_masked_input(shape, p):
     x, weight, b, A, B = arguments(shape)
     passes = passing(x, 3, p)
@@ -369,7 +369,7 @@ def test_features_are_dropped_independently_with_the_given_probability(p):
     assert dropped.mean().item() == pytest.approx(p, abs=5 * deviation / x.numel() ** 0.5 + 5 / 256 / 2000**0.5)
     for dim, count in ((0, 2000), (1, 600)):
         assert dropped.mean(dim).sub(p).abs().max().item() < 6 * deviation / count**0.5 + 1 / 256
-    for other in (dropped.roll(1, 0), dropped.roll(1, 1), dropped.roll(8, 1), dropped.roll(ROWS, 0)):
+    for other in (dropped.roll(1, 0), dropped.roll(1, 1), dropped.roll(8, 1), dropped.roll(ROWS["cpu"], 0)):
         correlation = ((dropped - p) * (other - p)).mean() / deviation**2
         assert abs(correlation.item()) < 5 / x.numel() ** 0.5 + 5 * (1 / 256) ** 2 / deviation**2
     assert not torch.equal(passing(x, 1, p), passing(x, 0, p))

@@ -19,6 +19,7 @@ from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels.functional import largest, low_rank_bound, low_rank_product
 from minipeft.layers.linear import LinearOps
 from minipeft.merging import merge as merging
+from minipeft.merging import rounding
 from minipeft.merging.rounding import add_product
 from minipeft.merging.steps import Step, Write
 from minipeft.methods.lora import Lora
@@ -73,7 +74,7 @@ def test_a_merge_for_good_reads_the_weight_once_and_adds_once():
 
 
 def test_half_precision_is_merged_without_a_wide_copy(monkeypatch):
-    monkeypatch.setattr("minipeft.merging.rounding.BLOCK", 10 * WIDE)  # the last block is a shorter one
+    monkeypatch.setitem(rounding.BLOCK, "cpu", 10 * WIDE)  # the last block is a shorter one
     model = wide_model(torch.bfloat16)
     weight = model[0].base_layer.weight.detach().double()
     adapter = model[0].adapter("default")
@@ -88,7 +89,7 @@ def test_half_precision_is_merged_without_a_wide_copy(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_product_is_added_in_place_and_rounded_once(dtype, transposed, monkeypatch):
-    monkeypatch.setattr("minipeft.merging.rounding.BLOCK", 21)  # three rows of seven values
+    monkeypatch.setitem(rounding.BLOCK, "cpu", 21)  # three rows of seven values
     torch.manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     weight, up, down = torch.randn(7, 8, dtype=dtype), torch.randn(8, 2, dtype=wide), torch.randn(2, 7, dtype=wide)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.injection.rows import BASE
+from minipeft.injection.rows import BASE, numbers, taken
 
 
 def per_adapter_loss(
@@ -53,7 +53,7 @@ def per_adapter_loss(
     sums, tokens = losses.view(count, -1).sum(1), (labels != ignore_index).view(count, -1).sum(1)
     found = {}
     for name in dict.fromkeys(adapter_names):
-        own = [row for row, used in enumerate(adapter_names) if used == name]
+        own = numbers([row for row, used in enumerate(adapter_names) if used == name], labels.device)
         if name != BASE:
-            found[name] = sums[own].sum() / tokens[own].sum().clamp_min(1)
+            found[name] = taken(sums, own).sum() / taken(tokens, own).sum().clamp_min(1)
     return found

@@ -56,7 +56,7 @@ class Rows:
         self.adapters = tuple(name for name in self.uses if name != BASE)
         self.known = tuple(known)
         # The one thing that a compiled model looks at, so other rows need no other graph.
-        self.index = torch.tensor([(*known, BASE).index(name) for name in names], device=device)
+        self.index = numbers([(*known, BASE).index(name) for name in names], device)
         self.times = times
         self.length: int | None = None  # of the model's input now, if that is (rows, length)
         self.kept: dict[Any, Any] | None = {} if keeps else None
@@ -130,7 +130,7 @@ class Parts:
         for place, name in enumerate(names):
             places.setdefault(name, []).append(place)
         size = functools.reduce(math.gcd, [len(list(run)) for _, run in groupby(names)])
-        order = torch.tensor([place for group in places.values() for place in group], device=device)
+        order = numbers([place for group in places.values() for place in group], device)
         sorted_already = len(list(groupby(names))) == len(places)
         groups = tuple((name, _selector(group, device)) for name, group in places.items())
         return cls(groups, None if sorted_already else order.argsort(), tuple(names[::size]), size)
@@ -153,7 +153,12 @@ def as_mask(which: Tensor, x: Tensor) -> Tensor:
 
 def _selector(places: list[int], device: torch.device) -> Selector:
     first, last = places[0], places[-1]
-    return slice(first, last + 1) if last - first + 1 == len(places) else torch.tensor(places, device=device)
+    return slice(first, last + 1) if last - first + 1 == len(places) else numbers(places, device)
+
+
+def numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    """A tensor of them. A GPU is not waited for: what it copies is set aside before the call returns."""
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
 
 
 def rows_now(switch: object) -> Rows | None:

@@ -18,7 +18,9 @@ from minipeft.kernels import matmul
 from minipeft.kernels.transformed import is_compiled
 
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}  # of logits
-CHUNK_ROWS = 256  # at least: each chunk reads the whole head, which takes longer than multiplying by it for a few rows
+# At least: each chunk reads the whole head, which takes longer than multiplying by it for a few rows. And a multiple of
+# it: a GPU multiplies in tiles of 128 or 256 rows, and works on one that is nearly empty as long as on a full one.
+CHUNK_ROWS = 256
 
 
 def causal_lm_loss(
@@ -163,7 +165,8 @@ class _Head:
 def rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
     """How many rows of logits are made at a time."""
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    return max(CHUNK_ROWS, budget // (4 * len(weight)))
+    fit = budget // (4 * len(weight))
+    return max(CHUNK_ROWS, fit - fit % CHUNK_ROWS)
 
 
 # The same for a compiler: one operation of which it knows the shapes alone, since labels decide what is computed.

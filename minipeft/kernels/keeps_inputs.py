@@ -6,7 +6,7 @@ the widest arrays in a model; and in half precision transformers' RMSNorms keep 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,13 +43,21 @@ class _KeepsInputs(torch.autograd.Function):
             return None, *torch.autograd.grad(ctx.function(*inputs), inputs, dy, create_graph=True)
         width = dy.shape[-1]
         rows, dy = [tensor.reshape(-1, width) for tensor in inputs], dy.reshape(-1, width)
-        gradients = [torch.empty_like(every) for every in rows]
         size = max(1, ELEMENTS.get(dy.device.type, ELEMENTS["cuda"]) // max(1, width))
-        for start in range(0, len(dy), size):
-            some = slice(start, start + size)
-            entries = [every[some].detach().requires_grad_() for every in rows]
-            with torch.enable_grad():
-                y = ctx.function(*entries)
-            for gradient, found in zip(gradients, torch.autograd.grad(y, entries, dy[some]), strict=True):
-                gradient[some] = found
+        parts = [slice(start, start + size) for start in range(0, len(dy), size)]
+        if len(parts) == 1:  # a copy would be one more pass over arrays that may be the widest of all
+            gradients = _gradients(ctx.function, rows, dy)
+        else:
+            gradients = [torch.empty_like(every) for every in rows]
+            for some in parts:
+                found = _gradients(ctx.function, [every[some] for every in rows], dy[some])
+                for gradient, part in zip(gradients, found, strict=True):
+                    gradient[some] = part
         return None, *(gradient.view(inputs[0].shape) for gradient in gradients)
+
+
+def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Sequence[Tensor]:
+    entries = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        y = function(*entries)
+    return torch.autograd.grad(y, entries, dy)

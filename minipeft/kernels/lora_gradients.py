@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,8 @@ from minipeft.kernels.frozen_linear import Weight, held_or_made
 Kept = tuple[Tensor, ...]
 Gradients = tuple[tuple[Tensor | None, ...], Tensor | None, Tensor | None]  # of x or what it was made from, A and B
 KEPT = 9  # where `kept` begins among the node's inputs
-SLICE = {
-    "cpu": 512,
-    "cuda": 8192,
-}  # rows whose gradient goes through an activation at once; multiples of `dropout_mask.ROWS`
+# Rows whose gradient goes through an activation at once; multiples of `dropout_mask.ROWS`.
+SLICE = {"cpu": 512, "cuda": 8192}
 
 
 def gradients(
@@ -73,24 +72,31 @@ def _in_slices(
     """Through the activation before, whose arrays are the widest of all, a slice of the rows at a time."""
     into, dy = [tensor.reshape(-1, tensor.shape[-1]) for tensor in kept], dy.reshape(-1, dy.shape[-1])
     W, merged = _multiplier(into[0], weight, lora_A, lora_B, ctx)
-    found, sums = [torch.empty_like(rows) for rows in into], [torch.zeros_like(lora_A), torch.zeros_like(lora_B)]
-    size = SLICE.get(dy.device.type, SLICE["cuda"])
-    for start in range(0, len(dy), size):
-        some = slice(start, start + size)
+
+    def of_slice(some: slice) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
         entries = [rows[some].detach().requires_grad_() for rows in into]
         with torch.enable_grad():
             x = recompute.output(ctx.again.module, *entries)
-        dx, *more = _first_order(
-            dy[some], x.detach(), W, merged, lora_A, lora_B, None if h is None else h[some], ctx, start
-        )
-        for total, gradient in zip(sums, more, strict=True):
-            if gradient is not None:
-                total += gradient
-        for rows, gradient in zip(found, torch.autograd.grad(x, entries, dx), strict=True):
-            rows[some] = gradient
-    _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
-    gradients = tuple(rows.view(tensor.shape) for rows, tensor in zip(found, kept, strict=True))
-    return gradients, sums[0] if wants_A else None, sums[1] if wants_B else None
+        own_h = None if h is None else h[some]
+        dx, dA, dB = _first_order(dy[some], x.detach(), W, merged, lora_A, lora_B, own_h, ctx, some.start)
+        return torch.autograd.grad(x, entries, dx), dA, dB
+
+    size = SLICE.get(dy.device.type, SLICE["cuda"])
+    parts = [slice(start, start + size) for start in range(0, len(dy), size)]
+    if len(parts) == 1:  # a copy would be one more pass over the widest arrays
+        found, dA, dB = of_slice(parts[0])
+    else:
+        _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
+        found = [torch.empty_like(rows) for rows in into]
+        dA, dB = torch.zeros_like(lora_A) if wants_A else None, torch.zeros_like(lora_B) if wants_B else None
+        for some in parts:
+            through, *more = of_slice(some)
+            for whole, part in zip((dA, dB), more, strict=True):
+                if whole is not None and part is not None:
+                    whole += part
+            for rows, gradient in zip(found, through, strict=True):
+                rows[some] = gradient
+    return tuple(rows.view(tensor.shape) for rows, tensor in zip(found, kept, strict=True)), dA, dB
 
 
 def _multiplier(rows: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> tuple[Tensor | None, bool]:
@@ -122,7 +128,7 @@ def _first_order(
         if h is None and rows is not None:
             h = project_down(rows, lora_A, mask)
         assert h is not None
-        dB = matmul.narrow(dy.t(), h).mul(s).contiguous()
+        dB = matmul.scaled(dy.t(), h, s)
     g = matmul.narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
     if wants_x and W is not None:
         dx = matmul.linear(dy, W.t())
@@ -131,7 +137,7 @@ def _first_order(
     if mask is not None and g is not None:
         dA = _through_mask(dx, rows, g, lora_A, ctx, start)
     elif wants_A and g is not None and rows is not None:
-        dA = matmul.narrow(rows.t(), g).t().mul(s).contiguous()
+        dA = matmul.scaled(g.t(), rows, s)
     return dx, dA, dB
 
 

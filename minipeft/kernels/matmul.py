@@ -70,6 +70,15 @@ def torch_narrow(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right) if right.shape[1] >= 16 else torch.mm(right.t(), left.t()).t()
 
 
+def scaled(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """``alpha * left @ right``, contiguous, outside autograd; the result has few rows or few columns."""
+    if left.device.type != "cpu":  # one call instead of three, each of which takes longer there than so small an array
+        return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=alpha)
+    turned = len(left) < right.shape[1]
+    product = narrow(right.t(), left.t()).t() if turned else narrow(left, right)
+    return product.mul(alpha).contiguous()
+
+
 def add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
     """``y += alpha * left @ right`` in place, shapes (p, q), (p, few) and (few, q), outside autograd."""
     if not through_float32(left, right.t()):

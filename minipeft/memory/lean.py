@@ -75,7 +75,7 @@ def lean(
             since memory peaks at the beginning of that pass. "mlp": the feed-forward half of each block. "block": every
             block, in slices, and its feed-forward half in tiles of tokens. A number k: every block, and of each k blocks
             only the first keeps its input, from which those of the others are computed again; "sqrt": as many blocks as
-            groups. Each takes less memory and more time than the one before; from "block" on, glibc is told to give
+            groups. Each takes less memory and more time than the one before; from "block" on, on a CPU, glibc is told to give
             freed arrays back at once, for the rest of the process. "none": nothing. The default is "last" if the
             model can run in slices, which dropout prevents, else "none". Recomputation is non-reentrant and stops below
             the lowest adapter.
@@ -120,7 +120,7 @@ def lean(
     if not (state.mixed or state.blocks or state.chunked_loss):
         unlean(model)
         raise LeanError(f"there is nothing in {type(model).__name__} that lean() could improve with these options.")
-    if checkpointing in ("block", "sqrt") or is_number:
+    if (checkpointing in ("block", "sqrt") or is_number) and next(model.parameters()).device.type == "cpu":
         glibc.map_large_arrays()
     logger.info("lean: %s", describe(state))
     return model

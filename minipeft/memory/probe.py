@@ -66,7 +66,9 @@ def _run(model: nn.Module, with_labels: bool) -> tuple[Tensor, list[Tensor]]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = next(model.parameters()).device
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    ids = torch.randint(len(embeddings.weight), (2, 8), generator=torch.Generator().manual_seed(SEED)).to(device)
+    ids = torch.randint(
+        len(embeddings.weight), (2, 8), generator=torch.Generator("cpu").manual_seed(SEED), device="cpu"
+    ).to(device)
     inputs = {"input_ids": ids}
     if with_labels:
         inputs["labels"] = ids.masked_fill(

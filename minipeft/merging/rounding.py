@@ -7,7 +7,8 @@ from torch import Tensor
 
 from minipeft.kernels.functional import is_column_major
 
-BLOCK = 2**18  # values of a half-precision weight that are widened at a time: 1 MiB, for the cache of one core
+# Values of a half-precision weight that are widened at a time: on a CPU 1 MiB, for the cache of one core.
+BLOCK = {"cpu": 2**18, "cuda": 2**26}
 ROWS = 64  # at least: the product is slow by a few rows
 
 
@@ -40,7 +41,7 @@ def add_product(weight: Tensor, up: Tensor, down: Tensor) -> None:
         return
     if is_column_major(weight):
         weight, up, down = weight.t(), down.t(), up.t()
-    rows = max(ROWS, BLOCK // max(1, weight.shape[1]))
+    rows = max(ROWS, BLOCK.get(weight.device.type, BLOCK["cuda"]) // max(1, weight.shape[1]))
     wide = up.new_empty(min(rows, len(weight)), weight.shape[1])
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows]

@@ -128,7 +128,8 @@ class OFT(Adapter):
         if self.config.use_cayley_neumann:
             R = _series(one, Q, self.config.num_cayley_neumann_terms)
         else:
-            R = torch.linalg.solve(one + Q, one - Q, left=False)
+            # I + Q can always be inverted; `solve` would wait for a GPU to say so.
+            R = torch.linalg.solve_ex(one + Q, one - Q, left=False).result
         if dropped and self.training and self.config.module_dropout and len(R) > 1:
             still = torch.randperm(len(R), device=R.device) < int(self.config.module_dropout * len(R))
             R = torch.where(still.view(-1, 1, 1), one, R)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from minipeft.errors import ConfigError, told_error
 from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
+from minipeft.kernels.dropout_mask import ROWS
+from minipeft.kernels.keeps_inputs import ELEMENTS
+from minipeft.kernels.lora_gradients import SLICE
 from minipeft.memory.sample_slices import DEFAULT_ROWS
 from minipeft.planning.hollow import Hollow, tensors_in
 from minipeft.transformers_model import main_input_name, vocabulary_size
@@ -21,7 +24,7 @@ from minipeft.transformers_model import main_input_name, vocabulary_size
 @contextlib.contextmanager
 def sized_for(device: str) -> Iterator[None]:
     """Within the context, slices and chunks are as large as on this kind of device: "cpu" or "cuda"."""
-    before = [(sizes, sizes["cpu"]) for sizes in (CHUNK_BYTES, DEFAULT_ROWS)]
+    before = [(sizes, sizes["cpu"]) for sizes in (CHUNK_BYTES, DEFAULT_ROWS, ELEMENTS, ROWS, SLICE)]
     for sizes, _ in before:
         sizes["cpu"] = sizes[device]
     try:

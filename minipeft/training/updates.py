@@ -43,7 +43,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     labels = batch["labels"]
     inputs = model_inputs(batch)
     # A DeepSpeed engine passes on its model's attributes.
-    if model.training and getattr(model, "_minipeft_lean", None) is not None and bool((labels[:, 1:] != -100).any()):
+    if model.training and getattr(model, "_minipeft_lean", None) is not None:
         output = model(**inputs, labels=labels, num_items_in_batch=1)
         if output.logits is None:  # otherwise the loss is transformers' own, in its own precision
             return output.loss
@@ -141,7 +141,7 @@ class Updater:
         engine = self.engine
         # fully_shard and DeepSpeed divide by the number of processes.
         scale = (world_size if self.sharded or engine is not None else 1) / update.tokens
-        sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of processes out of memory
+        sums, losses = torch.zeros(2, dtype=torch.float64), []  # sums of the losses, and of processes out of memory
         batches = update.batches(rank, world_size, self.micro_batch)
         try:
             for number, batch in enumerate(batches, 1):
@@ -153,7 +153,7 @@ class Updater:
                 with self.accelerator.autocast():
                     loss = self.loss(self.model if engine is None else engine, batch)
                 (self.accelerator if engine is None else engine).backward(loss * scale)
-                sums[0] += float(loss.detach())
+                losses.append(loss.detach())
             if self.scheduled and rank == 0:  # once, as the gradients of all processes are summed
                 self.accelerator.backward(extra_loss(self.model))
         except (RuntimeError, MemoryError) as error:
@@ -162,6 +162,7 @@ class Updater:
             if not self.auto_batch and world_size == 1:
                 raise self._too_large(error) from None
             sums[1] = 1
+        sums[0] = sum(map(float, losses))  # here and not after each pass, so that a GPU is waited for once
         sums = summed(sums, self.accelerator.device)
         return None if sums[1] else float(sums[0])
 
@@ -183,15 +184,17 @@ class Updater:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Sum the gradients over the processes. One may have none for a parameter, such as an expert's."""
-        reached = torch.tensor([float(p.grad is not None) for p in self.parameters], device=self.parameters[0].device)
+        here = [float(p.grad is not None) for p in self.parameters]
         if self.accelerator.num_processes > 1:
+            reached = torch.tensor(here, device=self.parameters[0].device)
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             flat = torch.cat([reached, *(part.flatten().float() for part in parts)])
             dist.all_reduce(flat)
             reached, *sums = torch.split(flat, [len(reached), *(part.numel() for part in parts)])
-            for parameter, part, total, some in zip(self.parameters, parts, sums, reached.tolist(), strict=True):
+            here = reached.tolist()
+            for parameter, part, total, some in zip(self.parameters, parts, sums, here, strict=True):
                 parameter.grad = part.copy_(total.view_as(part)) if some else None
-        self._check_reached(bool(reached.any()))
+        self._check_reached(any(here))
 
     def _check_reached(self, some: bool) -> None:
         if not some:
