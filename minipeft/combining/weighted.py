@@ -20,6 +20,7 @@ from minipeft.errors import TargetError, shown
 from minipeft.injection.attach import STATE, AdapterState, attach
 from minipeft.injection.build import build
 from minipeft.injection.plan import plan
+from minipeft.kernels.generators import generators_kept
 from minipeft.options import rank as checked_rank
 
 METHOD = "lora"
@@ -42,7 +43,7 @@ def add_weighted(
     if missing := found.keys() - {site.name for site in sites}:
         raise TargetError(f"{shown(sorted(missing))}: this layer cannot have an adapter of its own any more.")
     made = replace(made, adapters=sites, saved=())
-    with torch.random.fork_rng():  # the starting values are replaced, so they draw nothing
+    with generators_kept():  # the starting values are replaced, so they draw nothing
         parts = build(made, autocast_adapter_dtype=False)
     for site, adapter in zip(made.adapters, parts.adapters, strict=True):
         if site.tied_to is None:

@@ -19,6 +19,7 @@ from minipeft.errors import DataError, told_error
 from minipeft.injection.rollback import unchanged_afterwards
 from minipeft.injection.watch import Pass, watched
 from minipeft.injection.wrapper import Switch
+from minipeft.kernels.generators import generators_kept
 
 SEED = 0
 LARGE = 2**16  # elements
@@ -198,9 +199,8 @@ def _copy_buffers(modules: list[nn.Module]) -> None:
 def _generators_kept() -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     own, foreign = random.getstate(), None if numpy is None else numpy.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices=devices):
+        with generators_kept():
             yield
     finally:
         random.setstate(own)

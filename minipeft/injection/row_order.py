@@ -19,6 +19,7 @@ from minipeft.errors import StateError
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.row_marks import says_order
 from minipeft.injection.rows import Rows, acting
+from minipeft.kernels.generators import generators_kept
 
 BY_POSITION = {"cache_position"}  # arguments of transformers' models without a dimension of rows
 CACHES = ("past_key_values", "cache_params")
@@ -63,7 +64,7 @@ def learn_order(
         if says_order(module):
             hooks.append(module.register_forward_pre_hook(functools.partial(_note_sizes, sizes, path)))
     try:
-        with torch.no_grad(), torch.random.fork_rng(), acting(None):
+        with torch.no_grad(), generators_kept(), acting(None):
             call(*tree_map_only(Tensor, first, tuple(args)), **one)
     except Exception as error:
         raise StateError(

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from minipeft import registry
 from minipeft.errors import MergeError
 from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import HOOK
 from minipeft.layers.uncalled import UncalledOps
@@ -84,7 +85,7 @@ def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> No
 def _output_error(layer: AdaptedLayer, names: tuple[str, ...]) -> float:
     base, ops = layer.base_layer, layer.ops
     with _in_evaluation(base, *map(layer.adapter, names)):
-        with torch.random.fork_rng(devices=[]):
+        with generators_kept():
             x = ops.example_input(base)
         expected = layer.run_with(names, x)
         bare = _without_hooks(base)

@@ -8,6 +8,7 @@ from torch import nn
 from minipeft.errors import MergeError, StateError, all_or_nothing
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import candidates
+from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import layer_ops
 from minipeft.transformers_model import forget_quantization, mark_as_loaded
 
@@ -99,7 +100,7 @@ def output_error(layer: AdaptedLayer, names: tuple[str, ...], replacement: nn.Mo
     try:
         for part, _ in modes:
             part.training = False
-        with torch.random.fork_rng(devices=[]):
+        with generators_kept():
             x = ops.example_input(base)
         y = layer.run_with(names, x)
         merged = replacement(x.to(next(replacement.parameters()).dtype)).to(y.dtype)

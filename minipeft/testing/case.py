@@ -17,6 +17,7 @@ from minipeft.errors import ContractError, TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.injection.wrapper import Wrapper
+from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.model import AdaptedModel, get_adapter_model
 from minipeft.testing.examples import Call, Example, Make, example_like, example_of, options_of
@@ -167,7 +168,7 @@ def case_of(
     """
     make = example_of(layer).make if make is None else make
     try:
-        with torch.random.fork_rng(devices=[]):
+        with generators_kept():
             instance = make(*SIZES)
     except ImportError as error:
         raise TargetError(f"{layer}: {error.name or error} is not installed.") from None
@@ -186,9 +187,11 @@ def case_of(
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU's generator alone, and put it back: `torch.manual_seed` records a stack trace for each other device."""
-    with torch.random.fork_rng(devices=[]):
+    """Seed the generators in use, and put them back: `torch.manual_seed` records a stack trace for each other device."""
+    with generators_kept():
         torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(seed)
         yield
 
 

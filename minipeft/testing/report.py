@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from minipeft import registry
 from minipeft.errors import ConfigError, ContractError, RegistryError, TargetError, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.kernels.generators import generators_kept
 from minipeft.model import get_adapter_model
 from minipeft.testing.case import Case, case_of, fingerprint, layers_of
 from minipeft.testing.checks import CHECKS
@@ -127,7 +126,7 @@ def refusal(method: str, layer: type | str, make: Make | None = None) -> str | N
         RegistryError: no ops are registered for the type, or there is no such method.
         TargetError: there is no example to try.
     """
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept():
         return _refusal(case_of(method, *_found(layer, make), make, {}))
 
 
@@ -144,7 +143,7 @@ def _found(layer: type | str, make: Make | None) -> tuple[str, Any]:
     return name, None
 
 
-@torch.random.fork_rng(devices=[])
+@generators_kept()
 def _pair(method: str, layer: str, ops: Any, make: Make | None, options: Mapping[str, Any]) -> PairReport:
     try:
         case = case_of(method, layer, ops, make, options)
