@@ -153,7 +153,7 @@ def test_a_default_device_decides_nothing(place, tmp_path):
         minipeft.unlean(model)
         loaded = load_adapter(base, tmp_path, is_trainable=True)
         close(learned(loaded, **inputs), wanted, 1e-4)
-        loaded.add_adapter("other", LoraConfig(r=2))
+        loaded.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
         rows = loaded(input_ids=IDS.to(place), adapter_names=["default", "other"])
         assert devices(loaded) == {torch.device(place).type}
         assert rows.logits.device.type == torch.device(place).type

@@ -103,9 +103,8 @@ def reads_back(in_features: int, blocksize: int, quant_type: str, dtype: torch.d
     uses another block's scale, in every call of such a layer.
     """
     bnb: Any = importlib.import_module("bitsandbytes.functional")
-    drawn = torch.randn(16, in_features, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    values = drawn * torch.logspace(-1, 1, 16, device="cpu")[:, None]
-    values = values.to(device, dtype)
+    values = torch.randn(16, in_features, generator=torch.Generator().manual_seed(0), device="cpu")
+    values = (values * torch.logspace(-1, 1, 16, device="cpu")[:, None]).to(device, dtype)
     codes, state = bnb.quantize_4bit(values, blocksize=blocksize, quant_type=quant_type)
     error = (bnb.dequantize_4bit(codes, state) - values).float().abs().flatten()
     ends = -values.numel() % blocksize
