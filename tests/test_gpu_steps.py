@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import minipeft
 from minipeft import LoraConfig, get_adapter_model, get_lora_model, lean, unlean
-from minipeft.kernels.dropout_mask import ROWS, DropoutMask
+from minipeft.kernels.dropout_mask import DropoutMask, rows_per_seed
 from minipeft.kernels.grouped_product import Groups, is_one_call
 from minipeft.kernels.lora_linear import lora_linear
 from minipeft.kernels.low_rank_groups import grouped
@@ -27,6 +27,7 @@ with foreign_code():
     import peft
 
 pytestmark = on_device
+ROWS = rows_per_seed(DEVICE)
 CHECKPOINTING = ["none", "last", "mlp", "block", "sqrt", 2]
 IDS = token_ids(4, 16)
 LABELS = IDS.masked_fill(torch.arange(16) < 3, -100)
