@@ -14,7 +14,7 @@ from typing import Any
 
 import peft
 import torch
-from memory import status_mib
+from memory import forget_peak, status_mib
 from methods import saved_by_peft
 from options import Options, quietly, refused
 from rows import Row, Rows, compare
@@ -104,8 +104,7 @@ def peak(subject: str, kind: str, way: str, options: Options, adapter: Path) -> 
     step = step_of(model, ids_of(options))
     cuda = options.device == "cuda"
     before = torch.cuda.memory_allocated() / 2**20 if cuda else status_mib("VmRSS")
-    if not cuda:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+    forget_peak(options.device)
     for _ in range(2):
         step()
         model.zero_grad(set_to_none=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 import plots
 import torch
-from rows import RESULTS, Row, compare, device_name, show, write_rows
+from rows import RESULTS, Row, compare, on_device, show, write_rows
 from saved import saved_bytes
 from subjects import (
     BF16,
@@ -110,9 +110,12 @@ def status_mib(field: str) -> float:
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def forget_peak() -> None:
-    """Let VmHWM begin anew, from what is resident now."""
+def forget_peak(device: str = "cpu") -> None:
+    """Let the highest use of memory begin anew, from what is used now."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
     trim("cpu")
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -127,8 +130,7 @@ def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
         importlib.import_module("bitsandbytes")  # the interpreter's, not the model's
     interpreter = 0.0 if cuda else status_mib("VmRSS")
     model = work.model(subject, adapter)
-    if not cuda:
-        forget_peak()  # a model is made here in float32, and loaded in other ways
+    forget_peak(work.device)  # a model is made here in float32, and loaded in other ways
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     weights = base_bytes(model) / MIB
     ids, losses, elapsed = work.ids(model.config.vocab_size), [], 0.0
@@ -244,8 +246,7 @@ def main() -> None:
     names = args.model or MODELS
     rows = [row for name in names for row in measure(Workload(name, args.quick, args.device))]
     for row in rows:
-        row.device = device_name(args.device)
-        show(row)
+        show(on_device(row, args.device))
     folder = args.output or (None if args.quick else RESULTS)
     if folder is not None:
         print(write_rows("memory" + ("_cuda" if args.device == "cuda" else ""), rows, folder))

@@ -34,6 +34,15 @@ def device_name(device: str = "cpu") -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
+def on_device(row: Row, device: str) -> Row:
+    """The row, with what it says of the processor said of the device that did the work."""
+    row.device = device_name(device)
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        row.instructions, row.matrix_library, row.fast_products = f"compute capability {major}.{minor}", "cuBLAS", "torch's"
+    return row
+
+
 def instructions() -> str:
     """What torch's own kernels use of this processor, and for which halves of float32 it has products."""
     halves = [str(dtype).removeprefix("torch.") for dtype in matmul.HALF if matmul.has_kernels(dtype)]

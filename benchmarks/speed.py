@@ -25,7 +25,7 @@ from merge import merge_part
 from methods import methods_part
 from options import Options
 from packing import packing_part
-from rows import RESULTS, Rows, device_name, show, write_rows
+from rows import RESULTS, Rows, on_device, show, write_rows
 from step import step_part
 from timing import busy, settle
 
@@ -49,8 +49,7 @@ def run_part(part: str, options: Options, folder: Path | None) -> bool:
     for some in PARTS[part](options):
         complete = complete and some is not None
         for row in some or ():
-            row.device = device_name(options.device)
-            rows.append(row)
+            rows.append(on_device(row, options.device))
             show(row)
     if folder is not None and rows:
         print(write_rows(f"speed_{part}" + ("_cuda" if options.device == "cuda" else ""), rows, folder))
