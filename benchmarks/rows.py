@@ -39,7 +39,11 @@ def on_device(row: Row, device: str) -> Row:
     row.device = device_name(device)
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        row.instructions, row.matrix_library, row.fast_products = f"compute capability {major}.{minor}", "cuBLAS", "torch's"
+        row.instructions, row.matrix_library, row.fast_products = (
+            f"compute capability {major}.{minor}",
+            "cuBLAS",
+            "torch's",
+        )
     return row
 
 

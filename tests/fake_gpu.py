@@ -68,7 +68,9 @@ def _guarded():
 
 def _of_cpu(function):
     """The function of a kind of device, which answers for "lazy" as for the CPU: that kind has no autocast."""
-    return lambda device_type, *args, **options: function("cpu" if device_type == "lazy" else device_type, *args, **options)
+    return lambda device_type, *args, **options: function(
+        "cpu" if device_type == "lazy" else device_type, *args, **options
+    )
 
 
 class _WithGenerators:
