@@ -37,6 +37,7 @@ from transformers import (
 from minipeft import LeanError, LoraConfig, StateError, get_lora_model, lean, unlean
 from minipeft.kernels.matmul import onednn_is_faster
 from minipeft.layers.base import is_plain_linear
+from minipeft.memory import sample_slices
 from minipeft.memory.lean import describe
 from minipeft.memory.modules import FastLinear, FusedGelu, Recomputed, RecomputedMlp
 
@@ -607,7 +608,7 @@ def test_groups_of_blocks_compute_their_inputs_again_to_the_last_bit(make, dropo
 
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_feed_forward_modules_are_recomputed_in_tiles_of_tokens(make, monkeypatch):
-    monkeypatch.setattr("minipeft.memory.token_tiles.DEFAULT_ROWS", {"cpu": 5})
+    monkeypatch.setitem(sample_slices.DEFAULT_ROWS, "cpu", 5)
     model = in_training(make(use_cache=False), target_modules="all-linear")
     ids = torch.randint(VOCABULARY, (1, 17))
     expected = loss_and_gradients(model, input_ids=ids, labels=ids)

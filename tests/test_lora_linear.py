@@ -375,6 +375,18 @@ def test_features_are_dropped_independently_with_the_given_probability(p):
     assert not torch.equal(passing(x, 1, p), passing(x, 0, p))
 
 
+@pytest.mark.parametrize("p", [0.05, 0.75])
+def test_a_gpu_draws_its_mask_in_one_call_with_the_same_promises(p, monkeypatch):
+    monkeypatch.setattr(DropoutMask, "_of_bytes", DropoutMask._at_once)
+    x = torch.ones(2000, 600)
+    dropped = 1 - passing(x, 0, p).double()
+    deviation = (p * (1 - p)) ** 0.5
+    assert dropped.mean().item() == pytest.approx(p, abs=5 * deviation / x.numel() ** 0.5)
+    for other in (dropped.roll(1, 0), dropped.roll(1, 1), dropped.roll(ROWS["cpu"], 0)):
+        assert abs(((dropped - p) * (other - p)).mean().item()) < 5 * deviation**2 / x.numel() ** 0.5
+    test_dropout_is_the_formula_on_the_masked_input((ROWS["cpu"] + 3,), p)
+
+
 def test_the_mask_does_not_depend_on_the_number_of_threads():
     x = torch.ones(1100, 33)
     before = torch.get_num_threads()

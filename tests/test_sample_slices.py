@@ -151,3 +151,11 @@ def test_the_probe_runs_one_sample_at_a_time_and_catches_a_layer_that_mixes_samp
     with pytest.raises(LeanError, match="would differ"):
         lean(model, "last")
     assert_same_learning(loss_and_gradients(model, labels=labels), expected, 0)
+
+
+def test_a_slice_is_as_large_as_suits_the_device_that_the_model_has_moved_to(monkeypatch):
+    model = lean(in_training(), "last")
+    seen = batches_seen(model.transformer.h[1])
+    monkeypatch.setitem(sample_slices.DEFAULT_ROWS, "cpu", IDS.numel())
+    model(input_ids=IDS, labels=LABELS).loss.backward()
+    assert set(seen) == {len(IDS)}

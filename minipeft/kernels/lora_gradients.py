@@ -151,7 +151,11 @@ def _through_mask(
         if wants_A:
             matmul.add_product(dA, g[block].t(), dropped, alpha=factor)
         if dx is not None:
-            dx[block].add_(matmul.outer(g[block], lora_A).mul_(survives), alpha=factor)
+            through = matmul.outer(g[block], lora_A)
+            if dx.device.type == "cpu":
+                dx[block].add_(through.mul_(survives), alpha=factor)
+            else:  # in one pass, which casts the mask as it reads
+                dx[block].addcmul_(through, survives, value=factor)
     return dA if wants_A else None
 
 

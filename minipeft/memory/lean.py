@@ -17,7 +17,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels import glibc, matmul
 from minipeft.layers.base import is_plain_linear, layer_ops
-from minipeft.memory import sample_slices, token_tiles
+from minipeft.memory import rms_norm, sample_slices, token_tiles
 from minipeft.memory.chains import CHAINS, Chains
 from minipeft.memory.chunked_loss import LeanLoss, PassesThrough, after_forward, before_forward, is_frozen
 from minipeft.memory.gated_mlp import gated_mixin
@@ -134,7 +134,7 @@ def unlean(model: nn.Module) -> None:
     for module in model.modules():  # not those of `state.mixed`: adapting has moved some into new objects
         if isinstance(module, SameFunction):
             module.__class__ = plain_class(type(module))
-            for name in ("lean_ops", "passing", token_tiles.TOKENS, token_tiles.TRIED):
+            for name in ("lean_ops", "passing", token_tiles.TOKENS, token_tiles.TRIED, rms_norm.KERNEL):
                 module.__dict__.pop(name, None)
     _keep_blocks(state)
     for hook in state.hooks:
@@ -179,6 +179,8 @@ def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> N
         if type(module).__name__ in TANH_GELUS:
             _mix(module, FusedGelu, state)
         elif type(module) is nn.LayerNorm or is_rms_norm(module) or is_cheap_activation(module):
+            if is_rms_norm(module) and rms_norm.is_plain(module):
+                module.__dict__[rms_norm.KERNEL] = True
             _mix(module, Recomputed, state)
         elif fast_linear and id(module) not in adapted:
             ops = layer_ops(module)

@@ -19,6 +19,7 @@ from minipeft.kernels.transformed import is_traced, is_transformed
 from minipeft.layers.base import LayerOps
 from minipeft.memory import sample_slices, token_tiles
 from minipeft.memory.chains import CHAINS, Chains
+from minipeft.memory.rms_norm import kernel_of
 
 # Activations that transformers composes of single operations, each of which keeps an array for the backward pass.
 TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}
@@ -56,6 +57,9 @@ class Recomputed(SameFunction):
         if args or kwargs or not learns(self):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
+        kernel = None if is_transformed() else kernel_of(self, x)
+        if kernel is not None:
+            return recompute.mark(kernel(x), kernel, x)
         if x.dtype in HALF and is_rms_norm(self):
             y = keeping_inputs(super().forward, x)
         else:

@@ -15,6 +15,9 @@ from minipeft.injection.rows import CURRENT
 from minipeft.kernels.transformed import is_transformed
 
 ROWS = "_minipeft_slice_rows"  # in a layer's __dict__: tokens per slice; 0 if its last run showed that it cannot be cut
+AS_ON_DEVICE = (
+    -1
+)  # instead of a number: as many as `DEFAULT_ROWS` has for the device, to which the model may be moved later
 DEFAULT_ROWS = {"cpu": 1024, "cuda": 8192}  # enough for matrix products to run at full speed
 # Arguments of transformers' layers with one row per sample, if their first dimension is the batch size.
 BY_SAMPLE = {
@@ -43,7 +46,8 @@ def run(layer: nn.Module, forward: Call, args: Sequence[Any], checkpointed: Call
     x = args[0] if args else None
     if not isinstance(x, Tensor) or x.dim() != 3 or is_transformed() or CURRENT.rows is not None:
         return checkpointed(forward, *args)
-    rows = layer.__dict__.get(ROWS, 0)
+    noted = layer.__dict__.get(ROWS, 0)
+    rows = rows_on(x.device, noted)
     states = random_states(x.device)
     calls = _calls(forward, args, max(1, rows // x.shape[1])) if rows else []
     if calls:
@@ -51,8 +55,13 @@ def run(layer: nn.Module, forward: Call, args: Sequence[Any], checkpointed: Call
     else:
         output = checkpointed(forward, *args)
     same = _by_sample(output, x) and drew_nothing(states, x.device)
-    layer.__dict__[ROWS] = (rows or DEFAULT_ROWS.get(x.device.type, 0)) if same else 0
+    layer.__dict__[ROWS] = (noted or AS_ON_DEVICE) if same and x.device.type in DEFAULT_ROWS else 0
     return output
+
+
+def rows_on(device: torch.device, noted: int) -> int:
+    """What was noted, as a number of tokens."""
+    return DEFAULT_ROWS.get(device.type, 0) if noted == AS_ON_DEVICE else noted
 
 
 def runs_in_slices(layer: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from minipeft.injection.wrapper import innermost
 from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import layer_ops
-from minipeft.memory.sample_slices import DEFAULT_ROWS, drew_nothing, random_states
+from minipeft.memory.sample_slices import AS_ON_DEVICE, drew_nothing, random_states, rows_on
 
 TOKENS = "_minipeft_tile_tokens"  # in a module's __dict__: tokens in a tile; 0 if it may not work on each by itself
 TRIED = "_minipeft_tile_tried"  # whether it may, as long as that is being tried
@@ -34,7 +34,7 @@ def run(mlp: nn.Module, function: Callable[..., Any], inputs: Sequence[Tensor]) 
         by_token = isinstance(y, Tensor) and x.dim() == 3 and y.shape[:2] == x.shape[:2]
         mlp.__dict__[TRIED] = by_token and drew_nothing(states, x.device) and _is_simple(mlp)
         return y
-    tokens = mlp.__dict__[TOKENS]
+    tokens = rows_on(x.device, mlp.__dict__[TOKENS])
     if not tokens or x.dim() != 3 or x.shape[0] * x.shape[1] <= tokens or is_transformed():
         return _kept(function, *inputs)
     count = -(-x.shape[0] * x.shape[1] // tokens)
@@ -49,8 +49,7 @@ def settle(mlps: Iterable[nn.Module]) -> None:
     A pass and its recomputation must do the same, so this is for a time between passes.
     """
     for mlp in mlps:
-        device = next(mlp.parameters()).device.type
-        mlp.__dict__[TOKENS] = DEFAULT_ROWS.get(device, 0) if mlp.__dict__.pop(TRIED, False) else 0
+        mlp.__dict__[TOKENS] = AS_ON_DEVICE if mlp.__dict__.pop(TRIED, False) else 0
 
 
 @contextlib.contextmanager
