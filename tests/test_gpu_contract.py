@@ -32,7 +32,7 @@ MOVED = {
 
 def made_there(layer, *sizes):
     with DEVICE:
-        return example_of(layer).make(*sizes).to(DEVICE)
+        return example_of(registry.layer_key(layer)).make(*sizes).to(DEVICE)
 
 
 @pytest.mark.parametrize("layer", registry.layers(), ids=lambda name: name.rpartition(".")[2])

@@ -170,7 +170,7 @@ def waits(call):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return collections.Counter(
-        f"{warning.filename}:{warning.lineno}" for warning in said if "synchroniz" in str(warning.message)
+        f"{warning.filename}:{warning.lineno}" for warning in said if "called a synchronizing" in str(warning.message)
     )
 
 
