@@ -48,6 +48,12 @@ def test_the_loss_in_chunks_is_one_operation_of_a_graph():
     same(outcome(compiled(loss)), outcome(loss), 1e-12)
 
 
+def test_operations_that_read_values_are_left_out_of_cuda_graphs():
+    ops = torch.ops.minipeft
+    for operation in (ops.chunked_cross_entropy, ops.grouped_times, ops.grouped_outer):
+        assert torch.Tag.cudagraph_unsafe in operation.default.tags
+
+
 def test_a_grouped_product_gives_a_frozen_stack_no_gradient():
     generator = torch.Generator().manual_seed(0)
     x, stack = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 4), (3, 4, 5)))

@@ -125,6 +125,20 @@ def test_merging_changes_nothing_and_unmerging_gives_every_bit_back(method, dtyp
         close(unloaded(ids).logits, merged, TOLERANCE[dtype] / 5)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "oft", "adalora", "loha", "lokr"])
+@pytest.mark.parametrize("first", ["there", "here"])
+def test_what_was_merged_on_one_device_is_unmerged_on_another(method, first):
+    torch.manual_seed(0)
+    model = disturb(get_adapter_model(gpt2().to(torch.bfloat16), MOVED[method]), scale=0.05).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    places = (DEVICE, "cpu") if first == "there" else ("cpu", DEVICE)
+    model.to(places[0]).merge_adapter(untie=True)
+    model.to(places[1]).unmerge_adapter()
+    after = model.state_dict()
+    assert devices(model) == {torch.device(places[1]).type}
+    assert all(torch.equal(after[name].cpu(), value) for name, value in before.items())
+
+
 @pytest.mark.parametrize("init", [True, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal"])
 def test_adapters_start_on_the_device_and_change_nothing(init):
     base = llama().to(DEVICE)

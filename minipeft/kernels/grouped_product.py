@@ -77,10 +77,12 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 # The same for a compiler, which cannot look at how many rows a group has: operations of which it knows the shapes alone.
+# Where torch has no product of its own, they read how many, which a CUDA graph cannot.
+UNSAFE = torch.Tag.cudagraph_unsafe
 
 
 @torch.library.custom_op(
-    "minipeft::grouped_times", mutates_args=(), schema="(Tensor x, Tensor stack, Tensor ends) -> Tensor"
+    "minipeft::grouped_times", mutates_args=(), schema="(Tensor x, Tensor stack, Tensor ends) -> Tensor", tags=UNSAFE
 )
 @torch.no_grad()
 def grouped_times(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def grouped_times(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "minipeft::grouped_outer", mutates_args=(), schema="(Tensor x, Tensor y, Tensor ends) -> Tensor"
+    "minipeft::grouped_outer", mutates_args=(), schema="(Tensor x, Tensor y, Tensor ends) -> Tensor", tags=UNSAFE
 )
 @torch.no_grad()
 def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:

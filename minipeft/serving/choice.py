@@ -25,7 +25,7 @@ def choose(
         chosen[drawn] = _drawn(
             logits[drawn].double() / logits.new_tensor([temperatures[row] for row in drawn]).double()[:, None],
             torch.tensor([top_ps[row] for row in drawn], dtype=torch.float64, device=logits.device),
-            torch.stack([torch.rand((), generator=randoms[row], dtype=torch.float64) for row in drawn]),
+            torch.stack([torch.rand((), generator=randoms[row], dtype=torch.float64, device="cpu") for row in drawn]),
         )
     found: list[int] = chosen.tolist()
     return found
