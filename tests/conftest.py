@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 is float32 on a GPU, too
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each process of the suite starts one for each core
 
 import pytest
 

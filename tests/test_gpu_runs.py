@@ -371,3 +371,48 @@ def test_a_saved_state_of_the_generators_brings_the_same_numbers_back():
 def json_free(state):
     """As a file gives it back: on the CPU, in new memory."""
     return {name: tensor.cpu().clone() for name, tensor in state.items()}
+
+
+@needs_cuda
+def test_a_batch_that_does_not_fit_is_halved_and_learns_the_same(train, tmp_path, fresh_accelerator, capsys):
+    tests = pytest.importorskip("test_train")
+    text = tmp_path / "text.txt"
+    text.write_text(gzip.decompress((tests.CORPUS / "code-train.txt.gz").read_bytes()).decode()[:120_000], "utf-8")
+    flags = ["--model_name", tests.TINY, "--train_file", text, "--max_length", "128", "--batch_size", "64"]
+    flags += ["--max_steps", "3", "--eval_every", "9", "--max_eval_examples", "4", "--auto_batch", "--output_dir"]
+
+    def run(name):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with foreign_code():
+            train.main([str(word) for word in (*flags, tmp_path / name)])
+        return [row["loss"] for row in tests.rows_of(tmp_path / name) if "loss" in row]
+
+    whole = run("whole")
+    assert "out of memory" not in capsys.readouterr().out
+    peak, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
+    try:
+        halved = run("halved")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory: now 32 examples at a time" in capsys.readouterr().out, f"peak {peak / 2**20:.0f} MiB"
+    assert halved == pytest.approx(whole, rel=2e-3)
+
+
+def test_served_rows_get_what_generate_gives_them_alone(tmp_path):
+    tests = pytest.importorskip("test_serving")
+    root = tests.saved(tests.llama, tmp_path)
+    prompts = [("a", [9, 20, 31]), (None, [50, 8]), ("b.c", [70, 71, 72, 73]), ("d", [14])]
+    clients = [tests.Client(name, prompt, 6) for name, prompt in prompts]
+    drawn = [tests.Client("a", [9, 20], 6, temperature=1.0, top_p=0.9, seed=3) for _ in range(2)]
+    expected = [tests.alone(tests.llama(), root, client) for client in clients]
+    engine = tests.engine_of(lambda: tests.llama().to(DEVICE), root, max_rows=8)
+    engine.start()
+    try:
+        engine.submit([*clients, *drawn])
+        assert [client.result()[0] for client in clients] == expected
+        assert drawn[0].result() == drawn[1].result()
+    finally:
+        engine.stop()
+    assert devices(engine.batch.model) == {DEVICE.type}
