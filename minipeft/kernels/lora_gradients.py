@@ -1,7 +1,7 @@
 """The gradients of `minipeft.kernels.lora_linear`.
 
-`ctx` is the context of its autograd node: `scaling`, `mask`, `again` (which makes x from what was kept, or None) and
-`goes_through` (whether the gradient goes through what made x, too).
+`ctx` is the context of its autograd node: `scaling`, `mask`, `again` (which makes x from what was kept, or None),
+`goes_through` (whether the gradient goes through what made x, too) and `dtypes` (those of A and B, and of their gradients).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def gradients(
         dy: gradient of the output, shape (..., out).
         kept: the input, or what it is made from, each of shape (..., in); nothing with a frozen A.
         weight: shape (out, in), or a function that makes it.
-        lora_A: shape (r, in).
-        lora_B: shape (out, r).
+        lora_A: shape (r, in), in the dtype of x.
+        lora_B: shape (out, r), likewise.
         h: ``drop(x) A^T``, shape (rows, r), if it was kept.
         ctx: see above.
 
@@ -88,7 +88,9 @@ def _in_slices(
     else:
         _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
         found = [torch.empty_like(rows) for rows in into]
-        dA, dB = torch.zeros_like(lora_A) if wants_A else None, torch.zeros_like(lora_B) if wants_B else None
+        dtypes = ctx.dtypes
+        dA = torch.zeros_like(lora_A, dtype=dtypes[0]) if wants_A else None
+        dB = torch.zeros_like(lora_B, dtype=dtypes[1]) if wants_B else None
         for some in parts:
             through, *more = of_slice(some)
             for whole, part in zip((dA, dB), more, strict=True):
@@ -128,7 +130,7 @@ def _first_order(
         if h is None and rows is not None:
             h = project_down(rows, lora_A, mask)
         assert h is not None
-        dB = matmul.scaled(dy.t(), h, s)
+        dB = matmul.scaled(dy.t(), h, s, ctx.dtypes[1])
     g = matmul.narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
     if wants_x and W is not None:
         dx = matmul.linear(dy, W.t())
@@ -137,7 +139,7 @@ def _first_order(
     if mask is not None and g is not None:
         dA = _through_mask(dx, rows, g, lora_A, ctx, start)
     elif wants_A and g is not None and rows is not None:
-        dA = matmul.scaled(g.t(), rows, s)
+        dA = matmul.scaled(g.t(), rows, s, ctx.dtypes[0])
     return dx, dA, dB
 
 
@@ -156,7 +158,7 @@ def _through_mask(
                 dx[block].add_(through.mul_(survives), alpha=factor)
             else:  # in one pass, which casts the mask as it reads
                 dx[block].addcmul_(through, survives, value=factor)
-    return dA if wants_A else None
+    return dA.to(ctx.dtypes[0]) if wants_A else None
 
 
 def _second_order(dy: Tensor, kept: Kept, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> Gradients:

@@ -56,18 +56,16 @@ def lora_linear(
         with torch.autocast(device, enabled=False):
             y = lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
         return y if isinstance(weight, Tensor) else y.to(dtype)
-    if lora_A.dtype is not x.dtype or lora_B.dtype is not x.dtype:
-        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
     if dropout == 0 and x.numel() <= FEW_ROWS * x.shape[-1] and isinstance(weight, Tensor):
         rows = x.reshape(-1, x.shape[-1])
         if (not learns or len(rows) == 1) and not merged_weight.pays(rows, weight):
-            return _few_rows(x, rows, weight, bias, lora_A, lora_B, scaling, learns)
+            return _few_rows(x, rows, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, learns)
     mask = DropoutMask(dropout) if dropout > 0 else None
     if learns:
         return _learning(x, weight, bias, lora_A, lora_B, scaling, mask)
     # Without gradients use torch's own kernel, so that a zero adapter reproduces the base bit for bit.
-    return _product(x, weight, bias, lora_A, lora_B, scaling, mask, matmul.torch_linear)[0]
+    return _product(x, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, mask, matmul.torch_linear)[0]
 
 
 def _few_rows(
@@ -158,13 +156,15 @@ class _LoraLinear(torch.autograd.Function):
         goes_through: bool,
         *kept: Tensor,
     ) -> Tensor:
-        y, h = _product(x, weight, bias, lora_A, lora_B, scaling, mask, matmul.linear)
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)  # in here, so that autograd has no nodes for it
+        y, h = _product(x, weight, bias, A, B, scaling, mask, matmul.linear)
         if not kept and h is None:
-            h = project_down(x.reshape(-1, x.shape[-1]), lora_A, mask)
+            h = project_down(x.reshape(-1, x.shape[-1]), A, mask)
         held = isinstance(weight, Tensor)
-        ctx.save_for_backward(weight if held else None, lora_A, lora_B, h, *kept)
+        ctx.save_for_backward(weight if held else None, lora_A, lora_B, A, B, h, *kept)
         ctx.make = None if held else weight
         ctx.scaling, ctx.mask, ctx.again, ctx.goes_through = scaling, mask, again, goes_through
+        ctx.dtypes = lora_A.dtype, lora_B.dtype
         return y
 
     @staticmethod
@@ -172,7 +172,9 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_autocast_enabled(dy.device.type):
             with torch.autocast(dy.device.type, enabled=False):
                 return _LoraLinear.backward(ctx, dy)
-        weight, lora_A, lora_B, h, *kept = ctx.saved_tensors
-        into, dA, dB = lora_gradients.gradients(dy, tuple(kept), ctx.make or weight, lora_A, lora_B, h, ctx)
+        weight, lora_A, lora_B, A, B, h, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)  # with a history
+        into, dA, dB = lora_gradients.gradients(dy, tuple(kept), ctx.make or weight, A, B, h, ctx)
         through = into if ctx.goes_through else (None,) * len(kept)
         return None if ctx.goes_through else into[0], None, None, dA, dB, *[None] * 4, *through

@@ -70,13 +70,21 @@ def torch_narrow(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right) if right.shape[1] >= 16 else torch.mm(right.t(), left.t()).t()
 
 
-def scaled(left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    """``alpha * left @ right``, contiguous, outside autograd; the result has few rows or few columns."""
-    if left.device.type != "cpu":  # one call instead of three, each of which takes longer there than so small an array
-        return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=alpha)
+def scaled(left: Tensor, right: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """``alpha * left @ right`` in this dtype, contiguous, outside autograd; the result has few rows or few columns."""
+    if left.device.type != "cpu":  # as few calls as can be: each takes longer there than so small an array
+        if keeps_sums(left, dtype):
+            sums = torch.mm(left, right, out_dtype=dtype)
+            return sums if alpha == 1 else sums.mul_(alpha)
+        return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=alpha).to(dtype)
     turned = len(left) < right.shape[1]
     product = narrow(right.t(), left.t()).t() if turned else narrow(left, right)
-    return product.mul(alpha).contiguous()
+    return product.mul(alpha).to(dtype).contiguous()
+
+
+def keeps_sums(left: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of half precision can be had in float32, in which a GPU sums it, instead of being rounded."""
+    return left.is_cuda and torch.version.hip is None and left.dtype in HALF and dtype is torch.float32
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
