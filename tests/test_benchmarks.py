@@ -90,6 +90,19 @@ def test_the_step_benchmark_compares_every_subject_with_peft_and_the_bound(main,
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_for_a_gpu_is_tried_out_on_a_cpu(main, tmp_path, capsys):
+    main("gpu")(["--quick", "--base", "bf16", "--output", str(tmp_path)])
+    found = {(row["subject"], row["peer_name"]): float(row["ratio"]) for row in read(tmp_path / "gpu_step.csv")}
+    subjects = ["full fine-tuning", "PEFT", "minipeft", "minipeft, lean", "PEFT, autocast"]
+    assert [subject for subject, peer in found if peer == "PEFT"] == [each for each in subjects if each != "PEFT"]
+    assert found["minipeft", "PEFT, autocast"] > 0
+    assert "differ" not in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="torch sees none"):
+            main("gpu")([])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_decode_and_merge_benchmarks_run(main, capsys):
     main("speed")(["--quick", "--part", "decode", "--part", "merge"])
     output = capsys.readouterr().out
