@@ -156,7 +156,7 @@ def _selector(places: list[int], device: torch.device) -> Selector:
     return slice(first, last + 1) if last - first + 1 == len(places) else numbers(places, device)
 
 
-def numbers(values: Sequence[int], device: torch.device) -> Tensor:
+def numbers(values: Sequence[Any], device: torch.device) -> Tensor:
     """A tensor of them. A GPU is not waited for: what it copies is set aside before the call returns."""
     return torch.tensor(values, device="cpu").to(device, non_blocking=True)
 

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def is_one_call(x: Tensor, stack: Tensor) -> bool:
     """Whether torch has a fast grouped product for these, x (rows, p) and stack (groups, p, q): its rows must fill 16 bytes."""
-    if x.dtype not in DTYPES or stack.dtype is not x.dtype or not _is_there(x.device):
+    if x.dtype not in DTYPES or stack.dtype is not x.dtype or not _is_there(x.device, x.dtype):
         return False
     if x.device.type == "cpu" and not matmul.has_kernels(x.dtype):
         return False
@@ -27,12 +27,16 @@ def is_one_call(x: Tensor, stack: Tensor) -> bool:
 
 
 @functools.cache
-def _is_there(device: torch.device) -> bool:
-    """With a younger torch, and on a GPU since Ampere; before 2.11 the one on a CPU wanted aligned memory."""
+def _is_there(device: torch.device, dtype: torch.dtype) -> bool:
+    """With a younger torch; before 2.11 the one on a CPU wanted aligned memory.
+
+    On a GPU in bfloat16 on Hopper and its successor for data centres. For others torch takes one matrix after the other, and
+    waits in each call for the GPU to tell how many rows each has.
+    """
     if not hasattr(F, "grouped_mm"):
         return False
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return dtype is torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return device.type == "cpu" and torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
 
 

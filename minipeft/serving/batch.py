@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from minipeft.errors import StateError
-from minipeft.injection.rows import Rows
+from minipeft.injection.rows import Rows, numbers
 from minipeft.injection.rows_of_call import rows_acting, rows_of_call
 from minipeft.model import AdaptedModel
 
@@ -40,7 +40,7 @@ class Batch:
         self.model = model
         self.rows: list[Any] = []
         self._cache = _new_cache()  # keys and values of shape (rows, heads, width, size of a head)
-        self._mask = torch.empty(0, 0, dtype=torch.long)  # (rows, width): 1 for a token, 0 for padding
+        self._mask = torch.empty(0, 0, dtype=torch.long, device="cpu")  # (rows, width): 1 for a token, 0 for padding
         self._routing: Rows | None = None
         self._takes = inspect.signature(model.forward).parameters.keys()
 
@@ -99,7 +99,7 @@ class Batch:
             ) from cause
 
     def _tensor(self, values: list[list[int]]) -> Tensor:
-        return torch.tensor(values, device=next(self.model.parameters()).device)
+        return numbers(values, next(self.model.parameters()).device)
 
     def _routed(self, rows: Sequence[Row], ids: Tensor) -> Rows | None:
         """The adapter of each row, with what layers make of that for as long as the rows stay; None without adapters."""

@@ -149,7 +149,7 @@ class Updater:
                     self.model.set_requires_gradient_sync(number == len(batches))
                 if engine is not None:
                     engine.set_gradient_accumulation_boundary(is_boundary=number == len(batches))
-                batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+                batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
                 with self.accelerator.autocast():
                     loss = self.loss(self.model if engine is None else engine, batch)
                 (self.accelerator if engine is None else engine).backward(loss * scale)
