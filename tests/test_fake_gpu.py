@@ -9,6 +9,7 @@ from tiny_models import adapted, gpt2, llama
 
 from minipeft import lean, per_adapter_loss
 from minipeft.injection.module_tree import adapted_layers
+from minipeft.injection.rows import Parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 KINDS = ("cuda", "lazy")  # the first has no backward pass here
@@ -78,6 +79,20 @@ def test_rows_with_adapters_of_their_own_train_on_one_device():
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_experts_by_a_grouped_product_train_on_one_device(kind):
     train(with_lora(moe(kind, "grouped_mm")).to(torch.bfloat16), kinds=("cuda",))
+
+
+def test_numbers_of_rows_are_copied_without_waiting(monkeypatch):
+    waits, real = [], torch.Tensor.to
+
+    def to(tensor, *args, non_blocking=False, **options):
+        waits.append(not non_blocking)
+        return real(tensor, *args, **options)
+
+    with fake_gpu():
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        Parts.of(["a", None, "a", "b"], torch.device("cuda"))
+    assert waits
+    assert not any(waits)
 
 
 def test_what_mixes_devices_or_waits_is_found():

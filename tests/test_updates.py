@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 import minipeft
 from minipeft import LoraConfig
+from minipeft.training.data.collate import filler
 from minipeft.training.data.order import UpdateOrder
 from minipeft.training.updates import Updater, evaluate, is_out_of_memory, loss_sum
 
@@ -70,6 +71,35 @@ def test_an_update_follows_the_mean_over_all_its_tokens(micro_batch, clip, lean)
         assert update(order[number]) == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(update.parameters, parameters, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_batch_that_predicts_nothing_has_a_loss_of_zero(lean):
+    model = adapted().train()
+    if lean:
+        minipeft.lean(model)
+    loss = loss_sum(model, filler(0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_losses_are_read_after_all_passes_of_an_update(monkeypatch):
+    """A GPU that is asked for a loss has to be waited for, and then has nothing to do."""
+    events, real = [], torch.Tensor.__float__
+
+    def loss(model, batch):
+        events.append("pass")
+        return loss_sum(model, batch)
+
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: events.append("read") or real(tensor))
+    model, store = adapted().train(), Rows()
+    accelerator = Accelerator(cpu=True)
+    updater_of(model, accelerator, micro_batch=2, loss=loss)(UpdateOrder(store, 6, seed=0)[0])
+    assert events[:4] == ["pass"] * 3 + ["read"]
+    events.clear()
+    evaluate(accelerator, model, store, 8, loss)
+    assert events[:3] == ["pass"] * 2 + ["read"]
 
 
 def test_an_evaluation_counts_each_token_once():

@@ -141,7 +141,10 @@ class Updater:
         engine = self.engine
         # fully_shard and DeepSpeed divide by the number of processes.
         scale = (world_size if self.sharded or engine is not None else 1) / update.tokens
-        sums, losses = torch.zeros(2, dtype=torch.float64), []  # sums of the losses, and of processes out of memory
+        sums, losses = (
+            torch.zeros(2, dtype=torch.float64, device="cpu"),
+            [],
+        )  # sums of the losses, and of processes out of memory
         batches = update.batches(rank, world_size, self.micro_batch)
         try:
             for number, batch in enumerate(batches, 1):
@@ -149,7 +152,7 @@ class Updater:
                     self.model.set_requires_gradient_sync(number == len(batches))
                 if engine is not None:
                     engine.set_gradient_accumulation_boundary(is_boundary=number == len(batches))
-                batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+                batch = _on(self.accelerator.device, batch)
                 with self.accelerator.autocast():
                     loss = self.loss(self.model if engine is None else engine, batch)
                 (self.accelerator if engine is None else engine).backward(loss * scale)
@@ -230,11 +233,16 @@ def evaluate(
         loss: sum of the losses of a batch.
     """
     model.eval()
-    total = torch.zeros(1, dtype=torch.float64)
+    losses = []
     for batch in eval_batches(store, micro_batch, accelerator.process_index, accelerator.num_processes):
         with accelerator.autocast():
-            total += float(loss(model, {name: t.to(accelerator.device) for name, t in batch.items()}))
+            losses.append(loss(model, _on(accelerator.device, batch)))
+    total = torch.tensor([sum(map(float, losses))], dtype=torch.float64, device="cpu")
     return float(summed(total, accelerator.device)) / int(store.targets.sum())
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
