@@ -220,9 +220,13 @@ def test_a_resumed_run_has_the_losses_of_the_whole_one(go, flags):
         assert 1 < memory < 4000
     whole = load_file(directory / "adapter_model.safetensors")
     again, resumed, _ = go("run", *flags, "--resume", directory / "checkpoints/step-00000002")
-    assert resumed == losses
     found = load_file(again / "adapter_model.safetensors")
-    assert all(torch.equal(whole[key], found[key]) for key in whole)
+    if DEVICE.type == "cpu":
+        assert resumed == losses
+        assert all(torch.equal(whole[key], found[key]) for key in whole)
+    else:  # torch's kernels there add in another order each time, which another mask would be far from
+        assert resumed == pytest.approx(losses, rel=1e-5)
+        close(found, whole, 0.05)
 
 
 @pytest.mark.parametrize("trainer", [Trainer, AdapterTrainer], ids=lambda cls: cls.__name__)
@@ -284,7 +288,7 @@ def test_the_doctor_sees_an_adapter_that_was_left_on_the_cpu():
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.cpu()
-    assert "device" in " ".join(finding.name + finding.message for finding in diagnose(model)).lower()
+    assert any("cpu" in str(finding) for finding in diagnose(model))
 
 
 SETUPS = {
@@ -304,8 +308,9 @@ SETUPS = {
 def test_the_estimate_is_near_the_peak_of_a_real_step(setup):
     """But for the overhead, which is CUDA's context and no array."""
     options = SETUPS[setup]
+    groups = 12 if options["dtype"] == "float32" else 4  # for groups of heads torch has no kernel in float32 there
     config = LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=groups,
         vocab_size=32000, pad_token_id=None,
     )  # fmt: skip
     adapter, rows, length = LoraConfig(r=16, target_modules="all-linear"), 4, 512

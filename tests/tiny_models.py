@@ -134,7 +134,7 @@ def disturb(model, seed=1, scale=0.1):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=scale)
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)
     return model
 
 

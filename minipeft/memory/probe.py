@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import LeanError
+from minipeft.layers.base import layer_ops
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; half precision:
 HALF_TOLERANCE = 5e-2
@@ -51,8 +52,7 @@ class Probe:
                 f"{type(model).__name__} does not compute its loss by loss_function(logits, labels) "
                 f"({type(error).__name__}: {error}); pass chunked_loss=False."
             ) from error
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
+        tolerance = _tolerance(model)
         errors = {"loss": _relative([loss], [self.loss]), "gradients": _relative(gradients, self.gradients)}
         for what, size in errors.items():
             if not size <= tolerance:
@@ -60,6 +60,20 @@ class Probe:
                     f"{type(model).__name__}: with lean() the {what} would differ by {size:.2g} of their size on a tiny batch. "
                     "chunked_loss=False or fast_linear=False may help."
                 )
+
+
+def _tolerance(model: nn.Module) -> float:
+    """By the dtype of the model, or that of half precision if a layer rounds its input, as int8 does on a GPU."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    for module in model.modules():
+        ops = layer_ops(module)
+        if (
+            ops is not None
+            and ops.is_quantized
+            and not ops.calls_linear(module, like.new_empty(1, ops.shape(module)[1]))
+        ):
+            return HALF_TOLERANCE
+    return TOLERANCE.get(like.dtype, HALF_TOLERANCE)
 
 
 def _run(model: nn.Module, with_labels: bool) -> tuple[Tensor, list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import ConfigError, told_error
+from minipeft.kernels import matmul
 from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
 from minipeft.kernels.dropout_mask import ROWS
 from minipeft.kernels.keeps_inputs import ELEMENTS
@@ -24,12 +26,18 @@ from minipeft.transformers_model import main_input_name, vocabulary_size
 @contextlib.contextmanager
 def sized_for(device: str) -> Iterator[None]:
     """Within the context, slices and chunks are as large as on this kind of device: "cpu" or "cuda"."""
-    before = [(sizes, sizes["cpu"]) for sizes in (CHUNK_BYTES, DEFAULT_ROWS, ELEMENTS, ROWS, SLICE)]
+    before, worth_it = (
+        [(sizes, sizes["cpu"]) for sizes in (CHUNK_BYTES, DEFAULT_ROWS, ELEMENTS, ROWS, SLICE)],
+        matmul.WORTH_IT,
+    )
     for sizes, _ in before:
         sizes["cpu"] = sizes[device]
+    if device != "cpu":
+        matmul.WORTH_IT = sys.maxsize  # products are torch's own there, and not by way of float32
     try:
         yield
     finally:
+        matmul.WORTH_IT = worth_it
         for sizes, value in before:
             sizes["cpu"] = value
 

@@ -79,7 +79,7 @@ def gradients(case: Case) -> str | None:
     if dtype == torch.float64 and x.is_floating_point():
         assert x.grad is not None
         with torch.no_grad():
-            direction, step = torch.sin(torch.arange(x.numel(), dtype=dtype).view(x.shape)), 1e-5
+            direction, step = torch.sin(torch.arange(x.numel(), dtype=dtype, device=x.device).view(x.shape)), 1e-5
             slope = (loss(model, x + step * direction) - loss(model, x - step * direction)) / (2 * step)
         got = (x.grad * direction).sum()
         if not abs(float(got - slope)) <= 1e-6 * float(x.grad.norm() * direction.norm()):
