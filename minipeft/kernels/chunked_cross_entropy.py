@@ -176,7 +176,7 @@ SCHEMA = """(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ign
 
 # It reads which labels count, which a CUDA graph cannot, so a compiler leaves it out of those.
 @torch.library.custom_op(
-    "minipeft::chunked_cross_entropy", mutates_args=(), schema=SCHEMA, tags=torch.Tag.cudagraph_unsafe
+    "minipeft::chunked_cross_entropy", mutates_args=(), schema=SCHEMA, tags=(torch.Tag.cudagraph_unsafe,)
 )
 @torch.no_grad()
 def _operation(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

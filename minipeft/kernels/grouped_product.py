@@ -82,7 +82,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 # The same for a compiler, which cannot look at how many rows a group has: operations of which it knows the shapes alone.
 # Where torch has no product of its own, they read how many, which a CUDA graph cannot.
-UNSAFE = torch.Tag.cudagraph_unsafe
+UNSAFE = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op(
