@@ -42,7 +42,7 @@ from subjects import (
     ours_lean,
     save_adapter,
 )
-from timing import milliseconds
+from timing import milliseconds, settle
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
@@ -272,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device == "cpu" and not args.quick:
         raise SystemExit("this benchmark is for a GPU, and torch sees none (--quick tries it out on the CPU)")
     folder = args.output or (None if args.quick else RESULTS)
+    settle()
     rows: Rows = []
     for shape in [TINY] if args.quick else [SHAPES[name] for name in args.model or SHAPES]:
         for kind in ["bf16"] if shape.compiled else args.base or BASES:
