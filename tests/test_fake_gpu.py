@@ -5,11 +5,15 @@ import torch
 from fake_gpu import fake_gpu, on
 from method_cases import CASES, ours
 from test_split_experts import moe, with_lora
-from tiny_models import adapted, gpt2, llama
+from tiny_models import adapted, foreign_code, gpt2, llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipeft import lean, per_adapter_loss
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.injection.rows import Parts
+
+with foreign_code():
+    import peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 KINDS = ("cuda", "lazy")  # the first has no backward pass here
@@ -79,6 +83,51 @@ def test_rows_with_adapters_of_their_own_train_on_one_device():
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_experts_by_a_grouped_product_train_on_one_device(kind):
     train(with_lora(moe(kind, "grouped_mm")).to(torch.bfloat16), kinds=("cuda",))
+
+
+NO_WORK = {
+    "device",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+}
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that start a kernel on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and str(func).split(".")[1] not in NO_WORK
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_step(model, base):
+    with fake_gpu():
+        on("lazy", model)
+        ids = torch.zeros(2, 8, dtype=torch.long, device="lazy")
+        for _ in range(2):
+            with Calls() as calls:
+                base(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return calls.count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_takes_no_more_calls_than_peft_s(dropout):
+    options = {"r": 8, "target_modules": "all-linear", "lora_dropout": dropout}
+    with foreign_code():
+        theirs = peft.get_peft_model(llama().bfloat16(), peft.LoraConfig(**options)).train()
+    ours = adapted(llama().bfloat16(), **options).train()
+    assert calls_of_a_step(ours, ours) <= calls_of_a_step(theirs, theirs.get_base_model())
 
 
 def test_numbers_of_rows_are_copied_without_waiting(monkeypatch):
