@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import LeanError
 from minipeft.layers.base import layer_ops
+from minipeft.layers.quantized import QuantizedLinearOps
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; half precision:
 HALF_TOLERANCE = 5e-2
@@ -67,11 +68,8 @@ def _tolerance(model: nn.Module) -> float:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for module in model.modules():
         ops = layer_ops(module)
-        if (
-            ops is not None
-            and ops.is_quantized
-            and not ops.calls_linear(module, like.new_empty(1, ops.shape(module)[1]))
-        ):
+        known = isinstance(ops, QuantizedLinearOps)
+        if known and not ops.calls_linear(module, like.new_empty(1, ops.shape(module)[1])):
             return HALF_TOLERANCE
     return TOLERANCE.get(like.dtype, HALF_TOLERANCE)
 
