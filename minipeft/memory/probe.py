@@ -68,9 +68,9 @@ def _tolerance(model: nn.Module) -> float:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for module in model.modules():
         ops = layer_ops(module)
-        known = isinstance(ops, QuantizedLinearOps)
-        if known and not ops.calls_linear(module, like.new_empty(1, ops.shape(module)[1])):
-            return HALF_TOLERANCE
+        if isinstance(ops, QuantizedLinearOps):
+            if not ops.calls_linear(module, like.new_empty(1, ops.shape(module)[1])):
+                return HALF_TOLERANCE
     return TOLERANCE.get(like.dtype, HALF_TOLERANCE)
 
 
