@@ -201,12 +201,11 @@ def differs(found: Measured, expected: Measured) -> str | None:
 
 
 def subjects_of(shape: Shape, base: str) -> list[str]:
-    if shape is TINY:
-        return [FULL, PEFT, CORE, LEAN, PEFT + AUTOCAST]
     if shape.compiled:
         return [*COMPILABLE, *(name + COMPILED for name in COMPILABLE)]
-    names = COMPARED if base == "bf16" else COMPARED[1:]  # nobody trains all of a packed model
-    return [*names, *(name + AUTOCAST for name in WITH_AUTOCAST)]
+    names = (FULL, PEFT, CORE, LEAN, PEFT + AUTOCAST) if shape is TINY else COMPARED
+    names += () if shape is TINY else tuple(name + AUTOCAST for name in WITH_AUTOCAST)
+    return [name for name in names if base == "bf16" or name != FULL]  # nobody trains all of a packed model
 
 
 def free() -> None:
