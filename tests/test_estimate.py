@@ -14,9 +14,11 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig, MixtralForCausa
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, MinipeftError, estimate, get_adapter_model, get_lora_model, lean
+from minipeft.kernels import matmul
 from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
 from minipeft.planning.estimate import Setup
 from minipeft.planning.fit import USABLE, fit
+from minipeft.planning.step import sized_for
 
 ALL = LoraConfig(r=4, target_modules="all-linear")
 BATCH, LENGTH = 3, 24
@@ -158,6 +160,14 @@ def test_a_gpu_works_on_larger_pieces_and_the_sizes_are_put_back():
     pieces = [found.memory["temporary"] + found.memory["logits"] for found in (small, large)]
     assert pieces[1] > pieces[0]  # of the block that is computed again, or of the logits
     assert CHUNK_BYTES["cpu"] == chunk
+
+
+def test_for_a_gpu_products_are_torchs_own(monkeypatch):
+    monkeypatch.setattr(matmul, "has_kernels", lambda dtype: False)
+    x = torch.ones(2048, 1024, dtype=torch.bfloat16)
+    with sized_for("cuda"):
+        assert not matmul.through_float32(x, x)
+    assert matmul.through_float32(x, x)
 
 
 def test_fit_proposes_what_fits_and_recomputes_least_first():
