@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,8 @@ from minipeft.methods.trainable_tokens import TrainableTokensConfig
 from minipeft.methods.vera import VeraConfig
 from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
 from minipeft.planning.estimate import Estimate, Planner, Setup
+from minipeft.planning.suggest import Suggestion
+from minipeft.planning.suggest import suggest as suggested
 from minipeft.quantization.dequantize import dequantize
 from minipeft.quantization.quantize import quantize
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
@@ -98,6 +101,25 @@ def estimate(
     return Planner(model, config, setup, get_adapter_model).estimate()
 
 
+def suggest(model: Any, *, tokens: int | None = None, text: str | Path | None = None, length: int = 512) -> Suggestion:
+    """Settings to begin with, each with its reason: targets, rank, alpha, learning rate, batch and schedule.
+
+    Args:
+        model: as `estimate` takes it.
+        tokens: to train on, each counted once.
+        text: a file whose tokens are counted instead, by the tokenizer of `model`, a directory or name.
+        length: tokens in a sequence.
+
+    Returns:
+        The choices; ``found["learning_rate"]`` is one's value, and ``found.config`` a `LoraConfig`. The rules are those of
+        "LoRA Without Regret" (Schulman et al., 2025), see `minipeft.planning.suggest`.
+
+    Raises:
+        MinipeftError: there is no such model, it cannot be adapted, or a value is not allowed.
+    """
+    return suggested(model, get_adapter_model, tokens, length, None if text is None else Path(text))
+
+
 __all__ = [
     "AdaLoraConfig",
     "AdaptedModel",
@@ -123,6 +145,7 @@ __all__ = [
     "RegistryError",
     "RequestError",
     "StateError",
+    "Suggestion",
     "TargetError",
     "TrainableTokensConfig",
     "VeraConfig",
@@ -143,5 +166,6 @@ __all__ = [
     "register_layer",
     "register_method",
     "register_targets",
+    "suggest",
     "unlean",
 ]

@@ -1,19 +1,36 @@
 """The estimate of memory, compared with the arrays that a real step makes and frees."""
 
+import dataclasses
 import json
 import math
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_cli import run
-from tiny_models import foreign_code, gpt2, llama
+from tiny_models import bert_classifier, foreign_code, gpt2, llama, t5
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GPT2Config, LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, MinipeftError, estimate, get_adapter_model, get_lora_model, lean
+from minipeft.files.tensor_bytes import header_of
 from minipeft.kernels import matmul
 from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
 from minipeft.planning.estimate import Setup
@@ -22,6 +39,14 @@ from minipeft.planning.step import sized_for
 
 ALL = LoraConfig(r=4, target_modules="all-linear")
 BATCH, LENGTH = 3, 24
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+}
 
 
 def mixtral(seed=0):
@@ -38,6 +63,35 @@ def dropping_gpt2(seed=0):
     return type(model)(config)
 
 
+def vit(seed=0):
+    return ViTForImageClassification(ViTConfig(**VISION))
+
+
+def whisper(seed=0):
+    config = WhisperConfig(
+        vocab_size=100, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20,
+        max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return WhisperForConditionalGeneration(config)
+
+
+def gemma2(seed=0):
+    """Its logits are capped, so their loss cannot be computed in chunks."""
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=100, max_position_embeddings=64, sliding_window=16,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config)
+
+
+def llava(seed=0):
+    vision = CLIPVisionConfig(**VISION)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=llama().config, image_token_id=99)
+    )
+
+
 CASES = {
     "full": (gpt2, {"training": "full"}),
     "lora": (gpt2, {"training": "lora"}),
@@ -45,7 +99,20 @@ CASES = {
     "lean, dropout": (dropping_gpt2, {}),
     "lean, sqrt": (llama, {"checkpointing": "sqrt"}),
     "lean, block, NF4": (gpt2, {"checkpointing": "block", "quantize": "nf4"}),
+    "a head that trains in full": (bert_classifier, {}),
+    "encoder and decoder": (t5, {"training": "lora"}),
+    "pictures": (vit, {"training": "lora"}),
+    "recordings": (whisper, {"training": "lora"}),
+    "capped logits": (gemma2, {}),
+    "text alone": (llava, {"training": "full"}),
 }
+# What a step reads besides token ids, as a user would give it.
+READS = {
+    bert_classifier: lambda ids: {"input_ids": ids, "labels": torch.arange(len(ids))},
+    vit: lambda ids: {"pixel_values": torch.randn(len(ids), 3, 16, 16), "labels": torch.ones(len(ids)).long()},
+    whisper: lambda ids: {"input_features": torch.randn(len(ids), 8, 40), "labels": ids},
+}
+HEADS = {bert_classifier: "SEQ_CLS", vit: "SEQ_CLS"}
 
 
 class Made(TorchDispatchMode):
@@ -86,14 +153,16 @@ def quantization_of(parameter):
     return [] if state is None else [state.absmax, state.code, state.state2.absmax, state.state2.code]
 
 
-def real_peak(model, training="lean", checkpointing=None, quantize=None):
+def real_peak(make, tmp_path, training="lean", checkpointing=None, quantize=None):
+    """Bytes at the peak, and what the estimate says besides: parameters, those that train, and bytes of the file."""
+    model = make()
     with foreign_code():
         model = (model if quantize is None else minipeft.quantize(model, quantize)).train()
     model.config.use_cache = False
     if training != "full":
-        get_lora_model(model, ALL)
+        get_lora_model(model, dataclasses.replace(ALL, task_type=HEADS.get(make)))
     if training == "lean":
-        lean(model, checkpointing)
+        lean(model, checkpointing, chunked_loss=make not in (bert_classifier, gemma2))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     for parameter in trained:
@@ -102,22 +171,32 @@ def real_peak(model, training="lean", checkpointing=None, quantize=None):
     optimizer.zero_grad()
     own = held(model, optimizer)
     with Made() as made:
-        ids = torch.randint(100, (BATCH, LENGTH))
-        model(input_ids=ids, labels=ids).loss.backward()
+        batch = READS.get(make, lambda ids: {"input_ids": ids, "labels": ids})(torch.randint(100, (BATCH, LENGTH)))
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return own + made.most
+    return own + made.most, sizes(model, training, tmp_path)
+
+
+def sizes(model, training, tmp_path):
+    counts = [model.num_parameters(), model.num_parameters(only_trainable=True)]
+    if training == "full":
+        return [*counts, 0]
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    return [*counts, len(header_of(tensors, {})[0]) + sum(tensor.nbytes for tensor in tensors.values())]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_estimate_is_the_peak_of_a_real_step_to_the_byte(case):
+def test_the_estimate_is_the_peak_of_a_real_step_to_the_byte(case, tmp_path):
     make, options = CASES[case]
     with foreign_code():
         found = estimate(make(), ALL, **options, batch=BATCH, length=LENGTH)
-        expected = real_peak(make(), **options)
+        expected, counts = real_peak(make, tmp_path, **options)
     # bitsandbytes has an offset for each layer, and once in a process a table of its codes for itself.
     spare = (4 * 8, 4 * 8 + 1024) if "quantize" in options else (0,)
     assert found.peak - found.memory["overhead"] - expected in spare
+    assert "quantize" in options or [found.parameters, found.trainable, found.adapter_file] == counts
 
 
 def test_the_items_are_what_they_are_called(tmp_path):

@@ -74,6 +74,12 @@ def _print(found: Estimate) -> None:
     typer.echo("\nat the peak of a step:")
     items = [{"": item, " ": in_units(size)} for item, size in found.memory.items() if size]
     print_table([*items, {"": "all", " ": in_units(found.peak)}])
+    _print_remarks(found)
+
+
+def _print_remarks(found: Estimate) -> None:
+    if found.remarks:
+        typer.echo("\n" + "\n".join(found.remarks))
 
 
 def described(setup: Setup) -> str:
@@ -86,7 +92,7 @@ def described(setup: Setup) -> str:
 def _print_proposals(proposals: list[Proposal], memory: int) -> None:
     rows = [
         {
-            "checkpointing": proposal.estimate.setup.checkpointing,
+            "checkpointing": proposal.estimate.setup.checkpointing or "not lean",
             "base": proposal.estimate.setup.quantize or proposal.estimate.setup.dtype or "own dtype",
             "batch": proposal.estimate.setup.batch,
             "accumulation": proposal.accumulation,
@@ -97,6 +103,5 @@ def _print_proposals(proposals: list[Proposal], memory: int) -> None:
     ]
     typer.echo(f"fits into {in_units(memory)}, the fastest first:\n")
     print_table(rows)
-    best = proposals[0].estimate.setup
-    quantize = f"model = quantize(model, {best.quantize!r})\n" if best.quantize else ""
-    typer.echo(f"\n{quantize}model = lean(get_lora_model(model, config), checkpointing={best.checkpointing!r})")
+    typer.echo("\n" + "\n".join(proposals[0].code()))
+    _print_remarks(proposals[0].estimate)

@@ -9,7 +9,6 @@ import typer
 
 from minipeft.cli.output import print_json
 from minipeft.cli.sizes import bytes_in, in_units
-from minipeft.errors import ConfigError
 
 if TYPE_CHECKING:
     from minipeft.planning.fit import Proposal
@@ -24,26 +23,20 @@ def suggest(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Suggest targets, rank, alpha, learning rate, batch and schedule for LoRA, with the reason for each."""
-    if tokens is not None and text is not None:
-        raise ConfigError("--tokens and --text both say how many tokens there are; give one.")
     wanted = None if memory is None else bytes_in(memory)
     import torch  # late, since --help must not wait for it
 
-    from minipeft.config import config_from_dict
+    from minipeft.api import suggest as suggested
     from minipeft.model import get_adapter_model
     from minipeft.planning.estimate import Setup
     from minipeft.planning.fit import fit
-    from minipeft.planning.suggest import suggest as suggested
-    from minipeft.planning.text import count_tokens
 
-    count = count_tokens(model, text) if text is not None else tokens
-    found = suggested(model, get_adapter_model, count, length)
+    found = suggested(model, tokens=tokens, text=text, length=length)
     proposals = []
     if wanted is not None:
-        options = {"peft_type": "LORA", "r": found["r"], "target_modules": found["target_modules"]}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         setup = Setup(batch=found["batch_size"], length=length, device=device)
-        proposals = fit(model, config_from_dict(options, live=True), setup, wanted, get_adapter_model)
+        proposals = fit(model, found.config, setup, wanted, get_adapter_model)
     if json:
         print_json({**found.to_dict(), "fits": [proposal.to_dict() for proposal in proposals]})
         return
@@ -55,10 +48,8 @@ def suggest(
 
 
 def _memory(proposal: Proposal) -> str:
-    setup = proposal.estimate.setup
-    base = f"quantize(model, {setup.quantize!r}) first, then " if setup.quantize else ""
     return (
-        f"memory = {in_units(proposal.estimate.peak)}\n    {base}lean(model, checkpointing={setup.checkpointing!r}), "
-        f"{setup.batch} sequences in a pass, {proposal.accumulation} passes in a step; "
+        f"memory = {in_units(proposal.estimate.peak)}\n    {'; '.join(proposal.code())}; "
+        f"{proposal.estimate.setup.batch} sequences in a pass, {proposal.accumulation} passes in a step; "
         f"{proposal.recomputed:.0%} of the forward pass is computed again (minipeft estimate --fit)"
     )

@@ -41,12 +41,12 @@ def base_model(place: Place, hollow: Hollow, dtype: str | None = None, quantize:
         raise ConfigError(f"dtype must be one of {shown(DTYPES)}, not {told(dtype)}.")
     config, cls = _described(place)
     kind = DTYPES[dtype] if dtype else _dtype_of(config)
-    config.use_cache = False  # as Trainers have it: a training step reads no cache
     try:
         with quiet(), without_weights(), torch.random.fork_rng(devices=[]):
             model: nn.Module = cls._from_config(config, dtype=kind)
     except Exception as error:  # whatever a model raises for a configuration
         raise ConfigError(f"{cls.__name__} cannot be built from its configuration ({told_error(error)}).") from error
+    model.config.use_cache = False  # as the Trainer does, which leaves the configurations of parts alone
     model.tie_weights()  # type: ignore[operator]
     _fill(model, hollow)
     if quantize is not None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from minipeft.config import AdapterConfig
-from minipeft.errors import ConfigError, hint, shown, told
+from minipeft.config import HEADS_OF_TASK, AdapterConfig
+from minipeft.errors import ConfigError, LeanError, hint, shown, told
 from minipeft.files.save import adapter_tensors
 from minipeft.files.tensor_bytes import header_of
 from minipeft.memory.lean import lean
 from minipeft.planning.base import DTYPES, Place, base_model
+from minipeft.planning.batch import reads_text_alone, remarks_on
 from minipeft.planning.hollow import Hollow
 from minipeft.planning.ledger import Ledger
 from minipeft.planning.quiet import quiet
@@ -24,6 +25,13 @@ TRAININGS = ("full", "lora", "lean")
 DEVICES = ("cpu", "cuda")
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary", "logits", "overhead")
 ADAPTER = "default"
+# Task types that train a fresh head in full, by the ending of the model's class. PEFT has none for pictures.
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForImageClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 Adapt = Callable[[nn.Module, AdapterConfig], nn.Module]
 MIB = 2**20
 # What a process takes besides arrays. On a CPU, by benchmarks/estimate.py: what the matrix libraries set up, and the holes in
@@ -88,6 +96,8 @@ class Estimate:
         trainable: those that train.
         adapter_file: bytes of the tensors in ``adapter_model.safetensors`` with their header; 0 for full fine-tuning.
         memory: bytes at the peak by what they are for, see `ITEMS`; "temporary" is what the backward pass makes and drops.
+        remarks: sentences on what was assumed, and on parts of the model that the step does not run.
+        chunks_loss: whether `minipeft.lean` computes this model's loss in chunks.
     """
 
     model: str
@@ -96,6 +106,8 @@ class Estimate:
     trainable: int
     adapter_file: int
     memory: Mapping[str, int]
+    remarks: tuple[str, ...] = ()
+    chunks_loss: bool = True
 
     @property
     def peak(self) -> int:
@@ -121,19 +133,20 @@ class Planner:
     """
 
     def __init__(self, place: Place, config: AdapterConfig, setup: Setup, adapt: Adapt) -> None:
-        self.setup, self.hollow = setup, Hollow(Ledger())
+        self.setup, self.hollow, self.chunks_loss = setup, Hollow(Ledger()), True
         self.model = base_model(place, self.hollow, setup.dtype, setup.quantize)
         own = {id(parameter) for parameter in self.model.parameters()}
         ledger = self.hollow.ledger
         with quiet(), self.hollow, sized_for(setup.device):
             if setup.training != "full":
+                if config.task_type is None and config.modules_to_save is None:
+                    config = replace(config, task_type=task_type(self.model))
                 self.model = adapt(self.model, config)
                 added = [parameter for parameter in self.model.parameters() if id(parameter) not in own]
                 ledger.name(added, "adapters")
             ledger.use = "activations"
             if setup.training == "lean":
-                chunked = getattr(self.model.loss_function, "__name__", "") == "ForCausalLMLoss"
-                lean(self.model, setup.checkpointing, chunked_loss=chunked)
+                self.chunks_loss = _made_lean(self.model, setup.checkpointing)
 
     def estimate(self, batch: int | None = None) -> Estimate:
         """The estimate, for the batch of the setup or another one.
@@ -144,7 +157,7 @@ class Planner:
         setup = self.setup if batch is None else replace(self.setup, batch=batch)
         gc.collect()  # of an earlier step
         with quiet(), sized_for(setup.device):
-            found = peak_of_step(self.model, self.hollow, setup.batch, setup.length)
+            found, left_out = peak_of_step(self.model, self.hollow, setup.batch, setup.length)
         holes = HOLES[setup.device] * (found["activations"] + found["temporary"])
         found["overhead"] = (
             RUNTIME[setup.device] + int(holes) + (QUANTIZED if setup.quantize and setup.device == "cpu" else 0)
@@ -158,11 +171,41 @@ class Planner:
             trainable,
             0 if setup.training == "full" else self._file_bytes(),
             {item: found[item] for item in ITEMS},
+            tuple(self._remarks(left_out)),
+            self.chunks_loss,
         )
+
+    def _remarks(self, left_out: list[str]) -> Iterator[str]:
+        yield from remarks_on(self.model)
+        if left_out:
+            yield f"Not run in this step, so without activations: {shown(left_out)}."
+        if not self.chunks_loss:
+            yield "The loss is not computed in chunks: this model takes lean(model, chunked_loss=False)."
 
     def _file_bytes(self) -> int:
         tensors = adapter_tensors(self.model, ADAPTER)
         return len(header_of(tensors, {})[0]) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def task_type(model: nn.Module) -> str | None:
+    """The task type by which the head of a classifier trains in full."""
+    task = next((task for ending, task in TASKS.items() if type(model).__name__.endswith(ending)), None)
+    has_head = any(isinstance(getattr(model, name, None), nn.Module) for name in HEADS_OF_TASK.get(task or "", ()))
+    return task if has_head else None
+
+
+def _made_lean(model: nn.Module, checkpointing: str | int | None) -> bool:
+    """Make a model lean; returns whether its loss is computed in chunks, which some models do not allow."""
+    if not reads_text_alone(model):
+        raise LeanError(
+            f"lean() is for models that read token ids alone, and {type(model).__name__} is not one; take lora."
+        )
+    try:
+        lean(model, checkpointing)
+        return True
+    except LeanError:
+        lean(model, checkpointing, chunked_loss=False)
+        return False
 
 
 def _values(parameter: nn.Parameter) -> int:

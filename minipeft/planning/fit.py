@@ -17,12 +17,13 @@ from minipeft.transformers_model import recomputable_blocks
 
 USABLE = 0.9  # of the memory: the estimate is that exact, and others need some, too
 # Of all blocks, how many more forward passes a step takes; each takes less memory than the one before.
-RECOMPUTED: dict[str, Callable[[list[nn.Module]], float]] = {
+RECOMPUTED: dict[str | None, Callable[[list[nn.Module]], float]] = {
     "none": lambda blocks: 0.0,
     "last": lambda blocks: 1 / len(blocks),
     "mlp": lambda blocks: _share_of_mlp(blocks),
     "block": lambda blocks: 1.0,
     "sqrt": lambda blocks: 2.0 - 1 / math.sqrt(len(blocks)),
+    None: lambda blocks: 0.0,  # plain LoRA, for models that cannot be made lean
 }
 
 
@@ -40,6 +41,14 @@ class Proposal:
     accumulation: int
     recomputed: float
 
+    def code(self) -> list[str]:
+        """The lines that set this up."""
+        setup = self.estimate.setup
+        quantized = [f"model = quantize(model, {setup.quantize!r})"] if setup.quantize else []
+        loss = "" if self.estimate.chunks_loss else ", chunked_loss=False"
+        made_lean = [f"model = lean(model, checkpointing={setup.checkpointing!r}{loss})"] if setup.checkpointing else []
+        return [*quantized, "model = get_lora_model(model, config)", *made_lean]
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**self.estimate.to_dict(), "accumulation": self.accumulation, "recomputed": self.recomputed}
@@ -49,7 +58,7 @@ def fit(place: Place, config: AdapterConfig, setup: Setup, memory: int, adapt: A
     """Settings of `minipeft.lean` with which a step fits into this memory, those first that recompute least.
 
     With each way of checkpointing the batch is halved, and as many more are accumulated, until it fits. If nothing fits with
-    the weights as they are, they are quantized to NF4.
+    the weights as they are, they are quantized to NF4. A model that cannot be made lean gets plain LoRA.
 
     Args:
         place: see `minipeft.planning.base.base_model`.
@@ -61,17 +70,19 @@ def fit(place: Place, config: AdapterConfig, setup: Setup, memory: int, adapt: A
     Raises:
         ConfigError: nothing fits; or as `Planner`.
     """
-    least: Estimate | None = None
+    tried: list[Estimate] = []
     for quantize in dict.fromkeys((setup.quantize, setup.quantize or "nf4")):
-        found = []
+        found, can_be_lean = [], False
         for name in RECOMPUTED:
-            way = replace(setup, training="lean", checkpointing=name, quantize=quantize)
+            if name is None and can_be_lean:
+                break
+            way = replace(setup, training="lean" if name else "lora", checkpointing=name, quantize=quantize)
             try:
                 planner = Planner(place, config, way, adapt)
             except LeanError:
                 continue  # the model's blocks have no feed-forward part, or cannot be recomputed at all
-            smallest = planner.estimate(1)
-            least = smallest if least is None or smallest.peak < least.peak else least
+            smallest, can_be_lean = planner.estimate(1), True
+            tried.append(smallest)
             if smallest.memory["weights"] > USABLE * memory:
                 break  # whatever is recomputed
             found += [_proposal(planner, smallest, estimate) for estimate in _largest(planner, smallest, memory)]
@@ -79,7 +90,7 @@ def fit(place: Place, config: AdapterConfig, setup: Setup, memory: int, adapt: A
                 break  # what comes now is slower and helps nothing
         if found:
             return sorted(found, key=lambda proposal: (proposal.recomputed, proposal.accumulation))
-    raise ConfigError(_why_nothing(setup, memory, least))
+    raise ConfigError(_why_nothing(setup, memory, min(tried, key=lambda estimate: estimate.peak)))
 
 
 def _largest(planner: Planner, smallest: Estimate, memory: int) -> Iterator[Estimate]:
@@ -101,10 +112,8 @@ def _largest(planner: Planner, smallest: Estimate, memory: int) -> Iterator[Esti
 
 def _proposal(planner: Planner, smallest: Estimate, estimate: Estimate) -> Proposal:
     blocks = list(recomputable_blocks(planner.model))
-    name = str(planner.setup.checkpointing)
-    return Proposal(
-        estimate, math.ceil(planner.setup.batch / estimate.setup.batch), RECOMPUTED[name](blocks) if blocks else 0.0
-    )
+    recomputed = RECOMPUTED[planner.setup.checkpointing](blocks) if blocks else 0.0  # type: ignore[index]
+    return Proposal(estimate, math.ceil(planner.setup.batch / estimate.setup.batch), recomputed)
 
 
 def _share_of_mlp(blocks: list[nn.Module]) -> float:
@@ -115,9 +124,7 @@ def _share_of_mlp(blocks: list[nn.Module]) -> float:
     return sizes["mlp"] / max(1, sizes["all"])
 
 
-def _why_nothing(setup: Setup, memory: int, least: Estimate | None) -> str:
-    if least is None:
-        return "lean() is not for this model, so nothing can be proposed; estimate with training='lora' says what it takes."
+def _why_nothing(setup: Setup, memory: int, least: Estimate) -> str:
     gib = 2**30
     return (
         f"nothing fits into {memory / gib:.1f} GiB, of which {USABLE:.0%} count: one sequence of {setup.length} tokens on an "

@@ -51,6 +51,7 @@ class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = tensors_in((args, kwargs))
         if any(tensor.is_meta for tensor in given):
             return function(*args, **kwargs)
+        self.ledger.take(given)
         is_hollow = any(self.ledger.is_hollow(tensor) for tensor in given)
         if is_hollow and facts.name in ANSWERS:
             return ANSWERS[facts.name](given[0])
@@ -65,7 +66,7 @@ class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if selects and sum(tensor.numel() for tensor in given) <= SAMPLED:
             args, kwargs = tree_map_only(Tensor, self._with_values, (args, kwargs))
             return function(*args, **kwargs)
-        _advance(function, kwargs)
+        _advance(function, args, kwargs)
         return tree_map_only(Tensor, self.made, shapes)
 
     def made(self, shape: Tensor) -> Tensor:
@@ -76,9 +77,9 @@ class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _written(self, function: Any, args: Any, kwargs: Any) -> Any:
         """What an operation returns that writes into its arguments, which are hollow from now on."""
-        _advance(function, kwargs)
+        _advance(function, args, kwargs)
         facts = _facts(function)
-        targets = [t for at, key in facts.writes for t in tensors_in(args[at] if at < len(args) else kwargs.get(key))]
+        targets = [t for where in facts.writes for t in tensors_in(_argument(where, args, kwargs))]
         for target in targets:
             self.ledger.note(target, hollow=True)
         returned = facts.returned
@@ -134,6 +135,7 @@ class _Facts:
     writes: tuple[tuple[int, str], ...]  # place and name of the arguments that it writes to
     returned: int
     draws: bool
+    chance: tuple[int, str] | None  # place and name of the argument that says how much a draw drops
     takes_device: bool
 
 
@@ -147,6 +149,7 @@ def _facts(function: Any) -> _Facts:
         tuple((place, name) for place, name, alias in arguments if alias is not None and alias.is_write),
         len(schema.returns),
         torch.Tag.nondeterministic_seeded in function.tags,
+        next(((place, name) for place, name, _ in arguments if name == "dropout_p"), None),
         any(name == "device" for _, name, _ in arguments),
     )
 
@@ -174,7 +177,17 @@ def _to_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def _advance(function: Any, kwargs: Any) -> None:
+def _advance(function: Any, args: Any, kwargs: Any) -> None:
     """Change the state of torch's generator if the operation would have drawn from it."""
-    if _facts(function).draws and kwargs.get("generator") is None:
+    facts = _facts(function)
+    if (
+        facts.draws
+        and kwargs.get("generator") is None
+        and (facts.chance is None or _argument(facts.chance, args, kwargs))
+    ):
         torch.rand(())
+
+
+def _argument(where: tuple[int, str], args: Any, kwargs: Any) -> Any:
+    place, name = where
+    return args[place] if place < len(args) else kwargs.get(name)

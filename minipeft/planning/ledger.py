@@ -13,11 +13,12 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Memory:
-    """The memory of an array: its bytes, what it is for, and whether its values are missing."""
+    """The memory of an array: its bytes, what it is for, whether its values are missing, and whether an operation took it."""
 
     nbytes: int
     use: str
     hollow: bool = False
+    taken: bool = False
     watch: object = None
 
 
@@ -52,6 +53,13 @@ class Ledger:
         """Whether a tensor has no values."""
         memory = self.alive.get(tensor.untyped_storage()._cdata)
         return memory is not None and memory.hollow
+
+    def take(self, tensors: Iterable[Tensor]) -> None:
+        """Remember that an operation takes these tensors."""
+        for tensor in tensors:
+            memory = self.alive.get(tensor.untyped_storage()._cdata)
+            if memory is not None:
+                memory.taken = True
 
     def name(self, tensors: Iterable[Tensor | None], use: str) -> None:
         """Say what tensors are for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -12,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.errors import ConfigError, told_error
+from minipeft.errors import ConfigError, MinipeftError, told_error
 from minipeft.kernels import matmul
 from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
 from minipeft.kernels.dropout_mask import ROWS
 from minipeft.kernels.keeps_inputs import ELEMENTS
 from minipeft.kernels.lora_gradients import SLICE
 from minipeft.memory.sample_slices import DEFAULT_ROWS
+from minipeft.planning.batch import training_batch
 from minipeft.planning.hollow import Hollow, tensors_in
-from minipeft.transformers_model import main_input_name, vocabulary_size
+from minipeft.planning.ledger import Ledger
+from minipeft.transformers_model import vocabulary_size
 
 
 @contextlib.contextmanager
@@ -42,8 +43,8 @@ def sized_for(device: str) -> Iterator[None]:
             sizes["cpu"] = value
 
 
-def peak_of_step(model: nn.Module, hollow: Hollow, batch: int, length: int) -> Counter[str]:
-    """Bytes by use at the peak of an AdamW step that is not the first.
+def peak_of_step(model: nn.Module, hollow: Hollow, batch: int, length: int) -> tuple[Counter[str], list[str]]:
+    """Bytes by use at the peak of an AdamW step that is not the first, and the names of modules that do not run in it.
 
     Args:
         model: in training mode, with hollow weights; its gradients are None.
@@ -51,7 +52,7 @@ def peak_of_step(model: nn.Module, hollow: Hollow, batch: int, length: int) -> C
         batch, length: sequences in the step, and tokens in each.
 
     Raises:
-        ConfigError: the model does not learn from token ids alone, or refuses this length.
+        ConfigError: what the model reads is not known, or it refuses this length.
     """
     ledger, trained = hollow.ledger, [p for p in model.parameters() if p.requires_grad]
     with hollow:
@@ -61,41 +62,40 @@ def peak_of_step(model: nn.Module, hollow: Hollow, batch: int, length: int) -> C
         optimizer.step()
         optimizer.zero_grad()
         ledger.name(tensors_in([list(state.values()) for state in optimizer.state.values()]), "optimizer")
+        for memory in ledger.alive.values():
+            memory.taken = False
         start, ledger.use, ledger.words = len(ledger.log), "activations", vocabulary_size(model)
         try:
-            inputs = _inputs(model, batch, length)
+            inputs = training_batch(model, batch, length)
             loss = _loss(model(**inputs))
+        except MinipeftError:
+            raise
         except Exception as error:  # whatever a model raises for an input
             raise ConfigError(
                 f"{type(model).__name__} cannot learn from {batch} x {length} token ids ({told_error(error)})."
             ) from error
         ledger.use = "temporary"
         loss.backward()  # type: ignore[no-untyped-call]
+        left_out = _left_out(model, ledger)
         ledger.name((parameter.grad for parameter in trained), "gradients")
         optimizer.step()
         optimizer.zero_grad()
     ledger.words = None
-    return ledger.peak(start)
+    return ledger.peak(start), left_out
 
 
-def _inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-    if main_input_name(model) != "input_ids":
-        raise ValueError(f"it reads {main_input_name(model)}")
-    ids = torch.randint(vocabulary_size(model) or 2, (batch, length))
-    return {"input_ids": ids, **_labels(model, ids)}
+def _left_out(model: nn.Module, ledger: Ledger) -> list[str]:
+    """The largest modules none of whose parameters any operation has taken, but for originals that a copy stands in for."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if ".base_layer." in f"{name}." or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        own = [ledger.alive[p.untyped_storage()._cdata] for p in module.parameters()]
+        if own and not any(memory.taken for memory in own):
+            found.append(name)
+    return found
 
 
 def _loss(output: Any) -> Tensor:
     loss = getattr(output, "loss", None)
     return output[0].float().square().mean() if loss is None else loss  # of a body without a head: its hidden state
-
-
-def _labels(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    takes = inspect.signature(model.forward).parameters
-    if "start_positions" in takes:
-        return {"start_positions": ids[:, 0] * 0, "end_positions": ids[:, 0] * 0}
-    if "labels" in takes:
-        one_each = "SequenceClassification" in type(model).__name__
-        few = ids[:, 0] * 0 if one_each else ids * 0
-        return {"labels": few if one_each or "TokenClassification" in type(model).__name__ else ids}
-    return {"decoder_input_ids": ids} if "decoder_input_ids" in takes else {}

@@ -7,20 +7,24 @@ Source: https://thinkingmachines.ai/blog/lora; the formula for the learning rate
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, config_from_dict
+from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig, config_from_dict
 from minipeft.errors import ConfigError, told
 from minipeft.planning.base import Place, base_model
-from minipeft.planning.estimate import Adapt
+from minipeft.planning.estimate import Adapt, task_type
 from minipeft.planning.hollow import Hollow
 from minipeft.planning.ledger import Ledger
+from minipeft.planning.text import count_tokens
 from minipeft.transformers_model import model_type, text_part
 
 ARTICLE = "LoRA Without Regret"
+OPTIONS = ("r", "lora_alpha", "target_modules", "task_type")  # of the configuration
 LEAST_RANK, MOST_RANK, USUAL_RANK = 8, 256, 32
 ALPHA = 32  # the article's, for every rank
 # learning rate = FULL_RATE * FACTOR * (WIDTH / hidden_size) ** exponent of the family
@@ -50,16 +54,31 @@ class Suggestion:
     def __getitem__(self, name: str) -> Any:
         return next(choice.value for choice in self.choices if choice.name == name)
 
+    @property
+    def config(self) -> AdapterConfig:
+        """The configuration of the adapter, a `LoraConfig`."""
+        return config_from_dict({"peft_type": "LORA", **self._options()}, live=True)
+
     def code(self) -> str:
         """The configuration, to paste."""
-        return f'LoraConfig(r={self["r"]}, lora_alpha={self["lora_alpha"]}, target_modules="{self["target_modules"]}")'
+        options = (
+            f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}"
+            for name, value in self._options().items()
+        )
+        return f"LoraConfig({', '.join(options)})"
+
+    def _options(self) -> dict[str, Any]:
+        values = {choice.name: choice.value for choice in self.choices}
+        return {name: values[name] for name in OPTIONS if name in values}
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"config": self.code(), "choices": [asdict(choice) for choice in self.choices]}
 
 
-def suggest(place: Place, adapt: Adapt, tokens: int | None = None, length: int = 512) -> Suggestion:
+def suggest(
+    place: Place, adapt: Adapt, tokens: int | None = None, length: int = 512, text: Path | None = None
+) -> Suggestion:
     """Choose targets, rank, alpha, learning rate, batch and schedule.
 
     Args:
@@ -67,13 +86,18 @@ def suggest(place: Place, adapt: Adapt, tokens: int | None = None, length: int =
         adapt: `minipeft.get_adapter_model`.
         tokens: to train on, each counted once; None if not known.
         length: tokens in a sequence.
+        text: a file whose tokens are counted, instead of `tokens`; `place` is then a directory or a name.
 
     Raises:
-        MinipeftError: the model cannot be built or adapted, or a number is not allowed.
+        MinipeftError: the model cannot be built or adapted, the text not counted, or a number is not allowed.
     """
+    if tokens is not None and text is not None:
+        raise ConfigError("tokens and text both say how many tokens there are; give one.")
     for name, number in (("tokens", tokens), ("length", length)):
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             raise ConfigError(f"{name} must be a whole number from 1 on, not {told(number)}.")
+    if text is not None:
+        tokens = count_tokens(place, text)
     hollow = Hollow(Ledger())
     model = base_model(place, hollow)
     family, width = model_type(model) or "", _hidden_size(model)
@@ -86,6 +110,7 @@ def suggest(place: Place, adapt: Adapt, tokens: int | None = None, length: int =
     batch, steps = _batch(tokens, length)
     return Suggestion(
         (
+            *_task(model),
             Choice(
                 "target_modules",
                 targets,
@@ -104,6 +129,12 @@ def suggest(place: Place, adapt: Adapt, tokens: int | None = None, length: int =
             ),
         )
     )
+
+
+def _task(model: nn.Module) -> Iterator[Choice]:
+    task = task_type(model)
+    if task is not None:
+        yield Choice("task_type", task, "the head is new, so it trains in full")
 
 
 def _hidden_size(model: nn.Module) -> int:

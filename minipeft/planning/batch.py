@@ -1,0 +1,114 @@
+"""What a model reads in a training step, by its signature and its configuration: token ids, pictures or recordings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import ConfigError
+from minipeft.transformers_model import main_input_name, vocabulary_size
+
+# Models that learn one label per text or picture, or one per token, by the ending of their class's name.
+ONE_LABEL = ("ForSequenceClassification", "ForImageClassification")
+LABEL_PER_TOKEN = ("ForTokenClassification",)
+
+
+def training_batch(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
+    """Inputs and labels of one step.
+
+    Args:
+        model: a transformers model.
+        batch: texts, pictures or recordings.
+        length: tokens of each text; a picture has the size that the configuration names, and a recording the longest.
+
+    Raises:
+        ConfigError: the model reads something whose size is not known.
+    """
+    takes, main = inspect.signature(model.forward).parameters, main_input_name(model)
+    ids = torch.randint(vocabulary_size(model) or 2, (batch, length))
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        raise _unknown(model, "several texts at a time")
+    if main == "input_ids":
+        inputs = {"input_ids": ids} | ({"pixel_values": _pictures(model, batch)} if _compares(takes) else {})
+    elif main == "pixel_values":
+        inputs = {"pixel_values": _pictures(model, batch)}
+    elif main == "input_features" and "labels" in takes:
+        inputs = {"input_features": _recordings(model, batch)}
+    else:
+        raise _unknown(model, main)
+    return {**inputs, **_labels(model, ids, takes, reads_text=main != "pixel_values")}
+
+
+def reads_text_alone(model: nn.Module) -> bool:
+    """Whether token ids are all that a step of this model needs."""
+    return main_input_name(model) == "input_ids" and not _compares(inspect.signature(model.forward).parameters)
+
+
+def remarks_on(model: nn.Module) -> list[str]:
+    """What is to know of such a batch, in sentences."""
+    takes, main = inspect.signature(model.forward).parameters, main_input_name(model)
+    found = []
+    if main == "pixel_values" or _compares(takes):
+        found.append(f"Each row has a picture of {' x '.join(map(str, _picture(model)[1:]))} pixels.")
+    if main == "input_features":
+        found.append(f"Each row has a recording of {_frames(model)[1]} frames, the longest; the tokens are its text.")
+    return found
+
+
+def _compares(takes: Container[str]) -> bool:
+    """Whether a model compares texts with pictures, as CLIP does; others that take both can do without pictures."""
+    return "pixel_values" in takes and "return_loss" in takes
+
+
+def _labels(model: nn.Module, ids: Tensor, takes: Any, reads_text: bool) -> dict[str, Any]:
+    name = type(model).__name__
+    if "start_positions" in takes:
+        return {"start_positions": ids[:, 0] * 0, "end_positions": ids[:, 0] * 0}
+    if "return_loss" in takes:
+        return {"return_loss": True}
+    if "labels" not in takes:
+        return {"decoder_input_ids": ids} if "decoder_input_ids" in takes else {}
+    if name.endswith(ONE_LABEL):
+        return {"labels": ids[:, 0] * 0}
+    if not reads_text and "decoder_input_ids" not in takes:
+        raise _unknown(model, "labels of its own kind")
+    return {"labels": ids * 0 if name.endswith(LABEL_PER_TOKEN) else ids}
+
+
+def _pictures(model: nn.Module, batch: int) -> Tensor:
+    return torch.zeros(batch, *_picture(model))
+
+
+def _picture(model: nn.Module) -> tuple[int, ...]:
+    """Channels, height and width."""
+    config: Any = model.config
+    own = next((part for part in (config, getattr(config, "vision_config", None)) if hasattr(part, "image_size")), None)
+    size = getattr(own, "image_size", None)
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(own, "num_channels", None)
+    if len(sides) != 2 or not all(isinstance(number, int) for number in (channels, *sides)):
+        raise _unknown(model, "pictures")
+    return (channels, *sides)
+
+
+def _recordings(model: nn.Module, batch: int) -> Tensor:
+    return torch.zeros(batch, *_frames(model))
+
+
+def _frames(model: nn.Module) -> tuple[int, int]:
+    """Of Whisper, whose recordings are padded to one length: bands, and frames, which its convolutions halve."""
+    config: Any = model.config
+    if getattr(config, "model_type", None) != "whisper":
+        raise _unknown(model, "recordings")
+    return config.num_mel_bins, 2 * config.max_source_positions
+
+
+def _unknown(model: nn.Module, what: str) -> ConfigError:
+    return ConfigError(
+        f"{type(model).__name__} reads {what}, whose number and size its configuration does not say, so its training "
+        "cannot be estimated."
+    )
