@@ -30,12 +30,12 @@ from transformers.utils import logging
 
 import minipeft
 from minipeft import per_adapter_loss
-from minipeft.planning.suggest import suggest
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 METHODS: dict[str, Callable[..., minipeft.AdapterConfig]] = {
     "lora": lambda r, **more: minipeft.LoraConfig(r=r, **more),
     "dora": lambda r, **more: minipeft.LoraConfig(r=r, use_dora=True, **more),
+    "adalora": lambda r, **more: minipeft.AdaLoraConfig(init_r=r + r // 2, target_r=r, **more),
     "loha": lambda r, lora_alpha, **more: minipeft.LoHaConfig(r=r, alpha=lora_alpha, **more),
     "lokr": lambda r, lora_alpha, **more: minipeft.LoKrConfig(r=r, alpha=lora_alpha, **more),
     "oft": lambda r, lora_alpha, **more: minipeft.OFTConfig(oft_block_size=2 * r, **more),
@@ -104,13 +104,19 @@ class Training:
             at = step % per_epoch * self.batch
             yield self.rows[order[at : at + self.batch]]
 
+    def config(self, cell: Cell) -> minipeft.AdapterConfig:
+        options: dict[str, Any] = {"lora_alpha": cell.alpha, "target_modules": named(cell.targets)}
+        if cell.method == "adalora":  # its ranks go down in the middle of the run
+            options |= {"total_step": self.steps, "tinit": self.steps // 10, "tfinal": self.steps // 3}
+        return METHODS[cell.method](r=cell.rank, **options)
+
     def run(self, cells: Sequence[Cell], tick: Callable[[], object]) -> list[dict[str, Any]]:
         """Train these cells in one batch; a record for each."""
         model, names = self.base(), [str(place) for place in range(len(cells))]
         for name, cell in zip(names, cells, strict=True):
             torch.manual_seed(cell.seed)
             if cell.method != FULL:
-                config = METHODS[cell.method](r=cell.rank, lora_alpha=cell.alpha, target_modules=named(cell.targets))
+                config = self.config(cell)
                 if name == names[0]:
                     minipeft.get_adapter_model(model, config, name)
                 else:
@@ -122,11 +128,14 @@ class Training:
         groups = [{"params": own, "lr": cell.rate} for own, cell in zip(parameters, cells, strict=True)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         schedule = get_scheduler("linear", optimizer, max(1, self.steps // 20), self.steps)
-        for rows in zip(*(self.order(cell.seed) for cell in cells), strict=True):
-            sum(losses(model, rows, names, is_full)).backward()
+        for step, rows in enumerate(zip(*(self.order(cell.seed) for cell in cells), strict=True)):
+            loss = sum(losses(model, rows, names, is_full))
+            (loss if is_full else loss + minipeft.extra_loss(model)).backward()
             for own in parameters:
                 nn.utils.clip_grad_norm_(own, 1.0)
             optimizer.step()
+            if not is_full:
+                minipeft.after_step(model, step)
             optimizer.zero_grad()
             schedule.step()
             tick()
@@ -212,16 +221,16 @@ def flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--together", type=int, default=15, help="cells in one batch")
     parser.add_argument("--output_dir", type=Path, default=Path("output/sweep"))
-    parser.add_argument("--write", type=Path, help="a Markdown page whose table of the sweep is replaced")
+    parser.add_argument(
+        "--write", type=Path, help="a Markdown page whose table of the sweep and figures/sweep.png are replaced"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> float:
     """Train what is not done, and report; returns how much worse the suggested setting is than the best, as a share."""
     args = flags(argv)
-    found = suggest(
-        args.model, minipeft.get_adapter_model, tokens=args.rows * args.length * args.epochs, length=args.length
-    )
+    found = minipeft.suggest(args.model, tokens=args.rows * args.length * args.epochs, length=args.length)
     suggested = Cell("lora", found["learning_rate"], found["r"], float(found["lora_alpha"]), found["target_modules"], 0)
     training, groups = Training(args, found["batch_size"]), grid(args, suggested)
     settings = {

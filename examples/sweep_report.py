@@ -141,5 +141,8 @@ def report(records: Sequence[dict[str, Any]], suggested: dict[str, Any], folder:
     print(words)
     draw(results, chosen, folder / "sweep.png")
     if page is not None:
+        figures = page.parent / "figures"
+        figures.mkdir(exist_ok=True)
+        draw(results, chosen, figures / "sweep.png")
         page.write_text(with_table(page.read_text("utf-8"), f"{words}\n\n{found}\n", START, END), "utf-8")
     return share
