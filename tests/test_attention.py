@@ -1,9 +1,11 @@
 """nn.MultiheadAttention: against the module with the update written into its weights, and against PEFT."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import disturb, foreign_code, state_digest
 from torch import nn
 
@@ -230,7 +232,11 @@ def test_a_decoder_layer_has_two_attentions_and_a_second_adapter_joins_the_first
         ({}, {"lora_dropout": 0.1}, "attn: the weight of MultiheadAttention is read .*lora_dropout = 0.1"),
         ({}, {"bias": "lora_only"}, "bias = 'lora_only'"),
         ({"kdim": 4, "vdim": 6}, {}, "attn: .*MultiheadAttention is registered, but this instance is refused"),
-        ({}, {"target_modules": ["out_proj"]}, "attn.out_proj: .*refused .*read and not called"),
+        (
+            {},
+            {"target_modules": ["out_proj"]},
+            "attn.out_proj: MultiheadAttention reads .* never calls it.* Target the module around it",
+        ),
         ({}, {"target_modules": [], "target_parameters": ["out_proj.weight"]}, "MultiheadAttention reads it"),
     ],
 )
@@ -264,3 +270,27 @@ def test_separate_projections_are_adapted_as_parameters():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert not torch.allclose(y, base(x, key, value)[0])
     torch.testing.assert_close(model.merge_and_unload()(x, key, value)[0], y)
+
+
+class Pooled(Net):
+    """As SigLIP's head: attention, then a layer that is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.after = nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        return self.after(self.attn(x, x, x)[0])
+
+
+def test_a_file_of_peft_that_names_out_proj_loads_by_the_advice_of_its_refusal(tmp_path):
+    base, x = Pooled(), torch.randn(2, 5, DIM)
+    reference = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, target_modules=["out_proj", "after"]))
+    disturb(reference.base_model.model.after)
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match=r"delete this module's keys .* exclude_modules"):
+        load_adapter(copy.deepcopy(base), tmp_path)
+    weights, options = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file({key: t for key, t in load_file(weights).items() if "out_proj" not in key}, weights)
+    options.write_text(json.dumps({**json.loads(options.read_text()), "exclude_modules": ["attn.out_proj"]}))
+    torch.testing.assert_close(load_adapter(base, tmp_path)(x), reference(x))

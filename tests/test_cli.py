@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -242,3 +243,22 @@ def test_convert_makes_what_check_then_accepts(tmp_path):
     done = as_json("convert", tmp_path / "it", tmp_path / "out", "--for", "sglang", "--drop", "modules_to_save")
     assert done["dropped"] == ["base_model.model.lm_head.weight"]
     assert run("check", tmp_path / "out", "--for", "sglang").exit_code == 0
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_ctrl_c_ends_a_command_even_if_an_import_makes_another_error_of_it(monkeypatch, swallows):
+    def interrupted(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if swallows:
+                raise ImportError("cannot load module more than once per process") from None
+            raise
+
+    monkeypatch.setattr(sys, "argv", ["minipeft", "learn"])
+    monkeypatch.setattr("minipeft.cli.main.app", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before

@@ -13,6 +13,8 @@ from tiny_models import bert_classifier, foreign_code, gpt2, llama, t5
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
     CLIPVisionConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -278,6 +280,9 @@ def test_what_cannot_fit_is_said_with_its_size():
     [
         (["nobody here"], "nobody here"),
         (["{empty}"], "no config.json"),
+        (["{adapter}"], "is an adapter: give its base"),
+        (["no/such/place"], "neither a directory here nor the name"),
+        (["{tiny}", "--fit", "1GiB", "--training", "full"], "leave out --training"),
         (["{bare}"], "says no sizes"),
         (["{tiny}", "--dtype", "half"], "dtype must be one of"),
         (["{tiny}", "--training", "qlora"], "training must be one of"),
@@ -290,11 +295,13 @@ def test_what_cannot_fit_is_said_with_its_size():
     ],
 )
 def test_bad_input_is_named(arguments, words, tmp_path):
-    for name in ("empty", "bare", "tiny"):
+    names = ("empty", "bare", "tiny", "adapter")
+    for name in names:
         (tmp_path / name).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
     gpt2().config.save_pretrained(tmp_path / "tiny")
-    filled = [argument.format(**{n: tmp_path / n for n in ("empty", "bare", "tiny")}) for argument in arguments]
+    filled = [argument.format(**{n: tmp_path / n for n in names}) for argument in arguments]
     with pytest.raises(MinipeftError) as caught:
         run("estimate", *filled)
     assert words in str(caught.value)
@@ -307,3 +314,24 @@ def test_the_command_prints_what_the_call_returns(tmp_path):
     found = estimate(gpt2(), ALL, training="lora", batch=BATCH, length=LENGTH)
     assert f"{found.parameters:,}" in printed
     assert f"all          {found.peak / 2**20:.1f} MiB" in printed
+
+
+def test_what_the_step_leaves_out_is_named():
+    found = estimate(llava(), ALL, training="lora", length=8)
+    assert any("Not run in this step" in words and "vision_tower" in words for words in found.remarks)
+    assert not estimate(gpt2(), ALL, training="lora", length=8).remarks
+
+
+def test_a_model_that_cannot_be_lean_is_fitted_plain():
+    [proposal] = fit(vit(), ALL, Setup(batch=4), 2**30, get_adapter_model)
+    assert proposal.code() == ["model = get_lora_model(model, config)"]
+    capped = fit(gemma2(), ALL, Setup(batch=4, length=8), 2**30, get_adapter_model)[0]
+    assert capped.code()[-1] == "model = lean(model, checkpointing='none', chunked_loss=False)"
+
+
+def test_what_a_model_reads_must_be_known():
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=100
+    )
+    with pytest.raises(ConfigError, match="BertForMultipleChoice reads several texts at a time"):
+        estimate(BertForMultipleChoice(config), ALL, training="lora")

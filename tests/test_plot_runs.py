@@ -7,6 +7,7 @@ from test_cli import run
 from tiny_models import adapted
 
 from minipeft import CheckpointError, ConfigError
+from minipeft.planning.plot import draw_runs
 from minipeft.planning.runs import read_run
 
 ROWS = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}, {"step": 2, "eval_loss": 3.5, "eval_perplexity": 33.1}]
@@ -63,9 +64,17 @@ def test_bad_input_is_named(ours, tmp_path):
     for place, words in (
         ("nowhere", "is not a directory"),
         ("empty", "neither metrics.jsonl nor"),
-        ("odd", "cannot be read"),
+        ("odd", "no log_history"),
     ):
         with pytest.raises(CheckpointError, match=words):
             run("plot", tmp_path / place)
     with pytest.raises(ConfigError, match="cannot be written"):
         run("plot", ours, "--out", tmp_path / "runs.word")
+
+
+def test_a_run_whose_losses_are_all_nan_and_a_picture_without_a_name_are_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')
+    with pytest.raises(CheckpointError, match="none that is finite"):
+        read_run(tmp_path)
+    with pytest.raises(ConfigError, match=r"such as runs\.png"):
+        draw_runs([], tmp_path)

@@ -5,9 +5,10 @@ import json
 import pytest
 import transformers
 from test_cli import run
-from tiny_models import gpt2
+from tiny_models import bert_classifier, gpt2
 from transformers import LlamaConfig, Qwen2Config
 
+import minipeft
 from minipeft import ConfigError, LoraConfig, MinipeftError, get_adapter_model
 from minipeft.planning.suggest import suggest
 
@@ -58,6 +59,20 @@ def test_the_command_prints_a_configuration_to_paste(tmp_path):
     found = json.loads(run("suggest", tmp_path, "--tokens", "5000", "--json").output)
     assert found["config"] == lines[-1]
     assert all(choice["reason"] for choice in found["choices"])
+
+
+def test_the_call_returns_what_the_command_prints(tmp_path):
+    gpt2().config.save_pretrained(tmp_path)
+    found = minipeft.suggest(tmp_path, tokens=5000)
+    assert found.code() == run("suggest", tmp_path, "--tokens", "5000").output.splitlines()[-1]
+    assert found.config == LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
+
+
+def test_the_head_of_a_classifier_trains_in_full():
+    config = minipeft.suggest(bert_classifier()).config
+    assert config.task_type == "SEQ_CLS"
+    model = get_adapter_model(bert_classifier(), config)
+    assert any(name.startswith("classifier.") for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_bad_input_is_named(tmp_path, monkeypatch):

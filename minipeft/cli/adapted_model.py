@@ -83,7 +83,8 @@ def batch_of(found: Loaded, text: Path | None) -> tuple[Mapping[str, Any], Any]:
     longest = getattr(found.model.config, "max_position_embeddings", None) or LONGEST
     rows = dict(tokenizer(words, return_tensors="pt", truncation=True, max_length=min(longest, LONGEST)))
     if not rows["input_ids"].numel():
-        raise DataError(f"{text} holds no tokens.")
+        why = f"{own} has no tokenizer for it" if words.strip() else "it is empty"
+        raise DataError(f"there are no tokens in {text}: {why}.")
     generates: Any = getattr(found.model, "can_generate", None)
     labels = {"labels": rows["input_ids"].clone()} if callable(generates) and generates() else {}
     return {**rows, **labels}, tokenizer

@@ -8,6 +8,7 @@ import typer
 
 from minipeft.cli.output import print_json, print_table
 from minipeft.cli.sizes import bytes_in, in_units
+from minipeft.errors import ConfigError
 
 if TYPE_CHECKING:
     from minipeft.planning.estimate import Estimate, Setup
@@ -39,6 +40,8 @@ def estimate(
 ) -> None:
     """Say how much memory training takes, itemised. The model is built without weights, and a step of it is followed."""
     wanted = None if memory is None else bytes_in(memory)
+    if wanted is not None and (training != "lean" or checkpointing is not None):
+        raise ConfigError("--fit chooses how to train; leave out --training and --checkpointing.")
     import torch  # late, since --help must not wait for it
 
     from minipeft.config import config_from_dict

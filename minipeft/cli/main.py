@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -42,20 +43,32 @@ def commands() -> None:
     """Look at adapters, check who reads them, convert and merge them; plan, compare and check training."""
 
 
+class _CtrlC:
+    """Stops the program, and remembers that: a package that is just being imported may raise something else instead."""
+
+    pressed = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.pressed = True
+        raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command that the arguments name; an error is one line, and the exit code is then 2."""
-    arguments = sys.argv[1:] or ["--help"]
+    arguments, ctrl_c, before = sys.argv[1:] or ["--help"], _CtrlC(), signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, ctrl_c)
     try:
         code = app(arguments, prog_name="minipeft", standalone_mode=False)
-    except MinipeftError as error:
-        _stop(str(error))
-    except typer.Abort:
-        sys.exit(130)  # as a shell says of Ctrl-C
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # only click's have it, of which typer may hold a copy of its own
-            raise
-        _stop(error.format_message())
-    sys.exit(code if isinstance(code, int) else 0)
+    except (Exception, KeyboardInterrupt) as error:
+        if ctrl_c.pressed or isinstance(error, typer.Abort | KeyboardInterrupt):
+            sys.exit(130)  # as a shell says of Ctrl-C
+        if not isinstance(error, MinipeftError) and not hasattr(error, "format_message"):
+            raise  # only click's errors have it, of which typer may hold a copy of its own
+        _stop(str(error) if isinstance(error, MinipeftError) else error.format_message())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    sys.exit(130 if ctrl_c.pressed else code if isinstance(code, int) else 0)
 
 
 def _stop(message: str) -> None:

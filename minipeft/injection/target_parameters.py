@@ -10,7 +10,7 @@ from minipeft import registry
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError
 from minipeft.injection.module_tree import Candidate, is_callable
-from minipeft.injection.sites import AdapterSite, check_needs_no_call, check_occupants, site
+from minipeft.injection.sites import AdapterSite, check_called, check_needs_no_call, check_occupants, site
 from minipeft.injection.targets import within
 from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
@@ -27,13 +27,7 @@ def parameter_sites(
     Raises:
         TargetError: a parameter cannot be adapted, or the model would never use the adapted value.
     """
-    for parent, attribute in candidate.places:
-        parent_ops = [ops for _, ops in registry.layer_candidates(type(parent)) if isinstance(ops, UncalledOps)]
-        if any(attribute in ops.children for ops in parent_ops):
-            raise TargetError(
-                f"{name}: {type(parent).__name__} reads its weight and never calls it, so an adapter there would do "
-                "nothing. Target the module around it."
-            )
+    check_called(name, candidate)
     every_ops = [_ops_of(name, candidate.base, parameter) for parameter in parameters]
     if not is_callable(candidate.base):
         raise TargetError(

@@ -13,6 +13,8 @@ from torch import nn
 from minipeft.class_swap import plain_class
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError, shown, told, told_error
 from minipeft.files.empty_model import without_weights
+from minipeft.files.file_names import CONFIG_FILE
+from minipeft.files.model_card import is_repo_id
 from minipeft.files.reading import reading
 from minipeft.injection.wrapper import Wrapper
 from minipeft.planning.hollow import Hollow
@@ -46,7 +48,7 @@ def base_model(place: Place, hollow: Hollow, dtype: str | None = None, quantize:
             model: nn.Module = cls._from_config(config, dtype=kind)
     except Exception as error:  # whatever a model raises for a configuration
         raise ConfigError(f"{cls.__name__} cannot be built from its configuration ({told_error(error)}).") from error
-    model.config.use_cache = False  # as the Trainer does, which leaves the configurations of parts alone
+    model.config.use_cache = False  # type: ignore[union-attr]  # as the Trainer does, which leaves those of parts alone
     model.tie_weights()  # type: ignore[operator]
     _fill(model, hollow)
     if quantize is not None:
@@ -77,10 +79,14 @@ def _described(place: Place) -> tuple[Any, Any]:
 
 
 def _read(transformers: Any, place: str | os.PathLike[str]) -> Any:
-    if os.path.isdir(place) and not os.path.isfile(os.path.join(place, "config.json")):
+    if not os.path.isdir(place) and (os.path.exists(place) or not is_repo_id(os.fspath(place))):
         raise CheckpointError(
-            f"{os.fspath(place)} has no config.json; give the directory of a model, or its name on the Hub."
+            f"{told(os.fspath(place))} is neither a directory here nor the name of a model on the Hub."
         )
+    if os.path.isdir(place) and not os.path.isfile(os.path.join(place, "config.json")):
+        is_adapter = os.path.isfile(os.path.join(place, CONFIG_FILE))
+        what = "is an adapter: give its base" if is_adapter else "has no config.json: give the directory of a model"
+        raise CheckpointError(f"{os.fspath(place)} {what}, or its name on the Hub.")
     try:
         with reading(place):
             values, _ = transformers.PreTrainedConfig.get_config_dict(place)

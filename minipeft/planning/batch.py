@@ -88,11 +88,11 @@ def _picture(model: nn.Module) -> tuple[int, ...]:
     config: Any = model.config
     own = next((part for part in (config, getattr(config, "vision_config", None)) if hasattr(part, "image_size")), None)
     size = getattr(own, "image_size", None)
-    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    channels = getattr(own, "num_channels", None)
-    if len(sides) != 2 or not all(isinstance(number, int) for number in (channels, *sides)):
+    sides = list(size) if isinstance(size, list | tuple) else [size, size]
+    found = [number for number in (getattr(own, "num_channels", None), *sides) if isinstance(number, int)]
+    if len(found) != 3:
         raise _unknown(model, "pictures")
-    return (channels, *sides)
+    return tuple(found)
 
 
 def _recordings(model: nn.Module, batch: int) -> Tensor:

@@ -24,6 +24,8 @@ def draw_runs(runs: Sequence[RunLog], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("plots take matplotlib: pip install 'minipeft[train]'") from None
+    if path.is_dir() or not path.suffix:
+        raise ConfigError(f"{path} is not the name of a picture; give one such as runs.png.")
     with_updates = [run for run in runs if run.layers]
     figure = Figure(figsize=(8 if not with_updates else 13, 4.8), layout="constrained")
     panels = figure.subplots(1, 2 if with_updates else 1, squeeze=False)[0]

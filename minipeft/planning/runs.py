@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def read_run(place: Path) -> RunLog:
     rows = _rows(path)
     training, evaluation = _curve(rows, "loss"), _curve(rows, "eval_loss")
     if not training and not evaluation:
-        raise CheckpointError(f"{path} has no losses in it yet.")
+        raise CheckpointError(f"{path} has no losses in it yet, or none that is finite.")
     directory = next((folder for folder in (place, path.parent) if (folder / CONFIG_FILE).is_file()), None)
     layers = [] if directory is None else _layers(directory)
     return RunLog(place.name if place.is_dir() else path.parent.name, training, evaluation, layers)
@@ -71,7 +72,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             whole = text[: text.rfind("\n") + 1]  # of a run that goes on, the last line may not be whole
             rows = [json.loads(line) for line in whole.splitlines()]
         else:
-            rows = json.loads(text)["log_history"]
+            state = json.loads(text)
+            if not isinstance(state, dict) or "log_history" not in state:
+                raise CheckpointError(f"{path} is not the log of a training run: it has no log_history.")
+            rows = state["log_history"]
         return [dict(row) for row in rows]
 
 
@@ -80,7 +84,7 @@ def _curve(rows: list[dict[str, Any]], name: str) -> Curve:
     return [
         (float(step), float(loss))
         for step, loss in found
-        if isinstance(step, int | float) and isinstance(loss, int | float)
+        if isinstance(step, int | float) and isinstance(loss, int | float) and math.isfinite(loss)
     ]
 
 

@@ -34,5 +34,6 @@ def count_tokens(place: Any, path: Path) -> int:
         ) from None
     count = len(tokenizer(text, verbose=False)["input_ids"])
     if not count:
-        raise DataError(f"{path} is empty.")
+        why = f"{place} has no tokenizer for it" if text.strip() else "it is empty"
+        raise DataError(f"there are no tokens in {path}: {why}.")
     return count
