@@ -26,12 +26,12 @@ def suggest(
     wanted = None if memory is None else bytes_in(memory)
     import torch  # late, since --help must not wait for it
 
-    from minipeft.api import suggest as suggested
     from minipeft.model import get_adapter_model
     from minipeft.planning.estimate import Setup
     from minipeft.planning.fit import fit
+    from minipeft.planning.suggest import suggest as suggested
 
-    found = suggested(model, tokens=tokens, text=text, length=length)
+    found = suggested(model, get_adapter_model, tokens, length, text)
     proposals = []
     if wanted is not None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
