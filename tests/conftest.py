@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -130,13 +131,34 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", connect)
 
 
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory):
+    """In place of the embedded model: half as deep and wide, untrained, with the same tokenizer and dropout."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+
+    folder, embedded = tmp_path_factory.mktemp("base") / "small", EXAMPLES / "assets/tiny"
+    shutil.copytree(embedded, folder)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(embedded, n_layer=2, n_embd=64)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    if shown:
+        logging.enable_progress_bar()
+    return folder
+
+
 @pytest.fixture(scope="module")
-def train():
-    """examples/train.py as a module, whose `main` takes its words; without what is slow: long samples and the curve."""
+def train(small_base):
+    """examples/train.py as a module, whose `main` takes its words; without what is slow.
+
+    The base is small, the samples are short, and the curve is not drawn.
+    """
     spec = importlib.util.spec_from_file_location("train_example", EXAMPLES / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.SAMPLE_TOKENS, module.plot_losses = 2, lambda *_: None
+    module.EMBEDDED_MODEL, module.SAMPLE_TOKENS, module.plot_losses = small_base, 2, lambda *_: None
     return module
 
 

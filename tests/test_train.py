@@ -73,10 +73,10 @@ def quick(tmp_path_factory) -> tuple[Path, Warm]:
 
 
 @pytest.fixture(scope="module")
-def still_base(tmp_path_factory) -> Path:
-    """The embedded model without dropout: its losses depend on the order of the text only."""
+def still_base(small_base, tmp_path_factory) -> Path:
+    """The small base without dropout: its losses depend on the order of the text only."""
     directory = tmp_path_factory.mktemp("still")
-    for file in TINY.iterdir():
+    for file in small_base.iterdir():
         text = file.read_bytes()
         if file.name == "config.json":
             text = text.replace(b'pdrop": 0.1', b'pdrop": 0.0')

@@ -24,10 +24,10 @@ TINY = ASSETS / "tiny"
 
 
 @pytest.fixture(scope="module")
-def bf16_base(tmp_path_factory):
-    """The embedded model as a checkpoint in bfloat16."""
+def bf16_base(small_base, tmp_path_factory):
+    """The small base as a checkpoint in bfloat16."""
     directory = tmp_path_factory.mktemp("bf16")
-    transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).save_pretrained(directory)
+    transformers.AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.bfloat16).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).write_bytes((TINY / name).read_bytes())
     return directory
@@ -232,8 +232,8 @@ def test_a_run_goes_on_from_an_adapter(go, tmp_path):
         (["--method_options", "{lora_bias: true}"], "lora_bias=True"),
     ],
 )
-def test_a_flag_that_contradicts_the_adapter_is_refused(refused, tmp_path, flags, words):
-    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+def test_a_flag_that_contradicts_the_adapter_is_refused(refused, small_base, tmp_path, flags, words):
+    model = transformers.AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32)
     config = minipeft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False)
     minipeft.get_lora_model(model, config).save_pretrained(tmp_path / "adapter")
     assert words in refused("--adapter", tmp_path / "adapter", *flags)

@@ -33,7 +33,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train.py"
 DEATHS = ROOT / "tests" / "deaths.py"
-TINY = ROOT / "examples" / "assets" / "tiny"
 CODE = gzip.decompress((ROOT / "examples/assets/corpus/code-train.txt.gz").read_bytes()).decode()
 LAUNCH = ["-m", "accelerate.commands.launch"]
 TWO = ["--multi_gpu", "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no"]
@@ -89,10 +88,11 @@ def as_interrupted(run_directory, copy, step):
 
 
 @pytest.fixture(scope="module")
-def flags(text):
+def flags(text, small_base):
     """Flags for five updates per epoch, the last a short one, with dropout in the base and in the adapter."""
     return ["--train_file", str(text), "--max_length", "24", "--batch_size", "5", "--dropout", "0.1",
-            "--max_steps", "8", "--eval_every", "3"]  # fmt: skip
+            "--max_steps", "8", "--eval_every", "3",
+            "--model_name", str(small_base), "--target_modules", "c_attn,c_proj,c_fc"]  # fmt: skip
 
 
 def failure(train, *words):
@@ -132,18 +132,18 @@ def test_resuming_by_path_goes_back_and_discards_what_came_later(train, flags, w
     ]
 
 
-def test_a_checkpoint_holds_the_adapter_and_never_the_base(whole):
+def test_a_checkpoint_holds_the_adapter_and_never_the_base(whole, small_base):
     folder = Checkpoints(whole).latest()
-    assert sum(path.stat().st_size for path in folder.iterdir()) < (TINY / "model.safetensors").stat().st_size
-    base = train_base()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < (small_base / "model.safetensors").stat().st_size
+    base = model_of(small_base)
     saved = load_file(folder / "adapter_model.safetensors")
     assert saved.keys() == minipeft.load_adapter(base, folder).adapter_state_dict().keys()
 
 
-def train_base():
+def model_of(base):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -195,17 +195,16 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(train, flag
     assert "step-00000007" in message
 
 
-def test_the_wrong_base_is_refused(train, flags, whole, tmp_path):
+def test_the_wrong_base_is_refused(train, flags, whole, small_base, tmp_path):
     other = tmp_path / "base"
-    shutil.copytree(TINY, other)
-    base = train_base()
+    shutil.copytree(small_base, other)
+    base = model_of(small_base)
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.mul_(1.5)
     base.save_pretrained(other)
     directory = as_interrupted(whole, tmp_path / "run", 4)
-    targets = ["--target_modules", "c_attn,c_proj,c_fc"]
-    message = failure(train, *flags, *targets, "--model_name", other, "--resume", "--output_dir", directory)
+    message = failure(train, *flags, "--model_name", other, "--resume", "--output_dir", directory)
     assert "model_name: was" in message
 
 
@@ -263,7 +262,7 @@ def test_a_yaml_file_gives_flags_and_the_resolved_configuration_is_one(train, te
 PROMPTS = [{"prompt": f"def f{i}(x):\n", "completion": f"    return {i} * x\n"} for i in range(40)]
 
 
-def test_prompts_with_completions_learn_the_completions_only(train, tmp_path):
+def test_prompts_with_completions_learn_the_completions_only(train, small_base, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS), "utf-8")
     flags = ["--train_file", str(file), "--max_steps", "4", "--learning_rate", "0.005", "--max_length", "64"]
@@ -272,7 +271,7 @@ def test_prompts_with_completions_learn_the_completions_only(train, tmp_path):
     assert last < first
     from transformers import AutoTokenizer
 
-    tokenizer, base = AutoTokenizer.from_pretrained(TINY), train_base().eval()
+    tokenizer, base = AutoTokenizer.from_pretrained(small_base), model_of(small_base).eval()
     total, tokens = 0.0, 0
     for row in PROMPTS[-2:]:  # five percent of forty
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -341,10 +340,10 @@ def test_a_tracker_whose_package_is_missing_is_an_error(train, tmp_path, monkeyp
     assert "not installed" in failure(train, "--log_with", "wandb", "--output_dir", tmp_path / "out")
 
 
-def test_leaner_ways_of_training_follow_the_same_course(train, flags, text, tmp_path):
+def test_leaner_ways_of_training_follow_the_same_course(train, flags, text, small_base, tmp_path):
     """Without dropout, since slices of a batch draw other masks."""
     base = tmp_path / "base"
-    shutil.copytree(TINY, base)
+    shutil.copytree(small_base, base)
     config = json.loads((base / "config.json").read_text("utf-8"))
     config |= {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
     (base / "config.json").write_text(json.dumps(config), "utf-8")
