@@ -203,7 +203,7 @@ class AdapterConfig(metaclass=_KnownNames):
     def for_model_type(self, model_type: str | None) -> Self:
         """The configuration with the defaults that are registered for this method and model type, where it says None."""
         unset = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None]
-        defaults = {name: registry.default_targets(self.method, name).get(model_type or "") for name in unset}
+        defaults = {name: registry.targets_of(model_type, self.method, name) for name in unset}
         given: dict[str, Any] = {name: patterns for name, patterns in defaults.items() if patterns is not None}
         return dataclasses.replace(self, **given) if given else self
 

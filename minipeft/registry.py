@@ -227,6 +227,14 @@ def default_targets(method: str | None = None, option: str = "target_modules") -
     return {key[2]: patterns for key, patterns in _tables.targets.items() if key[:2] == (method, option)}
 
 
+def targets_of(
+    model_type: str | None, method: str | None = None, option: str = "target_modules"
+) -> tuple[str, ...] | str | None:
+    """One of the `default_targets`, or None: that of a ``model_type``."""
+    _load_built_in()
+    return _tables.targets.get((method, option, model_type or ""))
+
+
 def _load_built_in() -> None:
     """Import what registers the built-in classes, at the first look-up."""
     while _BUILT_IN:

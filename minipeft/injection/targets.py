@@ -216,7 +216,7 @@ def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConf
     kind = model_type(model)
     patterns = config.default_modules(model)
     if patterns is None and kind is not None:
-        patterns = registry.default_targets().get(kind)
+        patterns = registry.targets_of(kind)
     if patterns is not None or config.target_parameters:
         return patterns or ()
     counts: dict[str, int] = {}
