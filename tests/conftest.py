@@ -19,32 +19,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each process of the suite starts one for each core
 
 import pytest
+from _pytest.logging import catching_logs
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to it
 _connect = socket.socket.connect
 TESTS = Path(__file__).resolve().parent
 EXAMPLES = TESTS.parent / "examples"
 # The files that take longest go first, so that both processes are done at the same time.
-LONGEST = (
-    "gpu_graphs",
-    "gpu_runs",
-    "architecture",
-    "contract",
-    "peft_interop",
-    "hf_trainer",
-    "file_names",
-    "checkpoint",
-    "scale",
-)
-LONGEST += (
-    "contract_layers",
-    "lean",
-    "rollback",
-    "wrapper_names",
-    "checkpoints_of_runs",
-    "offloaded",
-    "families_train",
-)
+LONGEST = ["gpu_graphs", "gpu_runs"]
+LONGEST += [
+    "architecture", "contract", "lean", "file_names", "peft_interop", "tutorial", "quantized_models", "tutorial_late",
+    "merge_from_disk", "train_flags", "families_train", "readers", "contract_layers", "split_experts", "estimate",
+    "hf_trainer", "serving", "readme", "hf_schedule", "expert_names", "quantized_fused", "lora_linear", "trl",
+]  # fmt: skip
 
 
 def pytest_configure(config):
@@ -92,6 +79,18 @@ def pytest_collection_finish():
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch."):  # to sixty that do not propagate pytest attaches its handlers, six times a test
             logging.getLogger(name).propagate = True
+    if "attached_loggers" in getattr(catching_logs, "__slots__", ()):
+        known = [logging.root, *logging.root.manager.loggerDict.values()]
+        loggers = [logger for logger in known if logger is logging.root or not getattr(logger, "propagate", True)]
+        catching_logs.__enter__ = functools.partialmethod(listen, loggers)
+
+
+def listen(catching, loggers):
+    """As pytest does it, which looks for these loggers among thousands, six times a test: a third of what a test costs."""
+    for logger in loggers:
+        logger.addHandler(catching.handler)
+    catching.attached_loggers.extend(loggers)
+    return catching.handler
 
 
 @pytest.fixture(autouse=True)
@@ -119,8 +118,8 @@ def unmeasured():
     guards.profile_guard_manager = lambda *arguments: 0.0
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def offline():
     """A test that reaches for another machine fails."""
 
     def connect(self, address):
@@ -128,7 +127,9 @@ def offline(monkeypatch):
             raise AssertionError(f"a test tried to connect to {address}")
         return _connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +138,7 @@ def small_base(tmp_path_factory):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
-    folder, embedded = tmp_path_factory.mktemp("base") / "small", EXAMPLES / "assets/tiny"
+    folder, embedded = tmp_path_factory.mktemp("base") / "tiny", EXAMPLES / "assets/tiny"
     shutil.copytree(embedded, folder)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(embedded, n_layer=2, n_embd=64)
@@ -153,12 +154,24 @@ def small_base(tmp_path_factory):
 def train(small_base):
     """examples/train.py as a module, whose `main` takes its words; without what is slow.
 
-    The base is small, the samples are short, and the curve is not drawn.
+    The base is small, and read once; a sample is one token, and the curve is not drawn.
     """
+    from fast_copy import Template
+
     spec = importlib.util.spec_from_file_location("train_example", EXAMPLES / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.EMBEDDED_MODEL, module.SAMPLE_TOKENS, module.plot_losses = small_base, 2, lambda *_: None
+    module.EMBEDDED_MODEL, module.SAMPLE_TOKENS, module.plot_losses = small_base, 1, lambda *_: None
+    read, found = module.load_base, {}
+
+    def load_base(name, dtype, attention, quantized, chat_template):
+        if quantized or chat_template:
+            return read(name, dtype, attention, quantized, chat_template)
+        if (name, dtype, attention) not in found:
+            found[name, dtype, attention] = Template(read(name, dtype, attention))
+        return found[name, dtype, attention].copy()
+
+    module.load_base = load_base
     return module
 
 

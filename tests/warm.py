@@ -70,9 +70,9 @@ def script(path, *words):
 
 
 def brief(path, *words):
-    """For `Warm`: `main` of examples/train.py with its words; its samples are two tokens long."""
+    """For `Warm`: `main` of examples/train.py with its words; its samples are one token long."""
     main = runpy.run_path(str(path))["main"]
-    main.__globals__["SAMPLE_TOKENS"] = 2
+    main.__globals__["SAMPLE_TOKENS"] = 1
     main([str(word) for word in words])
 
 
