@@ -219,7 +219,8 @@ def test_beside_another_adapter_a_merge_is_of_all_or_refused(order):
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("name", ["linear", "embedding"])
+# test_contract.py compiles DoRA on a linear layer.
+@pytest.mark.parametrize("name", [pytest.param("linear", marks=pytest.mark.slow), "embedding"])
 def test_compiles_into_one_graph_with_dropout(name):
     layer, model = with_dora(name, dtype=torch.float32, lora_dropout=0.5)
     x, _ = example(layer, torch.float32)

@@ -1,11 +1,13 @@
 """LoRA of fused experts in the layouts of PEFT before 0.19.1 and of Unsloth: against float64 algebra of what these computed."""
 
+import itertools
 import json
 
 import pytest
 import torch
 import transformers
 from old_experts import SIZES, logits, made, mixture
+from rotation import thinned
 from safetensors.torch import load_file, save_file
 
 from minipeft import CheckpointError, load_adapter
@@ -76,26 +78,27 @@ def check(kind, directory, updates):
     return json.loads((directory / "again" / "adapter_config.json").read_text())
 
 
-@pytest.mark.parametrize("order", ["rank_major", "grouped_by_expert"])
-@pytest.mark.parametrize(
-    ("kind", "version", "turned"),
-    [
-        ("(experts, out, in)", "0.18.1", True),
-        ("(experts, out, in)", None, True),
-        ("(experts, out, in)", "0.21.2", False),
-        ("(experts, out, in)", "0.18.0", False),  # written in a process in which transformers had changed PEFT
-        ("(experts, in, out)", "0.18.0", False),
-        ("(experts, in, out)", "0.19.0", True),
-        ("square gate and up", "0.18.1", True),  # the other parameter tells
-        ("square gate and up", "0.18.1", False),
-        ("square", "0.19.1", False),
-        ("square", "0.20.0.dev0", False),
-        ("square, (experts, in, out)", "0.18.1", False),
-        ("square, (experts, in, out)", None, False),
-        ("square, (experts, in, out)", "0.19.0", True),
-    ],
-)
-def test_the_layouts_of_other_versions_and_tools_are_told_apart(kind, version, turned, order, tmp_path):
+ORDERS = ["rank_major", "grouped_by_expert"]
+LAYOUTS = [
+    ("(experts, out, in)", "0.18.1", True),
+    ("(experts, out, in)", None, True),
+    ("(experts, out, in)", "0.21.2", False),
+    ("(experts, out, in)", "0.18.0", False),  # written in a process in which transformers had changed PEFT
+    ("(experts, in, out)", "0.18.0", False),
+    ("(experts, in, out)", "0.19.0", True),
+    ("square gate and up", "0.18.1", True),  # the other parameter tells
+    ("square gate and up", "0.18.1", False),
+    ("square", "0.19.1", False),
+    ("square", "0.20.0.dev0", False),
+    ("square, (experts, in, out)", "0.18.1", False),
+    ("square, (experts, in, out)", None, False),
+    ("square, (experts, in, out)", "0.19.0", True),
+]
+
+
+@pytest.mark.parametrize(("layout", "order"), thinned((LAYOUTS, ORDERS), zip(LAYOUTS, itertools.cycle(ORDERS))))
+def test_the_layouts_of_other_versions_and_tools_are_told_apart(layout, order, tmp_path):
+    kind, version, turned = layout
     said = {} if version is None else {"peft_version": version}
     if order != "rank_major":
         said["lora_B_layout"] = order

@@ -151,16 +151,6 @@ def test_copies_pickles_and_saved_modules_are_independent_and_equal():
         assert torch.equal(model(x), expected)
 
 
-def test_a_compiled_layer_follows_a_switch_of_the_adapter():
-    layer, model = adapted_layer("linear", r=2, dtype=torch.float32)
-    x, _ = example(layer, torch.float32)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
-    with model.disable_adapter():
-        torch.testing.assert_close(compiled(x), layer(x))
-
-
 def test_the_input_is_kept_once_and_in_its_own_dtype():
     """Saved for backward: x itself (no float32 copy of it) and the small projections, nothing as large as x beside it."""
     base = nn.Linear(256, 256).bfloat16()

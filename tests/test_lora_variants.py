@@ -178,6 +178,7 @@ def test_copies_pickles_and_a_plain_state_dict_carry_the_start():
     assert torch.equal(fresh(x), expected)
 
 
+@pytest.mark.slow  # only its start differs from that of LoRA, which test_contract.py compiles
 def test_compiles_into_one_graph():
     layer, model = one_layer("linear", "olora", dtype=torch.float32)
     x = example(layer, torch.float32)[0]

@@ -2,10 +2,12 @@
 
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
 import torch
+from rotation import rotated, thinned
 from test_quantized import EPS, KINDS, gpt2, quantized, read, with_lora
 from tiny_layers import OneLayer
 from tiny_models import disturb, foreign_code, token_ids
@@ -25,6 +27,7 @@ with foreign_code():
     pytest.importorskip("torchao.quantization")
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+WAYS = [None, "none", "last", "mlp", "block"]
 IN, OUT = 128, 64
 
 
@@ -215,9 +218,7 @@ def test_where_no_gradient_goes_on_the_backward_pass_makes_no_weight(kind, made)
     assert all(p.grad.any() for p in factors(model))
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-@pytest.mark.parametrize("rows", [8, 1])
-@every_kind
+@pytest.mark.parametrize(("kind", "freeze", "rows"), rotated(KINDS, [True, False], [8, 1, 8]))
 def test_kept_are_the_input_and_the_few_columns_of_its_projection(kind, rows, freeze):
     """With A frozen not even the input: bitsandbytes' int8 layer, left to itself, would hold on to it unseen."""
     model = with_lora(quantized(kind), freeze_lora_A=freeze)
@@ -347,8 +348,9 @@ def gradients(model, ids):
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
-@pytest.mark.parametrize("checkpointing", [None, "none", "last", "mlp", "block"])
-@every_kind
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), thinned((KINDS, WAYS), zip(itertools.cycle(KINDS), [*WAYS, *WAYS[1:]]))
+)
 def test_lean_changes_neither_loss_nor_gradients(kind, checkpointing):
     config = LoraConfig(target_modules=["c_attn", "c_fc", "mlp.c_proj"], init_lora_weights=False, r=4)
     model, ids = minipeft.get_lora_model(minipeft.quantize(gpt2(), kind), config).train(), token_ids(rows=4)

@@ -306,6 +306,9 @@ def test_packed_texts_that_the_model_would_mix_are_refused(stock, folder, tmp_pa
     with pytest.raises(StateError, match=r"OPTForCausalLM lets packed texts attend.*packing=False"):
         trained(trl.SFTTrainer if stock else SFT, model, folder, tmp_path, packing=True)
     assert model.training
+
+
+def test_packed_texts_have_the_loss_of_padded_ones(folder, tmp_path):
     packed = trained(SFT, ours(folder), folder, tmp_path, packing=True, max_steps=1)
     assert packed.losses == pytest.approx(trained(SFT, ours(folder), folder, tmp_path, max_steps=1,
                                                   per_device_train_batch_size=8).losses, rel=1e-5)  # fmt: skip
