@@ -230,7 +230,7 @@ def test_a_model_of_gigabytes_takes_no_memory():
 
     config = LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"])  # of 7B
     before = resident()
-    found = estimate(config, training="lora", dtype="bfloat16", batch=4, length=2048)
+    found = estimate(config, training="lora", dtype="float32", batch=4, length=2048)
     assert found.peak > 5 * 2**30
     assert resident() - before < 2**28
 
@@ -260,13 +260,13 @@ def test_fit_proposes_what_fits_and_recomputes_least_first():
         num_key_value_heads=2,
         vocab_size=100,
     )
-    setup = Setup(batch=8, length=64, dtype="float32")
-    of_blocks = estimate(config, ALL, checkpointing="block", dtype="float32", batch=8, length=64).peak
+    setup = Setup(batch=2, length=64, dtype="float32")
+    of_blocks = estimate(config, ALL, checkpointing="block", dtype="float32", batch=2, length=64).peak
     memory = int(1.01 * of_blocks / USABLE)
     proposals = fit(config, ALL, setup, memory, get_adapter_model)
     assert all(p.estimate.peak <= USABLE * memory for p in proposals)
     assert [p.recomputed for p in proposals] == sorted(p.recomputed for p in proposals)
-    assert all(p.accumulation == math.ceil(8 / p.estimate.setup.batch) for p in proposals)
+    assert all(p.accumulation == math.ceil(2 / p.estimate.setup.batch) for p in proposals)
     assert proposals[-1].accumulation == 1
 
 

@@ -45,7 +45,9 @@ def test_the_merged_weight_is_the_formula_in_float64(targets):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-4, 0.02, 1.0])
 def test_unmerging_brings_every_bit_back_a_hundred_times(dtype, scale):
-    model = adapted(gpt2().to(dtype), scale=scale)
+    base = gpt2().to(dtype)
+    del base.transformer.h[1:]
+    model = adapted(base, scale=scale)
     with torch.no_grad():  # signed zeros are bits too
         next(adapted_layers(model))[1].base_layer.weight.view(-1)[:7] = -0.0
     before = {n: p.detach().clone().view(torch.uint8) for n, p in model.named_parameters()}

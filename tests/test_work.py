@@ -51,31 +51,31 @@ def test_a_further_adapter_costs_as_much_as_the_first():
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["0", "1"]}, {"bias": "all", "target_modules": ["0", "1"]}])
 def test_injecting_a_second_adapter_is_linear_in_the_number_of_modules(options):
     costs = []
-    for layers in (50, 200):
+    for layers in (25, 100):
         model = get_lora_model(Many(layers), EVERY_LAYER)
         config = LoraConfig(**{"r": 1, "target_modules": "all-linear", **options} | {"bias": "none"})
         costs.append(work(lambda model=model, config=config: model.add_adapter("second", config)))
-    assert costs[1] < 4.4 * costs[0]
+    assert costs[1] < 4.2 * costs[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*every update is zero")
 def test_loading_a_second_adapter_is_linear_in_the_number_of_modules(tmp_path):
     costs = []
-    for layers in (50, 200):
+    for layers in (25, 100):
         model = get_lora_model(Many(layers), EVERY_LAYER)
         model.save_pretrained(tmp_path / str(layers))
         costs.append(work(lambda model=model, layers=layers: model.load_adapter(tmp_path / str(layers), "second")))
-    assert costs[1] < 4.4 * costs[0]
+    assert costs[1] < 4.2 * costs[0]
 
 
 def test_one_rank_a_module_is_linear_in_the_number_of_modules():
     """EVA and AdaLoRA write such tables: a key a module."""
     costs = []
-    for layers in (50, 200):
+    for layers in (25, 100):
         ranks = {f"layers.{index}": 1 + index % 2 for index in range(layers)}
         config = LoraConfig(target_modules="all-linear", rank_pattern=ranks)
         costs.append(work(lambda config=config, layers=layers: get_lora_model(Many(layers), config)))
-    assert costs[1] < 8 * costs[0]
+    assert costs[1] < 6 * costs[0]
 
 
 def switch_off_and_on(model):
