@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from minipeft.files.reading import reading
 from minipeft.files.strict_json import read_object
 from minipeft.files.tensor_file import TensorFile, open_tensors
 from minipeft.patterns import first_keys, full_matches, matching
-from minipeft.readers.keys import PREFIX, Key, Kind, taken_apart
+from minipeft.readers.keys import Key, Kind, taken_apart
 
 MLX_FILE, DIFFUSERS_FILE = "adapters.safetensors", "pytorch_lora_weights.safetensors"
 FILES = (WEIGHTS_FILE, MLX_FILE, DIFFUSERS_FILE)
@@ -45,6 +45,11 @@ class Contents:
         """``peft_type`` in capitals, or "" if the configuration names none."""
         method = self.config.get("peft_type")
         return method.upper() if isinstance(method, str) else ""
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether it is LoRA of modules; bare parameters, as of experts, have factors of other shapes."""
+        return self.method == "LORA" and not self.config.get("target_parameters")
 
     @functools.cached_property
     def keys(self) -> list[Key]:
@@ -114,29 +119,20 @@ class Contents:
 
     def not_selected(self) -> list[str]:
         """The layers that ``target_modules`` and its companions do not select; none if only a model could tell."""
-        targets, names = self.config.get("target_modules"), self._targetable()
+        targets = self.config.get("target_modules")
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             return []
-        if isinstance(targets, str):
-            chosen = set(full_matches(targets, names, "target_modules"))
-        else:
-            chosen = set(matching(self.listed("target_modules"), names))
-        excluded = self.config.get("exclude_modules")
-        if isinstance(excluded, str):
-            chosen -= set(full_matches(excluded, names, "exclude_modules"))
-        elif isinstance(excluded, list):
-            chosen -= set(matching(self.listed("exclude_modules"), names))
+        # Bare parameters are found by another option.
+        names = [] if self.config.get("target_parameters") else list(self.layers)
+        chosen = self._matching("target_modules", names) - self._matching("exclude_modules", names)
         return [name for name in names if name not in chosen]
 
-    def _targetable(self) -> list[str]:
-        """Layers that were found by the name of a module; bare parameters, as of experts, are found by another option."""
-        return [] if self.config.get("target_parameters") else list(self.layers)
-
-    def has_prefix(self, key: Key) -> bool:
-        """Whether a key starts as PEFT writes it, once."""
-        rest = key.text.removeprefix("base_model.")
-        shared = rest.startswith("vera_")
-        return shared or (key.text.startswith(PREFIX) and not key.text.removeprefix(PREFIX).startswith(PREFIX))
+    def _matching(self, option: str, names: list[str]) -> set[str]:
+        """The names that an option selects: a regular expression, or a list of suffixes."""
+        value = self.config.get(option)
+        return set(
+            full_matches(value, names, option) if isinstance(value, str) else matching(self.listed(option), names)
+        )
 
 
 def read_contents(directory: Path) -> Contents:
@@ -149,7 +145,7 @@ def read_contents(directory: Path) -> Contents:
         raise CheckpointError(f"{directory} is not a directory; an adapter is a directory with {CONFIG_FILE}.")
     with reading(directory):
         names = sorted(local_names(directory))
-        found = next(_weights(names), None)
+        found = next((name for name in FILES if name in names), None)
         if found is None:
             pickles = pickles_in(names)
             fix = f" {shown(pickles)} is a pickle, which is never read here; minipeft convert makes safetensors of it."
@@ -158,7 +154,3 @@ def read_contents(directory: Path) -> Contents:
             )
         config = read_object(directory / CONFIG_FILE) if CONFIG_FILE in names else {}
         return Contents(directory, config, open_tensors(directory / found))
-
-
-def _weights(names: list[str]) -> Iterator[str]:
-    return (name for name in FILES if name in names)

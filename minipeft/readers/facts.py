@@ -11,7 +11,7 @@ from minipeft.readers.keys import PREFIX, Kind
 from minipeft.wrapper_names import unwrapped_name
 
 Applies = Callable[[Contents], str | None]
-VISION = ("visual", "vision_tower", "vision_model", "audio_tower")  # parts of names of what is not the language model
+VISION = {"visual", "vision_tower", "vision_model", "audio_tower"}  # in names of what is not the language model
 FLOATING = 1e-6  # relative difference of two scalings that are equal
 
 
@@ -63,8 +63,13 @@ def holds_head(contents: Contents) -> str | None:
 
 def without_prefix(contents: Contents) -> str | None:
     """Keys do not start with ``base_model.model.`` exactly once."""
-    keys = [key.text for key in contents.keys if not contents.has_prefix(key)]
+    keys = [key.text for key in contents.keys if not _has_prefix(key.text)]
     return f"{one_of(keys)}, which does not start with base_model.model. once," if keys else None
+
+
+def _has_prefix(key: str) -> bool:
+    is_shared = key.removeprefix("base_model.").startswith("vera_")
+    return is_shared or (key.startswith(PREFIX) and not key.startswith(PREFIX * 2))
 
 
 def with_adapter_name(contents: Contents) -> str | None:
@@ -88,9 +93,9 @@ def not_selected(contents: Contents) -> str | None:
 
 def other_ranks(contents: Contents) -> str | None:
     """The ranks in the file are not those of the configuration."""
-    for module, rank in contents.ranks.items():
+    for module, rank in contents.ranks.items() if contents.is_plain_lora else ():
         there = rank_in_file(contents, module)
-        if contents.method == "LORA" and not contents.config.get("target_parameters") and there not in (None, rank):
+        if there not in (None, rank):
             return f"{module} has rank {there}, and the configuration says {rank}, which"
     return None
 
@@ -137,8 +142,7 @@ def mixed_ranks(contents: Contents) -> str | None:
     """Some layer has another rank than the top-level option says."""
     r = contents.config.get("r", 8)
     names = [module for module in contents.layers if rank_in_file(contents, module) not in (None, r)]
-    plain = contents.method == "LORA" and not contents.config.get("target_parameters")
-    return f"{one_of(names)} of another rank than r = {r}" if names and plain else None
+    return f"{one_of(names)} of another rank than r = {r}" if names and contents.is_plain_lora else None
 
 
 def rank_above(limit: int) -> Applies:
@@ -166,19 +170,20 @@ def experts(contents: Contents) -> str | None:
     return f"target_parameters = {told(stacks)}" if stacks else None
 
 
-def modules_like(*words: str) -> Applies:
-    """A module with one of these words as a part of its name has an update."""
+def vision(contents: Contents) -> str | None:
+    """A module outside of the language model has an update."""
+    return next((module for module in contents.layers if not VISION.isdisjoint(module.split("."))), None)
 
-    def applies(contents: Contents) -> str | None:
-        names = [module for module in contents.layers if not set(words).isdisjoint(module.split("."))]
-        return f"{names[0]}" if names else None
 
-    return applies
+def kept_start(contents: Contents) -> str | None:
+    """The start that the file brings along is a value of minipeft's own."""
+    value = contents.config.get("init_lora_weights")
+    return f"init_lora_weights = {value!r}" if isinstance(value, str) and value.endswith("_kept") else None
 
 
 def file_is_not(name: str) -> Applies:
     """The weights are in another file than the one that is read."""
-    return lambda contents: None if contents.weights.path.name == name else f"{contents.weights.path.name}"
+    return lambda c: None if c.weights.path.name == name else c.weights.path.name
 
 
 def without_siblings(stacked: tuple[str, ...], needed: tuple[str, ...]) -> Applies:

@@ -26,31 +26,16 @@ class Kind(enum.Enum):
 
 # The end of a key after the module's name -> what it is.
 TAILS = {
-    "lora_A.weight": Kind.FACTOR,
-    "lora_B.weight": Kind.FACTOR,
-    "lora_embedding_A": Kind.FACTOR,
-    "lora_embedding_B": Kind.FACTOR,
-    "initial_lora_A.weight": Kind.START,
-    "initial_lora_B.weight": Kind.START,
-    "initial_lora_embedding_A": Kind.START,
-    "initial_lora_embedding_B": Kind.START,
+    **dict.fromkeys(("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"), Kind.FACTOR),
+    **dict.fromkeys(("initial_lora_A.weight", "initial_lora_B.weight"), Kind.START),
+    **dict.fromkeys(("initial_lora_embedding_A", "initial_lora_embedding_B"), Kind.START),
     "lora_magnitude_vector": Kind.MAGNITUDE,
-    "lora_B.bias": Kind.BIAS,
-    "base_layer.bias": Kind.BIAS,
+    **dict.fromkeys(("lora_B.bias", "base_layer.bias"), Kind.BIAS),
     "base_layer.weight": Kind.COPY,
-    "token_adapter.trainable_tokens_delta": Kind.TOKENS,
-    "trainable_tokens_delta": Kind.TOKENS,
-    "lora_a": Kind.METHOD,  # mlx-lm's
-    "lora_b": Kind.METHOD,
-    "lora_A": Kind.METHOD,
-    "lora_B": Kind.METHOD,
-    "lora_E": Kind.METHOD,
-    "oft_R.weight": Kind.METHOD,
-    "ia3_l": Kind.METHOD,
-    "vera_A": Kind.METHOD,
-    "vera_B": Kind.METHOD,
-    "vera_lambda_b": Kind.METHOD,
-    "vera_lambda_d": Kind.METHOD,
+    **dict.fromkeys(("token_adapter.trainable_tokens_delta", "trainable_tokens_delta"), Kind.TOKENS),
+    **dict.fromkeys(("lora_a", "lora_b"), Kind.METHOD),  # mlx-lm's
+    **dict.fromkeys(("lora_A", "lora_B", "lora_E", "oft_R.weight", "ia3_l"), Kind.METHOD),
+    **dict.fromkeys(("vera_A", "vera_B", "vera_lambda_b", "vera_lambda_d"), Kind.METHOD),
 }
 STARTS_OF_PARTS = ("hada_", "lokr_", "lora_", "oft_", "vera_")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from minipeft.errors import CheckpointError
 from minipeft.readers.contents import Contents
 from minipeft.readers.facts import rank_in_file
-from minipeft.readers.plain import Pair, pairs_of
+from minipeft.readers.plain import Pair, pair_of
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,12 @@ def layers_of_file(contents: Contents, values: Mapping[str, Tensor], samples: Ma
 
 def _pair(contents: Contents, module: str, values: Mapping[str, Tensor]) -> Pair | None:
     """The low-rank part of a layer's update, whatever else the layer trains."""
-    only = {part: key for part, key in contents.layers[module].items() if part.partition("_")[0] in ("lora", "initial")}
-    only = {part: key for part, key in only.items() if part not in ("lora_magnitude_vector", "lora_B.bias")}
     if contents.method not in ("LORA", "ADALORA") or contents.config.get("target_parameters"):
         return None
     try:
-        return pairs_of(_Single(contents, module, only), values)[module]
+        return pair_of(contents, module, values)
     except CheckpointError:  # a factor is missing
         return None
-
-
-class _Single(Contents):
-    """One layer of an adapter, and of that the factors only."""
-
-    def __init__(self, contents: Contents, module: str, parts: dict[str, str]) -> None:
-        super().__init__(contents.directory, contents.config, contents.weights)
-        self.__dict__.update(keys=[], layers={module: parts}, scalings=contents.scalings)
 
 
 def update_norm(pair: Pair) -> float:

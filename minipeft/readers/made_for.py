@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,11 +20,10 @@ from minipeft.patterns import matching
 from minipeft.readers.contents import Contents, read_contents
 from minipeft.readers.keys import PREFIX, Kind
 from minipeft.readers.names import Part, Reader
-from minipeft.readers.names_there import renamed_for
 from minipeft.readers.old_names import under_old_names
 from minipeft.readers.plain import Pair, alike, check_method, pairs_of
 from minipeft.readers.rules import Takes, answer
-from minipeft.readers.written import Made, factors, write_diffusers, write_mlx, write_peft
+from minipeft.readers.written import Made, factors, renamed_for, write_diffusers, write_mlx, write_peft
 from minipeft.wrapper_names import unwrapped_name
 
 # Readers of everything that PEFT writes; for the others an adapter becomes plain LoRA.
@@ -91,20 +91,16 @@ def _without(contents: Contents, drop: Collection[Part], made: Made) -> Contents
     gone = {key.text for key in contents.of(Kind.SAVED, Kind.COPY)} if Part.MODULES_TO_SAVE in drop else set()
     gone |= {key.text for key in contents.of(Kind.TOKENS)} if Part.TOKENS in drop else set()
     gone |= {key.text for key in contents.keys if key.is_head} if Part.HEAD in drop else set()
-    options = {"modules_to_save": None} if Part.MODULES_TO_SAVE in drop else {}
-    options |= {"trainable_token_indices": None} if Part.TOKENS in drop else {}
+    options = {"modules_to_save"} if Part.MODULES_TO_SAVE in drop else set()
+    options |= {"trainable_token_indices"} if Part.TOKENS in drop else set()
     made.dropped += sorted(gone)
-    weights = contents.weights
-    shapes = {key: shape for key, shape in weights.shapes.items() if key not in gone}
-    dtypes = {key: weights.dtypes[key] for key in shapes}
-    known = {key: value for key, value in options.items() if key in contents.config}
-    left = Contents(
-        contents.directory, {**contents.config, **known}, type(weights)(weights.path, shapes, dtypes, weights.metadata)
-    )
+    weights, config = contents.weights, {**contents.config, **dict.fromkeys(options & contents.config.keys())}
+    shapes, dtypes = ({k: v for k, v in table.items() if k not in gone} for table in (weights.shapes, weights.dtypes))
+    left = replace(contents, config=config, weights=replace(weights, shapes=shapes, dtypes=dtypes))  # type: ignore[arg-type]
     if not left.layers:
         raise CheckpointError(f"{contents.directory}: without {shown(sorted(drop))} no update is left.")
     if Part.HEAD in drop and gone:
-        return Contents(left.directory, {**left.config, "target_modules": list(left.layers)}, left.weights)
+        return replace(left, config={**config, "target_modules": list(left.layers)})
     return left
 
 
@@ -176,10 +172,9 @@ def _plain_config(contents: Contents, pairs: Mapping[str, Pair], reader: Reader)
     alpha = first.scaling * first.rank
     targets = contents.listed("target_modules")
     selected = targets if set(matching(targets, pairs)) == set(pairs) else sorted(pairs)
-    whole = reader in WHOLE
-    kept = [*KEPT, "exclude_modules", "layers_to_transform", "layers_pattern"] if selected is targets else KEPT
-    options = [*kept, "modules_to_save", "trainable_token_indices"] if whole else kept
-    config = {key: contents.config[key] for key in options if contents.config.get(key) is not None}
+    kept = [*KEPT, "exclude_modules", "layers_to_transform", "layers_pattern"] if selected is targets else [*KEPT]
+    kept += ["modules_to_save", "trainable_token_indices"] if reader in WHOLE else []
+    config = {key: contents.config[key] for key in kept if contents.config.get(key) is not None}
     return config | {
         "peft_type": "LORA",
         "r": first.rank,

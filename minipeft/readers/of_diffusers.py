@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from minipeft.readers import facts
 from minipeft.readers.contents import DIFFUSERS_FILE, Contents
-from minipeft.readers.rules import NO, NOTE, PARTLY, Rule
+from minipeft.readers.names import Reader
+from minipeft.readers.rules import NO, NOTE, PARTLY, Rule, convert
 
 LOADING = "diffusers/loaders/peft.py (load_lora_adapter), diffusers 0.42.1"
 COMPONENTS = (
-    "unet.",
-    "transformer.",
-    "transformer_2.",
-    "text_encoder.",
-    "text_encoder_2.",
-    "text_encoder_3.",
+    *("unet.", "transformer.", "transformer_2.", "text_encoder.", "text_encoder_2.", "text_encoder_3."),
     "controlnet.",
 )
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector", ".alpha")
-CONVERT = "minipeft convert DIR OUT --for diffusers"
+CONVERT = convert(Reader.DIFFUSERS)
 
 
 def no_component(contents: Contents) -> str | None:
@@ -37,7 +33,7 @@ RULES = (
     Rule("keys", other_parts, PARTLY, "is left out", LOADING, f"{CONVERT} --drop modules_to_save"),
     Rule(
         "name",
-        lambda c: None if c.weights.path.name == DIFFUSERS_FILE else c.weights.path.name,
+        facts.file_is_not(DIFFUSERS_FILE),
         NOTE,
         "is found only if it is the one .safetensors file there",
         "diffusers/loaders/lora_base.py (_best_guess_weight_name), diffusers 0.42.1",

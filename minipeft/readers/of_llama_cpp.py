@@ -7,13 +7,15 @@ import math
 from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind
-from minipeft.readers.plain_lora import plain_lora
-from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, Rule
+from minipeft.readers.names import Part, Reader
+from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, Rule, convert, plain_lora, without
 
 VERSION = "llama.cpp, commit 0c1e570"
 SCRIPT = f"convert_lora_to_gguf.py, {VERSION}"
 RUNTIME = f"src/llama-adapter.cpp, {VERSION}"
-CONVERT = "minipeft convert DIR OUT --for llama.cpp"
+CONVERT = convert(Reader.LLAMA_CPP)
+WITHOUT_MODULES, WITHOUT_TOKENS = (without(part, Reader.LLAMA_CPP) for part in (Part.MODULES_TO_SAVE, Part.TOKENS))
+UNEXPECTED = "is an unexpected name"
 NORMS = ("_layernorm.weight", ".norm.weight")
 
 
@@ -23,31 +25,27 @@ def scaling(contents: Contents, module: str) -> float:
     return alpha / rank if rank and isinstance(alpha, int | float) and alpha <= MAX_NUMBER else math.nan
 
 
+def norms_alone(contents: Contents) -> str | None:
+    """Norms are trained in full, and nothing else is."""
+    return None if facts.holds(Kind.SAVED, but=NORMS)(contents) else facts.holds(Kind.SAVED)(contents)
+
+
+def of_images(contents: Contents) -> str | None:
+    """A module has the name of a model with images."""
+    return next((module for module in contents.layers if module.startswith("model.language_model.")), None)
+
+
 RULES = (
-    *plain_lora("llama.cpp", SCRIPT, SCRIPT, "lora_alpha"),
-    Rule("dora", facts.holds(Kind.MAGNITUDE), NO, "is an unexpected name", SCRIPT, MERGE),
-    Rule("bias", facts.holds(Kind.BIAS), NO, "is an unexpected name", SCRIPT, MERGE),
-    Rule("start", facts.holds(Kind.START), NO, "is an unexpected name", SCRIPT, CONVERT),
+    *plain_lora(Reader.LLAMA_CPP, SCRIPT, SCRIPT, "lora_alpha"),
+    Rule("dora", facts.holds(Kind.MAGNITUDE), NO, UNEXPECTED, SCRIPT, MERGE),
+    Rule("bias", facts.holds(Kind.BIAS), NO, UNEXPECTED, SCRIPT, MERGE),
+    Rule("start", facts.holds(Kind.START), NO, UNEXPECTED, SCRIPT, CONVERT),
+    Rule("tokens", facts.holds(Kind.TOKENS), NO, UNEXPECTED, SCRIPT, WITHOUT_TOKENS),
+    Rule("modules_to_save", facts.holds(Kind.SAVED, but=NORMS), NO, UNEXPECTED, SCRIPT, WITHOUT_MODULES),
     Rule(
-        "tokens", facts.holds(Kind.TOKENS), NO, "is an unexpected name", SCRIPT, f"{CONVERT} --drop tokens, or {MERGE}"
+        "norms", norms_alone, PARTLY, "is written to the file and left out when that is read", RUNTIME, WITHOUT_MODULES
     ),
-    Rule(
-        "modules_to_save",
-        facts.holds(Kind.SAVED, but=NORMS),
-        NO,
-        "is an unexpected name",
-        SCRIPT,
-        f"{CONVERT} --drop modules_to_save, or {MERGE}",
-    ),
-    Rule(
-        "norms",
-        lambda c: facts.holds(Kind.SAVED)(c) if not facts.holds(Kind.SAVED, but=NORMS)(c) else None,
-        PARTLY,
-        "is written to the file and left out when that is read",
-        RUNTIME,
-        f"{CONVERT} --drop modules_to_save, or {MERGE}",
-    ),
-    Rule("adapter name", facts.with_adapter_name, NO, "is an unexpected name", SCRIPT, CONVERT),
+    Rule("adapter name", facts.with_adapter_name, NO, UNEXPECTED, SCRIPT, CONVERT),
     Rule("scaling", facts.scaled_otherwise(scaling), PARTLY, "reads lora_alpha and nothing else", SCRIPT, CONVERT),
     Rule("experts", facts.experts, NO, "has another layout there: one update an expert", SCRIPT, CONVERT),
     Rule(
@@ -61,19 +59,14 @@ RULES = (
     Rule("matrices", facts.more_than_matrices, NO, "is not supported", SCRIPT, MERGE),
     Rule(
         "vision",
-        facts.modules_like(*facts.VISION),
+        facts.vision,
         PARTLY,
         "is left out: it is not in the language model's file, the only one that an adapter is for",
         SCRIPT,
         MERGE,
     ),
     Rule(
-        "wrapper",
-        lambda c: next((m for m in c.layers if m.startswith("model.language_model.")), None),
-        NOTE,
-        "has the name of a model with images, which older scripts refuse",
-        SCRIPT,
-        CONVERT,
+        "wrapper", of_images, NOTE, "has the name of a model with images, which older scripts refuse", SCRIPT, CONVERT
     ),
     Rule("wrappers", facts.with_wrappers, NO, "is not a name there", SCRIPT, SAVE_AGAIN),
     Rule(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from minipeft.readers import facts
 from minipeft.readers.contents import MLX_FILE, Contents
-from minipeft.readers.rules import NO, Rule
+from minipeft.readers.names import Reader
+from minipeft.readers.rules import NO, Rule, convert
 
 LOADING = "mlx_lm/tuner/utils.py (load_adapters), mlx-lm 0.32.2"
-CONVERT = "minipeft convert DIR OUT --for mlx"
+CONVERT = convert(Reader.MLX)
 LEAVES = (".lora_a", ".lora_b", ".m")
 
 

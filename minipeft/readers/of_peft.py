@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
-from minipeft.readers.contents import Contents
-from minipeft.readers.rules import NO, PARTLY, SAVE_AGAIN, Rule
+from minipeft.readers.names import Reader
+from minipeft.readers.rules import NO, PARTLY, SAVE_AGAIN, SILENTLY, Rule, convert
 
 METHODS = frozenset(
     "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "  # noqa: SIM905
     "LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT PVERA "
     "P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT XLORA".split()
 )
-CONFIG = "peft/config.py, PEFT 0.21.2"
 LOADING = "peft/utils/save_and_load.py (set_peft_model_state_dict), PEFT 0.21.2"
-CONVERT = "minipeft convert DIR OUT --for peft"
-
-
-def kept_start(contents: Contents) -> str | None:
-    """The start that the file brings along is a value of minipeft's own."""
-    value = contents.config.get("init_lora_weights")
-    return f"init_lora_weights = {value!r}" if isinstance(value, str) and value.endswith("_kept") else None
+CONVERT = convert(Reader.PEFT)
+RANKS = "correct r and rank_pattern in adapter_config.json"
+TARGETS = "correct target_modules in adapter_config.json"
 
 
 FORMAT = (
@@ -35,31 +30,17 @@ FORMAT = (
     Rule("method", facts.methods_but(*METHODS), NO, "is no method of PEFT's", "peft/utils/peft_types.py, PEFT 0.21.2"),
     Rule(
         "start",
-        kept_start,
+        facts.kept_start,
         NO,
         "is refused: it is minipeft's own, for a start that is in the file",
         "peft/tuners/lora/layer.py (update_layer), PEFT 0.21.2",
         f"{CONVERT}, or save_pretrained(..., as_lora=True)",
     ),
-    Rule(
-        "ranks",
-        facts.other_ranks,
-        NO,
-        "is refused as a size mismatch",
-        LOADING,
-        "correct r and rank_pattern in adapter_config.json",
-    ),
+    Rule("ranks", facts.other_ranks, NO, "is refused as a size mismatch", LOADING, RANKS),
 )
 SILENT = (
     Rule("wrappers", facts.with_wrappers, PARTLY, "is left out with a warning", LOADING, SAVE_AGAIN),
-    Rule(
-        "targets",
-        facts.not_selected,
-        PARTLY,
-        "is left out without a word",
-        LOADING,
-        "correct target_modules in adapter_config.json",
-    ),
+    Rule("targets", facts.not_selected, PARTLY, SILENTLY, LOADING, TARGETS),
 )
 RULES = (
     *FORMAT,

@@ -8,15 +8,16 @@ import re
 from minipeft.readers import facts
 from minipeft.readers.contents import Contents
 from minipeft.readers.keys import Kind
-from minipeft.readers.plain_lora import plain_lora
-from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, Rule
+from minipeft.readers.names import Part, Reader
+from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SILENTLY, Rule, convert, plain_lora, without
 
 CONFIG = "sglang/srt/lora/lora_config.py (LoRAConfig), SGLang 0.5.23"
 ADAPTER = "sglang/srt/lora/lora.py (LoRAAdapter), SGLang 0.5.23"
 MANAGER = "sglang/srt/lora/lora_manager.py, SGLang 0.5.23"
 POOL = "sglang/srt/lora/mem_pool.py (load_lora_weight_tensor), SGLang 0.5.23"
 TARGETS = "sglang/srt/lora/utils.py (get_normalized_target_modules), SGLang 0.5.23"
-CONVERT = "minipeft convert DIR OUT --for sglang"
+CONVERT = convert(Reader.SGLANG)
+WITHOUT_MODULES, WITHOUT_TOKENS = (without(part, Reader.SGLANG) for part in (Part.MODULES_TO_SAVE, Part.TOKENS))
 TABLES = ("embed_tokens", "lm_head")
 _LAYER = re.compile(r"layers\.\d+\.")
 
@@ -36,8 +37,8 @@ def outside_layers(contents: Contents) -> str | None:
 
 def vision_layers(contents: Contents) -> str | None:
     """A numbered layer of another part than the language model is adapted."""
-    names = [m for m in contents.layers if _LAYER.search(f"{m}.") and not set(facts.VISION).isdisjoint(m.split("."))]
-    return names[0] if names else None
+    names = (m for m in contents.layers if _LAYER.search(f"{m}.") and not facts.VISION.isdisjoint(m.split(".")))
+    return next(names, None)
 
 
 def added_tokens(contents: Contents) -> str | None:
@@ -46,7 +47,7 @@ def added_tokens(contents: Contents) -> str | None:
 
 
 RULES = (
-    *plain_lora("sglang", ADAPTER, CONFIG),
+    *plain_lora(Reader.SGLANG, ADAPTER, CONFIG),
     Rule("dora", facts.is_set("use_dora"), NO, "is refused", MANAGER, MERGE),
     Rule("targets", pattern_targets, NO, "is refused: a list of names is needed", TARGETS, CONVERT),
     Rule("ranks", facts.mixed_ranks, NO, "does not fit its buffer", POOL, CONVERT),
@@ -57,19 +58,12 @@ RULES = (
         "modules_to_save",
         facts.holds(Kind.SAVED, Kind.COPY),
         PARTLY,
-        "is left out without a word, or refused inside of a layer",
+        f"{SILENTLY}, or refused inside of a layer",
         ADAPTER,
-        f"{CONVERT} --drop modules_to_save, or {MERGE}",
+        WITHOUT_MODULES,
     ),
-    Rule(
-        "tokens",
-        facts.holds(Kind.TOKENS),
-        PARTLY,
-        "is left out without a word",
-        ADAPTER,
-        f"{CONVERT} --drop tokens, or {MERGE}",
-    ),
-    Rule("outside", outside_layers, PARTLY, "is left out without a word", ADAPTER, MERGE),
+    Rule("tokens", facts.holds(Kind.TOKENS), PARTLY, SILENTLY, ADAPTER, WITHOUT_TOKENS),
+    Rule("outside", outside_layers, PARTLY, SILENTLY, ADAPTER, MERGE),
     Rule(
         "vision",
         vision_layers,

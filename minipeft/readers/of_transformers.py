@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from minipeft.readers import facts
 from minipeft.readers.keys import Kind
+from minipeft.readers.names import Reader
 from minipeft.readers.of_peft import FORMAT, SILENT
-from minipeft.readers.rules import NO, PARTLY, Rule
+from minipeft.readers.rules import NO, PARTLY, Rule, convert
 
 LOADING = "transformers/integrations/peft.py (load_adapter), transformers 5.23.0"
+CONVERT = convert(Reader.TRANSFORMERS)
 
 RULES = (
     *FORMAT,
@@ -27,13 +29,6 @@ RULES = (
         LOADING,
         "PeftModel.from_pretrained, or minipeft merge",
     ),
-    Rule(
-        "adapter name",
-        facts.with_adapter_name,
-        PARTLY,
-        "is left out, with a report at most",
-        LOADING,
-        "minipeft convert DIR OUT --for transformers",
-    ),
+    Rule("adapter name", facts.with_adapter_name, PARTLY, "is left out, with a report at most", LOADING, CONVERT),
     *SILENT,
 )

@@ -7,15 +7,17 @@ import math
 from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind
-from minipeft.readers.plain_lora import plain_lora
-from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, Rule
+from minipeft.readers.names import Part, Reader
+from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, SILENTLY, Rule, convert, plain_lora, without
 
 VERSION = "vLLM 0.20.2 (commit bc150f5)"
 HELPER = f"vllm/lora/peft_helper.py (PEFTHelper), {VERSION}"
 NAMES = f"vllm/lora/utils.py (parse_fine_tuned_lora_name), {VERSION}"
 LOADING = f"vllm/lora/lora_model.py (from_lora_tensors), {VERSION}"
 MANAGER = f"vllm/lora/model_manager.py, {VERSION}"
-CONVERT = "minipeft convert DIR OUT --for vllm"
+CONVERT = convert(Reader.VLLM)
+WITHOUT_MODULES, WITHOUT_TOKENS = (without(part, Reader.VLLM) for part in (Part.MODULES_TO_SAVE, Part.TOKENS))
+UNSUPPORTED = "is an unsupported LoRA weight"
 MAX_RANK, LARGEST_RANK = 16, 512
 TABLES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
@@ -27,47 +29,26 @@ def scaling(contents: Contents, module: str) -> float:
 
 
 RULES = (
-    *plain_lora("vllm", LOADING, HELPER),
+    *plain_lora(Reader.VLLM, LOADING, HELPER),
     Rule("dora", facts.is_set("use_dora"), NO, "is refused", HELPER, MERGE),
-    Rule(
-        "modules_to_save",
-        facts.is_set("modules_to_save"),
-        NO,
-        "is refused",
-        HELPER,
-        f"{CONVERT} --drop modules_to_save, or {MERGE}",
-    ),
+    Rule("modules_to_save", facts.is_set("modules_to_save"), NO, "is refused", HELPER, WITHOUT_MODULES),
     Rule("bias", facts.is_set("bias", but=("none",)), NO, "is refused", HELPER, MERGE),
     Rule(
         "tokens",
         facts.holds(Kind.TOKENS),
         NO,
-        "is an unsupported LoRA weight; later versions may take it with --max-lora-trainable-tokens",
+        f"{UNSUPPORTED}; later versions may take it with --max-lora-trainable-tokens",
         NAMES,
-        f"{CONVERT} --drop tokens, or {MERGE}",
+        WITHOUT_TOKENS,
     ),
-    Rule(
-        "keys",
-        facts.holds(Kind.START, Kind.MAGNITUDE, Kind.BIAS, Kind.SAVED),
-        NO,
-        "is an unsupported LoRA weight",
-        NAMES,
-        CONVERT,
-    ),
-    Rule(
-        "copies",
-        facts.holds(Kind.COPY, but=TABLES),
-        NO,
-        "is an unsupported LoRA weight",
-        NAMES,
-        f"{CONVERT} --drop modules_to_save",
-    ),
-    Rule("adapter name", facts.with_adapter_name, NO, "is an unsupported LoRA weight", NAMES, CONVERT),
+    Rule("keys", facts.holds(Kind.START, Kind.MAGNITUDE, Kind.BIAS, Kind.SAVED), NO, UNSUPPORTED, NAMES, CONVERT),
+    Rule("copies", facts.holds(Kind.COPY, but=TABLES), NO, UNSUPPORTED, NAMES, f"{CONVERT} --drop modules_to_save"),
+    Rule("adapter name", facts.with_adapter_name, NO, UNSUPPORTED, NAMES, CONVERT),
     Rule(
         "wrappers",
         facts.with_wrappers,
         PARTLY,
-        "is no module there, and is left out without a word",
+        f"is no module there, and {SILENTLY}",
         f"{MANAGER} (activate_adapter)",
         SAVE_AGAIN,
     ),
@@ -90,7 +71,7 @@ RULES = (
     ),
     Rule(
         "vision",
-        facts.modules_like(*facts.VISION),
+        facts.vision,
         PARTLY,
         "is left out, unless the server has --enable-tower-connector-lora and the model supports that",
         f"{MANAGER} (_maybe_init_mm)",

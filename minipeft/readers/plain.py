@@ -89,8 +89,12 @@ def pairs_of(contents: Contents, values: Mapping[str, Tensor]) -> dict[str, Pair
                 f"{contents.directory}: {shown([keys[0].text])} is {kind.value}, which is more than a low-rank update. "
                 "Merge it into the base: minipeft merge."
             )
-    make = _lora if contents.method == "LORA" else _adalora
-    return {module: make(contents, module, values) for module in contents.layers}
+    return {module: pair_of(contents, module, values) for module in contents.layers}
+
+
+def pair_of(contents: Contents, module: str, values: Mapping[str, Tensor]) -> Pair:
+    """The low-rank part of one layer's update, of LoRA or AdaLoRA; raises CheckpointError if its factors are not a pair."""
+    return (_lora if contents.method == "LORA" else _adalora)(contents, module, values)
 
 
 def _lora(contents: Contents, module: str, values: Mapping[str, Tensor]) -> Pair:

@@ -8,8 +8,10 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from minipeft.files.file_names import WEIGHTS_FILE
+from minipeft.readers import facts
 from minipeft.readers.contents import Contents
-from minipeft.readers.names import Reader
+from minipeft.readers.names import Part, Reader
 
 
 class Takes(str, enum.Enum):
@@ -21,9 +23,20 @@ class Takes(str, enum.Enum):
     NOTE = "note"  # it loads and is right, under a condition
 
 
-# Short for the tables of rules, and their most common fixes.
+# Short for the tables of rules, their most common fixes and consequences.
 NO, PARTLY, NOTE = Takes.NO, Takes.PARTLY, Takes.NOTE
 MERGE, SAVE_AGAIN = "minipeft merge", "load it with minipeft and save it again"
+SILENTLY = "is left out without a word"
+
+
+def convert(reader: Reader) -> str:
+    """The command that makes an adapter for a reader."""
+    return f"minipeft convert DIR OUT --for {reader.value}"
+
+
+def without(part: Part, reader: Reader) -> str:
+    """The command that leaves a part out, or the one that keeps its effect."""
+    return f"{convert(reader)} --drop {part.value}, or {MERGE}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,23 @@ class Answer:
         """The worst that the findings say; notes do not count."""
         said = {finding.rule.takes for finding in self.findings}
         return next((answer for answer in (Takes.NO, Takes.PARTLY) if answer in said), Takes.YES)
+
+
+def plain_lora(reader: Reader, loading: str, configuration: str, *options: str) -> tuple[Rule, ...]:
+    """What every reader of plain LoRA alone asks for first: the file, the method and the options that must be there.
+
+    Args:
+        reader: the program.
+        loading: source of what it says of files.
+        configuration: source of what it says of the configuration.
+        options: that it needs; by default the rank, alpha and targets.
+    """
+    needed, other = options or ("r", "lora_alpha", "target_modules"), "is no LoRA, and no other method is read"
+    return (
+        Rule("format", facts.file_is_not(WEIGHTS_FILE), NO, "is not read", loading, "minipeft convert DIR OUT"),
+        Rule("method", facts.methods_but("LORA"), NO, other, configuration, MERGE),
+        Rule("options", facts.lacks(*needed), NO, "is required", configuration, convert(reader)),
+    )
 
 
 @functools.cache

@@ -59,13 +59,8 @@ def _names(contents: Contents) -> Iterator[str]:
     idle = [target for target in targets if target not in used]
     if idle:
         yield f"target_modules names {shown(idle, 5)}, and no key is for it."
-    for finds in (
-        facts.not_selected,
-        facts.other_ranks,
-        facts.without_prefix,
-        facts.with_adapter_name,
-        facts.with_wrappers,
-    ):
+    about_keys = (facts.without_prefix, facts.with_adapter_name, facts.with_wrappers)
+    for finds in (facts.not_selected, facts.other_ranks, *about_keys):
         said = finds(contents)
         if said:
             yield f"Keys: {said.removesuffix(',').removesuffix(', which')}."
@@ -73,9 +68,9 @@ def _names(contents: Contents) -> Iterator[str]:
         keys = contents.of(kind)
         if keys:
             yield f"A key is {kind.value}: {facts.one_of([key.text for key in keys])}."
-    own = contents.config.get("init_lora_weights")
-    if isinstance(own, str) and own.endswith("_kept"):
-        yield f"init_lora_weights = {own!r} is minipeft's own, which no other program reads."
+    own = facts.kept_start(contents)
+    if own:
+        yield f"{own} is minipeft's own, which no other program reads."
 
 
 def _is_half(parts: set[str]) -> bool:

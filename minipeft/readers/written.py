@@ -1,9 +1,9 @@
-"""The files of an adapter as one reader wants them."""
+"""The files of an adapter as one reader wants them: its format, and its names of modules."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,28 @@ from torch import Tensor
 from minipeft.errors import CheckpointError
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.readers.contents import DIFFUSERS_FILE, MLX_FILE
-from minipeft.readers.names_there import component_of
+from minipeft.readers.names import Reader
 from minipeft.readers.plain import Pair
+
+# Start of a name in transformers 5 -> its start there. vLLM maps the names of transformers itself, and SGLang looks at the
+# number of the layer only.
+STARTS = {
+    # The script knows the names of the language model alone.
+    Reader.LLAMA_CPP: {"model.language_model.": "model.", "language_model.model.": "model."},
+    # mlx_lm/models/gemma3.py, qwen2_vl.py, qwen3_vl.py, mistral3.py
+    Reader.MLX: {"model.language_model.": "language_model.model."},
+}
+# What a module of a pipeline's part is in -> that part.
+COMPONENTS = {
+    "down_blocks": "unet",
+    "up_blocks": "unet",
+    "mid_block": "unet",
+    "transformer_blocks": "transformer",
+    "single_transformer_blocks": "transformer",
+    "joint_transformer_blocks": "transformer",
+    "blocks": "transformer",
+    "text_model": "text_encoder",
+}
 
 
 @dataclass
@@ -28,7 +48,7 @@ class Made:
 
 
 def factors(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:
-    """The tensors of pairs by PEFT\'s keys, with this before the module\'s name."""
+    """The tensors of pairs by PEFT's keys, with this before the module's name."""
     tensors: dict[str, Tensor] = {}
     for module, pair in pairs.items():
         A, B = ("lora_embedding_A", "lora_embedding_B") if pair.is_embedding else ("lora_A.weight", "lora_B.weight")
@@ -54,6 +74,30 @@ def write_mlx(pairs: Mapping[str, Pair], made: Made) -> None:
     made.files[MLX_FILE] = _saved(tensors)
     # The keys are whole names, so that the number of layers decides nothing.
     made.files[CONFIG_FILE] = _json({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": own})
+
+
+def renamed_for(reader: Reader, module: str) -> str:
+    """The name of a module in another program."""
+    for start, other in STARTS.get(reader, {}).items():
+        if module.startswith(start):
+            return other + module.removeprefix(start)
+    return module
+
+
+def component_of(modules: Collection[str], directory: Path) -> str:
+    """The part of a diffusers pipeline that has modules of these names.
+
+    Raises:
+        CheckpointError: none has, or several have.
+    """
+    found = {COMPONENTS.get(module.partition(".")[0]) for module in modules}
+    only = next(iter(found)) if len(found) == 1 else None
+    if only is None:
+        raise CheckpointError(
+            f"{directory}: {min(modules)!r} does not say which part of a diffusers pipeline it is in. diffusers reads adapters "
+            f"of models whose modules start with {', '.join(COMPONENTS)}."
+        )
+    return only
 
 
 def write_diffusers(pairs: Mapping[str, Pair], directory: Path, made: Made) -> None:
