@@ -50,23 +50,14 @@ Look = Callable[[Setup], Iterator[Seen]]
 
 @dataclass(frozen=True)
 class Check:
-    """A function that looks at a set-up.
+    """A function that looks at a set-up."""
 
-    Args:
-        name: of its findings.
-        why: of its findings.
-        look: yields what it sees; nothing if all is well.
-        unless: names of other findings that explain what this check would see; it is then left out.
-        stops: with such a finding the batch cannot be run, and is not tried.
-        needs_trial: it looks at what became of the batch.
-    """
-
-    name: str
-    why: str
-    look: Look
-    unless: tuple[str, ...] = ()
-    stops: bool = False
-    needs_trial: bool = False
+    name: str  # of its findings
+    why: str  # of its findings
+    look: Look  # yields what it sees; nothing if all is well
+    unless: tuple[str, ...] = ()  # names of other findings that explain what this check would see; it is then left out
+    stops: bool = False  # with such a finding the batch cannot be run, and is not tried
+    needs_trial: bool = False  # it looks at what became of the batch
 
     def findings(self, setup: Setup) -> Iterator[Finding]:
         """What it finds in this set-up."""

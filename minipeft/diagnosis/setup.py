@@ -18,23 +18,14 @@ IGNORED = -100  # the label that the loss leaves out
 
 @dataclass
 class Setup:
-    """See `minipeft.diagnosis.diagnose.diagnose`.
+    """See `minipeft.diagnosis.diagnose.diagnose`."""
 
-    Args:
-        view: of the model.
-        batch: what the model is called with.
-        optimizer: of the run, possibly in a wrapper of accelerate's.
-        tokenizer: that made the batch.
-        adapter_dir: where an adapter was loaded from.
-        trial: what became of the batch; None before that.
-    """
-
-    view: View
-    batch: Mapping[str, Any] | None
-    optimizer: Any
-    tokenizer: Any
-    adapter_dir: Path | None
-    trial: Trial | None = None
+    view: View  # of the model
+    batch: Mapping[str, Any] | None  # what the model is called with
+    optimizer: Any  # of the run, possibly in a wrapper of accelerate's
+    tokenizer: Any  # that made the batch
+    adapter_dir: Path | None  # where an adapter was loaded from
+    trial: Trial | None = None  # what became of the batch; None before that
 
     @property
     def is_training(self) -> bool:

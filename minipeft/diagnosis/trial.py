@@ -27,24 +27,15 @@ LARGE = 2**16  # elements
 
 @dataclass
 class Trial:
-    """What became of a batch.
+    """What became of a batch."""
 
-    Args:
-        seen: which modules were called and which weights were read.
-        idle: names of the adapted layers that were left out although the module around them ran.
-        loss: its value; None if the model returned none.
-        trained: whether it ran as in training, for a loss; `gradients` is then what came of it.
-        warned: what was warned about meanwhile.
-        broken: name of the first module that returned a NaN.
-        gradients: the largest magnitude in the gradient of each trainable parameter that got one, by its id.
-    """
-
-    seen: Pass
-    idle: set[str]
-    loss: float | None
-    trained: bool
-    warned: list[str]
-    broken: str | None
+    seen: Pass  # which modules were called and which weights were read
+    idle: set[str]  # names of the adapted layers that were left out although the module around them ran
+    loss: float | None  # its value; None if the model returned none
+    trained: bool  # whether it ran as in training, for a loss; `gradients` is then what came of it
+    warned: list[str]  # what was warned about meanwhile
+    broken: str | None  # name of the first module that returned a NaN
+    # The largest magnitude in the gradient of each trainable parameter that got one, by its id
     gradients: dict[int, float]
 
 

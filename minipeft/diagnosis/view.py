@@ -14,42 +14,24 @@ from minipeft.injection.watch import Pass
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter on one layer, or a module that an adapter trains in full.
-
-    Args:
-        adapter: its name.
-        layer: name of the layer in the model, without wrappers.
-        module: stands in the place of the layer.
-        base: the layer itself.
-        parameters: what the adapter holds here, by name.
-        active: whether it is among the adapters that act.
-        merged: whether it is in the base weight.
-        is_full: a module that is trained in full.
-        scaling: factor of the update; None for a method without one.
-        pair: LoRA's A (r, in) and B (out, r) on a layer that multiplies by its weight; of experts in one parameter, side by
-            side.
-        dropout: the probability that the adapter drops a feature in training.
-        drops: whether it does so now, if that is not 0.
-        is_zero: whether the update is exactly zero; None if the method has no such state.
-        update_norm: Frobenius norm of the update, None if it is not a sum with the weight.
-        weight_norm: Frobenius norm of the base weight, None if it cannot be read.
-    """
+    """One adapter on one layer, or a module that an adapter trains in full."""
 
     adapter: str
-    layer: str
-    module: nn.Module
-    base: nn.Module
-    parameters: Mapping[str, nn.Parameter]
-    active: bool
-    merged: bool
-    is_full: bool
-    scaling: float | None
+    layer: str  # name of the layer in the model, without wrappers
+    module: nn.Module  # stands in the place of the layer
+    base: nn.Module  # the layer itself
+    parameters: Mapping[str, nn.Parameter]  # what the adapter holds here, by name
+    active: bool  # whether it is among the adapters that act
+    merged: bool  # whether it is in the base weight
+    is_full: bool  # a module that is trained in full
+    scaling: float | None  # factor of the update; None for a method without one
+    # LoRA's A (r, in) and B (out, r) on a layer that multiplies by its weight; of experts, side by side
     pair: tuple[Tensor, Tensor] | None
-    dropout: float
-    drops: bool
-    is_zero: Callable[[], bool | None]
-    update_norm: Callable[[], float | None]
-    weight_norm: Callable[[], float | None]
+    dropout: float  # the probability that the adapter drops a feature in training
+    drops: bool  # whether it does so now, if that is not 0
+    is_zero: Callable[[], bool | None]  # whether the update is exactly zero; None if the method has no such state
+    update_norm: Callable[[], float | None]  # Frobenius norm of the update, None if it is not a sum with the weight
+    weight_norm: Callable[[], float | None]  # Frobenius norm of the base weight, None if it cannot be read
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -59,31 +41,19 @@ class Part:
 
 @dataclass(frozen=True)
 class View:
-    """An adapted model.
+    """An adapted model."""
 
-    Args:
-        model: what is called.
-        root: the model that the adapters are in: the same, or inside a `peft.PeftModel`.
-        others: objects besides modules that a call may change.
-        parts: every adapter on every layer.
-        configs: configuration of each adapter, by name.
-        active: names of the adapters that act, or would if they were not `disabled`.
-        disabled: whether adapters are switched off.
-        base: the parameters of the base, by name.
-        idle: names of the layers that a forward pass left out, see `minipeft.injection.watch`.
-        is_peft: whether PEFT adapted it.
-    """
-
-    model: nn.Module
-    root: nn.Module
-    others: Sequence[object]
-    parts: Sequence[Part]
-    configs: Mapping[str, Any]
-    active: Sequence[str]
-    disabled: bool
-    base: Mapping[str, nn.Parameter]
+    model: nn.Module  # what is called
+    root: nn.Module  # the model that the adapters are in: the same, or inside a `peft.PeftModel`
+    others: Sequence[object]  # objects besides modules that a call may change
+    parts: Sequence[Part]  # every adapter on every layer
+    configs: Mapping[str, Any]  # configuration of each adapter, by name
+    active: Sequence[str]  # names of the adapters that act, or would if they were not `disabled`
+    disabled: bool  # whether adapters are switched off
+    base: Mapping[str, nn.Parameter]  # the parameters of the base, by name
+    # Names of the layers that a forward pass left out, see `minipeft.injection.watch`
     idle: Callable[[Pass], Collection[str]]
-    is_peft: bool
+    is_peft: bool  # whether PEFT adapted it
 
     @property
     def acting(self) -> list[Part]:

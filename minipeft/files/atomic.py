@@ -17,17 +17,11 @@ from minipeft.files.reading import is_inside
 
 @dataclass(frozen=True)
 class Pieces:
-    """Contents of a file that are made while it is written.
+    """Contents of a file that are made while it is written."""
 
-    Args:
-        nbytes: length of all of them.
-        parts: in order; read once.
-        header: bytes of a safetensors file's header, without its length.
-    """
-
-    nbytes: int
-    parts: Iterator[bytes | memoryview]
-    header: int
+    nbytes: int  # length of all of them
+    parts: Iterator[bytes | memoryview]  # in order; read once
+    header: int  # bytes of a safetensors file's header, without its length
 
 
 def write_files(directory: Path, files: Mapping[str, bytes | Pieces]) -> None:

@@ -22,27 +22,19 @@ from minipeft.wrapper_names import named_parameters, unwrapped_name
 
 @dataclass(frozen=True)
 class Expected:
-    """The adapter that a file's values are for.
+    """The adapter that a file's values are for."""
 
-    Attributes:
-        model: has the adapter, or will have it.
-        tensors: what the file must hold, by key; on any device, meta too.
-        base: samples of the base weights, by module. Empty: do not compare the base.
-        config: as `minipeft.files.save.file_config` returns it. None: the adapter is built from the file's own.
-        exact: training resumes from these values: dtypes must be equal too, and base weights equal to 4 digits.
-        tied: the name of a tied layer -> the layer whose adapter it shares.
-        done: keys of the file that have been compared already.
-        base_advice: what to do about another base.
-    """
-
-    model: nn.Module
-    tensors: Mapping[str, Tensor]
-    base: Mapping[str, list[float]]
+    model: nn.Module  # has the adapter, or will have it
+    tensors: Mapping[str, Tensor]  # what the file must hold, by key; on any device, meta too
+    base: Mapping[str, list[float]]  # samples of the base weights, by module. Empty: do not compare the base.
+    # As `minipeft.files.save.file_config` returns it. None: the adapter is built from the file's own.
     config: Mapping[str, Any] | None = None
+    # Training resumes from these values: dtypes must be equal too, and base weights equal to 4 digits
     exact: bool = False
+    # The name of a tied layer -> the layer whose adapter it shares
     tied: Mapping[str, str] = field(default_factory=dict)
-    done: Collection[str] = ()
-    base_advice: str = ""
+    done: Collection[str] = ()  # keys of the file that have been compared already
+    base_advice: str = ""  # what to do about another base
 
 
 def read_values(file: AdapterFile, expected: Expected, *, strict: bool = True) -> dict[str, Tensor]:

@@ -20,15 +20,10 @@ def _warn(text: str) -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """The parameter that a weight comes from.
+    """The parameter that a weight comes from."""
 
-    Args:
-        name: for messages.
-        size: in bytes.
-    """
-
-    name: str
-    size: int
+    name: str  # for messages
+    size: int  # in bytes
 
     def say_formed(self, why: str) -> None:
         """Warn that autograd keeps the adapted parameter, if it is large."""

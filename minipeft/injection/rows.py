@@ -110,17 +110,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Parts:
-    """A first dimension divided by adapter.
+    """A first dimension divided by adapter."""
 
-    Args:
-        groups: (name, or None for the base; its entries).
-        back: where each entry is after the groups are joined; None: in its place already.
-        blocks: the name of each run of `size` entries; all runs are of one size.
-    """
-
-    groups: tuple[tuple[str | None, Selector], ...]
-    back: Tensor | None
-    blocks: tuple[str | None, ...]
+    groups: tuple[tuple[str | None, Selector], ...]  # (name, or None for the base; its entries)
+    back: Tensor | None  # where each entry is after the groups are joined; None: in its place already
+    blocks: tuple[str | None, ...]  # the name of each run of `size` entries; all runs are of one size
     size: int
 
     @classmethod

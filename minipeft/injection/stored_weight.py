@@ -13,15 +13,11 @@ Shape = torch.Size
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to store a canonical weight.
+    """One way to store a canonical weight."""
 
-    Args:
-        fits: whether a canonical weight of the first shape may be stored so in a parameter of the second.
-        restore: the values of a parameter of this shape.
-    """
-
+    # Whether a canonical weight of the first shape may be stored so in a parameter of the second
     fits: Callable[[Shape, Shape], bool]
-    restore: Callable[[Tensor, Shape], Tensor]
+    restore: Callable[[Tensor, Shape], Tensor]  # the values of a parameter of this shape
 
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -36,15 +32,10 @@ LAYOUTS: Mapping[str, Layout] = {
 
 @dataclass(frozen=True)
 class Stored:
-    """How a layer stores its canonical weight (out, in).
+    """How a layer stores its canonical weight (out, in)."""
 
-    Args:
-        name: of the layer's parameter.
-        layout: a key of `LAYOUTS`.
-    """
-
-    name: str
-    layout: str
+    name: str  # of the layer's parameter
+    layout: str  # a key of `LAYOUTS`
 
     def from_canonical(self, weight: Tensor, own: Tensor) -> Tensor:
         """A canonical weight in the shape and dtype of the parameter."""

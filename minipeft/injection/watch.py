@@ -22,15 +22,10 @@ CHOICES = (nn.ModuleList, nn.ModuleDict)  # whoever holds one may call some of i
 
 @dataclass
 class Pass:
-    """What happened in a forward pass.
+    """What happened in a forward pass."""
 
-    Args:
-        called: ids of the modules that were called.
-        read: ids of the wrappers whose weight was used without a call.
-    """
-
-    called: set[int] = field(default_factory=set)
-    read: set[int] = field(default_factory=set)
+    called: set[int] = field(default_factory=set)  # ids of the modules that were called
+    read: set[int] = field(default_factory=set)  # ids of the wrappers whose weight was used without a call
 
     def ran(self, module: nn.Module) -> bool:
         """Whether the module or one inside it was called."""

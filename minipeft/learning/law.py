@@ -26,13 +26,9 @@ class Result(NamedTuple):
 
 @dataclass
 class Laws:
-    """The laws of one exercise, in order.
+    """The laws of one exercise, in order."""
 
-    Args:
-        independent: all are looked at; otherwise the first broken one ends it, since it explains the others.
-    """
-
-    independent: bool = False
+    independent: bool = False  # all are looked at; otherwise the first broken one ends it, since it explains the others
     laws: list[tuple[str, Look]] = field(default_factory=list)
 
     def law(self, promise: str) -> Callable[[Look], Look]:

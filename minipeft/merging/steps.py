@@ -20,29 +20,17 @@ from minipeft.transformers_model import mark_as_loaded, mark_untied
 
 @dataclass
 class Step(ABC):
-    """One layer's part in a merge. Made by `minipeft.merging.plan`, which has checked it; nothing is written yet.
-
-    Args:
-        model: of the layer.
-        path: name of the layer.
-        layer: to merge into.
-        names: of the adapters to merge, in order.
-        tied: layers that share the weight and these adapters, so they are merged along.
-        shared: parameters that others use too, by name; the layer gets its own copies.
-        dtype: to round the merged weight to.
-        undoable: keep what it takes to unmerge.
-        reported: measure what rounding costs.
-    """
+    """One layer's part in a merge. Made by `minipeft.merging.plan`, which has checked it; nothing is written yet."""
 
     model: nn.Module
-    path: str
+    path: str  # name of the layer
     layer: AdaptedLayer
-    names: tuple[str, ...]
-    tied: tuple[AdaptedLayer, ...]
-    shared: dict[str, nn.Parameter]
-    dtype: torch.dtype
-    undoable: bool
-    reported: bool
+    names: tuple[str, ...]  # of the adapters, in order
+    tied: tuple[AdaptedLayer, ...]  # layers that share the weight and these adapters, so they are merged along
+    shared: dict[str, nn.Parameter]  # parameters that others use too, by name; the layer gets its own copies
+    dtype: torch.dtype  # to round the merged weight to
+    undoable: bool  # keep what it takes to unmerge
+    reported: bool  # measure what rounding costs
     relative_error: float | None = field(default=None, init=False)
     output_error: float | None = field(default=None, init=False)
     undo: Undo = field(init=False)

@@ -23,23 +23,14 @@ KEPT = "_kept"  # ends the value in a file that brings the starting factors alon
 
 @dataclass(frozen=True)
 class Start:
-    """What a start fills in, and what it may go by.
+    """What a start fills in, and what it may go by."""
 
-    Args:
-        A: the down projection; ``A.flatten(1)`` is (r, in).
-        B: the up projection; ``B.flatten(1)`` is (out, r).
-        bias: that of B, shape (out,) and zero, if it has one.
-        weight: the canonical weight, shape (out, in).
-        scaling: of the update, dimensionless.
-        iterations: the N of a value that ends in ``_niter_N``, else None.
-    """
-
-    A: Tensor
-    B: Tensor
-    bias: Tensor | None
-    weight: Tensor
-    scaling: float
-    iterations: int | None = None
+    A: Tensor  # the down projection; ``A.flatten(1)`` is (r, in)
+    B: Tensor  # the up projection; ``B.flatten(1)`` is (out, r)
+    bias: Tensor | None  # that of B, shape (out,) and zero, if it has one
+    weight: Tensor  # the canonical weight, shape (out, in)
+    scaling: float  # of the update, dimensionless
+    iterations: int | None = None  # the N of a value that ends in ``_niter_N``, else None
 
     @property
     def r(self) -> int:
@@ -54,21 +45,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Init:
-    """One way to start.
+    """One way to start."""
 
-    Args:
-        fill: sets the factors.
-        fill_embedding: sets those of an embedding; None: `fill` does.
-        of_weight: the factors are part of the weight, so their product is taken off the update, and files bring them.
-        one_matrix: it works on one matrix, not on the experts of a parameter.
-        iterates: the name may end in ``_niter_N``.
-    """
-
-    fill: Callable[[Start], None]
-    fill_embedding: Callable[[Start], None] | None = None
+    fill: Callable[[Start], None]  # sets the factors
+    fill_embedding: Callable[[Start], None] | None = None  # sets those of an embedding; None: `fill` does
+    # The factors are part of the weight, so their product is taken off the update, and files bring them
     of_weight: bool = False
-    one_matrix: bool = False
-    iterates: bool = False
+    one_matrix: bool = False  # it works on one matrix, not on the experts of a parameter
+    iterates: bool = False  # the name may end in ``_niter_N``
 
 
 def kaiming(start: Start) -> None:

@@ -36,30 +36,19 @@ INTEGER_LIMIT = 2**31  # numpy's seeds and torch's sizes stay below it
 
 @dataclass(frozen=True)
 class Rules:
-    """What a flag says about itself besides its type and its default.
+    """What a flag says about itself besides its type and its default."""
 
-    Attributes:
-        help: text for ``--help``, to which the default is added.
-        lowest: smallest number allowed.
-        above: a number must be larger than this.
-        const: value if the flag is given without one.
-        must_exist: whether the path must exist.
-        not_with: flags that cannot be given together with this one.
-        needs: flags of which at least one must be given too.
-        may_change: whether the flag may change when a run goes on, because it does not affect what is computed.
-        also: another name for the flag, which other trainers have.
-        once: whether the flag is for this start of a run only, so that the run's configuration leaves it out.
-    """
-
-    help: str
-    lowest: float | None = None
-    above: float | None = None
-    const: str | None = None
-    must_exist: bool = False
-    not_with: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
+    help: str  # text for ``--help``, to which the default is added
+    lowest: float | None = None  # smallest number allowed
+    above: float | None = None  # a number must be larger than this
+    const: str | None = None  # value if the flag is given without one
+    must_exist: bool = False  # whether the path must exist
+    not_with: tuple[str, ...] = ()  # flags that cannot be given together with this one
+    needs: tuple[str, ...] = ()  # flags of which at least one must be given too
+    # Whether the flag may change when a run goes on, because it does not affect what is computed
     may_change: bool = False
-    also: str | None = None
+    also: str | None = None  # another name for the flag, which other trainers have
+    # Whether the flag is for this start of a run only, so that the run's configuration leaves it out
     once: bool = False
 
 

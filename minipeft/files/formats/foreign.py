@@ -41,18 +41,12 @@ class Computed:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of another tool, of which the header has been read, and what is known around it.
+    """A file of another tool, of which the header has been read, and what is known around it."""
 
-    Attributes:
-        file: the weights.
-        directory: what else the tool wrote.
-        config: ``adapter_config.json`` there; empty if there is none.
-        modules: the names of the modules of a component of the model, such as "unet"; None: not known.
-    """
-
-    file: TensorFile
-    directory: Path
-    config: Mapping[str, Any]
+    file: TensorFile  # the weights
+    directory: Path  # what else the tool wrote
+    config: Mapping[str, Any]  # ``adapter_config.json`` there; empty if there is none
+    # The names of the modules of a component of the model, such as "unet"; None: not known
     modules: Callable[[str], Collection[str] | None]
 
 
@@ -80,18 +74,13 @@ def whole(keys: Iterable[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Format:
-    """How files of one tool are known and read.
+    """How files of one tool are known and read."""
 
-    Attributes:
-        name: whose it is, for messages: ``mlx-lm``.
-        knows: whether a file with these keys and this metadata can only be of this format.
-        read: a component's name and keys -> its adapter. Raises CheckpointError.
-        components: keys -> component's name -> its keys.
-    """
-
-    name: str
-    knows: Callable[[TensorFile], bool]
+    name: str  # whose it is, for messages: ``mlx-lm``
+    knows: Callable[[TensorFile], bool]  # whether a file with these keys and this metadata can only be of this format
+    # A component's name and keys -> its adapter. Raises CheckpointError.
     read: Callable[[Source, str, Sequence[str]], Part]
+    # Keys -> component's name -> its keys
     components: Callable[[Iterable[str]], Mapping[str, list[str]]] = field(default=whole)
 
 

@@ -17,25 +17,16 @@ _EXPERT = re.compile(r"mlp\.experts\.(\d{1,6})\.(fc_1|fc_2|proj)")
 
 @dataclass(frozen=True)
 class Family:
-    """Where the layers of one kind of model are in transformers.
+    """Where the layers of one kind of model are in transformers."""
 
-    Attributes:
-        layers: the list of layers.
-        names: litgpt's layer -> transformers' one.
-        qkv: the layers that q, k and v are; one name: all three in one.
-        by_group: whether that one has the rows of each query group together, and not all of q first.
-        gate_up: the layer in which ``mlp.fc_1`` and ``mlp.fc_2`` are one; "": they are two.
-        experts: the list of experts and the names of gate, up and down in one; empty: there are none.
-        head: the output head.
-    """
-
-    names: Mapping[str, str]
-    layers: str = "model.layers"
-    qkv: tuple[str, ...] = QKV
-    by_group: bool = False
-    gate_up: str = ""
+    names: Mapping[str, str]  # litgpt's layer -> transformers' one
+    layers: str = "model.layers"  # the list of layers
+    qkv: tuple[str, ...] = QKV  # the layers that q, k and v are; one name: all three in one
+    by_group: bool = False  # whether that one has the rows of each query group together, and not all of q first
+    gate_up: str = ""  # the layer in which ``mlp.fc_1`` and ``mlp.fc_2`` are one; "": they are two
+    # The list of experts and the names of gate, up and down in one; empty: there are none
     experts: tuple[str, ...] = ()
-    head: str = "lm_head"
+    head: str = "lm_head"  # the output head
 
     def name(self, layer: str) -> str | None:
         """Transformers' name of a layer that is one by itself; None if it is not known."""

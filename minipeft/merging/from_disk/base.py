@@ -21,21 +21,13 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 @dataclass(frozen=True)
 class Base:
-    """A checkpoint on disk, unread but for its headers.
+    """A checkpoint on disk, unread but for its headers."""
 
-    Attributes:
-        folder: where it is.
-        config: ``config.json``.
-        shards: file name -> its tensors, in the order in which they lie there.
-        metadata: file name -> the safetensors metadata of that file.
-        index: ``model.safetensors.index.json``; None if there is one file only.
-    """
-
-    folder: Path
-    config: Mapping[str, Any]
-    shards: Mapping[str, list[StoredTensor]]
-    metadata: Mapping[str, Mapping[str, str]]
-    index: Mapping[str, Any] | None
+    folder: Path  # where it is
+    config: Mapping[str, Any]  # ``config.json``
+    shards: Mapping[str, list[StoredTensor]]  # file name -> its tensors, in the order in which they lie there
+    metadata: Mapping[str, Mapping[str, str]]  # file name -> the safetensors metadata of that file
+    index: Mapping[str, Any] | None  # ``model.safetensors.index.json``; None if there is one file only
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:

@@ -20,23 +20,15 @@ Places = list[tuple[str, nn.Module, str]]  # name of a parameter, its owner, and
 
 @dataclass(frozen=True)
 class DiskModel:
-    """A model and where its values are.
+    """A model and where its values are."""
 
-    Attributes:
-        model: on the meta device, but for what the checkpoint lacks: those parameters are NaN.
-        state: its parameters and persistent buffers by name, before it is adapted.
-        groups: name of a parameter or buffer -> what it is stored as, if the stored values are the model's.
-        unfit: name of a parameter -> what the base stores under its name in another shape.
-        ties: the names of each parameter that has several.
-        tables: names of the input embedding's and the output head's weight.
-    """
-
-    model: nn.Module
-    state: Mapping[str, Tensor]
+    model: nn.Module  # on the meta device, but for what the checkpoint lacks: those parameters are NaN
+    state: Mapping[str, Tensor]  # its parameters and persistent buffers by name, before it is adapted
+    # Name of a parameter or buffer -> what it is stored as, if the stored values are the model's
     groups: Mapping[str, Group]
-    unfit: Mapping[str, Group]
-    ties: tuple[tuple[str, ...], ...]
-    tables: frozenset[str]
+    unfit: Mapping[str, Group]  # name of a parameter -> what the base stores under its name in another shape
+    ties: tuple[tuple[str, ...], ...]  # the names of each parameter that has several
+    tables: frozenset[str]  # names of the input embedding's and the output head's weight
 
     def source(self, name: str) -> Group | None:
         """What a parameter is read from: its own group, or that of a parameter tied to it."""

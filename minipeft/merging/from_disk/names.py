@@ -22,15 +22,10 @@ from minipeft.merging.from_disk.stored import StoredTensor
 
 @dataclass(frozen=True)
 class Group(ABC):
-    """Stored tensors that are read and written together.
+    """Stored tensors that are read and written together."""
 
-    Attributes:
-        stored: the tensors.
-        made: the parameters that they make, by name: shapes and dtypes without values.
-    """
-
-    stored: tuple[StoredTensor, ...]
-    made: Mapping[str, Tensor]
+    stored: tuple[StoredTensor, ...]  # the tensors
+    made: Mapping[str, Tensor]  # the parameters that they make, by name: shapes and dtypes without values
 
     @abstractmethod
     def read(self) -> dict[str, Tensor]:
@@ -62,19 +57,12 @@ class Renamed(Group):
 
 @dataclass(frozen=True)
 class Converted(Group):
-    """Tensors that one of transformers' converters makes into parameters: stacked, joined, split or turned.
+    """Tensors that one of transformers' converters makes into parameters: stacked, joined, split or turned."""
 
-    Attributes:
-        first: the name that transformers gives the whole.
-        patterns: which of the converter's patterns each stored tensor matches.
-        converter: of transformers.
-        model: has the conversions that were used, for the way back.
-    """
-
-    first: str
-    patterns: tuple[str, ...]
-    converter: Any
-    model: Any
+    first: str  # the name that transformers gives the whole
+    patterns: tuple[str, ...]  # which of the converter's patterns each stored tensor matches
+    converter: Any  # of transformers
+    model: Any  # has the conversions that were used, for the way back
 
     def read(self) -> dict[str, Tensor]:
         return self.convert([tensor.read() for tensor in self.stored])

@@ -27,17 +27,11 @@ from minipeft.transformers_model import mark_untied, says_tied
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the merged model.
+    """A value of the merged model."""
 
-    Attributes:
-        names: of the parameters that share it.
-        trained: the tensor, if the adapter brings it.
-        merged: whether an adapter is folded into it.
-    """
-
-    names: tuple[str, ...]
-    trained: Tensor | None
-    merged: bool
+    names: tuple[str, ...]  # of the parameters that share it
+    trained: Tensor | None  # the tensor, if the adapter brings it
+    merged: bool  # whether an adapter is folded into it
 
     @property
     def changes(self) -> bool:

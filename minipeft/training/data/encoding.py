@@ -24,22 +24,17 @@ PROBE = "a"
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become examples.
+    """How rows become examples."""
 
-    Attributes:
-        max_length: the most tokens an example may have.
-        packing: fill rows of `max_length` with short examples, each computed as if it were alone; a continuous text is
-            cut into blocks. None: do so for text, and pad prompts and chats. See `minipeft.training.data.packing`.
-        attend_across: join documents and cut them into blocks in which they attend to each other. Text only.
-        overlong: what to do with a prompt and completion or a chat of more tokens: ``"error"``, ``"truncate"`` its
-            end or ``"drop"`` it. Text is always cut into blocks.
-        empty: what to do with a row that has nothing to predict: ``"error"`` or ``"drop"``.
-    """
-
-    max_length: int
+    max_length: int  # the most tokens an example may have
+    # Fill rows of `max_length` with short examples, each computed as if it were alone; a continuous text is cut into
+    # blocks. None: do so for text, and pad prompts and chats. See `minipeft.training.data.packing`.
     packing: bool | None = None
+    # What to do with a prompt and completion or a chat of more tokens: ``"error"``, ``"truncate"`` its end or
+    # ``"drop"`` it. Text is always cut into blocks.
     overlong: str = "error"
-    empty: str = "error"
+    empty: str = "error"  # what to do with a row that has nothing to predict: ``"error"`` or ``"drop"``
+    # Join documents and cut them into blocks in which they attend to each other. Text only.
     attend_across: bool = False
 
     def __post_init__(self) -> None:

@@ -30,26 +30,16 @@ class Examples:
     """Examples of a text or a data set, each a stretch of one long stream of tokens on disk.
 
     So cutting needs no second copy. In memory an example takes 24 bytes.
-
-    Attributes:
-        ids: all tokens, end to end, int32.
-        labels: likewise; None if every token is predicted.
-        starts: where each example starts, shape (examples,).
-        ends: where it ends.
-        targets: predicted tokens of each example, shape (examples,).
-        pad_id: the token id to pad with.
-        max_length: the most tokens an example may have.
-        counts: what became of the rows, by `Fate`.
     """
 
-    ids: pa.ChunkedArray
-    labels: pa.ChunkedArray | None
-    starts: Ints
-    ends: Ints
-    targets: Ints
-    pad_id: int
-    max_length: int
-    counts: dict[Fate, int]
+    ids: pa.ChunkedArray  # all tokens, end to end, int32
+    labels: pa.ChunkedArray | None  # likewise; None if every token is predicted
+    starts: Ints  # where each example starts, shape (examples,)
+    ends: Ints  # where it ends
+    targets: Ints  # predicted tokens of each example, shape (examples,)
+    pad_id: int  # the token id to pad with
+    max_length: int  # the most tokens an example may have
+    counts: dict[Fate, int]  # what became of the rows, by `Fate`
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -18,19 +18,12 @@ LARGEST_SEED = 2**63
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The examples of one update of the weights.
+    """The examples of one update of the weights."""
 
-    Attributes:
-        number: of the update, from 0, over the whole run.
-        epoch: from 0.
-        indices: numbers of its examples, shape (examples,).
-        store: holds the examples.
-    """
-
-    number: int
-    epoch: int
-    indices: Ints
-    store: Store
+    number: int  # of the update, from 0, over the whole run
+    epoch: int  # from 0
+    indices: Ints  # numbers of its examples, shape (examples,)
+    store: Store  # holds the examples
 
     @property
     def tokens(self) -> int:

@@ -21,17 +21,11 @@ from minipeft.training.data.examples import Examples
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Rows of several examples each: a `Store`.
+    """Rows of several examples each: a `Store`."""
 
-    Attributes:
-        store: holds the examples.
-        order: numbers of the examples, row after row, shape (examples,).
-        edges: where each row starts in `order`, and the end, shape (rows + 1,).
-    """
-
-    store: Examples
-    order: Ints
-    edges: Ints
+    store: Examples  # holds the examples
+    order: Ints  # numbers of the examples, row after row, shape (examples,)
+    edges: Ints  # where each row starts in `order`, and the end, shape (rows + 1,)
 
     def __len__(self) -> int:
         return len(self.edges) - 1

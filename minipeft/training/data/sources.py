@@ -27,22 +27,15 @@ HELD_OUT_SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Source:
-    """Rows, and what they are.
+    """Rows, and what they are."""
 
-    Attributes:
-        name: of the rows in a message.
-        rows: with the columns of the kind, and perhaps others.
-        kind: ``"run"`` for pieces of a text, ``"line"`` for its lines, ``"text"`` for documents, ``"prompt"`` for
-            prompts with completions, ``"chat"`` for conversations.
-        ignored: columns that are not used.
-        columns: those that are used.
-    """
-
-    name: str
-    rows: Rows
+    name: str  # of the rows in a message
+    rows: Rows  # with the columns of the kind, and perhaps others
+    # ``"run"`` for pieces of a text, ``"line"`` for its lines, ``"text"`` for documents, ``"prompt"`` for prompts
+    # with completions, ``"chat"`` for conversations
     kind: str
-    ignored: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ("text",)
+    ignored: tuple[str, ...] = ()  # columns that are not used
+    columns: tuple[str, ...] = ("text",)  # those that are used
 
     @property
     def streaming(self) -> bool:

@@ -167,21 +167,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the examples of one epoch: before a group of rows, plus some of that group's examples.
+    """A place in the examples of one epoch: before a group of rows, plus some of that group's examples."""
 
-    Attributes:
-        rows: number of rows before it.
-        stream: the state of datasets at this place, if JSON can hold it; else the rows are read and skipped.
-        carry: tokens before it that do not fill a block yet, for packing.
-        given: examples of the group that come before the place.
-        counts: what became of the rows before it, by `Fate`.
-    """
-
-    rows: int = 0
+    rows: int = 0  # number of rows before it
+    # The state of datasets at this place, if JSON can hold it; else the rows are read and skipped
     stream: dict[str, Any] | None = None
-    carry: list[int] = field(default_factory=list)
-    given: int = 0
-    counts: list[int] = field(default_factory=lambda: [0] * len(Fate))
+    carry: list[int] = field(default_factory=list)  # tokens before it that do not fill a block yet, for packing
+    given: int = 0  # examples of the group that come before the place
+    counts: list[int] = field(default_factory=lambda: [0] * len(Fate))  # what became of the rows before it, by `Fate`
 
 
 class _Reader:

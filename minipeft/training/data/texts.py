@@ -23,20 +23,13 @@ _log = logging.getLogger("minipeft")
 
 @dataclass(frozen=True)
 class Texts:
-    """What a run reads.
+    """What a run reads."""
 
-    Attributes:
-        train: examples to train on, or a source to stream them from.
-        evaluation: examples to evaluate on, by name; one is "eval".
-        encoding: of `train`; its `packing` is what the model allows.
-        held_out: whether these are the end of the text to train on.
-        ignored: by name, columns of the data that nothing reads.
-    """
-
-    train: Examples | Packed | Source
-    evaluation: dict[str, Examples | Packed]
-    encoding: Encoding
-    held_out: bool = False
+    train: Examples | Packed | Source  # examples to train on, or a source to stream them from
+    evaluation: dict[str, Examples | Packed]  # examples to evaluate on, by name; one is "eval"
+    encoding: Encoding  # of `train`; its `packing` is what the model allows
+    held_out: bool = False  # whether these are the end of the text to train on
+    # By name, columns of the data that nothing reads
     ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def fingerprints(self) -> dict[str, str]:

@@ -36,15 +36,10 @@ NOT_SET = object()
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        step: number of updates done.
-        position: place in the data, as the run gave it.
-    """
-
-    step: int
-    position: Any
+    step: int  # number of updates done
+    position: Any  # place in the data, as the run gave it
 
 
 @dataclass(frozen=True)

@@ -41,21 +41,13 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Live:
-    """The live objects of a run.
+    """The live objects of a run."""
 
-    Attributes:
-        model: the adapted model itself.
-        adapter_name: the adapter that trains.
-        optimizer: of its parameters.
-        helpers: scheduler and scaler by name; None if the run has none.
-        config: of the run, plain JSON.
-    """
-
-    model: AdaptedModel
-    adapter_name: str
-    optimizer: Optimizer
-    helpers: Mapping[str, Stateful | None]
-    config: Mapping[str, Any]
+    model: AdaptedModel  # the adapted model itself
+    adapter_name: str  # the adapter that trains
+    optimizer: Optimizer  # of its parameters
+    helpers: Mapping[str, Stateful | None]  # scheduler and scaler by name; None if the run has none
+    config: Mapping[str, Any]  # of the run, plain JSON
 
     def tensors(self) -> dict[str, Tensor]:
         """The adapter's tensors by their keys in a file; of a sharded model, this process's share of each."""
