@@ -11,10 +11,7 @@ from minipeft.injection.attach import AdapterState
 def active_without(state: AdapterState, names: Sequence[str], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
     """The adapters that act once these are deleted: those that are wanted, or those that act now and stay.
 
-    Args:
-        state: of the model.
-        names: of the adapters to delete.
-        wanted: known ones. None: nobody said.
+    `wanted` None: nobody said.
 
     Raises:
         StateError: one to delete is merged, nothing would act, or the wanted ones cannot start to act now.

@@ -47,10 +47,7 @@ class Update:
 def sources(model: nn.Module, weights: Mapping[str, float], *, different_targets: bool) -> dict[str, list[Update]]:
     """The updates of these adapters, by the name of the layer that each is on, in the model's and the adapters' order.
 
-    Args:
-        model: an adapted model.
-        weights: adapter name -> its weight in the sum.
-        different_targets: whether an adapter may lack layers that others have.
+    `weights`: adapter name -> its weight in the sum.
 
     Raises:
         StateError: an adapter does more than add to weights, or a value is not finite.

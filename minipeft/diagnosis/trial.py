@@ -42,11 +42,6 @@ class Trial:
 def try_batch(view: View, batch: Mapping[str, Any], *, must_train: bool) -> Trial:
     """Run the batch: in training mode, with a backward pass, if an active adapter trains; else as the model is.
 
-    Args:
-        view: of the model.
-        batch: what it is called with.
-        must_train: whether a batch without a loss is an error, if something trains.
-
     Raises:
         DataError: the model cannot take the batch; or it is to be trained and returns no loss.
     """

@@ -72,12 +72,7 @@ class View:
 
 
 def told_places(parts: Iterable[Part], of: int | None = None) -> str:
-    """The layers of some parts, for a message, after the names of their adapters.
-
-    Args:
-        parts: at least one.
-        of: how many there are in all, if that is to be told.
-    """
+    """The layers of some parts, for a message, after the names of their adapters. `of`: how many there are in all."""
     found = list(parts)
     names = shown(dict.fromkeys(part.adapter for part in found))
     share = "" if of is None else f" ({len(found)} of {of} layers)"

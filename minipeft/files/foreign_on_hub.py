@@ -23,14 +23,8 @@ def weights_of_another_tool(
 ) -> str | None:
     """The file with an adapter of a format that is known; None if there is none, or several.
 
-    Only the header of a file with a name of its own is asked for, since it may be a whole model.
-
-    Args:
-        names: of the files in the folder.
-        inner: the folder in the repository, with ``/`` behind it.
-        repo_id: of the repository.
-        commit: which one.
-        token: as for the download.
+    Only the header of a file with a name of its own is asked for, since it may be a whole model. `inner` is the folder
+    in the repository, with ``/`` behind it.
     """
     flat = [name for name in names if "/" not in name]
     found = weights_in(flat)

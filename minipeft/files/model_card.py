@@ -55,9 +55,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
 def update_card(directory: Path, config: Mapping[str, Any]) -> None:
     """Tell the hub, in a card that something else wrote, that this is an adapter, and of which base.
 
-    Args:
-        directory: has a ``README.md``, whose text and tags stay.
-        config: the contents of ``adapter_config.json``.
+    Its text and tags stay.
     """
     text = read_limited(directory / CARD_FILE, MAX_CARD_BYTES).decode("utf-8", errors="replace")
     with reading(directory / CARD_FILE):
@@ -77,13 +75,7 @@ def _is_ours(card: Path) -> bool:
 
 
 def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> None:
-    """Write ``README.md`` unless there is one that somebody wrote. A local path of the base is not published in it.
-
-    Args:
-        directory: the adapter's.
-        config: the contents of ``adapter_config.json``.
-        parameters: number of saved parameters.
-    """
+    """Write ``README.md`` unless there is one that somebody wrote. A local path of the base is not published in it."""
     if os.path.exists(directory / CARD_FILE) and not _is_ours(directory / CARD_FILE):
         return
     method = str(config["peft_type"]).lower()

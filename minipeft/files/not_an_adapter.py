@@ -71,11 +71,7 @@ def named(path: Path) -> str:
 
 
 def folder_named(names: Iterable[str]) -> str:
-    """What a folder or repository with these files is, if no adapter, as the end of a message; or "".
-
-    Args:
-        names: paths relative to it, with ``/``.
-    """
+    """What a folder or repository with these files is, if no adapter, as the end of a message; or ""."""
     names = sorted(itertools.islice(names, MAX_NAMES))
     if not names:
         return " It is empty."
@@ -121,12 +117,7 @@ def config_named(values: Mapping[str, Any]) -> str:
 
 
 def tensors_named(keys: Collection[str], parameters: Collection[str]) -> str:
-    """What tensors are none of which an adapter has, as the end of a message; or "".
-
-    Args:
-        keys: those in the file.
-        parameters: names of the model's own parameters.
-    """
+    """What tensors are none of which an adapter has, as the end of a message; or ""."""
     if any("exp_avg" in key or "momentum_buffer" in key for key in keys):
         return " It is the state of an optimizer."
     own = set(parameters)

@@ -36,11 +36,6 @@ def for_peft(model: nn.Module, entries: Sequence[str], saved: Sequence[str]) -> 
 
     There are none for a module without a parent, such as ``classifier`` next to ``pre_classifier``. PEFT then copies the
     base's ``pre_classifier``, which is not in the file, so its outputs are the same.
-
-    Args:
-        model: the adapted model.
-        entries: those of the live configuration.
-        saved: full names of the modules that the adapter trains in full.
     """
     # An entry for a module inside another entry's module would match nothing when the file is read.
     used = [entry for entry in entries if any(is_suffix(entry, name) for name in saved)]

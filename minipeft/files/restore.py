@@ -25,9 +25,7 @@ from minipeft.files.tied_repeats import followers
 def restore_adapters(model: nn.Module, directory: str | Path) -> None:
     """Give the adapters of a model the values that `save_pretrained` wrote.
 
-    Args:
-        model: has exactly the adapters that the directory holds.
-        directory: such as a Trainer's checkpoint.
+    The model has exactly the adapters that the directory holds.
 
     Raises:
         CheckpointError: a file is damaged, or is for other adapters, another configuration or another base.

@@ -33,11 +33,6 @@ HARMLESS: Mapping[str, tuple[Callable[[object], bool], str]] = {
 def check_save_options(given: Mapping[str, Any], unnamed: Iterable[object], known: Iterable[str]) -> None:
     """Check what was given to ``save_pretrained`` besides its own options.
 
-    Args:
-        given: by name.
-        unnamed: by position.
-        known: names of its own options, for the message.
-
     Raises:
         ConfigError: an option is unknown, or asks for what is not done.
     """

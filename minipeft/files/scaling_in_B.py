@@ -65,10 +65,7 @@ def with_own_scaling(
 ) -> tuple[TensorFile, dict[str, Any]]:
     """Weights and configuration with the scaling that the user asked for outside of B.
 
-    Args:
-        weights: of the file.
-        values: its ``adapter_config.json``.
-        asked: the options that say so, from the metadata.
+    `asked` are the options that say so, from the metadata.
 
     Raises:
         CheckpointError: these cannot have been in B.

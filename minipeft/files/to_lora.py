@@ -26,11 +26,6 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
     from the update, which doubles its rank. Updates of a lower rank are padded with zeros. So servers that know one rank
     and one scaling can read it.
 
-    Args:
-        model: the adapted model; it is only read.
-        config: of the adapter.
-        adapter_name: which of its adapters.
-
     Returns:
         Tensors and configuration for `minipeft.files.save.save_adapter`. The update equals the live one up to the
         rounding of ``scaling * B``.

@@ -12,10 +12,7 @@ from minipeft.layers.offloaded import is_absent, offloads
 def check_loaded(model: nn.Module, plan: Plan, *, may_be_empty: bool) -> None:
     """Check that the layers to adapt or train have values; otherwise adapters would have none either.
 
-    Args:
-        model: to adapt.
-        plan: for this model.
-        may_be_empty: allow a model without any value, as for counting its parameters.
+    `may_be_empty` allows a model without any value, as for counting its parameters.
 
     Raises:
         TargetError: a layer has none.

@@ -42,10 +42,6 @@ def hold_still(model: nn.Module, trainable: Collection[str]) -> set[str]:
 
     These are the frozen norms of the base, and those in trained copies of adapters that do not train.
 
-    Args:
-        model: adapted.
-        trainable: names of the adapters that train.
-
     Returns:
         The names of those that were in training mode, as they are without adapters.
     """

@@ -20,11 +20,8 @@ CONTAINERS = {dict, OrderedDict, set}
 def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
     """If the block raises anything, the model is what it was: the same objects, of the same classes, with the same flags.
 
-    Values of tensors are not kept, so the block must not write any.
-
-    Args:
-        model: with all its modules.
-        others: plain objects that the block changes too, such as the model's adapter state.
+    Values of tensors are not kept, so the block must not write any. `others` are plain objects that the block changes
+    too.
     """
     modules = [module for _, module in outside_adapters(model)]
     tensors = [

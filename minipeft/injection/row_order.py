@@ -28,13 +28,7 @@ CACHES = ("past_key_values", "cache_params")
 def learn_order(
     model: nn.Module, rows: Rows, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool:
-    """Mark the layers that are called with positions before rows.
-
-    Args:
-        model: the adapted model.
-        rows: of the batch, as many as it has positions.
-        call: the model's own call.
-        args, kwargs: of the call.
+    """Mark the layers that are called with positions before rows. `call` is the model's own.
 
     Returns:
         Whether that is known now for other batches too.

@@ -21,12 +21,6 @@ def select_targets(
 ) -> list[str]:
     """Names of the modules to adapt, in the model's order.
 
-    Args:
-        model: the model, for its ``model_type`` and its output head.
-        config: what to select; modules that `modules_to_save` trains in full are never adapted.
-        found: the model's candidates.
-        every_pattern: see `minipeft.injection.plan.plan`.
-
     Raises:
         TargetError: a pattern matches nothing, nothing is left, or there is no default for this model.
     """

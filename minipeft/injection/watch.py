@@ -84,12 +84,7 @@ def ran_without(
 ) -> bool:
     """Whether a layer should have run but did not use its adapters: the base layer or the module around it ran.
 
-    Args:
-        model: holds the layer.
-        path: name of the layer, whose adapters were not used.
-        base: the layer without what wraps it.
-        seen: the pass.
-        wrapping: the classes that stand in the place of a layer; PEFT has others.
+    `wrapping` are the classes that stand in the place of a layer; PEFT has others.
     """
     if id(base) in seen.called:
         return True  # something calls the base layer itself

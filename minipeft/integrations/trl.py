@@ -19,10 +19,6 @@ def arguments_for_trl(trainer: type, args: tuple[Any, ...], kwargs: dict[str, An
 
     So DPO, KTO, GRPO and RLOO take the adapter as it is now for their reference, where they would load the base again.
 
-    Args:
-        trainer: the class after ours, TRL's or one derived from it.
-        args, kwargs: as it was called.
-
     Raises:
         StateError: a reference model is passed along; the adapters do not have the names that TRL gives them; or PEFT is
             not installed and the trainer needs a reference.

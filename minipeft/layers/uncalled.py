@@ -19,11 +19,7 @@ from minipeft.layers.base import FLOAT_DTYPES, LayerOps
 
 
 class UncalledOps(LayerOps):
-    """Ops for one parameter of a module, a plain (out, in) tensor.
-
-    Args:
-        parameter: its name in the module.
-    """
+    """Ops for one parameter of a module, a plain (out, in) tensor."""
 
     children: ClassVar[Mapping[str, UncalledOps]] = {}  # child modules that are read and adapted with it, by name
 
@@ -60,10 +56,5 @@ class UncalledOps(LayerOps):
         return y.t().to(self.read_weight(base).dtype)
 
     def low_rank_sum(self, base: Any, factors: Sequence[tuple[Tensor, Tensor, float]]) -> LowRankSum | None:
-        """The parameter plus the updates ``scaling * B A`` of these (A, B, scaling), not computed; None if it must be.
-
-        Args:
-            base: the module.
-            factors: at least one, with A and B as in `factor_shapes`.
-        """
+        """The parameter plus the updates ``scaling * B A`` of these (A, B, scaling), not computed; None if it must be."""
         return None

@@ -63,15 +63,6 @@ def plan_step(
 ) -> Step:
     """The step for one layer, checked; see `plan_merge`.
 
-    Args:
-        model: of the layer.
-        path: name of the layer.
-        layer: to merge into.
-        names: of the adapters to merge, in order.
-        tied: layers that share the weight and these adapters.
-        index: of the tensors of the model.
-        options: how to merge.
-
     Raises:
         MergeError: the layer cannot be merged, or not with these options.
     """

@@ -27,10 +27,7 @@ _forward = operator.attrgetter("forward")
 def check_stored(path: str, layer: AdaptedLayer, written: list[Tensor]) -> None:
     """Check that the layer still is what its ops accept: its weight may be computed or replaced since it was adapted.
 
-    Args:
-        path: name of the layer.
-        layer: to merge into.
-        written: its weight, and its bias if the merge writes that too.
+    `written` are its weight, and its bias if the merge writes that too.
 
     Raises:
         MergeError: it is not, or its bias is computed, so what a merge writes would be lost at the next call.

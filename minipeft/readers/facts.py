@@ -110,11 +110,7 @@ def rank_in_file(contents: Contents, module: str) -> int | None:
 
 
 def scaled_otherwise(reads: Callable[[Contents, str], float]) -> Applies:
-    """A reader multiplies updates with something else than the configuration asks for.
-
-    Args:
-        reads: what the reader multiplies the update of this layer with.
-    """
+    """A reader multiplies updates with something else than the configuration asks for."""
 
     def applies(contents: Contents) -> str | None:
         if contents.method != "LORA":

@@ -44,13 +44,7 @@ def told(value: float) -> float | str:
 
 
 def layers_of_file(contents: Contents, values: Mapping[str, Tensor], samples: Mapping[str, list[float]]) -> list[Layer]:
-    """Every adapted layer, in the order of the file.
-
-    Args:
-        contents: of the adapter.
-        values: its tensors by key.
-        samples: of the base's weights by module, see `minipeft.files.base_samples`.
-    """
+    """Every adapted layer, in the order of the file. `samples`: of the base's weights by module."""
     made = []
     for module, parts in contents.layers.items():
         tensors = [values[key] for key in parts.values()]

@@ -74,10 +74,6 @@ def check_method(contents: Contents) -> None:
 def pairs_of(contents: Contents, values: Mapping[str, Tensor]) -> dict[str, Pair]:
     """The update of each layer, by the name of its module.
 
-    Args:
-        contents: of the adapter.
-        values: its tensors by key.
-
     Raises:
         CheckpointError: the method is not low-rank, or a layer has more than a low-rank update.
     """

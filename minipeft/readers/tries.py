@@ -99,11 +99,7 @@ def any_batch(model: Any) -> dict[str, Tensor]:
 def tried(reader: Reader, base: Path, directory: Path, ours: Tensor) -> Tried:
     """Load an adapter with another program, if that is installed here.
 
-    Args:
-        reader: the program.
-        base: directory of the base model.
-        directory: of the adapter.
-        ours: what `outputs` gave with this library.
+    `ours` is what `outputs` gave with this library.
     """
     if reader is Reader.LLAMA_CPP:
         return _script(base, directory)

@@ -70,10 +70,6 @@ class Adapters:
     def acquire(self, name: str, used: Collection[str]) -> str | None:
         """The name in the model of the adapter from this directory, loaded if need be.
 
-        Args:
-            name: of the directory.
-            used: names in the model that must stay.
-
         Returns:
             None if it has to wait until some of `used` are not.
 

@@ -30,11 +30,7 @@ class Row(Protocol):
 
 
 class Batch:
-    """Rows that use one model, each its own adapter.
-
-    Args:
-        model: a decoder of transformers, in evaluation mode; adapted or not.
-    """
+    """Rows that use one model, each its own adapter."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -61,10 +61,6 @@ def check_agrees(
 ) -> None:
     """Check that what was given is what the configuration of an adapter says; the rest are as in `method_config`.
 
-    Args:
-        config: of the adapter.
-        where: the adapter's place, for a message.
-
     Raises:
         ConfigError: it says something else.
     """

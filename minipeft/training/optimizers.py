@@ -45,12 +45,7 @@ def check_optimizer(name: str, sharded: bool = False) -> None:
 def make_optimizer(model: nn.Module, name: str, rate: float, weight_decay: float, lora_plus_ratio: float) -> Optimizer:
     """An optimizer of the parameters that require a gradient.
 
-    Args:
-        model: adapted.
-        name: one that `check_optimizer` takes. Those of 8 bits keep small parameters in 32.
-        rate: learning rate.
-        weight_decay: of AdamW.
-        lora_plus_ratio: how many times faster B learns than A, arXiv:2402.12354.
+    `lora_plus_ratio` says how many times faster B learns than A, arXiv:2402.12354.
     """
     check_optimizer(name)
     groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]

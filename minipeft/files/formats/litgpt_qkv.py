@@ -43,15 +43,8 @@ def qkv_modules(
 ) -> dict[str, Module]:
     """The modules, by the end of transformers' name, that an adapted layer of q, k and v comes to.
 
-    A layer that has rows of several of them gets the A of each, one under the other, and a B with zeros between the parts.
-
-    Args:
-        source: the file.
-        stem: the layer's name in it.
-        adapted: which of q (0), k (1) and v (2).
-        heads: of the attention.
-        family: what the model's layers are called.
-        r, alpha: of the run.
+    A layer that has rows of several of them gets the A of each, one under the other, and a B with zeros between the
+    parts. `adapted` says which of q (0), k (1) and v (2) are.
 
     Raises:
         CheckpointError: the factors are not those of these options.

@@ -20,11 +20,7 @@ def with_parameters(
 ) -> AdapterConfig:
     """The configuration with parameters in ``target_parameters``, and without what only the old names matched.
 
-    Args:
-        config: of the file, plain LoRA.
-        found: the model's candidates.
-        old: names of the file's layers that are none in this model.
-        pairs: by the parameter's name.
+    `old` are names of layers that the model no longer has.
     """
     given: Any = config
     short = _shortest(pairs, found)

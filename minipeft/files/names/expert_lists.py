@@ -23,11 +23,6 @@ NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 def layer_configs(file: AdapterFile, found: Mapping[str, Place], modules: Mapping[str, Candidate]) -> dict[str, Any]:
     """The configuration of each layer of a file that is a part of a parameter in the model.
 
-    Args:
-        file: the file.
-        found: the layers, by name.
-        modules: the model's candidates.
-
     Raises:
         CheckpointError: the configuration selects other layers than the file has, or two have the same place.
     """

@@ -48,12 +48,7 @@ class Place:
 
 
 class Places:
-    """The places of a file's modules in one model.
-
-    Args:
-        model: the model.
-        found: its candidates, see `minipeft.injection.module_tree`.
-    """
+    """The places of a file's modules in one model."""
 
     def __init__(self, model: nn.Module, found: Mapping[str, Candidate]) -> None:
         self.found = found

@@ -54,10 +54,7 @@ class ModuleNames:
 def names_in_file(places: Places, moved: Iterable[tuple[str, Place]], config: AdapterConfig) -> ModuleNames:
     """The names that modules have in a file, as far as its tensors say.
 
-    Args:
-        places: of the model.
-        moved: (name in the file, place in the model) of each tensor, without prefix.
-        config: of the file.
+    `moved`: (name in the file, place in the model) of each tensor.
     """
     first = {name: one for one, candidate in places.found.items() for name in candidate.known_as}
     companions = tuple(prefix for prefix, _ in config.companions())

@@ -27,9 +27,7 @@ class Place(NamedTuple):
 class Places:
     """Looks up keys, and names without PEFT's prefix, among the modules of one model.
 
-    Args:
-        model: the model, plain or adapted; it is only read.
-        config: of the file; bare parameters are places only if its ``target_parameters`` name some.
+    Bare parameters are places only if the file's ``target_parameters`` name some.
     """
 
     def __init__(self, model: nn.Module, config: AdapterConfig) -> None:

@@ -114,10 +114,7 @@ def with_old_names(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and configuration of the same adapter, as PEFT would have saved it with transformers 4.
 
-    Args:
-        model: the base today, with or without weights.
-        file: the adapter, under any names that `load_adapter` reads.
-        values: its ``adapter_config.json``; what no option says is kept.
+    What no option says of `values`, the file's ``adapter_config.json``, is kept.
 
     Raises:
         CheckpointError: the adapter is for another model, or has a place that had no name then.

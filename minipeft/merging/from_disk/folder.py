@@ -60,10 +60,6 @@ def check_place(out: Path, *sources: Path) -> None:
 def whole_folder(out: Path, needed: int) -> Iterator[Path]:
     """A directory to fill, which takes its place if the block ends without an error, and is gone otherwise.
 
-    Args:
-        out: the place.
-        needed: bytes that will be written.
-
     Raises:
         CheckpointError: the disk has less, or the place cannot be written.
     """

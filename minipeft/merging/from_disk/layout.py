@@ -17,11 +17,7 @@ from minipeft.merging.from_disk.shards import Entry, ShardWriter, copied, to_wri
 def shards_to_write(base: Base, disk: DiskModel, outcome: Outcome, *, only_known: bool) -> dict[str, list[Entry]]:
     """The tensors of each file. A new one goes to the end of the last file; without any, the order is the base's.
 
-    Args:
-        base: the checkpoint.
-        disk: the model that it is for.
-        outcome: what a merge changes.
-        only_known: leave out what the model does not have, such as the head of another task.
+    `only_known` leaves out what the model does not have, such as the head of another task.
 
     Raises:
         MergeError: what is stored together could not be written back.

@@ -102,10 +102,7 @@ def empty_like(stored: StoredTensor) -> Tensor:
 def find_groups(model: nn.Module, known: Mapping[str, Tensor], tensors: Iterable[StoredTensor]) -> dict[str, Group]:
     """Name of a parameter or persistent buffer -> the group that makes it; other stored tensors are in no group.
 
-    Args:
-        model: of transformers; it notes which of its conversions were used, as after loading.
-        known: its state, by the names without adapters.
-        tensors: that are stored.
+    The model notes which of its conversions were used, as after loading.
 
     Raises:
         MergeError: two stored tensors are meant for one parameter, or a conversion fails.

@@ -44,13 +44,7 @@ def to_write(key: str, like: Tensor) -> Entry:
 
 
 class ShardWriter:
-    """An open file with its header written; tensors are copied or written to their places.
-
-    Args:
-        path: a new file.
-        entries: its tensors, in the order in which they will lie there.
-        metadata: the safetensors metadata.
-    """
+    """An open file with its header written; tensors are copied or written to their places."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
         self.entries = list(entries)

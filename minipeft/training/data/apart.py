@@ -24,11 +24,7 @@ HALF_SHARE = 0.2
 
 @torch.no_grad()
 def why_not_apart(model: Any) -> str | None:
-    """Run short documents packed and alone; None if the logits agree, else what is wrong, as the end of a sentence.
-
-    Args:
-        model: a causal language model of transformers; afterwards in the mode that it was in.
-    """
+    """Run short documents packed and alone; None if the logits agree, else what is wrong, as the end of a sentence."""
     was_training = model.training
     model.eval()
     try:

@@ -47,11 +47,6 @@ class ChatTemplate:
     def encode(self, messages: Messages, where: str, tools: Tools = None) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and for each whether the assistant wrote it.
 
-        Args:
-            messages: of the conversation.
-            where: names it in a message.
-            tools: descriptions of functions that the assistant may call, as JSON schemas.
-
         Raises:
             DataError: the template rejects the messages, or what the assistant wrote cannot be found in their text.
         """

@@ -177,11 +177,6 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def check_fit(max_length: int, largest_id: int, config: Any) -> None:
     """Refuse examples that a model cannot take.
 
-    Args:
-        max_length: the most tokens an example may have.
-        largest_id: the largest token id; see `Examples.largest_id`, or ``len(tokenizer) - 1``.
-        config: a transformers configuration.
-
     Raises:
         ConfigError: the model has fewer positions or a smaller vocabulary.
     """

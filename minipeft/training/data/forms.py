@@ -27,11 +27,6 @@ def alpaca_prompt(instruction: str, output: str, input: str = "") -> dict[str, s
 def conversation(row: Mapping[str, Any], name: str, where: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The messages of a row, with a role each, and its tools.
 
-    Args:
-        row: with ``messages`` or ``conversations``, lists or their JSON.
-        name: which of them.
-        where: names the row in a message.
-
     Raises:
         DataError: they are something else.
     """

@@ -87,9 +87,7 @@ def in_rows(lengths: Ints, max_length: int) -> tuple[Ints, Ints]:
 def best_fit(lengths: Sequence[int], capacity: int) -> Ints:
     """The number of a bin for each length: the bin that has least room to spare, or else a new one.
 
-    Args:
-        lengths: from the longest to the shortest, each at most `capacity`.
-        capacity: of a bin.
+    The lengths come from the longest to the shortest, each at most `capacity`.
 
     Returns:
         Numbers from 0, shape (lengths,).

@@ -55,10 +55,7 @@ def text_runs(files: list[str], stamps: tuple[object, ...]) -> Iterator[dict[str
 def json_rows(files: list[str], stamps: tuple[object, ...], kind: str) -> Iterator[dict[str, str]]:
     """The rows of JSON files, checked: one object per line, or one list of objects, which is read as a whole.
 
-    Args:
-        files: paths.
-        stamps: only make the cache of datasets notice that a file has changed.
-        kind: a key of `COLUMNS`.
+    `stamps` only make the cache of datasets notice that a file has changed.
 
     Raises:
         DataError: a file cannot be read, or a row is not JSON or not of this kind; the message names the line.

@@ -17,10 +17,6 @@ ALLOWED = "'text', or 'prompt' and 'completion', or 'messages', or 'conversation
 def kind_of(columns: Iterable[str], where: str) -> str:
     """The kind of example that these columns make, a key of `COLUMNS`.
 
-    Args:
-        columns: names of the columns, or the keys of a row.
-        where: names the data in a message.
-
     Raises:
         DataError: they make none, or more than one; the message lists them.
     """

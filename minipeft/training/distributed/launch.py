@@ -54,11 +54,6 @@ def join_after_restart(environment: Mapping[str, str] = os.environ) -> None:
 def check_processes(running: int, script: str, environment: Mapping[str, str] = os.environ) -> None:
     """Compare the number of processes that train together with the number that was asked for.
 
-    Args:
-        running: ``accelerator.num_processes``.
-        script: for the command in the message.
-        environment: as the launcher set it.
-
     Raises:
         ConfigError: fewer run; the message has the command that works.
     """

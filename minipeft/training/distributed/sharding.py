@@ -19,10 +19,6 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
     and released afterwards. Call this before making the optimizer, as it replaces the parameters. Works on a CPU with
     gloo, where accelerate's FSDP2 plugin silently becomes DDP.
 
-    Args:
-        model: adapted, whole, and the same on every process.
-        device: of this process.
-
     Raises:
         StateError: there is only one process, or the model has no blocks.
     """

@@ -31,10 +31,6 @@ from minipeft.training.runs.step_folders import (
 class Checkpoints:
     """The checkpoints of one run directory.
 
-    Args:
-        directory: of the run; the checkpoints are in its folder ``checkpoints``, which the first save makes.
-        keep: how many of the newest checkpoints to keep, at least 1.
-
     Raises:
         ConfigError: `keep` is not such a number.
     """

@@ -10,13 +10,7 @@ from minipeft.training.runs.metrics import Row
 
 
 def plot_losses(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw the losses of all updates and evaluations of a run.
-
-    Args:
-        rows: with ``step`` and either ``loss`` or ``eval_loss`` and ``eval_perplexity``.
-        path: of the PNG file.
-        title: above the plot.
-    """
+    """Draw the losses of all updates and evaluations of a run."""
     from matplotlib.figure import Figure  # takes a second, and only one process draws, at the end
 
     updates, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]

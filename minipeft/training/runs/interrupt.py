@@ -23,11 +23,7 @@ class Interrupt:
         self.noted = True
 
     def came(self, device: torch.device | str = "cpu") -> bool:
-        """Whether any process got the signal. Every process calls it, and all get the same answer.
-
-        Args:
-            device: through which the processes communicate, that of the model.
-        """
+        """Whether any process got the signal. Every process calls it, and all get the same answer."""
         return bool(summed(torch.tensor(int(self.noted)), device))
 
     def restore(self) -> None:

@@ -29,9 +29,6 @@ class RunLock:
     NFS 4, one machine if it is mounted with ``local_lock=flock``. A file system without flock is an error, since a lock
     that only its owner can release outlives a killed run.
 
-    Args:
-        directory: of the run; made if missing.
-
     Raises:
         CheckpointError: on entering: another run holds it (the message says which), or the directory cannot be locked.
     """

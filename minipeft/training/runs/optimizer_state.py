@@ -21,10 +21,6 @@ PLAIN = (type(None), bool, int, float)  # what an optimizer may keep for a param
 def named_groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
     """Names of the parameters of each group of an optimizer.
 
-    Args:
-        optimizer: a torch optimizer, or Accelerate's wrapper of one.
-        names: of the parameters that a checkpoint holds, by their ``id``.
-
     Raises:
         StateError: the optimizer trains another parameter.
     """

@@ -40,11 +40,6 @@ def check_writable(directory: Path) -> None:
 def the_only_run(directory: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Hold a directory for this run alone. Every process enters; the first one locks.
 
-    Args:
-        directory: of the run; made if it does not exist.
-        resume: whether to go on with the run in it.
-        overwrite: whether to begin anew there; its checkpoints are removed.
-
     Raises:
         CheckpointError: another run holds the directory.
         StateError: it holds a run, and neither `resume` nor `overwrite` is set.

@@ -19,12 +19,7 @@ from minipeft.errors import CheckpointError, ConfigError
 
 
 def to_plain(value: Any, where: str, put: Callable[[str, Tensor], None]) -> Any:
-    """A value as JSON can hold it.
-
-    Args:
-        value: None, numbers, strings, tensors, and lists, tuples and dictionaries of these.
-        where: what the value is, for messages and for the names of tensors.
-        put: takes each tensor with its name.
+    """A value as JSON can hold it. `put` takes each tensor with its name.
 
     Raises:
         CheckpointError: the value, or something in it, has another type.
