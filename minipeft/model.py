@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from minipeft import registry
 from minipeft.class_swap import reduced
-from minipeft.combining.deletion import active_without
 from minipeft.combining.model import CombinableModel
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
@@ -22,15 +21,15 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.files.trl_guard import TrainedAlone
-from minipeft.injection.absent import check_loaded
-from minipeft.injection.attach import attach, check_name, detach, remove, switch_to
+from minipeft.injection.attach import attach, detach, remove, switch_to
 from minipeft.injection.build import PREFIX, build
 from minipeft.injection.many_adapters import ManyAdapters
 from minipeft.injection.module_tree import adapted_places
 from minipeft.injection.own_methods import Configurations, OwnMethods
-from minipeft.injection.plan import Plan
+from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.starting import await_values, stop_waiting
+from minipeft.injection.state import active_without, check_name
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
 from minipeft.quantization.dequantize import dequantize as make_float
@@ -237,8 +236,7 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._check_known(names)
-        if merged := self._state.merged or self._state.set_aside:
-            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
+        self._state.check_unmerged()
         self._check_compatible(names)
         switch_to(self, names)
 

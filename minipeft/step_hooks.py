@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.errors import CheckpointError, StateError, shown
-from minipeft.injection.attach import STATE, AdapterState, awake
-from minipeft.injection.first_pass import idle_message
 from minipeft.injection.module_tree import adapters_of
+from minipeft.injection.state import STATE, AdapterState, awake
+from minipeft.injection.watch import idle_message
 from minipeft.methods.base import Adapter
 from minipeft.wrapper_names import ATTRIBUTES, unwrapped_name
 

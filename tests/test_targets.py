@@ -6,7 +6,7 @@ from tiny_models import gpt2, gpt2_classifier, llama, logits, state_digest, t5
 from torch import nn
 
 from minipeft import ConfigError, LoraConfig, StateError, TargetError, get_lora_model, load_adapter
-from minipeft.injection import place
+from minipeft.injection import apply as injection
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import adapted_layers, wrappers
 
@@ -241,7 +241,7 @@ def test_a_failing_adapter_class_leaves_the_model_as_it_was(monkeypatch):
 def test_an_assignment_that_fails_half_way_is_taken_back(monkeypatch):
     model = gpt2()
     before, expected = state_digest(model), logits(model)
-    original = place.put
+    original = injection.put
 
     def refuse(wrap, module, places):
         if module is model.transformer.h[1].attn.c_attn:
@@ -249,7 +249,7 @@ def test_an_assignment_that_fails_half_way_is_taken_back(monkeypatch):
         return original(wrap, module, places)
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, "put", refuse)
+        patch.setattr(injection, "put", refuse)
         with pytest.raises(RuntimeError, match="no"):
             get_lora_model(model, LoraConfig())
     assert state_digest(model) == before

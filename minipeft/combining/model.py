@@ -13,7 +13,8 @@ from minipeft.combining.status import Status, adapter_status, layer_status
 from minipeft.combining.weighted import add_weighted
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown, told
 from minipeft.files.save_pretrained import SavableModel
-from minipeft.injection.attach import check_name, rename
+from minipeft.injection.attach import rename
+from minipeft.injection.state import check_name
 from minipeft.options import flag, number
 
 logger = logging.getLogger("minipeft")
@@ -28,7 +29,7 @@ class CombinableModel(SavableModel):
         """Give an adapter another name. It stays active, merged and in training if it is, and keeps its place.
 
         Raises:
-            ConfigError: the new name is not allowed, see `minipeft.injection.attach.check_name`.
+            ConfigError: the new name is not allowed, see `minipeft.injection.state.check_name`.
             StateError: the old name is unknown, or the new one is taken.
         """
         self._check_known([old])
@@ -133,8 +134,7 @@ class CombinableModel(SavableModel):
         how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         if svd_driver is not None and any(p.device.type != "cuda" for p in self.parameters()):
             raise ConfigError("svd_driver is for CUDA, and this model is elsewhere; leave it out.")
-        if merged := self._state.merged or self._state.set_aside:
-            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
+        self._state.check_unmerged()
         report = add_weighted(self, weights_by_name, adapter_name, how, different_targets=different_targets)
         is_far = combination_type in ("linear", "svd") and report.total > FAR
         logger.log(logging.WARNING if is_far else logging.INFO, "%s", report)

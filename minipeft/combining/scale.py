@@ -9,7 +9,7 @@ from torch import nn
 
 from minipeft.errors import StateError, TargetError, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.module_tree import wrappers
+from minipeft.injection.module_tree import wrappers_of
 from minipeft.interrupts import interrupts_deferred
 from minipeft.patterns import first_keys
 
@@ -21,7 +21,7 @@ def rescale(model: nn.Module, adapter_name: str, scale: float, pattern: str | No
         TargetError: the pattern matches no layer of the adapter.
         StateError: on a layer that it matches, the adapter's effect does not go with one factor.
     """
-    here = {path: wrapper for path, wrapper in wrappers(model) if adapter_name in wrapper.adapters}
+    here = dict(wrappers_of(model, adapter_name))
     parts = {path: layer.adapter(adapter_name) for path, layer in here.items() if isinstance(layer, AdaptedLayer)}
     own = {path: part for path, part in parts.items() if here[path].owns(adapter_name) and not part.key_prefix}
     chosen = own if pattern is None else {path: own[path] for path in _matching(pattern, list(own))}

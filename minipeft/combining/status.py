@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.resting import places_in
+from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.layers.uncalled import UncalledOps
 

@@ -17,9 +17,10 @@ from minipeft.combining.report import CombineReport
 from minipeft.combining.sources import Update, sources, widest
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
-from minipeft.injection.attach import STATE, AdapterState, attach
+from minipeft.injection.attach import attach
 from minipeft.injection.build import build
 from minipeft.injection.plan import plan
+from minipeft.injection.state import STATE, AdapterState
 from minipeft.kernels.generators import generators_kept
 from minipeft.options import rank as checked_rank
 

@@ -18,7 +18,7 @@ from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.trial import try_batch
 from minipeft.diagnosis.view import View
 from minipeft.errors import ConfigError, DataError
-from minipeft.injection.attach import STATE
+from minipeft.injection.state import STATE
 from minipeft.wrapper_names import unwrapped
 
 GROUPS = (numbers, base, acting, learning, rates, precision, labels, vocabulary)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.combining.products import product_norm
-from minipeft.diagnosis.view import Part, View
+from minipeft.diagnosis.view import Part, View, unknown
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.fresh_parts import base_parameters
 from minipeft.injection.module_tree import candidates, wrappers
-from minipeft.injection.watch import Pass, idle_layers
+from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.watch import idle_layers
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
@@ -34,13 +33,9 @@ def our_view(model: nn.Module, root: nn.Module) -> View:
         state.switch.active,
         not state.switch.enabled,
         base,
-        functools.partial(_idle, root, state.switch.active),
+        functools.partial(idle_layers, root, state.switch.active),
         is_peft=False,
     )
-
-
-def _idle(root: nn.Module, names: tuple[str, ...], seen: Pass) -> list[str]:
-    return idle_layers(root, names, seen)
 
 
 def _parts(root: nn.Module, state: AdapterState) -> Iterator[Part]:
@@ -59,7 +54,7 @@ def _in_full(layer: str, wrapper: Wrapper, name: str, active: bool) -> Part:
     held = {key: tensor for key, tensor in wrapper.file_tensors(name).items() if isinstance(tensor, nn.Parameter)}
     base = innermost(wrapper)
     return Part(
-        name, layer, wrapper, base, held, active, False, True, None, None, 0.0, False, _unknown, _unknown, _unknown
+        name, layer, wrapper, base, held, active, False, True, None, None, 0.0, False, unknown, unknown, unknown
     )
 
 
@@ -83,14 +78,10 @@ def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part
         pair,
         float(getattr(adapter, "dropout", 0.0)),
         adapter.training,
-        functools.partial(_is_zero, wrapper, adapter) if there else _unknown,
-        functools.partial(_update_norm, wrapper, adapter) if there else _unknown,
+        functools.partial(_is_zero, wrapper, adapter) if there else unknown,
+        functools.partial(_update_norm, wrapper, adapter) if there else unknown,
         functools.cache(functools.partial(_weight_norm, wrapper)),
     )
-
-
-def _unknown() -> Any:
-    return None
 
 
 def _is_zero(layer: AdaptedLayer, adapter: Adapter) -> bool | None:

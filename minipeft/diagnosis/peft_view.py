@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.diagnosis.view import Part, View
+from minipeft.diagnosis.view import Part, View, unknown
 from minipeft.injection.watch import Pass, ran_without
 
 PRODUCTS = ("lora_", "hada_w", "lokr_w")  # how the names of factors begin
@@ -101,7 +101,7 @@ def _parts(path: str, module: Any, configs: Mapping[str, Any]) -> Iterator[Part]
             _pair(parameters),
             *_dropout(module, name),
             functools.partial(_is_zero, parameters),
-            functools.partial(_update_norm, module, name) if adds else _unknown,
+            functools.partial(_update_norm, module, name) if adds else unknown,
             functools.cache(functools.partial(_weight_norm, module, full)),
         )
 
@@ -110,10 +110,6 @@ def _adds(parameters: Mapping[str, object], config: object) -> bool:
     """Whether the update is a product that starts at zero; with inits such as PiSSA's PEFT takes it out of the weight."""
     start = getattr(config, "init_lora_weights", True)
     return all(name.startswith(PRODUCTS) for name in parameters) and (start == "gaussian" or not isinstance(start, str))
-
-
-def _unknown() -> None:
-    return None
 
 
 def _held(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -71,6 +71,10 @@ class View:
         return [part for part in self.training if not part.merged]
 
 
+def unknown() -> None:
+    """What a part says that cannot be known of it."""
+
+
 def told_places(parts: Iterable[Part], of: int | None = None) -> str:
     """The layers of some parts, for a message, after the names of their adapters. `of`: how many there are in all."""
     found = list(parts)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import AdapterFile, is_sample
 from minipeft.files.frozen_weights import frozen_weights, planned_frozen_weights
-from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.build import Parts
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.injection.plan import Plan
+from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import each_value, present

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.errors import CheckpointError, ConfigError, StateError, all_or_nothing, shown
+from minipeft.errors import CheckpointError, ConfigError, StateError, all_or_nothing
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts
 from minipeft.files.save_pretrained import DEFAULT, SavableModel
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import Parts
-from minipeft.injection.module_tree import occupants, wrappers
+from minipeft.injection.module_tree import occupants, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Wrapper
@@ -91,8 +91,7 @@ class HotswapModel(SavableModel):
             StateError: there is no such adapter, or one is merged into the base.
         """
         self._check_known([adapter_name])
-        if merged := self._state.merged or self._state.set_aside:
-            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
+        self._state.check_unmerged()
         path = adapter_directory(
             directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
         )
@@ -135,9 +134,7 @@ def hotswap_adapter(
 
 
 def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Wrapper, nn.Module]]:
-    for path, wrapper in wrappers(model):
-        if adapter_name in wrapper.adapters:
-            yield path, wrapper, wrapper.adapters[adapter_name]
+    return ((path, wrapper, wrapper.adapters[adapter_name]) for path, wrapper in wrappers_of(model, adapter_name))
 
 
 def _check_plain(path: str, adapter: Adapter) -> None:

@@ -23,9 +23,8 @@ from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
 from minipeft.files.peft_entries import as_peft_reads
 from minipeft.files.reading import reading
-from minipeft.injection.absent import check_loaded
 from minipeft.injection.build import PREFIX, Parts, build, build_from
-from minipeft.injection.plan import Plan
+from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.methods.base import Adapter
 from minipeft.peft_options import KEPT

@@ -7,9 +7,9 @@ import warnings
 from torch import nn
 
 from minipeft.errors import shown
-from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.base_state import base_modules, buffer_samples, changed_buffers
 from minipeft.injection.module_tree import adapters_of
+from minipeft.injection.state import STATE, AdapterState
 
 
 def warn_of_lost_state(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from minipeft.files.readable import check_values, warn_if_unreadable
 from minipeft.files.tensor_bytes import file_of
 from minipeft.files.tied_repeats import followers
 from minipeft.injection.build import PREFIX, shared_tensors
-from minipeft.injection.module_tree import adapted_layers, adapters_of, candidates, layers_of, wrappers
+from minipeft.injection.module_tree import adapted_layers, adapters_of, candidates, layers_of, wrappers, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.patterns import full_matches, matching
 from minipeft.transformers_model import name_or_path
@@ -74,7 +74,7 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, c
     values = config.to_dict()
     values["target_modules"] = _resolved_targets(model, config, adapter_name)
     if config.modules_to_save is not None:
-        copies = [(name, w) for name, w in wrappers(model) if isinstance(w, SavedModule) and adapter_name in w.adapters]
+        copies = [(name, w) for name, w in wrappers_of(model, adapter_name) if isinstance(w, SavedModule)]
         saved = [name for name, wrapper in copies if wrapper.only is None]  # bias="all" copies biases alone
         saved += [name for name in followers(model, config, adapter_name) if name in dict(copies)]
         values["modules_to_save"] = for_peft(model, config.modules_to_save, saved) or None

@@ -12,7 +12,7 @@ from typing import Any, cast
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
-from minipeft.errors import ConfigError, StateError, hint, shown, told
+from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
@@ -26,9 +26,9 @@ from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.tied_repeats import followers, with_repeats
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_outer_save, check_trainer
-from minipeft.injection.attach import STATE, AdapterState
-from minipeft.injection.first_pass import idle_message
 from minipeft.injection.starting import check_started
+from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.watch import idle_message
 from minipeft.layers.offloaded import values_of
 
 DEFAULT = "default"
@@ -223,10 +223,7 @@ class SavableModel(nn.Module):
         return names
 
     def _check_known(self, names: Sequence[str]) -> None:
-        known = self._state.configs
-        for name in names:
-            if not isinstance(name, str) or name not in known:
-                raise StateError(f"no adapter {told(name)}{hint(str(name), known)}; there are: {shown(known)}.")
+        self._state.check_known(names)
         if not names or len(set(names)) != len(names):
             raise StateError(
                 f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter()."

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig
 from minipeft.injection.build import PREFIX
-from minipeft.injection.module_tree import wrappers
+from minipeft.injection.module_tree import wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 
 # The factors of a head that is tied to an embedding -> those of the embedding, of which each is the transpose.
@@ -21,8 +21,7 @@ def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dic
         return {}
     first_of: dict[frozenset[int], str] = {}
     shared = {}
-    there = [(name, wrapper) for name, wrapper in wrappers(model) if adapter_name in wrapper.adapters]
-    for name, wrapper in sorted(there, key=lambda pair: _follows(pair[1], adapter_name)):
+    for name, wrapper in sorted(wrappers_of(model, adapter_name), key=lambda pair: _follows(pair[1], adapter_name)):
         weights = frozenset(map(id, _shareable(wrapper, wrapper.adapters[adapter_name])))
         first = first_of.setdefault(weights, name) if weights else name
         if first != name:

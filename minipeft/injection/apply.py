@@ -1,21 +1,72 @@
-"""Injection: put built parts in their places (a few assignments), and the way back."""
+"""Injection: put built parts in their places (a few assignments), and the way back.
+
+A module object itself becomes the wrapper, and what it was moves into a new object, the wrapper's `base_layer`. So
+everything that holds the module now holds the wrapper: its parents, and also lists, helper objects and bound methods that
+no walk over the model finds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
-from minipeft.injection import place
+from minipeft.class_swap import mixed_class, mixins_of
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.adapted_weight import AdaptedWeight
 from minipeft.injection.build import Parts
-from minipeft.injection.module_tree import Candidate, occupants, outside_adapters, wrappers
+from minipeft.injection.module_tree import Candidate, occupants, outside_adapters, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Switch, Wrapper
 from minipeft.layers.uncalled import UncalledOps
+
+TIED_TO_THE_OBJECT = ("forward", "_compiled_call_impl")  # of an instance: they call the object that they were made for
+
+
+def put(wrap: Callable[[nn.Module], Wrapper], module: nn.Module, places: tuple[tuple[nn.Module, str], ...]) -> Wrapper:
+    """Make the wrapper of a module and put it in the module's place.
+
+    A module with a ``forward`` of its own, as accelerate's offloading gives it, stays what it is: the wrapper is a new
+    object, in these places.
+
+    Args:
+        wrap: makes the wrapper of a base layer.
+        module: to wrap; it may be a wrapper itself.
+        places: (parent, attribute) that refer to it.
+    """
+    if any(name in vars(module) for name in TIED_TO_THE_OBJECT):
+        wrapper = wrap(module)
+        wrapper.is_the_module = False
+        for parent, attribute in places:
+            setattr(parent, attribute, wrapper)
+        return wrapper
+    former = object.__new__(type(module))
+    _become(former, module)
+    _become(module, wrap(former))
+    assert isinstance(module, Wrapper)
+    return module
+
+
+def take_out(wrapper: Wrapper, inner: nn.Module, places: tuple[tuple[nn.Module, str], ...]) -> None:
+    """Undo `put`, with `inner` in the wrapper's place: its base layer, or a trained copy of that."""
+    if wrapper.is_the_module:
+        mixins = mixins_of(type(wrapper))
+        _become(wrapper, inner)
+        for mixin in reversed(mixins):  # such as those of `minipeft.lean`
+            module: nn.Module = wrapper
+            module.__class__ = mixed_class(mixin, type(module))
+    else:
+        for parent, attribute in places:
+            setattr(parent, attribute, inner)
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    state: dict[str, Any] = vars(other)
+    module.__class__ = type(other)
+    object.__setattr__(module, "__dict__", state)
 
 
 def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
@@ -34,7 +85,7 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
         occupant = parent.get_submodule(attribute)
         wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) == ops), None)
         if wrapper is None:
-            wrapper = place.put(wrap, occupant, candidate.places)
+            wrapper = put(wrap, occupant, candidate.places)
         wrapper.adapters[adapter_name] = part
         if follows:
             wrapper.tied_adapters.add(adapter_name)
@@ -42,9 +93,8 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
 
 def discard(model: nn.Module, adapter_name: str) -> None:
     """Remove one adapter; a wrapper left without adapters is replaced by its base layer."""
-    for _, wrapper in list(wrappers(model)):
-        if adapter_name in wrapper.adapters:
-            wrapper.drop(adapter_name)
+    for _, wrapper in list(wrappers_of(model, adapter_name)):
+        wrapper.drop(adapter_name)
     _unwrap(model, lambda wrapper: wrapper.base_layer if not wrapper.adapters else wrapper)
 
 
@@ -63,4 +113,23 @@ def _unwrap(model: nn.Module, replacement: Callable[[Wrapper], nn.Module]) -> No
             while isinstance(left, Wrapper) and (inner := replacement(left)) is not left:
                 left = inner
             if left is not child and isinstance(child, Wrapper) and left is not None:
-                place.take_out(child, left, ((parent, attribute),))
+                take_out(child, left, ((parent, attribute),))
+
+
+def follow_loads(layer: AdaptedLayer) -> None:
+    """Have the adapters of a layer read again what they keep of the base, after each ``load_state_dict``.
+
+    A whole state (Lightning, ``accelerate.save_state``, ``torch.save``) brings the base along, often into a process in
+    which it was another one until then: built empty, or with other random rows of a resized vocabulary. What an adapter
+    keeps of the base is not in that state, so that older states still load.
+    """
+    if _after_load not in layer._load_state_dict_post_hooks.values():
+        layer.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+
+def _after_load(layer: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(layer, AdaptedLayer)
+    if layer.merged or any(parameter.is_meta for parameter in layer.owner.parameters(recurse=False)):
+        return  # then the weight is not the base's own, or not here
+    for name in layer.adapters:
+        layer.adapter(name).base_loaded(layer.owner, layer.ops)

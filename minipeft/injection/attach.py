@@ -2,80 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from minipeft.class_swap import mixed_class, original_class
-from minipeft.config import AdapterConfig
-from minipeft.errors import ConfigError, StateError, shown
+from minipeft.errors import StateError
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.after_load import follow_loads
-from minipeft.injection.apply import apply, discard, eject
+from minipeft.injection.apply import apply, discard, eject, follow_loads
 from minipeft.injection.base_state import buffer_samples, hold_still, let_go
 from minipeft.injection.build import Parts
 from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkpoints_train
 from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.plan import Plan
-from minipeft.injection.resting import Place, parameters_at, places_in, put_to_rest
+from minipeft.injection.resting import parameters_at, places_in, put_to_rest
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
-from minipeft.injection.row_marks import mark_rows
-from minipeft.injection.rows import BASE
-from minipeft.injection.wrapper import Switch, replace_key
+from minipeft.injection.row_order import mark_rows
+from minipeft.injection.state import STATE, AdapterState, awake, check_not_running
+from minipeft.injection.wrapper import replace_key
 from minipeft.wrapper_names import named_parameters
-
-STATE = "_minipeft"  # the state's name in the model's __dict__, which is copied and pickled with the model
-
-
-@dataclass
-class AdapterState:
-    """What an adapted model knows besides its modules: plain data, so copies and pickles of the model carry it."""
-
-    configs: dict[str, AdapterConfig] = field(default_factory=dict)
-    switch: Switch = field(default_factory=Switch)
-    trainable: set[str] = field(default_factory=set)
-    places: dict[str, list[Place]] = field(default_factory=dict)  # where the parameters of each adapter are
-    resting: dict[str, set[Place]] = field(default_factory=dict)  # of those, what an idle adapter would train
-    also_trained: tuple[str, ...] = ()  # adapters whose parameters require gradients though they may not act
-    merged: tuple[str, ...] = ()
-    set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
-    pauses: int = 0  # how many contexts are open in which nothing is merged
-    trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
-    unwatched: set[str] = field(default_factory=set)  # adapters of which no forward pass has been watched yet
-    unstarted: set[str] = field(default_factory=set)  # adapters without values, see `minipeft.injection.starting`
-    given: set[str] = field(default_factory=set)  # names of the tensors that have been loaded while one is
-    idle: dict[str, list[str]] = field(default_factory=dict)  # layers not using an adapter, see `injection.watch`
-    refuses_idle: bool = False  # an idle layer is an error, not a warning
-    kept: dict[str, tuple[str, ...]] = field(default_factory=dict)  # see `minipeft.injection.fresh_parts`
-    samples: dict[str, dict[str, list[float]]] = field(
-        default_factory=dict
-    )  # see `minipeft.files.base_samples.remember_base`
-    held: set[str] = field(default_factory=set)  # norms of the base that would be in training mode, see `hold_norms`
-    buffers: dict[str, Tensor] = field(default_factory=dict)  # samples of the base's, as they were when it was adapted
-
-
-def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
-    """Refuse an adapter name that is taken, or that could point outside its directory.
-
-    Raises:
-        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', it is the name of an attribute of ModuleDict, or it is
-            ``"__base__"``, which stands for no adapter.
-        StateError: it is taken.
-    """
-    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)
-    if not isinstance(name, str) or not plain or hasattr(nn.ModuleDict(), name) or name == BASE:
-        raise ConfigError(
-            f"adapter name {name!r:.100} is not allowed: use 1 to 64 letters, digits, '_' and '-' that do not name a module "
-            "attribute, such as 'default'."
-        )
-    if name in taken:
-        raise StateError(
-            f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name."
-        )
 
 
 def attach(
@@ -163,11 +109,6 @@ def train_also(model: nn.Module, names: tuple[str, ...]) -> None:
     _wake(state, state.switch.active, names)
 
 
-def awake(state: AdapterState) -> tuple[str, ...]:
-    """Names of the adapters whose parameters require gradients, if they train at all."""
-    return tuple(dict.fromkeys((*state.switch.active, *state.also_trained)))
-
-
 def _wake(state: AdapterState, active: tuple[str, ...], also: tuple[str, ...]) -> None:
     before, after = set(awake(state)), {*active, *also}
     changing = before.symmetric_difference(after) & state.trainable
@@ -190,19 +131,6 @@ def _switch(state: AdapterState, names: tuple[str, ...], starting: Collection[st
     for name in starting:
         for parameter in parameters_at(state.resting[name]):
             parameter.requires_grad_(True)
-
-
-def check_not_running(state: AdapterState, adapter_name: str | None = None) -> None:
-    """Refuse to change adapters under a call with ``adapter_names``, which may run in another thread.
-
-    Raises:
-        StateError: such a call runs; if a name is given, one with that adapter.
-    """
-    busy = [name for names in list(state.switch.running) for name in names or (BASE,)]
-    if busy and adapter_name in (None, *busy):
-        raise StateError(
-            f"a batch with adapter_names runs now and uses {shown(dict.fromkeys(busy))}; wait until it is done."
-        )
 
 
 def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ...]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.errors import StateError, all_or_nothing, hint, shown
-from minipeft.injection.attach import STATE, AdapterState, train_also
+from minipeft.errors import StateError, all_or_nothing
+from minipeft.injection.attach import train_also
 from minipeft.injection.resting import Place, parameters_at
 from minipeft.injection.rows_of_call import rows_acting, rows_of_call
+from minipeft.injection.state import STATE, AdapterState
 
 
 class ManyAdapters(nn.Module):
@@ -52,11 +53,8 @@ class ManyAdapters(nn.Module):
 
     def _check_trainable(self, names: Sequence[str]) -> None:
         state: AdapterState = self.__dict__[STATE]
+        state.check_known(names)
         for name in names:
-            if name not in state.configs:
-                raise StateError(
-                    f"no adapter {name!r:.100}{hint(str(name), state.configs)}; there are: {shown(state.configs)}."
-                )
             if name not in state.trainable:
                 raise StateError(
                     f"adapter {name!r} was made or loaded not to train; load it with is_trainable=True, or leave "

@@ -101,6 +101,11 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
             yield name, module
 
 
+def wrappers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Wrapper]]:
+    """Every (name, wrapper) that holds a part of this adapter."""
+    return ((name, wrapper) for name, wrapper in wrappers(model) if adapter_name in wrapper.adapters)
+
+
 def adapted_places(model: nn.Module) -> Iterator[str]:
     """Names of the modules that hold an adapter, of this model or of a part that is adapted by itself."""
     return (name for name, module in model.named_modules() if isinstance(module, Wrapper))

@@ -13,13 +13,14 @@ from typing_extensions import Self
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import StateError, all_or_nothing, shown
-from minipeft.injection.attach import STATE, AdapterState, hold_norms
+from minipeft.injection.attach import hold_norms
 from minipeft.injection.checkpointing import training_setter
-from minipeft.injection.first_pass import watched_call
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.row_order import learn_order
 from minipeft.injection.rows import Rows, rows_now
 from minipeft.injection.rows_of_call import note_length, rows_acting, rows_of_call
+from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.watch import watched_call
 from minipeft.injection.wrapper import innermost
 from minipeft.transformers_model import input_embedding, output_head
 

@@ -10,7 +10,6 @@ from torch import nn
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.ensure_tying import with_one_adapter, with_one_copy
 from minipeft.injection.fresh_parts import (
     FreshParts,
     Origins,
@@ -21,11 +20,18 @@ from minipeft.injection.fresh_parts import (
 )
 from minipeft.injection.module_tree import Candidate, candidates, is_callable, outside_adapters, own_bias
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.injection.sites import AdapterSite, SavedSite, module_sites
-from minipeft.injection.target_parameters import check_alone, parameter_sites
+from minipeft.injection.sites import AdapterSite, SavedSite, check_alone, module_sites, parameter_sites
 from minipeft.injection.targets import select_parameters, select_saved, select_targets, to_prepare
-from minipeft.injection.tied_sites import check_shared, warn_of_tied_layers, with_tied_copies, with_tied_sites
+from minipeft.injection.tied_sites import (
+    check_shared,
+    warn_of_tied_layers,
+    with_one_adapter,
+    with_one_copy,
+    with_tied_copies,
+    with_tied_sites,
+)
 from minipeft.layers.base import LayerOps, layer_ops
+from minipeft.layers.offloaded import is_absent, offloads
 from minipeft.transformers_model import model_type
 from minipeft.wrapper_names import FIXED_PARAMETERS, wrapper_class
 
@@ -171,3 +177,24 @@ def _check_saveable(site: SavedSite) -> None:
         raise TargetError(f"{site.name}: adapted already, so it cannot also be trained in full.")
     if isinstance(module, SavedModule) and module.only != site.only:
         raise TargetError(f"{site.name}: another adapter trains {module.only or 'all of it'} here.")
+
+
+def check_loaded(model: nn.Module, plan: Plan, *, may_be_empty: bool) -> None:
+    """Check that the layers to adapt or train have values; otherwise adapters would have none either.
+
+    `may_be_empty` allows a model without any value, as for counting its parameters.
+
+    Raises:
+        TargetError: a layer has none.
+    """
+    if may_be_empty and all(parameter.is_meta for parameter in model.parameters()):
+        if not any(map(offloads, model.modules())):
+            return
+    sites = [(site.name, [site.candidate.base]) for site in plan.adapters]
+    sites += [(site.name, list(site.candidate.base.modules())) for site in plan.saved]
+    for name, modules in sites:
+        if any(map(is_absent, modules)):
+            raise TargetError(
+                f"{name}: its weight is on the meta device, without values, and no hook of its own loads it. Load the "
+                "model's weights first; with accelerate, without preload_module_classes."
+            )

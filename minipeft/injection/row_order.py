@@ -1,8 +1,9 @@
-"""Whether rows come before positions in the layers' inputs, for a batch with as many of the ones as of the others.
+"""Layers whose inputs are not the rows of the batch, and those that take positions before rows.
 
-XLNet and torch's own transformer layers put positions first. Elsewhere the shape of an input shows that. Here one row is
-run alone, once for each model: then the dimension of the rows is the one of size 1. Modules with ``batch_first``, as torch's
-have it, say which of their dimensions is the rows; if that is another one, the first dimension of the model's input is not.
+XLNet and torch's own transformer layers put positions first. The shape of an input shows that, unless a batch has as many
+of the ones as of the others. Then one row is run alone, once for each model: the dimension of the rows is the one of size
+1. Modules with ``batch_first``, as torch's have it, say which of their dimensions is the rows; if that is another one, the
+first dimension of the model's input is not.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch.utils._pytree import tree_map_only
 
 from minipeft.errors import StateError
 from minipeft.injection.module_tree import outside_adapters, wrappers
-from minipeft.injection.row_marks import says_order
 from minipeft.injection.rows import Rows, acting
 from minipeft.kernels.generators import generators_kept
+from minipeft.transformers_model import main_input_name
 
 BY_POSITION = {"cache_position"}  # arguments of transformers' models without a dimension of rows
 CACHES = ("past_key_values", "cache_params")
+EXPERTS = {"expert", "experts"}  # what models call the list of them
 
 
 def learn_order(
@@ -83,3 +85,29 @@ def _note_sizes(sizes: dict[str, tuple[int, int]], path: str, module: Any, given
     if given and isinstance(given[0], Tensor) and given[0].ndim == 3:
         first, second = given[0].shape[:2]
         sizes[path] = (first, second) if module.batch_first else (second, first)
+
+
+def mark_rows(model: nn.Module) -> bool:
+    """Say of each wrapper what it is called with, if not with the rows of the model's main input.
+
+    Returns:
+        Whether a module says if rows or positions come first, see `minipeft.injection.row_order`.
+    """
+    main, others, told = main_input_name(model), {}, False
+    for path, module in outside_adapters(model):
+        told |= says_order(module)
+        reads = getattr(type(module), "main_input_name", main)
+        # An encoder of images in a model of text sees as many images as there are, in no relation to the rows.
+        if main == "input_ids" and reads != main:
+            others[path] = f"the {reads} of the whole batch"
+    for path, wrapper in wrappers(model):
+        above = [path[:end] for end, letter in enumerate(path) if letter == "."]
+        wrapper.counts = next((others[name] for name in above if name in others), None)
+        if EXPERTS & {*path.split(".")}:
+            wrapper.counts = "the tokens that chose one expert"
+    return told
+
+
+def says_order(module: nn.Module) -> bool:
+    """Whether it is an attention or a recurrent layer of torch's, or like them."""
+    return isinstance(getattr(module, "batch_first", None), bool)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import ConfigError, StateError, hint, shown, told
-from minipeft.injection.attach import STATE, AdapterState, awake
 from minipeft.injection.rows import BASE, Rows, acting, first_tensor
+from minipeft.injection.state import STATE, AdapterState, awake
 from minipeft.transformers_model import main_input_name
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import StateError, shown
-from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.base_state import buffer_samples
 from minipeft.injection.build import Parts, build
 from minipeft.injection.module_tree import occupants
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.sites import AdapterSite, SavedSite
+from minipeft.injection.state import STATE, AdapterState
 from minipeft.patterns import endings
 
 

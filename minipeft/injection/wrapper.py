@@ -59,7 +59,7 @@ class Wrapper(nn.Module, ABC):
 
     switch: Switch
     is_the_module: bool
-    counts: str | None  # what its inputs have in place of the batch's rows, see `minipeft.injection.row_marks`
+    counts: str | None  # what its inputs have in place of the batch's rows, see `minipeft.injection.row_order`
 
     def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Wrapper(nn.Module, ABC):
         self.adapters = nn.ModuleDict()
         own = vars(self)  # assigning attributes of a module one by one takes a tenth of the time to adapt a model
         own["switch"] = switch
-        own["is_the_module"] = True  # see `minipeft.injection.place`
+        own["is_the_module"] = True  # see `minipeft.injection.apply`
         own["training"] = base_layer.training
         own["counts"] = None
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.save_pretrained import SavableModel
-from minipeft.injection.attach import STATE, check_not_running
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.starting import check_started
+from minipeft.injection.state import STATE, check_not_running
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
 from minipeft.merging.training_guard import watch

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.module_tree import TensorIndex, wrappers
+from minipeft.injection.module_tree import TensorIndex, wrappers, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule, copy_tensors
 
 
@@ -78,7 +78,7 @@ def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
 
 def _followers(model: nn.Module, adapter_name: str, trained: Tensor) -> list[nn.Module]:
     """The modules that use this trained tensor in place of their own weight, so that they stay tied to it."""
-    copies = [(w.base_layer, w.adapters[adapter_name]) for _, w in wrappers(model) if adapter_name in w.adapters]
+    copies = [(wrapper.base_layer, wrapper.adapters[adapter_name]) for _, wrapper in wrappers_of(model, adapter_name)]
     return [base for base, copy in copies if any(tensor is trained for tensor in copy.parameters())]
 
 

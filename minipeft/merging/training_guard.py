@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minipeft.errors import StateError, shown
-from minipeft.injection.attach import STATE, AdapterState
 from minipeft.injection.module_tree import adapted_layers, wrappers
+from minipeft.injection.state import STATE, AdapterState
 
 
 def watch(model: nn.Module, merged: bool) -> None:

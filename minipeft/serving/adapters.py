@@ -14,7 +14,7 @@ from torch import nn
 
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError, RequestError, hint, shown
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
-from minipeft.injection.module_tree import wrappers
+from minipeft.injection.module_tree import wrappers_of
 from minipeft.injection.rows import BASE
 from minipeft.model import AdaptedModel, load_adapter
 
@@ -165,7 +165,7 @@ def _stamp(directory: Path) -> Stamp:
 
 def _bytes(model: nn.Module, adapter_name: str) -> int:
     """Bytes of an adapter's tensors, each counted once."""
-    parts = [wrapper.adapters[adapter_name] for _, wrapper in wrappers(model) if adapter_name in wrapper.adapters]
+    parts = [wrapper.adapters[adapter_name] for _, wrapper in wrappers_of(model, adapter_name)]
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.module_tree import TensorIndex, adapted_layers, wrappers
+from minipeft.injection.module_tree import TensorIndex, adapted_layers, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.merging.from_disk.disk_model import DiskModel
@@ -133,8 +133,8 @@ def _writes_bias(layer: AdaptedLayer) -> bool:
 
 def _trained(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of modules that the adapter trains in full, by the names that they have in the model."""
-    for path, wrapper in wrappers(model):
-        if isinstance(wrapper, SavedModule) and adapter_name in wrapper.adapters:
+    for path, wrapper in wrappers_of(model, adapter_name):
+        if isinstance(wrapper, SavedModule):
             before = wrapper.base_layer.state_dict(keep_vars=True)
             for name, tensor in wrapper.adapters[adapter_name].state_dict(keep_vars=True).items():
                 if tensor is not before.get(name):

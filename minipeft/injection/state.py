@@ -1,0 +1,116 @@
+"""What an adapted model knows besides its modules, and what it allows to be done to its adapters now."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft.config import AdapterConfig
+from minipeft.errors import ConfigError, StateError, hint, shown, told
+from minipeft.injection.resting import Place
+from minipeft.injection.rows import BASE
+from minipeft.injection.wrapper import Switch
+
+STATE = "_minipeft"  # the state's name in the model's __dict__, which is copied and pickled with the model
+
+
+@dataclass
+class AdapterState:
+    """What an adapted model knows besides its modules: plain data, so copies and pickles of the model carry it."""
+
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
+    trainable: set[str] = field(default_factory=set)
+    places: dict[str, list[Place]] = field(default_factory=dict)  # where the parameters of each adapter are
+    resting: dict[str, set[Place]] = field(default_factory=dict)  # of those, what an idle adapter would train
+    also_trained: tuple[str, ...] = ()  # adapters whose parameters require gradients though they may not act
+    merged: tuple[str, ...] = ()
+    set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
+    pauses: int = 0  # how many contexts are open in which nothing is merged
+    trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
+    unwatched: set[str] = field(default_factory=set)  # adapters of which no forward pass has been watched yet
+    unstarted: set[str] = field(default_factory=set)  # adapters without values, see `minipeft.injection.starting`
+    given: set[str] = field(default_factory=set)  # names of the tensors that have been loaded while one is
+    idle: dict[str, list[str]] = field(default_factory=dict)  # layers not using an adapter, see `injection.watch`
+    refuses_idle: bool = False  # an idle layer is an error, not a warning
+    kept: dict[str, tuple[str, ...]] = field(default_factory=dict)  # see `minipeft.injection.fresh_parts`
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # see `minipeft.files.base_samples`
+    held: set[str] = field(default_factory=set)  # norms of the base that would be in training mode, see `hold_norms`
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # samples of the base's, as they were when it was adapted
+
+    def check_known(self, names: Sequence[object]) -> None:
+        """Raise StateError if there is no adapter of one of these names."""
+        for name in names:
+            if not isinstance(name, str) or name not in self.configs:
+                known = self.configs
+                raise StateError(f"no adapter {told(name)}{hint(str(name), known)}; there are: {shown(known)}.")
+
+    def check_unmerged(self) -> None:
+        """Raise StateError if an adapter is merged, or counts as merged within `disable_adapter`."""
+        if merged := self.merged or self.set_aside:
+            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
+
+
+def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
+    """Refuse an adapter name that is taken, or that could point outside its directory.
+
+    Raises:
+        ConfigError: it is not 1 to 64 letters, digits, '_' and '-', it is the name of an attribute of ModuleDict, or it is
+            ``"__base__"``, which stands for no adapter.
+        StateError: it is taken.
+    """
+    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)
+    if not isinstance(name, str) or not plain or hasattr(nn.ModuleDict(), name) or name == BASE:
+        raise ConfigError(
+            f"adapter name {name!r:.100} is not allowed: use 1 to 64 letters, digits, '_' and '-' that do not name a module "
+            "attribute, such as 'default'."
+        )
+    if name in taken:
+        raise StateError(
+            f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name."
+        )
+
+
+def awake(state: AdapterState) -> tuple[str, ...]:
+    """Names of the adapters whose parameters require gradients, if they train at all."""
+    return tuple(dict.fromkeys((*state.switch.active, *state.also_trained)))
+
+
+def check_not_running(state: AdapterState, adapter_name: str | None = None) -> None:
+    """Refuse to change adapters under a call with ``adapter_names``, which may run in another thread.
+
+    Raises:
+        StateError: such a call runs; if a name is given, one with that adapter.
+    """
+    busy = [name for names in list(state.switch.running) for name in names or (BASE,)]
+    if busy and adapter_name in (None, *busy):
+        raise StateError(
+            f"a batch with adapter_names runs now and uses {shown(dict.fromkeys(busy))}; wait until it is done."
+        )
+
+
+def active_without(state: AdapterState, names: Sequence[str], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The adapters that act once these are deleted: those that are wanted, or those that act now and stay.
+
+    `wanted` None: nobody said.
+
+    Raises:
+        StateError: one to delete is merged, nothing would act, or the wanted ones cannot start to act now.
+    """
+    merged = (*state.merged, *state.set_aside)
+    if held := [name for name in names if name in merged]:
+        raise StateError(f"adapter {shown(held)} is in use: it is merged into the base. unmerge_adapter() first.")
+    stay = [name for name in state.configs if name not in names]
+    if gone := [name for name in wanted or () if name in names]:
+        raise StateError(f"activate: {shown(gone)} is to be deleted; left are: {shown(stay)}.")
+    if wanted is not None and wanted != state.switch.active:
+        state.check_unmerged()
+    active = tuple(name for name in state.switch.active if name not in names) if wanted is None else wanted
+    if not active:
+        fix = f"say what acts instead: delete_adapter({names[0]!r}, activate={stay[0]!r})" if stay else "call unload()"
+        raise StateError(f"adapter {shown(names)} is in use, and no other one is active; {fix}.")
+    return active
