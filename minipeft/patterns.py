@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import regex
 
 from minipeft.errors import ConfigError, TargetError, told, told_error
 
+Value = TypeVar("Value")
 # No model's own names need more than these. Compiling has no time limit, so what makes it long is counted before.
 MAX_PATTERN_LENGTH = 2000
 MAX_REPEATS = 100_000  # the product of all counts in braces: the engine writes them out
@@ -84,6 +86,14 @@ def matching(entries: Iterable[str], names: Iterable[str]) -> list[str]:
     """The names that equal one of the entries or end in it at a dot, in their order; in linear time."""
     wanted = set(entries)
     return [name for name in names if not wanted.isdisjoint(endings(name))]
+
+
+def by_shorter_key(values: Mapping[str, Value], short: Mapping[str, str]) -> dict[str, Value]:
+    """A table with the shorter key of each name, where all names with this key have the same value, else with the name."""
+    found: dict[str, set[Value]] = {}
+    for name, value in values.items():
+        found.setdefault(short[name], set()).add(value)
+    return {short[name] if len(found[short[name]]) == 1 else name: value for name, value in values.items()}
 
 
 def check_table(patterns: Iterable[str], where: str) -> None:

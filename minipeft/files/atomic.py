@@ -97,13 +97,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def _remove_orphans(directory: Path, names: Iterable[str]) -> None:
-    host = socket.gethostname()
     for name in names:
-        target = _target(directory, name)
-        for orphan in target.parent.glob(f".{target.name}.tmp-{host}-*"):
-            pid = orphan.name.rsplit("-", 2)[-2]
-            if pid.isdigit() and not alive(int(pid)):
-                orphan.unlink(missing_ok=True)
+        for orphan in orphans(_target(directory, name), "tmp"):
+            orphan.unlink(missing_ok=True)
+
+
+def orphans(target: Path, kind: str) -> Iterator[Path]:
+    """What `hidden_beside` named in processes of this machine that have ended without removing it."""
+    for path in target.parent.glob(f".{target.name}.{kind}-{socket.gethostname()}-*"):
+        pid = path.name.rsplit("-", 2)[-2]
+        if pid.isdigit() and not alive(int(pid)):
+            yield path
 
 
 def alive(pid: int) -> bool:

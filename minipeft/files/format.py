@@ -71,7 +71,7 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
         ConfigError: the configuration asks for something that is not allowed or not implemented.
     """
     weights = open_weights(directory)
-    values = read_object(directory / CONFIG_FILE) if os.path.exists(directory / CONFIG_FILE) else None
+    values = config_in(directory)
     known = format_of(weights)
     if known is DIFFUSERS and values and "peft_type" in values:
         known = None  # keys without PEFT's prefix look like diffusers', but PEFT's configuration says what they mean
@@ -104,10 +104,17 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
     return AdapterFile(**vars(weights), config=config, base=base, is_own=bool(own), kept=kept, said=values)
 
 
-def source_of(weights: TensorFile, modules: Callable[[str], Collection[str] | None]) -> Source:
-    """The weights of another tool with the configuration next to them."""
-    path = weights.path.parent / CONFIG_FILE
-    return Source(weights, weights.path.parent, read_object(path) if os.path.exists(path) else {}, modules)
+def source_of(
+    weights: TensorFile, modules: Callable[[str], Collection[str] | None], directory: Path | None = None
+) -> Source:
+    """The weights of another tool with the configuration in its directory, by default next to them."""
+    directory = weights.path.parent if directory is None else directory
+    return Source(weights, directory, config_in(directory) or {}, modules)
+
+
+def config_in(directory: Path) -> dict[str, Any] | None:
+    """The contents of ``adapter_config.json``; None if there is none."""
+    return read_object(directory / CONFIG_FILE) if os.path.exists(directory / CONFIG_FILE) else None
 
 
 def open_weights(directory: Path) -> TensorFile:

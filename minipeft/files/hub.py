@@ -47,13 +47,12 @@ def adapter_directory(
         ConfigError: a revision of a local directory, or a subfolder outside the directory.
     """
     as_path(place, "directory")
-    if subfolder is not None and _leads_out(as_path(subfolder, "subfolder")):
+    inside = Path() if subfolder is None else as_path(subfolder, "subfolder")
+    if inside.is_absolute() or ".." in inside.parts:
         raise ConfigError(
             f"subfolder {subfolder!r:.100} must be a path within the adapter's directory, such as 'other'."
         )
-    if os.path.isdir(place) or not is_hub_id(place):
-        if revision is not None:
-            raise ConfigError(f"{place} is not a repository on the hub, so it has no revision {revision!r}.")
+    if _is_local(place, revision):
         return Path(place) / (subfolder or "")
 
     def download(name: str, commit: str | None) -> Path:
@@ -112,9 +111,7 @@ def base_directory(
         ConfigError: a revision of a local directory.
     """
     as_path(place, "base")
-    if os.path.isdir(place) or not is_hub_id(place):
-        if revision is not None:
-            raise ConfigError(f"{place} is not a repository on the hub, so it has no revision {revision!r}.")
+    if _is_local(place, revision):
         return Path(place)
     try:
         found = snapshot_download(
@@ -132,8 +129,12 @@ def base_directory(
     return Path(found)
 
 
-def _leads_out(subfolder: Path) -> bool:
-    return subfolder.is_absolute() or ".." in subfolder.parts
+def _is_local(place: str | os.PathLike[str], revision: str | None) -> bool:
+    """Whether a place is on this machine; raises ConfigError if it is, and a revision is given."""
+    local = os.path.isdir(place) or not is_hub_id(place)
+    if local and revision is not None:
+        raise ConfigError(f"{place} is not a repository on the hub, so it has no revision {revision!r}.")
+    return local
 
 
 def is_hub_id(place: str | os.PathLike[str]) -> bool:

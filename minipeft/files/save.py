@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from minipeft import registry
 from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
 from minipeft.errors import CheckpointError, shown
-from minipeft.files.atomic import write_files
+from minipeft.files.atomic import Pieces, write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import own_metadata
 from minipeft.files.peft_entries import for_peft
-from minipeft.files.readable import check_values, warn_if_unreadable
+from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_bytes import file_of
+from minipeft.files.tensor_file import MAX_DIMENSIONS, header_is_too_long
 from minipeft.files.tied_repeats import followers
 from minipeft.injection.build import PREFIX, shared_tensors
 from minipeft.injection.module_tree import adapted_layers, adapters_of, candidates, layers_of, wrappers, wrappers_of
@@ -164,3 +166,38 @@ def _compacted(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
         return dict(tensors)
     copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     return method.compacted(copies, config)
+
+
+def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors without their values.
+
+    Raises:
+        CheckpointError: a file with them would be worth nothing.
+    """
+    # AdaLoRA may leave a layer no rank, but then its tensors have two dimensions.
+    empty = [
+        key
+        for key, tensor in tensors.items()
+        if tensor.shape == (0,) or tensor.is_meta or hasattr(tensor, "full_tensor")
+    ]
+    if empty:
+        raise CheckpointError(
+            f"{directory}: {shown(empty, 3)} of {len(tensors)} tensors to save are not whole in this process, as FSDP2 and "
+            "DeepSpeed's ZeRO-3 shard them. Pass the gathered ones: save_pretrained(..., "
+            "state_dict=accelerator.get_state_dict(model)), called on every process."
+        )
+
+
+def warn_if_unreadable(directory: Path, tensors: Mapping[str, Tensor], weights: Pieces, config: bytes) -> None:
+    """Warn about a file that is written and that `load_adapter` will refuse; no values are lost that training made."""
+    broken = [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    reasons = {
+        f"it holds NaN or infinity in {shown(broken, 3)}, so the training has diverged": broken,
+        f"a tensor has more than {MAX_DIMENSIONS} dimensions": any(t.ndim > MAX_DIMENSIONS for t in tensors.values()),
+        "it has complex numbers": any(t.is_complex() for t in tensors.values()),
+        "the header of its weights is too long": header_is_too_long(weights.header, weights.nbytes),
+        f"its configuration is longer than {MAX_CONFIG_BYTES:,} bytes": len(config) > MAX_CONFIG_BYTES,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        warnings.warn(f"{directory} is saved, but cannot be loaded again: {'; '.join(found)}.", stacklevel=5)

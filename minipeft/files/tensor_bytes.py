@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,18 +49,18 @@ def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tup
         raise CheckpointError(f"{strange} is {tensors[strange].dtype}, which safetensors files cannot hold.")
     rank = {dtype: place for place, dtype in enumerate(DTYPES)}
     keys = sorted(tensors, key=lambda key: (rank[tensors[key].dtype], key))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    entries = [(key, DTYPES[t.dtype], t.shape, t.numel() * t.element_size()) for key in keys for t in [tensors[key]]]
+    return header_bytes(entries, {"__metadata__": dict(sorted(metadata.items()))}), keys
+
+
+def header_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]], header: dict[str, Any]) -> bytes:
+    """A header, with its length in front: `header`, and the (key, dtype, shape, bytes) of the tensors in their order."""
     end = 0
-    for key in keys:
-        start, end = end, end + tensors[key].numel() * tensors[key].element_size()
-        header[key] = {
-            "dtype": DTYPES[tensors[key].dtype],
-            "shape": list(tensors[key].shape),
-            "data_offsets": [start, end],
-        }
+    for key, dtype, shape, nbytes in entries:
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end := end + nbytes]}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
-    return struct.pack("<Q", len(text)) + text, keys
+    return struct.pack("<Q", len(text)) + text
 
 
 def file_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Pieces:

@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -15,15 +14,17 @@ from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
-from minipeft.files.format import source_of, unknown
-from minipeft.files.formats.base_modules import modules_of
+from minipeft.files.format import config_in, source_of, unknown
 from minipeft.files.formats.foreign import Format, Part
 from minipeft.files.formats.known import format_of, is_one_file, parts, pickles_in, weights_in
 from minipeft.files.formats.pickled import write_safetensors
 from minipeft.files.not_an_adapter import folder_named, local_names
 from minipeft.files.reading import as_path, reading, writing
-from minipeft.files.strict_json import MAX_CONFIG_BYTES, read_object
+from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_file import TensorFile, open_tensors
+
+# Where a diffusers pipeline keeps what a file says "unet" for: newer ones have a transformer instead.
+FOLDERS = {"unet": ("unet", "transformer")}
 
 
 def convert(place: str | Path, out: str | Path | None = None, base: str | Path | None = None) -> list[Path]:
@@ -96,14 +97,8 @@ def _files(
     weights: TensorFile, directory: Path, modules: Callable[[str], Collection[str] | None], known: Format
 ) -> dict[str, Mapping[str, bytes]]:
     """The two files of each part, all made before the first is written; one part alone has no folder of its own."""
-    source = replace(source_of(weights, modules), directory=directory, config=_config(directory))
-    found = parts(source, known)
+    found = parts(source_of(weights, modules, directory), known)
     return {name if len(found) > 1 else "": _as_peft(part, weights.path) for name, part in found.items()}
-
-
-def _config(directory: Path) -> Mapping[str, object]:
-    path = directory / CONFIG_FILE
-    return read_object(path) if os.path.exists(path) else {}
 
 
 def _as_peft(part: Part, path: Path) -> dict[str, bytes]:
@@ -119,8 +114,7 @@ def _same_kind(weights: TensorFile, directory: Path, out: Path | None, pickle: P
         raise CheckpointError(
             f"{weights.path} is of PEFT's kind already, or of none that is known.{folder_named(local_names(weights.path.parent))}"
         )
-    values = _config(directory)
-    if "peft_type" not in values:
+    if "peft_type" not in (config_in(directory) or {}):
         raise CheckpointError(
             f"{directory} has no {CONFIG_FILE} of PEFT's, and {pickle.name} is of no kind that is known."
         )
@@ -139,3 +133,23 @@ def _same_kind(weights: TensorFile, directory: Path, out: Path | None, pickle: P
 def _check_free(directory: Path) -> None:
     if os.path.exists(directory / WEIGHTS_FILE):
         raise CheckpointError(f"{directory} has an {WEIGHTS_FILE} already; give a folder without one.")
+
+
+def modules_of(base: Path) -> Callable[[str], Collection[str] | None]:
+    """Asks a model's folder, or a pipeline's with a folder for each component, for the names of modules with weights.
+
+    Raises:
+        CheckpointError: (the call that is returned) there are no safetensors there.
+    """
+
+    def ask(component: str) -> Collection[str]:
+        folders = [base / name for name in FOLDERS.get(component, (component,))]
+        folder = next((folder for folder in folders if component and os.path.isdir(folder)), base)
+        files = sorted(folder.glob("*.safetensors")) if os.path.isdir(folder) else []
+        if not files:
+            raise CheckpointError(
+                f"{folder} has no safetensors to take the names of the modules of {component or 'it'} from."
+            )
+        return dict.fromkeys(key.rpartition(".")[0] for path in files for key in open_tensors(path).shapes)
+
+    return ask

@@ -70,13 +70,11 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
     given = _alphas(source, metadata, list(ends))
     modules = {}
     for name, known in ends.items():
-        rank = rank_of(source, known.get("lora_A.weight", ""), known.get("lora_B.weight", ""), down_axis=0, up_axis=1)
+        rank = rank_of(source, known.get("lora_A.weight", ""), known.get("lora_B.weight", ""))
         alpha = given.get(name, numbers.get(known.get("alpha", ""), rank))
         tensors: dict[str, str | Computed] = {end: key for end, key in known.items() if end != "alpha"}
         modules[name] = Module(tensors, rank, alpha)
     values = {key: metadata[key] for key in _KEPT if key in metadata}
-    if "use_dora" not in values and any("lora_magnitude_vector" in known for known in ends.values()):
-        values["use_dora"] = True
     return part(source, keys, modules, spent=alphas, known=source.modules(component), **values)
 
 

@@ -128,6 +128,8 @@ def part(
         made=made,
     )
     config = {"peft_type": peft_type, **_ranks(modules, "alpha" if peft_type != "LORA" else "lora_alpha")}
+    if any("lora_magnitude_vector" in module.tensors for module in modules.values()):
+        config["use_dora"] = True
     return Part({**config, **_targets(modules, known), **values}, translated)
 
 
@@ -157,7 +159,7 @@ def _targets(modules: Mapping[str, Module], known: Collection[str] | None) -> di
     return {"target_modules": list(modules), **({"exclude_modules": others} if others else {})}
 
 
-def rank_of(source: Source, down: str, up: str, *, down_axis: int, up_axis: int) -> int:
+def rank_of(source: Source, down: str, up: str, *, down_axis: int = 0, up_axis: int = 1) -> int:
     """The rank of a pair of factors, from their shapes.
 
     Raises:

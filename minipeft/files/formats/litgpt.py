@@ -101,7 +101,7 @@ def _base(model: Mapping[str, Any]) -> str | None:
 
 def _plain(source: Source, stem: str, r: int, alpha: float) -> Module:
     a, b = f"{stem}.lora_A", f"{stem}.lora_B"
-    if rank_of(source, a, b, down_axis=0, up_axis=1) != r:
+    if rank_of(source, a, b) != r:
         raise CheckpointError(f"{source.file.path}: {stem} is not of rank {r}, as hyperparameters.yaml says.")
     return Module({"lora_A.weight": a, "lora_B.weight": b}, r, alpha)
 

@@ -58,7 +58,7 @@ def _lora(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
     if with_dora and len(with_dora) < len(modules):
         raise CheckpointError(f"{source.file.path}: only {len(with_dora)} of {len(modules)} modules have dora_scale.")
     found = {name: _lora_module(source, name, ends, alphas) for name, ends in modules.items()}
-    return Method("LORA", found, {"use_dora": True} if with_dora else {})
+    return Method("LORA", found, {})
 
 
 def _lora_module(source: Source, name: str, ends: Mapping[str, str], alphas: Mapping[str, float]) -> Module:
@@ -68,7 +68,7 @@ def _lora_module(source: Source, name: str, ends: Mapping[str, str], alphas: Map
     shapes, dtypes, path = source.file.shapes, source.file.dtypes, source.file.path
     if mid:
         return _with_core(source, name, ends, alphas)
-    rank = rank_of(source, down, up, down_axis=0, up_axis=1)
+    rank = rank_of(source, down, up)
     tensors: dict[str, str | Computed] = {"lora_A.weight": down, "lora_B.weight": up}
     if dora:
         rows = shapes[up][0]
@@ -111,7 +111,6 @@ def _loha(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
                 source,
                 ends.get(f"hada_w{i}_b", ""),
                 ends.get(f"hada_w{i}_a", ""),
-                down_axis=0,
                 up_axis=0 if cores else 1,
             )
             for i in (1, 2)
@@ -194,9 +193,7 @@ def _kronecker(source: Source, name: str, ends: Mapping[str, str]) -> _Kronecker
             raise CheckpointError(f"{source.file.path}: {name} has {shown(sorted(parts))} for {which}.")
         keys = [ends[end] for end in sorted(parts)]
         turned = core and which == "lokr_w2"  # its up projection is stored (r, k) then
-        ranks.append(
-            rank_of(source, keys[1], keys[0], down_axis=0, up_axis=0 if turned else 1) if len(keys) == 2 else None
-        )
+        ranks.append(rank_of(source, keys[1], keys[0], up_axis=0 if turned else 1) if len(keys) == 2 else None)
         rows, columns = source.file.shapes[keys[0]], source.file.shapes[keys[-1]]
         if (
             len(rows) < 2

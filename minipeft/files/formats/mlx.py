@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +67,6 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
             raise CheckpointError(
                 f"{source.file.path}: {name} is of rank {module.r}, and the configuration says {rank}."
             )
-    dora = any(key.endswith(".m") for key in keys)
-    values: dict[str, Any] = {"use_dora": True} if dora else {}
     model, dropout = source.config.get("model"), parameters.get("dropout", 0.0)
     return part(
         source,
@@ -77,7 +74,6 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
         modules,
         lora_dropout=dropout,
         base_model_name_or_path=model if isinstance(model, str) else None,
-        **values,
     )
 
 

@@ -61,9 +61,8 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
     for name, module in modules.items():
         if module.r != r:
             raise CheckpointError(f"{source.file.path}: {name} is of rank {module.r}, and the configuration says {r}.")
-    dora: dict[str, Any] = {"use_dora": True} if any(key.endswith(".magnitude") for key in keys) else {}
     place = source.config.get("base_model_name_or_path")
-    return part(source, keys, modules, base_model_name_or_path=place if isinstance(place, str) else None, **dora)
+    return part(source, keys, modules, base_model_name_or_path=place if isinstance(place, str) else None)
 
 
 def _base_config(source: Source) -> Mapping[str, Any]:
@@ -81,7 +80,7 @@ def _base_config(source: Source) -> Mapping[str, Any]:
 
 def _module(source: Source, stem: str, base: Mapping[str, Any], alpha: float) -> Module:
     a, b, m = (f"{stem}.{end}" for end in ("lora_a.weight", "lora_b.weight", "magnitude"))
-    rank = rank_of(source, a, b, down_axis=0, up_axis=1)
+    rank = rank_of(source, a, b)
     heads = {"attn.q_proj": "num_attention_heads", "attn.k_proj": "num_key_value_heads"}
     option = next((name for end, name in heads.items() if stem.endswith(end)), None)
     keys = {"lora_B.weight": b, **({"lora_magnitude_vector": m} if m in source.file.shapes else {})}

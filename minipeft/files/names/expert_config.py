@@ -10,7 +10,7 @@ from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
 from minipeft.files.names.fused_pair import FusedPair
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import layer_ops
-from minipeft.patterns import endings, first_keys, full_matches, matching
+from minipeft.patterns import by_shorter_key, endings, first_keys, full_matches, matching
 
 TABLES = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
@@ -34,7 +34,7 @@ def with_parameters(
         if before or set(wanted.values()) != {getattr(given, option)}:
             used = set(first_keys(before, [*_layers(found), *pairs], table).values())
             # The first key that fits decides, so the new ones come first.
-            values[table] = _by_ending(wanted, short) | {key: value for key, value in before.items() if key in used}
+            values[table] = by_shorter_key(wanted, short) | {key: value for key, value in before.items() if key in used}
     return replace(config, **values)
 
 
@@ -56,14 +56,6 @@ def _shortest(names: Collection[str], found: Mapping[str, Candidate]) -> dict[st
 
 def _ending(name: str) -> str:
     return ".".join(name.split(".")[-2:])
-
-
-def _by_ending(values: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
-    """A table with one key for all parameters of one ending, if these have the same value."""
-    of_ending: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        of_ending.setdefault(short[name], set()).add(value)
-    return {short[name] if len(of_ending[short[name]]) == 1 else name: value for name, value in values.items()}
 
 
 def _layers(found: Mapping[str, Candidate]) -> list[str]:

@@ -11,12 +11,10 @@ from torch import nn
 from minipeft.errors import CheckpointError, told
 from minipeft.files.format import AdapterFile
 from minipeft.files.names.experts import fused_experts
-from minipeft.files.names.key_mapping import MAX_NAME, renamed_by
+from minipeft.files.names.key_mapping import MAX_NAME, published_names, renamed_by
 from minipeft.files.names.modules import names_in_file
 from minipeft.files.names.other_class import OtherClass
-from minipeft.files.names.places import Places, is_shared
-from minipeft.files.names.published import published_names
-from minipeft.files.names.readings import Reading
+from minipeft.files.names.places import Places, Reading, is_shared
 from minipeft.files.names.translated_config import translated_config
 from minipeft.files.names.wrapper_parts import plain_name
 from minipeft.injection.build import PREFIX

@@ -1,14 +1,21 @@
-"""The user's own table of names, ``key_mapping``: regular expressions and their replacements, as PEFT's."""
+"""Names replaced by tables of expressions: the user's own, ``key_mapping`` as PEFT's, and transformers' published ones."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
 
 from minipeft.errors import ConfigError, told, told_error
+from minipeft.files.names.expert_places import tables
 from minipeft.patterns import MAX_EXPRESSIONS, SECONDS_PER_OPTION, compiled
 
 MAX_NAME = 2000  # characters that a name may have after it was replaced
+# Where the part of an adapter begins in a name; what stands before it is a module's.
+_ADAPTER = re.compile(r"(.+?)\.((?:hada|ia3|lokr|lora|oft|vera)_.*|base_layer\..*)")
 
 
 def renamed_by(mapping: Mapping[str, str], names: Mapping[str, str], where: str = "key_mapping") -> dict[str, str]:
@@ -45,3 +52,25 @@ def _check(mapping: object, where: str) -> None:
         )
     if len(mapping) > MAX_EXPRESSIONS:
         raise ConfigError(f"{where} has {len(mapping):,} entries; {MAX_EXPRESSIONS} are allowed.")
+
+
+def published_names(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """The names of a file, by key, as these tables have them for a model; as they are if there is no table.
+
+    Only entries that rename are used. transformers 5 keeps its tables in ``conversion_mapping``; 4.52 to 4.57 kept them on
+    the model's class.
+    """
+    renamings, _ = tables(model)
+    if renamings:
+        return {key: _renamed(name, renamings) for key, name in names.items()}
+    table = getattr(model, "_checkpoint_conversion_mapping", None)
+    return renamed_by(table, names, "transformers' table") if isinstance(table, dict) and table else dict(names)
+
+
+def _renamed(name: str, renamings: list[Any]) -> str:
+    """The name today. A table may speak of the weight, as of ``.gate.weight``, so a module is asked for by that."""
+    match = _ADAPTER.fullmatch(name)
+    asked = f"{match[1]}.weight" if match else name
+    for renaming in renamings:
+        asked = renaming.rename_source_key(asked)[0]
+    return f"{asked.removesuffix('.weight')}.{match[2]}" if match else asked

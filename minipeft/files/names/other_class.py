@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from minipeft.errors import CheckpointError, printable, told
-from minipeft.files.names.old_names import one_form
-from minipeft.files.names.places import Places
-from minipeft.files.names.readings import Reading
+from minipeft.files.names.places import Places, Reading
 from minipeft.files.tensor_file import TensorFile
 from minipeft.patterns import endings
 from minipeft.transformers_model import loadable_parts
@@ -29,6 +27,25 @@ SEEN_OR_HEARD = (
 )
 WHOLE = ("backbone", "base_model", "model", "module", "pretrained_model", "transformer", "vlm")
 PREFIXES = frozenset((*TEXT, *SEEN_OR_HEARD, *WHOLE))
+# Names that changed inside of a model's layers -> those of transformers 5, to which both the file's names and the model's are
+# brought. From ViT and its relatives of transformers 4 (see "ViTModel" in `transformers.conversion_mapping`).
+FORMS = (
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+    ("encoder.layer", "layers"),
+)
+
+
+def one_form(name: str) -> str:
+    """A module's name in the form that all its versions share; it may be longer, with what follows it in a key."""
+    dotted = f".{name}."
+    for old, new in FORMS:
+        dotted = dotted.replace(f".{old}.", f".{new}.")
+    return dotted[1:-1]
 
 
 @dataclass

@@ -1,8 +1,9 @@
-"""The places that a model has for the keys of a file."""
+"""The places that a model has for the keys of a file, and readings of the keys: under which names of the model they belong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
@@ -89,3 +90,23 @@ def _inner(tail: str) -> str:
     while tail.startswith("base_layer."):
         tail = tail.removeprefix("base_layer.")
     return tail
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Keys of a file -> names of the model's, both with what follows the module's name."""
+
+    names: Mapping[str, str]
+    rule: str  # what was done, for the log
+
+    def fits(self, places: Places) -> bool:
+        """Whether every name has a place."""
+        return all(places.place(name) is not None for name in self.names.values())
+
+    def placed(self, places: Places) -> int:
+        """How many of the names have a place."""
+        return sum(places.place(name) is not None for name in self.names.values())
+
+    def is_injective(self) -> bool:
+        """Whether no two keys get one name."""
+        return len(set(self.names.values())) == len(self.names)

@@ -13,7 +13,7 @@ from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, printable, told
 from minipeft.injection.build import PREFIX
 from minipeft.kernels.functional import split_columns, split_rows
-from minipeft.patterns import endings
+from minipeft.patterns import by_shorter_key, endings
 
 # Parameter of all experts -> the layers of one, in the order of their output features.
 QWEN_LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
@@ -135,19 +135,12 @@ def _config(
             f"target_modules {told(targets, 200)} is an expression; the experts' layers cannot be added to it."
         )
     values: dict[str, Any] = {**config, "target_parameters": left or None}
+    # One key for a layer of all experts.
+    general = {old: re.sub(r".*\.([^.]+)\.\d+\.([^.]+)", r"\1\\.\\d+\\.\2", old) for old in tables}
     if targets != "all-linear":
         values["target_modules"] = list(dict.fromkeys([*(targets or ()), *names]))
     for place, (option, table) in enumerate((("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))):
         before = {key: value for key, value in (config.get(table) or {}).items() if key not in ours}
-        keys = _short({old: pair[place] for old, pair in tables.items()})
+        keys = by_shorter_key({old: pair[place] for old, pair in tables.items()}, general)
         values[table] = {**keys, **before} if before or set(keys.values()) != {config.get(option)} else {}
     return values
-
-
-def _short(values: Mapping[str, float]) -> dict[str, float]:
-    """A table with one key for a layer of all experts, if that has one value everywhere, else with all names."""
-    general = {old: re.sub(r".*\.([^.]+)\.\d+\.([^.]+)", r"\1\\.\\d+\\.\2", old) for old in values}
-    found: dict[str, set[float]] = {}
-    for old, value in values.items():
-        found.setdefault(general[old], set()).add(value)
-    return {general[old] if len(found[general[old]]) == 1 else old: value for old, value in values.items()}

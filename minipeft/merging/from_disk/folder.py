@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from minipeft.errors import CheckpointError, told_error
-from minipeft.files.atomic import alive, hidden_beside, sync_folder, write_and_sync
+from minipeft.files.atomic import hidden_beside, orphans, sync_folder, write_and_sync
 from minipeft.files.base_checkpoint import CONFIG, INDEX
 from minipeft.files.reading import read_limited, writing
 from minipeft.merging.from_disk.base import Base
@@ -65,7 +65,8 @@ def whole_folder(out: Path, needed: int) -> Iterator[Path]:
     """
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
+        for left in orphans(out, "merge"):  # of merges to the same place that were killed
+            shutil.rmtree(left, ignore_errors=True)
         free = shutil.disk_usage(out.parent).free
         if needed > free:
             raise CheckpointError(f"{out}: {needed:,} bytes are needed and {free:,} are free.")
@@ -83,14 +84,6 @@ def whole_folder(out: Path, needed: int) -> Iterator[Path]:
         raise CheckpointError(f"{out} cannot be written ({told_error(error)}).") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Remove what merges of this machine to the same place left behind when they were killed."""
-    for left in out.parent.glob(f".{out.name}.merge-{socket.gethostname()}-*"):
-        pid = left.name.rsplit("-", 2)[-2]
-        if pid.isdigit() and not alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def small_files(base: Path, adapter: Path) -> dict[str, Path]:
@@ -146,22 +139,8 @@ def write_index(folder: Path, base: Base, shards: Mapping[str, list[Entry]]) -> 
     metadata = dict(known) if isinstance(known, dict) else {}
     metadata["total_size"] = sum(entry.nbytes for entry in entries)
     if "total_parameters" in metadata:
-        metadata["total_parameters"] += _parameters(entries) - _parameters_of(base)
+        before = sum(math.prod(tensor.shape) for tensor in base.tensors.values())
+        metadata["total_parameters"] += sum(math.prod(entry.shape) for entry in entries) - before
     places = {entry.key: name for name, shard in shards.items() for entry in shard}
     index = {**base.index, "metadata": metadata, "weight_map": dict(sorted(places.items()))}
     write_and_sync(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-
-
-def _parameters(entries: list[Entry]) -> int:
-    return sum(_numel(entry.shape) for entry in entries)
-
-
-def _parameters_of(base: Base) -> int:
-    return sum(_numel(tensor.shape) for tensor in base.tensors.values())
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel

@@ -7,18 +7,17 @@ known before the values are, so the header comes first and each tensor goes to i
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from minipeft.files.format import NAMES
+from minipeft.files.tensor_bytes import header_bytes
 from minipeft.merging.from_disk.stored import CHUNK, StoredTensor
 
 
@@ -48,29 +47,22 @@ class ShardWriter:
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
         self.entries = list(entries)
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        sizes = [(entry.key, entry.dtype, entry.shape, entry.nbytes) for entry in self.entries]
+        header = header_bytes(sizes, {"__metadata__": dict(metadata)} if metadata else {})
         self.starts: dict[str, int] = {}
-        end = 0
+        end = len(header)
         for entry in self.entries:
-            self.starts[entry.key] = end
-            header[entry.key] = {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
-                "data_offsets": [end, end := end + entry.nbytes],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
-        self.first = 8 + len(text)
+            self.starts[entry.key], end = end, end + entry.nbytes
         self.left = {entry.key: entry for entry in self.entries if entry.source is None}
         self.file: BinaryIO = path.open("xb")
-        self.file.write(struct.pack("<Q", len(text)) + text)
-        self.file.truncate(self.first + end)
+        self.file.write(header)
+        self.file.truncate(end)
 
     def copy(self) -> Iterator[Entry]:
         """Copy what stays as it is, and give each entry when that is done."""
         for entry in self.entries:
             if entry.source is not None:
-                self.file.seek(self.first + self.starts[entry.key])
+                self.file.seek(self.starts[entry.key])
                 for chunk in entry.source.chunks():
                     self.file.write(chunk)
                 yield entry
@@ -81,7 +73,7 @@ class ShardWriter:
         assert (tuple(value.shape), NAMES[value.dtype]) == (entry.shape, entry.dtype), (key, value.shape, value.dtype)
         if value.numel():
             payload = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            self.file.seek(self.first + self.starts[key])
+            self.file.seek(self.starts[key])
             for start in range(0, len(payload), CHUNK):
                 self.file.write(payload[start : start + CHUNK].data)
 
