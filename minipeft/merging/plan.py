@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,10 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, adapted_layers
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_bound
 from minipeft.layers.offloaded import offloads
-from minipeft.merging.order import check_order
 from minipeft.merging.steps import AddInPlace, Replace, Step, Write
 from minipeft.merging.tied_weights import adapts_tied_layers, shared_parameters, tied_layers
-from minipeft.merging.trial import check_by_trial, check_stored
+from minipeft.merging.trial import check_by_trial, check_order, check_stored
+from minipeft.methods.base import Adapter
 from minipeft.quantization.dequantize import check_replaceable, dtype_to_merge_in
 
 
@@ -99,12 +100,17 @@ def _written(layer: AdaptedLayer, names: tuple[str, ...]) -> list[Tensor]:
     weight, bias = layer.ops.read_weight(layer.base_layer).detach(), layer.ops.read_bias(layer.base_layer)
     if bias is None:
         return [weight]
-    adapters, merged = [layer.adapter(name) for name in names], bias.detach()
-    if any(adapter.overrides("merge") or adapter.overrides("merge_after") for adapter in adapters):
-        return [weight, bias]  # what they make of it takes the merge to tell
+    return [weight, bias] if writes_bias(map(layer.adapter, names), bias.detach()) else [weight]
+
+
+def writes_bias(adapters: Iterable[Adapter], bias: Tensor) -> bool:
+    """Whether merging these adapters may change a bias."""
+    merged: Tensor | None = bias
     for adapter in adapters:
-        merged = adapter.merge_bias(merged)  # type: ignore[assignment]
-    return [weight] if torch.equal(merged, bias) else [weight, bias]
+        if adapter.overrides("merge") or adapter.overrides("merge_after"):
+            return True  # what they make of it takes the merge to tell
+        merged = adapter.merge_bias(merged)
+    return merged is not bias and not torch.equal(merged, bias)  # type: ignore[arg-type]
 
 
 def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:

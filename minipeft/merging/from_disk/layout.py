@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -70,9 +71,7 @@ def _new(disk: DiskModel, value: Value) -> Entry | None:
 
 
 def _width(entry: Entry) -> int:
-    numel = 1
-    for size in entry.shape:
-        numel *= size
+    numel = math.prod(entry.shape)
     return entry.nbytes // numel if numel else 0
 
 

@@ -16,12 +16,10 @@ from tqdm.auto import tqdm
 from minipeft import registry
 from minipeft.errors import MergeError, all_or_nothing, shown
 from minipeft.files.empty_model import empty_model
-from minipeft.files.file_names import CONFIG_FILE
-from minipeft.files.format import open_adapter
+from minipeft.files.format import config_in, open_adapter
 from minipeft.files.hub import adapter_directory, base_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.reading import as_path, reading
-from minipeft.files.strict_json import read_object
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.attach import attach
 from minipeft.injection.module_tree import TensorIndex, adapted_layers
@@ -135,8 +133,7 @@ def merge_from_disk(
 def _adapted(base: Base, folder: Path, allow_base_mismatch: bool) -> tuple[DiskModel, dict[str, Any]]:
     """The base with the adapter on it, and what its configuration says otherwise than the base's file."""
     file = open_adapter(folder)
-    with_it = read_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
-    made = empty_model(base.folder, base.config, file, with_it.get("auto_mapping"))
+    made = empty_model(base.folder, base.config, file, (config_in(folder) or {}).get("auto_mapping"))
     disk = connect(made.model, base)
     lost = [name for name in file.base if name in disk.state and disk.source(name) is None]
     if lost:

@@ -15,13 +15,13 @@ from minipeft.injection.module_tree import TensorIndex, adapted_layers, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.merging.from_disk.disk_model import DiskModel
+from minipeft.merging.plan import writes_bias
 from minipeft.merging.tied_weights import (
     adapts_tied_layers,
     check_trained_copies,
     shared_parameters,
     tied_layers,
 )
-from minipeft.methods.base import Adapter
 from minipeft.transformers_model import mark_untied, says_tied
 
 
@@ -119,16 +119,7 @@ def _written(layer: AdaptedLayer) -> tuple[str, ...]:
 
 def _writes_bias(layer: AdaptedLayer) -> bool:
     bias = layer.ops.read_bias(layer.base_layer)
-    if bias is None:
-        return False
-    zero = torch.zeros(bias.shape)
-    for adapter in layer.adapters.values():
-        assert isinstance(adapter, Adapter)
-        if adapter.overrides("merge") or adapter.overrides("merge_after"):
-            return True  # what they make of it takes its values to tell
-        if not torch.equal(adapter.merge_bias(zero), zero):  # type: ignore[arg-type]
-            return True
-    return False
+    return bias is not None and writes_bias(map(layer.adapter, layer.adapters), torch.zeros(bias.shape))
 
 
 def _trained(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
