@@ -50,11 +50,7 @@ from minipeft.step_hooks import after_step, extra_loss
 
 
 def get_lora_model(
-    model: nn.Module,
-    config: object = None,
-    adapter_name: str = "default",
-    *,
-    autocast_adapter_dtype: bool = True,
+    model: nn.Module, config: object = None, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
 ) -> AdaptedModel:
     """Adapt a model in place with LoRA and freeze its base; see `get_adapter_model`. PEFT's configuration is taken, too.
 

@@ -56,9 +56,7 @@ def before_adapters(setup: Setup) -> Iterator[Seen]:
 
 
 @check(
-    "not-in-optimizer",
-    "These will never change.",
-    unless=["optimizer-of-another-model", "optimizer-before-adapters"],
+    "not-in-optimizer", "These will never change.", unless=["optimizer-of-another-model", "optimizer-before-adapters"]
 )
 def not_in_optimizer(setup: Setup) -> Iterator[Seen]:
     """The optimizer holds some of what trains, and not all of it."""
@@ -83,10 +81,7 @@ def base_trains(setup: Setup) -> Iterator[Seen]:
         )
 
 
-@check(
-    "quantized-base-trains",
-    "What they learn is in no adapter file, and the quantized layers do not follow.",
-)
+@check("quantized-base-trains", "What they learn is in no adapter file, and the quantized layers do not follow.")
 def quantized_base_trains(setup: Setup) -> Iterator[Seen]:
     """The base is quantized, and its remaining float parameters train."""
     found = setup.trainable_base()

@@ -69,11 +69,7 @@ def step_too_large(setup: Setup) -> Iterator[Seen]:
         )
 
 
-@check(
-    "step-too-small",
-    "Ten thousand steps would not change a bfloat16 weight.",
-    unless=["learning-rate-zero"],
-)
+@check("step-too-small", "Ten thousand steps would not change a bfloat16 weight.", unless=["learning-rate-zero"])
 def step_too_small(setup: Setup) -> Iterator[Seen]:
     """No number of steps that anybody makes adds up to anything."""
     steps = list(_steps(setup))

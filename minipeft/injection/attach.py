@@ -25,13 +25,7 @@ from minipeft.wrapper_names import named_parameters
 
 
 def attach(
-    model: nn.Module,
-    mixin: type[nn.Module],
-    plan: Plan,
-    parts: Parts,
-    adapter_name: str,
-    *,
-    trainable: bool,
+    model: nn.Module, mixin: type[nn.Module], plan: Plan, parts: Parts, adapter_name: str, *, trainable: bool
 ) -> None:
     """Put built parts into a model; the first time, also freeze its base and add the adapter verbs to its class.
 

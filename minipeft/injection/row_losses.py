@@ -12,12 +12,7 @@ from minipeft.injection.rows import BASE, numbers, taken
 
 
 def per_adapter_loss(
-    logits: Tensor,
-    labels: Tensor,
-    adapter_names: Sequence[str],
-    *,
-    ignore_index: int = -100,
-    shift: bool = True,
+    logits: Tensor, labels: Tensor, adapter_names: Sequence[str], *, ignore_index: int = -100, shift: bool = True
 ) -> dict[str, Tensor]:
     """The mean cross entropy of each adapter's own tokens, as if it had been trained alone.
 

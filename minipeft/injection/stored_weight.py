@@ -24,8 +24,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "same": Layout(lambda canonical, own: canonical == own or len(own) != 2, lambda weight, own: weight.reshape(own)),
     "transposed": Layout(lambda canonical, own: canonical[::-1] == own, lambda weight, own: weight.t()),
     "stack, each transposed": Layout(
-        lambda canonical, own: len(own) == 3,
-        lambda weight, own: weight.reshape(own[0], own[2], own[1]).mT,
+        lambda canonical, own: len(own) == 3, lambda weight, own: weight.reshape(own[0], own[2], own[1]).mT
     ),
 }
 

@@ -17,12 +17,7 @@ GROUPS = ("lora_A", "lora_B", "vectors", "lora_embedding")
 
 
 def lora_plus_groups(
-    model: nn.Module,
-    lr: float,
-    ratio: float = 16.0,
-    weight_decay: float = 0.0,
-    *,
-    lr_embedding: float = 1e-6,
+    model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0, *, lr_embedding: float = 1e-6
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: B learns at ``ratio * lr``, A at `lr`.
 

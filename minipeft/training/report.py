@@ -40,13 +40,7 @@ def openings(tokenizer: PreTrainedTokenizerBase, examples: Store) -> list[str]:
 
 @torch.no_grad()
 def sample(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    tokens: int,
-    max_length: int,
-    seed: int,
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, tokens: int, max_length: int, seed: int
 ) -> list[str]:
     """Continue each prompt with the same random numbers. Every process does so, since the model may be sharded.
 

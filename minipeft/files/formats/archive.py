@@ -16,11 +16,7 @@ from pathlib import Path
 from minipeft.errors import CheckpointError, told, told_error
 
 MAX_PROGRAM_BYTES, MAX_ENTRIES = 2**25, 200_000
-CALLS = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_tensor_v2",
-}
+CALLS = {"collections OrderedDict", "torch._utils _rebuild_parameter", "torch._utils _rebuild_tensor_v2"}
 STORAGES = {
     f"torch {kind}Storage"
     for kind in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")

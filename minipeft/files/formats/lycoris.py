@@ -107,12 +107,7 @@ def _loha(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
         if cores and cores != LOHA_CORES:
             raise CheckpointError(f"{source.file.path}: {name} has {shown(sorted(cores))} alone.")
         ranks = {
-            rank_of(
-                source,
-                ends.get(f"hada_w{i}_b", ""),
-                ends.get(f"hada_w{i}_a", ""),
-                up_axis=0 if cores else 1,
-            )
+            rank_of(source, ends.get(f"hada_w{i}_b", ""), ends.get(f"hada_w{i}_a", ""), up_axis=0 if cores else 1)
             for i in (1, 2)
         }
         if len(ranks) > 1:

@@ -69,11 +69,7 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
             )
     model, dropout = source.config.get("model"), parameters.get("dropout", 0.0)
     return part(
-        source,
-        keys,
-        modules,
-        lora_dropout=dropout,
-        base_model_name_or_path=model if isinstance(model, str) else None,
+        source, keys, modules, lora_dropout=dropout, base_model_name_or_path=model if isinstance(model, str) else None
     )
 
 

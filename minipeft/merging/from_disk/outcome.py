@@ -16,12 +16,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.merging.from_disk.disk_model import DiskModel
 from minipeft.merging.plan import writes_bias
-from minipeft.merging.tied_weights import (
-    adapts_tied_layers,
-    check_trained_copies,
-    shared_parameters,
-    tied_layers,
-)
+from minipeft.merging.tied_weights import adapts_tied_layers, check_trained_copies, shared_parameters, tied_layers
 from minipeft.transformers_model import mark_untied, says_tied
 
 

@@ -19,13 +19,7 @@ from safetensors import SafetensorError
 from minipeft.errors import CheckpointError, ConfigError, all_or_nothing, shown
 from minipeft.files.atomic import hidden_beside, sync_folder
 from minipeft.training.runs.complete import described, fault, seal
-from minipeft.training.runs.step_folders import (
-    STEP_NAME,
-    complete_folders,
-    leftovers,
-    newer_folders,
-    step_folders,
-)
+from minipeft.training.runs.step_folders import STEP_NAME, complete_folders, leftovers, newer_folders, step_folders
 
 
 class Checkpoints:
