@@ -15,9 +15,8 @@ from minipeft.errors import shown
 GROUP = Group()
 check = GROUP.check
 
-HALF_SPACING = (
-    2.0**-9
-)  # of bfloat16: a change below this share of a value is rounded away, at least in half of all cases
+# Of bfloat16: a change below this share of a value is rounded away, at least in half of all cases.
+HALF_SPACING = 2.0**-9
 TO_FLOAT = "for p in filter(lambda p: p.requires_grad, model.parameters()): p.data = p.data.float()"
 LOST = 0.5  # share of a factor's values
 

@@ -296,13 +296,8 @@ class Adapter(nn.Module, ABC):
         own = vars(cls)
         runs_base = own.get("runs_base", cls.runs_base and "forward" not in own)
         cls.runs_base = runs_base and not cls.overrides("before")
-        together = (
-            "merge",
-            "delta",
-            "factors",
-            "stacked_factors",
-            "merge_after",
-        )  # they say the same thing in different ways
+        # They say the same thing in different ways.
+        together = ("merge", "delta", "factors", "stacked_factors", "merge_after")
         if "call_factors" not in own and not own.keys().isdisjoint((*together, "forward", "before")):
             cls.call_factors = Adapter.call_factors  # type: ignore[method-assign]
         if not own.keys().isdisjoint(together):

@@ -9,12 +9,8 @@ from torch import Tensor, nn
 from minipeft.errors import told
 
 NUMBERS = (bool, int, float, str)
-OF_THE_LIBRARY = {
-    "training",
-    "is_vacant",
-    "strength",
-    "full_scaling",
-}  # attributes that say nothing of what a module computes
+# Attributes that say nothing of what a module computes.
+OF_THE_LIBRARY = {"training", "is_vacant", "strength", "full_scaling"}
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

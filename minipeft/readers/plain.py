@@ -139,7 +139,6 @@ def alike(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     made = {module: pair.padded(rank).scaled(scaling) for module, pair in pairs.items()}
     dtypes = {tensor.dtype for pair in made.values() for tensor in (pair.down, pair.up)}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-    wide = (
-        torch.float32 if len(dtypes) > 1 and widest.itemsize < 4 else widest
-    )  # bfloat16 and float16 hold different numbers
+    # Bfloat16 and float16 hold different numbers.
+    wide = torch.float32 if len(dtypes) > 1 and widest.itemsize < 4 else widest
     return {m: replace(pair, down=pair.down.to(wide), up=pair.up.to(wide)) for m, pair in made.items()}

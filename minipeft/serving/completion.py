@@ -79,9 +79,8 @@ def _several(prompt: Any) -> tuple[Any, ...]:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not any(
-        "\ud800" <= letter <= "\udfff" for letter in value
-    )  # halves of a character
+    halves = ("\ud800", "\udfff")  # of a character
+    return isinstance(value, str) and not any(halves[0] <= letter <= halves[1] for letter in value)
 
 
 def _is_prompt(value: Any) -> bool:

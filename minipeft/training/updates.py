@@ -86,9 +86,8 @@ class Updater:
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.loss = accelerator, model, optimizer, loss
         self.engine = engine
-        self.reached: set[int] = (
-            set()
-        )  # indices of parameters that got a gradient; DeepSpeed takes a missing one for zeros
+        # Indices of parameters that got a gradient; DeepSpeed takes a missing one for zeros.
+        self.reached: set[int] = set()
         self.micro_batch, self.clip, self.auto_batch = micro_batch, clip, auto_batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sharded = isinstance(model, FSDPModule)

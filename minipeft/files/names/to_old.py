@@ -40,9 +40,7 @@ class OldNames:
 
     found: Mapping[str, Candidate]
     modules: Mapping[str, str]  # name today -> name then
-    experts: Mapping[
-        str, tuple[str, ...]
-    ]  # parameter -> the layers that each expert had, in the order of their features
+    experts: Mapping[str, tuple[str, ...]]  # parameter -> layers that each expert had, in the order of their features
     routers: frozenset[str]  # names today of modules that were layers, and have a bare weight now
 
     def layers(self) -> Iterator[str]:

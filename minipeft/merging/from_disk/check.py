@@ -23,9 +23,8 @@ from minipeft.merging.from_disk.stored import StoredTensor, stored_tensors
 from minipeft.methods.base import Adapter
 
 ROWS = 4  # of each weight
-LARGE = (
-    2**24
-)  # elements; a larger weight whose rows cannot be merged one by one is merged again as it was, not in float64
+# Elements; a larger weight whose rows cannot be merged one by one is merged again as it was, not in float64.
+LARGE = 2**24
 SAMPLE = 64  # bytes of each tensor that was copied, at three places
 
 
