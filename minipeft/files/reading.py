@@ -31,11 +31,7 @@ def _ours(said: str) -> Iterator[None]:
 
 
 def as_path(place: object, argument: str) -> Path:
-    """A path that a user gave.
-
-    Raises:
-        ConfigError: it is neither a string nor a path.
-    """
+    """A path that a user gave; raises ConfigError if it is neither a string nor a path."""
     if not isinstance(place, str | os.PathLike) or not isinstance(os.fspath(place), str):
         raise ConfigError(f"{argument} must be the path of a directory, not {told(place)}.")
     return Path(place)
@@ -57,11 +53,7 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A text that a user gave, in UTF-8.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """A text that a user gave, in UTF-8; raises DataError if it cannot be read."""
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeError) as error:

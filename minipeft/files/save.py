@@ -169,11 +169,7 @@ def _compacted(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
 
 
 def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors without their values.
-
-    Raises:
-        CheckpointError: a file with them would be worth nothing.
-    """
+    """Raise CheckpointError for tensors without their values: a file with them would be worth nothing."""
     # AdaLoRA may leave a layer no rank, but then its tensors have two dimensions.
     empty = [
         key

@@ -63,11 +63,7 @@ class AdaptedLayer(Wrapper):
         return self.run_with(self.acting(), x, *args, **kwargs)
 
     def acting(self) -> tuple[str, ...]:
-        """Names of the adapters that take their turn now.
-
-        Raises:
-            StateError: rows of a batch use different ones.
-        """
+        """Names of the adapters that take their turn now; raises StateError if rows of a batch use different ones."""
         if not self.switch.enabled:
             return ()
         here: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]  # in a third of the time of an attribute

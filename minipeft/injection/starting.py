@@ -42,11 +42,7 @@ def stop_waiting(model: nn.Module) -> None:
 
 
 def check_started(state: AdapterState, names: Iterable[str]) -> None:
-    """Refuse adapters without values.
-
-    Raises:
-        StateError: one of these still waits for them.
-    """
+    """Raise StateError if one of these adapters still waits for its values."""
     waiting = [name for name in names if name in state.unstarted]
     if waiting:
         raise StateError(

@@ -43,11 +43,7 @@ ORIGINALS = Path(__file__).with_name("exercises")
 
 
 def find(number: str) -> Exercise:
-    """The exercise of this number, as "3" or "03".
-
-    Raises:
-        ExerciseError: there is none.
-    """
+    """The exercise of this number, as "3" or "03"; raises ExerciseError if there is none."""
     for exercise in EXERCISES:
         if exercise.number == number.zfill(2):
             return exercise

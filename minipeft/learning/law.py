@@ -70,11 +70,7 @@ def same(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
 
 
 def as_number(value: object, what: str) -> float:
-    """The number that a learner's function or name gives.
-
-    Raises:
-        Broken: it is none.
-    """
+    """The number that a learner's function or name gives; raises Broken if it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Broken(f"{what} is {value!r:.60}, not a number.")
     return float(value)

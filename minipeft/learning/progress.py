@@ -27,11 +27,7 @@ class Progress:
     done: set[str] = field(default_factory=set)
 
     def save(self) -> None:
-        """Write it, completely or not at all.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """Write it, completely or not at all; raises CheckpointError if it cannot be written."""
         told = {"folder": None if self.folder is None else str(self.folder), "done": sorted(self.done)}
         write_files(progress_file().parent, {progress_file().name: json.dumps(told, indent=2).encode()})
 

@@ -174,11 +174,7 @@ class Chosen:
 
 
 def chosen_init(value: object) -> Chosen:
-    """Look up a value of ``init_lora_weights``.
-
-    Raises:
-        ConfigError: there is no such start.
-    """
+    """Look up a value of ``init_lora_weights``; raises ConfigError if there is no such start."""
     if isinstance(value, str):
         if value in NOT_HERE:
             raise ConfigError(

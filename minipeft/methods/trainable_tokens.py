@@ -64,11 +64,7 @@ class TrainableTokensConfig(AdapterConfig):
 
 
 def token_ids(name: str, value: object) -> tuple[int, ...]:
-    """A non-empty list of token ids, each once, as a tuple in its order.
-
-    Raises:
-        ConfigError: it is not that.
-    """
+    """A non-empty list of token ids, each once, as a tuple in its order; raises ConfigError if it is not that."""
     if not isinstance(value, list | tuple) or not value:
         raise ConfigError(
             f"{name} must be a non-empty list of token ids such as [50257, 50258], not {told(value, 100)}."

@@ -80,11 +80,7 @@ def outputs(model: Any) -> Tensor:
 
 
 def any_batch(model: Any) -> dict[str, Tensor]:
-    """A fixed batch that the model takes: tokens or pixels at random.
-
-    Raises:
-        ConfigError: it reads something else.
-    """
+    """A fixed batch that the model takes: tokens or pixels at random; raises ConfigError if it reads something else."""
     generator = torch.Generator().manual_seed(0)
     config = model.config.get_text_config()
     if model.main_input_name != "input_ids":

@@ -59,11 +59,7 @@ def register_options(method: str, **options: Any) -> None:
 
 
 def example_of(layer: str) -> Example:
-    """The example of a layer type, by its name in `registry.layers`.
-
-    Raises:
-        TargetError: there is none.
-    """
+    """The example of a layer type, by its name in `registry.layers`; raises TargetError if there is none."""
     known = _by_key()
     if layer not in known:
         raise TargetError(f"{layer}: there is no example to try; pass make=..., or call testing.register_example.")

@@ -39,11 +39,7 @@ def pickles_in(names: Collection[str]) -> list[str]:
 
 
 def parts(source: Source, known: Format) -> dict[str, Part]:
-    """The adapter of each component that a file is for.
-
-    Raises:
-        CheckpointError: something in it has no place.
-    """
+    """The adapter of each component that a file is for; raises CheckpointError if something in it has no place."""
     return {name: known.read(source, name, keys) for name, keys in known.components(source.file.shapes).items()}
 
 

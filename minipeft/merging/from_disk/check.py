@@ -38,11 +38,7 @@ class Checked:
 
 @torch.no_grad()
 def check_files(folder: Path, disk: DiskModel, outcome: Outcome, writers: Mapping[str, ShardWriter]) -> Checked:
-    """Compare what lies in the merged files with what should.
-
-    Raises:
-        MergeError: a value is another one.
-    """
+    """Compare what lies in the merged files with what should; raises MergeError if a value is another one."""
     merged = {tensor.key: tensor for name in writers for tensor in stored_tensors(folder / name)[0]}
     copies = [entry for writer in writers.values() for entry in writer.entries if entry.source is not None]
     for entry in copies:

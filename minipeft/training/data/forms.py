@@ -25,11 +25,7 @@ def alpaca_prompt(instruction: str, output: str, input: str = "") -> dict[str, s
 
 
 def conversation(row: Mapping[str, Any], name: str, where: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The messages of a row, with a role each, and its tools.
-
-    Raises:
-        DataError: they are something else.
-    """
+    """The messages of a row, with a role each, and its tools; raises DataError if they are something else."""
     value, tools = _parsed(row[name], name, where), _parsed(row.get("tools") or [], "tools", where)
     if isinstance(value, dict) and value.keys() == {"messages", "tools"}:  # as `check_row` writes it
         value, tools = value["messages"], value["tools"]

@@ -76,11 +76,7 @@ class StreamOrder:
         return self
 
     def __next__(self) -> Update:
-        """The next update.
-
-        Raises:
-            DataError: a row does not fit, or the rows make no example.
-        """
+        """The next update; raises DataError if a row does not fit, or the rows make no example."""
         while self._place == len(self._updates):
             self._next_window()
         update = Update(self._number, self._epoch, self._updates[self._place], self._held)
