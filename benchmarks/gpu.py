@@ -51,7 +51,8 @@ CORE_LIGER = "minipeft and Liger"
 LEAN_NONE = "minipeft, lean, checkpointing none"
 AUTOCAST, COMPILED = ", autocast", ", compiled"
 ROUNDS, QUICK = (2, 6), (0, 1)  # warming up, and timed
-GRADIENT_TOLERANCE = 0.1  # of the norm of all gradients together; bfloat16 rounds to 0.004 at each of some 500 products
+# Of the norm of all gradients together. On a bfloat16 base of 32 layers PEFT is 0.12 from itself under autocast.
+GRADIENT_TOLERANCE = 0.2
 WITH_AUTOCAST = (PEFT, LIGER, CORE, LEAN)
 COMPARED = (
     FULL,
