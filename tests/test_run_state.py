@@ -727,6 +727,21 @@ def test_random_states_are_taken_and_given_back_exactly():
     assert all(tensor.ndim == 1 for tensor in state.values())
 
 
+def test_a_default_device_does_not_decide_where_a_state_is(saved):
+    """As after `torch.set_default_device("cuda")`; meta is a device that every torch has."""
+    path, run, directory = saved
+    with torch.device("meta"):
+        set_rng_state(rng_state())
+        assert {tensor.device.type for tensor in rng_state().values()} == {"cpu"}
+        written = run.state.save(Checkpoints(directory / "again"), 3, {"epoch": 0, "batch": 3})
+        run.state.restore(written)
+    names = {file.name for file in path.iterdir()}
+    assert {file.name for file in written.iterdir()} == names
+    assert all(
+        (written / name).read_bytes() == (path / name).read_bytes() for name in names if name.endswith(".safetensors")
+    )
+
+
 def test_random_states_of_absent_devices_are_refused():
     state = rng_state() | {"cuda.999": torch.zeros(16, dtype=torch.uint8)}
     with pytest.raises(CheckpointError, match=r"random states of 'cuda.999', and there are \d+ CUDA devices"):

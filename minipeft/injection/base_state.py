@@ -94,7 +94,9 @@ def buffer_samples(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sample(buffer: Tensor) -> Tensor:
-    places = torch.linspace(0, max(buffer.numel() - 1, 0), min(buffer.numel(), SAMPLES), dtype=torch.float64)
+    places = torch.linspace(
+        0, max(buffer.numel() - 1, 0), min(buffer.numel(), SAMPLES), dtype=torch.float64, device="cpu"
+    )
     return buffer.detach().reshape(-1)[places.long().to(buffer.device)].cpu()
 
 

@@ -155,7 +155,7 @@ class AdaLora(Adapter):
         self.step, self.left, self.means, self.seen = other.step, other.left, {}, other.seen
 
     def training_state(self) -> dict[str, Tensor]:
-        state = {} if self.step < 0 else {"step": torch.tensor(self.step)}
+        state = {} if self.step < 0 else {"step": torch.tensor(self.step, device="cpu")}
         state |= {} if self.left is None else {"left": self.left}
         for name, means in self.means.items():
             state |= {f"{name}.{what}": mean for what, mean in zip(MEANS, means, strict=True)}
@@ -163,7 +163,7 @@ class AdaLora(Adapter):
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         means = {f"{name}.{what}": p for name, p in self.named_parameters() for what in MEANS}
-        known = {"step": torch.tensor(0), "left": torch.ones(len(self.lora_E), dtype=torch.bool)} | means
+        known = {"step": torch.tensor(0, device="cpu"), "left": torch.ones(len(self.lora_E), dtype=torch.bool)} | means
         fits = all(n in known and (t.shape, t.dtype) == (known[n].shape, known[n].dtype) for n, t in state.items())
         if not fits or len(state.keys() & means.keys()) not in (0, len(means)) or (state and "step" not in state):
             raise CheckpointError(f"this is the state of another AdaLoRA's schedule: {shown(sorted(state), 9)}.")
@@ -192,7 +192,7 @@ class AdaLora(Adapter):
             prefix = min((key for key in tensors if key.endswith(f".{name}")), key=len).removesuffix(RANKS_SUFFIX)
             values_of = tensors[prefix + RANKS_SUFFIX].flatten()
             # The components that are left; in an adapter made with fewer than init_r of them, those that are not zero.
-            order = torch.tensor(pattern) if len(pattern) == len(values_of) else values_of != 0
+            order = torch.tensor(pattern, device=values_of.device) if len(pattern) == len(values_of) else values_of != 0
             chosen = torch.sort(torch.sort(~order, stable=True).indices[: sum(pattern)]).values
             tensors[f"{prefix}.lora_A"] = tensors[f"{prefix}.lora_A"][chosen].contiguous()
             tensors[f"{prefix}.lora_E"] = tensors[f"{prefix}.lora_E"][chosen].contiguous()

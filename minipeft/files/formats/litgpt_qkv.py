@@ -31,7 +31,7 @@ class Heads:
 
     def apart(self) -> tuple[Tensor, ...]:
         """The rows of q, k and v, if all of q come first, then all of k."""
-        return torch.split(torch.arange(sum(self.rows)), list(self.rows))
+        return torch.split(torch.arange(sum(self.rows), device="cpu"), list(self.rows))
 
     def by_group(self) -> Tensor:
         """The same rows in the order of a weight that has those of each query group together."""

@@ -39,7 +39,7 @@ class StackedA(_Stacked):
     """lora_A of all experts, shape (experts * r, in), with zeros where an expert has less than r ranks."""
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        stacked = torch.zeros(self.shape, dtype=self.dtype)
+        stacked = torch.zeros(self.shape, dtype=self.dtype, device="cpu")
         ranks = self.shape[0] // self.experts
         for block, tensor in zip(self.blocks, tensors, strict=True):
             start = block.expert * ranks + block.rank
@@ -55,7 +55,7 @@ class StackedB(_Stacked):
     """
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        stacked = torch.zeros(self.shape, dtype=self.dtype).view(self.shape[0], -1, self.experts)
+        stacked = torch.zeros(self.shape, dtype=self.dtype, device="cpu").view(self.shape[0], -1, self.experts)
         for block, tensor in zip(self.blocks, tensors, strict=True):
             scaled = tensor if block.factor == 1 else tensor.double() * block.factor
             rows, ranks = tensor.shape

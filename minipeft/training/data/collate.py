@@ -76,7 +76,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
 def _positions(example: Example, length: int) -> Tensor:
     documents = example.documents or (len(example.input_ids),)
-    return torch.cat([torch.arange(tokens) for tokens in (*documents, length - sum(documents))])
+    return torch.cat([torch.arange(tokens, device="cpu") for tokens in (*documents, length - sum(documents))])
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def filler(pad_id: int) -> Batch:
 
     The sum of its losses is 0; their mean would be NaN.
     """
-    ids = torch.full((1, 2), pad_id)
+    ids = torch.full((1, 2), pad_id, device="cpu")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORED)}
 
 

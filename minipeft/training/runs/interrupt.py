@@ -24,7 +24,7 @@ class Interrupt:
 
     def came(self, device: torch.device | str = "cpu") -> bool:
         """Whether any process got the signal. Every process calls it, and all get the same answer."""
-        return bool(summed(torch.tensor(int(self.noted)), device))
+        return bool(summed(torch.tensor(int(self.noted), device="cpu"), device))
 
     def restore(self) -> None:
         """Let SIGTERM do what it did before."""

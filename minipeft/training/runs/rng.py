@@ -31,8 +31,8 @@ def rng_state() -> dict[str, Tensor]:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state |= {f"cuda.{index}": words for index, words in enumerate(torch.cuda.get_rng_state_all())}
     _, words, gauss = random.getstate()
-    state["python"] = torch.tensor(words, dtype=torch.int64)
-    state["python.gauss"] = torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64)
+    state["python"] = torch.tensor(words, dtype=torch.int64, device="cpu")
+    state["python.gauss"] = torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64, device="cpu")
     if "numpy" in sys.modules:
         import numpy as np
 
@@ -40,8 +40,8 @@ def rng_state() -> dict[str, Tensor]:
         kind, keys, position, has_gauss, cached = state_of_numpy
         if kind != "MT19937":
             raise CheckpointError(f"numpy's global generator is {kind}, whose state cannot be saved; MT19937's can.")
-        state["numpy"] = torch.tensor([*keys.tolist(), position], dtype=torch.int64)
-        state["numpy.gauss"] = torch.tensor([cached if has_gauss else math.nan], dtype=torch.float64)
+        state["numpy"] = torch.tensor([*keys.tolist(), position], dtype=torch.int64, device="cpu")
+        state["numpy.gauss"] = torch.tensor([cached if has_gauss else math.nan], dtype=torch.float64, device="cpu")
     return state
 
 
@@ -75,7 +75,7 @@ def check_rng_state(state: Mapping[str, Tensor]) -> None:
     if torch.cuda.is_initialized() and not devices:  # type: ignore[no-untyped-call]
         raise CheckpointError("the checkpoint has no random states of CUDA devices, and CUDA is in use here.")
     try:  # generators that nobody draws from
-        torch.Generator().set_state(state["torch"])
+        torch.Generator("cpu").set_state(state["torch"])
         _set_python(random.Random(), state)
         if "numpy" in state:
             import numpy as np
