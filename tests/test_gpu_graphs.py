@@ -211,13 +211,13 @@ def test_a_compiled_step_is_one_graph_with_the_same_gradients(checkpointing):
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("kind", ["plain", "lean", "experts"])
+@pytest.mark.parametrize("kind", ["plain", "lean"])
 def test_a_step_compiled_with_cuda_graphs_has_the_same_gradients(kind):
-    """What reads values, as the loss in chunks does, stays outside of them."""
-    if kind == "experts":
-        model = with_lora(moe("mixtral", "grouped_mm"), r=4).to(DEVICE)
-    else:
-        model = adapted(one_block(), target_modules="all-linear").to(DEVICE).train()
+    """What reads values, as the loss in chunks does, stays outside of them.
+
+    Experts are not here: in float32 transformers' own grouped product reads how many rows a group has, within the graph.
+    """
+    model = adapted(one_block(), target_modules="all-linear").to(DEVICE).train()
     if kind == "lean":
         lean(model, "none")
     ids = IDS.to(DEVICE)

@@ -369,7 +369,7 @@ def test_each_row_is_what_its_adapter_alone_computes(three, names, dtype):
         found = model(ids, adapter_names=names).logits
         for row, name in enumerate(names):
             own = alone(model, name, lambda: model(ids).logits)
-            close(found[row], own[row], 1e-4 if dtype is torch.float32 else 0.05)
+            close(found[row], own[row], 1e-4 if dtype is torch.float32 else 0.1)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
