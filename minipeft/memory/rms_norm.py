@@ -38,14 +38,9 @@ def kernel_of(norm: nn.Module, x: Tensor) -> RmsNorm | None:
 @torch.no_grad()
 def is_plain(norm: nn.Module) -> bool:
     """Whether a norm computes what the kernel does: tried with small values, for which the epsilon counts."""
-    weight = norm._parameters.get("weight")
-    if (
-        weight is None
-        or weight.is_meta
-        or weight.ndim != 1
-        or not isinstance(vars(norm).get("variance_epsilon"), float)
-    ):
+    weight, epsilon = norm._parameters.get("weight"), vars(norm).get("variance_epsilon")
+    if weight is None or weight.is_meta or weight.ndim != 1 or not isinstance(epsilon, float):
         return False
     x = torch.linspace(-1e-3, 2e-3, 2 * len(weight), device=weight.device, dtype=torch.float32).view(2, -1)
-    wanted = F.rms_norm(x, weight.shape, weight.float(), norm.variance_epsilon)  # type: ignore[arg-type]
+    wanted = F.rms_norm(x, weight.shape, weight.float(), epsilon)
     return torch.allclose(type(norm).forward(norm, x).float(), wanted, rtol=1e-4, atol=1e-6)

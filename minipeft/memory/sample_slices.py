@@ -15,9 +15,7 @@ from minipeft.injection.rows import CURRENT
 from minipeft.kernels.transformed import is_transformed
 
 ROWS = "_minipeft_slice_rows"  # in a layer's __dict__: tokens per slice; 0 if its last run showed that it cannot be cut
-AS_ON_DEVICE = (
-    -1
-)  # instead of a number: as many as `DEFAULT_ROWS` has for the device, to which the model may be moved later
+AS_ON_DEVICE = -1  # instead of a number: as `DEFAULT_ROWS` says for the device, to which the model may be moved later
 DEFAULT_ROWS = {"cpu": 1024, "cuda": 8192}  # enough for matrix products to run at full speed
 # Arguments of transformers' layers with one row per sample, if their first dimension is the batch size.
 BY_SAMPLE = {

@@ -140,10 +140,8 @@ class Updater:
         engine = self.engine
         # fully_shard and DeepSpeed divide by the number of processes.
         scale = (world_size if self.sharded or engine is not None else 1) / update.tokens
-        sums, losses = (
-            torch.zeros(2, dtype=torch.float64, device="cpu"),
-            [],
-        )  # sums of the losses, and of processes out of memory
+        losses: list[Tensor] = []
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")  # of losses, and of processes out of memory
         batches = update.batches(rank, world_size, self.micro_batch)
         try:
             for number, batch in enumerate(batches, 1):
