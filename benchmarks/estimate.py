@@ -1,6 +1,7 @@
 """Does ``minipeft estimate`` say what a step takes? Its peak next to the measured one, a fresh process for each.
 
     python benchmarks/estimate.py --measured rows.jsonl    # goes on where an earlier call stopped; an hour on two cores
+    python benchmarks/estimate.py --gpu                    # the peaks in gpu_step.csv, which needs no GPU: ten minutes
     python benchmarks/estimate.py --quick
 
 A row's "ours" is the estimate, its "peer" the measured peak: VmHWM from when the model was built, without what the
@@ -10,6 +11,7 @@ interpreter had before. docs/planning.md has the table.
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import importlib
 import json
@@ -19,17 +21,31 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu
 import torch
 from memory import MIB, status_mib
 from rows import RESULTS, Row, compare, show, write_rows
-from subjects import LLAMA_TARGETS, TARGETS, gpt2, llama
+from subjects import (
+    CORE,
+    FULL,
+    LEAN,
+    LEAN_BLOCK,
+    LEAN_MLP,
+    LEAN_SQRT,
+    LLAMA_TARGETS,
+    TARGETS,
+    gpt2,
+    llama,
+)
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import minipeft
 from minipeft.testing.table import with_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
-START, END = "<!-- estimate: begin -->", "<!-- estimate: end -->"
+MARKS = "<!-- estimate: begin -->", "<!-- estimate: end -->"
+GPU_MARKS = "<!-- estimate on a GPU: begin -->", "<!-- estimate on a GPU: end -->"
+LEAN_WAYS = {gpu.LEAN_NONE: "none", LEAN: "last", LEAN_MLP: "mlp", LEAN_BLOCK: "block", LEAN_SQRT: "sqrt"}
 MODELS = {"gpt2": (gpt2, TARGETS), "llama": (llama, LLAMA_TARGETS)}
 LAYERS = 4
 SHAPES = ((1, 128), (4, 256), (8, 512))
@@ -138,6 +154,30 @@ def row_of(case: Case, net: float, tiny: bool) -> Row:
     return row
 
 
+def on_gpu(measured: dict[str, str]) -> Row | None:
+    """The estimate of a peak that benchmarks/gpu.py measured, without what is no array; None for other libraries' peaks."""
+    subject, name, kind, size = measured["subject"], *measured["case"].split(", ")
+    training = {FULL: "full", CORE: "lora"}.get(subject, "lean")
+    if training == "lean" and subject not in LEAN_WAYS:
+        return None
+    batch, length = map(int, size.removesuffix(" tokens").split("x"))
+    adapter = minipeft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+    options = {"dtype": "bfloat16", "quantize": "nf4" if kind.startswith("NF4") else None, "device": "cuda"}
+    way = {"training": training} | ({"checkpointing": LEAN_WAYS[subject]} if training == "lean" else {})
+    found = minipeft.estimate(gpu.SHAPES[name].config(), adapter, **options, **way, batch=batch, length=length)
+    arrays, peak = (found.peak - found.memory["overhead"]) / MIB, float(measured["ours"])
+    row = compare("estimate", measured["case"], "peak memory of a step", "MiB", [arrays], [peak], "measured", subject)
+    row.device = measured["device"]
+    show(row)
+    return row
+
+
+def gpu_rows() -> list[Row]:
+    records = csv.DictReader((RESULTS / "gpu_step.csv").read_text("utf-8").splitlines())
+    peaks = {(r["case"], r["subject"]): r for r in records if r["measure"].startswith("peak")}
+    return [row for each in peaks.values() if (row := on_gpu(each)) is not None]
+
+
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     lines = ["| model | training, base | measured | estimated | error |", "|---|---|---:|---:|---:|"]
@@ -153,6 +193,7 @@ def table(rows: list[Row]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models, nothing written without --output")
+    parser.add_argument("--gpu", action="store_true", help="next to the peaks that benchmarks/gpu.py measured")
     parser.add_argument("--measured", type=Path, help="file of measurements to go on from, and to add to")
     parser.add_argument("--only-measured", action="store_true", help="measure nothing more")
     parser.add_argument(
@@ -167,12 +208,16 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes started below
     done = known(args.measured)
     wanted = [case for case in cases(args.quick) if case in done or not args.only_measured]
-    rows = [row_of(case, done[case] if case in done else measured(case, args), args.quick) for case in wanted]
+    if args.gpu:
+        rows = gpu_rows()
+    else:
+        rows = [row_of(case, done[case] if case in done else measured(case, args), args.quick) for case in wanted]
     folder = args.output or (None if args.quick else RESULTS)
     if folder is not None:
-        print(write_rows("estimate", rows, folder))
+        print(write_rows("estimate_gpu" if args.gpu else "estimate", rows, folder))
     if args.output is None and not args.quick:
-        PAGE.write_text(with_table(PAGE.read_text("utf-8"), f"{table(rows)}\n", START, END), "utf-8")
+        marks = GPU_MARKS if args.gpu else MARKS
+        PAGE.write_text(with_table(PAGE.read_text("utf-8"), f"{table(rows)}\n", *marks), "utf-8")
 
 
 if __name__ == "__main__":
