@@ -13,6 +13,7 @@ from minipeft.errors import TargetError, told_error
 from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite, SavedSite
+from minipeft.kernels.generators import generators_kept
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
 
@@ -123,7 +124,7 @@ def build_from(plan: Plan, values: dict[str, Tensor]) -> Parts:
             if key in values:
                 _give(live, values.pop(key), owned=id(live) in held)
 
-    with torch.random.fork_rng(devices=_cuda_devices(site.candidate.base for site in plan.adapters)):
+    with generators_kept():
         parts = build(plan, fill=fill)
         fill(shared_tensors(parts.adapters), None)
     return parts
@@ -137,11 +138,6 @@ def _give(live: Tensor, value: Tensor, *, owned: bool) -> None:
         live.data = value
     else:
         live.copy_(value)
-
-
-def _cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
-    indices = {p.device.index for module in modules for p in module.parameters() if p.device.type == "cuda"}
-    return sorted(index for index in indices if index is not None)
 
 
 def _on_meta(base: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minipeft.kernels import matmul
 
-# Rows per seed: fixed, since the backward pass must draw what the forward pass drew. On a GPU each block takes a dozen calls.
+# Rows per seed: fixed, since the backward pass must draw what the forward pass drew. On a GPU each block takes calls of its own.
 ROWS = {"cpu": 512, "cuda": 4096}
 
 

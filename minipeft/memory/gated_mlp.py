@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minipeft.class_swap import SameFunction, plain_class
 from minipeft.kernels import recompute
+from minipeft.kernels.generators import generators_kept
 from minipeft.kernels.keeps_inputs import keeping_inputs
 from minipeft.memory.modules import is_cheap_activation, learns
 
@@ -86,7 +87,7 @@ def gated_mixin(mlp: nn.Module) -> type[nn.Module] | None:
     x = x.to(weight.dtype if weight.is_floating_point() else torch.float32)
     if x.is_meta:
         return None
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # adapters may have dropout
+    with generators_kept():  # adapters may have dropout
         torch.manual_seed(0)
         expected = mlp(x)
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import LeanError
+from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
 
@@ -101,8 +102,7 @@ def _run(model: nn.Module, with_labels: bool) -> tuple[Tensor, list[Tensor]]:
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with generators_kept():
         torch.manual_seed(SEED)
         model.train()
         try:
