@@ -9,10 +9,24 @@ import os
 import pytest
 import torch
 
+import minipeft
+from minipeft import LoraConfig
+
 DEVICE = torch.device(os.environ.get("MINIPEFT_TEST_DEVICE", "cuda"))
 THERE = DEVICE.type == "cpu" or torch.cuda.is_available()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 8e-3}
+# On a tiny Llama.
+METHODS = {
+    "lora": LoraConfig(r=4, target_modules="all-linear"),
+    "dora": LoraConfig(r=4, target_modules="all-linear", use_dora=True),
+    "vera": minipeft.VeraConfig(r=4, target_modules="all-linear"),
+    "ia3": minipeft.IA3Config(),
+    "oft": minipeft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "v_proj"]),
+    "loha": minipeft.LoHaConfig(r=2, target_modules="all-linear"),
+    "lokr": minipeft.LoKrConfig(r=2, target_modules="all-linear"),
+    "adalora": minipeft.AdaLoraConfig(total_step=100, target_modules="all-linear"),
+}
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 # What other packages warn about depends on the machine; it is shown and no error.

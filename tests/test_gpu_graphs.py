@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from gpu_device import DEVICE, close, devices, learned, on_device
+from gpu_device import DEVICE, METHODS, close, devices, learned, on_device
 from test_gpu_contract import layer_of
 from test_hotswap import saved
 from test_split_experts import moe, with_lora
@@ -17,16 +17,6 @@ from minipeft import LoraConfig, get_adapter_model, lean, load_adapter, registry
 pytestmark = on_device
 BACKEND = "inductor" if DEVICE.type == "cuda" else "aot_eager"  # a GPU is for what inductor makes
 IDS = token_ids(4, 16)
-CONFIGS = {
-    "lora": LoraConfig(r=4, target_modules="all-linear"),
-    "dora": LoraConfig(r=4, target_modules="all-linear", use_dora=True),
-    "vera": minipeft.VeraConfig(r=4, target_modules="all-linear"),
-    "ia3": minipeft.IA3Config(),
-    "oft": minipeft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "v_proj"]),
-    "loha": minipeft.LoHaConfig(r=2, target_modules="all-linear"),
-    "lokr": minipeft.LoKrConfig(r=2, target_modules="all-linear"),
-    "adalora": minipeft.AdaLoraConfig(total_step=100, target_modules="all-linear"),
-}
 LEAN = "lean"  # without what reads which labels count
 
 
@@ -80,10 +70,10 @@ def test_a_captured_layer_computes_what_it_computes(method, layer):
             close(replay().clone(), model(x), 1e-6)
 
 
-@pytest.mark.parametrize("method", [*CONFIGS, LEAN])
+@pytest.mark.parametrize("method", [*METHODS, LEAN])
 def test_a_captured_step_has_the_gradients_of_new_inputs(method):
     torch.manual_seed(0)
-    config = CONFIGS["lora" if method == LEAN else method]
+    config = METHODS["lora" if method == LEAN else method]
     model = disturb(get_adapter_model(llama(), config), scale=0.05).to(DEVICE).train()
     if method == LEAN:
         lean(model, "none", chunked_loss=False)

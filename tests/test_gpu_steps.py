@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from gpu_device import DEVICE, TOLERANCE, close, exact, learned, needs_cuda, off, on_device
+from gpu_device import DEVICE, METHODS, TOLERANCE, close, exact, learned, needs_cuda, off, on_device
 from kept_bytes import bytes_kept
 from test_rows import BASE, alone, generated, several
 from test_split_experts import MODELS, moe, with_lora
@@ -199,25 +199,17 @@ def own_waits(kind):
     return waits_of_a_step(base.train())
 
 
-METHODS = {
-    "lora": LoraConfig(r=4, target_modules="all-linear"),
+ALONE = METHODS | {
     "dropout": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1),
-    "dora": LoraConfig(r=4, target_modules="all-linear", use_dora=True),
-    "vera": minipeft.VeraConfig(r=4, target_modules="all-linear"),
-    "ia3": minipeft.IA3Config(),
-    "oft": minipeft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "v_proj"]),
-    "loha": minipeft.LoHaConfig(r=2, target_modules="all-linear"),
-    "lokr": minipeft.LoKrConfig(r=2, target_modules="all-linear"),
-    "adalora": minipeft.AdaLoraConfig(total_step=100, target_modules="all-linear"),
     "tokens": LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[3, 5]),
 }
 
 
 @needs_cuda
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALONE)
 def test_a_step_of_an_adapted_model_waits_for_nothing(method):
     base = made("llama").unload()
-    model = get_adapter_model(base, METHODS[method]).train()
+    model = get_adapter_model(base, ALONE[method]).train()
     assert waits_of_a_step(model) - own_waits("llama") == collections.Counter()
 
 
