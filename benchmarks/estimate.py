@@ -31,6 +31,7 @@ from subjects import (
     LEAN,
     LEAN_BLOCK,
     LEAN_MLP,
+    LEAN_NONE,
     LEAN_SQRT,
     LLAMA_TARGETS,
     TARGETS,
@@ -45,7 +46,7 @@ from minipeft.testing.table import with_table
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 MARKS = "<!-- estimate: begin -->", "<!-- estimate: end -->"
 GPU_MARKS = "<!-- estimate on a GPU: begin -->", "<!-- estimate on a GPU: end -->"
-LEAN_WAYS = {gpu.LEAN_NONE: "none", LEAN: "last", LEAN_MLP: "mlp", LEAN_BLOCK: "block", LEAN_SQRT: "sqrt"}
+LEAN_WAYS = {LEAN_NONE: "none", LEAN: "last", LEAN_MLP: "mlp", LEAN_BLOCK: "block", LEAN_SQRT: "sqrt"}
 MODELS = {"gpt2": (gpt2, TARGETS), "llama": (llama, LLAMA_TARGETS)}
 LAYERS = 4
 SHAPES = ((1, 128), (4, 256), (8, 512))

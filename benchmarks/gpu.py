@@ -15,6 +15,7 @@ import contextlib
 import copy
 import gc
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from subjects import (
     LEAN,
     LEAN_BLOCK,
     LEAN_MLP,
+    LEAN_NONE,
     LEAN_SQRT,
     PEFT,
     PEFT_CHECKPOINTED,
@@ -39,7 +41,6 @@ from subjects import (
     by_peft,
     nf4,
     ours,
-    ours_lean,
     save_adapter,
 )
 from timing import milliseconds, settle
@@ -48,7 +49,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 LIGER = "PEFT and Liger"
 CORE_LIGER = "minipeft and Liger"
-LEAN_NONE = "minipeft, lean, checkpointing none"
+WITH_LIGER = {LIGER: by_peft, CORE_LIGER: ours}
 AUTOCAST, COMPILED = ", autocast", ", compiled"
 ROUNDS, QUICK = (2, 6), (0, 1)  # warming up, and timed
 # Of the norm of all gradients together. On a bfloat16 base of 32 layers PEFT is 0.12 from itself under autocast.
@@ -124,7 +125,7 @@ def liger(model: nn.Module) -> Iterator[None]:
     import liger_kernel.transformers as kernels
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    home = __import__(type(base).__module__, fromlist=["apply_rotary_pos_emb"])
+    home = sys.modules[type(base).__module__]
     kept = {name: vars(home)[name] for name in vars(home) if isinstance(vars(home)[name], type) or "rotary" in name}
     getattr(kernels, f"apply_liger_kernel_to_{base.config.model_type}")(model=base)
     try:
@@ -134,14 +135,12 @@ def liger(model: nn.Module) -> Iterator[None]:
 
 
 def build(subject: str, base: nn.Module, adapter: Path) -> nn.Module:
-    kind = subject.removesuffix(AUTOCAST).removesuffix(COMPILED)
-    if kind == LIGER:
-        return by_peft(base, adapter)
-    if kind == CORE_LIGER:
-        return ours(base, adapter)
-    if kind == LEAN_NONE:
-        return ours_lean(base, adapter, "none")
-    return BUILDERS[kind](base, adapter)
+    return (BUILDERS | WITH_LIGER)[plain(subject)](base, adapter)
+
+
+def plain(subject: str) -> str:
+    """What a subject is, however it is called."""
+    return subject.removesuffix(AUTOCAST).removesuffix(COMPILED)
 
 
 @dataclass
@@ -177,7 +176,7 @@ def run(subject: str, base: nn.Module, adapter: Path, ids: Tensor, rounds: tuple
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with liger(model) if LIGER.removeprefix("PEFT") in subject else contextlib.nullcontext():
+    with liger(model) if plain(subject) in WITH_LIGER else contextlib.nullcontext():
         step()
         gradients = {} if subject == FULL else {n: g.to("cpu", copy=True) for n, g in adapter_gradients(model).items()}
         optimizer.zero_grad(set_to_none=True)
@@ -260,8 +259,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, nothing written without --output")
     parser.add_argument("--model", action="append", choices=SHAPES, help="may be given again; default: all")
     parser.add_argument("--base", action="append", choices=BASES, help="may be given twice; default: both")
-    parser.add_argument("--subject", action="append", help="may be given again; default: all that suit the base")
-    parser.add_argument("--batch", type=int, nargs="*", help="which of a model's batches, from 0 on; default: all")
+    known = sorted({name for shape in SHAPES.values() for kind in BASES for name in subjects_of(shape, kind)})
+    parser.add_argument(
+        "--subject", action="append", choices=known, help="may be given again; default: all that suit the base"
+    )
+    parser.add_argument(
+        "--batch", type=int, choices=(0, 1), help="which of a model's batches; default: all that it has"
+    )
     parser.add_argument("--output", type=Path, help="folder for the rows; default: benchmarks/results")
     return parser.parse_args(argv)
 
@@ -282,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 adapter = save_adapter(sharing(base), Path(scratch), r=16, lora_alpha=16)
                 base = BASES[kind](base).requires_grad_(False)
                 subjects = [name for name in subjects_of(shape, kind) if name in (args.subject or [name])]
-                for batch, tokens in (shape.batches[index] for index in args.batch or range(len(shape.batches))):
+                for batch, tokens in shape.batches if args.batch is None else shape.batches[args.batch :][:1]:
                     torch.manual_seed(2)
                     ids = torch.randint(base.config.vocab_size, (batch, tokens), device=device)
                     case = f"{shape.name}, {kind} base, {batch}x{tokens} tokens"

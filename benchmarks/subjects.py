@@ -29,6 +29,7 @@ TUNED = "PEFT, tuned"
 TUNED_FAST = "PEFT, tuned, fast products"
 CORE = "minipeft"
 LEAN = "minipeft, lean"
+LEAN_NONE = "minipeft, lean, checkpointing none"
 LEAN_MLP = "minipeft, lean, checkpointing mlp"
 LEAN_BLOCK = "minipeft, lean, checkpointing block"
 LEAN_SQRT = "minipeft, lean, checkpointing sqrt"
@@ -123,6 +124,10 @@ def ours_lean(base: nn.Module, adapter: Path, checkpointing: str | None = None) 
     return minipeft.lean(ours(base, adapter), checkpointing=checkpointing)
 
 
+def ours_lean_none(base: nn.Module, adapter: Path) -> nn.Module:
+    return ours_lean(base, adapter, "none")
+
+
 def ours_lean_mlp(base: nn.Module, adapter: Path) -> nn.Module:
     return ours_lean(base, adapter, "mlp")
 
@@ -156,6 +161,7 @@ BUILDERS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     TUNED_FAST: by_peft_tuned_fast,
     CORE: ours,
     LEAN: ours_lean,
+    LEAN_NONE: ours_lean_none,
     LEAN_MLP: ours_lean_mlp,
     LEAN_BLOCK: ours_lean_block,
     LEAN_SQRT: ours_lean_sqrt,
