@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGE = 2**20
 
 
 def trim(device_type: str) -> None:
@@ -25,16 +24,16 @@ def trim(device_type: str) -> None:
         give_back(0)
 
 
-def map_large_arrays() -> None:
-    """From now on, freed arrays of a megabyte or more go back at once; only with glibc.
+def map_large_arrays(least: int) -> None:
+    """From now on, freed arrays of `least` bytes or more go back at once; only with glibc.
 
-    It is a setting of the process. New arrays are pages that the system must clear, which takes a few percent of a
-    training step's time, but none leaves a hole. By itself glibc treats arrays so only above 32 MiB.
+    It is a setting of the process. New arrays are pages that the system must clear, which takes time, but none leaves
+    a hole. By itself glibc treats arrays so only above 32 MiB.
     """
     set_option = _of_glibc("mallopt")
     if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, LARGE)
-        set_option(M_TRIM_THRESHOLD, LARGE)
+        set_option(M_MMAP_THRESHOLD, least)
+        set_option(M_TRIM_THRESHOLD, least)
 
 
 @functools.cache

@@ -41,6 +41,9 @@ Model = TypeVar("Model", bound=nn.Module)
 CHECKPOINTING = ("none", "last", "mlp", "block", "sqrt")
 MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 STATE = "_minipeft_lean"
+# From this size on, glibc gives freed arrays back at once. Measured with a Llama of 134M parameters on two cores: 1 MiB instead of 4
+# takes 4 % of memory from "block" for 18 % more time, and 28 % from "sqrt" on a bfloat16 base for 38 % more.
+MAPPED_BLOCKS, MAPPED_GROUPS = 2**22, 2**20
 
 
 @dataclass
@@ -121,7 +124,7 @@ def lean(
         unlean(model)
         raise LeanError(f"there is nothing in {type(model).__name__} that lean() could improve with these options.")
     if (checkpointing in ("block", "sqrt") or is_number) and next(model.parameters()).device.type == "cpu":
-        glibc.map_large_arrays()
+        glibc.map_large_arrays(MAPPED_BLOCKS if checkpointing == "block" else MAPPED_GROUPS)
     logger.info("lean: %s", describe(state))
     return model
 
