@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import minipeft
 
 BENCHMARK = "speed_many"
+BASE = "base"
 ONE = "minipeft, one adapter"
 TURNS = "minipeft, one after the other"
 RANK = 8
@@ -67,7 +68,7 @@ def serving(
     """One forward pass, and greedy decoding, with another adapter for each row."""
     theirs, ours, names = both(base, targets, count)
     ids = torch.randint(base.config.vocab_size, (count, length), device=options.device)
-    new = {"max_new_tokens": 4 if options.quick else 16, "do_sample": False, "pad_token_id": 0}
+    new = {"max_new_tokens": 4 if options.quick else 16 if count == 8 else 8, "do_sample": False, "pad_token_id": 0}
     new |= {"min_new_tokens": new["max_new_tokens"], "attention_mask": torch.ones_like(ids)}
 
     def forward(subject: nn.Module, **more: Any) -> Callable[[], Tensor]:
@@ -87,10 +88,10 @@ def serving(
             PEFT: way(theirs, adapter_names=names),
             CORE: way(ours, adapter_names=names),
             ONE: way(ours),
-            "base": way(base),
+            BASE: way(base),
         }
         torch.testing.assert_close(calls[CORE](), calls[PEFT](), rtol=1e-3, atol=1e-3)
-        yield race(options, case, measure, calls, (PEFT, ONE))
+        yield race(options, case, measure, calls, ((CORE, PEFT), (CORE, ONE), (CORE, BASE), (BASE, PEFT)))
 
 
 def training(options: Options, model: str, base: nn.Module, targets: list[str], count: int) -> Rows | None:
@@ -127,14 +128,20 @@ def training(options: Options, model: str, base: nn.Module, targets: list[str], 
     clean_up()
     case = f"{model}, {count} adapters, {count} x 1 rows of {length} tokens"
     calls = {CORE: step_together, ONE: step_one, TURNS: step_turns}
-    return race(options, case, "forward and backward", calls, (ONE, TURNS), clean_up=clean_up)
+    return race(options, case, "forward and backward", calls, ((CORE, ONE), (CORE, TURNS)), clean_up=clean_up)
 
 
 def race(
-    options: Options, case: str, measure: str, calls: dict[str, Callable[[], Any]], peers: tuple[str, ...], **more: Any
+    options: Options,
+    case: str,
+    measure: str,
+    calls: dict[str, Callable[[], Any]],
+    pairs: tuple[tuple[str, str], ...],
+    **more: Any,
 ) -> Rows | None:
-    times = options.race(calls, options.rounds_or(10), peers[0], **more)
+    """Rows of the pairs, each a subject and the one that it is divided by; the first pair's other is the reference."""
+    times = options.race(calls, options.rounds_or(10), pairs[0][1], warm_ups=1, **more)
     if times is None:
         refused(case)
         return None
-    return [compare(BENCHMARK, case, measure, "ms", times[CORE], times[peer], peer, CORE) for peer in peers]
+    return [compare(BENCHMARK, case, measure, "ms", times[one], times[other], other, one) for one, other in pairs]

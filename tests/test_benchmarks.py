@@ -132,7 +132,9 @@ def test_the_benchmark_of_mixed_batches_compares_with_peft_and_with_one_adapter(
     main("speed")(["--quick", "--part", "many", "--output", str(tmp_path)])
     rows = read(tmp_path / "speed_many.csv")
     assert {row["case"].split(",")[0] for row in rows} == {"tiny GPT-2", "tiny Llama"}
-    assert {row["peer_name"] for row in rows} == {"PEFT", "minipeft, one adapter", "minipeft, one after the other"}
+    peers = {"PEFT", "base", "minipeft, one adapter", "minipeft, one after the other"}
+    assert {row["peer_name"] for row in rows} == peers
+    assert ("base", "PEFT") in {(row["subject"], row["peer_name"]) for row in rows}
     assert {row["measure"] for row in rows} == {"one forward pass", "4 tokens decoded", "forward and backward"}
 
 
