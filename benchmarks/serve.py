@@ -1,6 +1,6 @@
 """A server of many adapters under load, over loopback: requests a second, and how long one takes.
 
-    python benchmarks/serve.py            # about ten minutes on two cores
+    python benchmarks/serve.py            # about twenty minutes on two cores
     python benchmarks/serve.py --quick
 
 Clients in threads send one request after the other to `examples/serve_many.py`, each for another adapter than the one
