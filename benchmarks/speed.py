@@ -51,8 +51,8 @@ def run_part(part: str, options: Options, folder: Path | None) -> bool:
         for row in some or ():
             rows.append(on_device(row, options.device))
             show(row)
-    if folder is not None and rows:
-        print(write_rows(f"speed_{part}" + ("_cuda" if options.device == "cuda" else ""), rows, folder))
+        if folder is not None and rows:  # what is measured is kept if the next case breaks off
+            print(write_rows(f"speed_{part}" + ("_cuda" if options.device == "cuda" else ""), rows, folder))
     return complete
 
 
