@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -57,20 +57,23 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+def named_children(module: nn.Module, prefix: str = "") -> list[tuple[str, str, nn.Module]]:
     """(name, attribute, child) of a module whose own name is `prefix`; what a wrapper holds has the wrapper's name."""
     wrapper = wrapper_class(module)
     held = None if wrapper is None else ATTRIBUTES[wrapper]
-    for attribute, child in module._modules.items():
-        if child is not None:
-            yield prefix if attribute == held else f"{prefix}.{attribute}".lstrip("."), attribute, child
+    start = f"{prefix}." if prefix else ""
+    return [
+        (prefix if attribute == held else f"{start}{attribute}", attribute, child)
+        for attribute, child in module._modules.items()
+        if child is not None
+    ]
 
 
 def named_modules(
     module: nn.Module,
     *,
     remove_duplicate: bool = True,
-    children: Callable[[nn.Module, str], Iterable[tuple[str, str, nn.Module]]] = named_children,
+    children: Callable[[nn.Module, str], list[tuple[str, str, nn.Module]]] = named_children,
 ) -> Iterator[tuple[str, nn.Module]]:
     """``module.named_modules()`` with these names; a wrapper and the module in it have the same.
 
@@ -85,7 +88,7 @@ def named_modules(
         seen.add(id(current))
         yield name, current
         if current._modules:  # most have none
-            stack += [(child_name, child) for child_name, _, child in reversed(list(children(current, name)))]
+            stack += [(child_name, child) for child_name, _, child in reversed(children(current, name))]
 
 
 def named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,9 +88,9 @@ def outside_adapters(model: nn.Module, *, remove_duplicate: bool = True) -> Iter
     return named_modules(model, remove_duplicate=remove_duplicate, children=_children_but_adapters)
 
 
-def _children_but_adapters(module: nn.Module, name: str) -> Iterable[tuple[str, str, nn.Module]]:
+def _children_but_adapters(module: nn.Module, name: str) -> list[tuple[str, str, nn.Module]]:
     if isinstance(module, AdaptedLayer):
-        return [(f"{name}.base_layer".lstrip("."), "base_layer", module.base_layer)]
+        return [(f"{name}.base_layer" if name else "base_layer", "base_layer", module.base_layer)]
     return named_children(module, name)
 
 
