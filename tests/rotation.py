@@ -5,6 +5,13 @@ import itertools
 import pytest
 
 
+def often(cases, always):
+    """All cases for `parametrize`, of which those that are not among `always` are slow."""
+    unknown = set(always) - set(cases)
+    assert not unknown, unknown
+    return [pytest.param(case, marks=() if case in always else pytest.mark.slow) for case in cases]
+
+
 def thinned(lists, always):
     """All combinations for `parametrize`, of which those that are not among `always` are slow."""
     always = list(always)

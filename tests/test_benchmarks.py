@@ -38,6 +38,7 @@ def test_the_control_plane_benchmark_runs(main, capsys):
     assert len(measures) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_scale_benchmark_compares_each_verb_at_each_size_and_its_growth(main, tmp_path):
     main("scale")(["--quick", "--output", str(tmp_path)])
@@ -196,6 +197,7 @@ def test_a_refused_case_is_said_by_the_exit_code(main, monkeypatch, capsys):
     assert "greedy decoding" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # each subject is a process
 def test_the_memory_benchmark_measures_each_subject_in_its_own_process(tmp_path):
     process = Warm(
         tmp_path, warm.script, BENCHMARKS / "memory.py", "--quick", "--model", "Llama 134M", "--output", tmp_path

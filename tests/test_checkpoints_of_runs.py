@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import warm
 from deaths import EXIT_CODE, die_before
+from rotation import thinned
 
 from minipeft import CheckpointError, ConfigError, StateError
 from minipeft.training.runs.checkpoints import Checkpoints, verify
@@ -278,8 +279,7 @@ def save_and_die(directory, call, step, number, keep):
 SCENARIOS = {"again": (2, 20, 1), "next": (3, 30, 2)}
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 6], ids="every {}".format)
+@pytest.mark.parametrize(("scenario", "every"), thinned((SCENARIOS, [1, 6]), [("next", 6)]))
 def test_a_process_that_dies_before_any_write_leaves_old_or_new_and_the_next_save_tidies_up(every, scenario, tmp_path):
     step, number, keep = SCENARIOS[scenario]
     save(tmp_path / "before", 1)

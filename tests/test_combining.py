@@ -1,11 +1,13 @@
 """`add_weighted_adapter` against PEFT's on the same files, against float64 algebra, and what it refuses."""
 
 import copy
+import itertools
 import logging
 import math
 
 import pytest
 import torch
+from rotation import thinned
 from tiny_models import adapted, bert_classifier, disturb, foreign_code, gpt2, logits, refuses, state_digest
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -100,8 +102,10 @@ def combined_by_peft(model, seed=None, **options):
     del tuner.inject_adapter
 
 
-@pytest.mark.parametrize("weights", [[0.7, 0.4], [1.5, -0.6]], ids=["both", "negative"])
-@pytest.mark.parametrize("kind", ["cat", *OF_FACTORS, *OF_UPDATES])
+TYPES, WEIGHTS = ["cat", *OF_FACTORS, *OF_UPDATES], [(0.7, 0.4), (1.5, -0.6)]
+
+
+@pytest.mark.parametrize(("kind", "weights"), thinned((TYPES, WEIGHTS), zip(TYPES, itertools.cycle(WEIGHTS))))
 def test_every_type_gives_what_peft_gives_on_every_layer_type(kind, weights, tmp_path):
     options = {} if kind in OF_FACTORS else {"b": {"r": 3}}
     theirs = two_of_peft(tmp_path, **options)

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from rotation import often
 from safetensors.torch import load_file
 from test_cli import run
 from tiny_models import bert_classifier, foreign_code, gpt2, llama, t5
@@ -189,7 +190,10 @@ def sizes(model, training, tmp_path):
     return [*counts, len(header_of(tensors, {})[0]) + sum(tensor.nbytes for tensor in tensors.values())]
 
 
-@pytest.mark.parametrize("case", CASES)
+ALWAYS = ("full", "lora", "experts", "lean, block, NF4", "encoder and decoder")
+
+
+@pytest.mark.parametrize("case", often(CASES, ALWAYS))
 def test_the_estimate_is_the_peak_of_a_real_step_to_the_byte(case, tmp_path):
     make, options = CASES[case]
     with foreign_code():

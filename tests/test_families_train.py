@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from fast_copy import Template
+from rotation import often
 from tiny_models import foreign_code
 from torch import nn
 
@@ -196,7 +197,23 @@ def close(got, wanted, rounding=2e-5):
     assert float((got - wanted).detach().abs().max() / scale.detach()) <= rounding
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+ALWAYS = (
+    "gpt2",
+    "gpt_neox",
+    "bloom",
+    "llama",
+    "mixtral",
+    "qwen3_moe",
+    "gemma3_text",
+    "phi3",
+    "bert",
+    "deberta-v2",
+    "t5",
+    "clip",
+)
+
+
+@pytest.mark.parametrize("model_type", often(FAMILIES, ALWAYS))
 def test_a_family_is_adapted_trained_merged_and_saved_as_peft_does_it(model_type, tmp_path):
     base = family(model_type)
     expected = output(base, model_type)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from fast_copy import Template
+from rotation import often
 from safetensors.torch import load_file, save_file
 from tiny_models import foreign_code, llama, state_digest, token_ids
 
@@ -496,7 +497,7 @@ SAVED_AGAIN = (
 )
 
 
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", often(METHODS, SAVED_AGAIN))
 def test_every_methods_file_is_read_under_old_names_and_its_state_with_the_adapters_name(case, tmp_path):
     """The state is what a script writes that saves PEFT's state_dict() itself."""
     config, edit = METHODS[case]

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from rotation import thinned
 from test_hf_trainer import CONFIG, DATA, WEIGHTS, arguments, files, trained, uneven
 from tiny_models import foreign_code, gpt2, llama, state_digest
 from torch.utils.data import SequentialSampler
@@ -84,8 +85,7 @@ def by_hand(model, rows, accumulated, per_token):
     return losses, left
 
 
-@pytest.mark.parametrize("per_token", [True, False])
-@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize(("per_token", "accumulated"), thinned(([True, False], [1, 3]), [(True, 3), (False, 1)]))
 def test_it_is_the_loop_written_by_hand(tmp_path, accumulated, per_token):
     """Also where an epoch ends within an accumulation: sixteen rows are eight batches, or steps of 3, 3 and 2."""
     rows, model = uneven(), scheduled()

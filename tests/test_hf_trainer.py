@@ -10,6 +10,7 @@ import safetensors.torch
 import tiny_models
 import torch
 from datasets import Dataset
+from rotation import thinned
 from tiny_models import bert_classifier, disturb, foreign_code, gpt2, llama, logits, state_digest, token_ids
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -163,8 +164,7 @@ def test_trainer_s_own_model_card_stays_that_of_an_adapter(tmp_path, cls, saved)
         assert {"- minipeft", "- lora"} <= set(text.splitlines())
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("how", ["path", "last"])
+@pytest.mark.parametrize(("make", "how"), thinned(([gpt2, llama], ["path", "last"]), [(gpt2, "path"), (llama, "last")]))
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, make, how):
     options = {"target_modules": "all-linear", "bias": "lora_only"} if make is gpt2 else {}
     whole = adapted(make(), **options)
@@ -468,7 +468,7 @@ def supervised(folder, model, mixin=AdapterTrainerMixin, **options):
         return trainer(model, config, train_dataset=data, processing_class=word_tokenizer())
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("make", [gpt2, pytest.param(llama, marks=pytest.mark.slow)])
 def test_sft_trainer_resumes_bit_for_bit_and_saves_the_adapter_alone(tmp_path, make):
     whole = adapted(make())
     losses = trained(supervised(tmp_path, whole))

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from rotation import often
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, bert_classifier, disturb, foreign_code, gpt2, llama, logits, t5
 from typer.testing import CliRunner
@@ -142,8 +143,12 @@ CASES = {
 }
 
 
+ALWAYS = ("lora, transposed", "lora, bf16, sharded", "lora on embedding and head", "dora", "oft", "tokens, tied", "t5, table in full",
+          "experts, apart in shards", "wrapped text model")  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:.*shares its weight")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", often(CASES, ALWAYS))
 def test_the_merged_files_are_those_of_merge_and_unload(tmp_path, case):
     make, config, options = CASES[case]
     model = make()

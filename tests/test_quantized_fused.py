@@ -195,8 +195,9 @@ def test_an_adapter_beside_a_merged_one_acts_on_the_float_layer(kind):
     same((found, *torch.autograd.grad(found.sum(), x)), (expected, *torch.autograd.grad(expected.sum(), x)))
 
 
-@pytest.mark.parametrize("recomputed", [True, False])
-@every_kind
+@pytest.mark.parametrize(
+    ("kind", "recomputed"), thinned((KINDS, [True, False]), zip(KINDS, itertools.cycle([True, False])))
+)
 def test_the_weight_is_made_once_forward_once_backward_and_gone_in_between(kind, recomputed, made):
     model = with_lora(quantized(kind))
     made.clear()

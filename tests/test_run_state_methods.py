@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from method_cases import CASES
+from rotation import often
 from tiny_models import gpt2, llama, token_ids
 
 import minipeft
@@ -80,7 +81,10 @@ def went_on(config, folder, step, tmp_path):
     return run.files(tmp_path / f"again-{step}")
 
 
-@pytest.mark.parametrize("method", METHODS)
+ALWAYS = ("lora", "dora", "vera unsaved", "lokr", "trainable tokens", "adalora")
+
+
+@pytest.mark.parametrize("method", often(METHODS, ALWAYS))
 def test_a_run_that_goes_on_ends_in_the_same_bytes(method, tmp_path):
     run = Run(METHODS[method])
     run.steps(0, 3)

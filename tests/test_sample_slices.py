@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from rotation import often
 from test_lean import IDS, LABELS, OTHERS, assert_same_learning, in_training, loss_and_gradients
 from tiny_models import gpt2, llama
 from torch import nn
@@ -34,7 +35,7 @@ def batches_seen(block):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", *OTHERS])
+@pytest.mark.parametrize("kind", often(["gpt2", "llama", *OTHERS], ["gpt2", "llama", "falcon"]))
 def test_every_sample_by_itself_gives_the_same_loss_and_gradients(kind):
     torch.manual_seed(0)
     base = {"gpt2": gpt2, "llama": llama}.get(kind, lambda: AutoModelForCausalLM.from_config(OTHERS[kind]))()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rotation import often
 from test_training_data import CHAT, CODE, PLAIN, chatty, letters, write
 from tiny_models import gpt2
 
@@ -217,7 +218,10 @@ def parquet(folder):
 SOURCES = [text_file, documents, prompts, dropping, chats, unpacked, joined, packed, saved, parquet]
 
 
-@pytest.fixture(params=SOURCES, ids=lambda make: make.__name__)
+ALWAYS = (text_file, prompts, chats, packed, parquet)
+
+
+@pytest.fixture(params=often(SOURCES, ALWAYS), ids=lambda make: make.__name__)
 def streams(request, tmp_path, monkeypatch):
     """Makes the same stream as often as it is called; `streaming` False reads the rows of a file that is whole."""
     monkeypatch.setattr(readers, "RUN_CHARACTERS", 60)

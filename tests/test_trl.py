@@ -113,7 +113,9 @@ def trained(trainer, model, folder, out, resume=None, **options):
     return SimpleNamespace(run=run, losses=[row["loss"] for row in run.state.log_history if "loss" in row])
 
 
-@pytest.mark.parametrize(("mine", "stock"), [(SFT, trl.SFTTrainer), (KTO, trl.KTOTrainer)])
+@pytest.mark.parametrize(
+    ("mine", "stock"), [(SFT, trl.SFTTrainer), pytest.param(KTO, trl.KTOTrainer, marks=pytest.mark.slow)]
+)
 def test_the_losses_are_those_of_pefts_model_and_there_is_one_base(mine, stock, folder, tmp_path):
     found = trained(mine, ours(folder), folder, tmp_path / "ours")
     expected = trained(stock, theirs(folder), folder, tmp_path / "theirs")
@@ -187,7 +189,9 @@ def rewarded(completion_ids, **_):
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-@pytest.mark.parametrize(("mine", "stock"), [(GRPO, trl.GRPOTrainer), (RLOO, trl.RLOOTrainer)])
+@pytest.mark.parametrize(
+    ("mine", "stock"), [(GRPO, trl.GRPOTrainer), pytest.param(RLOO, trl.RLOOTrainer, marks=pytest.mark.slow)]
+)
 def test_online_training_has_one_base_and_the_losses_of_pefts_model(mine, stock, folder, tmp_path):
     def run(trainer, model, out):
         config = getattr(trl, stock.__name__.removesuffix("Trainer") + "Config")
