@@ -156,6 +156,8 @@ def draw_scale(records: Records, path: Path) -> None:
         axes.set_axis_off()
     for axes in panels[:, 0]:
         axes.set_ylabel("ms")
+    for axes in panels[-1]:
+        axes.set_xlabel("adapted layers")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     figure.suptitle("Time of a verb against the number of adapted layers")
