@@ -104,10 +104,13 @@ def bars(axes: Axes, records: Records, unit: str) -> None:
 def draw_steps(records: Records, path: Path) -> None:
     """Milliseconds of a training step by subject, with the time of its matrix products alone as a line."""
     cases = list(dict.fromkeys(r["case"] for r in records if r["measure"] == "training step"))
+    rows = (len(cases) + 1) // 2
     figure, panels = plt.subplots(
-        1, len(cases), figsize=(7.2 * len(cases), 4.4), sharey=True, squeeze=False, layout="constrained"
+        rows, 2, figsize=(14.4, 0.4 + 4 * rows), sharey=True, squeeze=False, layout="constrained"
     )
-    for axes, case in zip(panels[0], cases, strict=True):
+    for axes in panels.flat[len(cases) :]:
+        axes.set_axis_off()
+    for axes, case in zip(panels.flat, cases, strict=False):
         steps = [r for r in records if r["case"] == case and r["measure"] == "training step"]
         bars(axes, [r for r in steps if r["peer_name"] == PEFT], "ms")
         bounds = [r for r in records if r["case"] == case and r["measure"] == "share of the step"]
@@ -117,7 +120,7 @@ def draw_steps(records: Records, path: Path) -> None:
         axes.set_xlabel("ms a step, forward and backward (next to each bar: share of PEFT's)")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
-    figure.suptitle(f"Training step with LoRA r=8 on c_attn, c_proj and c_fc, {records[0]['device']}")
+    figure.suptitle("Training step with LoRA r=8 on the linear layers of each block")
     save(figure, path)
 
 
