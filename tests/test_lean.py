@@ -697,6 +697,16 @@ def test_memory_is_handed_back_by_glibc_and_nowhere_else(monkeypatch):
     glibc._of_glibc.cache_clear()
 
 
+@pytest.mark.parametrize(("checkpointing", "returned"), [("none", False), ("last", True), ("block", True)])
+def test_no_time_goes_into_giving_memory_back_where_nothing_is_recomputed(checkpointing, returned, monkeypatch):
+    from minipeft.kernels import glibc
+
+    model, calls = lean(adapted(gpt2()).train(), checkpointing), []
+    monkeypatch.setattr(glibc, "trim", calls.append)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert bool(calls) == returned
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 @pytest.mark.parametrize("checkpointing", ["block", "sqrt", 2])
 def test_recomputing_all_blocks_gives_freed_arrays_back_at_once(checkpointing):

@@ -54,6 +54,7 @@ class LeanLoss:
     original: Any
     set_before: bool
     takes_use_cache: bool
+    trims: bool  # whether freed memory goes back to the system around it, which takes time
     left_alone: bool = False  # and that has been logged
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -70,10 +71,15 @@ class LeanLoss:
         known = {
             name: kwargs[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in kwargs
         }
-        glibc.trim(logits.device.type)
+        self.trim(logits)
         loss = causal_lm_loss(logits, _whole(base.weight), bias, labels, changed_rows=changed, **known)
-        glibc.trim(logits.device.type)  # just before the step's peak of memory
+        self.trim(logits)  # just before the step's peak of memory
         return loss
+
+    def trim(self, tensor: Tensor) -> None:
+        """Give freed memory back to the system, if that is wanted and the tensor is on a CPU."""
+        if self.trims:
+            glibc.trim(tensor.device.type)
 
     def _check_untouched(self, passing: Passing, logits: Tensor) -> None:
         hidden = passing.hidden
@@ -103,7 +109,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if given.get("labels") is None and kwargs.get("shift_labels") is None:
         return None
     if (is_compiled() or not is_transformed()) and _still_fits(model, loss.head):
-        glibc.trim(next(model.parameters()).device.type)
+        loss.trim(next(model.parameters()))
         loss.head.passing = Passing()  # type: ignore[assignment]
     # A training step does not read the cache, which would copy all keys and values.
     free = given.get("use_cache") is None and ("use_cache" in kwargs or "use_cache" not in given)

@@ -79,9 +79,9 @@ def lean(
             block, in slices, and its feed-forward half in tiles of tokens. A number k: every block, and of each k blocks
             only the first keeps its input, from which those of the others are computed again; "sqrt": as many blocks as
             groups. Each takes less memory and more time than the one before; from "block" on, on a CPU, glibc is told to give
-            freed arrays back at once, for the rest of the process. "none": nothing. The default is "last" if the
-            model can run in slices, which dropout prevents, else "none". Recomputation is non-reentrant and stops below
-            the lowest adapter.
+            freed arrays back at once, for the rest of the process. "none": nothing, and no time goes into giving freed
+            memory back. The default is "last" if the model can run in slices, which dropout prevents, else "none".
+            Recomputation is non-reentrant and stops below the lowest adapter.
         chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
         fast_linear: also let frozen layers without an adapter use the faster library, if there is one; quantized
             layers then keep nothing for the backward pass.
@@ -108,7 +108,7 @@ def lean(
         _swap_modules(model, state, fast_linear=fast_linear)
         _recompute(model, state, checkpointing)
         if chunked_loss:
-            _chunk_loss(model, state)
+            _chunk_loss(model, state, trims=checkpointing != "none")
         probe.compare(model)
         if checkpointing is None and not all(sample_slices.runs_in_slices(block) for block in state.blocks):
             _keep_blocks(state)
@@ -267,12 +267,13 @@ def _with_base(head: nn.Module) -> list[nn.Module]:
     return [head, head.base_layer] if isinstance(head, AdaptedLayer) else [head]
 
 
-def _chunk_loss(model: nn.Module, state: LeanState) -> None:
+def _chunk_loss(model: nn.Module, state: LeanState, *, trims: bool) -> None:
     head, loss = output_head(model), model.loss_function
     assert head is not None
     _mix(head, PassesThrough, state)
     set_before = "_loss_function" in model.__dict__
-    model._loss_function = LeanLoss(head, loss, set_before, "use_cache" in inspect.signature(model.forward).parameters)  # type: ignore[assignment]
+    takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
+    model._loss_function = LeanLoss(head, loss, set_before, takes_use_cache, trims)  # type: ignore[assignment]
     state.chunked_loss = True
     state.hooks += [
         model.register_forward_pre_hook(before_forward, with_kwargs=True),
