@@ -45,14 +45,16 @@ PARTS: dict[str, Callable[[Options], Iterator[Rows | None]]] = {
 def run_part(part: str, options: Options, folder: Path | None) -> bool:
     """Measure, print and write one part; False if a case was refused."""
     rows: Rows = []
-    complete = True
+    complete, path = True, None
     for some in PARTS[part](options):
         complete = complete and some is not None
         for row in some or ():
             rows.append(on_device(row, options.device))
             show(row)
         if folder is not None and rows:  # what is measured is kept if the next case breaks off
-            print(write_rows(f"speed_{part}" + ("_cuda" if options.device == "cuda" else ""), rows, folder))
+            path = write_rows(f"speed_{part}" + ("_cuda" if options.device == "cuda" else ""), rows, folder)
+    if path is not None:
+        print(path)
     return complete
 
 
