@@ -17,6 +17,9 @@ WRAPPING = {*ATTRIBUTES, "PeftModel"}
 # What transformers keeps of a quantization on a model, besides `quantization_config` in its config.
 QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
+# A model's argument for what it remembers of earlier tokens; the first since transformers 5.24, the others before it.
+CACHES = ("cache", "past_key_values", "cache_params")
+
 # The op by which experts multiply where torch has no grouped product for them (`transformers.integrations.moe`).
 GROUPED_PRODUCT = "grouped_mm_fallback"
 

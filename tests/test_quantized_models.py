@@ -253,6 +253,8 @@ def test_a_model_that_we_quantized_is_saved_and_loads_again(kind, family, tmp_pa
     with foreign_code():
         model.save_pretrained(tmp_path)
         again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for module in (*again.modules(), *model.modules()):
+        module.support_avx512bf16_for_cpu = False  # for which bitsandbytes rounds the scales in its first call
     assert torch.equal(logits(again), logits(model.eval()))
     head = again.get_output_embeddings()
     assert type(head) is nn.Linear

@@ -64,7 +64,7 @@ def llama(seed=0, **options):
         LlamaConfig,
         num_hidden_layers=2,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=64,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,

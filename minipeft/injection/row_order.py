@@ -20,10 +20,9 @@ from minipeft.errors import StateError
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.rows import Rows, acting
 from minipeft.kernels.generators import generators_kept
-from minipeft.transformers_model import main_input_name
+from minipeft.transformers_model import CACHES, main_input_name
 
 BY_POSITION = {"cache_position"}  # arguments of transformers' models without a dimension of rows
-CACHES = ("past_key_values", "cache_params")
 EXPERTS = {"expert", "experts"}  # what models call the list of them
 
 

@@ -21,6 +21,7 @@ from minipeft.injection.wrapper import innermost
 from minipeft.kernels import glibc
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 from minipeft.kernels.transformed import is_compiled, is_transformed
+from minipeft.transformers_model import CACHES
 
 _log = logging.getLogger("minipeft")
 
@@ -113,7 +114,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         loss.head.passing = Passing()  # type: ignore[assignment]
     # A training step does not read the cache, which would copy all keys and values.
     free = given.get("use_cache") is None and ("use_cache" in kwargs or "use_cache" not in given)
-    if loss.takes_use_cache and free and given.get("past_key_values") is None:
+    if loss.takes_use_cache and free and all(given.get(name) is None for name in CACHES):
         kwargs = {**kwargs, "use_cache": False}
     return args, kwargs
 

@@ -19,6 +19,7 @@ from minipeft.errors import StateError
 from minipeft.injection.rows import Rows, numbers
 from minipeft.injection.rows_of_call import rows_acting, rows_of_call
 from minipeft.model import AdaptedModel
+from minipeft.transformers_model import CACHES
 
 
 class Row(Protocol):
@@ -39,6 +40,7 @@ class Batch:
         self._mask = torch.empty(0, 0, dtype=torch.long, device="cpu")  # (rows, width): 1 for a token, 0 for padding
         self._routing: Rows | None = None
         self._takes = inspect.signature(model.forward).parameters.keys()
+        self._takes_cache_as = next((name for name in CACHES if name in self._takes), "past_key_values")
 
     def join(self, rows: Sequence[Row]) -> Tensor:
         """Run the prompts of more rows; returns the logits of their first tokens, shape (rows, vocabulary)."""
@@ -105,7 +107,7 @@ class Batch:
 
     @torch.no_grad()
     def _run(self, ids: Tensor, mask: Tensor, cache: Any, routing: Rows | None) -> Tensor:
-        given = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        given = {"input_ids": ids, "attention_mask": mask, self._takes_cache_as: cache, "use_cache": True}
         if "position_ids" in self._takes:
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._takes:
