@@ -21,6 +21,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ class _Tables:
     targets: dict[tuple[str | None, str, str], tuple[str, ...] | str] = field(default_factory=dict)
     by_layer: dict[str, dict[str, type[Any]]] = field(default_factory=dict)  # layer type -> method -> adapter
     by_pattern: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
+    settled_with: int = 0  # how many modules of Python were loaded when the dotted names were settled; 0: a name is new
 
 
 _tables = _Tables()
@@ -148,6 +150,7 @@ def _registering(table: dict[Any, Any], key: Any, contract: str, what: str) -> C
                 f"{what} is already registered to {qualified(owner)}; {qualified(cls)} was not registered."
             )
         table[key] = cls() if contract == "LayerOps" else cls
+        _tables.settled_with = 0
         return cls
 
     return register
@@ -244,6 +247,9 @@ def _load_built_in() -> None:
 def _settle_dotted_names() -> None:
     """Replace an alias (``torch.nn.Linear``) by the class's own name once its package is loaded."""
     _load_built_in()
+    if _tables.settled_with == len(sys.modules):  # asked for every layer of a model
+        return
+    _tables.settled_with = len(sys.modules)
     tables: tuple[dict[str, dict[str, Any]], ...] = (_tables.layers, _tables.by_layer)
     for table in tables:
         for key in list(table):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import AdapterFile, is_sample
-from minipeft.files.frozen_weights import frozen_weights, planned_frozen_weights
+from minipeft.files.frozen_weights import frozen_weights
 from minipeft.injection.build import Parts
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.injection.plan import Plan
@@ -33,14 +33,12 @@ def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
     And of the frozen weights that may not be in the base's checkpoint, by their own names.
     """
     remembered = model.__dict__[STATE].samples.get(adapter_name, {})
-    adapted = {
-        name: sample(layer.ops, layer.base_layer, layer.adapter(adapter_name)) or remembered.get(name, [])
-        for name, layer in adapted_layers(model)
-        if layer.owns(adapter_name) and not layer.merged
-    }
+    layers = [(name, layer) for name, layer in adapted_layers(model) if layer.owns(adapter_name) and not layer.merged]
+    adapted = _samples((n, layer.ops, layer.base_layer, layer.adapter(adapter_name)) for n, layer in layers)
+    adapted = {name: values or remembered.get(name, []) for name, values in adapted.items()}
     weights = each_value(model, frozen_weights(model, adapter_name))
-    frozen = {name: remembered.get(name) or _sample_of(weight) for name, weight in weights}
-    return adapted | {name: values for name, values in frozen.items() if values}
+    frozen = _numbers({name: None if remembered.get(name) else _picked(weight) for name, weight in weights})
+    return adapted | {name: values for name, row in frozen.items() if (values := remembered.get(name) or row)}
 
 
 def remember_base(model: nn.Module) -> None:
@@ -49,42 +47,36 @@ def remember_base(model: nn.Module) -> None:
     state.samples = {name: base_samples(model, name) for name in state.configs}
 
 
-def planned_samples(model: nn.Module, plan: Plan, parts: Parts, wanted: Collection[str]) -> dict[str, list[float]]:
-    """What `base_samples` will return once the parts of a plan are in its model; of frozen weights only those `wanted`."""
-    adapted = {
-        site.name: sample(site.ops, site.candidate.base, adapter)
-        for site, adapter in zip(plan.adapters, parts.adapters, strict=True)
-    }
-    weights = [(name, weight) for name, weight in planned_frozen_weights(model, plan) if name in wanted]
-    return adapted | {name: _sample_of(weight) for name, weight in each_value(model, weights)}
+def planned_samples(
+    model: nn.Module, plan: Plan, parts: Parts, frozen: Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, list[float]]:
+    """What `base_samples` will return once the parts of a plan are in its model, with these of the frozen weights."""
+    pairs = zip(plan.adapters, parts.adapters, strict=True)
+    adapted = _samples((site.name, site.ops, site.candidate.base, adapter) for site, adapter in pairs)
+    return adapted | _numbers({name: _picked(weight) for name, weight in each_value(model, frozen)})
 
 
 @torch.no_grad()
-def sample(ops: LayerOps, base: nn.Module, adapter: Adapter) -> list[float]:
-    """Eight evenly spread elements of the canonical weight, rounded to 6 digits; empty if they cannot be read.
+def _samples(layers: Iterable[tuple[str, LayerOps, nn.Module, Adapter]]) -> dict[str, list[float]]:
+    """By the name of each layer, eight evenly spread elements of its canonical weight; empty if they cannot be read.
 
     A ninth number, the tolerance, marks the sample of a quantized layer, whose values are not the float weight's.
     """
-    with present(innermost(base)):
-        return _sampled(ops, base, adapter)
-
-
-def _sampled(ops: LayerOps, base: nn.Module, adapter: Adapter) -> list[float]:
-    weight = ops.read_weight(base)
-    if not _is_readable(weight):
-        return []
-    values = _sample_of(adapter.untouched(weight))
-    return [*values, QUANTIZED] if values and ops.is_quantized else values
+    picked, quantized = {}, set()
+    for name, ops, base, adapter in layers:
+        with present(innermost(base)):
+            weight = ops.read_weight(base)
+            picked[name] = _picked(adapter.untouched(weight)) if _is_readable(weight) else None
+        if ops.is_quantized:
+            quantized.add(name)
+    numbers = _numbers(picked)
+    return {name: [*row, QUANTIZED] if row and name in quantized else row for name, row in numbers.items()}
 
 
 @torch.no_grad()
-def _sample_of(weight: Tensor) -> list[float]:
-    if not _is_readable(weight):
-        return []
-    weight = weight if weight.ndim == 2 else weight.reshape(1, -1)
-    rows, columns = _places(*weight.shape)
-    values = [float(f"{value:.6g}") for value in weight[rows, columns].tolist()]
-    return values if all(map(is_sample, values)) else []  # JSON has no NaN
+def _picked(weight: Tensor) -> Tensor | None:
+    """Eight evenly spread elements; None if they cannot be read."""
+    return weight.take(torch.tensor(_places(weight.numel()), device=weight.device)) if _is_readable(weight) else None
 
 
 def _is_readable(weight: Tensor) -> bool:
@@ -93,9 +85,25 @@ def _is_readable(weight: Tensor) -> bool:
 
 
 @functools.cache
-def _places(rows: int, columns: int) -> tuple[list[int], list[int]]:
-    places = [index * (rows * columns - 1) // (SAMPLES - 1) for index in range(SAMPLES)]
-    return [place // columns for place in places], [place % columns for place in places]
+def _places(count: int) -> list[int]:
+    return [index * (count - 1) // (SAMPLES - 1) for index in range(SAMPLES)]
+
+
+def _numbers(picked: Mapping[str, Tensor | None]) -> dict[str, list[float]]:
+    """Elements as numbers, rounded to 6 digits, by name; read together, since each read waits for a GPU."""
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, values in picked.items():
+        if values is not None:
+            groups.setdefault((values.device, values.dtype), {})[name] = values
+    rows: dict[str, list[float]] = {}
+    for group in groups.values():
+        rows.update(zip(group, torch.stack(list(group.values())).tolist(), strict=True))
+    return {name: _rounded(rows.get(name, [])) for name in picked}
+
+
+def _rounded(row: Sequence[float]) -> list[float]:
+    values = [float(f"{value:.6g}") for value in row]
+    return values if all(map(is_sample, values)) else []  # JSON has no NaN
 
 
 def check_samples(file: AdapterFile, here: Mapping[str, list[float]], *, exact: bool = False, advice: str = "") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
@@ -44,21 +44,23 @@ def _saved(base: nn.Module, only: Collection[str] | None) -> set[int]:
 
 def _of_unsure_origin(model: nn.Module, taken: Collection[int]) -> Iterator[tuple[str, nn.Parameter]]:
     """Weights of layers without children: a bare one next to them, such as a mask token, often acts in training only."""
-    origins, known = find_origins(model), tables(model)
+    found = candidates(model)
+    origins, known = find_origins(model, found), tables(model)
     # The rows of a resized vocabulary have a place of their own in a file.
     resized = {id(table.weight) for name, table in known.items() if len(table.weight) != base_rows(model, name, table)}
-    for name, owner, parameter in base_parameters(model, candidates(model)):
+    for name, owner, parameter in base_parameters(model, found):
         if owner._modules or id(parameter) in taken or id(parameter) in resized:
             continue
         if name in origins.fresh or name in origins.unknown:
             yield name, parameter
 
 
-def warn_of_missing_parts(file: AdapterFile, model: nn.Module, plan: Plan) -> None:
-    """Warn about weights that were drawn at random when this base was loaded, and of which the file says nothing."""
-    lacking = [
-        name for name, _ in planned_frozen_weights(model, plan) if name in plan.origins.fresh and name not in file.base
-    ]
+def warn_of_missing_parts(file: AdapterFile, plan: Plan, frozen: Iterable[str]) -> None:
+    """Warn about weights that were drawn at random when this base was loaded, and of which the file says nothing.
+
+    `frozen` are the names of `planned_frozen_weights`.
+    """
+    lacking = [name for name in frozen if name in plan.origins.fresh and name not in file.base]
     if lacking:
         warnings.warn(
             f"{file.path.parent} does not bring {shown(lacking)}, which this base's checkpoint lacks too: they were drawn "

@@ -16,14 +16,15 @@ from minipeft.errors import shown
 from minipeft.files.base_samples import planned_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import AdapterFile, open_adapter
-from minipeft.files.frozen_weights import warn_of_missing_parts
+from minipeft.files.frozen_weights import planned_frozen_weights, warn_of_missing_parts
 from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
 from minipeft.files.peft_entries import as_peft_reads
 from minipeft.files.reading import reading
-from minipeft.injection.build import PREFIX, Parts, build, build_from
+from minipeft.injection.build import PREFIX, Parts, build
+from minipeft.injection.build_from_file import build_from
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.methods.base import Adapter
@@ -56,11 +57,12 @@ def load_parts(
     kept = set(file.kept)
     plan = replace(plan, saved=tuple(replace(site, trains=site.name not in kept) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
-    shapes = build(plan, on_meta=True)
+    shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan))
+    sampled = [(name, weight) for name, weight in frozen.items() if name in file.base]
     expected = Expected(
         model,
         {key: tensor for key, tensor in shapes.file_tensors(plan).items() if key not in new_rows.values},
-        base={} if allow_base_mismatch else planned_samples(model, plan, shapes, file.base),
+        base={} if allow_base_mismatch else planned_samples(model, plan, shapes, sampled),
         tied=_tied(plan),
         done=new_rows.tables,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
@@ -68,11 +70,11 @@ def load_parts(
     file = todays_layout(without_adapter_name(file, expected.tensors), plan)
     with reading(directory):
         values = read_values(file, expected, strict=strict)
-    warn_of_missing_parts(file, model, plan)
+    warn_of_missing_parts(file, plan, frozen)
     if bookkeeping := file.config.other_keys.keys() - KEPT:
         logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
     values.update(new_rows.values)
-    return plan, build_from(plan, values)
+    return plan, build_from(plan, shapes, values)
 
 
 def _tied(plan: Plan) -> dict[str, str]:

@@ -24,15 +24,16 @@ def warn_of_lost_state(model: nn.Module) -> None:
                 "or removed after adapting. Its file lacks them, and fits only a model without these layers.",
                 stacklevel=3,
             )
+    modules = base_modules(model)
     unfrozen = [
         f"{name}.{key}" if name else key
-        for name, module in base_modules(model).items()
+        for name, module in modules.items()
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
     if unfrozen:
         _warn(unfrozen, "of the base train (requires_grad is True)")
-    changed = changed_buffers(state.buffers, buffer_samples(model))
+    changed = changed_buffers(state.buffers, buffer_samples(modules))
     if changed:
         _warn(changed, "of the base changed since it was adapted")
 

@@ -23,9 +23,11 @@ from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_bytes import file_of
 from minipeft.files.tensor_file import MAX_DIMENSIONS, header_is_too_long
 from minipeft.files.tied_repeats import followers
+from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import PREFIX, shared_tensors
-from minipeft.injection.module_tree import adapted_layers, adapters_of, candidates, layers_of, wrappers, wrappers_of
+from minipeft.injection.module_tree import adapted_layers, candidates, layers_of, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
+from minipeft.kernels.functional import is_finite
 from minipeft.patterns import full_matches, matching
 from minipeft.transformers_model import name_or_path
 from minipeft.wrapper_names import unwrapped_name
@@ -33,12 +35,12 @@ from minipeft.wrapper_names import unwrapped_name
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The live tensors of one adapter under PEFT's keys, such as ``base_model.model.<path>.lora_A.weight``."""
+    here = list(wrappers_of(model, adapter_name))
     own = {
-        f"{PREFIX}{name}.{key}": tensor
-        for name, wrapper in wrappers(model)
-        for key, tensor in wrapper.file_tensors(adapter_name).items()
+        f"{PREFIX}{name}.{key}": t for name, wrapper in here for key, t in wrapper.file_tensors(adapter_name).items()
     }
-    return own | shared_tensors(adapters_of(model, adapter_name).values())
+    layers = (wrapper for _, wrapper in here if isinstance(wrapper, AdaptedLayer) and wrapper.owns(adapter_name))
+    return own | shared_tensors(layer.adapter(adapter_name) for layer in layers)
 
 
 def tensors_from_state(
@@ -73,17 +75,17 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, c
 
     `compact` False is for a file that training resumes from, see `minipeft.methods.base.Adapter.compacted`.
     """
-    values = config.to_dict()
-    values["target_modules"] = _resolved_targets(model, config, adapter_name)
+    values, layers = config.to_dict(), dict(layers_of(model, adapter_name))
+    values["target_modules"] = _resolved_targets(model, config, adapter_name, layers)
     if config.modules_to_save is not None:
         copies = [(name, w) for name, w in wrappers_of(model, adapter_name) if isinstance(w, SavedModule)]
         saved = [name for name, wrapper in copies if wrapper.only is None]  # bias="all" copies biases alone
         saved += [name for name in followers(model, config, adapter_name) if name in dict(copies)]
         values["modules_to_save"] = for_peft(model, config.modules_to_save, saved) or None
     if "fan_in_fan_out" in values:
-        values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for _, layer in layers_of(model, adapter_name))
-    method, adapters = registry.method_class(config.method), adapters_of(model, adapter_name)
-    values |= method.file_options(values, adapters, compact)
+        values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
+    adapters = {name: layer.adapter(adapter_name) for name, layer in layers.items()}
+    values |= registry.method_class(config.method).file_options(values, adapters, compact)
     if config.base_model_name_or_path is None:
         values["base_model_name_or_path"] = name_or_path(model)
     if config.task_type is None:
@@ -98,9 +100,11 @@ def auto_mapping(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
-def _resolved_targets(model: nn.Module, config: AdapterConfig, adapter_name: str) -> Any:
+def _resolved_targets(
+    model: nn.Module, config: AdapterConfig, adapter_name: str, layers: Mapping[str, AdaptedLayer]
+) -> Any:
     targets = config.target_modules
-    names = [name for name, layer in layers_of(model, adapter_name) if layer.targeted]
+    names = [name for name, layer in layers.items() if layer.targeted]
     if any(getattr(config, option) is not None for option in config.not_in_files):
         return names  # which says what those options say
     if targets in (None, ALL_LINEAR, ALL_LINEAR_TEXT):
@@ -186,7 +190,7 @@ def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def warn_if_unreadable(directory: Path, tensors: Mapping[str, Tensor], weights: Pieces, config: bytes) -> None:
     """Warn about a file that is written and that `load_adapter` will refuse; no values are lost that training made."""
-    broken = [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    broken = [key for key, t in tensors.items() if t.is_floating_point() and not is_finite(t)]
     reasons = {
         f"it holds NaN or infinity in {shown(broken, 3)}, so the training has diverged": broken,
         f"a tensor has more than {MAX_DIMENSIONS} dimensions": any(t.ndim > MAX_DIMENSIONS for t in tensors.values()),

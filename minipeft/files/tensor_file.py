@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from minipeft.errors import CheckpointError, shown, told_error
 from minipeft.files.not_an_adapter import named
+from minipeft.kernels.functional import is_finite
 
 MAX_HEADER_BYTES = 2**24
 BATCH = 2**24  # values that are read with the file mapped once
@@ -73,7 +74,7 @@ class TensorFile:
             raise damaged(self.path, error) from None
         if changed or any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):
             raise CheckpointError(f"{self.path} changed while it was being read.")
-        broken = [key for key, t in tensors.items() if finite and t.is_floating_point() and not t.isfinite().all()]
+        broken = [key for key, t in tensors.items() if finite and t.is_floating_point() and not is_finite(t)]
         if broken:
             raise CheckpointError(f"{self.path} holds NaN or infinity in {shown(broken, 3)}.")
         return tensors

@@ -13,7 +13,7 @@ from minipeft.errors import StateError
 from minipeft.injection.adapted_value import adapted_value
 from minipeft.injection.layer_by_row import run_by_row
 from minipeft.injection.rows import BASE, CURRENT, in_backward, rows_now
-from minipeft.injection.stored_weight import stored_weight
+from minipeft.injection.stored_weight import Stored, stored_weight
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
 from minipeft.kernels.functional import accumulation_dtype
 from minipeft.layers.base import LayerOps
@@ -29,15 +29,22 @@ class AdaptedLayer(Wrapper):
     another layer that shares this weight, and is saved and trained there.
     """
 
+    ops: LayerOps
+    targeted: bool
+    merged: tuple[str, ...]
+    undo: Any
+    tied_adapters: set[str]
+    stored: Stored | None
+
     def __init__(self, base_layer: nn.Module, switch: Switch, ops: LayerOps, targeted: bool = True) -> None:
         super().__init__(base_layer, switch)
-        self.ops = ops
-        self.targeted = targeted
-        self.merged: tuple[str, ...] = ()
-        self.undo: Any = None
-        self.tied_adapters: set[str] = set()
-        owner = innermost(base_layer)
-        self.stored = None if ops.is_quantized else stored_weight(ops.read_weight(owner), owner)
+        owner, own = innermost(base_layer), vars(self)  # as in `Wrapper`
+        own["ops"] = ops
+        own["targeted"] = targeted
+        own["merged"] = ()
+        own["undo"] = None
+        own["tied_adapters"] = set()
+        own["stored"] = None if ops.is_quantized else stored_weight(ops.read_weight(owner), owner)
 
     def __getattr__(self, name: str) -> Any:
         """The base layer's attribute; its weight and bias with the acting adapters folded in."""

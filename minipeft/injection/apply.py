@@ -65,7 +65,7 @@ def take_out(wrapper: Wrapper, inner: nn.Module, places: tuple[tuple[nn.Module, 
 
 def _become(module: nn.Module, other: nn.Module) -> None:
     state: dict[str, Any] = vars(other)
-    module.__class__ = type(other)
+    object.__setattr__(module, "__class__", type(other))  # not by torch's own, which looks for parameters first
     object.__setattr__(module, "__dict__", state)
 
 

@@ -10,11 +10,11 @@ from minipeft.class_swap import mixed_class, original_class
 from minipeft.errors import StateError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.apply import apply, discard, eject, follow_loads
-from minipeft.injection.base_state import buffer_samples, hold_still, let_go
+from minipeft.injection.base_state import base_modules, buffer_samples, hold_still, let_go
 from minipeft.injection.build import Parts
 from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkpoints_train
 from minipeft.injection.fresh_parts import ORIGINS
-from minipeft.injection.module_tree import wrappers
+from minipeft.injection.module_tree import wrappers, wrappers_of
 from minipeft.injection.plan import Plan
 from minipeft.injection.resting import parameters_at, places_in, put_to_rest
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
@@ -59,11 +59,11 @@ def _attach(
     if first:
         model.__dict__[STATE] = state
         model.__dict__[ORIGINS] = plan.origins
-        state.buffers = buffer_samples(model)
+        state.buffers = buffer_samples(base_modules(model))
     state.configs[adapter_name] = plan.config
     state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
     state.places[adapter_name] = []
-    for _, wrapper in wrappers(model):
+    for _, wrapper in wrappers_of(model, adapter_name):
         if isinstance(wrapper, AdaptedLayer):
             follow_loads(wrapper)
         state.places[adapter_name] += places_in(wrapper, adapter_name)

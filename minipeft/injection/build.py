@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from minipeft.errors import TargetError, told_error
 from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite, SavedSite
-from minipeft.kernels.generators import generators_kept
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
 
@@ -33,11 +32,11 @@ class Parts:
         """Key in a file -> the live tensor."""
         sites: list[AdapterSite | SavedSite] = [*plan.adapters, *plan.saved]
         pairs = zip(sites, (*self.adapters, *self.copies), strict=True)
-        own = {key: tensor for site, part in pairs for key, tensor in _own_tensors(site, part).items()}
+        own = {key: tensor for site, part in pairs for key, tensor in own_tensors(site, part).items()}
         return own | shared_tensors(self.adapters)
 
 
-def _own_tensors(site: AdapterSite | SavedSite, part: nn.Module) -> dict[str, Tensor]:
+def own_tensors(site: AdapterSite | SavedSite, part: nn.Module) -> dict[str, Tensor]:
     """What a file holds of one part: key in a file -> the live tensor."""
     if isinstance(site, SavedSite):
         start, tensors = f"{site.name}.", copy_tensors(part, site.only)
@@ -59,7 +58,7 @@ def build(
     *,
     autocast_adapter_dtype: bool = True,
     on_meta: bool = False,
-    fill: Callable[[dict[str, Tensor], nn.Module], None] = lambda tensors, part: None,
+    fill: Callable[[dict[str, Tensor], nn.Module], None] | None = None,
 ) -> Parts:
     """Create the adapters and copies of a plan, on their layers' devices; nothing in the model changes.
 
@@ -82,19 +81,26 @@ def build(
             continue
         with present(base):
             adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
-        for parameter in adapter.parameters():
-            if autocast_adapter_dtype and parameter.dtype in HALF:
+        for parameter in adapter.parameters() if autocast_adapter_dtype else ():
+            if parameter.dtype in HALF:
                 parameter.data = parameter.data.float()
-        adapter.key_prefix, adapter.is_tied = site.prefix, adapter.ties(site.config)
-        adapters[site.name] = adapter.train(base.training)
-        fill(_own_tensors(site, adapter), adapter)
+        if site.prefix:  # assigning an attribute of a module takes long, and most need none of these
+            adapter.key_prefix = site.prefix
+        if adapter.ties(site.config):
+            adapter.is_tied = True
+        if not base.training:
+            adapter.eval()
+        adapters[site.name] = adapter
+        if fill is not None:
+            fill(own_tensors(site, adapter), adapter)
     copies: dict[str, nn.Module] = {}
     for saved in plan.saved:
         tied = None if saved.tied_to is None else copies[saved.tied_to]
         copies[saved.name] = _copied(saved, tied, on_meta)
         if not saved.trains:
             copies[saved.name].requires_grad_(False)
-        fill(_own_tensors(saved, copies[saved.name]), copies[saved.name])
+        if fill is not None:
+            fill(own_tensors(saved, copies[saved.name]), copies[saved.name])
     return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies.values()))
 
 
@@ -108,36 +114,6 @@ def _copied(site: SavedSite, tied: nn.Module | None, on_meta: bool) -> nn.Module
             f"{site.name} cannot be trained in full, since {type(site.candidate.base).__name__} cannot be copied "
             f"({told_error(error)})."
         ) from error
-
-
-def build_from(plan: Plan, values: dict[str, Tensor]) -> Parts:
-    """Create the parts of a plan with these values, by key in a file, without advancing torch's random generator.
-
-    The values are taken out of the dictionary, and each part takes their memory as its own when it can, so that there is
-    never a second copy of all of them.
-    """
-
-    @torch.no_grad()
-    def fill(tensors: Mapping[str, Tensor], part: nn.Module | None) -> None:
-        held = set() if part is None else {id(t) for t in (*part.parameters(), *part.buffers())}
-        for key, live in tensors.items():
-            if key in values:
-                _give(live, values.pop(key), owned=id(live) in held)
-
-    with generators_kept():
-        parts = build(plan, fill=fill)
-        fill(shared_tensors(parts.adapters), None)
-    return parts
-
-
-def _give(live: Tensor, value: Tensor, *, owned: bool) -> None:
-    """Give a tensor this value, which nothing else uses; in its own memory, unless a module holds it as it is."""
-    value = value.to(live.device, live.dtype)
-    plain = type(live) in (Tensor, nn.Parameter) and value.stride() == live.stride()
-    if owned and plain and value.untyped_storage().nbytes() == value.nbytes:
-        live.data = value
-    else:
-        live.copy_(value)
 
 
 def _on_meta(base: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.injection.module_tree import outside_adapters
 from minipeft.injection.rows import with_rows_kept
 
 FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in each module that checkpoints
@@ -24,7 +25,7 @@ FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in eac
 
 def let_checkpoints_train(model: nn.Module) -> None:
     """Change the checkpointing functions of a model's modules."""
-    for module in model.modules():
+    for _, module in outside_adapters(model):
         function = vars(module).get(FUNCTION)
         if isinstance(function, functools.partial) and function.func is not _checkpoint:
             setattr(module, FUNCTION, functools.partial(_checkpoint, function))
@@ -32,7 +33,7 @@ def let_checkpoints_train(model: nn.Module) -> None:
 
 def leave_checkpoints_alone(model: nn.Module) -> None:
     """Undo `let_checkpoints_train`."""
-    for module in model.modules():
+    for _, module in outside_adapters(model):
         function = vars(module).get(FUNCTION)
         if isinstance(function, functools.partial) and function.func is _checkpoint:
             setattr(module, FUNCTION, function.args[0])

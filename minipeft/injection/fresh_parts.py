@@ -62,15 +62,17 @@ def base_parameters(model: nn.Module, found: Mapping[str, Candidate]) -> Iterato
                 yield (f"{name}.{own}" if name else own), owner, parameter
 
 
-def find_origins(model: nn.Module) -> Origins:
+def find_origins(model: nn.Module, found: Mapping[str, Candidate] | None = None) -> Origins:
     """Which parameters of a base come from its checkpoint, by the marks of `from_pretrained` when it was first adapted.
 
     A part in which most parameters have no mark was changed since, or is not from a checkpoint: nothing is known of it.
+    `found` are the model's `candidates`, if they have been found already.
     """
     remembered = model.__dict__.get(ORIGINS)
     if isinstance(remembered, Origins):
         return remembered
-    parameters = {name: (parameter, owner) for name, owner, parameter in base_parameters(model, candidates(model))}
+    found = candidates(model) if found is None else found
+    parameters = {name: (parameter, owner) for name, owner, parameter in base_parameters(model, found)}
     fresh: set[str] = set()
     unknown = dict.fromkeys(name for name, (p, owner) in parameters.items() if _is_plain(p, owner))
     for part in loadable_parts(model):
@@ -166,9 +168,12 @@ def with_fresh_parts(config: AdapterConfig, parts: FreshParts) -> AdapterConfig:
     return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *names)) if names else config
 
 
-def warn_of_fresh_parts(model: nn.Module, config: AdapterConfig, parts: FreshParts, origins: Origins) -> None:
+def warn_of_fresh_parts(
+    model: nn.Module, config: AdapterConfig, found: Mapping[str, Candidate], parts: FreshParts, origins: Origins
+) -> None:
     """Name the new weights that are treated otherwise than the configuration asks, or cannot be saved."""
-    found = candidates(model)
+    if not origins.fresh and parts == FreshParts():
+        return
     bare = [
         name
         for name, owner, _ in base_parameters(model, found)

@@ -103,7 +103,7 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
 
 def wrappers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Wrapper]]:
     """Every (name, wrapper) that holds a part of this adapter."""
-    return ((name, wrapper) for name, wrapper in wrappers(model) if adapter_name in wrapper.adapters)
+    return ((name, wrapper) for name, wrapper in wrappers(model) if adapter_name in wrapper.parts)
 
 
 def adapted_places(model: nn.Module) -> Iterator[str]:
@@ -137,7 +137,7 @@ class TensorIndex:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._by_storage: dict[tuple[str, int], list[tuple[nn.Module, str, nn.Parameter]]] = {}
+        self._by_storage: dict[tuple[torch.device, int], list[tuple[nn.Module, str, nn.Parameter]]] = {}
         for name, module in outside_adapters(model):
             for parameter_name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -147,7 +147,7 @@ class TensorIndex:
     def owners(self, tensor: Tensor) -> list[tuple[str, nn.Module]]:
         """(parameter name, module) of every parameter that is `tensor` or occupies exactly the same memory."""
         entries = self._by_storage.get(_storage(tensor), [])
-        return [(name, module) for module, name, parameter in entries if _span(parameter) == _span(tensor)]
+        return [(name, module) for module, name, p in entries if p is tensor or _span(p) == _span(tensor)]
 
     def also_used_by(self, tensor: Tensor, *owners: nn.Module) -> list[str]:
         """Names of the parameters of modules other than `owners` that change when `tensor` is written."""
@@ -160,9 +160,9 @@ class TensorIndex:
         return users
 
 
-def _storage(tensor: Tensor) -> tuple[str, int]:
+def _storage(tensor: Tensor) -> tuple[torch.device, int]:
     # A tensor without memory of its own (on the meta device, or a wrapper such as torchao's) equals only itself.
-    return str(tensor.device), tensor.untyped_storage().data_ptr() if tensor.data_ptr() else id(tensor)
+    return tensor.device, tensor.untyped_storage().data_ptr() if tensor.data_ptr() else id(tensor)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

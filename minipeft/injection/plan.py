@@ -61,7 +61,8 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         RegistryError: the method is unknown.
     """
     config = config.for_model_type(model_type(model))
-    found, origins = candidates(model), find_origins(model)
+    found = candidates(model)
+    origins = find_origins(model, found)
     _check_no_peft(found)
     # A file names all that it brings, so nothing is added to it.
     fresh = find_fresh_parts(model, config, found, origins) if every_pattern else FreshParts()
@@ -84,7 +85,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         _check_saveable(site)
     warn_of_tied_layers(model, sites)
     if every_pattern:
-        warn_of_fresh_parts(model, config, fresh, origins)
+        warn_of_fresh_parts(model, config, found, fresh, origins)
     return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins)
 
 

@@ -17,11 +17,11 @@ Place = tuple[nn.Module, str]
 
 def places_in(wrapper: Wrapper, adapter_name: str) -> list[Place]:
     """Where the parameters are that training this adapter changes in one wrapper."""
-    if adapter_name not in wrapper.adapters:
+    part = wrapper.parts.get(adapter_name)
+    if part is None:
         return []
     own = set(map(id, wrapper.trainable_parameters(adapter_name)))
-    modules = wrapper.adapters[adapter_name].modules()
-    return [(module, name) for module in modules for name, p in module._parameters.items() if id(p) in own]
+    return [(module, name) for module in part.modules() for name, p in module._parameters.items() if id(p) in own]
 
 
 def parameters_at(places: Iterable[Place]) -> Iterator[nn.Parameter]:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from minipeft.errors import StateError
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.rows import Rows, acting
+from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.generators import generators_kept
 from minipeft.transformers_model import CACHES, main_input_name
 
@@ -93,17 +94,24 @@ def mark_rows(model: nn.Module) -> bool:
         Whether a module says if rows or positions come first, see `minipeft.injection.row_order`.
     """
     main, others, told = main_input_name(model), {}, False
+    adapted: list[tuple[str, Wrapper]] = []
     for path, module in outside_adapters(model):
+        if isinstance(module, Wrapper):
+            adapted.append((path, module))
+            continue
         told |= says_order(module)
         reads = getattr(type(module), "main_input_name", main)
         # An encoder of images in a model of text sees as many images as there are, in no relation to the rows.
         if main == "input_ids" and reads != main:
             others[path] = f"the {reads} of the whole batch"
-    for path, wrapper in wrappers(model):
-        above = [path[:end] for end, letter in enumerate(path) if letter == "."]
-        wrapper.counts = next((others[name] for name in above if name in others), None)
-        if EXPERTS & {*path.split(".")}:
-            wrapper.counts = "the tokens that chose one expert"
+    for path, wrapper in adapted:
+        parts = path.split(".")
+        above = (".".join(parts[:depth]) for depth in range(1, len(parts))) if others else ()
+        counts = next((others[name] for name in above if name in others), None)
+        if not EXPERTS.isdisjoint(parts):
+            counts = "the tokens that chose one expert"
+        if wrapper.counts != counts:
+            wrapper.counts = counts
     return told
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import StateError, shown
-from minipeft.injection.base_state import buffer_samples
+from minipeft.injection.base_state import base_modules, buffer_samples
 from minipeft.injection.build import Parts, build
 from minipeft.injection.module_tree import occupants
 from minipeft.injection.plan import Plan
@@ -65,7 +65,7 @@ def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
         if all(tensor.is_meta is False and id(tensor) in given for tensor in _base_tensors(plan)):
             _start(plan, name, given)
             state.unstarted.discard(name)
-            state.buffers = buffer_samples(model)
+            state.buffers = buffer_samples(base_modules(model))
 
 
 def _base_tensors(plan: Plan) -> Iterator[nn.Parameter]:

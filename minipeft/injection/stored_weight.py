@@ -43,6 +43,9 @@ class Stored:
 
 def stored_weight(canonical: Tensor, module: nn.Module) -> Stored | None:
     """Find the parameter of a module that a canonical weight is a view of, or else a copy; None if it is neither."""
+    own_name = next((name for name, own in module._parameters.items() if own is canonical), None)
+    if own_name is not None:  # as of most layers
+        return Stored(own_name, "same")
     for is_it in (_is_view, _is_copy):
         for name, own in module._parameters.items():
             if type(own) is not nn.Parameter or own.dtype != canonical.dtype or own.numel() != canonical.numel():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class Switch:
             self.read.add(id(wrapper))
 
 
-class Wrapper(nn.Module, ABC):
+class Wrapper(nn.Module):
     """A module that stands in the place of `base_layer` and holds one module for each named adapter.
 
     Attributes it lacks come from the base layer, so code that reads ``layer.weight`` or ``layer.in_features`` keeps
@@ -63,23 +62,34 @@ class Wrapper(nn.Module, ABC):
 
     def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
+        self.put_base(base_layer)
+        self._modules["adapters"] = nn.ModuleDict()
         own = vars(self)  # assigning attributes of a module one by one takes a tenth of the time to adapt a model
         own["switch"] = switch
         own["is_the_module"] = True  # see `minipeft.injection.apply`
         own["training"] = base_layer.training
         own["counts"] = None
 
-    @abstractmethod
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The tensors that are saved for one adapter: the key after this module's name in a file -> the live tensor."""
+        raise NotImplementedError  # an abstract base class would make isinstance, asked for every module, four times slower
+
+    # Properties, since torch finds a child only after all else has failed, and walks over a model ask each wrapper often.
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """What the wrapper stands in the place of: a layer, or another wrapper."""
+        return self._modules["base_layer"]  # type: ignore[return-value]
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """One module for each adapter, by its name."""
+        return self._modules["adapters"]  # type: ignore[return-value]
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """The modules in `adapters` by name, looked up at once: walks over a model ask each wrapper several times."""
-        adapters: Any = self._modules["adapters"]
-        return cast("dict[str, nn.Module]", adapters._modules)
+        """The modules in `adapters` by name, without what a ModuleDict does at each look-up."""
+        return self._modules["adapters"]._modules  # type: ignore[union-attr,return-value]
 
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """The parameters that training this adapter changes."""
@@ -95,6 +105,10 @@ class Wrapper(nn.Module, ABC):
         if torch.compiler.is_compiling():  # the graph is for any rows
             return rows if any(name in here for name in rows.known) else None
         return rows if rows.only(here) is None else None
+
+    def put_base(self, base_layer: nn.Module) -> None:
+        """Stand in the place of this one from now on."""
+        self._modules["base_layer"] = base_layer
 
     def drop(self, adapter_name: str) -> None:
         """Remove an adapter."""

@@ -97,6 +97,12 @@ def accumulation_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element of a floating-point tensor is NaN or infinite."""
+    # One that is makes the sum so; only a sum that overflows by itself needs the closer look.
+    return math.isfinite(tensor.sum(dtype=accumulation_dtype(tensor)).item()) or bool(tensor.isfinite().all())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its gradient; of one that is sharded over processes (DTensor), all of it on each of them."""
     gather = getattr(tensor, "full_tensor", None)

@@ -21,7 +21,7 @@ HOOK = "_hf_hook"  # where accelerate keeps the hook of a module
 
 def offloads(module: nn.Module) -> bool:
     """Whether accelerate brings this module's own weights for a call and takes them away afterwards."""
-    return any(getattr(hook, "offload", False) is True for hook in _hooks(module))
+    return HOOK in vars(module) and any(getattr(hook, "offload", False) is True for hook in _hooks(module))
 
 
 def hides_ties(module: nn.Module) -> bool:
@@ -29,12 +29,16 @@ def hides_ties(module: nn.Module) -> bool:
     return offloads(module) and not any(getattr(hook, "keeps_ties", False) for hook in _hooks(module))
 
 
-@contextlib.contextmanager
-def present(module: nn.Module) -> Iterator[None]:
+def present(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within the block the module has its weights, also after a call of it. For any other module nothing happens."""
-    if not offloads(module):
-        yield
-        return
+    return _brought(module) if offloads(module) else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _brought(module: nn.Module) -> Iterator[None]:
     hook: Any = vars(module)[HOOK]
     hook.pre_forward(module)
     setattr(module, HOOK, _resident(hook))  # which leaves the weights where they are

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.kernels.functional import accumulation_dtype, low_rank_product
+from minipeft.kernels.functional import accumulation_dtype, is_finite, low_rank_product
 from minipeft.merging.report import relative_error
 from minipeft.merging.rounding import add_product, rounded
 from minipeft.merging.unmerge import Undo, original_of, total_delta
@@ -93,7 +93,7 @@ class Step(ABC):
         new = rounded(exact, self.dtype)
         new_bias = exact_bias if bias is None or exact_bias is None else rounded(exact_bias, bias.dtype)
         for what, tensor in (("weight", new), ("bias", new_bias)):
-            if tensor is not None and not _all_finite(tensor):
+            if tensor is not None and not is_finite(tensor):
                 raise MergeError(
                     f"{self.path}: the merged {what} is not finite in {tensor.dtype} (adapter {shown(self.names)}). "
                     "Check the adapter for NaN, or merge in a wider dtype."
@@ -119,7 +119,7 @@ class AddInPlace(Step):
             self.relative_error = relative_error(before, weight, low_rank_product(*self.factors))
         self.mark()
         # For a layer that does more than storing its weight.
-        self.layer.base_layer = ops.write_weight(base, weight, ops.read_bias(base))
+        self.layer.put_base(ops.write_weight(base, weight, ops.read_bias(base)))
 
     def take_back(self) -> None:
         if not self.layer.merged:
@@ -144,7 +144,7 @@ class Write(Step):
         if not self.shared:
             adapters = tuple(map(self.layer.adapter, self.names))
             undo.original = original_of(weight, new, update, adapters, may_copy=self.undoable)
-        self.layer.base_layer = ops.write_weight(base, new, bias)
+        self.layer.put_base(ops.write_weight(base, new, bias))
         if self.layer.base_layer is not base:
             undo.original = None
 
@@ -172,13 +172,8 @@ class Replace(Step):
         replacement = ops.write_weight(base, new, bias)
         mark_as_loaded(replacement, base)
         self.output_error = output_error(self.layer, self.names, replacement)
-        self.layer.base_layer = replacement
+        self.layer.put_base(replacement)
 
     def take_back(self) -> None:
         self.undo.restore(self.model, self.layer, None)
         self.unmark()
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    # A value that is not finite makes the sum not finite; only a sum that overflows by itself needs the closer look.
-    return bool(tensor.sum(dtype=accumulation_dtype(tensor)).isfinite()) or bool(tensor.isfinite().all())

@@ -116,7 +116,8 @@ class Undo:
         if layer.base_layer is self.base_layer and (weight is not None or self.bias is not None):
             own = layer.ops.read_weight(self.base_layer).detach() if weight is None else weight
             layer.ops.write_weight(self.base_layer, own, self.bias)
-        layer.base_layer, layer.merged, layer.undo = self.base_layer, (), None
+        layer.put_base(self.base_layer)
+        layer.merged, layer.undo = (), None
 
 
 def _frozen_copy(adapter: Adapter) -> Adapter:

@@ -30,6 +30,7 @@ from minipeft.registry import register_method
 
 FACTORS = {"lora_A": 0, "lora_B": 1, "initial_A": 0, "initial_B": 1}  # by name: the dimension that the rank is
 TAKEN = frozenset({*FACTORS, "held", "scaling", "rank", "dropout"})  # what differs between adapters of one shape
+OPTIONAL = ("lora_bias", "lora_B_bias", "original_bias", "initial_A", "initial_B", "held")
 
 
 @register_method("lora")
@@ -43,20 +44,32 @@ class Lora(Adapter):
 
     config_class = LoraConfig
     runs_base = True
+    lora_bias: nn.Parameter | None
+    lora_B_bias: nn.Parameter | None
     original_bias: Tensor | None  # kept, since another adapter may be merged into the layer's bias later
     initial_A: Tensor | None
     initial_B: Tensor | None
+    is_embedding: bool
+    num_experts: int
     rank: int
+    dropout: float
+    trains_bias: bool
     held: Tensor | None  # the scaling that forward passes read, if it may change while the model is compiled
     is_swapped = False  # A and B change places: a head that is tied to an embedding with this adapter
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
-        self.register_buffer("held", None, persistent=False)
         weight, bias = ops.read_weight(base), ops.read_bias(base)
         shape_A, shape_B = ops.factor_shapes(base, config.r)
-        self.is_embedding, self.num_experts = ops.is_embedding, shape_A[0] // config.r
-        self.scaling, self.rank, self.dropout = config.scaling, config.r, config.lora_dropout
+        vars(self).update(  # torch takes a hundred times as long to assign an attribute of a module
+            is_embedding=ops.is_embedding,
+            num_experts=shape_A[0] // config.r,
+            _scaling=config.scaling,
+            rank=config.r,
+            dropout=config.lora_dropout,
+            trains_bias=False,
+            **dict.fromkeys(OPTIONAL),
+        )
         init = chosen_init(config.init_lora_weights).init
         if ops.is_embedding and config.freeze_lora_A:
             raise ConfigError(
@@ -71,14 +84,22 @@ class Lora(Adapter):
             )
         self.lora_A = nn.Parameter(weight.new_empty(shape_A), not config.freeze_lora_A)
         self.lora_B = nn.Parameter(weight.new_empty(shape_B))
-        self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0])) if config.lora_bias else None
-        start = bias.detach() if config.bias != "none" and bias is not None else None
-        self.lora_bias = None if start is None else nn.Parameter(start.clone())
-        self.register_buffer("original_bias", None if start is None else start.clone(), persistent=False)
-        self.trains_bias = self.lora_bias is not None or self.lora_B_bias is not None
-        for name, factor in (("initial_A", self.lora_A), ("initial_B", self.lora_B)):
-            self.register_buffer(name, torch.zeros_like(factor.detach()) if init.of_weight else None)
+        if config.lora_bias:
+            self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0]))
+            self.trains_bias = True
+        if config.bias != "none" and bias is not None:
+            self.lora_bias = nn.Parameter(bias.detach().clone())
+            self._hold("original_bias", bias.detach().clone(), persistent=False)
+            self.trains_bias = True
+        if init.of_weight:
+            self._hold("initial_A", torch.zeros_like(self.lora_A.detach()))
+            self._hold("initial_B", torch.zeros_like(self.lora_B.detach()))
         self.reset_parameters(config.init_lora_weights, weight)
+
+    def _hold(self, name: str, value: Tensor, *, persistent: bool = True) -> None:
+        """Make a buffer of an attribute that is None so far."""
+        delattr(self, name)
+        self.register_buffer(name, value, persistent=persistent)
 
     @property
     def scaling(self) -> float:
@@ -230,7 +251,7 @@ class Lora(Adapter):
                 factor.data = wide
         if self.held is None:
             dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-            self.held = self.lora_A.new_tensor(self.scaling, dtype=dtype)
+            self._hold("held", self.lora_A.new_tensor(self.scaling, dtype=dtype), persistent=False)
 
     def misfit(self, other: Self) -> str:
         room = self.lora_B.shape[1] // self.num_experts

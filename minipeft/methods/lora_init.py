@@ -175,6 +175,8 @@ class Chosen:
 
 def chosen_init(value: object) -> Chosen:
     """Look up a value of ``init_lora_weights``; raises ConfigError if there is no such start."""
+    if isinstance(value, bool):  # asked twice for each layer
+        return Chosen(INITS[value])
     if isinstance(value, str):
         if value in NOT_HERE:
             raise ConfigError(

@@ -141,7 +141,7 @@ def _own_noise(case: Case, name: str, model: AdaptedModel, x: Tensor, plain: Ten
     replaced = False
     for layer in layers_of(trial):
         base = layer.base_layer
-        layer.base_layer = read_and_written(layer)
+        layer.put_base(read_and_written(layer))
         replaced |= type(layer.base_layer) is not type(base)
     with trial.disable_adapter():
         noise = relative_error(trial(x), plain) if replaced else 0.0

@@ -1,0 +1,104 @@
+"""Building what a plan puts into a model, with the values of a file; nothing is drawn, copied or made twice if that can be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.injection.build import Parts, build, own_tensors, shared_tensors
+from minipeft.injection.plan import Plan
+from minipeft.injection.sites import AdapterSite
+from minipeft.kernels.generators import generators_kept
+from minipeft.layers.offloaded import present
+from minipeft.methods.base import Adapter
+
+
+def build_from(plan: Plan, shapes: Parts, values: dict[str, Tensor]) -> Parts:
+    """Create the parts of a plan with these values, by key in a file, without advancing torch's random generator.
+
+    Args:
+        plan: what to create.
+        shapes: the parts, as `build` makes them on the meta device. Adapters that a file brings whole, as nearly all do,
+            get their values there and are not made again.
+        values: taken out of the dictionary. Each part takes their memory as its own when it can, so that there is never a
+            second copy of all of them.
+    """
+    sites = list(zip(plan.adapters, shapes.adapters, strict=True))
+    if all(_is_whole(site, adapter, values) for site, adapter in sites):
+        for site, adapter in sites:
+            _materialise(site, adapter, values)
+        return Parts(shapes.adapters, _filled(replace(plan, adapters=()), values).copies)
+    return _filled(plan, values)
+
+
+def _is_whole(site: AdapterSite, adapter: Adapter, values: Mapping[str, Tensor]) -> bool:
+    """Whether these values are all that an adapter holds, so that nothing in it comes from its layer or from others."""
+    base = site.candidate.base
+    if site.tied_to is not None or site.adapter_class.overrides("share"):
+        return False
+    if site.ops.is_quantized or not any(True for _ in base.parameters()):  # which do not say its dtype and its device
+        return False
+    brought = {id(tensor) for key, tensor in own_tensors(site, adapter).items() if key in values}
+    return all(id(value) in brought for module in adapter.modules() for value in _tensors_in(module))
+
+
+def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
+    everything = itertools.chain(module._parameters.values(), module._buffers.values(), vars(module).values())
+    return (value for value in everything if isinstance(value, Tensor))
+
+
+def _materialise(site: AdapterSite, adapter: Adapter, values: dict[str, Tensor]) -> None:
+    """Put values into the place of an adapter's tensors on the meta device."""
+    with present(site.candidate.base):
+        device = next(site.candidate.base.parameters()).device
+    keys = {id(tensor): key for key, tensor in own_tensors(site, adapter).items()}
+    for module in adapter.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                value = _in_place_of(parameter, values.pop(keys[id(parameter)]), device)
+                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _in_place_of(buffer, values.pop(keys[id(buffer)]), device)
+
+
+def _in_place_of(shape: Tensor, value: Tensor, device: torch.device) -> Tensor:
+    """A value that nothing else uses, as a tensor of this shape, dtype and strides; without a copy if it is one."""
+    value = value.to(device, shape.dtype)
+    if _is_plain(value, shape):
+        return value
+    return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=device).copy_(value)
+
+
+def _is_plain(value: Tensor, shape: Tensor) -> bool:
+    """Whether it has these strides and its memory to itself."""
+    return value.stride() == shape.stride() and value.untyped_storage().nbytes() == value.nbytes
+
+
+def _filled(plan: Plan, values: dict[str, Tensor]) -> Parts:
+    """The parts of a plan, made in the usual way, with these values in them."""
+
+    @torch.no_grad()
+    def fill(tensors: Mapping[str, Tensor], part: nn.Module | None) -> None:
+        held = set() if part is None else {id(t) for t in (*part.parameters(), *part.buffers())}
+        for key, live in tensors.items():
+            if key in values:
+                _give(live, values.pop(key), owned=id(live) in held)
+
+    with generators_kept():
+        parts = build(plan, fill=fill)
+        fill(shared_tensors(parts.adapters), None)
+    return parts
+
+
+def _give(live: Tensor, value: Tensor, *, owned: bool) -> None:
+    """Give a tensor this value, which nothing else uses; in its own memory, unless a module holds it as it is."""
+    value = value.to(live.device, live.dtype)
+    if owned and type(live) in (Tensor, nn.Parameter) and _is_plain(value, live):
+        live.data = value
+    else:
+        live.copy_(value)
