@@ -41,7 +41,7 @@ def llm():
 def mlx(folder):
     """mlx_lm/tuner/lora.py: fuse() adds (scale * lora_b.T) @ lora_a.T; an embedding adds scale * lora_a @ lora_b."""
     tensors, updates = {}, {}
-    layers = {"model.layers.1.self_attn.q_proj": (32, 32), "model.layers.0.mlp.down_proj": (48, 32)}
+    layers = {"model.layers.1.self_attn.q_proj": (32, 32), "model.layers.0.mlp.down_proj": (64, 32)}
     for seed, (name, (inner, outer)) in enumerate({**layers, "model.embed_tokens": (100, 32)}.items()):
         a, b = draw(seed, inner, 4), draw(seed + 50, 4, outer)
         tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
@@ -68,7 +68,7 @@ def torchtune(folder):
         tensors |= {f"layers.1.{name}.lora_a.weight": a, f"layers.1.{name}.lora_b.weight": b}
         update = 16 / 4 * b.double() @ a.double()
         updates[f"model.layers.1.self_attn.{here[name]}"] = update[order[:count]] if seed < 2 else update
-    a, b = draw(9, 4, 32), draw(59, 48, 4)
+    a, b = draw(9, 4, 32), draw(59, 64, 4)
     tensors |= {"layers.0.mlp.w3.lora_a.weight": a, "layers.0.mlp.w3.lora_b.weight": b}
     updates["model.layers.0.mlp.up_proj"] = 4 * b.double() @ a.double()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -81,7 +81,7 @@ def torchtune(folder):
 def litgpt(folder):
     """litgpt/lora.py, LoRAQKVLinear: the ranks of q and v one under the other in A, their rows one under the other in B."""
     A, B = draw(0, 8, 32), draw(1, 48, 4)
-    a, b = draw(2, 4, 48), draw(3, 32, 4)
+    a, b = draw(2, 4, 64), draw(3, 32, 4)
     tensors = {"transformer.h.1.attn.qkv.lora_A": A, "transformer.h.1.attn.qkv.lora_B": B}
     tensors |= {"transformer.h.0.mlp.proj.lora_A": a, "transformer.h.0.mlp.proj.lora_B": b}
     save_file(tensors, folder / "lit.safetensors")

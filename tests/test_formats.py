@@ -175,7 +175,7 @@ def test_the_experts_of_gpt_oss_alternate_gate_and_up(tmp_path):
 def test_mlx_with_experts_of_two_counts_is_refused_by_name(tmp_path):
     mlx(tmp_path)
     name = "model.layers.0.mlp.switch_mlp.up_proj"
-    pair = {f"{name}.lora_a": torch.zeros(2, 4, 32), f"{name}.lora_b": torch.zeros(3, 48, 4)}
+    pair = {f"{name}.lora_a": torch.zeros(2, 4, 32), f"{name}.lora_b": torch.zeros(3, 64, 4)}
     changed(tmp_path, lambda tensors: tensors.update(pair))
     refused(tmp_path, llm(), name, "not those of experts")
 

@@ -153,6 +153,10 @@ class AdaptedLayer(Wrapper):
             weight, bias = self.adapter(name).merge_after(weight, bias, *own)
         return weight, bias
 
+    def note_merged(self, names: tuple[str, ...], undo: Any = None) -> None:
+        """Say which adapters are in the base weight now."""
+        vars(self).update(merged=names, undo=undo)
+
     @property
     def owner(self) -> nn.Module:
         """The module that owns the weight."""

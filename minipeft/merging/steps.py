@@ -64,14 +64,14 @@ class Step(ABC):
 
     def mark(self) -> None:
         """Mark the layer, and those tied to it, as merged."""
-        self.layer.merged, self.layer.undo = self.names, self.undo if self.undoable else None
+        self.layer.note_merged(self.names, self.undo if self.undoable else None)
         for layer in self.tied:
-            layer.merged, layer.undo = self.names, Undo(layer.base_layer) if self.undoable else None
+            layer.note_merged(self.names, Undo(layer.base_layer) if self.undoable else None)
 
     def unmark(self) -> None:
         """Mark the layers tied to this one as not merged; `Undo.restore` does it for the layer itself."""
         for layer in self.tied:
-            layer.merged, layer.undo = (), None
+            layer.note_merged(())
 
     def merged(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """The merged weight and bias, rounded and found to be finite, the update if it is a sum, and the wanted change.

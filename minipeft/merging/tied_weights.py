@@ -65,9 +65,12 @@ def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
     Raises:
         MergeError: a trained value is not finite.
     """
+    copied = [(path, wrapper) for path, wrapper in wrappers(model) if isinstance(wrapper, SavedModule)]
+    if not copied:
+        return False
     index, unties = TensorIndex(model), False
-    for path, wrapper in wrappers(model):
-        for name in names if isinstance(wrapper, SavedModule) else ():
+    for path, wrapper in copied:
+        for name in names:
             for key, tensor in wrapper.file_tensors(name).items():
                 if not tensor.isfinite().all():
                     raise MergeError(f"{path}.{key}: the trained values are not finite.")

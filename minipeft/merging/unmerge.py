@@ -117,7 +117,7 @@ class Undo:
             own = layer.ops.read_weight(self.base_layer).detach() if weight is None else weight
             layer.ops.write_weight(self.base_layer, own, self.bias)
         layer.put_base(self.base_layer)
-        layer.merged, layer.undo = (), None
+        layer.note_merged(())
 
 
 def _frozen_copy(adapter: Adapter) -> Adapter:
