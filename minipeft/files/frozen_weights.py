@@ -16,6 +16,7 @@ from minipeft.injection.module_tree import candidates, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import innermost
+from minipeft.wrapper_names import parameters_in
 
 
 def frozen_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -24,7 +25,7 @@ def frozen_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, n
     for _, wrapper in wrappers(model):
         base = innermost(wrapper)
         if isinstance(wrapper, AdaptedLayer) and (wrapper.owns(adapter_name) or wrapper.merged):
-            taken |= {id(parameter) for parameter in base.parameters()}
+            taken.update(map(id, parameters_in(base)))
         elif isinstance(wrapper, SavedModule) and adapter_name in wrapper.adapters:
             taken |= _saved(base, wrapper.only)
     return ((name, p) for name, p in _of_unsure_origin(model, taken) if not p.requires_grad)
@@ -32,7 +33,7 @@ def frozen_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, n
 
 def planned_frozen_weights(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Parameter]]:
     """What `frozen_weights` will return once a plan is carried out."""
-    taken = {id(parameter) for site in plan.adapters for parameter in site.candidate.base.parameters()}
+    taken = {id(parameter) for site in plan.adapters for parameter in parameters_in(site.candidate.base)}
     for site in plan.saved:
         taken |= _saved(site.candidate.base, site.only)
     return _of_unsure_origin(model, taken)

@@ -19,6 +19,7 @@ from minipeft.kernels.functional import accumulation_dtype
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import HOOK, on_device_of, present
 from minipeft.methods.base import Adapter
+from minipeft.wrapper_names import parameters_in
 
 
 class AdaptedLayer(Wrapper):
@@ -183,7 +184,7 @@ class AdaptedLayer(Wrapper):
 
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         if self.owns(adapter_name):
-            yield from self.adapter(adapter_name).parameters()
+            yield from parameters_in(self.adapter(adapter_name))
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         if not self.owns(adapter_name):

@@ -15,6 +15,7 @@ from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
+from minipeft.wrapper_names import parameters_in
 
 HALF = frozenset({torch.bfloat16, torch.float16})
 ROOT = "base_model."  # every key in PEFT's files starts so
@@ -81,7 +82,7 @@ def build(
             continue
         with present(base):
             adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
-        for parameter in adapter.parameters() if autocast_adapter_dtype else ():
+        for parameter in parameters_in(adapter) if autocast_adapter_dtype else ():
             if parameter.dtype in HALF:
                 parameter.data = parameter.data.float()
         if site.prefix:  # assigning an attribute of a module takes long, and most need none of these

@@ -15,6 +15,7 @@ from minipeft.injection.sites import AdapterSite
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
+from minipeft.wrapper_names import parameters_in
 
 
 def build_from(plan: Plan, shapes: Parts, values: dict[str, Tensor]) -> Parts:
@@ -40,7 +41,7 @@ def _is_whole(site: AdapterSite, adapter: Adapter, values: Mapping[str, Tensor])
     base = site.candidate.base
     if site.tied_to is not None or site.adapter_class.overrides("share"):
         return False
-    if site.ops.is_quantized or not any(True for _ in base.parameters()):  # which do not say its dtype and its device
+    if site.ops.is_quantized or not any(True for _ in parameters_in(base)):  # which do not say its dtype and its device
         return False
     brought = {id(tensor) for key, tensor in own_tensors(site, adapter).items() if key in values}
     return all(id(value) in brought for module in adapter.modules() for value in _tensors_in(module))
@@ -54,7 +55,7 @@ def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
 def _materialise(site: AdapterSite, adapter: Adapter, values: dict[str, Tensor]) -> None:
     """Put values into the place of an adapter's tensors on the meta device."""
     with present(site.candidate.base):
-        device = next(site.candidate.base.parameters()).device
+        device = next(parameters_in(site.candidate.base)).device
     keys = {id(tensor): key for key, tensor in own_tensors(site, adapter).items()}
     for module in adapter.modules():
         for name, parameter in module._parameters.items():

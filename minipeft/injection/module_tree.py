@@ -144,6 +144,11 @@ class TensorIndex:
                     full_name = f"{name}.{parameter_name}" if name else parameter_name
                     self._by_storage.setdefault(_storage(parameter), []).append((module, full_name, parameter))
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether two parameters lie in the same memory."""
+        return any(len(entries) > 1 for entries in self._by_storage.values())
+
     def owners(self, tensor: Tensor) -> list[tuple[str, nn.Module]]:
         """(parameter name, module) of every parameter that is `tensor` or occupies exactly the same memory."""
         entries = self._by_storage.get(_storage(tensor), [])

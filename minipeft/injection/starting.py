@@ -22,12 +22,13 @@ from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.patterns import endings
+from minipeft.wrapper_names import parameters_in
 
 
 def await_values(model: nn.Module, adapter_name: str, parts: Parts) -> None:
     """Let a new adapter wait for the values of the model, if it was made without any."""
     modules: list[nn.Module] = [*parts.adapters, *parts.copies]
-    if any(parameter.is_meta for module in modules for parameter in module.parameters()):
+    if any(parameter.is_meta for module in modules for parameter in parameters_in(module)):
         state: AdapterState = model.__dict__[STATE]
         state.unstarted.add(adapter_name)
         if _after_load not in model._load_state_dict_post_hooks.values():

@@ -151,7 +151,7 @@ def with_tied_copies(
 def warn_of_tied_layers(model: nn.Module, sites: list[AdapterSite]) -> None:
     """Warn if another layer of the same type shares an adapted weight: the model may call that layer instead."""
     index, adapted = TensorIndex(model), {id(site.candidate.base) for site in sites}
-    for site in sites:
+    for site in sites if index.is_shared else ():
         base = site.candidate.base
         weight = base._parameters.get("weight")
         owners = index.owners(weight) if weight is not None else []

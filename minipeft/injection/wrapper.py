@@ -147,7 +147,7 @@ class Wrapper(nn.Module):
 def innermost(module: nn.Module) -> nn.Module:
     """The module itself, without the wrappers around it."""
     while isinstance(module, Wrapper):
-        module = module.base_layer
+        module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
 
 

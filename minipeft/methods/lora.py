@@ -82,8 +82,9 @@ class Lora(Adapter):
                 f"init_lora_weights {config.init_lora_weights!r} is for one matrix, and {type(base).__name__} has "
                 f"{self.num_experts} in one parameter. Use True or 'gaussian' there."
             )
-        self.lora_A = nn.Parameter(weight.new_empty(shape_A), not config.freeze_lora_A)
-        self.lora_B = nn.Parameter(weight.new_empty(shape_B))
+        options = {"dtype": weight.dtype, "device": weight.device}  # `new_empty` takes long on the meta device
+        self.lora_A = nn.Parameter(torch.empty(shape_A, **options), not config.freeze_lora_A)  # type: ignore[call-overload]
+        self.lora_B = nn.Parameter(torch.empty(shape_B, **options))  # type: ignore[call-overload]
         if config.lora_bias:
             self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0]))
             self.trains_bias = True
