@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from subjects import (
     FULL,
     LEAN,
     LEAN_BLOCK,
+    LEAN_NONE,
     MODELS,
     PEFT,
     SUBJECTS,
@@ -33,16 +37,47 @@ from transformers import GPT2LMHeadModel
 
 from minipeft.kernels import matmul
 
-STEP_SUBJECTS = (FROZEN, FULL, PEFT, TUNED, TUNED_FAST, CORE, LEAN, LEAN_BLOCK)
+STEP_SUBJECTS = (FROZEN, FULL, PEFT, TUNED, TUNED_FAST, CORE, LEAN_NONE, LEAN, LEAN_BLOCK)
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, Frobenius norm of each tensor
 
 
-def step_models(options: Options, make: Callable[..., nn.Module], adapter: Path) -> dict[str, nn.Module]:
-    base = options.place(make(options.quick, use_cache=False))
+@dataclass(frozen=True)
+class Precision:
+    """In what a step computes."""
+
+    name: str  # after the model's in a case
+    base: torch.dtype
+    autocast: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        return GRADIENT_TOLERANCE[torch.bfloat16 if self.autocast else self.base]
+
+    def context(self, device: str) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(device, torch.bfloat16) if self.autocast else contextlib.nullcontext()
+
+
+FLOAT32 = Precision("", torch.float32)
+HALF = (Precision(", bfloat16 base", torch.bfloat16), Precision(", autocast to bfloat16", torch.float32, autocast=True))
+
+
+def precisions(options: Options) -> tuple[Precision, ...]:
+    """Those that the device multiplies in; a CPU without instructions for bfloat16 takes minutes for a step of PEFT's."""
+    if options.quick or (options.device == "cpu" and not matmul.has_kernels(torch.bfloat16)):
+        return (FLOAT32,)
+    return (*HALF, FLOAT32)
+
+
+def step_models(
+    options: Options, make: Callable[..., nn.Module], adapter: Path, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    base = make(options.quick, use_cache=False).to(options.device, dtype)
     return {name: SUBJECTS[name](copy.deepcopy(base), adapter).train() for name in STEP_SUBJECTS}
 
 
-def training_steps(models: dict[str, nn.Module], ids: Tensor) -> dict[str, Callable[[], Tensor]]:
+def training_steps(
+    models: dict[str, nn.Module], ids: Tensor, precision: Precision = FLOAT32
+) -> dict[str, Callable[[], Tensor]]:
     """Forward and backward pass of each model; returns the loss.
 
     The frozen base gets embeddings that require a gradient, so that its backward pass runs through all blocks.
@@ -50,7 +85,8 @@ def training_steps(models: dict[str, nn.Module], ids: Tensor) -> dict[str, Calla
 
     def call(model: nn.Module, inputs: Callable[[], dict[str, Tensor]]) -> Callable[[], Tensor]:
         def step() -> Tensor:
-            loss = model(**inputs(), labels=ids).loss
+            with precision.context(ids.device.type):
+                loss = model(**inputs(), labels=ids).loss
             loss.backward()
             return loss.detach()
 
@@ -85,19 +121,30 @@ def check_steps(models: dict[str, nn.Module], steps: dict[str, Callable[[], Tens
                 raise SystemExit(f"{name}: {key} differs from PEFT's by {error:.2e}, relatively; no time is reported")
 
 
-def measure_step(name: str, models: dict[str, nn.Module], batch: int, tokens: int, options: Options) -> Rows | None:
-    case = f"{model_name(options.quick, name)}, {batch}x{tokens} tokens"
-    ids = torch.randint(models[FROZEN].config.vocab_size, (batch, tokens), device=options.device)
-    steps = training_steps(models, ids)
-    check_steps(models, steps, GRADIENT_TOLERANCE[options.dtype])
-    bounds = {
+def bounds_of(
+    models: dict[str, nn.Module], batch: int, tokens: int, precision: Precision
+) -> dict[str, Callable[[], object]]:
+    """The least work of a step, by name; none under autocast, which also converts weights."""
+    if precision.autocast:
+        return {}
+    bounds: dict[str, Callable[[], object]] = {
         f"matrix products, {name}": matrix_products(models[FROZEN], batch, tokens, linear)
         for name, linear in (("minipeft.kernels.matmul", matmul.linear), ("torch.mm", matmul.torch_linear))
     }
-
     if isinstance(models[FROZEN], GPT2LMHeadModel):
         products, others = bounds["matrix products, minipeft.kernels.matmul"], other_work(models[LEAN], batch, tokens)
         bounds["matrix products, minipeft.kernels.matmul, and other work"] = lambda: (products(), others())
+    return bounds
+
+
+def measure_step(
+    name: str, models: dict[str, nn.Module], batch: int, tokens: int, options: Options, precision: Precision
+) -> Rows | None:
+    case = f"{model_name(options.quick, name)}{precision.name}, {batch}x{tokens} tokens"
+    ids = torch.randint(models[FROZEN].config.vocab_size, (batch, tokens), device=options.device)
+    steps = training_steps(models, ids, precision)
+    check_steps(models, steps, precision.tolerance)
+    bounds = bounds_of(models, batch, tokens, precision)
 
     def clean_up() -> None:
         for model in models.values():
@@ -107,18 +154,19 @@ def measure_step(name: str, models: dict[str, nn.Module], batch: int, tokens: in
     if times is None:
         return refused(case)
     rows = [compare("speed_step", case, "training step", "ms", times[n], times[PEFT], PEFT, n) for n in models]
-    for peer in (TUNED, TUNED_FAST, FROZEN, FULL):
-        rows.append(compare("speed_step", case, "training step", "ms", times[LEAN], times[peer], peer, LEAN))
+    pairs = [(LEAN, peer) for peer in (TUNED, TUNED_FAST, FROZEN, FULL, CORE)] + [(LEAN_NONE, CORE)]
+    for ours, peer in pairs:
+        rows.append(compare("speed_step", case, "training step", "ms", times[ours], times[peer], peer, ours))
     return rows + [
         compare("speed_step", case, "share of the step", "ms", times[n], times[LEAN], LEAN, n) for n in bounds
     ]
 
 
 def step_part(options: Options) -> Iterator[Rows | None]:
-    for name, make in MODELS.items():
+    for (name, make), precision in itertools.product(MODELS.items(), precisions(options)):
         with tempfile.TemporaryDirectory() as folder, quietly():
-            models = step_models(options, make, save_adapter(make(options.quick), Path(folder)))
+            models = step_models(options, make, save_adapter(make(options.quick), Path(folder)), precision.base)
         for batch, tokens in ((2, 32),) if options.quick else ((4, 512), (4, 256)):
-            yield measure_step(name, models, batch, tokens, options)
+            yield measure_step(name, models, batch, tokens, options, precision)
         models.clear()
     yield rate_rows(options)
