@@ -16,10 +16,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from minipeft import LoraConfig, get_lora_model, load_adapter
+from minipeft import Adapter, LoraConfig, get_adapter_model, get_lora_model, load_adapter, register_method, registry
 from minipeft.files import save
 from minipeft.files.tensor_bytes import DTYPES, file_of
 from minipeft.files.tensor_file import TensorFile
+from minipeft.injection.module_tree import adapted_layers
+from minipeft.methods.lora import Lora
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG = LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights=False)
@@ -107,7 +109,8 @@ def test_switching_and_disabling_do_the_same_for_any_number_of_layers(tmp_path):
 
 def test_every_verb_grows_no_faster_than_the_layers(tmp_path):
     small, large = (costs(blocks, 1, tmp_path / str(blocks)) for blocks in (4, 16))
-    assert all(large[verb] <= 4.6 * small[verb] for verb in VERBS.keys() - {"save"}), (small, large)
+    room = {verb: 5.0 if "merge" in verb else 4.2 for verb in small}  # how often a merge tries depends on the last bits
+    assert {verb: (small[verb], large[verb]) for verb in small if large[verb] > room[verb] * small[verb]} == {}
 
 
 def test_a_loaded_adapter_takes_the_memory_of_what_was_read(tmp_path, monkeypatch):
@@ -124,6 +127,51 @@ def test_a_loaded_adapter_takes_the_memory_of_what_was_read(tmp_path, monkeypatc
     model = load_adapter(base, tmp_path)
     assert {tensor.data_ptr() for tensor in model.adapter_state_dict().values()} == read
     assert len(read) == 2 * 2 * 7
+
+
+def test_a_load_makes_each_adapter_once(tmp_path, monkeypatch):
+    base = small_layers(2)
+    get_lora_model(copy.deepcopy(base), CONFIG).save_pretrained(tmp_path)
+    made, real = [], Lora.__init__
+    monkeypatch.setattr(Lora, "__init__", lambda lora, *args: (made.append(lora), real(lora, *args))[1])
+    load_adapter(base, tmp_path)
+    used = [layer.adapter("default") for _, layer in adapted_layers(base)]
+    assert list(map(id, used)) == list(map(id, made))
+    assert len(made) == 2 * 7
+
+
+@pytest.mark.parametrize("container", [lambda value: value, lambda value: [value], lambda value: {"sums": value}])
+def test_what_an_adapter_keeps_of_its_layer_is_there_after_a_load(container, tmp_path):
+    """Such an adapter cannot be made from its shapes alone."""
+
+    class Keeper(Adapter):
+        def __init__(self, base, ops, config, shared):
+            super().__init__(base, ops, config, shared)
+            weight = ops.read_weight(base).detach()
+            self.factor = nn.Parameter(torch.rand_like(weight[:, 0]))
+            self.kept = container(weight.sum(1))
+
+        def shift(self):
+            kept = self.kept if isinstance(self.kept, torch.Tensor) else next(iter(self._values()))
+            return self.factor * kept
+
+        def _values(self):
+            return self.kept.values() if isinstance(self.kept, dict) else self.kept
+
+        def forward(self, base, ops, x, y):
+            return y + self.shift()
+
+        def merge(self, weight, bias):
+            return weight, bias + self.shift().to(bias.dtype)
+
+    base, x = small_layers(1), torch.ones(1, 4)
+    with registry.isolated():
+        register_method("keeper")(Keeper)
+        model = get_adapter_model(copy.deepcopy(base), Keeper.config_class(target_modules=PROJECTIONS))
+        model.save_pretrained(tmp_path)
+        loaded = load_adapter(base, tmp_path)
+        torch.testing.assert_close(loaded(x), model(x))
+        torch.testing.assert_close(loaded.merge_and_unload()(x), model(x))
 
 
 def test_a_saved_adapter_is_written_from_its_own_memory_as_the_library_writes_it(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -48,8 +47,10 @@ def _is_whole(site: AdapterSite, adapter: Adapter, values: Mapping[str, Tensor])
 
 
 def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
-    everything = itertools.chain(module._parameters.values(), module._buffers.values(), vars(module).values())
-    return (value for value in everything if isinstance(value, Tensor))
+    """All that the module itself refers to, as parameters, buffers or anything else, in lists and dictionaries too."""
+    for value in vars(module).values():
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        yield from (tensor for tensor in inside if isinstance(tensor, Tensor))
 
 
 def _materialise(site: AdapterSite, adapter: Adapter, values: dict[str, Tensor]) -> None:
