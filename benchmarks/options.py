@@ -22,6 +22,7 @@ class Options:
     rounds: int | None
     quick: bool
     force: bool
+    case: str = ""  # in the name of each case that is wanted
 
     def rounds_or(self, usual: int) -> int:
         return self.rounds or (1 if self.quick else usual)

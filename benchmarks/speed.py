@@ -67,8 +67,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2, help="default: 2; --quick takes 1")
     parser.add_argument("--force", action="store_true", help="report what was measured on a busy or unsteady machine")
+    parser.add_argument(
+        "--case", default="", help='steps only: the cases with this in their name, such as "Llama 134M, bf"'
+    )
     parser.add_argument("--output", type=Path, help="folder for the rows and plots; default: benchmarks/results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.case and (args.part != ["step"] or not (args.output or args.quick)):
+        parser.error(
+            "--case is for --part step, with --output elsewhere: the file in results/ would lose the other cases"
+        )
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     why = None if args.force or args.quick else busy()
     if why is not None:
         raise SystemExit(why)
-    options = Options(args.device, getattr(torch, args.dtype), args.rounds, args.quick, args.force or args.quick)
+    options = Options(
+        args.device, getattr(torch, args.dtype), args.rounds, args.quick, args.force or args.quick, args.case
+    )
     folder = args.output or (None if args.quick else RESULTS)
     settle()
     complete = [run_part(part, options, folder) for part in args.part or PARTS]

@@ -139,10 +139,13 @@ def bounds_of(
     return bounds
 
 
+def case_name(name: str, precision: Precision, batch: int, tokens: int, options: Options) -> str:
+    return f"{model_name(options.quick, name)}{precision.name}, {batch}x{tokens} tokens"
+
+
 def measure_step(
-    name: str, models: dict[str, nn.Module], batch: int, tokens: int, options: Options, precision: Precision
+    case: str, models: dict[str, nn.Module], batch: int, tokens: int, options: Options, precision: Precision
 ) -> Rows | None:
-    case = f"{model_name(options.quick, name)}{precision.name}, {batch}x{tokens} tokens"
     ids = torch.randint(models[FROZEN].config.vocab_size, (batch, tokens), device=options.device)
     steps = training_steps(models, ids, precision)
     check_steps(models, steps, precision.tolerance)
@@ -166,9 +169,15 @@ def measure_step(
 
 def step_part(options: Options) -> Iterator[Rows | None]:
     for (name, make), precision in itertools.product(MODELS.items(), precisions(options)):
+        sizes = ((2, 32),) if options.quick else ((4, 512), (4, 256))
+        cases = {case_name(name, precision, *size, options): size for size in sizes}
+        if not any(options.case in case for case in cases):
+            continue
         with tempfile.TemporaryDirectory() as folder, quietly():
             models = step_models(options, make, save_adapter(make(options.quick), Path(folder)), precision.base)
-        for batch, tokens in ((2, 32),) if options.quick else ((4, 512), (4, 256)):
-            yield measure_step(name, models, batch, tokens, options, precision)
+        for case, size in cases.items():
+            if options.case in case:
+                yield measure_step(case, models, *size, options, precision)
         models.clear()
-    yield rate_rows(options)
+    if not options.case:
+        yield rate_rows(options)
