@@ -101,22 +101,25 @@ def bars(axes: Axes, records: Records, unit: str) -> None:
     axes.set_axisbelow(True)
 
 
+def _case_and_processor(record: dict[str, str]) -> tuple[str, str]:
+    return record["case"], f"instructions: {record['instructions']}"
+
+
 def draw_steps(records: Records, path: Path) -> None:
-    """Milliseconds of a training step by subject, with the time of its matrix products alone as a line."""
-    cases = list(dict.fromkeys(r["case"] for r in records if r["measure"] == "training step"))
+    """Milliseconds of a training step by subject, with the time of its matrix products alone as a line; by processor."""
+    cases = list(dict.fromkeys(map(_case_and_processor, (r for r in records if r["measure"] == "training step"))))
     rows = (len(cases) + 1) // 2
-    figure, panels = plt.subplots(
-        rows, 2, figsize=(14.4, 0.4 + 4 * rows), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure, panels = plt.subplots(rows, 2, figsize=(17, 0.4 + 4 * rows), squeeze=False, layout="constrained")
     for axes in panels.flat[len(cases) :]:
         axes.set_axis_off()
     for axes, case in zip(panels.flat, cases, strict=False):
-        steps = [r for r in records if r["case"] == case and r["measure"] == "training step"]
+        here = [r for r in records if _case_and_processor(r) == case]
+        steps = [r for r in here if r["measure"] == "training step"]
         bars(axes, [r for r in steps if r["peer_name"] == PEFT], "ms")
-        bounds = [r for r in records if r["case"] == case and r["measure"] == "share of the step"]
+        bounds = [r for r in here if r["measure"] == "share of the step"]
         for bound, style in zip(bounds, ("-", ":"), strict=False):
             axes.axvline(float(bound["ours"]), color="black", linestyle=style, linewidth=1.2, label=bound["subject"])
-        axes.set_title(case)
+        axes.set_title("\n".join(case))
         axes.set_xlabel("ms a step, forward and backward (next to each bar: share of PEFT's)")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
