@@ -131,14 +131,14 @@ def draw_memory(records: Records, path: Path) -> None:
     """Peak memory by subject, net of the interpreter, and the same bars' share of PEFT's; a panel for each model."""
     net = [r for r in records if r["measure"].startswith("peak") and r["measure"].endswith("net")]
     shown = [r for r in net if r["peer_name"] == PEFT]
-    cases = list(dict.fromkeys(r["case"] for r in shown))
-    height = 1 + 0.27 * max(sum(r["case"] == case for r in shown) for case in cases)
+    cases = list(dict.fromkeys(map(_case_and_processor, shown)))
+    height = 1 + 0.27 * max(sum(_case_and_processor(r) == case for r in shown) for case in cases)
     figure, panels = plt.subplots(1, len(cases), figsize=(8 * len(cases), height), squeeze=False, layout="constrained")
     for axes, case in zip(panels[0], cases, strict=True):
-        bars(axes, [r for r in shown if r["case"] == case], "MiB")
-        axes.set_title(f"{case}, LoRA r=8")
+        bars(axes, [r for r in shown if _case_and_processor(r) == case], "MiB")
+        axes.set_title("\n".join(case))
         axes.set_xlabel("MiB (next to each bar: share of PEFT's)")
-    figure.suptitle("Peak memory of a training step, net of the interpreter")
+    figure.suptitle("Peak memory of a training step with LoRA r=8, net of the interpreter")
     save(figure, path)
 
 
