@@ -44,7 +44,8 @@ def compiled_steps(models: dict[str, nn.Module], ids: Tensor, quick: bool) -> tu
         counters.clear()
         both = {FROZEN: models[FROZEN], name: torch.compile(model, backend=backend(quick))}
         for share in LENGTHS[::-1]:
-            steps[name] = training_steps(both, ids[:, : int(share * ids.shape[1])])[name]
+            shorter = ids[:, : int(share * ids.shape[1])].contiguous()  # strides as batches have
+            steps[name] = training_steps(both, shorter)[name]
             steps[name]()
             model.zero_grad(set_to_none=True)
         breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
