@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minipeft.errors import StateError, TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers
+from minipeft.kernels.functional import is_finite
 from minipeft.methods.base import Adapter
 
 
@@ -101,7 +102,7 @@ def _check(path: str, update: Update) -> None:
             f"{path}: adapter {update.name!r} trains rows of tokens here, which a low-rank adapter cannot hold. Leave it "
             "out, or train it without trainable_token_indices."
         )
-    if not all(parameter.isfinite().all() for parameter in adapter.parameters()):
+    if not all(map(is_finite, adapter.parameters())):
         raise StateError(f"{path}: adapter {update.name!r} has values that are not finite.")
     if adapter.stacked_factors() is None and not adapter.adds(layer.ops.read_weight(layer.base_layer).detach()):
         raise StateError(

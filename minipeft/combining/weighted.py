@@ -21,6 +21,7 @@ from minipeft.injection.attach import attach
 from minipeft.injection.build import build
 from minipeft.injection.plan import plan
 from minipeft.injection.state import STATE, AdapterState
+from minipeft.kernels.functional import is_finite
 from minipeft.kernels.generators import generators_kept
 from minipeft.options import rank as checked_rank
 
@@ -61,7 +62,7 @@ def _combined(found: Mapping[str, list[Update]], how: Combination) -> tuple[Valu
     for path, updates in found.items():
         pair = how.of(path, updates, ranks)
         up, down = (factor.to(dtype) for factor in pair)
-        if not (up.isfinite().all() and down.isfinite().all()):
+        if not (is_finite(up) and is_finite(down)):
             raise TargetError(f"{path}: the combined factors are not finite in {dtype}; use smaller weights.")
         made[path] = up, down
         norms[path], distances[path] = measured(updates, (up, down))

@@ -1,4 +1,4 @@
-"""Building what a plan puts into a model, with the values of a file; nothing is drawn, copied or made twice if that can be."""
+"""Building what a plan puts into a model, with the values of a file; where possible, nothing is made or copied twice."""
 
 from __future__ import annotations
 

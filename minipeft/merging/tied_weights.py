@@ -10,6 +10,7 @@ from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, wrappers, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule, copy_tensors
+from minipeft.kernels.functional import is_finite
 
 
 def tied_layers(
@@ -72,7 +73,7 @@ def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
     for path, wrapper in copied:
         for name in names:
             for key, tensor in wrapper.file_tensors(name).items():
-                if not tensor.isfinite().all():
+                if not is_finite(tensor):
                     raise MergeError(f"{path}.{key}: the trained values are not finite.")
                 original, inside = copy_tensors(wrapper.base_layer, wrapper.only)[key], wrapper.base_layer.modules()
                 unties |= bool(index.also_used_by(original, *inside, *_followers(model, name, tensor)))

@@ -82,9 +82,9 @@ class Lora(Adapter):
                 f"init_lora_weights {config.init_lora_weights!r} is for one matrix, and {type(base).__name__} has "
                 f"{self.num_experts} in one parameter. Use True or 'gaussian' there."
             )
-        options = {"dtype": weight.dtype, "device": weight.device}  # `new_empty` takes long on the meta device
-        self.lora_A = nn.Parameter(torch.empty(shape_A, **options), not config.freeze_lora_A)  # type: ignore[call-overload]
-        self.lora_B = nn.Parameter(torch.empty(shape_B, **options))  # type: ignore[call-overload]
+        # Not by `new_empty`, which takes long on the meta device.
+        A, B = (torch.empty(shape, dtype=weight.dtype, device=weight.device) for shape in (shape_A, shape_B))
+        self.lora_A, self.lora_B = nn.Parameter(A, not config.freeze_lora_A), nn.Parameter(B)
         if config.lora_bias:
             self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0]))
             self.trains_bias = True
