@@ -10,11 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from minipeft import LoraConfig, get_lora_model
 from minipeft.kernels import lora_linear as fused
-from minipeft.kernels import merged_weight, recompute
+from minipeft.kernels import matmul, merged_weight, recompute
 from minipeft.kernels.dropout_mask import ROWS, DropoutMask
 from minipeft.kernels.lora_gradients import SLICE
 from minipeft.kernels.lora_linear import lora_linear
-from minipeft.kernels.matmul import through_onednn
 
 S = 0.7
 
@@ -602,12 +601,12 @@ def test_a_subclass_that_brings_its_own_forward_is_given_the_output_of_the_base(
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 64, 65])
 @pytest.mark.parametrize("r", [1, 4, 16])
-def test_training_and_evaluation_give_the_same_bits_however_few_the_rows(rows, r):
+def test_training_and_evaluation_give_the_same_bits_however_few_the_rows(rows, r, monkeypatch):
     """An adapter that trains, and the same one loaded for inference: one forward pass keeps what the other drops."""
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)  # on some processors, and in training alone
     for sizes in ((8, 8), (32, 96), (300, 160)):
         x, *others = arguments((rows,), *sizes, r=r, dtype=torch.float32)
         y = lora_linear(x, *others, S)
-        if not through_onednn(x, others[0]):  # which is for training alone, and for larger products
-            with torch.no_grad():
-                assert torch.equal(lora_linear(x, *others, S), y)
+        with torch.no_grad():
+            assert torch.equal(lora_linear(x, *others, S), y)
         torch.testing.assert_close(y, formula(x, *others), rtol=1e-4, atol=1e-4)
