@@ -77,7 +77,7 @@ def test_the_product_is_exact_and_keeps_its_two_factors_alone(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         y = gated_product(act, gate, up)
     assert kept == [gate.data_ptr(), up.data_ptr()]
-    expected = GatedProduct(act)(gate, up)
+    expected = GatedProduct(act).forward(gate, up)
     assert torch.equal(y, expected)
     dy = torch.randn_like(y)
     for found, wanted in zip(

@@ -20,7 +20,9 @@ Weight: TypeAlias = "Tensor | Callable[[torch.dtype], Tensor]"
 
 def held_or_made(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The weight in this dtype, shape (out, in)."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight(dtype)
+    if not isinstance(weight, Tensor):
+        return weight(dtype)
+    return weight if weight.dtype is dtype else weight.to(dtype)  # asking is quicker than a cast that does nothing
 
 
 def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None) -> bool:

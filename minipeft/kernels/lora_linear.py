@@ -57,9 +57,10 @@ def lora_linear(
             y = lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout)
         return y if isinstance(weight, Tensor) else y.to(dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
-    if dropout == 0 and x.numel() <= FEW_ROWS * x.shape[-1] and isinstance(weight, Tensor):
-        rows = x.reshape(-1, x.shape[-1])
-        if (not learns or len(rows) == 1) and not merged_weight.pays(rows, weight):
+    size, features = x.numel(), x.shape[-1]
+    if dropout == 0 and (size == features if learns else size <= FEW_ROWS * features) and isinstance(weight, Tensor):
+        rows = x.reshape(-1, features)
+        if not merged_weight.pays(rows, weight):
             return _few_rows(x, rows, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, learns)
     mask = DropoutMask(dropout) if dropout > 0 else None
     if learns:
@@ -128,7 +129,7 @@ def _product(
     merges = mask is None and merged_weight.pays(rows, W)
     if merges:
         W = merged_weight.merged(W, lora_A, lora_B, scaling, in_place=W is not weight)
-    y = linear(x, W, None if bias is None else bias.to(x.dtype))
+    y = linear(x, W, None if bias is None else held_or_made(bias, x.dtype))
     if merges:
         return y, None
     h = project_down(rows, lora_A, mask)
@@ -156,7 +157,7 @@ class _LoraLinear(torch.autograd.Function):
         goes_through: bool,
         *kept: Tensor,
     ) -> Tensor:
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)  # in here, so that autograd has no nodes for it
+        A, B = held_or_made(lora_A, x.dtype), held_or_made(lora_B, x.dtype)  # in here, so autograd has no nodes for it
         y, h = _product(x, weight, bias, A, B, scaling, mask, matmul.linear)
         if not kept and h is None:
             h = project_down(x.reshape(-1, x.shape[-1]), A, mask)

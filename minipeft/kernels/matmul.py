@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WORTH_IT = 2**20  # multiplications below which preparing oneDNN costs more than it saves
@@ -35,6 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tenso
     Returns:
         Shape (..., out_features), contiguous, not a view of anything but of `room`.
     """
+    if torch_suffices(x, weight.shape[0]):
+        return torch_linear(x, weight, bias, room=room)
     rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
     if through_onednn(rows, weight):
         # `.data`, since autograd would forbid writing later into a view that was made in here.
@@ -48,18 +51,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tenso
 
 def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tensor | None = None) -> Tensor:
     """`linear` by the same kernel as ``torch.nn.functional.linear``, so with the same bits."""
-    y = x.new_empty(*x.shape[:-1], weight.shape[0]) if room is None else room
-    rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, weight.shape[0])
+    if room is None:
+        return F.linear(x, weight, bias).data  # as above
+    rows, flat = x.reshape(-1, x.shape[-1]), room.view(-1, weight.shape[0])
     if bias is None:
         torch.mm(rows, weight.t(), out=flat)
     else:
         torch.addmm(bias, rows, weight.t(), out=flat)
-    return y
+    return room
+
+
+def torch_suffices(x: Tensor, out_features: int) -> bool:
+    """Whether torch's own product is the fastest for certain: not on a CPU, or so small that all else would take longer."""
+    return x.device.type != "cpu" or x.numel() * out_features < WORTH_IT
 
 
 def narrow(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, shapes (p, q) and (q, few), outside autograd, in the fastest of several ways."""
-    if beats_torch(left, right.t()):
+    if not torch_suffices(left, right.shape[1]) and beats_torch(left, right.t()):
         transposed = left.stride(0) < left.stride(1)
         return linear(right.t(), left).t() if transposed else linear(left, right.t())
     return torch_narrow(left, right)
@@ -67,7 +76,8 @@ def narrow(left: Tensor, right: Tensor) -> Tensor:
 
 def torch_narrow(left: Tensor, right: Tensor) -> Tensor:
     """`narrow` by torch's own product, differentiable: MKL is slow if the columns do not fill a vector register."""
-    return torch.mm(left, right) if right.shape[1] >= 16 else torch.mm(right.t(), left.t()).t()
+    fills = right.shape[1] >= 16 or torch_suffices(left, right.shape[1])
+    return torch.mm(left, right) if fills else torch.mm(right.t(), left.t()).t()
 
 
 def scaled(left: Tensor, right: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
@@ -77,9 +87,13 @@ def scaled(left: Tensor, right: Tensor, alpha: float, dtype: torch.dtype) -> Ten
             sums = torch.mm(left, right, out_dtype=dtype)
             return sums if alpha == 1 else sums.mul_(alpha)
         return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=alpha).to(dtype)
-    turned = len(left) < right.shape[1]
-    product = narrow(right.t(), left.t()).t() if turned else narrow(left, right)
-    return product.mul(alpha).to(dtype).contiguous()
+    if torch_suffices(left, right.shape[1]):
+        product = torch.mm(left, right)
+    else:
+        turned = len(left) < right.shape[1]
+        product = narrow(right.t(), left.t()).t() if turned else narrow(left, right)
+    product = product if alpha == 1 else product.mul_(alpha)
+    return (product if product.dtype is dtype else product.to(dtype)).contiguous()
 
 
 def keeps_sums(left: Tensor, dtype: torch.dtype) -> bool:
@@ -89,7 +103,7 @@ def keeps_sums(left: Tensor, dtype: torch.dtype) -> bool:
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
     """``y += alpha * left @ right`` in place, shapes (p, q), (p, few) and (few, q), outside autograd."""
-    if not through_float32(left, right.t()):
+    if torch_suffices(left, right.shape[1]) or not through_float32(left, right.t()):
         return y.addmm_(left, right, alpha=alpha)
     size, wide = max(128, BLOCK // max(1, y.shape[1])), right.float()
     for start in range(0, len(y), size):

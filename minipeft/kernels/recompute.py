@@ -6,7 +6,9 @@ marks its output here lets the adapter keep the module's input, and recompute th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,21 @@ from minipeft.kernels.transformed import is_transformed
 _ATTRIBUTE = "_minipeft_source"
 
 
+class Function(Protocol):
+    """A module, or what a module computes without being one: making a module takes as long as several products."""
+
+    @property
+    def forward(self) -> Any:
+        """The function."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What it multiplies by."""
+
+
 class Again:
     """A module's output, computed again in the backward pass: once for all layers that were given it, as q, k and v are."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Function) -> None:
         self.module = module
         self.users = 0  # how many layers are going to ask for the output
         self._left = 0  # how many of them have not done so yet in this backward pass
@@ -35,19 +48,23 @@ class Again:
             self._output = None
         return found
 
+    @cached_property  # asked by each of the layers, and nothing changes between them
+    def is_whole(self) -> bool:
+        """Whether the module's parameters are plain: FSDP2 may have sharded them again since the module was called."""
+        return all(type(parameter) is nn.Parameter for parameter in self.module.parameters())
 
-@dataclass(frozen=True)
-class Source:
+
+class Source(NamedTuple):
     """``module(*inputs)`` gave the tensor, when it had this version."""
 
-    module: nn.Module
+    module: Function
     inputs: tuple[Tensor, ...]
     version: int
     pointwise: bool
-    again: Again = field(compare=False)
+    again: Again
 
 
-def mark(output: Tensor, module: nn.Module, *inputs: Tensor, pointwise: bool = False) -> Tensor:
+def mark(output: Tensor, module: Function, *inputs: Tensor, pointwise: bool = False) -> Tensor:
     """Note on a module's output what it came from.
 
     Args:
@@ -56,7 +73,7 @@ def mark(output: Tensor, module: nn.Module, *inputs: Tensor, pointwise: bool = F
         inputs: what it was given, tensors of one shape.
         pointwise: it works element by element, so that the gradient can also go through it a few rows at a time.
     """
-    if not is_transformed() and all(output is not input for input in inputs):
+    if not any(output is input for input in inputs) and not is_transformed():
         output.__dict__[_ATTRIBUTE] = Source(module, inputs, output._version, pointwise, Again(module))
     return output
 
@@ -64,13 +81,12 @@ def mark(output: Tensor, module: nn.Module, *inputs: Tensor, pointwise: bool = F
 def source_of(tensor: Tensor) -> Source | None:
     """What the tensor came from, or None if that is unknown or the tensor cannot be recomputed.
 
-    It cannot if it was written to since, or the module's parameters have been sharded again (by FSDP2).
+    It cannot if it was written to since, or the module's parameters have been sharded again.
     """
     source = getattr(tensor, _ATTRIBUTE, None)
-    if not isinstance(source, Source) or source.version != tensor._version:
+    if not isinstance(source, Source) or source.version != tensor._version or not source.again.is_whole:
         return None
-    whole = all(type(parameter) is nn.Parameter for parameter in source.module.parameters())
-    return source if whole else None
+    return source
 
 
 def leads_back(tensor: Tensor, source: Source) -> bool:
@@ -79,6 +95,8 @@ def leads_back(tensor: Tensor, source: Source) -> bool:
     return source.pointwise and free and all(input.requires_grad for input in source.inputs)
 
 
-def output(module: nn.Module, *inputs: Tensor) -> Tensor:
+def output(module: Function, *inputs: Tensor) -> Tensor:
     """The tensor recomputed; differentiable if gradients are enabled."""
-    return type(module).forward(module, *inputs)
+    forward: Any = type(module).forward
+    y: Tensor = forward(module, *inputs)
+    return y

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,22 +16,26 @@ from minipeft.kernels.keeps_inputs import keeping_inputs
 from minipeft.memory.modules import is_cheap_activation, learns
 
 
-class GatedProduct(nn.Module):
+@dataclass(frozen=True)
+class GatedProduct:
     """``act(gate) * up`` for two tensors of one shape and an activation that works element by element."""
 
-    def __init__(self, act: nn.Module) -> None:
-        super().__init__()
-        self.act = act
+    act: nn.Module
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Shape (..., features), that of both."""
         product: Tensor = self.act(gate) * up
         return product
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the activation."""
+        return self.act.parameters()
 
 
 def gated_product(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """The product, keeping gate and up alone; and a LoRA layer that is given it keeps nothing more."""
     product = GatedProduct(act)
-    return recompute.mark(keeping_inputs(product, gate, up), product, gate, up, pointwise=True)
+    return recompute.mark(keeping_inputs(product.forward, gate, up), product, gate, up, pointwise=True)
 
 
 class GatedMlp(SameFunction):

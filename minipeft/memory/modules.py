@@ -59,7 +59,7 @@ class Recomputed(SameFunction):
             return y
         kernel = None if is_transformed() else kernel_of(self, x)
         if kernel is not None:
-            return recompute.mark(kernel(x), kernel, x)
+            return recompute.mark(kernel.forward(x), kernel, x)
         if x.dtype in HALF and is_rms_norm(self):
             y = keeping_inputs(super().forward, x)
         else:
@@ -112,7 +112,7 @@ class RecomputedMlp(SameFunction):
         return checkpoint(with_rows_kept(run), *args, use_reentrant=False)
 
 
-def _after(run: Callable[[Tensor], Any], norm: nn.Module) -> Callable[[Tensor], Any]:
+def _after(run: Callable[[Tensor], Any], norm: recompute.Function) -> Callable[[Tensor], Any]:
     """``run(norm(x))``. It must not hold the input itself, which an outer recomputation may have freed."""
     return lambda *inputs: run(recompute.output(norm, *inputs))
 

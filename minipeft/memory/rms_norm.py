@@ -6,6 +6,9 @@ It rounds once, where the composed one rounds twice: in half precision the two m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,18 +17,23 @@ DEVICES = ("cuda",)  # elsewhere torch composes it of single operations as well
 KERNEL = "_minipeft_kernel"  # in a norm's __dict__: that the kernel computes what it does
 
 
-class RmsNorm(nn.Module):
+@dataclass(frozen=True)
+class RmsNorm:
     """What a norm computes, by the kernel."""
 
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
+    norm: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        norm: nn.Module = self.norm
-        weight: Tensor = norm.weight  # type: ignore[assignment]
-        with torch.autocast(x.device.type, enabled=False):  # whose dtype the norms ignore, too
-            return F.rms_norm(x, weight.shape, weight, float(norm.variance_epsilon))  # type: ignore[arg-type]
+        """The norm of each row of x, shape (..., features)."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # whose dtype the norms ignore, too
+                return self.forward(x)
+        weight: Tensor = self.norm.weight  # type: ignore[assignment]
+        return F.rms_norm(x, weight.shape, weight, float(self.norm.variance_epsilon))  # type: ignore[arg-type]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The norm's weight."""
+        return self.norm.parameters()
 
 
 def kernel_of(norm: nn.Module, x: Tensor) -> RmsNorm | None:
