@@ -6,12 +6,13 @@ the widest arrays in a model; and in half precision transformers' RMSNorms keep 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minipeft.kernels import recompute
 from minipeft.kernels.transformed import is_transformed
 
 ELEMENTS = {"cpu": 2**19, "cuda": 2**26}  # computed again at a time, so that what is made in between stays in a cache
@@ -21,7 +22,7 @@ def keeping_inputs(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``function(*inputs)``.
 
     Args:
-        function: a pure function of each row by itself, in which nothing else trains.
+        function: a pure function of each row by itself, in which nothing else trains; see `recompute.with_back`.
         inputs: tensors of the result's shape, (..., features).
     """
     if is_transformed():
@@ -46,18 +47,11 @@ class _KeepsInputs(torch.autograd.Function):
         size = max(1, ELEMENTS.get(dy.device.type, ELEMENTS["cuda"]) // max(1, width))
         parts = [slice(start, start + size) for start in range(0, len(dy), size)]
         if len(parts) == 1:  # a copy would be one more pass over arrays that may be the widest of all
-            gradients = _gradients(ctx.function, rows, dy)
+            gradients = recompute.with_back(ctx.function, *rows)[1](dy)
         else:
             gradients = [torch.empty_like(every) for every in rows]
             for some in parts:
-                found = _gradients(ctx.function, [every[some] for every in rows], dy[some])
+                found = recompute.with_back(ctx.function, *(every[some] for every in rows))[1](dy[some])
                 for gradient, part in zip(gradients, found, strict=True):
                     gradient[some] = part
         return None, *(gradient.view(inputs[0].shape) for gradient in gradients)
-
-
-def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Sequence[Tensor]:
-    entries = [tensor.detach().requires_grad_() for tensor in inputs]
-    with torch.enable_grad():
-        y = function(*entries)
-    return torch.autograd.grad(y, entries, dy)

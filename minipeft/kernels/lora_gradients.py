@@ -74,12 +74,11 @@ def _in_slices(
     W, merged = _multiplier(into[0], weight, lora_A, lora_B, ctx)
 
     def of_slice(some: slice) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
-        entries = [rows[some].detach().requires_grad_() for rows in into]
-        with torch.enable_grad():
-            x = recompute.output(ctx.again.module, *entries)
+        x, back = recompute.with_back(ctx.again.module, *(rows[some] for rows in into))
         own_h = None if h is None else h[some]
-        dx, dA, dB = _first_order(dy[some], x.detach(), W, merged, lora_A, lora_B, own_h, ctx, some.start)
-        return torch.autograd.grad(x, entries, dx), dA, dB
+        dx, dA, dB = _first_order(dy[some], x, W, merged, lora_A, lora_B, own_h, ctx, some.start)
+        assert dx is not None
+        return back(dx), dA, dB
 
     size = SLICE.get(dy.device.type, SLICE["cuda"])
     parts = [slice(start, start + size) for start in range(0, len(dy), size)]

@@ -6,9 +6,9 @@ marks its output here lets the adapter keep the module's input, and recompute th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from minipeft.kernels.transformed import is_transformed
 
 _ATTRIBUTE = "_minipeft_source"
+# What a function gives, and what turns the gradient of that into those of the inputs.
+WithBack: TypeAlias = "tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]"
 
 
 class Function(Protocol):
@@ -100,3 +102,17 @@ def output(module: Function, *inputs: Tensor) -> Tensor:
     forward: Any = type(module).forward
     y: Tensor = forward(module, *inputs)
     return y
+
+
+def with_back(function: Any, *inputs: Tensor) -> WithBack:
+    """``function(*inputs)`` without a history, and the way back, outside autograd.
+
+    A function that knows a formula for its gradient says so by a method of this name; the others are asked of autograd.
+    """
+    own: Callable[..., WithBack] | None = getattr(function, "with_back", None)
+    if own is not None:
+        return own(*inputs)
+    entries = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        y: Tensor = output(function, *entries) if isinstance(function, nn.Module) else function(*entries)
+    return y.detach(), lambda dy: torch.autograd.grad(y, entries, dy)
