@@ -14,6 +14,7 @@ from minipeft.class_swap import SameFunction, plain_class
 from minipeft.kernels import recompute
 from minipeft.kernels.generators import generators_kept
 from minipeft.kernels.keeps_inputs import keeping_inputs
+from minipeft.kernels.transformed import is_transformed
 from minipeft.memory.modules import is_cheap_activation, learns
 
 
@@ -57,6 +58,9 @@ class SiluProduct(GatedProduct):
 
 def gated_product(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """The product, keeping gate and up alone; and a LoRA layer that is given it keeps nothing more."""
+    if is_transformed():
+        plain: Tensor = act(gate) * up
+        return plain
     product = (SiluProduct if isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation" else GatedProduct)(act)
     return recompute.mark(keeping_inputs(product, gate, up), product, gate, up, pointwise=True)
 
