@@ -10,6 +10,7 @@ import pytest
 import torch
 from gpu_device import DEVICE, METHODS, TOLERANCE, close, exact, learned, needs_cuda, off, on_device
 from kept_bytes import bytes_kept
+from test_rotary import inputs
 from test_rows import BASE, alone, generated, several
 from test_split_experts import MODELS, moe, with_lora
 from tiny_models import VOCABULARY, foreign_code, llama, token_ids
@@ -22,6 +23,7 @@ from minipeft.kernels.grouped_product import Groups, is_one_call
 from minipeft.kernels.lora_linear import lora_linear
 from minipeft.kernels.low_rank_groups import grouped
 from minipeft.kernels.low_rank_sum import LowRankSum
+from minipeft.kernels.rotary import by_torch, rotary
 
 with foreign_code():
     import peft
@@ -70,6 +72,27 @@ def test_a_lean_step_learns_what_the_plain_one_learns(kind, checkpointing, dropo
         close(learned(model, **batch()), expected, 1e-4)
     unlean(model)
     close(learned(model, **batch()), expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("heads", "features"), [((32, 8), 128), ((12, 1), 80), ((5, 5), 64)])
+def test_queries_and_keys_are_turned_as_in_float64(heads, features, dtype):
+    made = [
+        tensor.detach() for tensor in inputs(dtype, heads=heads, tokens=33, features=features, rows=3, angle_rows=3)
+    ]
+    q, k, cos, sin = (
+        *(t.to(DEVICE).requires_grad_() for t in made[:2]),
+        *(t.to(DEVICE).unsqueeze(1) for t in made[2:]),
+    )
+    exact = [t.detach().double().cpu() for t in (q, k, cos, sin)]
+    tolerance = 2 * torch.finfo(dtype).eps
+    for layout in (lambda tensor: tensor, torch.Tensor.contiguous):
+        found = rotary(layout(q), layout(k), cos, sin)
+        gradients = torch.autograd.grad(found, (q, k), [tensor.detach() for tensor in found])
+        wanted = by_torch(*exact, False)
+        for a, b in zip((*found, *gradients), (*wanted, *by_torch(*wanted, *exact[2:], True)), strict=True):
+            assert a.dtype is dtype
+            assert (a.cpu() - b).norm() <= tolerance * b.norm()
 
 
 @pytest.mark.parametrize("mode", ["bfloat16", "float16", "autocast bfloat16", "autocast float16"])

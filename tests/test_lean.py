@@ -640,7 +640,7 @@ LLAMAS = {
     # Two norms' inputs, q and the output of attention, k and v (a quarter each), gate and up (three each).
     ("llama", "none"): 4 + 0.5 + 2 * 3,
     ("mistral", "none"): 4 + 0.5 + 2 * 3,
-    ("phi3", "none"): 5 + 0.25 + 1.5 + 2 * 3,  # v is a view of q, k and v, and the output of attention is copied
+    ("phi3", "none"): 4 + 0.25 + 1.5 + 2 * 3,  # v is a view of q, k and v
     ("qwen3", "none"): 4 + 0.5 + 1 + 0.25 + 2 * 3,  # and the inputs of the norms of q and k
     ("llama", "mlp"): 4 + 0.5,
     ("llama", "block"): 1,

@@ -34,6 +34,7 @@ from minipeft.memory.modules import (
     trim_before,
 )
 from minipeft.memory.probe import Probe
+from minipeft.memory.rotary import FastRotary, is_rotary_attention
 from minipeft.transformers_model import output_head, recomputable_blocks
 
 logger = logging.getLogger("minipeft")
@@ -177,6 +178,8 @@ def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> N
             continue  # patched, or left to _chunk_loss
         if (gated := gated_mixin(module)) is not None:
             _mix(module, gated, state)
+        elif is_rotary_attention(module):
+            _mix(module, FastRotary, state)
         if any(p.requires_grad for p in module.parameters()):
             continue  # trained itself
         if type(module).__name__ in TANH_GELUS:
