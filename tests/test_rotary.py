@@ -91,14 +91,13 @@ def test_values_and_all_gradients_are_transformers(angle_rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_it_is_at_least_as_near_to_float64_as_transformers(dtype):
+def test_values_and_gradients_have_the_bits_of_transformers(dtype):
     q, k, cos, sin = inputs(dtype, tokens=64, features=64)
-    wanted = modeling_llama.apply_rotary_pos_emb(*(tensor.double() for tensor in (q, k, cos, sin)))
     theirs = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
     ours = rotary(q, k, cos.unsqueeze(1), sin.unsqueeze(1))
-    for a, b, exact in zip(ours, theirs, wanted, strict=True):
-        assert a.dtype is dtype
-        assert (a - exact).norm() <= 1.001 * (b - exact).norm()
+    assert all(map(torch.equal, ours, theirs))
+    into = [torch.randn_like(each) for each in theirs]
+    assert all(map(torch.equal, torch.autograd.grad(ours, (q, k), into), torch.autograd.grad(theirs, (q, k), into)))
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block", "sqrt"])
@@ -202,14 +201,13 @@ sys.path.insert(0, "tests")
 from test_rotary import inputs
 from minipeft.kernels.rotary import by_torch
 from minipeft.kernels.rotary_triton import turned
-for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 0), (torch.bfloat16, 1e-2)):  # the interpreter truncates to bfloat16
     for heads, features, angle_rows in (((4, 2), 8, 1), ((5, 1), 64, 2), ((3, 3), 12, 1)):
         tensors = [t.detach() for t in inputs(dtype, heads=heads, features=features, angle_rows=angle_rows)]
         q, k, cos, sin = (*tensors[:2], *(angle.unsqueeze(1) for angle in tensors[2:]))
         for q, k in ((q, k), (q.contiguous(), k.contiguous())):
             for back in (False, True):
-                wanted = by_torch(*(t.double() for t in (q, k, cos, sin)), back)
-                for a, b in zip(turned(q, k, cos, sin, back), wanted):
+                for a, b in zip(turned(q, k, cos, sin, back), by_torch(q, k, cos, sin, back)):
                     assert a.dtype is dtype and a.stride() == b.stride()
                     assert (a - b).norm() <= tolerance * b.norm(), (dtype, heads, back)
 """

@@ -12,13 +12,19 @@ def _turn_heads(  # type: ignore[no-untyped-def]
     x, y, first, second, into_first, into_second, x_head, y_head,
     heads: tl.constexpr, half: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """All heads of a token: (a, b) becomes (a * first + b * into_first, b * second + a * into_second)."""
+    """All heads of a token: (a, b) becomes (a * first + b * into_first, b * second + a * into_second).
+
+    Each product is rounded to the dtype of y before they are added.
+    """
     head, feature = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (feature < half)
     a = tl.load(x + head * x_head + feature, mask=inside, other=0).to(tl.float32)
     b = tl.load(x + head * x_head + half + feature, mask=inside, other=0).to(tl.float32)
-    tl.store(y + head * y_head + feature, a * first + b * into_first, mask=inside)
-    tl.store(y + head * y_head + half + feature, b * second + a * into_second, mask=inside)
+    dtype = y.dtype.element_ty
+    own, other = (a * first).to(dtype).to(tl.float32), (b * into_first).to(dtype).to(tl.float32)
+    tl.store(y + head * y_head + feature, own + other, mask=inside)
+    own, other = (b * second).to(dtype).to(tl.float32), (a * into_second).to(dtype).to(tl.float32)
+    tl.store(y + head * y_head + half + feature, own + other, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -48,7 +54,7 @@ def _turn(  # type: ignore[no-untyped-def]
 
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    """As `rotary.by_torch`, rounded once."""
+    """As `rotary.by_torch`."""
     batch, q_heads, tokens, features = q.shape
     k_heads = k.shape[1]
     new_q, new_k = q.new_empty(batch, tokens, q_heads, features), k.new_empty(batch, tokens, k_heads, features)
