@@ -40,6 +40,7 @@ from minipeft.layers.base import is_plain_linear
 from minipeft.memory import sample_slices
 from minipeft.memory.lean import describe
 from minipeft.memory.modules import FastLinear, FusedGelu, Recomputed, RecomputedMlp
+from minipeft.memory.probe import HALF_TOLERANCE, MOST, Probe
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -769,3 +770,20 @@ def test_a_head_whose_rows_of_tokens_train_still_has_its_loss_in_chunks(make, ch
     assert_same_learning(loss_and_gradients(model, input_ids=IDS, labels=LABELS), expected)
     merged = lean(model, checkpointing).merge_and_unload()
     torch.testing.assert_close(merged(input_ids=IDS, labels=LABELS).loss, expected[0].loss)
+
+
+@pytest.mark.parametrize(("spread", "is_deep"), [(0.02, False), (0.3, True)])
+def test_in_half_precision_as_much_may_differ_as_one_rounding_of_the_embeddings_changes(spread, is_deep):
+    """A deep model multiplies each rounding; weights that are spread widely do so in four blocks, too."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ids = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0, "vocab_size": VOCABULARY}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", initializer_range=spread, **sizes, **ids))
+    model = in_training(base, target_modules="all-linear").bfloat16()
+    probe = Probe(model, with_labels=True)
+    assert (HALF_TOLERANCE < probe.tolerance <= MOST) if is_deep else probe.tolerance == HALF_TOLERANCE
+    probe.compare(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.adapters["default"].lora_B.neg_()
+    with pytest.raises(LeanError, match="would differ"):
+        probe.compare(model)

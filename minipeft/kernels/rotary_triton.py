@@ -68,5 +68,6 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[
             q, q.stride(0), q.stride(1), q.stride(2), k, k.stride(0), k.stride(1), k.stride(2),
             cos, sin, cos.stride(0), cos.stride(2), new_q, new_k, tokens, q_heads, k_heads, features // 2,
             Q_HEADS=wide(q_heads), K_HEADS=wide(k_heads), HALF=wide(features // 2), BACK=back,
+            enable_fp_fusion=False,  # which would not round the products
         )  # fmt: skip
     return new_q.transpose(1, 2), new_k.transpose(1, 2)
