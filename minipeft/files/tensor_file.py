@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +17,6 @@ from minipeft.files.not_an_adapter import named
 from minipeft.kernels.functional import is_finite
 
 MAX_HEADER_BYTES = 2**24
-BATCH = 2**24  # values that are read with the file mapped once
 MAX_DIMENSIONS = 16  # a long shape takes long to multiply and to show
 
 
@@ -63,14 +61,13 @@ class TensorFile:
         Raises:
             CheckpointError: the file is damaged or has changed; or `finite` is True and it holds NaN or infinity.
         """
-        tensors: dict[str, Tensor] = {}
         try:
             before = _state_of(self.path)
-            for batch in self._batches(self.shapes if keys is None else keys):
-                with safe_open(self.path, "pt") as file:
-                    tensors |= {key: self._tensor(file, key) for key in batch}
+            # Not mapped: each tensor has memory of its own, since the file may be removed while its tensors are in use.
+            with safe_open(self.path, "pt", backend="pread") as file:
+                tensors = {key: self._tensor(file, key) for key in (self.shapes if keys is None else keys)}
             changed = before != _state_of(self.path)
-        except Exception as error:  # the library's, and those of a file too large to be mapped into memory
+        except Exception as error:  # the library's and the system's
             raise damaged(self.path, error) from None
         if changed or any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):
             raise CheckpointError(f"{self.path} changed while it was being read.")
@@ -79,27 +76,14 @@ class TensorFile:
             raise CheckpointError(f"{self.path} holds NaN or infinity in {shown(broken, 3)}.")
         return tensors
 
-    def _batches(self, keys: Iterable[str]) -> Iterator[list[str]]:
-        """Keys of a few tensors at a time: the library maps the whole file, and what was read of it counts as memory."""
-        batch, left = list[str](), BATCH
-        for key in keys:
-            batch.append(key)
-            left -= math.prod(self.shapes[key])
-            if left <= 0:
-                yield batch
-                batch, left = [], BATCH
-        if batch:
-            yield batch
-
     def _tensor(self, file: Any, key: str) -> Tensor:
-        """A copy of one tensor, since the file may be removed while its tensors are in use."""
-        sources = [file.get_tensor(source) for source in self._sources(key)]
-        tensor = self.made[key].make(sources) if key in self.made else sources[0]
-        mapped = {source.untyped_storage().data_ptr() for source in sources}
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in mapped else tensor
-
-    def _sources(self, key: str) -> Sequence[str]:
-        return self.made[key].sources if key in self.made else [self.stored_as.get(key, key)]
+        if key not in self.made:
+            tensor: Tensor = file.get_tensor(self.stored_as.get(key, key))
+            return tensor
+        sources = [file.get_tensor(source) for source in self.made[key].sources]
+        made = self.made[key].make(sources)
+        whole = {source.untyped_storage().data_ptr() for source in sources}
+        return made.clone() if made.untyped_storage().data_ptr() in whole else made  # a part does not keep all of it
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
