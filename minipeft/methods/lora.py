@@ -44,6 +44,8 @@ class Lora(Adapter):
 
     config_class = LoraConfig
     runs_base = True
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     lora_bias: nn.Parameter | None
     lora_B_bias: nn.Parameter | None
     original_bias: Tensor | None  # kept, since another adapter may be merged into the layer's bias later
@@ -84,7 +86,7 @@ class Lora(Adapter):
             )
         # Not by `new_empty`, which takes long on the meta device.
         A, B = (torch.empty(shape, dtype=weight.dtype, device=weight.device) for shape in (shape_A, shape_B))
-        self.lora_A, self.lora_B = nn.Parameter(A, not config.freeze_lora_A), nn.Parameter(B)
+        self._parameters.update(lora_A=nn.Parameter(A, not config.freeze_lora_A), lora_B=nn.Parameter(B))
         if config.lora_bias:
             self.lora_B_bias = nn.Parameter(weight.new_zeros(ops.shape(base)[0]))
             self.trains_bias = True
@@ -226,9 +228,9 @@ class Lora(Adapter):
         lora_A, lora_B = self.pair()
         return lora_A.flatten(1), lora_B.flatten(1)
 
-    def _ranked(self, factor: Tensor | None, dim: int) -> Tensor | None:
+    def _ranked(self, factor: Tensor, dim: int) -> Tensor:
         """A factor without the zeros beyond the adapter's rank, see `room_for`."""
-        if factor is None or factor.shape[dim] <= self.rank * self.num_experts:  # less: its values are elsewhere
+        if factor.shape[dim] <= self.rank * self.num_experts:  # less: its values are elsewhere
             return factor
         return factor.narrow(dim, 0, self.rank)
 
@@ -286,6 +288,8 @@ class Lora(Adapter):
     def file_tensors(self) -> dict[str, Tensor]:
         A, B = ("lora_embedding_A", "lora_embedding_B") if self.is_embedding else ("lora_A.weight", "lora_B.weight")
         tensors = {A: self._ranked(self.lora_A, 0), B: self._ranked(self.lora_B, 1)}
-        tensors |= {f"initial_{A}": self._ranked(self.initial_A, 0), f"initial_{B}": self._ranked(self.initial_B, 1)}
-        tensors |= {"lora_B.bias": self.lora_B_bias, "base_layer.bias": self.lora_bias}
-        return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        if self.initial_A is not None and self.initial_B is not None:
+            initial = self._ranked(self.initial_A, 0), self._ranked(self.initial_B, 1)
+            tensors |= {f"initial_{A}": initial[0], f"initial_{B}": initial[1]}
+        biases = {"lora_B.bias": self.lora_B_bias, "base_layer.bias": self.lora_bias} if self.trains_bias else {}
+        return tensors | {key: bias for key, bias in biases.items() if bias is not None}
