@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -118,11 +117,12 @@ def _copied(site: SavedSite, tied: nn.Module | None, on_meta: bool) -> nn.Module
 
 
 def _on_meta(base: nn.Module) -> nn.Module:
-    stand_in = copy.copy(base)
-    vars(stand_in).pop(HOOK, None)
-    stand_in._parameters = {
-        # Made anew: a quantized weight, a subclass of Tensor, may not be able to move to the meta device.
+    # Made anew: a quantized weight, a subclass of Tensor, may not be able to move to the meta device.
+    parameters = {
         k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), False)
         for k, p in base._parameters.items()
     }
+    stand_in: nn.Module = object.__new__(type(base))  # not by copy.copy, which takes three times as long for a layer
+    vars(stand_in).update(vars(base), _parameters=parameters)
+    vars(stand_in).pop(HOOK, None)
     return stand_in

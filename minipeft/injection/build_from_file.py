@@ -16,6 +16,8 @@ from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
 from minipeft.wrapper_names import parameters_in
 
+CONTAINERS = (dict, list, tuple)
+
 
 def build_from(plan: Plan, shapes: Parts, values: dict[str, Tensor]) -> Parts:
     """Create the parts of a plan with these values, by key in a file, without advancing torch's random generator.
@@ -27,37 +29,40 @@ def build_from(plan: Plan, shapes: Parts, values: dict[str, Tensor]) -> Parts:
         values: taken out of the dictionary. Each part takes their memory as its own when it can, so that there is never a
             second copy of all of them.
     """
-    sites = list(zip(plan.adapters, shapes.adapters, strict=True))
-    if all(_is_whole(site, adapter, values) for site, adapter in sites):
-        for site, adapter in sites:
-            _materialise(site, adapter, values)
+    sites = [(s, adapter, own_tensors(s, adapter)) for s, adapter in zip(plan.adapters, shapes.adapters, strict=True)]
+    shared = any(cls.overrides("share") for cls in {site.adapter_class for site in plan.adapters})
+    if not shared and all(_is_whole(site, adapter, tensors, values) for site, adapter, tensors in sites):
+        for site, adapter, tensors in sites:
+            _materialise(site, adapter, tensors, values)
         return Parts(shapes.adapters, _filled(replace(plan, adapters=()), values).copies)
     return _filled(plan, values)
 
 
-def _is_whole(site: AdapterSite, adapter: Adapter, values: Mapping[str, Tensor]) -> bool:
-    """Whether these values are all that an adapter holds, so that nothing in it comes from its layer or from others."""
+def _is_whole(site: AdapterSite, adapter: Adapter, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> bool:
+    """Whether these values are all that an adapter holds, so that nothing in it comes from its layer."""
     base = site.candidate.base
-    if site.tied_to is not None or site.adapter_class.overrides("share"):
+    if site.tied_to is not None:
         return False
     if site.ops.is_quantized or not any(True for _ in parameters_in(base)):  # which do not say its dtype and its device
         return False
-    brought = {id(tensor) for key, tensor in own_tensors(site, adapter).items() if key in values}
+    brought = {id(tensor) for key, tensor in tensors.items() if key in values}
     return all(id(value) in brought for module in adapter.modules() for value in _tensors_in(module))
 
 
 def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
     """All that the module itself refers to, as parameters, buffers or anything else, in lists and dictionaries too."""
     for value in vars(module).values():
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        yield from (tensor for tensor in inside if isinstance(tensor, Tensor))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, CONTAINERS) and value:  # most are empty
+            yield from (t for t in (value.values() if isinstance(value, dict) else value) if isinstance(t, Tensor))
 
 
-def _materialise(site: AdapterSite, adapter: Adapter, values: dict[str, Tensor]) -> None:
+def _materialise(site: AdapterSite, adapter: Adapter, tensors: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
     """Put values into the place of an adapter's tensors on the meta device."""
     with present(site.candidate.base):
         device = next(parameters_in(site.candidate.base)).device
-    keys = {id(tensor): key for key, tensor in own_tensors(site, adapter).items()}
+    keys = {id(tensor): key for key, tensor in tensors.items()}
     for module in adapter.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
