@@ -42,6 +42,9 @@ class _Tables:
     targets: dict[tuple[str | None, str, str], tuple[str, ...] | str] = field(default_factory=dict)
     by_layer: dict[str, dict[str, type[Any]]] = field(default_factory=dict)  # layer type -> method -> adapter
     by_pattern: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
+    # Of each layer type, what was found since dotted names were settled; asked for every layer of a model
+    candidates: dict[type, tuple[tuple[type, Any], ...]] = field(default_factory=dict)
+    classes: dict[tuple[str, type], type[Any]] = field(default_factory=dict)
     settled_with: int = 0  # how many modules of Python were loaded when the dotted names were settled; 0: a name is new
 
 
@@ -167,9 +170,10 @@ def _type_key(layer: type | str) -> str:
 def layer_candidates(layer_type: type) -> Iterator[tuple[type, Any]]:
     """(registered type, its ops) for a layer type and its bases, the most derived first."""
     _settle_dotted_names()
-    for cls in layer_type.__mro__:
-        for ops in _tables.layers.get(qualified(cls), {}).values():
-            yield cls, ops
+    if layer_type not in _tables.candidates:
+        by_class = ((cls, _tables.layers.get(qualified(cls), {})) for cls in layer_type.__mro__)
+        _tables.candidates[layer_type] = tuple((cls, ops) for cls, table in by_class for ops in table.values())
+    return iter(_tables.candidates[layer_type])
 
 
 def layers() -> dict[str, Any]:
@@ -220,8 +224,10 @@ def adapter_class(method: str, module_name: str, layer_type: type) -> type[Any]:
         if owner == method and re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module_name):
             return cls
     _settle_dotted_names()
-    overrides = (_tables.by_layer.get(qualified(base), {}).get(method) for base in layer_type.__mro__)
-    return next((cls for cls in overrides if cls is not None), generic)
+    if (method, layer_type) not in _tables.classes:
+        overrides = (_tables.by_layer.get(qualified(base), {}).get(method) for base in layer_type.__mro__)
+        _tables.classes[method, layer_type] = next((cls for cls in overrides if cls is not None), generic)
+    return _tables.classes[method, layer_type]
 
 
 def default_targets(method: str | None = None, option: str = "target_modules") -> dict[str, tuple[str, ...] | str]:
@@ -250,6 +256,8 @@ def _settle_dotted_names() -> None:
     if _tables.settled_with == len(sys.modules):  # asked for every layer of a model
         return
     _tables.settled_with = len(sys.modules)
+    _tables.candidates.clear()
+    _tables.classes.clear()
     tables: tuple[dict[str, dict[str, Any]], ...] = (_tables.layers, _tables.by_layer)
     for table in tables:
         for key in list(table):
