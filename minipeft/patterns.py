@@ -76,10 +76,10 @@ def is_suffix(entry: str, name: str) -> bool:
 
 def endings(name: str) -> Iterator[str]:
     """The name itself and what follows each of its dots: everything that `is_suffix` accepts."""
-    yield name
-    for position, character in enumerate(name):
-        if character == ".":
-            yield name[position + 1 :]
+    dot = "."
+    while dot:
+        yield name
+        _, dot, name = name.partition(".")
 
 
 def matching(entries: Iterable[str], names: Iterable[str]) -> list[str]:

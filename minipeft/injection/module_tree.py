@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from minipeft.methods.base import Adapter
 from minipeft.wrapper_names import named_children, named_modules, wrapper_class
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A module that could be adapted: all its names, and the (parent, attribute) places that refer to it.
 
     If there are wrappers such as ``torch.compile``'s around it or above it, `wrapped_names` are the names with those.
@@ -39,18 +38,16 @@ class Candidate:
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
     """Every module below the model, by its first name, without those inside a `Wrapper`."""
-    names: dict[int, list[str]] = {}
-    wrapped: dict[int, list[str]] = {}
-    places: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
-    modules: dict[int, nn.Module] = {}
+    found: dict[int, tuple[nn.Module, list[str], dict[tuple[int, str], tuple[nn.Module, str]], list[str]]] = {}
     for name, path, parent, attribute, module in _walk(model, "", ""):
-        modules[id(module)] = module
-        names.setdefault(id(module), []).append(name)
-        wrapped.setdefault(id(module), []).extend([path] if path != name else [])
-        places.setdefault(id(module), {})[id(parent), attribute] = (parent, attribute)
+        _, names, places, wrapped = found.setdefault(id(module), (module, [], {}, []))
+        names.append(name)
+        places[id(parent), attribute] = (parent, attribute)
+        if path != name:
+            wrapped.append(path)
     return {
-        names[key][0]: Candidate(module, tuple(names[key]), tuple(places[key].values()), tuple(wrapped[key]))
-        for key, module in modules.items()
+        names[0]: Candidate(module, tuple(names), tuple(places.values()), tuple(wrapped))
+        for module, names, places, wrapped in found.values()
     }
 
 
@@ -60,7 +57,7 @@ def _walk(module: nn.Module, own: str, path: str) -> Iterator[tuple[str, str, nn
         full = f"{path}{attribute}"
         if wrapper_class(child) is None:
             yield name, full, module, attribute, child
-        if not isinstance(child, Wrapper):
+        if child._modules and not isinstance(child, Wrapper):  # most have none
             yield from _walk(child, name, f"{full}.")
 
 
@@ -108,7 +105,7 @@ def wrappers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Wrap
 
 def adapted_places(model: nn.Module) -> Iterator[str]:
     """Names of the modules that hold an adapter, of this model or of a part that is adapted by itself."""
-    return (name for name, module in model.named_modules() if isinstance(module, Wrapper))
+    return (name for name, module in named_modules(model) if isinstance(module, Wrapper))
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

@@ -97,6 +97,8 @@ def _check_no_peft(found: Mapping[str, Candidate]) -> None:
 
 def _check_not_wrapped(model: nn.Module, sites: Sequence[AdapterSite | SavedSite]) -> None:
     """Refuse to add parameters inside of DDP and the like, which would neither synchronise nor shard them."""
+    if not any(site.candidate.wrapped_names for site in sites):
+        return
     inside = {
         id(inner): kind
         for _, wrapper in outside_adapters(model)

@@ -75,6 +75,8 @@ def select_saved(
     """
     of_task = HEADS_OF_TASK.get(config.task_type or "", ())
     wanted = {*(config.modules_to_save or ()), *of_task}
+    if not wanted:
+        return []
     hits = {
         first: wanted.intersection(ending for name in candidate.known_as for ending in endings(name))
         for first, candidate in found.items()
@@ -126,7 +128,7 @@ def select_parameters(
 
 def within(name: str, roots: Collection[str]) -> bool:
     """Whether a module is one of these or inside one of them."""
-    parts = name.split(".")
+    parts = name.split(".") if roots else []
     return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
@@ -26,7 +25,7 @@ class ModuleNames:
         self.model, self.found, self.new, self.adapted = model, dict(found), dict(new), set(adapted)
         self.old = {name: old for old, name in self.new.items()}
         self.as_in_file: dict[str, Candidate] = {
-            self.old[name]: dataclasses.replace(candidate, names=(self.old[name],), wrapped_names=())
+            self.old[name]: candidate._replace(names=(self.old[name],), wrapped_names=())
             for name, candidate in self.found.items()
             if name in self.old
         }
