@@ -82,11 +82,11 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
         prepared.prepare(base)
     for candidate, part, ops, wrap, follows in sites:
         parent, attribute = candidate.places[0]
-        occupant = parent.get_submodule(attribute)
+        occupant = getattr(parent, attribute)
         wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) == ops), None)
         if wrapper is None:
             wrapper = put(wrap, occupant, candidate.places)
-        wrapper.adapters[adapter_name] = part
+        wrapper.parts[adapter_name] = part
         if follows:
             wrapper.tied_adapters.add(adapter_name)
 

@@ -14,13 +14,13 @@ from minipeft.injection.base_state import base_modules, buffer_samples, hold_sti
 from minipeft.injection.build import Parts
 from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkpoints_train
 from minipeft.injection.fresh_parts import ORIGINS
-from minipeft.injection.module_tree import wrappers, wrappers_of
+from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.plan import Plan
 from minipeft.injection.resting import parameters_at, places_in, put_to_rest
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
 from minipeft.injection.row_order import mark_rows
 from minipeft.injection.state import STATE, AdapterState, awake, check_not_running
-from minipeft.injection.wrapper import replace_key
+from minipeft.injection.wrapper import Wrapper, replace_key
 from minipeft.wrapper_names import named_parameters
 
 
@@ -63,21 +63,26 @@ def _attach(
     state.configs[adapter_name] = plan.config
     state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
     state.places[adapter_name] = []
-    for _, wrapper in wrappers_of(model, adapter_name):
-        if isinstance(wrapper, AdaptedLayer):
-            follow_loads(wrapper)
-        state.places[adapter_name] += places_in(wrapper, adapter_name)
+    outside = list(outside_adapters(model))  # one walk for all that follows
+    for _, module in outside:
+        if isinstance(module, AdaptedLayer) and adapter_name in module.parts:
+            follow_loads(module)
+        if isinstance(module, Wrapper):
+            state.places[adapter_name] += places_in(module, adapter_name)
     state.resting[adapter_name] = put_to_rest(state.places[adapter_name])
     if not trainable:
         state.resting[adapter_name] = set()
-    state.switch.order_told, state.switch.order_known = mark_rows(model), False
+    state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
     state.unwatched.add(adapter_name)
     if trainable:
         state.trainable.add(adapter_name)
     if first:
-        model.requires_grad_(False)
+        for _, module in outside:  # those of the adapter are at rest
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad_(False)
         _switch(state, (adapter_name,), {adapter_name} & state.trainable, ())
-        let_checkpoints_train(model)
+        let_checkpoints_train(outside)
     hold_norms(model)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ from minipeft.injection.rows import with_rows_kept
 FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in each module that checkpoints
 
 
-def let_checkpoints_train(model: nn.Module) -> None:
-    """Change the checkpointing functions of a model's modules."""
-    for _, module in outside_adapters(model):
+def let_checkpoints_train(outside: Iterable[tuple[str, nn.Module]]) -> None:
+    """Change the checkpointing functions of a model's modules, which are its `outside_adapters`."""
+    for _, module in outside:
         function = vars(module).get(FUNCTION)
         if isinstance(function, functools.partial) and function.func is not _checkpoint:
             setattr(module, FUNCTION, functools.partial(_checkpoint, function))
@@ -48,7 +48,7 @@ def training_setter(model: nn.Module, setter: Callable[..., None]) -> Callable[.
 
 def _set(model: nn.Module, setter: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     setter(*args, **kwargs)
-    let_checkpoints_train(model)
+    let_checkpoints_train(outside_adapters(model))
 
 
 def _checkpoint(own: functools.partial[Any], function: Any, *args: Any) -> Any:

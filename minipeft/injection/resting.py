@@ -21,7 +21,8 @@ def places_in(wrapper: Wrapper, adapter_name: str) -> list[Place]:
     if part is None:
         return []
     own = set(map(id, wrapper.trainable_parameters(adapter_name)))
-    return [(module, name) for module in part.modules() for name, p in module._parameters.items() if id(p) in own]
+    modules = part.modules() if part._modules else (part,)
+    return [(module, name) for module in modules for name, p in module._parameters.items() if id(p) in own]
 
 
 def parameters_at(places: Iterable[Place]) -> Iterator[nn.Parameter]:

@@ -9,7 +9,7 @@ first dimension of the model's input is not.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,15 +87,19 @@ def _note_sizes(sizes: dict[str, tuple[int, int]], path: str, module: Any, given
         sizes[path] = (first, second) if module.batch_first else (second, first)
 
 
-def mark_rows(model: nn.Module) -> bool:
+def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> bool:
     """Say of each wrapper what it is called with, if not with the rows of the model's main input.
+
+    Args:
+        model: the adapted model.
+        outside: its `outside_adapters`.
 
     Returns:
         Whether a module says if rows or positions come first, see `minipeft.injection.row_order`.
     """
     main, others, told = main_input_name(model), {}, False
     adapted: list[tuple[str, Wrapper]] = []
-    for path, module in outside_adapters(model):
+    for path, module in outside:
         if isinstance(module, Wrapper):
             adapted.append((path, module))
             continue
@@ -117,4 +121,5 @@ def mark_rows(model: nn.Module) -> bool:
 
 def says_order(module: nn.Module) -> bool:
     """Whether it is an attention or a recurrent layer of torch's, or like them."""
-    return isinstance(getattr(module, "batch_first", None), bool)
+    # An attribute that a module lacks takes long to ask for.
+    return isinstance(vars(module).get("batch_first", getattr(type(module), "batch_first", None)), bool)
