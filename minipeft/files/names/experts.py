@@ -23,7 +23,7 @@ from minipeft.files.names.expert_tensors import OfMade, StackedA, StackedB
 from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
 from minipeft.files.tensor_file import Made
 from minipeft.injection.build import PREFIX
-from minipeft.injection.module_tree import candidates
+from minipeft.injection.module_tree import Candidate
 from minipeft.injection.targets import select_parameters
 from minipeft.patterns import endings
 
@@ -42,18 +42,17 @@ class Found:
     keys: dict[str, str] = field(default_factory=dict)
 
 
-def fused_experts(file: AdapterFile, model: nn.Module) -> AdapterFile:
+def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Candidate]) -> AdapterFile:
     """The same adapter for a model that has the experts in one parameter; the file itself if it needs none of this.
 
     Nothing is read: the new tensors are made when they are. The configuration names the parameters in
     ``target_parameters``, with their ranks and alphas in the pattern tables. ``lora_dropout`` is set to 0, since a
-    parameter has no input on which it could act.
+    parameter has no input on which it could act. `modules` are the model's `candidates`.
 
     Raises:
         CheckpointError: experts are adapted by more than plain LoRA, or only in part of what the configuration selects,
             or the shapes do not fit.
     """
-    modules = candidates(model)
     if not any(p is not None and p.ndim == 3 for c in modules.values() for p in c.base._parameters.values()):
         return file
     places = Places(model, modules)

@@ -18,6 +18,7 @@ from minipeft.files.names.places import Places, Reading, is_shared
 from minipeft.files.names.translated_config import translated_config
 from minipeft.files.names.wrapper_parts import plain_name
 from minipeft.injection.build import PREFIX
+from minipeft.injection.module_tree import candidates
 
 logger = logging.getLogger("minipeft")
 TABLES = "transformers' tables of renamed weights"
@@ -46,8 +47,9 @@ def in_names_of(
             keys one place; or the experts do not fit.
         ConfigError: `key_mapping` is not a table, or takes too long.
     """
-    file = fused_experts(file, model)
-    places = Places(model, file.config)
+    found = candidates(model)
+    file = fused_experts(file, model, found)
+    places = Places(model, file.config, found)
     hopeless = len(file.shapes) > MAX_TENSORS * len(places.modules) or any(len(key) > MAX_NAME for key in file.shapes)
     if key_mapping is None and (places.take(file.shapes) or hopeless):
         return file

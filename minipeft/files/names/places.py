@@ -10,7 +10,7 @@ from torch import nn
 
 from minipeft.config import AdapterConfig
 from minipeft.injection.build import PREFIX, ROOT
-from minipeft.injection.module_tree import candidates
+from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import layer_ops
 from minipeft.wrapper_names import unwrapped_name
 
@@ -26,14 +26,14 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Looks up keys, and names without PEFT's prefix, among the modules of one model.
+    """Looks up keys, and names without PEFT's prefix, among the modules of one model, its `candidates` in `found`.
 
     Bare parameters are places only if the file's ``target_parameters`` name some.
     """
 
-    def __init__(self, model: nn.Module, config: AdapterConfig) -> None:
+    def __init__(self, model: nn.Module, config: AdapterConfig, found: Mapping[str, Candidate]) -> None:
         self.model = model
-        self.found = candidates(model)
+        self.found = found
         self.modules = {name: candidate.base for candidate in self.found.values() for name in candidate.known_as}
         self.depth = max((name.count(".") + 1 for name in self.modules), default=0)
         self._parameters = {entry.rpartition(".")[2] for entry in config.target_parameters or ()}

@@ -118,7 +118,7 @@ def with_old_names(
         CheckpointError: the adapter is for another model, or has a place that had no name then.
     """
     file, names = in_names_of(model, file), old_names(model)
-    places, moved, adapted = Places(model, file.config), dict[str, str](), set[str]()
+    places, moved, adapted = Places(model, file.config, candidates(model)), dict[str, str](), set[str]()
     for key in file.shapes:
         place = places.place(key.removeprefix(PREFIX))
         if place is None or place.module not in names.modules:
