@@ -71,21 +71,22 @@ def _put_back_on_error(things: Iterable[object], tensors: Iterable[Tensor]) -> I
         raise
 
 
-def _kept(thing: object) -> tuple[Any, type, dict[str, Any], list[tuple[Any, Any]], list[Any]]:
-    """An object, its class, its ``__dict__``, copies of that and of the attributes that are containers, and empty ones."""
+def _kept(thing: object) -> tuple[Any, type, dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
+    """An object, its class, its ``__dict__``, a copy of that, and copies of the attributes that are containers and not empty."""
     own = vars(thing)
-    containers = [value for value in own.values() if type(value) in CONTAINERS]
-    full = [(own, own.copy()), *[(container, container.copy()) for container in containers if container]]
-    return thing, type(thing), own, full, [container for container in containers if not container]
+    full = [(value, value.copy()) for value in own.values() if type(value) in CONTAINERS and value]
+    return thing, type(thing), own, own.copy(), full
 
 
-def _put_back(thing: Any, kind: type, own: dict[str, Any], full: list[tuple[Any, Any]], empty: list[Any]) -> None:
+def _put_back(thing: Any, kind: type, own: dict[str, Any], before: dict[str, Any], full: list[tuple[Any, Any]]) -> None:
     if type(thing) is not kind:
         thing.__class__ = kind
     if vars(thing) is not own:
         object.__setattr__(thing, "__dict__", own)
-    for container in empty:
-        container.clear()
+    own.clear()
+    own.update(before)
+    for value in own.values():
+        if type(value) in CONTAINERS:
+            value.clear()
     for container, content in full:
-        container.clear()
         container.update(content)
