@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
@@ -89,6 +89,11 @@ def named_modules(
         yield name, current
         if current._modules:  # most have none
             stack += [(child_name, child) for child_name, _, child in reversed(children(current, name))]
+
+
+def modules_in(module: nn.Module) -> Iterable[nn.Module]:
+    """``module.modules()``, in a tenth of the time for a layer, which has no modules inside."""
+    return module.modules() if module._modules else (module,)
 
 
 def parameters_in(module: nn.Module) -> Iterator[nn.Parameter]:

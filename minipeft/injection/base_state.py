@@ -68,7 +68,7 @@ def _is_frozen(module: nn.Module) -> bool:
 def _has_statistics(module: nn.Module) -> bool:
     """Whether it is a norm that keeps running statistics: torch's kinds, and those of others that name them alike."""
     names, buffers = ("running_mean", "running_var"), module._buffers  # which has no get() in a scripted module
-    return any(name in buffers and buffers[name] is not None for name in names)
+    return bool(buffers) and any(name in buffers and buffers[name] is not None for name in names)
 
 
 def _idle_copies(model: nn.Module, trainable: Collection[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -18,6 +18,7 @@ from minipeft.wrapper_names import parameters_in
 
 HALF = frozenset({torch.bfloat16, torch.float16})
 ROOT = "base_model."  # every key in PEFT's files starts so
+Shape = tuple[torch.Size, torch.dtype]
 PREFIX = f"{ROOT}model."  # and every key of a module
 
 
@@ -68,7 +69,8 @@ def build(
         on_meta: create shapes without memory, to compare a file with before anything is allocated for it.
         fill: called with what a file holds of each part, by key, and the part.
     """
-    bases = [_on_meta(site.candidate.base) if on_meta else site.candidate.base for site in plan.adapters]
+    made: dict[Shape, nn.Parameter] = {}
+    bases = [_on_meta(site.candidate.base, made) if on_meta else site.candidate.base for site in plan.adapters]
     shared: dict[type[Adapter], object | None] = {}
     for cls in dict.fromkeys(site.adapter_class for site in plan.adapters):
         members = [(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls]
@@ -116,12 +118,16 @@ def _copied(site: SavedSite, tied: nn.Module | None, on_meta: bool) -> nn.Module
         ) from error
 
 
-def _on_meta(base: nn.Module) -> nn.Module:
-    # Made anew: a quantized weight, a subclass of Tensor, may not be able to move to the meta device.
-    parameters = {
-        k: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), False)
-        for k, p in base._parameters.items()
-    }
+def _on_meta(base: nn.Module, made: dict[Shape, nn.Parameter]) -> nn.Module:
+    """A layer with parameters that have a shape only, one for all of this shape in `made`."""
+    parameters = dict(base._parameters)
+    for name, own in base._parameters.items():
+        if own is not None:
+            shape = (own.shape, own.dtype)
+            if shape not in made:
+                # Made anew: a quantized weight, a subclass of Tensor, may not be able to move to the meta device.
+                made[shape] = nn.Parameter(torch.empty(own.shape, dtype=own.dtype, device="meta"), False)
+            parameters[name] = made[shape]
     stand_in: nn.Module = object.__new__(type(base))  # not by copy.copy, which takes three times as long for a layer
     vars(stand_in).update(vars(base), _parameters=parameters)
     vars(stand_in).pop(HOOK, None)

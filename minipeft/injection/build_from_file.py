@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.injection.build import Parts, build, own_tensors, shared_tensors
+from minipeft.injection.build import Parts, build, shared_tensors
 from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
-from minipeft.wrapper_names import parameters_in
+from minipeft.wrapper_names import modules_in, parameters_in
 
 CONTAINERS = (dict, list, tuple)
 
@@ -29,24 +29,25 @@ def build_from(plan: Plan, shapes: Parts, values: dict[str, Tensor]) -> Parts:
         values: taken out of the dictionary. Each part takes their memory as its own when it can, so that there is never a
             second copy of all of them.
     """
-    sites = [(s, adapter, own_tensors(s, adapter)) for s, adapter in zip(plan.adapters, shapes.adapters, strict=True)]
+    tensors = shapes.file_tensors(plan)
+    keys = {id(tensor): key for key, tensor in tensors.items() if key in values}
+    sites = list(zip(plan.adapters, shapes.adapters, strict=True))
     shared = any(cls.overrides("share") for cls in {site.adapter_class for site in plan.adapters})
-    if not shared and all(_is_whole(site, adapter, tensors, values) for site, adapter, tensors in sites):
-        for site, adapter, tensors in sites:
-            _materialise(site, adapter, tensors, values)
+    if not shared and all(_is_whole(site, adapter, keys) for site, adapter in sites):
+        for site, adapter in sites:
+            _materialise(site, adapter, keys, values)
         return Parts(shapes.adapters, _filled(replace(plan, adapters=()), values).copies)
     return _filled(plan, values)
 
 
-def _is_whole(site: AdapterSite, adapter: Adapter, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> bool:
-    """Whether these values are all that an adapter holds, so that nothing in it comes from its layer."""
+def _is_whole(site: AdapterSite, adapter: Adapter, brought: Collection[int]) -> bool:
+    """Whether the tensors with these ids are all that an adapter holds, so that nothing in it comes from its layer."""
     base = site.candidate.base
     if site.tied_to is not None:
         return False
     if site.ops.is_quantized or not any(True for _ in parameters_in(base)):  # which do not say its dtype and its device
         return False
-    brought = {id(tensor) for key, tensor in tensors.items() if key in values}
-    return all(id(value) in brought for module in adapter.modules() for value in _tensors_in(module))
+    return all(id(value) in brought for module in modules_in(adapter) for value in _tensors_in(module))
 
 
 def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
@@ -58,12 +59,11 @@ def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
             yield from (t for t in (value.values() if isinstance(value, dict) else value) if isinstance(t, Tensor))
 
 
-def _materialise(site: AdapterSite, adapter: Adapter, tensors: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Put values into the place of an adapter's tensors on the meta device."""
+def _materialise(site: AdapterSite, adapter: Adapter, keys: Mapping[int, str], values: dict[str, Tensor]) -> None:
+    """Put values, by key, into the place of an adapter's tensors on the meta device, by id."""
     with present(site.candidate.base):
         device = next(parameters_in(site.candidate.base)).device
-    keys = {id(tensor): key for key, tensor in tensors.items()}
-    for module in adapter.modules():
+    for module in modules_in(adapter):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 value = _in_place_of(parameter, values.pop(keys[id(parameter)]), device)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from minipeft.injection.wrapper import Wrapper
+from minipeft.wrapper_names import modules_in
 
 Place = tuple[nn.Module, str]
 
@@ -21,8 +22,7 @@ def places_in(wrapper: Wrapper, adapter_name: str) -> list[Place]:
     if part is None:
         return []
     own = set(map(id, wrapper.trainable_parameters(adapter_name)))
-    modules = part.modules() if part._modules else (part,)
-    return [(module, name) for module in modules for name, p in module._parameters.items() if id(p) in own]
+    return [(module, name) for module in modules_in(part) for name, p in module._parameters.items() if id(p) in own]
 
 
 def parameters_at(places: Iterable[Place]) -> Iterator[nn.Parameter]:

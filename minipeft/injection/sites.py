@@ -53,9 +53,11 @@ def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_p
     """
     ops, base = ops_for(name, candidate), candidate.base
     check_occupants(name, candidate.module, [ops])
-    children = ops.children if isinstance(ops, UncalledOps) else {}
-    if isinstance(ops, UncalledOps) and every_pattern:
-        check_needs_no_call(name, type(base).__name__, config)
+    children: Mapping[str, UncalledOps] = {}
+    if isinstance(ops, UncalledOps):
+        children = ops.children
+        if every_pattern:
+            check_needs_no_call(name, type(base).__name__, config)
     yield site(name, candidate, ops, config)
     for attribute, child_ops in children.items():
         child_name, child = f"{name}.base_layer.{attribute}", base.get_submodule(attribute)
