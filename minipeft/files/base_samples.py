@@ -73,10 +73,9 @@ def _samples(layers: Iterable[tuple[str, LayerOps, nn.Module, Adapter]]) -> dict
     return {name: [*row, QUANTIZED] if row and name in quantized else row for name, row in numbers.items()}
 
 
-@torch.no_grad()
 def _picked(weight: Tensor) -> Tensor | None:
     """Eight evenly spread elements; None if they cannot be read."""
-    return weight.take(torch.tensor(_places(weight.numel()), device=weight.device)) if _is_readable(weight) else None
+    return weight.detach().take(_places(weight.numel(), weight.device)) if _is_readable(weight) else None
 
 
 def _is_readable(weight: Tensor) -> bool:
@@ -84,9 +83,9 @@ def _is_readable(weight: Tensor) -> bool:
     return not weight.is_meta and weight.numel() > 0 and type(weight) in (Tensor, nn.Parameter)
 
 
-@functools.cache
-def _places(count: int) -> list[int]:
-    return [index * (count - 1) // (SAMPLES - 1) for index in range(SAMPLES)]
+@functools.lru_cache(256)
+def _places(count: int, device: torch.device) -> Tensor:
+    return torch.tensor([index * (count - 1) // (SAMPLES - 1) for index in range(SAMPLES)], device=device)
 
 
 def _numbers(picked: Mapping[str, Tensor | None]) -> dict[str, list[float]]:

@@ -107,9 +107,11 @@ def todays_layout(file: AdapterFile, plan: Plan) -> AdapterFile:
 def _stacks(file: AdapterFile, plan: Plan) -> Iterator[Stack]:
     """The pairs of stacks that the file has as they stand in it; those made of single layers are today's."""
     for site in plan.adapters:
+        base, ops = site.candidate.base, site.ops
+        if not isinstance(ops, UncalledOps):
+            continue
         keys = (f"{PREFIX}{site.name}.lora_A.weight", f"{PREFIX}{site.name}.lora_B.weight")
-        if isinstance(site.ops, UncalledOps) and all(key in file.shapes and key not in file.made for key in keys):
-            base, ops = site.candidate.base, site.ops
+        if all(key in file.shapes and key not in file.made for key in keys):
             if getattr(base, ops.parameter).ndim == 3 and all(len(file.shapes[key]) == 2 for key in keys):
                 yield _stack(site, ops, keys)
 

@@ -53,7 +53,9 @@ class Places:
     def place(self, name: str) -> Place | None:
         """Where a name without prefix belongs: the innermost module that it names, if that can have such a tensor."""
         parts = name.split(".", self.depth + 1)
-        depth = next((n for n, part in enumerate(parts) if part in INFIXES), len(parts) - 1)
+        depth = len(parts) - 1
+        if not INFIXES.isdisjoint(parts):
+            depth = next(n for n, part in enumerate(parts) if part in INFIXES)
         for end in range(min(depth, self.depth), 0, -1):
             module = ".".join(parts[:end])
             if module in self.modules:
