@@ -17,6 +17,7 @@ from minipeft.methods.base import Adapter
 from minipeft.wrapper_names import modules_in, parameters_in
 
 CONTAINERS = (dict, list, tuple)
+SCALARS = {bool, float, int, str, type(None)}
 
 
 def build_from(plan: Plan, shapes: Parts, values: dict[str, Tensor]) -> Parts:
@@ -53,6 +54,8 @@ def _is_whole(site: AdapterSite, adapter: Adapter, brought: Collection[int]) -> 
 def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
     """All that the module itself refers to, as parameters, buffers or anything else, in lists and dictionaries too."""
     for value in vars(module).values():
+        if type(value) in SCALARS:
+            continue
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, CONTAINERS) and value:  # most are empty

@@ -28,8 +28,8 @@ def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
         t for module in modules for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
     ]
     # Of adapters only their dictionary changes, never what is in one.
-    dictionaries = [module.adapters for module in modules if isinstance(module, AdaptedLayer)]
-    with _put_back_on_error([*modules, *dictionaries, *others], tensors):
+    tables = [module.parts for module in modules if isinstance(module, AdaptedLayer)]
+    with _put_back_on_error([*modules, *others], tensors, tables):
         yield
 
 
@@ -56,8 +56,11 @@ def unchanged_afterwards(*things: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _put_back_on_error(things: Iterable[object], tensors: Iterable[Tensor]) -> Iterator[None]:
+def _put_back_on_error(
+    things: Iterable[object], tensors: Iterable[Tensor], tables: Iterable[dict[str, nn.Module]] = ()
+) -> Iterator[None]:
     kept = [_kept(thing) for thing in things]
+    contents = [(table, table.copy()) for table in tables]
     flags = [(tensor, tensor.requires_grad) for tensor in tensors]
     try:
         yield
@@ -65,6 +68,9 @@ def _put_back_on_error(things: Iterable[object], tensors: Iterable[Tensor]) -> I
         with interrupts_deferred():
             for one in kept:
                 _put_back(*one)
+            for table, content in contents:
+                table.clear()
+                table.update(content)
             for tensor, flag in flags:
                 if tensor.requires_grad is not flag:
                     tensor.requires_grad_(flag)
