@@ -171,7 +171,7 @@ class AdapterConfig(metaclass=_KnownNames):
 
     def for_modules(self, names: Sequence[str]) -> dict[str, Self]:
         """The configuration for each of the targeted modules; by default as `pattern_options` says."""
-        if not self.pattern_options:
+        if not any(getattr(self, table) for table in self.pattern_options):
             return dict.fromkeys(names, self)
         found, made, configs = self._deciding_keys(names), dict[str, Self](), {}
         for name in names:

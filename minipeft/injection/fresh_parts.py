@@ -52,9 +52,9 @@ def base_parameters(model: nn.Module, found: Mapping[str, Candidate]) -> Iterato
     seen: set[int] = set()
     owners = [("", model)]
     for name, candidate in found.items():
-        wrapped = candidate.module is not candidate.base
-        inner = named_modules(candidate.base) if wrapped else [("", candidate.base)]
-        owners += [(f"{name}.{path}" if path else name, module) for path, module in inner]
+        base = candidate.base
+        inner = named_modules(base) if candidate.module is not base else ()
+        owners += [(f"{name}.{path}" if path else name, module) for path, module in inner] or [(name, base)]
     for name, owner in owners:
         for own, parameter in owner._parameters.items():
             if parameter is not None and id(parameter) not in seen:
@@ -72,17 +72,16 @@ def find_origins(model: nn.Module, found: Mapping[str, Candidate] | None = None)
     if isinstance(remembered, Origins):
         return remembered
     found = candidates(model) if found is None else found
-    parameters = {name: (parameter, owner) for name, owner, parameter in base_parameters(model, found)}
+    unknown = {name: p for name, owner, p in base_parameters(model, found) if _is_plain(p, owner)}
     fresh: set[str] = set()
-    unknown = dict.fromkeys(name for name, (p, owner) in parameters.items() if _is_plain(p, owner))
     for part in loadable_parts(model):
         inside = {id(p) for p in part.parameters()}
-        names = [name for name in unknown if id(parameters[name][0]) in inside]
-        new = [name for name in names if not is_from_checkpoint(parameters[name][0])]
+        names = [name for name, p in unknown.items() if id(p) in inside]
+        new = [name for name in names if not is_from_checkpoint(unknown[name])]
         if 2 * len(new) <= len(names):
             computed = computed_parameters(part)
             fresh.update(name for name in new if computed is None or not computed.search(name))
-            unknown = {name: None for name in unknown if name not in set(names)}
+            unknown = {name: p for name, p in unknown.items() if id(p) not in inside}
     return Origins(frozenset(fresh), frozenset(unknown))
 
 

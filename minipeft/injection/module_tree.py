@@ -134,12 +134,12 @@ class TensorIndex:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._by_storage: dict[tuple[torch.device, int], list[tuple[nn.Module, str, nn.Parameter]]] = {}
+        self._by_storage: dict[tuple[torch.device, int], list[tuple[nn.Module, str, str, nn.Parameter]]] = {}
         for name, module in outside_adapters(model):
             for parameter_name, parameter in module._parameters.items():
                 if parameter is not None:
-                    full_name = f"{name}.{parameter_name}" if name else parameter_name
-                    self._by_storage.setdefault(_storage(parameter), []).append((module, full_name, parameter))
+                    entry = module, name, parameter_name, parameter
+                    self._by_storage.setdefault(_storage(parameter), []).append(entry)
 
     @property
     def is_shared(self) -> bool:
@@ -149,17 +149,23 @@ class TensorIndex:
     def owners(self, tensor: Tensor) -> list[tuple[str, nn.Module]]:
         """(parameter name, module) of every parameter that is `tensor` or occupies exactly the same memory."""
         entries = self._by_storage.get(_storage(tensor), [])
-        return [(name, module) for module, name, p in entries if p is tensor or _span(p) == _span(tensor)]
+        return [
+            (_joined(m, p), module) for module, m, p, own in entries if own is tensor or _span(own) == _span(tensor)
+        ]
 
     def also_used_by(self, tensor: Tensor, *owners: nn.Module) -> list[str]:
         """Names of the parameters of modules other than `owners` that change when `tensor` is written."""
         start, end = _span(tensor)
         users = []
-        for module, name, parameter in self._by_storage.get(_storage(tensor), []):
+        for module, name, parameter_name, parameter in self._by_storage.get(_storage(tensor), []):
             other_start, other_end = _span(parameter)
             if all(module is not owner for owner in owners) and start < other_end and other_start < end:
-                users.append(name)
+                users.append(_joined(name, parameter_name))
         return users
+
+
+def _joined(name: str, parameter: str) -> str:
+    return f"{name}.{parameter}" if name else parameter
 
 
 def _storage(tensor: Tensor) -> tuple[torch.device, int]:

@@ -235,11 +235,13 @@ def _shown(patterns: Sequence[str] | str | None) -> str:
 
 def to_prepare(found: dict[str, Candidate]) -> Iterator[tuple[LayerOps, nn.Module]]:
     """Every (ops, layer) whose ops prepare a layer for training, whether it is adapted or not."""
-    types = {type(candidate.base) for candidate in found.values()}
+    bases = [candidate.base for candidate in found.values()]
     concerned = {
-        t for t in types if any(type(o).prepare is not LayerOps.prepare for _, o in registry.layer_candidates(t))
+        t
+        for t in set(map(type, bases))
+        if any(type(o).prepare is not LayerOps.prepare for _, o in registry.layer_candidates(t))
     }
-    for candidate in found.values():
-        ops = layer_ops(candidate.base) if type(candidate.base) in concerned else None
+    for base in bases:
+        ops = layer_ops(base) if type(base) in concerned else None
         if ops is not None:
-            yield ops, candidate.base
+            yield ops, base

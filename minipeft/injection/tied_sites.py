@@ -150,8 +150,11 @@ def with_tied_copies(
 
 def warn_of_tied_layers(model: nn.Module, sites: list[AdapterSite]) -> None:
     """Warn if another layer of the same type shares an adapted weight: the model may call that layer instead."""
-    index, adapted = TensorIndex(model), {id(site.candidate.base) for site in sites}
-    for site in sites if index.is_shared else ():
+    index = TensorIndex(model)
+    if not index.is_shared:
+        return
+    adapted = {id(site.candidate.base) for site in sites}
+    for site in sites:
         base = site.candidate.base
         weight = base._parameters.get("weight")
         owners = index.owners(weight) if weight is not None else []
@@ -208,9 +211,11 @@ def with_one_adapter(
 def _group(model: nn.Module, config: AdapterConfig, found: dict[str, Candidate]) -> tuple[str, list[str]]:
     """The name of the input embedding, and those of all layers with its weight; none if there is no other."""
     table = input_embedding(model) if config.ensure_weight_tying else None
-    base = None if table is None else innermost(table)
+    if table is None:
+        return "", []
+    base = innermost(table)
     name = next((name for name, candidate in found.items() if candidate.base is base), "")
-    if base is None or not name:
+    if not name:
         return "", []
     holders = {id(module) for _, module in owners(TensorIndex(model), found, base)}
     tied = [other for other, candidate in found.items() if id(candidate.base) in holders]
