@@ -65,7 +65,7 @@ def kaiming(start: Start) -> None:
 def _kaiming_uniform(factor: Tensor) -> None:
     """``nn.init.kaiming_uniform_(factor, a=math.sqrt(5))``, the same values in a third of the time for small layers."""
     if factor.numel():
-        bound = math.sqrt(3.0) * (GAIN / math.sqrt(factor.numel() // len(factor)))
+        bound = math.sqrt(3.0) * (GAIN / math.sqrt(factor.numel() // factor.shape[0]))
         factor.uniform_(-bound, bound)
 
 
