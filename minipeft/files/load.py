@@ -59,9 +59,10 @@ def load_parts(
     check_loaded(model, plan, may_be_empty=False)
     shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan))
     sampled = [(name, weight) for name, weight in frozen.items() if name in file.base]
+    tensors = shapes.file_tensors(plan)
     expected = Expected(
         model,
-        {key: tensor for key, tensor in shapes.file_tensors(plan).items() if key not in new_rows.values},
+        {key: tensor for key, tensor in tensors.items() if key not in new_rows.values},
         base={} if allow_base_mismatch else planned_samples(model, plan, shapes, sampled),
         tied=_tied(plan),
         done=new_rows.tables,
@@ -74,7 +75,7 @@ def load_parts(
     if bookkeeping := file.config.other_keys.keys() - KEPT:
         logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
     values.update(new_rows.values)
-    return plan, build_from(plan, shapes, values)
+    return plan, build_from(plan, shapes, tensors, values)
 
 
 def _tied(plan: Plan) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,7 @@ def own_tensors(site: AdapterSite | SavedSite, part: nn.Module) -> dict[str, Ten
     if isinstance(site, SavedSite):
         start, tensors = f"{site.name}.", copy_tensors(part, site.only)
     elif site.tied_to is None:
-        assert isinstance(part, Adapter)
-        start, tensors = f"{site.name}.{site.prefix}", part.file_tensors()
+        start, tensors = f"{site.name}.{site.prefix}", cast(Adapter, part).file_tensors()
     else:
         return {}
     return {f"{PREFIX}{start}{key}": tensor for key, tensor in tensors.items()}

@@ -20,17 +20,17 @@ CONTAINERS = (dict, list, tuple)
 SCALARS = {bool, float, int, str, type(None)}
 
 
-def build_from(plan: Plan, shapes: Parts, values: dict[str, Tensor]) -> Parts:
+def build_from(plan: Plan, shapes: Parts, tensors: Mapping[str, Tensor], values: dict[str, Tensor]) -> Parts:
     """Create the parts of a plan with these values, by key in a file, without advancing torch's random generator.
 
     Args:
         plan: what to create.
         shapes: the parts, as `build` makes them on the meta device. Adapters that a file brings whole, as nearly all do,
             get their values there and are not made again.
+        tensors: their `Parts.file_tensors`.
         values: taken out of the dictionary. Each part takes their memory as its own when it can, so that there is never a
             second copy of all of them.
     """
-    tensors = shapes.file_tensors(plan)
     keys = {id(tensor): key for key, tensor in tensors.items() if key in values}
     sites = list(zip(plan.adapters, shapes.adapters, strict=True))
     shared = any(cls.overrides("share") for cls in {site.adapter_class for site in plan.adapters})
