@@ -60,6 +60,16 @@ def test_a_is_kaiming_uniform_and_b_zero():
     assert not lora.lora_B.any()
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(7, 5), nn.Conv1d(6, 4, 3), nn.Conv2d(3, 5, (2, 3))])
+def test_both_factors_start_with_the_very_values_of_torchs_own_function(layer):
+    config = LoraConfig(r=3, target_modules=["layer"], init_lora_weights=False)
+    torch.manual_seed(0)
+    lora = get_lora_model(OneLayer(layer), config).layer.adapters["default"]
+    torch.manual_seed(0)
+    for factor in (lora.lora_A, lora.lora_B):
+        assert torch.equal(factor, nn.init.kaiming_uniform_(torch.empty_like(factor), a=5**0.5))
+
+
 def test_gaussian_a_has_the_standard_deviation_one_over_r():
     config = LoraConfig(r=16, target_modules=["layer"], init_lora_weights="gaussian")
     lora = get_lora_model(OneLayer(nn.Linear(4000, 3)), config).layer.adapters["default"]
