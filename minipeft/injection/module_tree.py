@@ -91,9 +91,15 @@ def _children_but_adapters(module: nn.Module, name: str) -> list[tuple[str, str,
     return named_children(module, name)
 
 
+def _children_with_wrappers(module: nn.Module, name: str) -> list[tuple[str, str, nn.Module]]:
+    if isinstance(module, AdaptedLayer) and not module.base_layer._modules:
+        return []  # a layer without modules inside, as most are
+    return _children_but_adapters(module, name)
+
+
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every (name, wrapper) of a model, each once, under the name its tensors have in a file."""
-    for name, module in outside_adapters(model):
+    for name, module in named_modules(model, children=_children_with_wrappers):
         if isinstance(module, Wrapper):
             yield name, module
 
