@@ -172,7 +172,7 @@ def _is_own(own: Any) -> bool:
 
 def is_sample(value: Any) -> bool:
     """Whether a value can stand for a base weight in a file: a finite number no larger than a float32."""
-    return isinstance(value, int | float) and abs(value) < 1e39
+    return isinstance(value, (int, float)) and abs(value) < 1e39
 
 
 def own_metadata(
