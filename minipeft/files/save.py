@@ -190,7 +190,8 @@ def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def warn_if_unreadable(directory: Path, tensors: Mapping[str, Tensor], weights: Pieces, config: bytes) -> None:
     """Warn about a file that is written and that `load_adapter` will refuse; no values are lost that training made."""
-    broken = [key for key, t in tensors.items() if t.is_floating_point() and not is_finite(t)]
+    with torch.no_grad():
+        broken = [key for key, t in tensors.items() if t.is_floating_point() and not is_finite(t)]
     reasons = {
         f"it holds NaN or infinity in {shown(broken, 3)}, so the training has diverged": broken,
         f"a tensor has more than {MAX_DIMENSIONS} dimensions": any(t.ndim > MAX_DIMENSIONS for t in tensors.values()),

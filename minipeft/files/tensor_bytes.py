@@ -49,7 +49,7 @@ def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tup
         raise CheckpointError(f"{strange} is {tensors[strange].dtype}, which safetensors files cannot hold.")
     rank = {dtype: place for place, dtype in enumerate(DTYPES)}
     keys = sorted(tensors, key=lambda key: (rank[tensors[key].dtype], key))
-    entries = [(key, DTYPES[t.dtype], t.shape, t.numel() * t.element_size()) for key in keys for t in [tensors[key]]]
+    entries = [(key, DTYPES[t.dtype], t.shape, t.nbytes) for key in keys for t in [tensors[key]]]
     return header_bytes(entries, {"__metadata__": dict(sorted(metadata.items()))}), keys
 
 
@@ -77,7 +77,7 @@ def file_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Piece
             if tensors[key].numel():
                 yield _bytes(tensors[key])
 
-    return Pieces(len(header) + sum(t.numel() * t.element_size() for t in tensors.values()), parts(), len(header) - 8)
+    return Pieces(len(header) + sum(t.nbytes for t in tensors.values()), parts(), len(header) - 8)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -53,8 +53,8 @@ def base_parameters(model: nn.Module, found: Mapping[str, Candidate]) -> Iterato
     owners = [("", model)]
     for name, candidate in found.items():
         base = candidate.base
-        inner = named_modules(base) if candidate.module is not base else ()
-        owners += [(f"{name}.{path}" if path else name, module) for path, module in inner] or [(name, base)]
+        inner = named_modules(base) if base is not candidate.module and base._modules else [("", base)]
+        owners += [(f"{name}.{path}" if path else name, module) for path, module in inner]
     for name, owner in owners:
         for own, parameter in owner._parameters.items():
             if parameter is not None and id(parameter) not in seen:
