@@ -119,11 +119,7 @@ class AdaptedLayer(Wrapper):
         """The weight or bias `own`, called `name`, with these adapters folded in; another parameter as it is."""
         adapters = [self.adapter(each) for each in names]
         is_bias = own is self.ops.read_bias(self.base_layer)
-        if (
-            is_bias
-            and not own.is_meta
-            and not any(adapter.overrides("merge") or adapter.overrides("merge_after") for adapter in adapters)
-        ):
+        if is_bias and not own.is_meta and not any(adapter.overrides("merge", "merge_after") for adapter in adapters):
             return _sum_of_biases(own, adapters)
         if not is_bias and (self.stored is None or self.stored.name != name):
             return own

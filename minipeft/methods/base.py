@@ -307,10 +307,10 @@ class Adapter(nn.Module, ABC):
             cls.weight_factors = own.get("weight_factors", Adapter.weight_factors)  # type: ignore[method-assign]
 
     @classmethod
-    def overrides(cls, name: str) -> bool:
-        """Whether this class or one of its parents replaces the method of this name."""
-        parents = cls.__mro__[: cls.__mro__.index(Adapter)]
-        return any(vars(parent).get(name, vars(Adapter)[name]) is not vars(Adapter)[name] for parent in parents)
+    def overrides(cls, *names: str) -> bool:
+        """Whether this class or one of its parents replaces a method of one of these names."""
+        parents, own = cls.__mro__[: cls.__mro__.index(Adapter)], vars(Adapter)
+        return any(vars(parent).get(name, own[name]) is not own[name] for parent in parents for name in names)
 
     @classmethod
     def give_config_class(cls, method: str) -> None:
