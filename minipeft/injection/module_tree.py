@@ -161,13 +161,11 @@ class TensorIndex:
 
     def also_used_by(self, tensor: Tensor, *owners: nn.Module) -> list[str]:
         """Names of the parameters of modules other than `owners` that change when `tensor` is written."""
-        start, end = _span(tensor)
-        users = []
-        for module, name, parameter_name, parameter in self._by_storage.get(_storage(tensor), []):
-            other_start, other_end = _span(parameter)
-            if all(module is not owner for owner in owners) and start < other_end and other_start < end:
-                users.append(_joined(name, parameter_name))
-        return users
+        return [
+            _joined(name, parameter_name)
+            for module, name, parameter_name, other in self._by_storage.get(_storage(tensor), [])
+            if all(module is not owner for owner in owners) and _overlap(tensor, other)
+        ]
 
 
 def _joined(name: str, parameter: str) -> str:
@@ -177,6 +175,12 @@ def _joined(name: str, parameter: str) -> str:
 def _storage(tensor: Tensor) -> tuple[torch.device, int]:
     # A tensor without memory of its own (on the meta device, or a wrapper such as torchao's) equals only itself.
     return tensor.device, tensor.untyped_storage().data_ptr() if tensor.data_ptr() else id(tensor)
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors in the same storage have bytes in common."""
+    (start, end), (other_start, other_end) = _span(one), _span(other)
+    return start < other_end and other_start < end
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

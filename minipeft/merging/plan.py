@@ -17,7 +17,7 @@ from minipeft.merging.steps import AddInPlace, Replace, Step, Write
 from minipeft.merging.tied_weights import adapts_tied_layers, shared_parameters, tied_layers
 from minipeft.merging.trial import check_by_trial, check_order, check_stored
 from minipeft.methods.base import Adapter
-from minipeft.quantization.dequantize import check_replaceable, dtype_to_merge_in
+from minipeft.quantization.dequantize import check_replaceable, dtype_of_replacement
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ def plan_merge(model: nn.Module, names: tuple[str, ...], options: Options) -> li
     if options.dequantize:
         check_replaceable(model)
     index, steps, done = TensorIndex(model), list[Step](), set[AdaptedLayer]()
-    may_be_tied = [layer for _, layer in adapted_layers(model) if adapts_tied_layers(layer, names)]
-    for path, layer in adapted_layers(model):
-        here = tuple(name for name in names if name in layer.adapters)
+    layers = list(adapted_layers(model))
+    may_be_tied = [layer for _, layer in layers if adapts_tied_layers(layer, names)]
+    for path, layer in layers:
+        here = tuple([name for name in names if name in layer.parts])
         if here and not layer.merged and layer not in done:
             tied = tied_layers(layer, names, may_be_tied)
             steps.append(plan_step(model, path, layer, here, tied, index, options))
@@ -75,8 +76,8 @@ def plan_step(
             f"{path}: accelerate offloads its weight, so a merged one would be lost at the next call. Load the model "
             "without offloading to merge, or keep the adapter unmerged."
         )
-    dtype = dtype_to_merge_in(path, layer, model, options.dequantize)
     written = [] if ops.is_quantized else _written(layer, names)
+    dtype = written[0].dtype if written else dtype_of_replacement(path, layer, model, options.dequantize)
     for holder in (layer, *tied):
         check_stored(path, holder, written)
         check_order(path, holder, names, permanent=not options.undoable)
@@ -87,8 +88,8 @@ def plan_step(
     owners = [layer.owner, *(other.owner for other in tied)]
     shared = shared_parameters(path, owners, written, index, options.untie)
     if not options.undoable:
-        factors = _proved_finite(layer, names)
-        if factors is not None and _holds_its_weight(layer):
+        factors = _proved_finite(layer, names, written[0])
+        if factors is not None and _holds(layer.owner, written[0]):
             return AddInPlace(*common, shared, dtype, options.undoable, options.reported, factors)
     step = Write(*common, shared, dtype, options.undoable, options.reported)
     step.check()
@@ -107,18 +108,17 @@ def writes_bias(adapters: Iterable[Adapter], bias: Tensor) -> bool:
     """Whether merging these adapters may change a bias."""
     merged: Tensor | None = bias
     for adapter in adapters:
-        if adapter.overrides("merge") or adapter.overrides("merge_after"):
+        if adapter.overrides("merge", "merge_after"):
             return True  # what they make of it takes the merge to tell
         merged = adapter.merge_bias(merged)
     return merged is not bias and not torch.equal(merged, bias)  # type: ignore[arg-type]
 
 
-def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
+def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) -> tuple[Tensor, Tensor] | None:
     """The factors of the whole update, if the merged weight cannot overflow: ``|W + up @ down| <= |W| + r |up| |down|``.
 
     None if it might, if a value is not finite, or if the update has no such factors; then only the merged weight tells.
     """
-    weight = layer.ops.read_weight(layer.base_layer).detach()
     pairs = [layer.adapter(name).factors() for name in names]
     dtype = accumulation_dtype(weight)
     known = [pair for pair in pairs if pair is not None]
@@ -134,10 +134,10 @@ def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...]) -> tuple[Tensor,
     return up.to(dtype), down.to(dtype)
 
 
-def _holds_its_weight(layer: AdaptedLayer) -> bool:
+def _holds(owner: nn.Module, weight: Tensor) -> bool:
     """Whether the canonical weight is a view of the layer's own parameter, so that adding to it changes the layer."""
-    weight = layer.ops.read_weight(layer.base_layer).detach()
     return any(
         own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel() and own.dtype == weight.dtype
-        for own in layer.owner.parameters(recurse=False)
+        for own in owner._parameters.values()
+        if own is not None
     )

@@ -110,6 +110,9 @@ class AddInPlace(Step):
 
     factors: tuple[Tensor, Tensor]
 
+    def __post_init__(self) -> None:
+        self.undo = Undo(self.layer.base_layer, untied=self.shared)  # the bias stays as it is
+
     def write(self) -> None:
         base, ops = self.layer.base_layer, self.layer.ops
         weight = ops.read_weight(base).detach()

@@ -35,7 +35,7 @@ def _held(layer: AdaptedLayer, name: str) -> set[int] | None:
 
 def adapts_tied_layers(layer: AdaptedLayer, names: Iterable[str]) -> bool:
     """Whether one of these adapters is here and may also be on layers tied to this one."""
-    return any(layer.adapter(name).is_tied for name in names if name in layer.adapters)
+    return any(layer.adapter(name).is_tied for name in names if name in layer.parts)
 
 
 def shared_parameters(
@@ -48,8 +48,10 @@ def shared_parameters(
     """
     pointers = {tensor.data_ptr() for tensor in written}
     shared = {}
-    for name, parameter in owners[0].named_parameters(recurse=False):
-        users = index.also_used_by(parameter, *owners) if parameter.data_ptr() in pointers else []
+    for name, parameter in owners[0]._parameters.items():
+        if parameter is None or parameter.data_ptr() not in pointers:
+            continue
+        users = index.also_used_by(parameter, *owners)
         if users and not untie:
             raise MergeError(
                 f"{path}.{name} is tied to {shown(users)}, which merging would change as well. "

@@ -123,6 +123,8 @@ def check_order(path: str, layer: AdaptedLayer, names: tuple[str, ...], *, perma
     """
     active = [name for name in layer.switch.active if name in layer.adapters]
     left_out = () if permanent else tuple(name for name in active if name not in names)
+    if len(names + left_out) == 1:
+        return
     readers = [name for name in names + left_out if layer.adapter(name).overrides("merge_after")]
     if left_out and readers:
         raise MergeError(

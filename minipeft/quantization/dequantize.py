@@ -72,18 +72,15 @@ def float_dtype(model: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def dtype_to_merge_in(path: str, layer: AdaptedLayer, model: nn.Module, dequantize: bool) -> torch.dtype:
-    """The dtype a merged weight is rounded to: the layer's own, or that of the float layer that replaces a quantized one.
+def dtype_of_replacement(path: str, layer: AdaptedLayer, model: nn.Module, dequantize: bool) -> torch.dtype:
+    """The dtype a merged weight is rounded to for the float layer that replaces a quantized one.
 
     Raises:
-        MergeError: the layer is quantized and `dequantize` is False.
+        MergeError: `dequantize` is False.
     """
-    base = layer.base_layer
-    if not layer.ops.is_quantized:
-        return layer.ops.read_weight(base).dtype
     if not dequantize:
         raise MergeError(
-            f"{path}: {type(base).__name__} is quantized, and rounding to its few values would lose most of an update. "
+            f"{path}: {type(layer.base_layer).__name__} is quantized, and rounding to its few values would lose most of an update. "
             "Keep the adapter unmerged, or pass dequantize=True for float layers."
         )
     return float_dtype(model)
