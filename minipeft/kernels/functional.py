@@ -99,8 +99,9 @@ def accumulation_dtype(weight: Tensor) -> torch.dtype:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element of a floating-point tensor is NaN or infinite."""
-    # One that is makes the sum so; only a sum that overflows by itself needs the closer look.
-    return math.isfinite(tensor.sum(dtype=accumulation_dtype(tensor)).item()) or bool(tensor.isfinite().all())
+    # One that is makes the sum so; only a sum that overflows by itself needs the closer look. Half precision is summed
+    # in float32 all the same; asking for a result in float32 would convert all elements first.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def whole(tensor: Tensor) -> Tensor:
