@@ -1,4 +1,4 @@
-"""How fast: one adapted layer, a training step, decoding, merging, methods, packing, experts, mixed batches; next to PEFT.
+"""How fast: one adapted layer, a training step, its calls, decoding, merging, methods, packing, experts, mixed batches; next to PEFT.
 
     python benchmarks/speed.py                    # every part; the layers take most of the time
     python benchmarks/speed.py --part step
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import plots
 import torch
+from calls import calls_part
 from compiled import compile_part
 from decode import decode_part
 from experts import experts_part
@@ -32,6 +33,7 @@ from timing import busy, settle
 PARTS: dict[str, Callable[[Options], Iterator[Rows | None]]] = {
     "layer": layer_part,
     "step": step_part,
+    "calls": calls_part,
     "compile": compile_part,
     "decode": decode_part,
     "merge": merge_part,

@@ -42,7 +42,7 @@ class _Tables:
     targets: dict[tuple[str | None, str, str], tuple[str, ...] | str] = field(default_factory=dict)
     by_layer: dict[str, dict[str, type[Any]]] = field(default_factory=dict)  # layer type -> method -> adapter
     by_pattern: dict[tuple[str, str], type[Any]] = field(default_factory=dict)
-    # Of each layer type, what was found since dotted names were settled; asked for every layer of a model
+    # Of each layer type, what was found since dotted names were settled; asked for every layer of a model.
     candidates: dict[type, tuple[tuple[type, Any], ...]] = field(default_factory=dict)
     classes: dict[tuple[str, type], type[Any]] = field(default_factory=dict)
     settled_with: int = 0  # how many modules of Python were loaded when the dotted names were settled; 0: a name is new

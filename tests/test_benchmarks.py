@@ -82,6 +82,16 @@ def test_the_step_benchmark_compares_every_subject_with_peft_and_the_bound(main,
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_of_calls_counts_fewer_than_peft_makes(main, tmp_path):
+    main("speed")(["--quick", "--part", "calls", "--output", str(tmp_path)])
+    rows = [row for row in read(tmp_path / "speed_calls.csv") if row["measure"] == "operations"]
+    ratios = {(row["case"].split()[0], row["subject"]): float(row["ratio"]) for row in rows}
+    for kind in ("GPT-2", "Llama"):
+        assert ratios[kind, "frozen base"] < ratios[kind, "minipeft"] < 0.9
+        assert ratios[kind, "minipeft, lean"] < 0.9
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_benchmark_for_a_gpu_is_tried_out_on_a_cpu(main, tmp_path, capsys):
     main("gpu")(["--quick", "--base", "bf16", "--output", str(tmp_path)])
     found = {(row["subject"], row["peer_name"]): float(row["ratio"]) for row in read(tmp_path / "gpu_step.csv")}

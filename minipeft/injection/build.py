@@ -18,8 +18,8 @@ from minipeft.methods.base import Adapter
 from minipeft.wrapper_names import parameters_in
 
 HALF = frozenset({torch.bfloat16, torch.float16})
-ROOT = "base_model."  # every key in PEFT's files starts so
 Shape = tuple[torch.Size, torch.dtype]
+ROOT = "base_model."  # every key in PEFT's files starts so
 PREFIX = f"{ROOT}model."  # and every key of a module
 
 

@@ -114,4 +114,4 @@ def _resident(hook: Any) -> Any:
 
 def is_absent(module: nn.Module) -> bool:
     """Whether a module's own parameters have no values and nothing brings them before a call of it."""
-    return any(p is not None and p.is_meta for p in module._parameters.values()) and not (offloads(module))
+    return any(p is not None and p.is_meta for p in module._parameters.values()) and not offloads(module)
