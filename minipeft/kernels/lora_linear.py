@@ -124,7 +124,7 @@ def _product(
     linear: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and h of shape (rows, r), or None if the backward pass had better make it."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     W = held_or_made(weight, x.dtype)
     merges = mask is None and merged_weight.pays(rows, W)
     if merges:
@@ -133,7 +133,7 @@ def _product(
     if merges:
         return y, None
     h = project_down(rows, lora_A, mask)
-    matmul.add_product(y.view(-1, W.shape[0]), h, lora_B.t(), scaling)
+    matmul.add_product(y if y.ndim == 2 else y.view(-1, W.shape[0]), h, lora_B.t(), scaling)
     return y, h
 
 
@@ -158,15 +158,17 @@ class _LoraLinear(torch.autograd.Function):
         *kept: Tensor,
     ) -> Tensor:
         A, B = held_or_made(lora_A, x.dtype), held_or_made(lora_B, x.dtype)  # in here, so autograd has no nodes for it
-        y, h = _product(x, weight, bias, A, B, scaling, mask, matmul.linear)
+        rows = x.reshape(-1, x.shape[-1])
+        y, h = _product(rows, weight, bias, A, B, scaling, mask, matmul.linear)
         if not kept and h is None:
-            h = project_down(x.reshape(-1, x.shape[-1]), A, mask)
+            h = project_down(rows, A, mask)
         held = isinstance(weight, Tensor)
         ctx.save_for_backward(weight if held else None, lora_A, lora_B, A, B, h, *kept)
         ctx.make = None if held else weight
         ctx.scaling, ctx.mask, ctx.again, ctx.goes_through = scaling, mask, again, goes_through
         ctx.dtypes = lora_A.dtype, lora_B.dtype
-        return y
+        # `.data`, since autograd would forbid writing later into a view that was made in here.
+        return y.view(*x.shape[:-1], y.shape[-1]).data
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -50,10 +50,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tenso
 
 
 def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tensor | None = None) -> Tensor:
-    """`linear` by the same kernel as ``torch.nn.functional.linear``, so with the same bits."""
+    """`linear` by the same kernel as ``torch.nn.functional.linear`` of what is to be differentiated, so with the same bits."""
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if room is None:
-        return F.linear(x, weight, bias).data  # as above
-    rows, flat = x.reshape(-1, x.shape[-1]), room.view(-1, weight.shape[0])
+        y = F.linear(rows, weight, bias)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]).data  # as above
+    flat = room.view(-1, weight.shape[0])
     if bias is None:
         torch.mm(rows, weight.t(), out=flat)
     else:
