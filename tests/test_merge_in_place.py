@@ -393,3 +393,21 @@ def test_the_product_lies_as_it_is_asked_to():
         assert product.shape == (5, 7)
         assert (product.stride(0) < product.stride(1)) == column_major
         torch.testing.assert_close(product.double(), up.double() @ down.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_where_memory_does_not_suffice_for_the_report_each_layer_acts_as_before(monkeypatch, caplog):
+    """With the logger at INFO the error is measured after the weight is written, which nothing can take back."""
+    model, x = wide_model(layers=3), torch.randn(4, WIDE)
+    expected, calls = model(x).detach(), []
+
+    def fails(*tensors):
+        calls.append(tensors)
+        if len(calls) == 2:
+            raise MemoryError
+
+    monkeypatch.setattr("minipeft.merging.steps.relative_error", fails)
+    with caplog.at_level(logging.INFO, "minipeft"), pytest.raises(MemoryError):
+        model.merge_and_unload()
+    assert len(calls) == 2
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)

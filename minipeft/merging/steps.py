@@ -118,11 +118,11 @@ class AddInPlace(Step):
         weight = ops.read_weight(base).detach()
         before = weight.clone() if self.reported else None
         add_product(weight, *self.factors)
-        if before is not None:
-            self.relative_error = relative_error(before, weight, low_rank_product(*self.factors))
         self.mark()
         # For a layer that does more than storing its weight.
         self.layer.put_base(ops.write_weight(base, weight, ops.read_bias(base)))
+        if before is not None:  # last, since memory may not suffice for it
+            self.relative_error = relative_error(before, weight, low_rank_product(*self.factors))
 
     def take_back(self) -> None:
         if not self.layer.merged:
