@@ -186,6 +186,23 @@ def test_a_decorated_method_is_rebuilt_with_its_decorator():
     assert [attention.calls for attention in attentions(model)] == [calls + 1 for calls in before]
 
 
+def test_a_method_behind_anything_but_functions_is_left_alone():
+    class Behind:
+        def __init__(self, method):
+            functools.update_wrapper(self, method)
+
+        def __get__(self, module, cls=None):
+            return self if module is None else functools.partial(self.__wrapped__, module)
+
+    class Hidden(modeling_llama.LlamaAttention):
+        forward = Behind(modeling_llama.LlamaAttention.forward)
+
+    attention = attentions(llama())[0]
+    assert is_rotary_attention(attention)
+    attention.__class__ = Hidden
+    assert not is_rotary_attention(attention)
+
+
 def test_memory_is_token_by_token():
     x = torch.empty(2, 3, 4, 6)
     assert token_major(x).shape == x.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton  # type: ignore[import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
@@ -63,7 +64,7 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[
     sin = sin if sin.stride() == cos.stride() else sin.contiguous()
     cos = cos if cos.stride() == sin.stride() else cos.contiguous()
     wide = triton.next_power_of_2
-    if batch * tokens > 0:
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton runs on the current device
         _turn[(batch * tokens,)](
             q, q.stride(0), q.stride(1), q.stride(2), k, k.stride(0), k.stride(1), k.stride(2),
             cos, sin, cos.stride(0), cos.stride(2), new_q, new_k, tokens, q_heads, k_heads, features // 2,

@@ -32,7 +32,12 @@ class FastRotary(SameFunction):
 def is_rotary_attention(module: nn.Module) -> bool:
     """Whether the module's forward method calls a function of this name that computes what ours does."""
     cls: Any = plain_class(type(module))
-    own = inspect.unwrap(cls.forward)
+    own = cls.forward
+    # A decorator's function holds the method that it calls.
+    while isinstance(own, FunctionType) and hasattr(own, "__wrapped__"):
+        if not any(cell.cell_contents is own.__wrapped__ for cell in own.__closure__ or ()):
+            return False
+        own = own.__wrapped__
     if not isinstance(own, FunctionType) or NAME not in own.__code__.co_names:
         return False
     function = own.__globals__.get(NAME)
@@ -44,9 +49,11 @@ def _is_rotary(function: FunctionType) -> bool:
     """Whether a function of q, k, cos and sin rotates both: tried in float64."""
     if list(inspect.signature(function).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return False
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.rand(2, heads, 3, 8, generator=generator, dtype=torch.float64) for heads in (4, 2))
-    cos, sin = torch.rand(2, 2, 3, 8, generator=generator, dtype=torch.float64)
+    # On a CPU, whatever the default device is, and without torch's generators.
+    q, k, cos, sin = (
+        torch.linspace(-1, step, 8 * 3 * size, device="cpu", dtype=torch.float64).view(-1, *shape)
+        for step, size, shape in ((2, 8, (4, 3, 8)), (3, 4, (2, 3, 8)), (5, 2, (3, 8)), (7, 2, (3, 8)))
+    )
     try:
         found = function(q, k, cos, sin)
     except Exception:  # whatever it wants, it is another function
@@ -60,7 +67,7 @@ def with_fast_rotary(forward: FunctionType) -> FunctionType:
     """A copy of a forward method in which the name stands for our function."""
     inner = getattr(forward, "__wrapped__", None)
     names, cells = forward.__globals__, forward.__closure__
-    if inner is not None:  # a decorator's function, which calls the method
+    if inner is not None:
         made = CellType(with_fast_rotary(inner))
         cells = tuple(made if cell.cell_contents is inner else cell for cell in cells or ())
     else:
