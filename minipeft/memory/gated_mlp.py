@@ -29,7 +29,8 @@ class GatedProduct:
         product: Tensor = self.act(gate) * up
         return product
 
-    __call__ = forward
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.forward(gate, up)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Those of the activation."""
@@ -41,8 +42,6 @@ class SiluProduct(GatedProduct):
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
-
-    __call__ = forward
 
     def with_back(self, gate: Tensor, up: Tensor) -> recompute.WithBack:
         """As autograd has it, in two arrays fewer."""

@@ -43,12 +43,12 @@ class Probe:
                 f"{type(model).__name__} cannot be run on a tiny batch of token ids{' with labels' * with_labels} "
                 f"({type(error).__name__}: {error}), which lean() needs to prove that it changes nothing."
             ) from error
-        self.tolerance = _tolerance(model)
+        self.tolerance = self.of_gradients = _tolerance(model)
         if self.tolerance == HALF_TOLERANCE:
             with _rounded_once_more(model):
                 _, others = _run(model, with_labels)
             noise = _relative(others, self.gradients)
-            self.tolerance = min(noise, MOST) if noise > self.tolerance else self.tolerance
+            self.of_gradients = min(noise, MOST) if noise > self.tolerance else self.tolerance
 
     def compare(self, model: nn.Module) -> None:
         """Raise a LeanError if the model's loss or gradients differ from what they were."""
@@ -61,9 +61,12 @@ class Probe:
                 f"{type(model).__name__} does not compute its loss by loss_function(logits, labels) "
                 f"({type(error).__name__}: {error}); pass chunked_loss=False."
             ) from error
-        errors = {"loss": _relative([loss], [self.loss]), "gradients": _relative(gradients, self.gradients)}
-        for what, size in errors.items():
-            if not size <= self.tolerance:
+        errors = {
+            "loss": (_relative([loss], [self.loss]), self.tolerance),
+            "gradients": (_relative(gradients, self.gradients), self.of_gradients),
+        }
+        for what, (size, tolerance) in errors.items():
+            if not size <= tolerance:
                 raise LeanError(
                     f"{type(model).__name__}: with lean() the {what} would differ by {size:.2g} of their size on a tiny batch. "
                     "chunked_loss=False or fast_linear=False may help."
