@@ -33,15 +33,19 @@ def is_rotary_attention(module: nn.Module) -> bool:
     """Whether the module's forward method calls a function of this name that computes what ours does."""
     cls: Any = plain_class(type(module))
     own = cls.forward
-    # A decorator's function holds the method that it calls.
-    while isinstance(own, FunctionType) and hasattr(own, "__wrapped__"):
-        if not any(cell.cell_contents is own.__wrapped__ for cell in own.__closure__ or ()):
-            return False
-        own = own.__wrapped__
+    while (inner := _held(own)) is not None:
+        own = inner
     if not isinstance(own, FunctionType) or NAME not in own.__code__.co_names:
         return False
     function = own.__globals__.get(NAME)
     return isinstance(function, FunctionType) and _is_rotary(function)
+
+
+def _held(function: Any) -> FunctionType | None:
+    """The method that a decorator's function holds in order to call it, or None."""
+    inner = getattr(function, "__wrapped__", None)
+    cells = function.__closure__ or () if isinstance(function, FunctionType) else ()
+    return inner if any(cell.cell_contents is inner for cell in cells) else None
 
 
 @functools.cache
@@ -65,8 +69,7 @@ def _is_rotary(function: FunctionType) -> bool:
 @functools.cache
 def with_fast_rotary(forward: FunctionType) -> FunctionType:
     """A copy of a forward method in which the name stands for our function."""
-    inner = getattr(forward, "__wrapped__", None)
-    names, cells = forward.__globals__, forward.__closure__
+    inner, names, cells = _held(forward), forward.__globals__, forward.__closure__
     if inner is not None:
         made = CellType(with_fast_rotary(inner))
         cells = tuple(made if cell.cell_contents is inner else cell for cell in cells or ())
