@@ -66,7 +66,8 @@ def lora_linear(
     if learns:
         return _learning(x, weight, bias, lora_A, lora_B, scaling, mask)
     # Without gradients use torch's own kernel, so that a zero adapter reproduces the base bit for bit.
-    return _product(x, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, mask, matmul.torch_linear)[0]
+    A, B = held_or_made(lora_A, x.dtype), held_or_made(lora_B, x.dtype)
+    return _shaped(_product(x.reshape(-1, features), weight, bias, A, B, scaling, mask, matmul.torch_linear)[0], x)
 
 
 def _few_rows(
@@ -113,8 +114,13 @@ def _learning(
     )
 
 
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """Rows of the output in the shape that x asks for; by `.data`, since autograd would forbid writing later into a view."""
+    return y.view(*x.shape[:-1], y.shape[-1]).data
+
+
 def _product(
-    x: Tensor,
+    rows: Tensor,
     weight: Weight,
     bias: Tensor | None,
     lora_A: Tensor,
@@ -123,17 +129,16 @@ def _product(
     mask: DropoutMask | None,
     linear: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and h of shape (rows, r), or None if the backward pass had better make it."""
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    W = held_or_made(weight, x.dtype)
+    """The output of some rows, and h of shape (rows, r), or None if the backward pass had better make it."""
+    W = held_or_made(weight, rows.dtype)
     merges = mask is None and merged_weight.pays(rows, W)
     if merges:
         W = merged_weight.merged(W, lora_A, lora_B, scaling, in_place=W is not weight)
-    y = linear(x, W, None if bias is None else held_or_made(bias, x.dtype))
+    y = linear(rows, W, None if bias is None else held_or_made(bias, rows.dtype))
     if merges:
         return y, None
     h = project_down(rows, lora_A, mask)
-    matmul.add_product(y if y.ndim == 2 else y.view(-1, W.shape[0]), h, lora_B.t(), scaling)
+    matmul.add_product(y, h, lora_B.t(), scaling)
     return y, h
 
 
@@ -167,8 +172,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.make = None if held else weight
         ctx.scaling, ctx.mask, ctx.again, ctx.goes_through = scaling, mask, again, goes_through
         ctx.dtypes = lora_A.dtype, lora_B.dtype
-        # `.data`, since autograd would forbid writing later into a view that was made in here.
-        return y.view(*x.shape[:-1], y.shape[-1]).data
+        return _shaped(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
