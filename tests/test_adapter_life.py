@@ -190,7 +190,8 @@ METHODS = {
 def test_a_scale_multiplies_the_update_and_one_brings_every_bit_back(method):
     config, options = METHODS[method]
     targets = ["q_proj", "down_proj"]
-    model = get_adapter_model(llama(), getattr(minipeft, config)(target_modules=targets, **options))
+    # In float64, since AdaLoRA's start makes a model here that multiplies its roundings.
+    model = get_adapter_model(llama().double(), getattr(minipeft, config)(target_modules=targets, **options))
     disturb(model, scale=0.05)
     layers = [m for m in model.modules() if hasattr(m, "tied_adapters")]
     full, expected = [layer.adapter("default").delta(layer.base_layer.weight) for layer in layers], logits(model)
@@ -199,16 +200,14 @@ def test_a_scale_multiplies_the_update_and_one_brings_every_bit_back(method):
         torch.testing.assert_close(layer.adapter("default").delta(layer.base_layer.weight), -0.3 * whole)
     scaled = logits(model)
     assert not torch.allclose(scaled, expected)
-    exact = copy.deepcopy(model).double()
-    torch.testing.assert_close(logits(exact).float(), scaled, atol=5e-5, rtol=1e-4)
-    torch.testing.assert_close(logits(copy.deepcopy(exact).merge_and_unload()), logits(exact), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), scaled, atol=1e-5, rtol=1e-4)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), scaled, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(model), scaled, atol=1e-5, rtol=1e-4)
     refuses(StateError, model, lambda: model.set_scale("default", 1), "is merged into the base")
     model.unmerge_adapter()
     assert torch.equal(logits(model), scaled)
     model.set_scale("default", 0)
-    torch.testing.assert_close(logits(model), logits(llama()), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits(model), logits(llama().double()), atol=1e-6, rtol=1e-5)
     model.set_scale("default", 1)
     assert torch.equal(logits(model), expected)
 
