@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import math
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,7 @@ from minipeft.kernels.glibc import trim
 from minipeft.kernels.matmul import has_kernels
 
 MIB = 2**20
+TINY = "tiny"  # the folder of the tiny model's adapter
 LOSS_TOLERANCE = {"": 1e-4, NF4: 1e-4, BF16: 1e-3, NF4_BF16: 1e-3}  # relative
 IN_FLOAT32 = (FULL, PEFT, TUNED, PEFT_CHECKPOINTED, CORE, LEAN, LEAN_MLP, LEAN_BLOCK, LEAN_SQRT, FULL_CHECKPOINTED)
 IN_HALF = (PEFT, CORE, LEAN, LEAN_BLOCK, LEAN_SQRT)
@@ -95,6 +95,10 @@ class Workload:
     def base(self, layers: int) -> nn.Module:
         return MODELS[self.name](self.quick, use_cache=False, num_hidden_layers=layers).to(self.device)
 
+    @property
+    def tiny(self) -> Workload:
+        return replace(self, quick=True)
+
     def is_too_slow(self, subject: str) -> bool:
         """Whether the subject does the short step alone, for its loss, and no peak of it is reported."""
         return subject in TOO_SLOW and self.device == "cpu" and not self.quick and not has_kernels(torch.bfloat16)
@@ -120,38 +124,47 @@ def forget_peak(device: str = "cpu") -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def run_subject(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
+def run_subject(subject: str, folder: Path, work: Workload) -> dict[str, Any]:
     """Two optimizer steps: peak memory in MiB, gross and net of the interpreter, losses, and ms of the second step.
 
-    The first one has a single short sequence: it is there for the optimizer's state.
+    The first one has a single short sequence: it is there for the optimizer's state. What the same subject imports
+    and sets up for a tiny model, which is trained before, is the interpreter's: no library's imports are another's.
     """
     cuda = work.device == "cuda"
-    if base_of(subject) in (NF4, NF4_BF16):
-        importlib.import_module("bitsandbytes")  # the interpreter's, not the model's
+    tiny = work.tiny
+    train(tiny.model(subject, folder / TINY), tiny.ids(64)[:1, :16])
+    forget_peak(work.device)
     interpreter = 0.0 if cuda else status_mib("VmRSS")
-    model = work.model(subject, adapter)
+    model = work.model(subject, folder / str(work.layers))
     forget_peak(work.device)  # a model is made here in float32, and loaded in other ways
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     weights = base_bytes(model) / MIB
-    ids, losses, elapsed = work.ids(model.config.vocab_size), [], 0.0
-    for some in (ids[:1, :16],) if work.is_too_slow(subject) else (ids[:1, :16], ids):
-        start = time.perf_counter()
-        loss = model(input_ids=some, labels=some).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        elapsed = 1e3 * (time.perf_counter() - start)
+    ids = work.ids(model.config.vocab_size)
+    losses, elapsed = train(model, *[ids[:1, :16]] if work.is_too_slow(subject) else [ids[:1, :16], ids])
     gross = torch.cuda.max_memory_allocated() / MIB if cuda else status_mib("VmHWM")
     times = {"second step": elapsed}
     return {"gross": gross, "net": gross - interpreter, "base weights": weights, "losses": losses, **times}
 
 
-def in_fresh_process(subject: str, adapter: Path, work: Workload) -> dict[str, Any]:
+def train(model: nn.Module, *batches: Tensor) -> tuple[list[float], float]:
+    """A step of AdamW on each batch: the losses, and the ms of the last step."""
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    losses, elapsed = [], 0.0
+    for ids in batches:
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        elapsed = 1e3 * (time.perf_counter() - start)
+    return losses, elapsed
+
+
+def in_fresh_process(subject: str, folder: Path, work: Workload) -> dict[str, Any]:
     """What `run_subject` says in a process of its own: a new interpreter, or to try things out a fork of this one."""
     context = multiprocessing.get_context("fork" if work.quick and work.device == "cpu" else "spawn")
     with context.Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as process:
-        report = process.apply(run_subject, (subject, adapter, work))
+        report = process.apply(run_subject, (subject, folder, work))
     print(f"{work}, {subject}: {report}", flush=True)
     return report
 
@@ -220,9 +233,9 @@ def measure(work: Workload) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for layers in (work.layers, work.layers - 1):
             save_adapter(work.base(layers), Path(folder) / str(layers))
-        whole = Path(folder) / str(work.layers)
+        save_adapter(work.tiny.base(work.tiny.layers), Path(folder) / TINY)
         subjects = QUICK if work.quick else COMPARED
-        reports = {subject: in_fresh_process(subject, whole, work) for subject in subjects}
+        reports = {subject: in_fresh_process(subject, Path(folder), work) for subject in subjects}
         check_losses(reports)
         whole_steps = {subject: report for subject, report in reports.items() if not work.is_too_slow(subject)}
         counts = {subject: saved_for_backward(subject, Path(folder), work) for subject in whole_steps}
