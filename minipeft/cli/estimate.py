@@ -50,22 +50,27 @@ def estimate(
     from minipeft.planning.fit import fit
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    way = int(checkpointing) if checkpointing is not None and checkpointing.isdigit() else checkpointing
-    setup = Setup(training, way, dtype, quantize, batch, length, device)
-    modules = targets if targets.startswith("all-linear") else [name.strip() for name in targets.split(",")]
-    config = config_from_dict({"peft_type": "LORA", "r": r, "target_modules": modules}, "--r and --targets", live=True)
+    setup = Setup(training, _way(checkpointing), dtype, quantize, batch, length, device)
+    config = config_from_dict(_options(r, targets), "--r and --targets", live=True)
     if wanted is None:
-        found = Planner(model, config, setup, get_adapter_model).estimate()
-        print_json(found.to_dict()) if json else _print(found)
-        return
-    proposals = fit(model, config, setup, wanted, get_adapter_model)
-    if json:
-        print_json([proposal.to_dict() for proposal in proposals])
+        _print(Planner(model, config, setup, get_adapter_model).estimate(), json)
     else:
-        _print_proposals(proposals, wanted)
+        _print_proposals(fit(model, config, setup, wanted, get_adapter_model), wanted, json)
 
 
-def _print(found: Estimate) -> None:
+def _way(checkpointing: str | None) -> str | int | None:
+    return int(checkpointing) if checkpointing is not None and checkpointing.isdigit() else checkpointing
+
+
+def _options(r: int, targets: str) -> dict[str, Any]:
+    modules = targets if targets.startswith("all-linear") else [name.strip() for name in targets.split(",")]
+    return {"peft_type": "LORA", "r": r, "target_modules": modules}
+
+
+def _print(found: Estimate, json: bool) -> None:
+    if json:
+        print_json(found.to_dict())
+        return
     typer.echo(f"{found.model}, {described(found.setup)}\n")
     rows: list[dict[str, Any]] = [
         {"": "parameters", " ": f"{found.parameters:,}"},
@@ -92,7 +97,10 @@ def described(setup: Setup) -> str:
     return f"{how[setup.training]} on a base in {base}, {setup.batch} x {setup.length} tokens, {setup.device}"
 
 
-def _print_proposals(proposals: list[Proposal], memory: int) -> None:
+def _print_proposals(proposals: list[Proposal], memory: int, json: bool) -> None:
+    if json:
+        print_json([proposal.to_dict() for proposal in proposals])
+        return
     rows = [
         {
             "checkpointing": proposal.estimate.setup.checkpointing or "not lean",

@@ -128,20 +128,22 @@ class SavableModel(nn.Module):
         for name in names if is_main_process else ():
             if name in self._state.idle:
                 warnings.warn(f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}", stacklevel=2)
-            tensors = self.adapter_state_dict(name)
-            if state_dict is not None:
-                tensors = tensors_from_state(self, tensors, state_dict)
-            config = self._file_config(name)
             if convert_to_lora:
                 tensors, config = as_lora(self, self._state.configs[name], name)
             else:
                 warn_of_scale(self, name)
+                tensors, config = self._as_it_is(name, state_dict)
             tensors = with_repeats(tensors, followers(self, self._state.configs[name], name))
             tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
-            tensors = values_of(self, tensors)
-            check_size(others, tensors)
+            check_size(others, tensors := values_of(self, tensors))
             with writing(root):
                 self._write_adapter(directory_of(root, name), name, tensors, config)
+
+    def _as_it_is(self, name: str, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = self.adapter_state_dict(name)
+        if state_dict is not None:
+            tensors = tensors_from_state(self, tensors, state_dict)
+        return tensors, self._file_config(name)
 
     def push_to_hub(
         self,

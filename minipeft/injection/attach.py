@@ -46,15 +46,10 @@ def _attach(
     state: AdapterState,
     trainable: bool,
 ) -> None:
-    first, old_class = STATE not in model.__dict__, type(model)
+    first = STATE not in model.__dict__
     if first:
         state.trained_before = frozenset(name for name, p in named_parameters(model) if p.requires_grad)
-        try:
-            model.__class__ = mixed_class(mixin, old_class)
-        except TypeError as error:
-            raise StateError(
-                f"{old_class.__name__} does not allow changing its class, which adapting does ({error})."
-            ) from None
+        _mix(model, mixin)
     apply(plan, parts, adapter_name, state.switch)
     if first:
         model.__dict__[STATE] = state
@@ -69,21 +64,35 @@ def _attach(
             follow_loads(module)
         if isinstance(module, Wrapper):
             state.places[adapter_name] += places_in(module, adapter_name)
-    state.resting[adapter_name] = put_to_rest(state.places[adapter_name])
-    if not trainable:
-        state.resting[adapter_name] = set()
+    resting = put_to_rest(state.places[adapter_name])
+    state.resting[adapter_name] = resting if trainable else set()
     state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
     state.unwatched.add(adapter_name)
     if trainable:
         state.trainable.add(adapter_name)
     if first:
-        for _, module in outside:  # those of the adapter are at rest
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    parameter.requires_grad_(False)
+        _freeze(outside)
         _switch(state, (adapter_name,), {adapter_name} & state.trainable, ())
         let_checkpoints_train(outside)
     hold_norms(model)
+
+
+def _mix(model: nn.Module, mixin: type[nn.Module]) -> None:
+    old_class = type(model)
+    try:
+        model.__class__ = mixed_class(mixin, old_class)
+    except TypeError as error:
+        raise StateError(
+            f"{old_class.__name__} does not allow changing its class, which adapting does ({error})."
+        ) from None
+
+
+def _freeze(outside: list[tuple[str, nn.Module]]) -> None:
+    """Train nothing of the base; the adapter's own parameters are at rest already."""
+    for _, module in outside:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
 
 def hold_norms(model: nn.Module) -> None:

@@ -86,12 +86,7 @@ def build(
         for parameter in parameters_in(adapter) if autocast_adapter_dtype else ():
             if parameter.dtype in HALF:
                 parameter.data = parameter.data.float()
-        if site.prefix:  # assigning an attribute of a module takes long, and most need none of these
-            adapter.key_prefix = site.prefix
-        if adapter.ties(site.config):
-            adapter.is_tied = True
-        if not base.training:
-            adapter.eval()
+        _tell(adapter, site, base)
         adapters[site.name] = adapter
         if fill is not None:
             fill(own_tensors(site, adapter), adapter)
@@ -104,6 +99,15 @@ def build(
         if fill is not None:
             fill(own_tensors(saved, copies[saved.name]), copies[saved.name])
     return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies.values()))
+
+
+def _tell(adapter: Adapter, site: AdapterSite, base: nn.Module) -> None:
+    if site.prefix:  # assigning an attribute of a module takes long, and most need none of these
+        adapter.key_prefix = site.prefix
+    if adapter.ties(site.config):
+        adapter.is_tied = True
+    if not base.training:
+        adapter.eval()
 
 
 def _copied(site: SavedSite, tied: nn.Module | None, on_meta: bool) -> nn.Module:

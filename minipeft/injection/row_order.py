@@ -38,30 +38,22 @@ def learn_order(
     Raises:
         StateError: one row alone cannot be run, or the first dimension of the model's input is not the rows.
     """
-    count, seen = len(rows.names), []
+    count, seen = len(rows.names), list[Wrapper]()
     sizes: dict[str, tuple[int, int]] = {}  # numbers of rows and positions that modules with `batch_first` take
-
-    def first(tensor: Tensor) -> Tensor:
-        return tensor[:1] if tensor.ndim and tensor.shape[0] == count else tensor
 
     def note(wrapper: Any, given: tuple[Any, ...]) -> None:
         x = given[0] if given else None
         if isinstance(x, Tensor) and x.ndim > int(x.is_floating_point()) + 1 and x.shape[0] == count:
             seen.append(wrapper)
 
-    one = {
-        name: value if name in BY_POSITION else tree_map_only(Tensor, first, value) for name, value in kwargs.items()
-    }
-    for name in CACHES:
-        if one.pop(name, None) is not None:
-            one["use_cache"] = False
+    first_args, first_kwargs = _first_row(count, args, kwargs)
     hooks = [wrapper.register_forward_pre_hook(note) for _, wrapper in wrappers(model)]
     for path, module in outside_adapters(model):
         if says_order(module):
             hooks.append(module.register_forward_pre_hook(functools.partial(_note_sizes, sizes, path)))
     try:
         with torch.no_grad(), generators_kept(), acting(None):
-            call(*tree_map_only(Tensor, first, tuple(args)), **one)
+            call(*first_args, **first_kwargs)
     except Exception as error:
         raise StateError(
             f"adapter_names: {type(model).__name__} does not run on one of its {count} rows alone, so it cannot be told whether "
@@ -79,6 +71,21 @@ def learn_order(
     for wrapper in seen:
         wrapper.counts = "positions before rows"
     return rows.length != 1 or not sizes
+
+
+def _first_row(count: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call for the first of its `count` rows, without a cache."""
+
+    def first(tensor: Tensor) -> Tensor:
+        return tensor[:1] if tensor.ndim and tensor.shape[0] == count else tensor
+
+    named = {
+        name: value if name in BY_POSITION else tree_map_only(Tensor, first, value) for name, value in kwargs.items()
+    }
+    for name in CACHES:
+        if named.pop(name, None) is not None:
+            named["use_cache"] = False
+    return tree_map_only(Tensor, first, tuple(args)), named
 
 
 def _note_sizes(sizes: dict[str, tuple[int, int]], path: str, module: Any, given: tuple[Any, ...]) -> None:

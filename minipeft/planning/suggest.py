@@ -91,12 +91,10 @@ def suggest(
     Raises:
         MinipeftError: the model cannot be built or adapted, the text not counted, or a number is not allowed.
     """
-    if tokens is not None and text is not None:
-        raise ConfigError("tokens and text both say how many tokens there are; give one.")
-    for name, number in (("tokens", tokens), ("length", length)):
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise ConfigError(f"{name} must be a whole number from 1 on, not {told(number)}.")
+    _check_numbers(tokens=tokens, length=length)
     if text is not None:
+        if tokens is not None:
+            raise ConfigError("tokens and text both say how many tokens there are; give one.")
         tokens = count_tokens(place, text)
     hollow = Hollow(Ledger())
     model = base_model(place, hollow)
@@ -129,6 +127,12 @@ def suggest(
             ),
         )
     )
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise ConfigError(f"{name} must be a whole number from 1 on, not {told(number)}.")
 
 
 def _task(model: nn.Module) -> Iterator[Choice]:

@@ -85,8 +85,7 @@ def read_texts(
         return source, _allowed(encoding, Encoder(tokenizer, source.kind, encoding), type(model).__name__, why_not)
 
     def packed(examples: Examples, source: Source, encoding: Encoding) -> Examples | Packed:
-        in_rows = Encoder(tokenizer, source.kind, encoding).in_rows
-        return pack(examples) if in_rows else examples
+        return pack(examples) if Encoder(tokenizer, source.kind, encoding).in_rows else examples
 
     def evaluated(examples: Examples, source: Source, encoding: Encoding) -> Examples | Packed:
         return packed(examples.select(0, min(len(examples), eval_examples or len(examples))), source, encoding)
