@@ -7,7 +7,7 @@ import sys
 import types
 from pathlib import Path
 
-from architecture import floors, graph, imported, modules, room, room_edges
+from architecture import floors, functions, graph, imported, modules, room, room_edges
 
 import minipeft
 
@@ -94,6 +94,11 @@ def test_all_names_what_there_is():
 def test_files_stay_small():
     lengths = {name: len(path.read_text("utf-8").splitlines()) for path, name in modules()}
     assert {name: length for name, length in lengths.items() if length > 350} == {}
+
+
+def test_functions_stay_short():
+    lengths = {(name, function): lines for path, name in modules() for function, lines in functions(path)}
+    assert {where: lines for where, lines in lengths.items() if lines > 40} == {}
 
 
 def test_no_path_of_a_machine_is_in_the_repository():
