@@ -29,9 +29,10 @@ from minipeft.injection.own_methods import Configurations, OwnMethods
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.starting import await_values, stop_waiting
-from minipeft.injection.state import active_without, check_name
+from minipeft.injection.state import active_without, check_name, names_given
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
+from minipeft.options import flags
 from minipeft.quantization.dequantize import dequantize as make_float
 from minipeft.transformers_model import mark_untied, says_tied, wrapping_class
 
@@ -100,6 +101,7 @@ def load_adapter(
         MinipeftError: something does not fit; the model is unchanged, bit for bit.
     """
     check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
+    flags(is_trainable=is_trainable, strict=strict, allow_base_mismatch=allow_base_mismatch)
     _check_adaptable(model)
     path = adapter_directory(
         directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
@@ -234,7 +236,7 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
         Raises:
             StateError: a name is unknown or repeated, an adapter is merged, or two train the same module in full.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = names_given(adapter_name)
         self._check_known(names)
         self._state.check_unmerged()
         self._check_compatible(names)
@@ -252,9 +254,9 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
         Raises:
             StateError: a name is unknown, an adapter is merged, or nothing would act (`unload` removes the last one).
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = names_given(adapter_name)
         self._check_known(names)
-        wanted = (activate,) if isinstance(activate, str) else None if activate is None else tuple(activate)
+        wanted = None if activate is None else names_given(activate)
         if wanted is not None:
             self._check_known(wanted)
             self._check_compatible(wanted)
@@ -293,7 +295,8 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
         """
         if state_dict is not None:
             raise ConfigError("get_adapter_state_dict gives the live tensors; pass state_dict to save_pretrained().")
-        tensors = self.adapter_state_dict(adapter_name or next(iter(self.active_adapters), None))
+        name = next(iter(self.active_adapters), None) if adapter_name is None else adapter_name
+        tensors = self.adapter_state_dict(name)
         return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
     @all_or_nothing
@@ -320,6 +323,7 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
             MergeError: a check failed.
         """
         names = self._active_or(adapter_names)
+        flags(progressbar=progressbar, untie=untie, dequantize=dequantize)
         untied, was_tied = check_trained_copies(self, names), says_tied(self)
         progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
         merged = names if adapter_names is not None else tuple(dict.fromkeys((*self._state.merged, *names)))

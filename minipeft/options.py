@@ -51,6 +51,12 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
+def flags(**values: object) -> None:
+    """Check the arguments of these names as `flag` does."""
+    for name, value in values.items():
+        flag(name, value)
+
+
 def one_of(name: str, value: object, allowed: Sequence[object]) -> Any:
     """One of the allowed values, of the same type."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):

@@ -1,12 +1,14 @@
 """A call that fails, or must not be made a second time, leaves the model as it was."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import adapted, foreign_code, gpt2, logits, refuses
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from minipeft import LoraConfig, StateError, TargetError, get_lora_model
+from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, TargetError, get_lora_model
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.methods.lora import Lora
 
@@ -92,3 +94,94 @@ def test_a_model_with_an_adapted_part_is_refused():
     body = nn.ModuleDict({"body": gpt2()})
     get_lora_model(body, LoraConfig(r=2, target_modules=["c_attn"]))
     refuses(StateError, body, lambda: get_lora_model(body["body"], config), "transformer.h.0.attn", "adapted already")
+
+
+NO_NAMES = (
+    5,
+    True,
+    None,
+    0.5,
+    torch.tensor(1),
+    Path("default"),
+    b"default",
+    "",
+    object(),
+    [["default"]],
+    [None],
+    {5: 1},
+)
+
+
+@pytest.mark.parametrize(
+    "verb", ["set_adapter", "delete_adapter", "merge_adapter", "train_adapters", "saves", "activates"]
+)
+def test_what_is_no_name_is_one_error_that_lists_the_names(verb, tmp_path):
+    model = adapted()
+    model.add_adapter("b", LoraConfig(r=2))
+    verbs = {
+        "saves": lambda names: model.save_pretrained(tmp_path, selected_adapters=names),
+        "activates": lambda names: model.delete_adapter("default", activate=names),
+    }
+    act = verbs.get(verb) or getattr(model, verb)
+    for names in NO_NAMES:
+        if names is None and verb in ("merge_adapter", "saves", "activates"):
+            continue  # nothing is said
+        refuses(StateError, model, lambda names=names: act(names), "no adapter", "there are: 'default', 'b'")
+    assert list(tmp_path.iterdir()) == []
+    assert model.active_adapters == ["default"]
+    assert list(model.adapter_configs) == ["default", "b"]
+
+
+def test_a_string_is_one_name_and_a_set_has_an_order():
+    model = adapted()
+    for name in ("a", "b", "ab"):
+        model.add_adapter(name, LoraConfig(r=2))
+    model.merge_adapter("ab")
+    assert [row.adapter for row in model.adapter_status() if row.merged] == ["ab"]
+    model.unmerge_adapter()
+    model.set_adapter({"b", "default", "ab"})
+    assert model.active_adapters == ["ab", "b", "default"]
+    model.set_adapter(name for name in ("b", "a"))
+    assert model.active_adapters == ["b", "a"]
+
+
+@pytest.mark.parametrize("name", ["", 0, False])
+def test_an_empty_name_does_not_stand_for_the_adapter_that_is_there(name):
+    model = adapted()
+    for verb in (model.adapter_state_dict, model.get_adapter_state_dict):
+        refuses(StateError, model, lambda verb=verb: verb(name), "no adapter")
+
+
+FLAGS = {
+    "get_lora_model": (lambda m, d, **o: get_lora_model(gpt2(), **o), ["autocast_adapter_dtype"]),
+    "add_adapter": (lambda m, d, **o: m.add_adapter("n", LoraConfig(), **o), ["autocast_adapter_dtype"]),
+    "load_adapter": (lambda m, d, **o: m.load_adapter(d, "n", **o), ["is_trainable", "strict", "allow_base_mismatch"]),
+    "hotswap_adapter": (lambda m, d, **o: m.hotswap_adapter(d, **o), ["allow_base_mismatch"]),
+    "merge_adapter": (lambda m, d, **o: m.merge_adapter(**o), ["untie", "dequantize"]),
+    "merge_and_unload": (lambda m, d, **o: m.merge_and_unload(**o), ["progressbar", "untie", "dequantize"]),
+    "save_pretrained": (lambda m, d, **o: m.save_pretrained(d, **o), ["is_main_process", "convert_to_lora"]),
+}
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_a_switch_is_true_or_false_and_nothing_that_counts_as_one(verb, tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    act, options = FLAGS[verb]
+    for option in options:
+        for value in ("false", 1, None, torch.ones(2)):
+            action = lambda option=option, value=value: act(model, tmp_path, **{option: value})  # noqa: E731
+            refuses(ConfigError, model, action, f"{option} must be True or False")
+    assert list(model.adapter_configs) == ["default"]
+
+
+def test_a_state_that_is_not_the_model_s_is_not_saved(tmp_path):
+    model = adapted()
+    state = model.state_dict()
+    key = next(key for key in state if "lora_A" in key)
+    for wrong in (5, "state", [*state], {5: state[key]}, {**state, key: state[key].tolist()}):
+        refuses(ConfigError, model, lambda wrong=wrong: model.save_pretrained(tmp_path, state_dict=wrong), "state_dict")
+    wrong = {**state, key: state[key][:1]}
+    refuses(CheckpointError, model, lambda: model.save_pretrained(tmp_path, state_dict=wrong), "has the shape [1,", key)
+    refuses(ConfigError, model, lambda: model.create_or_update_model_card(5), "output_dir must be the path")
+    assert list(tmp_path.iterdir()) == []

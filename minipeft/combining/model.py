@@ -15,7 +15,7 @@ from minipeft.errors import ConfigError, StateError, all_or_nothing, shown, told
 from minipeft.files.save_pretrained import SavableModel
 from minipeft.injection.attach import rename
 from minipeft.injection.state import check_name
-from minipeft.options import flag, number
+from minipeft.options import flags, number
 
 logger = logging.getLogger("minipeft")
 FAR = 0.1  # relative error from which a combination that is meant as a sum is worth a warning
@@ -130,7 +130,7 @@ class CombinableModel(SavableModel):
         """
         weights_by_name = self._checked_weights(adapters, weights)
         check_name(adapter_name, self._state.configs)
-        flag("svd_full_matrices", svd_full_matrices)
+        flags(svd_full_matrices=svd_full_matrices, different_targets=different_targets)
         how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         if svd_driver is not None and any(p.device.type != "cuda" for p in self.parameters()):
             raise ConfigError("svd_driver is for CUDA, and this model is elsewhere; leave it out.")

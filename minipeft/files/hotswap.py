@@ -27,6 +27,7 @@ from minipeft.injection.wrapper import Wrapper
 from minipeft.interrupts import interrupts_deferred
 from minipeft.methods.base import Adapter
 from minipeft.methods.swapping import copy_tensors, unlike
+from minipeft.options import flags
 from minipeft.options import rank as checked_rank
 from minipeft.wrapper_names import unwrapped
 
@@ -91,6 +92,7 @@ class HotswapModel(SavableModel):
             StateError: there is no such adapter, or one is merged into the base.
         """
         self._check_known([adapter_name])
+        flags(allow_base_mismatch=allow_base_mismatch)
         self._state.check_unmerged()
         path = adapter_directory(
             directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only

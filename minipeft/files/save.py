@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minipeft import registry
 from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
-from minipeft.errors import CheckpointError, shown
+from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.atomic import Pieces, write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import own_metadata
@@ -49,16 +49,32 @@ def tensors_from_state(
     """The values that `state`, a ``state_dict`` of `model`, holds for these live tensors.
 
     Raises:
-        CheckpointError: it lacks one of them.
+        ConfigError: it is no table of tensors.
+        CheckpointError: it lacks one of them, or has one of another shape.
     """
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ConfigError(f"state_dict must map names to tensors, as model.state_dict() does, not {told(state)}.")
     names = {id(tensor): unwrapped_name(name) for name, tensor in model.state_dict(keep_vars=True).items()}
     state = _of_the_model(state, names.values())
     found = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
     missing = [name for name in found.values() if name not in state]
     if missing:
         raise CheckpointError(f"state_dict lacks {shown(missing, 3)} of this model.")
+    for key, name in found.items():
+        _check_same_shape(name, state[name], tensors[key])
     # A tensor in no state_dict of the model is a constant, so the live one is right.
     return {key: state[found[key]] if key in found else tensor for key, tensor in tensors.items()}
+
+
+def _check_same_shape(name: str, given: object, live: Tensor) -> None:
+    """Refuse a value that is not this tensor's; a shard of it is empty or flat, and says nothing of its shape."""
+    if not isinstance(given, Tensor):
+        raise ConfigError(f"state_dict[{told(name, 200)}] must be a tensor, not {told(given)}.")
+    if live.ndim > 1 and live.numel() and given.ndim == live.ndim and given.shape != live.shape:
+        raise CheckpointError(
+            f"state_dict[{told(name, 200)}] has the shape {list(given.shape)}, and this model's has {list(live.shape)}. Is it the "
+            "state of another model?"
+        )
 
 
 def _of_the_model(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:

@@ -26,9 +26,10 @@ from minipeft.files.tied_repeats import followers, with_repeats
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_outer_save, check_trainer, save_base_for_pipeline
 from minipeft.injection.starting import check_started
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import STATE, AdapterState, names_given
 from minipeft.injection.watch import idle_message
 from minipeft.layers.offloaded import values_of
+from minipeft.options import flags
 
 DEFAULT = "default"
 OWN_OPTIONS = (
@@ -62,8 +63,9 @@ class SavableModel(nn.Module):
         known = list(self._state.configs)
         if adapter_name is None and len(known) > 1:
             raise StateError(f"there are several adapters ({shown(known)}); name one.")
-        self._check_known([adapter_name or known[0]])
-        return adapter_tensors(self, adapter_name or known[0])
+        name = known[0] if adapter_name is None else adapter_name
+        self._check_known([name])
+        return adapter_tensors(self, name)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Torch's own; refused if it is for a whole model around this one, which is about to be saved to be loaded again.
@@ -115,6 +117,7 @@ class SavableModel(nn.Module):
             raise ConfigError(
                 "safe_serialization must be True: adapters are saved as safetensors, never as a pickle, which can run code."
             )
+        flags(is_main_process=is_main_process, convert_to_lora=convert_to_lora)
         root = as_path(save_directory, "save_directory")
         check_save_options(others, unnamed, OWN_OPTIONS)
         names = self._all_or(None if adapter_name is True else adapter_name, selected_adapters)
@@ -203,7 +206,7 @@ class SavableModel(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str | PathLike[str]) -> None:
         """Mark the model card in a directory as an adapter's; Trainer calls this after it has written its own."""
-        update_card(Path(output_dir), self._file_config(next(iter(self._state.configs))))
+        update_card(as_path(output_dir, "output_dir"), self._file_config(next(iter(self._state.configs))))
 
     def _file_config(self, name: str) -> dict[str, Any]:
         return file_config(self, self._state.configs[name], name)
@@ -219,7 +222,7 @@ class SavableModel(nn.Module):
         if adapter_name is not None and selected is not None:
             raise ConfigError("give adapter_name or selected_adapters, not both.")
         named = None if adapter_name is None else [adapter_name]
-        names: list[Any] = named or list(self._state.configs if selected is None else selected)
+        names: list[Any] = named or list(self._state.configs if selected is None else names_given(selected))
         self._check_known(names)
         return names
 

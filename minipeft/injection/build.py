@@ -15,6 +15,7 @@ from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
+from minipeft.options import flag
 from minipeft.wrapper_names import parameters_in
 
 HALF = frozenset({torch.bfloat16, torch.float16})
@@ -68,7 +69,12 @@ def build(
         autocast_adapter_dtype: hold adapter parameters in float32 if the base is in half precision.
         on_meta: create shapes without memory, to compare a file with before anything is allocated for it.
         fill: called with what a file holds of each part, by key, and the part.
+
+    Raises:
+        ConfigError: `autocast_adapter_dtype` is neither True nor False.
+        TargetError: a part cannot be made.
     """
+    flag("autocast_adapter_dtype", autocast_adapter_dtype)
     made: dict[Shape, nn.Parameter] = {}
     bases = [_on_meta(site.candidate.base, made) if on_meta else site.candidate.base for site in plan.adapters]
     shared: dict[type[Adapter], object | None] = {}

@@ -12,7 +12,7 @@ from minipeft.errors import StateError, all_or_nothing
 from minipeft.injection.attach import train_also
 from minipeft.injection.resting import Place, parameters_at
 from minipeft.injection.rows_of_call import rows_acting, rows_of_call
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import STATE, AdapterState, names_given
 
 
 class ManyAdapters(nn.Module):
@@ -34,8 +34,9 @@ class ManyAdapters(nn.Module):
             StateError: a name is unknown, or the adapter was made or loaded not to train.
         """
         state: AdapterState = self.__dict__[STATE]
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
+        names = names_given(adapter_names)
         self._check_trainable(names)
+        names = tuple(dict.fromkeys(names))
         train_also(self, names)
         assert state.also_trained == names
 

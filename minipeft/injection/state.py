@@ -55,6 +55,19 @@ class AdapterState:
             raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
 
 
+def names_given(value: Any) -> tuple[Any, ...]:
+    """One name or several, as an argument may have them; what is neither stands as the name of no adapter.
+
+    A set is sorted, since adapters act in the order of their names here, and that of a set differs from run to run.
+    """
+    if isinstance(value, str | bytes):
+        return (value,)
+    try:
+        return tuple(sorted(value, key=str) if isinstance(value, set | frozenset) else value)
+    except TypeError:  # asking for Iterable would take a tensor that is a number for one
+        return (value,)
+
+
 def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
     """Refuse an adapter name that is taken, or that could point outside its directory.
 

@@ -11,10 +11,11 @@ from minipeft.files.save_pretrained import SavableModel
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.starting import check_started
-from minipeft.injection.state import STATE, check_not_running
+from minipeft.injection.state import STATE, check_not_running, names_given
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
 from minipeft.merging.training_guard import watch
+from minipeft.options import flags
 
 
 class MergeableModel(SavableModel):
@@ -41,6 +42,7 @@ class MergeableModel(SavableModel):
             MergeError: a check failed.
         """
         names = self._active_or(adapter_names)
+        flags(untie=untie, dequantize=dequantize)
         return self._merge(tuple(dict.fromkeys((*self._state.merged, *names))), untie=untie, dequantize=dequantize)
 
     @all_or_nothing
@@ -108,7 +110,7 @@ class MergeableModel(SavableModel):
         watch(self, bool(names) and undoable)  # after a permanent merge there is no adapter to train
 
     def _active_or(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
-        names = tuple(self._state.switch.active if adapter_names is None else adapter_names)
+        names = self._state.switch.active if adapter_names is None else names_given(adapter_names)
         self._check_known(names)
         check_started(self._state, names)
         if not self._state.switch.enabled:
