@@ -113,7 +113,7 @@ def suggest(model: Any, *, tokens: int | None = None, text: str | Path | None = 
     Raises:
         MinipeftError: there is no such model, it cannot be adapted, or a value is not allowed.
     """
-    return suggested(model, get_adapter_model, tokens, length, None if text is None else Path(text))
+    return suggested(model, get_adapter_model, tokens, length, text)
 
 
 __all__ = [

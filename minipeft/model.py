@@ -32,7 +32,7 @@ from minipeft.injection.starting import await_values, stop_waiting
 from minipeft.injection.state import active_without, check_name, names_given
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
-from minipeft.options import flags
+from minipeft.options import checked_module, flags
 from minipeft.quantization.dequantize import dequantize as make_float
 from minipeft.transformers_model import mark_untied, says_tied, wrapping_class
 
@@ -127,8 +127,7 @@ def _plan(model: nn.Module, config: object) -> Plan:
 
 
 def _check_adaptable(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    model = checked_module("model", model)
     wrapping = wrapping_class(model)
     if wrapping is not None:
         raise StateError(f"{wrapping} wraps the model; adapt the model itself, then wrap it.")

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from minipeft.errors import ConfigError, hint, shown, told
 from minipeft.patterns import check_table, compiled
 from minipeft.wrapper_names import unwrapped_name
@@ -55,6 +57,13 @@ def flags(**values: object) -> None:
     """Check the arguments of these names as `flag` does."""
     for name, value in values.items():
         flag(name, value)
+
+
+def checked_module(name: str, value: object) -> nn.Module:
+    """A module, and not its name or its folder."""
+    if not isinstance(value, nn.Module):
+        raise ConfigError(f"{name} must be a torch.nn.Module, not {type(value).__name__}.")
+    return value
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> Any:

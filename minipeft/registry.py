@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from minipeft.contract import breach
-from minipeft.errors import RegistryError, hint, shown
+from minipeft.errors import RegistryError, hint, shown, told
 from minipeft.type_names import qualified, settled
 
 Class = TypeVar("Class", bound=type[Any])
@@ -134,8 +134,12 @@ def register_targets(
     With `method` it is for that method alone, instead of the general default.
 
     Raises:
-        RegistryError: there is another default already.
+        RegistryError: the patterns are neither a string nor a list of strings, or there is another default already.
     """
+    if not isinstance(patterns, str | list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise RegistryError(
+            f"the targets of {told(model_type)} must be a list of suffixes or a regex, not {told(patterns)}."
+        )
     value = patterns if isinstance(patterns, str) else tuple(patterns)
     known = _tables.targets.setdefault((method, option, model_type), value)
     if known != value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from minipeft.injection.module_tree import adapters_of
 from minipeft.injection.state import STATE, AdapterState, awake
 from minipeft.injection.watch import idle_message
 from minipeft.methods.base import Adapter
+from minipeft.options import checked_module, integer
 from minipeft.wrapper_names import ATTRIBUTES, unwrapped_name
 
 
@@ -31,8 +33,11 @@ def after_step(model: nn.Module, step: int) -> None:
             skips it, but not repeated.
 
     Raises:
+        ConfigError: `model` is no module, or `step` no number of a step.
         StateError: the model has no adapter, a gradient that is needed is missing, or the step is repeated.
     """
+    checked_module("model", model)
+    integer("step", step, at_least=0, at_most=sys.maxsize)
     for method, adapters, config in _training(model):
         method.after_step(adapters, config, step)
 
@@ -44,9 +49,12 @@ def extra_loss(model: nn.Module) -> Tensor:
     step, add it once; `minipeft.hf.AdapterTrainer` and `Updater` do so themselves.
 
     Raises:
+        ConfigError: `model` is no module.
         StateError: the model has no adapter.
     """
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))  # some may be offloaded
+    device = next(
+        (p.device for p in checked_module("model", model).parameters() if not p.is_meta), torch.device("cpu")
+    )  # some may be offloaded
     with torch.autocast(device.type, enabled=False):
         losses = [method.extra_loss(adapters, config) for method, adapters, config in _training(model)]
         given = [loss for loss in losses if loss is not None]

@@ -4,11 +4,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import adapted, foreign_code, gpt2, logits, refuses
+from tiny_models import adapted, foreign_code, gpt2, logits, refuses, token_ids
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, TargetError, get_lora_model
+from minipeft import (
+    CheckpointError,
+    ConfigError,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MinipeftError,
+    StateError,
+    TargetError,
+    after_step,
+    dequantize,
+    estimate,
+    extra_loss,
+    get_lora_model,
+    lean,
+    per_adapter_loss,
+    quantize,
+    register_targets,
+    suggest,
+    unlean,
+)
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.methods.lora import Lora
 
@@ -185,3 +205,35 @@ def test_a_state_that_is_not_the_model_s_is_not_saved(tmp_path):
     refuses(CheckpointError, model, lambda: model.save_pretrained(tmp_path, state_dict=wrong), "has the shape [1,", key)
     refuses(ConfigError, model, lambda: model.create_or_update_model_card(5), "output_dir must be the path")
     assert list(tmp_path.iterdir()) == []
+
+
+TEXT = "openai-community/gpt2"  # a model's name in the place of the model, and a word in the place of anything else
+OF_ANOTHER_TYPE = {
+    "quantize": lambda m: quantize(TEXT),
+    "quantize, kind": lambda m: quantize(gpt2(), ["nf4"]),
+    "dequantize": lambda m: dequantize(TEXT),
+    "lean, checkpointing": lambda m: lean(m, checkpointing=["block"]),
+    "lean, chunked_loss": lambda m: lean(m, chunked_loss="no"),
+    "unlean": lambda m: unlean(TEXT),
+    "after_step": lambda m: after_step(TEXT, 0),
+    "after_step, step": lambda m: after_step(m, "0"),
+    "after_step, step below 0": lambda m: after_step(m, -1),
+    "extra_loss": lambda m: extra_loss(None),
+    "per_adapter_loss": lambda m: per_adapter_loss(m(token_ids(2)), token_ids(2), ["default"] * 2),
+    "per_adapter_loss, labels": lambda m: per_adapter_loss(torch.randn(2, 3, 5), [[1, 2, 3]] * 2, ["default"] * 2),
+    "per_adapter_loss, names": lambda m: per_adapter_loss(torch.randn(2, 3, 5), torch.ones(2, 3).long(), None),
+    "estimate, dtype": lambda m: estimate(m.config, dtype=["float32"]),
+    "estimate, quantize": lambda m: estimate(m.config, quantize=["nf4"]),
+    "suggest, text": lambda m: suggest(m.config, text=5),
+    "suggest, length": lambda m: suggest(m.config, length=None),
+    "register_targets": lambda m: register_targets("unheard_of", [5]),
+    "LoHaConfig": lambda m: LoHaConfig(rank_pattern=0),
+    "LoraConfig": lambda m: LoraConfig(target_parameters=0),
+    "LoKrConfig": lambda m: LoKrConfig(decompose_factor=-1.0),
+}
+
+
+@pytest.mark.parametrize("call", OF_ANOTHER_TYPE)
+def test_an_argument_of_another_type_is_one_error(call):
+    model = adapted()
+    refuses(MinipeftError, model, lambda: OF_ANOTHER_TYPE[call](model))

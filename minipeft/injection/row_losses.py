@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minipeft.errors import ConfigError
 from minipeft.injection.rows import BASE, numbers, taken
+from minipeft.injection.rows_of_call import names_of_rows
 
 
 def per_adapter_loss(
@@ -33,7 +34,10 @@ def per_adapter_loss(
     Raises:
         ConfigError: logits, labels and names do not belong together.
     """
-    count = len(adapter_names)
+    for name, tensor in (("logits", logits), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"per_adapter_loss: {name} must be a tensor, not {type(tensor).__name__}.")
+    count = len(names_of_rows(adapter_names))
     if logits.shape[:-1] != labels.shape or len(labels) != count:
         raise ConfigError(
             f"per_adapter_loss: logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {count} names must agree on the "

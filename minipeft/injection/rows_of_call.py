@@ -27,6 +27,16 @@ def rows_acting(model: nn.Module, rows: Rows) -> Iterator[None]:
         switch.running.remove(rows.adapters)
 
 
+def names_of_rows(adapter_names: object) -> Sequence[str]:
+    """A list of names; raises ConfigError if it is anything else."""
+    if not isinstance(adapter_names, list | tuple) or not all(isinstance(name, str) for name in adapter_names):
+        raise ConfigError(
+            f"adapter_names must be a list with a name for each row of the batch, such as ['a', 'b', '{BASE}'], "
+            f"not {told(adapter_names)}."
+        )
+    return adapter_names
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def rows_of_call(
     model: nn.Module,
@@ -50,13 +60,9 @@ def rows_of_call(
         StateError: a name is unknown, an adapter is merged, or would not train though it is to.
     """
     state: AdapterState = model.__dict__[STATE]
-    if not isinstance(adapter_names, list | tuple) or not all(isinstance(name, str) for name in adapter_names):
-        raise ConfigError(
-            f"adapter_names must be a list with a name for each row of the batch, such as ['a', 'b', '{BASE}'], "
-            f"not {told(adapter_names)}."
-        )
+    names = names_of_rows(adapter_names)
     known = (*state.configs, BASE)
-    for name in dict.fromkeys(adapter_names):
+    for name in dict.fromkeys(names):
         if name not in known:
             raise StateError(f"adapter_names: no adapter {name!r:.100}{hint(name, known)}; there are: {shown(known)}.")
     if state.merged:
@@ -65,18 +71,16 @@ def rows_of_call(
         )
     given = main_input(model, args, kwargs)
     count = 1 if given is None else len(given)
-    if len(adapter_names) != count:
-        raise ConfigError(
-            f"adapter_names has {len(adapter_names)} names, and the batch {count} rows; give one for each row."
-        )
-    asleep = [name for name in dict.fromkeys(adapter_names) if name in state.trainable and name not in awake(state)]
+    if len(names) != count:
+        raise ConfigError(f"adapter_names has {len(names)} names, and the batch {count} rows; give one for each row.")
+    asleep = [name for name in dict.fromkeys(names) if name in state.trainable and name not in awake(state)]
     if asleep and model.training and torch.is_grad_enabled():
         raise StateError(
             f"adapter_names: {shown(asleep)} would not learn, since only active adapters do. Call "
             "train_adapters([...]) with all that are to learn, before the optimizer is made; or use torch.no_grad()."
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu")) if given is None else given.device
-    return Rows(model, state.switch, adapter_names, tuple(state.configs), device, times, keeps)
+    return Rows(model, state.switch, names, tuple(state.configs), device, times, keeps)
 
 
 def note_length(model: nn.Module, rows: Rows, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from minipeft.class_swap import SameFunction, mixed_class, original_class, plain_class
-from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown
+from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown, told
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels import glibc, matmul
@@ -35,6 +35,7 @@ from minipeft.memory.modules import (
 )
 from minipeft.memory.probe import Probe
 from minipeft.memory.rotary import FastRotary, is_rotary_attention
+from minipeft.options import checked_module, flags
 from minipeft.transformers_model import output_head, recomputable_blocks
 
 logger = logging.getLogger("minipeft")
@@ -93,10 +94,12 @@ def lean(
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise StateError(f"lean() takes a transformers model, adapted or plain, not {type(model).__name__}.")
+    flags(chunked_loss=chunked_loss, fast_linear=fast_linear)
     is_number = isinstance(checkpointing, int) and not isinstance(checkpointing, bool) and checkpointing > 0
-    if checkpointing is not None and not is_number and checkpointing not in CHECKPOINTING:
+    is_known = isinstance(checkpointing, str) and checkpointing in CHECKPOINTING
+    if checkpointing is not None and not is_number and not is_known:
         raise LeanError(
-            f"checkpointing must be one of {shown(CHECKPOINTING)} or a number of blocks, not {checkpointing!r}"
+            f"checkpointing must be one of {shown(CHECKPOINTING)} or a number of blocks, not {told(checkpointing)}"
             f"{hint(str(checkpointing), CHECKPOINTING)}."
         )
     unlean(model)
@@ -131,8 +134,12 @@ def lean(
 
 
 def unlean(model: nn.Module) -> None:
-    """Undo `lean` exactly; does nothing if it was not called."""
-    state: LeanState | None = model.__dict__.pop(STATE, None)
+    """Undo `lean` exactly; does nothing if it was not called.
+
+    Raises:
+        ConfigError: `model` is no module.
+    """
+    state: LeanState | None = checked_module("model", model).__dict__.pop(STATE, None)
     if state is None:
         return
     for module in model.modules():  # not those of `state.mixed`: adapting has moved some into new objects

@@ -38,7 +38,7 @@ class LoKrConfig(LycorisConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         flag("decompose_both", self.decompose_both)
-        if self.decompose_factor != -1 or isinstance(self.decompose_factor, bool):
+        if type(self.decompose_factor) is not int or self.decompose_factor != -1:
             integer("decompose_factor", self.decompose_factor, at_least=1)
         flag("rank_dropout_scale", self.rank_dropout_scale)
         one_of("init_weights", self.init_weights, (True, False, "lycoris"))

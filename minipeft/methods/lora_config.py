@@ -68,7 +68,10 @@ class LoraConfig(AdapterConfig):
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
-        self._set("target_parameters", names("target_parameters", self.target_parameters or None))
+        self._set(
+            "target_parameters",
+            names("target_parameters", None if self.target_parameters in ([], ()) else self.target_parameters),
+        )
         super().__post_init__()
         rank("r", self.r)
         alpha("lora_alpha", self.lora_alpha)

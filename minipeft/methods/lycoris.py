@@ -46,8 +46,13 @@ class LycorisConfig(AdapterConfig):
         alpha("alpha", self.alpha)
         number("rank_dropout", self.rank_dropout, at_least=0, below=1)
         number("module_dropout", self.module_dropout, at_least=0, below=1)
-        self._set("rank_pattern", pattern_table("rank_pattern", self.rank_pattern or {}, rank))
-        self._set("alpha_pattern", pattern_table("alpha_pattern", self.alpha_pattern or {}, alpha))
+        self._set(
+            "rank_pattern", pattern_table("rank_pattern", {} if self.rank_pattern is None else self.rank_pattern, rank)
+        )
+        self._set(
+            "alpha_pattern",
+            pattern_table("alpha_pattern", {} if self.alpha_pattern is None else self.alpha_pattern, alpha),
+        )
         flag("use_effective_conv2d", self.use_effective_conv2d)
 
 

@@ -68,11 +68,11 @@ class Setup:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("training", self.training, TRAININGS), ("device", self.device, DEVICES)):
-            if value not in allowed:
+            if not isinstance(value, str) or value not in allowed:
                 raise ConfigError(
                     f"{name} must be one of {shown(allowed)}, not {told(value)}{hint(str(value), allowed)}."
                 )
-        if self.dtype is not None and self.dtype not in DTYPES:
+        if self.dtype is not None and not (isinstance(self.dtype, str) and self.dtype in DTYPES):
             raise ConfigError(
                 f"dtype must be one of {shown(DTYPES)}, not {told(self.dtype)}{hint(str(self.dtype), DTYPES)}."
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Suggestion:
 
 
 def suggest(
-    place: Place, adapt: Adapt, tokens: int | None = None, length: int = 512, text: Path | None = None
+    place: Place, adapt: Adapt, tokens: int | None = None, length: int = 512, text: str | Path | None = None
 ) -> Suggestion:
     """Choose targets, rank, alpha, learning rate, batch and schedule.
 
@@ -91,11 +92,15 @@ def suggest(
     Raises:
         MinipeftError: the model cannot be built or adapted, the text not counted, or a number is not allowed.
     """
-    _check_numbers(tokens=tokens, length=length)
+    _check_number("length", length)
+    if tokens is not None:
+        _check_number("tokens", tokens)
     if text is not None:
         if tokens is not None:
             raise ConfigError("tokens and text both say how many tokens there are; give one.")
-        tokens = count_tokens(place, text)
+        if not isinstance(text, str | PathLike):
+            raise ConfigError(f"text must be the path of a file, not {told(text)}.")
+        tokens = count_tokens(place, Path(text))
     hollow = Hollow(Ledger())
     model = base_model(place, hollow)
     family, width = model_type(model) or "", _hidden_size(model)
@@ -129,10 +134,9 @@ def suggest(
     )
 
 
-def _check_numbers(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise ConfigError(f"{name} must be a whole number from 1 on, not {told(number)}.")
+def _check_number(name: str, number: object) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ConfigError(f"{name} must be a whole number from 1 on, not {told(number)}.")
 
 
 def _task(model: nn.Module) -> Iterator[Choice]:

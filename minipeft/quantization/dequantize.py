@@ -10,6 +10,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import candidates
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import layer_ops
+from minipeft.options import checked_module
 from minipeft.transformers_model import forget_quantization, mark_as_loaded
 
 
@@ -22,9 +23,11 @@ def dequantize(model: nn.Module) -> nn.Module:
     Conv1D again, so transformers can save the model.
 
     Raises:
+        ConfigError: `model` is no module.
         StateError: the model has adapters (merge or unload them first).
         MergeError: hooks or a patched forward on a quantized layer would be lost.
     """
+    checked_module("model", model)
     found, dtype = candidates(model), float_dtype(model)
     quantized = {name: candidate for name, candidate in found.items() if _is_quantized(candidate.base)}
     for name, candidate in quantized.items():

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import registry
-from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing, hint, shown
+from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing, hint, shown, told
 from minipeft.injection.all_linear import HEAD_NAMES
 from minipeft.injection.fresh_parts import find_origins
 from minipeft.injection.module_tree import Candidate, TensorIndex, candidates
 from minipeft.injection.wrapper import Wrapper
 from minipeft.layers.base import LayerOps, is_plain_linear, layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
+from minipeft.options import checked_module
 from minipeft.patterns import is_suffix
 from minipeft.transformers_model import mark_as_loaded, output_head
 
@@ -37,15 +38,18 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
         skip_modules: names, or dotted ends of names, of more modules to leave in float with everything in them.
 
     Raises:
-        ConfigError: there is no such kind, or its package is missing.
+        ConfigError: `model` is no module, there is no such kind, or its package is missing.
         StateError: the model has adapters.
         TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantize.
     """
+    checked_module("model", model)
     registry.load_plugins()
     known = [ops for ops in registry.layers().values() if isinstance(ops, QuantizedLinearOps)]
     quantizers = {name: ops for ops in known for name in ops.kinds}
-    if kind not in quantizers:
-        raise ConfigError(f"quantize: no kind {kind!r}{hint(str(kind), quantizers)}; there are: {shown(quantizers)}.")
+    if not isinstance(kind, str) or kind not in quantizers:
+        raise ConfigError(
+            f"quantize: no kind {told(kind)}{hint(str(kind), quantizers)}; there are: {shown(quantizers)}."
+        )
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise StateError("quantize: this model has adapters; quantize it first, then adapt it.")
     chosen = _chosen(model, skip_modules)
