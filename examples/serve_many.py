@@ -27,6 +27,8 @@ from minipeft.serving.completion import Completion, parse
 from minipeft.serving.engine import Answer, Engine
 from minipeft.serving.text import Text
 
+PATIENCE = 1.0  # seconds that a client has to read why its stream ends
+
 
 class Server:
     """What the handlers share."""
@@ -46,16 +48,19 @@ class Server:
         except (asyncio.TimeoutError, RequestError) as error:
             if not response.prepared:
                 raise
-            await send(response, failure(error))
+            leave(answers)
+            await last_words(request, response, failure(error))
             return response
         finally:  # also if the client has gone, which cancels this
-            for answer in answers:
-                answer.over = True
+            leave(answers)
 
     async def answer(
         self, request: web.Request, response: web.StreamResponse, answers: list[Answer]
     ) -> web.StreamResponse:
-        wanted = parse(await request.read())
+        try:
+            wanted = parse(await request.read())
+        except web.RequestPayloadError as error:  # its encoding or its chunks are broken
+            raise RequestError("the body cannot be read as its headers say.") from error
         events: asyncio.Queue[Any] = asyncio.Queue()
         answers += [self.ask(wanted, prompt, index, events) for index, prompt in enumerate(wanted.prompt)]
         self.engine.submit(answers)
@@ -147,6 +152,20 @@ def choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
 def usage(answers: Sequence[Answer], texts: Sequence[Text]) -> dict[str, int]:
     read, written = sum(len(a.prompt) for a in answers), sum(len(text.tokens) for text in texts)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def leave(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        answer.over = True
+
+
+async def last_words(request: web.Request, response: web.StreamResponse, event: dict[str, Any]) -> None:
+    """Send an event, and hang up on a client that does not read."""
+    try:
+        await asyncio.wait_for(send(response, event), PATIENCE)
+    except asyncio.TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
 
 
 async def send(response: web.StreamResponse, event: dict[str, Any]) -> None:

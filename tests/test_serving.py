@@ -198,6 +198,34 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert mixed == [logits.argmax().item()] * 2
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-46, 5e-324])
+def test_a_very_low_temperature_takes_the_most_likely_token_and_leaves_other_rows_alone(temperature):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 30
+    logits[1, 7] = float("-inf")
+    chosen = choose(logits, [temperature, 1.0, 0.0], [1.0] * 3, [torch.Generator().manual_seed(n) for n in range(3)])
+    alone = choose(logits[1:2], [1.0], [1.0], [torch.Generator().manual_seed(1)])
+    assert chosen == [int(logits[0].argmax()), *alone, int(logits[2].argmax())]
+
+
+def test_a_root_that_is_gone_is_answered_and_what_cannot_be_listed_is_left_out(shared, tmp_path, monkeypatch):
+    root = shutil.copytree(shared, tmp_path / "root")
+    adapters, listed = Adapters(llama(), root, 2**20), os.listdir
+    with monkeypatch.context() as patch:
+
+        def listdir(place):
+            if Path(place).name == "d":
+                raise PermissionError(13, "Permission denied")
+            return listed(place)
+
+        patch.setattr(os, "listdir", listdir)
+        assert adapters.names() == ["a", "b.c"]
+    shutil.rmtree(root)
+    for call in (adapters.names, lambda: adapters.directory("a")):
+        with pytest.raises(RequestError, match="cannot be listed") as caught:
+            call()
+        assert caught.value.status == 503
+
+
 def test_adapters_take_no_more_memory_than_allowed_and_one_in_use_stays(tmp_path, running):
     root = saved(llama, tmp_path, {name: LoraConfig(r=32, init_lora_weights=False) for name in "abcd"})
     size = 2 * 32 * (32 + 32 + 32 + 16) * 4  # two layers; A and B of q_proj and v_proj
@@ -549,6 +577,15 @@ def test_a_body_that_is_no_request_is_refused(kind, site):
     assert site.ask(BODIES[kind])[0] == 400
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_body_in_another_encoding_than_it_says_is_refused(encoding, site):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)) as connection:
+        connection.request("POST", "/v1/completions", b"garbage", {"Content-Encoding": encoding})
+        response = connection.getresponse()
+        assert response.status == 400
+        assert "cannot be read as its headers say" in json.loads(response.read())["error"]["message"]
+
+
 def test_a_body_of_a_gibibyte_is_refused_before_it_is_read(site):
     request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1073741824\r\n\r\n{"
     with socket.create_connection(("127.0.0.1", site.port), timeout=10) as connection:
@@ -608,6 +645,26 @@ def test_the_row_of_a_client_that_has_gone_leaves(site):
         start = time.monotonic()
         site.idle()
         assert time.monotonic() - start < 3  # all of it would take 5 seconds
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_client_that_does_not_read_its_stream_is_hung_up_on(example, site, monkeypatch):
+    monkeypatch.setattr(site.server, "timeout", 0.2)
+    monkeypatch.setattr(example, "PATIENCE", 0.05)
+    send = example.send
+    monkeypatch.setattr(example, "send", lambda response, event: send(response, event | {"long": "x" * 2**22}))
+    body = json.dumps({"model": "french", "prompt": "x", "max_tokens": 250, "stream": True, "seed": 0}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", site.port), timeout=10) as connection:
+        connection.sendall(head + body)
+        while not site.engine.batch.rows:
+            time.sleep(0.01)
+        start = time.monotonic()
+        site.idle()
+        assert time.monotonic() - start < 3  # all of it would take 5 seconds
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(2**22):
+                pass
 
 
 @pytest.mark.usefixtures("slow")

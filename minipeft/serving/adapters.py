@@ -50,9 +50,16 @@ class Adapters:
         self._numbers = itertools.count()
 
     def names(self) -> list[str]:
-        """The directories of the root that look like adapters."""
-        found = [name for name in sorted(os.listdir(self.root)) if self._is_below(name)]
-        return [name for name in found if {CONFIG_FILE, WEIGHTS_FILE} & {*os.listdir(self.root / name)}]
+        """The directories of the root that look like adapters.
+
+        Raises:
+            RequestError: with status 503 if the root cannot be read.
+        """
+        try:
+            found = [name for name in sorted(os.listdir(self.root)) if self._is_below(name)]
+        except OSError as error:
+            raise RequestError(f"the adapters cannot be listed ({error.strerror}).", 503) from error
+        return [name for name in found if {CONFIG_FILE, WEIGHTS_FILE} & _names_in(self.root / name)]
 
     def directory(self, name: str) -> Path:
         """The directory of this name, directly below the root.
@@ -153,6 +160,14 @@ class Adapters:
         """Whether it is a directory that no link leads out of the root."""
         place = os.path.realpath(self.root / name) if len(name) < 256 else ""
         return os.path.isdir(place) and os.path.dirname(place) == str(self.root)
+
+
+def _names_in(directory: Path) -> set[str]:
+    """What is in a directory; nothing if it cannot be read, or has just been removed."""
+    try:
+        return {*os.listdir(directory)}
+    except OSError:
+        return set()
 
 
 def _stamp(directory: Path) -> Stamp:

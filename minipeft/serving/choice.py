@@ -23,12 +23,18 @@ def choose(
     drawn = [row for row, temperature in enumerate(temperatures) if temperature > 0]
     if drawn:
         chosen[drawn] = _drawn(
-            logits[drawn].double() / logits.new_tensor([temperatures[row] for row in drawn]).double()[:, None],
+            _divided(logits[drawn].double(), [temperatures[row] for row in drawn]),
             torch.tensor([top_ps[row] for row in drawn], dtype=torch.float64, device=logits.device),
             torch.stack([torch.rand((), generator=randoms[row], dtype=torch.float64, device="cpu") for row in drawn]),
         )
     found: list[int] = chosen.tolist()
     return found
+
+
+def _divided(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Logits by temperatures, which may be as small as a number can be: the largest becomes 0, and no other infinite above it."""
+    below = logits - logits.amax(-1, keepdim=True)
+    return below / torch.tensor(temperatures, dtype=torch.float64, device=logits.device)[:, None]
 
 
 def _drawn(logits: Tensor, top_p: Tensor, points: Tensor) -> Tensor:
