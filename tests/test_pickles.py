@@ -175,6 +175,22 @@ def test_convert_in_place_writes_safetensors_beside_the_pickle(tmp_path):
         convert(tmp_path / "adapter_model.bin")
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+def test_an_adapter_is_not_converted_into_the_folder_of_a_whole_model(kind, tmp_path):
+    source, model = tmp_path / "in", tmp_path / "model"
+    minipeft.get_lora_model(gpt2(), minipeft.LoraConfig(r=4)).save_pretrained(source)
+    torch.save(load_file(source / "adapter_model.safetensors"), source / "adapter_model.bin")
+    (source / "adapter_model.safetensors").unlink()
+    gpt2().save_pretrained(model)
+    if kind == "pickle":
+        torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+        (model / "model.safetensors").unlink()
+    before = sorted(model.iterdir())
+    with pytest.raises(minipeft.CheckpointError, match="holds a whole model"):
+        convert(source, model)
+    assert sorted(model.iterdir()) == before
+
+
 @pytest.mark.slow
 def test_a_pickle_of_litgpt_is_named_and_converted(tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"

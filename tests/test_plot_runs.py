@@ -63,6 +63,7 @@ def test_bad_input_is_named(ours, tmp_path):
     (tmp_path / "odd" / "trainer_state.json").write_text("[]")
     for place, words in (
         ("nowhere", "is not a directory"),
+        ("x" * 5000, "cannot be read .File name too long"),
         ("empty", "neither metrics.jsonl nor"),
         ("odd", "no log_history"),
     ):

@@ -165,11 +165,7 @@ def save_adapter(
     Raises:
         CheckpointError: the directory cannot be written, or holds a whole model; or a tensor has no values here.
     """
-    if os.path.exists(directory / "config.json") and any(directory.glob("model*.safetensors")):
-        raise CheckpointError(
-            f"{directory} holds a whole model; with an adapter next to it, transformers would load the two as one. "
-            "Save the adapter to a directory of its own."
-        )
+    check_no_model_in(directory)
     check_values(directory, tensors)
     written = _compacted(tensors, config)
     weights = file_of(written, own_metadata(config, base, kept, directory, scaling))
@@ -177,6 +173,16 @@ def save_adapter(
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     warn_if_unreadable(directory, written, weights, text.encode("utf-8"))
     write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})
+
+
+def check_no_model_in(directory: Path) -> None:
+    """Raise CheckpointError if a directory for an adapter holds a whole model."""
+    weights = (path for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern))
+    if os.path.exists(directory / "config.json") and any(weights):
+        raise CheckpointError(
+            f"{directory} holds a whole model; with an adapter next to it, transformers would load the two as one. "
+            "Save the adapter to a directory of its own."
+        )
 
 
 def _compacted(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:

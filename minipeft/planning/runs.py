@@ -42,7 +42,8 @@ def read_run(place: Path) -> RunLog:
     Raises:
         CheckpointError: there is no log in it, or it is damaged.
     """
-    path = _log(place)
+    with reading(place):
+        path = _log(place)
     rows = _rows(path)
     training, evaluation = _curve(rows, "loss"), _curve(rows, "eval_loss")
     if not training and not evaluation:

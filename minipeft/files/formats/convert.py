@@ -20,6 +20,7 @@ from minipeft.files.formats.known import format_of, is_one_file, parts, pickles_
 from minipeft.files.formats.pickled import write_safetensors
 from minipeft.files.not_an_adapter import folder_named, local_names
 from minipeft.files.reading import as_path, reading, writing
+from minipeft.files.save import check_no_model_in
 from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_file import TensorFile, open_tensors
 
@@ -47,6 +48,8 @@ def convert(place: str | Path, out: str | Path | None = None, base: str | Path |
     source = as_path(place, "place")
     target = None if out is None else as_path(out, "out")
     modules = unknown if base is None else modules_of(as_path(base, "base"))
+    if target is not None:
+        check_no_model_in(target)
     with reading(source):
         path = _weights(source)
         if path.suffix == ".safetensors":
@@ -87,8 +90,9 @@ def _convert(
     if out is None:
         raise CheckpointError(f"{directory} holds a file of {known.name}; say where to write the adapter to, as OUT.")
     written = _files(weights, directory, modules, known)
-    for folder, files in written.items():
+    for folder in written:
         _check_free(out / folder)
+    for folder, files in written.items():
         write_files(out / folder, files)
     return [out / folder for folder in written]
 
