@@ -322,6 +322,26 @@ def test_what_wrappers_and_other_classes_add_is_left_out(case, tmp_path):
     check_loads(base, directory, output(model), tmp_path, by_peft=False, again=again)
 
 
+NAMED = replaced((".lora_A.", ".lora_A.default."), (".lora_B.", ".lora_B.default."))
+PARTLY_NAMED = {
+    "head under its own name": (NAMED, {"modules_to_save": ["lm_head"]}),
+    "magnitude of a module": (lambda key: f"{key}.weight" if key.endswith("vector") else key, {"use_dora": True}),
+    "the same, named": (
+        lambda key: f"{key}.default.weight" if key.endswith("vector") else NAMED(key),
+        {"use_dora": True, "modules_to_save": ["lm_head"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PARTLY_NAMED)
+def test_what_scripts_name_in_part_is_read_as_peft_reads_it(case, tmp_path):
+    rename, options = PARTLY_NAMED[case]
+    base = llama()
+    model = adapted(base, lora(("q_proj", "down_proj"), **options))
+    directory = write(model, tmp_path / "file", rename)
+    check_loads(base, directory, output(model), tmp_path)
+
+
 PARTS = {
     "llava": (llava, tf.LlamaForCausalLM),
     "qwen2.5-vl": (qwen25_vl, tf.Qwen2ForCausalLM),

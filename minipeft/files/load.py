@@ -68,7 +68,8 @@ def load_parts(
         done=new_rows.tables,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
     )
-    file = todays_layout(without_adapter_name(file, expected.tensors), plan)
+    file = without_adapter_name(file, expected.tensors, [site.name for site in plan.saved])
+    file = todays_layout(file, plan)
     with reading(directory):
         values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(file, plan, frozen)

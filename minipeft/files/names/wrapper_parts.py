@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from minipeft.files.tensor_file import TensorFile
@@ -28,14 +28,23 @@ def plain_name(key: str) -> str:
     return unwrapped_name(".".join(parts[start:]))
 
 
-def without_adapter_name(file: File, expected: Collection[str]) -> File:
+def without_adapter_name(file: File, expected: Collection[str], in_full: Sequence[str] = ()) -> File:
     """The file without the adapter's name in its keys, as in ``lora_A.default.weight``, if it was written with it.
 
-    A script that saves PEFT's ``state_dict()`` itself writes such keys. PEFT's own files do not have the name.
+    A script that saves PEFT's ``state_dict()`` itself writes such keys. PEFT's own files do not have the name. Nor have
+    they ``.weight`` after DoRA's magnitude, which PEFT keeps in a module.
+
+    Args:
+        file: unread.
+        expected: the keys that have a place.
+        in_full: modules that are saved in full; a script may give these their own names, which are all that PEFT reads.
     """
+    bare = {key: short for key in file.shapes if key not in expected and (short := _bare(key)) in expected}
+    file = file.renamed(lambda key: bare.get(key, key))
     others = [key for key in file.shapes if key not in expected]
-    # In such a state all tensors of an adapter have the name, and only biases, which are the base's, do not.
-    if not all(key.endswith(".bias") for key in file.shapes.keys() - set(others)):
+    # In such a state all tensors of a method have the name, and only biases, which are the base's, do not.
+    copies = tuple(f"{PREFIX}{name}." for name in in_full)
+    if not all(key.endswith(".bias") or key.startswith(copies) for key in file.shapes.keys() - set(others)):
         return file
     names = next((names for key in others if (names := _possible(key, expected))), [])
     if len(names) != 1:
@@ -45,6 +54,12 @@ def without_adapter_name(file: File, expected: Collection[str]) -> File:
     if renamed:
         logger.info("%s: the adapter's name %r was left out of %d keys", file.path.parent, name, len(renamed))
     return file.renamed(lambda key: renamed.get(key, key))
+
+
+def _bare(key: str) -> str:
+    """The key of a tensor that PEFT keeps in a module of its own, as its files have it."""
+    bare = key.removesuffix(".weight")
+    return key if bare.rpartition(".")[2] in VALUES else bare
 
 
 def _possible(key: str, expected: Collection[str]) -> list[str]:
@@ -67,5 +82,4 @@ def _short_forms(key: str, name: str) -> list[str]:
     head, tail = head.removesuffix(f".{_TRAINED_COPY}"), tail.removesuffix(".")
     if not tail and head.rpartition(".")[2] in VALUES:
         return []
-    # A tensor that PEFT keeps in a module of its own, such as DoRA's magnitude, has no ``.weight`` in a file.
-    return [f"{head}.{tail}", head] if tail == "weight" else [f"{head}.{tail}" if tail else head]
+    return [f"{head}.{tail}", _bare(f"{head}.{tail}")] if tail == "weight" else [f"{head}.{tail}" if tail else head]
