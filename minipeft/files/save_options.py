@@ -49,6 +49,14 @@ def check_save_options(given: Mapping[str, Any], unnamed: Iterable[object], know
             raise ConfigError(f"save_pretrained: {name}={told(value)} is not possible; {instead}.")
 
 
+def check_format(safe_serialization: object) -> None:
+    """Raise ConfigError unless safetensors are asked for."""
+    if safe_serialization is not True:
+        raise ConfigError(
+            "safe_serialization must be True: adapters are saved as safetensors, never as a pickle, which can run code."
+        )
+
+
 def check_size(given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise ConfigError if the tensors are larger than ``max_shard_size``, since an adapter is one file."""
     needed, limit = sum(tensor.nbytes for tensor in tensors.values()), _bytes(given.get("max_shard_size", "1TB"))

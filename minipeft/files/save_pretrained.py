@@ -20,7 +20,7 @@ from minipeft.files.model_card import public_base, update_card, write_card
 from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
-from minipeft.files.save_options import check_save_options, check_size
+from minipeft.files.save_options import check_format, check_save_options, check_size
 from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.tied_repeats import followers, with_repeats
 from minipeft.files.to_lora import as_lora
@@ -113,10 +113,7 @@ class SavableModel(nn.Module):
             StateError: there is no such adapter; or the caller is a Trainer that could not load the best one at the end.
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
-        if safe_serialization is not True:
-            raise ConfigError(
-                "safe_serialization must be True: adapters are saved as safetensors, never as a pickle, which can run code."
-            )
+        check_format(safe_serialization)
         flags(is_main_process=is_main_process, convert_to_lora=convert_to_lora)
         root = as_path(save_directory, "save_directory")
         check_save_options(others, unnamed, OWN_OPTIONS)

@@ -95,13 +95,7 @@ def lean(
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise StateError(f"lean() takes a transformers model, adapted or plain, not {type(model).__name__}.")
     flags(chunked_loss=chunked_loss, fast_linear=fast_linear)
-    is_number = isinstance(checkpointing, int) and not isinstance(checkpointing, bool) and checkpointing > 0
-    is_known = isinstance(checkpointing, str) and checkpointing in CHECKPOINTING
-    if checkpointing is not None and not is_number and not is_known:
-        raise LeanError(
-            f"checkpointing must be one of {shown(CHECKPOINTING)} or a number of blocks, not {told(checkpointing)}"
-            f"{hint(str(checkpointing), CHECKPOINTING)}."
-        )
+    _check_checkpointing(checkpointing)
     unlean(model)
     if chunked_loss:
         _check_loss(model)
@@ -127,10 +121,19 @@ def lean(
     if not (state.mixed or state.blocks or state.chunked_loss):
         unlean(model)
         raise LeanError(f"there is nothing in {type(model).__name__} that lean() could improve with these options.")
-    if (checkpointing in ("block", "sqrt") or is_number) and next(model.parameters()).device.type == "cpu":
+    if checkpointing not in (None, "none", "last", "mlp") and next(model.parameters()).device.type == "cpu":
         glibc.map_large_arrays(MAPPED_BLOCKS if checkpointing == "block" else MAPPED_GROUPS)
     logger.info("lean: %s", describe(state))
     return model
+
+
+def _check_checkpointing(value: object) -> None:
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value is not None and not is_number and not (isinstance(value, str) and value in CHECKPOINTING):
+        raise LeanError(
+            f"checkpointing must be one of {shown(CHECKPOINTING)} or a number of blocks, not {told(value)}"
+            f"{hint(str(value), CHECKPOINTING)}."
+        )
 
 
 def unlean(model: nn.Module) -> None:

@@ -93,14 +93,7 @@ def suggest(
         MinipeftError: the model cannot be built or adapted, the text not counted, or a number is not allowed.
     """
     _check_number("length", length)
-    if tokens is not None:
-        _check_number("tokens", tokens)
-    if text is not None:
-        if tokens is not None:
-            raise ConfigError("tokens and text both say how many tokens there are; give one.")
-        if not isinstance(text, str | PathLike):
-            raise ConfigError(f"text must be the path of a file, not {told(text)}.")
-        tokens = count_tokens(place, Path(text))
+    tokens = _tokens(place, tokens, text)
     hollow = Hollow(Ledger())
     model = base_model(place, hollow)
     family, width = model_type(model) or "", _hidden_size(model)
@@ -132,6 +125,18 @@ def suggest(
             ),
         )
     )
+
+
+def _tokens(place: Place, tokens: int | None, text: str | Path | None) -> int | None:
+    if tokens is not None:
+        _check_number("tokens", tokens)
+    if text is None:
+        return tokens
+    if tokens is not None:
+        raise ConfigError("tokens and text both say how many tokens there are; give one.")
+    if not isinstance(text, str | PathLike):
+        raise ConfigError(f"text must be the path of a file, not {told(text)}.")
+    return count_tokens(place, Path(text))
 
 
 def _check_number(name: str, number: object) -> None:
