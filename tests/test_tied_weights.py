@@ -1,8 +1,11 @@
 """An embedding and an output head that share a weight: merging writes neither unasked, and untying lasts."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import adapted, foreign_code, gpt2, logits, refuses, state_digest
+from torch import nn
 from transformers import GPT2LMHeadModel
 
 from minipeft import MergeError
@@ -86,3 +89,34 @@ def test_a_tied_module_trained_in_full_survives_merging_saving_and_reloading(sav
         merged.save_pretrained(tmp_path)
         reloaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(reloaded), logits(merged))
+
+
+class HeadFirst(nn.Module):
+    """As CamemBERT: the head comes before the table that it is tied to, and its bias has a second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 11)
+        self.bias = self.head.bias
+        self.table, self.inner = nn.Embedding(11, 6), nn.Linear(6, 6)
+        self.table.weight = self.head.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.inner(self.table(ids))))
+
+
+@every_merge
+def test_rows_of_a_table_behind_its_head_are_merged_into_both(verb):
+    torch.manual_seed(0)
+    base, ids = HeadFirst().double(), torch.arange(11)[None]
+    options = {"target_modules": ["inner"], "trainable_token_indices": {"table": [3, 7]}}
+    model = adapted(copy.deepcopy(base), scale=0.3, **options)
+    rows = next(p for name, p in model.named_parameters() if "tokens" in name)
+    expected = model(ids).detach()
+    getattr(model, verb)()
+    torch.testing.assert_close(model(ids), expected)
+    written = model.get_parameter("head.weight")
+    assert torch.equal(written[[3, 7]], rows)
+    assert torch.equal(written[:3], base.head.weight[:3])
+    assert model.get_parameter("table.weight") is written
+    assert model.get_parameter("head.bias") is model.bias

@@ -76,10 +76,10 @@ def plan_step(
             f"{path}: accelerate offloads its weight, so a merged one would be lost at the next call. Load the model "
             "without offloading to merge, or keep the adapter unmerged."
         )
-    written = [] if ops.is_quantized else _written(layer, names)
+    written = [] if ops.is_quantized else _written(layer, names, index)
     dtype = written[0].dtype if written else dtype_of_replacement(path, layer, model, options.dequantize)
     for holder in (layer, *tied):
-        check_stored(path, holder, written)
+        check_stored(path, holder, written if holder is layer else written[:1])
         check_order(path, holder, names, permanent=not options.undoable)
         check_by_trial(path, holder, names)
     common = (model, path, layer, names, tied)
@@ -96,12 +96,16 @@ def plan_step(
     return step
 
 
-def _written(layer: AdaptedLayer, names: tuple[str, ...]) -> list[Tensor]:
+def _written(layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex) -> list[Tensor]:
     """The tensors of the base layer that a merge writes: its weight, and its bias unless that stays the same."""
     weight, bias = layer.ops.read_weight(layer.base_layer).detach(), layer.ops.read_bias(layer.base_layer)
-    if bias is None:
+    if bias is None or not writes_bias(map(layer.adapter, names), bias.detach()):
         return [weight]
-    return [weight, bias] if writes_bias(map(layer.adapter, names), bias.detach()) else [weight]
+    if index.also_used_by(bias, layer.owner):  # then it matters, and is worth merging once to tell
+        merged = layer.folded(names)[1]
+        if merged is not None and torch.equal(merged.to(bias.dtype), bias):
+            return [weight]
+    return [weight, bias]
 
 
 def writes_bias(adapters: Iterable[Adapter], bias: Tensor) -> bool:
