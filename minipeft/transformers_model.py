@@ -6,7 +6,8 @@ Every function also takes a model that is not one of transformers'; it then answ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -133,6 +134,18 @@ def recomputable_blocks(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__):
             yield module
+
+
+def without_cache(block: nn.Module, names: Sequence[str], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The positional arguments of a block, called `names`, without a cache, which recomputing the block would fill again.
+
+    transformers leaves out one that is given by name; RecurrentGemma gives it by position.
+    """
+    if getattr(block, "_can_checkpoint_with_cache", False):
+        return values
+    left_out = {"use_cache": False, "layer_past": None, **dict.fromkeys(CACHES)}
+    given = zip(names, values, strict=False)
+    return tuple(left_out.get(name, value) for name, value in given) + values[len(names) :]
 
 
 def says_tied(model: nn.Module) -> bool:

@@ -30,6 +30,8 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     Qwen2Config,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -264,6 +266,20 @@ def test_the_cache_is_left_out_unless_it_is_asked_for():
     lean(model)
     assert model(input_ids=IDS, labels=LABELS).past_key_values is None
     assert model(input_ids=IDS, labels=LABELS, use_cache=True).past_key_values is not None
+
+
+@pytest.mark.parametrize("checkpointing", ["last", "block", "sqrt"])
+def test_a_cache_that_blocks_get_by_position_is_not_filled_twice(checkpointing):
+    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "pad_token_id")}
+    config = RecurrentGemmaConfig(
+        **sizes, num_hidden_layers=2, num_attention_heads=4, block_types=["recurrent", "attention"]
+    )
+    torch.manual_seed(0)
+    model = in_training(RecurrentGemmaForCausalLM(config), r=2, target_modules="all-linear")
+    mask = torch.ones_like(IDS).index_fill(1, torch.tensor([0]), 0)
+    expected = loss_and_gradients(model, attention_mask=mask)
+    lean(model, checkpointing, chunked_loss=False)
+    assert_same_learning(loss_and_gradients(model, attention_mask=mask), expected)
 
 
 def test_a_head_that_trains_by_now_gets_whole_logits_and_its_gradient():

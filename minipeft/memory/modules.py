@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from minipeft.layers.base import LayerOps
 from minipeft.memory import sample_slices, token_tiles
 from minipeft.memory.chains import CHAINS, Chains
 from minipeft.memory.rms_norm import kernel_of
+from minipeft.transformers_model import without_cache
 
 # Activations that transformers composes of single operations, each of which keeps an array for the backward pass.
 TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}
@@ -143,6 +145,7 @@ def recompute_block(function: Any, *args: Any) -> Any:
         return _checkpoint(function, *args)
     if not wants_gradient(module, args, function.keywords):
         return function(*args)
+    args = without_cache(module, list(inspect.signature(function.func).parameters)[len(function.args) :], args)
     chains: Chains | None = module.__dict__.get(CHAINS)
     if chains is not None and args and isinstance(args[0], Tensor) and not is_transformed():
         return chains.run(module, function, args, _checkpoint)
