@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 import transformers as tf
-from tiny_models import gpt2, t5
+from tiny_models import gpt2, llama, t5
 from torch import nn
 
-from minipeft import LoraConfig, get_lora_model
+from minipeft import LoraConfig, get_lora_model, lean
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -140,3 +140,40 @@ def test_a_model_without_checkpointing_has_none_when_it_is_adapted():
     assert not hasattr(model, "_set_gradient_checkpointing")
     with pytest.raises(AttributeError, match="gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable()
+
+
+WAYS = ["reentrant", "not reentrant", "lean", "lean mlp", "lean block", "lean sqrt"]
+
+
+def two_adapters(way):
+    torch.manual_seed(0)
+    model = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"]))
+    model.add_adapter("other", model.adapter_configs["default"])
+    model.train_adapters(["default", "other"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, 0, 0.3)
+    if way.startswith("lean"):
+        lean(model, *way.split()[1:])
+    elif way != "none":
+        enable(model, use_reentrant=way == "reentrant")
+    return model.train()
+
+
+def in_turn(model):
+    """The gradients of a pass with each adapter and one without, of which one loss is made."""
+    losses = [model(input_ids=IDS, labels=IDS).loss]
+    model.set_adapter("other")
+    losses.append(model(input_ids=IDS, labels=IDS).loss.square())
+    with model.disable_adapter():
+        losses.append(model(input_ids=IDS, labels=IDS).loss)
+        model.train_adapters(["default", "other"])
+        sum(losses).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_passes_with_different_adapters_each_find_their_own_in_one_backward_pass(way):
+    expected, found = in_turn(two_adapters("none")), in_turn(two_adapters(way))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

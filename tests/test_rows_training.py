@@ -113,7 +113,7 @@ def disturbed(model):
     return model
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "not reentrant", "lean mlp", "lean block"])
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant", "lean mlp", "lean block", "lean sqrt"])
 def test_a_recomputed_block_finds_its_rows(kind):
     model, ids = disturbed(together()), token_ids(len(NAMES), 6)
     expected = loss_gradients(model, ids)

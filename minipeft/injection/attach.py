@@ -73,7 +73,7 @@ def _attach(
     if first:
         _freeze(outside)
         _switch(state, (adapter_name,), {adapter_name} & state.trainable, ())
-        let_checkpoints_train(outside)
+        let_checkpoints_train(outside, state.switch)
     hold_norms(model)
 
 

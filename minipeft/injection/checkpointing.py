@@ -4,7 +4,7 @@ The reentrant one gives no gradient to what a block holds if no tensor that the 
 transformers makes the embeddings of token ids require one; the first blocks of vision and audio models stay without, and
 so do the adapters in them. Such a call is checkpointed in torch's other way, which takes as little memory.
 
-A block that is called again in the backward pass finds the rows that acted in the forward pass.
+A block that is called again in the backward pass finds the adapters, and the rows, that acted in the forward pass.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.injection.module_tree import outside_adapters
-from minipeft.injection.rows import with_rows_kept
+from minipeft.injection.recalled import with_adapters_kept
+from minipeft.injection.state import STATE
+from minipeft.injection.wrapper import Switch
 
 FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in each module that checkpoints
 
 
-def let_checkpoints_train(outside: Iterable[tuple[str, nn.Module]]) -> None:
-    """Change the checkpointing functions of a model's modules, which are its `outside_adapters`."""
+def let_checkpoints_train(outside: Iterable[tuple[str, nn.Module]], switch: Switch) -> None:
+    """Change the checkpointing functions of a model's modules, which are its `outside_adapters`, and have this switch."""
     for _, module in outside:
         function = vars(module).get(FUNCTION)
         if isinstance(function, functools.partial) and function.func is not _checkpoint:
-            setattr(module, FUNCTION, functools.partial(_checkpoint, function))
+            setattr(module, FUNCTION, functools.partial(_checkpoint, function, switch))
 
 
 def leave_checkpoints_alone(model: nn.Module) -> None:
@@ -48,19 +50,20 @@ def training_setter(model: nn.Module, setter: Callable[..., None]) -> Callable[.
 
 def _set(model: nn.Module, setter: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     setter(*args, **kwargs)
-    let_checkpoints_train(outside_adapters(model))
+    if (state := model.__dict__.get(STATE)) is not None:
+        let_checkpoints_train(outside_adapters(model), state.switch)
 
 
-def _checkpoint(own: functools.partial[Any], function: Any, *args: Any) -> Any:
+def _checkpoint(own: functools.partial[Any], switch: Switch, function: Any, *args: Any) -> Any:
     """Checkpoint a call; not in the reentrant way if that would lose a gradient, which it gives to `args` alone."""
     if not own.keywords.get("use_reentrant"):
-        return own(with_rows_kept(function), *args)
+        return own(with_adapters_kept(function, switch), *args)
     bound = (*function.args, *function.keywords.values()) if isinstance(function, functools.partial) else ()
     inside = any(tensor.requires_grad for value in bound for tensor in _tensors(value))
     given = any(isinstance(value, Tensor) and value.requires_grad for value in args)
     if not torch.is_grad_enabled():
         return function(*args)
-    function = with_rows_kept(function)
+    function = with_adapters_kept(function, switch)
     if inside or not given:
         return own.func(function, *args, **{**own.keywords, "use_reentrant": False})
     return own(function, *args)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn
@@ -169,17 +169,6 @@ def acting(rows: Rows | None) -> Iterator[None]:
         yield
     finally:
         CURRENT.rows = before
-
-
-def with_rows_kept(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function for the backward pass to call again: it then finds the rows that act now."""
-    rows = CURRENT.rows
-    return function if rows is None else functools.partial(_again, rows, function)
-
-
-def _again(rows: Rows, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with acting(rows):
-        return function(*args, **kwargs)
 
 
 def in_backward() -> bool:

@@ -43,6 +43,20 @@ class Switch:
         self.stays_off = not on
         self.enabled = on and self.contexts_off == 0
 
+    @property
+    def choice(self) -> tuple[tuple[str, ...], bool]:
+        """Which adapters act now, and whether any does."""
+        return self.active, self.enabled
+
+    @contextlib.contextmanager
+    def as_chosen(self, choice: tuple[tuple[str, ...], bool]) -> Iterator[None]:
+        """Within the context the adapters of an earlier `choice` act."""
+        before, (self.active, self.enabled) = self.choice, choice
+        try:
+            yield
+        finally:
+            self.active, self.enabled = before
+
     def note_read(self, wrapper: Wrapper) -> None:
         """Remember that something used the adapted weight of this layer."""
         if self.read is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from minipeft.injection.recalled import ActingNow, switch_of
 from minipeft.memory import sample_slices
 
 CHAINS = "_minipeft_chains"  # in a block's __dict__: the model's `Chains`
@@ -64,14 +65,15 @@ class Chain:
 
     def __init__(self, first: Tensor) -> None:
         self.first = first.detach()
-        self.links: list[tuple[nn.Module, Call, tuple[Any, ...], Any]] = []
+        self.links: list[tuple[nn.Module, Call, tuple[Any, ...], Any, ActingNow]] = []
         device = first.device.type
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self._inputs: list[Tensor] = []
 
     def add(self, block: nn.Module, function: Call, args: tuple[Any, ...]) -> int:
-        """Note a block, its further arguments and the state of the random generators; returns its place."""
-        self.links.append((block, function, args, sample_slices.random_states(self.first.device)))
+        """Note a block, its further arguments, the state of the random generators and who acts; returns its place."""
+        kept = ActingNow(switch_of(block))
+        self.links.append((block, function, args, sample_slices.random_states(self.first.device), kept))
         return len(self.links) - 1
 
     def input(self, index: int) -> Tensor:
@@ -92,9 +94,10 @@ class Chain:
             torch.autocast(device, dtype, enabled),
             torch.random.fork_rng(devices),
         ):
-            for block, function, args, states in self.links[:-1]:
+            for block, function, args, states, kept in self.links[:-1]:
                 _set_random_states(self.first, states)
-                output = sample_slices.run(block, function, (inputs[-1], *args), _call)
+                with kept.again():
+                    output = sample_slices.run(block, function, (inputs[-1], *args), _call)
                 inputs.append(_hidden(output).detach().contiguous())
         return inputs
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.class_swap import SameFunction
-from minipeft.injection.rows import with_rows_kept
+from minipeft.injection.recalled import switch_of, with_adapters_kept
+from minipeft.injection.wrapper import Switch
 from minipeft.kernels import glibc, recompute
 from minipeft.kernels.frozen_linear import lean_linear
 from minipeft.kernels.keeps_inputs import keeping_inputs
@@ -103,15 +104,17 @@ class RecomputedMlp(SameFunction):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = partial(super().forward, **kwargs)
+        run: Callable[..., Any] = partial(super().forward, **kwargs)
         if not learns(self) or not wants_gradient(self, args, kwargs):
             return run(*args)
+        switch = switch_of(self)
         source = recompute.source_of(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
         if source is not None:  # keep the input of the preceding norm, which the norm keeps anyway
-            return token_tiles.run(self, with_rows_kept(_after(run, source.module)), source.inputs)
+            return token_tiles.run(self, with_adapters_kept(_after(run, source.module), switch), source.inputs)
+        run = with_adapters_kept(run, switch)
         if len(args) == 1 and isinstance(args[0], Tensor):
-            return token_tiles.run(self, with_rows_kept(run), args)
-        return checkpoint(with_rows_kept(run), *args, use_reentrant=False)
+            return token_tiles.run(self, run, args)
+        return checkpoint(run, *args, use_reentrant=False)
 
 
 def _after(run: Callable[[Tensor], Any], norm: recompute.Function) -> Callable[[Tensor], Any]:
@@ -142,18 +145,20 @@ def recompute_block(function: Any, *args: Any) -> Any:
     """The checkpointing function for transformers' blocks: non-reentrant, and inactive below the lowest adapter."""
     module = function.args[0] if isinstance(function, partial) and function.args else None
     if not isinstance(module, nn.Module):
-        return _checkpoint(function, *args)
+        return _checkpoint(None, function, *args)
     if not wants_gradient(module, args, function.keywords):
         return function(*args)
-    args = without_cache(module, list(inspect.signature(function.func).parameters)[len(function.args) :], args)
+    if len(args) > 1:
+        args = without_cache(module, list(inspect.signature(function.func).parameters)[len(function.args) :], args)
+    checkpointed = partial(_checkpoint, switch_of(module))
     chains: Chains | None = module.__dict__.get(CHAINS)
     if chains is not None and args and isinstance(args[0], Tensor) and not is_transformed():
-        return chains.run(module, function, args, _checkpoint)
-    return sample_slices.run(module, function, args, _checkpoint)
+        return chains.run(module, function, args, checkpointed)
+    return sample_slices.run(module, function, args, checkpointed)
 
 
-def _checkpoint(function: Any, *args: Any) -> Any:
-    return checkpoint(with_rows_kept(partial(_trimmed, function)), *args, use_reentrant=False)
+def _checkpoint(switch: Switch | None, function: Any, *args: Any) -> Any:
+    return checkpoint(with_adapters_kept(partial(_trimmed, function), switch), *args, use_reentrant=False)
 
 
 def _trimmed(function: Any, *args: Any) -> Any:
