@@ -367,3 +367,18 @@ def test_a_step_under_dropout_is_pefts(case, tmp_path):
     ours = minipeft.load_adapter(factory(), tmp_path, is_trainable=True).train()
     torch.manual_seed(5)
     assert (logits(ours) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch needs it for forward mode
+def test_forward_mode_holds_the_norm_fixed_as_the_gradient_does():
+    layer, model = with_dora("linear")
+    x, _ = example(layer)
+    values = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    along = {name: torch.randn_like(value) for name, value in values.items()}
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (x,)).sin().sum()
+
+    _, found = torch.func.jvp(loss, (values,), (along,))
+    gradient = torch.func.grad(loss)(values)
+    torch.testing.assert_close(found, sum((gradient[name] * v).sum() for name, v in along.items()))

@@ -82,8 +82,9 @@ class Dora(Lora):
         device = weight.device.type
         exact = torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext()
         with torch.no_grad(), exact:
-            weight = weight.detach()
-            return row_norms(weight, *self._matrices(), self.factor, self._squares_of(weight))
+            # Each is detached too: forward-mode differentiation does not mind no_grad.
+            weight, lora_A, lora_B = (tensor.detach() for tensor in (weight, *self._matrices()))
+            return row_norms(weight, lora_A, lora_B, self.factor, self._squares_of(weight))
 
     def _squares_of(self, weight: Tensor) -> Tensor | None:
         """``|W|^2`` of each row, computed once for a weight that does not change; None if it is not kept.
