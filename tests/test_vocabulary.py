@@ -131,6 +131,19 @@ def test_tables_that_peft_saves_of_a_resized_model_give_their_new_rows(make, bas
             load_adapter(resized(make, base), tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("seed", [5, 6], ids=["the same rows", "other rows"])
+@pytest.mark.parametrize("kind", ["all new rows", "some rows", "trained tables"])
+def test_what_peft_trains_of_a_resized_vocabulary_is_read(kind, seed, make, base, tmp_path):
+    options = {"trainable_token_indices": NEW if kind == "all new rows" else [3, 101]}
+    if kind == "trained tables":
+        options = {"modules_to_save": ["wte" if make is gpt2 else "embed_tokens", "lm_head"]}
+    with foreign_code():
+        theirs = peft.get_peft_model(resized(make, base), peft.LoraConfig(target_modules=TARGETS[make], r=4, **options))
+        disturb(theirs).save_pretrained(tmp_path / "theirs")
+    model = load_adapter(resized(make, base, seed), tmp_path / "theirs")
+    assert_close(logits(model), logits(theirs))
+
+
 def test_a_trainer_resumes_with_a_resized_vocabulary_if_the_new_rows_are_the_same(make, base, tmp_path):
     def run(model, **options):
         arguments = TrainingArguments(tmp_path / "run", **{**OPTIONS, "max_steps": 4})

@@ -65,7 +65,7 @@ def load_parts(
         {key: tensor for key, tensor in tensors.items() if key not in new_rows.values},
         base={} if allow_base_mismatch else planned_samples(model, plan, shapes, sampled),
         tied=_tied(plan),
-        done=new_rows.tables,
+        done=new_rows.done,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
     )
     file = without_adapter_name(file, expected.tensors, [site.name for site in plan.saved])

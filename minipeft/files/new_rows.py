@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError
 from minipeft.files.format import FLOATS, AdapterFile
-from minipeft.files.resized_vocabulary import OPTION, ROWS
+from minipeft.files.resized_vocabulary import OPTION, ROWS, ids_by_name
 from minipeft.files.vocabulary_tables import tables
 from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import outside_adapters
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import values_of
 from minipeft.patterns import is_suffix
+
+# In PEFT's files the keys of a base table have these in them, if rows of it train or it has a trained copy.
+INFIXES = (".token_adapter.base_layer", ".original_module")
+COPY = f"{INFIXES[1]}.weight"
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class NewRows:
 
     config: AdapterConfig  # the file's, with the rows in ``trainable_token_indices``
     values: Mapping[str, Tensor] = field(default_factory=dict)  # by the key that they have as rows of tokens
-    tables: frozenset[str] = frozenset()  # keys of the whole tables that they come from
+    done: frozenset[str] = frozenset()  # keys of what they come from: whole tables, and rows that train
 
 
 def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
@@ -50,24 +54,50 @@ def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
     ids = {name: _differing_rows(table, here[name]) for name, table in found.items()}
     ids = {name: rows for name, rows in ids.items() if rows and 2 * len(rows) <= len(found[name])}
     fields = {f.name for f in dataclasses.fields(file.config)}
-    if not ids or OPTION not in fields or getattr(file.config, OPTION) is not None:
-        return NewRows(file.config)
-    option: dict[str, Any] = {OPTION: ids}
-    return NewRows(
-        dataclasses.replace(file.config, **option),
-        {f"{PREFIX}{name}.{ROWS}": found[name][rows] for name, rows in ids.items()},
-        frozenset(key for key, owner in owners.items() if owner in ids),
-    )
+    copied = frozenset(key for key, owner in owners.items() if owner in ids and _trains(file, key))
+    ids = {name: rows for name, rows in ids.items() if any(owners[key] == name for key in owners.keys() - copied)}
+    if not ids or OPTION not in fields:
+        return NewRows(file.config, done=copied)
+    done = copied | {key for key, owner in owners.items() if owner in ids}
+    return _with_rows(file, ids_by_name(model, getattr(file.config, OPTION)), ids, found, done)
+
+
+def _with_rows(
+    file: AdapterFile,
+    trained: Mapping[str, list[int]],
+    ids: Mapping[str, list[int]],
+    found: Mapping[str, Tensor],
+    done: frozenset[str],
+) -> NewRows:
+    """The rows that differ, behind those that train, which the file has already."""
+    added = {name: sorted(set(rows) - set(trained.get(name, ()))) for name, rows in ids.items()}
+    added = {name: rows for name, rows in added.items() if rows}
+    keys = {name: f"{PREFIX}{name}.{ROWS}" for name in added}
+    before = {name: key for name, key in keys.items() if name in trained}
+    if any(file.shapes.get(key) != (len(trained[name]), found[name].shape[1]) for name, key in before.items()):
+        return NewRows(file.config)  # which is refused when the keys are compared
+    own = file.read(list(before.values()))
+    values = {key: found[name][added[name]] for name, key in keys.items()}
+    values |= {key: torch.cat([own[key], values[key].to(own[key])]) for key in before.values()}
+    option: dict[str, Any] = {OPTION: {**trained, **{name: [*trained.get(name, ()), *added[name]] for name in added}}}
+    config = dataclasses.replace(file.config, **option) if added else file.config
+    return NewRows(config, values, done | set(before.values()))
+
+
+def _trains(file: AdapterFile, key: str) -> bool:
+    """Whether a table is a copy of a module that trains in full, whose trained rows the file has too."""
+    name = key.removeprefix(PREFIX).removesuffix(COPY).removesuffix(".weight")
+    return any(is_suffix(entry, name) for entry in file.config.modules_to_save or ())
 
 
 def _keys_of_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Tensor]) -> dict[str, str]:
-    """Keys of whole tables in a file -> the name of the model's table; not those that train, nor adapted layers'."""
-    trained = file.config.modules_to_save or ()
+    """Keys of whole tables in a file -> the name of the model's table; not adapted layers'."""
     names = {id(weight): name for name, weight in known.items()}
     weights = {
-        f"{PREFIX}{name}.weight": (name, getattr(innermost(module), "weight", None))
+        f"{PREFIX}{name}{infix}.weight": (name, getattr(innermost(module), "weight", None))
         for name, module in outside_adapters(model, remove_duplicate=False)
         if not name.endswith(".base_layer")
+        for infix in ("", *INFIXES)
     }
     owners = {}
     for key, shape in file.shapes.items():
@@ -79,8 +109,8 @@ def _keys_of_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Ten
             or file.dtypes[key] not in FLOATS
         ):
             continue
-        if any(is_suffix(entry, name) for entry in trained):
-            continue
+        if _trains(file, key) and not key.endswith(COPY):
+            continue  # PEFT repeats the trained copy here
         if shape == tuple(weight.shape):
             owners[key] = names[id(weight)]
         elif shape[1:] == weight.shape[1:]:

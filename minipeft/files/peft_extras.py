@@ -77,6 +77,6 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in named_parameters(model, remove_duplicate=False):
         plain = name.replace(".base_layer.", ".")
         owner, _, last = plain.rpartition(".")
-        for key in (plain, f"{owner}.base_layer.{last}", f"{owner}.original_module.{last}"):
-            tensors[PREFIX + key] = parameter
+        for infix in ("", "base_layer.", "token_adapter.base_layer.", "original_module."):
+            tensors[f"{PREFIX}{owner}.{infix}{last}" if owner else f"{PREFIX}{infix}{last}"] = parameter
     return tensors

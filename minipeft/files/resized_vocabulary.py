@@ -59,7 +59,7 @@ def with_tables(
     if base_vocabulary(model) is None:
         return dict(tensors), dict(config)
     # In each tensor the rows that train come first, then those that were only added.
-    all_tensors, trained = dict(tensors), _ids_by_name(model, config)
+    all_tensors, trained = dict(tensors), ids_by_name(model, config.get(OPTION))
     ids = dict(trained)
     for name, table in tables(model).items():
         base_size = base_rows(model, name, table) or 0
@@ -86,9 +86,9 @@ def _warn_of_rows(fact: str, base_size: int, table: Table) -> None:
     )
 
 
-def _ids_by_name(model: nn.Module, config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The token ids in a file's configuration, by the names of the tables."""
-    option, names = config.get(OPTION), list(tables(model))
+def ids_by_name(model: nn.Module, option: Any) -> dict[str, list[int]]:
+    """The token ids in ``trainable_token_indices`` of a file's configuration, by the names of the tables."""
+    names = list(tables(model))
     if isinstance(option, Mapping):
         return {next((name for name in names if is_suffix(entry, name)), entry): ids for entry, ids in option.items()}
     return {names[0]: option} if option and names else {}
