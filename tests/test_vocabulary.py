@@ -19,7 +19,7 @@ from minipeft import IA3Config, LoraConfig, TrainableTokensConfig, get_adapter_m
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.files.vocabulary_tables import base_vocabulary
-from minipeft.hf import AdapterTrainer
+from minipeft.hf import AdapterTrainer, restore_adapters
 
 NEW = [100, 101, 102]
 IDS = torch.tensor([[1, 100, 2, 101, 102, 3, 100, 4]])
@@ -87,6 +87,14 @@ def test_rows_that_train_and_rows_that_do_not_stand_in_one_list(make, base, tmp_
     else:
         assert option == {"model.embed_tokens": [102, 7, 100, 101], "lm_head": NEW}
     assert_close(logits(load_adapter(resized(make, base, seed=6), tmp_path / "adapter")), logits(model))
+
+
+@pytest.mark.parametrize("rows", [[3, 101], [100], [101, 102]], ids=str)
+def test_rows_that_do_not_train_are_no_part_of_what_the_base_is_known_by(rows, make, base, tmp_path):
+    model = lora(make, resized(make, base), trainable_token_indices=rows)
+    model.save_pretrained(tmp_path / "adapter")
+    assert_close(logits(load_adapter(resized(make, base, seed=6), tmp_path / "adapter")), logits(model))
+    restore_adapters(disturb(lora(make, resized(make, base), trainable_token_indices=rows)), tmp_path / "adapter")
 
 
 def test_nothing_is_added_where_the_vocabulary_is_the_base_s_own_or_all_new_rows_train(make, base, tmp_path):

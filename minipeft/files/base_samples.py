@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import each_value, present
-from minipeft.methods.base import Adapter
 
 SAMPLES = 8
 # Allowed difference of two samples, as a fraction of their norm, if one is quantized: 4 bits cost about 0.1, and an
@@ -27,14 +27,25 @@ SAMPLES = 8
 QUANTIZED = 0.5
 
 
-def base_samples(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
+def base_samples(
+    model: nn.Module, adapter_name: str, brought: Mapping[str, Collection[int]] | None = None
+) -> dict[str, list[float]]:
     """A few base weights of each layer that the adapter is on and is not merged into, by the layer's name.
 
     And of the frozen weights that may not be in the base's checkpoint, by their own names.
+
+    Args:
+        model: the adapted model.
+        adapter_name: which of its adapters.
+        brought: of a table, by its name, the rows that the file brings: those that train, and those that the base lacks.
     """
+    rows = brought or {}
     remembered = model.__dict__[STATE].samples.get(adapter_name, {})
     layers = [(name, layer) for name, layer in adapted_layers(model) if layer.owns(adapter_name) and not layer.merged]
-    adapted = _samples((n, layer.ops, layer.base_layer, layer.adapter(adapter_name)) for n, layer in layers)
+    adapted = _samples(
+        (n, layer.ops, layer.base_layer, partial(layer.adapter(adapter_name).untouched, brought=rows.get(n, ())))
+        for n, layer in layers
+    )
     adapted = {name: values or remembered.get(name, []) for name, values in adapted.items()}
     weights = each_value(model, frozen_weights(model, adapter_name))
     frozen = _numbers({name: None if remembered.get(name) else _picked(weight) for name, weight in weights})
@@ -52,21 +63,24 @@ def planned_samples(
 ) -> dict[str, list[float]]:
     """What `base_samples` will return once the parts of a plan are in its model, with these of the frozen weights."""
     pairs = zip(plan.adapters, parts.adapters, strict=True)
-    adapted = _samples((site.name, site.ops, site.candidate.base, adapter) for site, adapter in pairs)
+    adapted = _samples((site.name, site.ops, site.candidate.base, adapter.untouched) for site, adapter in pairs)
     return adapted | _numbers({name: _picked(weight) for name, weight in each_value(model, frozen)})
 
 
 @torch.no_grad()
-def _samples(layers: Iterable[tuple[str, LayerOps, nn.Module, Adapter]]) -> dict[str, list[float]]:
+def _samples(
+    layers: Iterable[tuple[str, LayerOps, nn.Module, Callable[[Tensor], Tensor]]],
+) -> dict[str, list[float]]:
     """By the name of each layer, eight evenly spread elements of its canonical weight; empty if they cannot be read.
 
+    They are of the part that the last function gives, see `minipeft.methods.base.Adapter.untouched`.
     A ninth number, the tolerance, marks the sample of a quantized layer, whose values are not the float weight's.
     """
     picked, quantized = {}, set()
-    for name, ops, base, adapter in layers:
+    for name, ops, base, untouched in layers:
         with present(innermost(base)):
             weight = ops.read_weight(base)
-            picked[name] = _picked(adapter.untouched(weight)) if _is_readable(weight) else None
+            picked[name] = _picked(untouched(weight)) if _is_readable(weight) else None
         if ops.is_quantized:
             quantized.add(name)
     numbers = _numbers(picked)

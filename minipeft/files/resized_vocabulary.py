@@ -8,7 +8,7 @@ whole tables. `minipeft.files.new_rows` reads either.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +84,12 @@ def _warn_of_rows(fact: str, base_size: int, table: Table) -> None:
         f"TrainableTokensConfig(token_indices=list(range({base_size}, {len(table.weight)}))).",
         stacklevel=4,
     )
+
+
+def brought_rows(config: Mapping[str, Any]) -> Mapping[str, Collection[int]]:
+    """Of a configuration that `with_tables` returns, the rows of each table that the file brings, by the table's name."""
+    option = config.get(OPTION)
+    return option if isinstance(option, Mapping) else {}
 
 
 def ids_by_name(model: nn.Module, option: Any) -> dict[str, list[int]]:

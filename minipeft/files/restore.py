@@ -15,7 +15,7 @@ from minipeft.files.compare import Expected, read_values
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import open_adapter
 from minipeft.files.reading import as_path, reading
-from minipeft.files.resized_vocabulary import with_tables
+from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
 from minipeft.files.tied_repeats import followers
@@ -84,7 +84,7 @@ def _values(model: SavableModel, name: str, directory: Path) -> dict[str, Tensor
     # If the vocabulary was resized, the file also holds rows of the base, which are only compared.
     tensors, config = with_tables(model, name, live, config, "auto", warn=False)
     tied = followers(model, model._state.configs[name], name)
-    expected = Expected(model, tensors, base_samples(model, name), config, tied=tied)
+    expected = Expected(model, tensors, base_samples(model, name, brought_rows(config)), config, tied=tied)
     values = read_values(open_adapter(directory), expected)
     for key, tensor in tensors.items():
         own = live.get(key)

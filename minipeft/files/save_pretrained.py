@@ -18,7 +18,7 @@ from minipeft.files.base_samples import base_samples
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
 from minipeft.files.model_card import public_base, update_card, write_card
 from minipeft.files.reading import as_path, writing
-from minipeft.files.resized_vocabulary import with_tables
+from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
 from minipeft.files.save_options import check_format, check_save_options, check_size
 from minipeft.files.scaling_in_B import for_diffusers
@@ -212,7 +212,14 @@ class SavableModel(nn.Module):
         self, directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> None:
         tensors, written, scaling = for_diffusers(self, tensors, config)
-        save_adapter(directory, tensors, written, base_samples(self, name), self._state.kept.get(name, ()), scaling)
+        save_adapter(
+            directory,
+            tensors,
+            written,
+            base_samples(self, name, brought_rows(config)),
+            self._state.kept.get(name, ()),
+            scaling,
+        )
         write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
 
     def _all_or(self, adapter_name: str | bool | None, selected: Sequence[str] | None = None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -183,8 +183,13 @@ class Adapter(nn.Module, ABC):
         """What is saved once for all layers, made by `share`: the key after ``base_model.`` in a file -> the live tensor."""
         return {}
 
-    def untouched(self, weight: Tensor) -> Tensor:
-        """The part of the canonical weight that is sampled to recognise the base; not the part that the file brings along."""
+    def untouched(self, weight: Tensor, brought: Collection[int] = ()) -> Tensor:
+        """The part of the canonical weight that is sampled to recognise the base; not the part that the file brings along.
+
+        Args:
+            weight: shape (out, in).
+            brought: rows of a table that the file brings besides the adapter's own.
+        """
         return weight
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -199,9 +199,9 @@ class TrainableTokens(Adapter):
         twin.is_embedding = ops.is_embedding
         return twin
 
-    def untouched(self, weight: Tensor) -> Tensor:
+    def untouched(self, weight: Tensor, brought: Collection[int] = ()) -> Tensor:
         """The widest run of rows between those of the tokens."""
         table = self._table(weight)
-        ends = [-1, *sorted(self.ids), len(table)]
+        ends = [-1, *sorted({*self.ids, *brought}), len(table)]
         start, end = max(itertools.pairwise(ends), key=lambda pair: pair[1] - pair[0])
         return self._table(table[start + 1 : end])
