@@ -19,6 +19,7 @@ from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
+from minipeft.files.load_options import own_load_options
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.files.trl_guard import TrainedAlone
 from minipeft.injection.attach import attach, detach, remove, switch_to
@@ -223,10 +224,11 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
     ) -> AdaptedModel:
         """Read another adapter into this model; see `minipeft.load_adapter`, which has the same options.
 
-        `model_id` and `peft_model_id` are what PEFT and transformers call `directory`.
+        `model_id` and `peft_model_id` are what PEFT and transformers call `directory`. PEFT's options that ask for nothing
+        here are taken, see `minipeft.files.load_options`.
         """
-        place = next((p for p in (directory, model_id, peft_model_id) if p is not None), "")
-        return load_adapter(self, place, adapter_name, is_trainable, strict, **options)
+        place: Any = next((p for p in (directory, model_id, peft_model_id) if p is not None), None)
+        return load_adapter(self, place, adapter_name, is_trainable, strict, **own_load_options(options))
 
     @all_or_nothing
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
@@ -301,10 +303,10 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
     @all_or_nothing
     def merge_and_unload(
         self,
-        *,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
+        *,
         untie: bool = False,
         dequantize: bool = False,
     ) -> nn.Module:

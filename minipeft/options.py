@@ -42,8 +42,8 @@ def number(
         if over and (below is None or value < below):
             return value
     limits = ((">", above), (">=", at_least), ("<", below))
-    bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound is not None]
-    raise ConfigError(f"{name} must be a finite number {' and '.join(bounds)}, not {told(value)}.")
+    bounds = " and".join(f" {sign} {bound:g}" for sign, bound in limits if bound is not None)
+    raise ConfigError(f"{name} must be a finite number{bounds}, not {told(value)}.")
 
 
 def flag(name: str, value: object) -> bool:

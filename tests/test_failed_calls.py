@@ -237,3 +237,38 @@ OF_ANOTHER_TYPE = {
 def test_an_argument_of_another_type_is_one_error(call):
     model = adapted()
     refuses(MinipeftError, model, lambda: OF_ANOTHER_TYPE[call](model))
+
+
+def test_peft_s_options_of_loading_and_merging_are_taken_where_they_ask_for_nothing(tmp_path):
+    model = adapted(init_lora_weights=False)
+    model.save_pretrained(tmp_path)
+    options = {"torch_device": "cpu", "low_cpu_mem_usage": True, "autocast_adapter_dtype": True}
+    model.load_adapter(tmp_path, "b", **options, ephemeral_gpu_offload=False, ignore_mismatched_sizes=False)
+    expected = logits(model)
+    model.set_adapter("b")
+    assert torch.equal(logits(model), expected)
+    torch.testing.assert_close(logits(model.merge_and_unload(False, True, ["b"])), expected)
+
+
+LOADING = {
+    "an unknown option": ({"revison": "main"}, "no option 'revison' (closest: 'revision')"),
+    "half precision": ({"autocast_adapter_dtype": False}, "autocast_adapter_dtype=False is not possible"),
+    "other shapes": ({"ignore_mismatched_sizes": True}, "ignore_mismatched_sizes=True is not possible"),
+    "no device": ({"torch_device": 5}, "torch_device=5 is not possible"),
+    "no place": ({"directory": None}, "directory must be the path of a directory, not None"),
+}
+
+
+@pytest.mark.parametrize("case", LOADING)
+def test_an_option_of_loading_that_is_not_done_is_refused_by_name(case, tmp_path):
+    options, said = LOADING[case]
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    action = lambda: model.load_adapter(**{"directory": tmp_path, "adapter_name": "b"} | options)  # noqa: E731
+    refuses(ConfigError, model, action, said, "Nothing was changed.")
+    assert list(model.adapter_configs) == ["default"]
+
+
+def test_a_scale_that_is_no_number_is_named_in_a_plain_sentence():
+    model = adapted()
+    refuses(ConfigError, model, lambda: model.set_scale("default", "1"), "scale must be a finite number, not '1'.")

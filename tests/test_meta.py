@@ -91,7 +91,8 @@ def test_what_a_state_holds_of_the_adapter_stays_and_shards_may_come_one_by_one(
 def test_memory_without_values_is_neither_run_nor_saved_nor_merged(tmp_path):
     model = get_lora_model(empty_model(), LoraConfig(r=4))
     model.to_empty(device="cpu")
-    for action in (lambda: logits(model), lambda: model.save_pretrained(tmp_path), model.merge_adapter):
+    combine = lambda: model.add_weighted_adapter(["default"], [1.0], "combined")  # noqa: E731
+    for action in (lambda: logits(model), lambda: model.save_pretrained(tmp_path), model.merge_adapter, combine):
         with pytest.raises(StateError, match="made on the meta device and has no values yet"):
             action()
     assert not list(tmp_path.iterdir())

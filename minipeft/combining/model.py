@@ -14,6 +14,7 @@ from minipeft.combining.weighted import add_weighted
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown, told
 from minipeft.files.save_pretrained import SavableModel
 from minipeft.injection.attach import rename
+from minipeft.injection.starting import check_started
 from minipeft.injection.state import check_name
 from minipeft.options import flags, number
 
@@ -135,6 +136,7 @@ class CombinableModel(SavableModel):
         if svd_driver is not None and any(p.device.type != "cuda" for p in self.parameters()):
             raise ConfigError("svd_driver is for CUDA, and this model is elsewhere; leave it out.")
         self._state.check_unmerged()
+        check_started(self._state, tuple(weights_by_name))
         report = add_weighted(self, weights_by_name, adapter_name, how, different_targets=different_targets)
         is_far = combination_type in ("linear", "svd") and report.total > FAR
         logger.log(logging.WARNING if is_far else logging.INFO, "%s", report)
