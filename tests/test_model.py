@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
-from tiny_models import adapted, disturb, gpt2, llama, logits, state_digest, t5, token_ids
+from tiny_models import adapted, disturb, gpt2, llama, logits, refuses, state_digest, t5, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -145,6 +145,45 @@ def test_one_graph_in_compile_and_switching_back_compiles_nothing_new():
         assert counter.frame_count == 2
         torch.testing.assert_close(compiled(ids).logits, expected)
         assert counter.frame_count == 2
+
+
+def compiled_by_count():
+    """An adapted layer, the same compiled, and the counter of its graphs."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), config)
+    return model, torch.compile(model, backend=counter), counter
+
+
+def test_an_adapter_that_is_loaded_or_deleted_unused_compiles_nothing(tmp_path):
+    model, compiled, counter = compiled_by_count()
+    model.save_pretrained(tmp_path)
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        expected = compiled(x)
+        for name in ("b", "c"):
+            model.load_adapter(tmp_path, name)
+            assert torch.equal(compiled(x), expected)
+        model.delete_adapter("b")
+        assert torch.equal(compiled(x), expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("verb", ["unload", "merge_and_unload"])
+def test_a_model_that_was_compiled_before_it_was_unloaded_computes_what_it_is_now(verb):
+    model, compiled, _ = compiled_by_count()
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        compiled(x)
+        getattr(model, verb)()
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_a_compiled_model_is_made_lean_from_within():
+    model = adapted()
+    compiled = torch.compile(model, backend="eager")
+    refuses(StateError, model, lambda: minipeft.lean(compiled), "OptimizedModule wraps the model")
 
 
 @pytest.mark.parametrize("make", [gpt2, llama, t5])

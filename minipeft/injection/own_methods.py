@@ -84,6 +84,8 @@ class OwnMethods(nn.Module):
         if state is not None and kwargs.get("adapter_names") is not None:
             return self._call_by_row(args, kwargs)
         kwargs.pop("adapter_names", None)
+        if OwnMethods not in type(self).__mro__:  # it was unloaded, and `torch.compile` holds this method from before
+            return type(self).__call__(self, *args, **kwargs)
         if state is None:
             return super().__call__(*args, **kwargs)
         if (rows := rows_now(state.switch)) is not None:
@@ -92,7 +94,7 @@ class OwnMethods(nn.Module):
                 self._learn_order(rows, args, kwargs)
         elif state.switch.trained_by_row and torch.is_grad_enabled():
             state.switch.trained_by_row = False
-        if not state.unwatched or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not state.unwatched:  # in this order, a graph does not depend on the second
             return super().__call__(*args, **kwargs)
         return watched_call(self, super().__call__, args, kwargs)
 

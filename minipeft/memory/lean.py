@@ -36,7 +36,7 @@ from minipeft.memory.modules import (
 from minipeft.memory.probe import Probe
 from minipeft.memory.rotary import FastRotary, is_rotary_attention
 from minipeft.options import checked_module, flags
-from minipeft.transformers_model import output_head, recomputable_blocks
+from minipeft.transformers_model import output_head, recomputable_blocks, wrapping_class
 
 logger = logging.getLogger("minipeft")
 Model = TypeVar("Model", bound=nn.Module)
@@ -90,10 +90,12 @@ def lean(
 
     Raises:
         LeanError: loss or gradients would differ, or an option asks for something that this model does not have.
-        StateError: `model` is not a transformers model.
+        StateError: `model` is not a transformers model, or something wraps it.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise StateError(f"lean() takes a transformers model, adapted or plain, not {type(model).__name__}.")
+    if (wrapping := wrapping_class(model)) is not None:
+        raise StateError(f"{wrapping} wraps the model; call lean() on the model itself, then wrap it.")
     flags(chunked_loss=chunked_loss, fast_linear=fast_linear)
     _check_checkpointing(checkpointing)
     unlean(model)
