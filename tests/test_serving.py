@@ -25,7 +25,7 @@ from tiny_models import foreign_code, gpt2, llama, t5
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 import minipeft
-from minipeft import LoraConfig, RequestError, StateError
+from minipeft import ConfigError, LoraConfig, RequestError, StateError
 from minipeft.serving.adapters import Adapters
 from minipeft.serving.batch import Batch
 from minipeft.serving.choice import choose
@@ -324,6 +324,13 @@ def test_models_that_keep_anything_else_than_keys_and_values_are_refused(kind, t
         model = t5() if kind == "t5" else made(config)
         with pytest.raises(StateError, match=f"{type(model).__name__} cannot be served here"):
             Engine(Batch(model), Adapters(model, tmp_path, 1), [])
+
+
+@pytest.mark.parametrize("option", ["max_rows", "max_waiting"])
+def test_an_engine_that_could_answer_nothing_is_refused(option, shared):
+    for value in (0, -1, True, 1.5):
+        with pytest.raises(ConfigError, match=f"{option} must be an integer from 1"):
+            engine_of(llama, shared, **{option: value})
 
 
 def test_the_queue_is_bounded_and_takes_all_or_none(tmp_path):

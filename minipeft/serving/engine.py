@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minipeft.errors import MinipeftError, RequestError
 from minipeft.injection.rows import BASE
+from minipeft.options import integer
 from minipeft.serving.adapters import Adapters
 from minipeft.serving.batch import Batch
 from minipeft.serving.choice import choose
@@ -58,11 +59,17 @@ class Engine:
         ends: tokens that end an answer.
         max_rows: of the batch.
         max_waiting: prompts that may wait to join it.
+
+    Raises:
+        ConfigError: one of the two is below 1, so that nothing would ever be answered.
+        StateError: the model cannot be served, see `minipeft.serving.batch.Batch.check`.
     """
 
     def __init__(
         self, batch: Batch, adapters: Adapters, ends: Iterable[int], *, max_rows: int = 16, max_waiting: int = 64
     ) -> None:
+        integer("max_rows", max_rows, at_least=1)
+        integer("max_waiting", max_waiting, at_least=1)
         batch.check()
         self.batch, self.adapters, self.ends = batch, adapters, frozenset(ends)
         self.max_rows, self.max_waiting = max_rows, max_waiting
