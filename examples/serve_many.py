@@ -20,7 +20,7 @@ from typing import Any
 from aiohttp import web
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minipeft.errors import RequestError
+from minipeft.errors import MinipeftError, RequestError
 from minipeft.serving.adapters import Adapters, MiB
 from minipeft.serving.batch import Batch
 from minipeft.serving.completion import Completion, parse
@@ -230,7 +230,10 @@ def build(args: argparse.Namespace) -> Server:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = flags(argv)
-    server = build(args)
+    try:
+        server = build(args)
+    except (MinipeftError, OSError) as error:
+        raise SystemExit(f"serve_many: {error}") from None
     server.engine.start()
     app = make_app(server)
     web.run_app(app, host=args.host, port=args.port, shutdown_timeout=args.timeout, handler_cancellation=True)

@@ -326,6 +326,16 @@ def test_models_that_keep_anything_else_than_keys_and_values_are_refused(kind, t
             Engine(Batch(model), Adapters(model, tmp_path, 1), [])
 
 
+def test_a_server_that_cannot_start_says_why_in_one_line(example, tmp_path):
+    wrong = {
+        "nowhere is not a directory": ["--adapters", "nowhere"],
+        "max_rows must be an integer from 1": ["--adapters", str(tmp_path), "--rows", "0"],
+    }
+    for said, words in wrong.items():
+        with foreign_code(), pytest.raises(SystemExit, match=f"^serve_many: {said}"):
+            example.main(["--model", str(TINY), *words])
+
+
 @pytest.mark.parametrize("option", ["max_rows", "max_waiting"])
 def test_an_engine_that_could_answer_nothing_is_refused(option, shared):
     for value in (0, -1, True, 1.5):
