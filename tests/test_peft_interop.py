@@ -383,6 +383,30 @@ def test_a_classifier_with_all_biases_trained_in_peft_is_read(factory, tmp_path)
     assert_close(logits(minipeft.load_adapter(factory(), tmp_path)), their_logits(reference))
 
 
+def masked_bert():
+    """A model whose output bias has two names: the prediction head's own, and its last layer's."""
+    config = transformers.BertConfig(**bert_classifier().config.to_diff_dict())
+    torch.manual_seed(0)
+    return disturb(transformers.BertForMaskedLM(config)).eval()
+
+
+def test_all_biases_train_where_a_head_shares_one_with_its_layer(tmp_path):
+    options = {"r": 4, "target_modules": ["query"], "bias": "all"}
+    model = disturb(minipeft.get_lora_model(masked_bert(), minipeft.LoraConfig(**options)))
+    model.save_pretrained(tmp_path / "ours")
+    read = load_theirs(masked_bert(), tmp_path / "ours")
+    assert_close(their_logits(read), logits(model))
+    with foreign_code():
+        reference = disturb(peft.get_peft_model(masked_bert(), peft.LoraConfig(**options)))
+    assert reference.get_nb_trainable_parameters()[0] == model.get_nb_trainable_parameters()[0]
+    save_theirs(reference, tmp_path / "theirs")
+    names = {f"{PREFIX}cls.predictions.{name}" for name in ("bias", "decoder.bias")}
+    assert names < tensors_in(tmp_path / "theirs").keys()
+    assert_close(logits(minipeft.load_adapter(masked_bert(), tmp_path / "theirs")), their_logits(reference))
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert_close(logits(merged), logits(model))
+
+
 def test_base_tables_that_peft_writes_on_request_are_read_over(tmp_path):
     reference = disturb(theirs("gpt2 conv1d"))
     with foreign_code():

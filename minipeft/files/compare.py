@@ -51,7 +51,7 @@ def read_values(file: AdapterFile, expected: Expected, *, strict: bool = True) -
     check_samples(file, expected.base, exact=expected.exact, advice=expected.base_advice)
     others = [key for key in file.shapes if key not in expected.tensors and key not in expected.done]
     allowed = [] if expected.exact else others
-    repeats = find_repeats(file, allowed, expected.tied)
+    repeats = find_repeats(file, allowed, expected.tied, expected.model)
     copies = find_copies(file, [key for key in allowed if key not in repeats], expected.model)
     unexpected = [key for key in others if key not in copies and key not in repeats]
     _compare_keys(file, expected, unexpected, strict)

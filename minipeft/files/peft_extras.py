@@ -22,11 +22,17 @@ def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dic
     return values_of(model, found)
 
 
-def find_repeats(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]) -> dict[str, str]:
+def find_repeats(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str], model: nn.Module) -> dict[str, str]:
     """Which of these keys repeat another one, by name and shape -> that key.
 
-    PEFT repeats the bias of a trained head, and the tensors of a tied layer; `tied` says which layer that is tied to.
+    PEFT repeats the bias of a trained head, and the tensors of a tied layer; `tied` says which layer that is tied to. A
+    bias that has two names in the model, it writes under both.
     """
+    renamed = _renamed(file, keys, tied)
+    return renamed | _other_names(file, [key for key in keys if key not in renamed], keys, model)
+
+
+def _renamed(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]) -> dict[str, str]:
     plain = {key: _untied(key.replace(".modules_to_save.", "."), tied) for key in keys}
     for key, other in plain.items():
         if other not in file.shapes:  # the factors of a head and of its embedding are each other's transpose
@@ -35,6 +41,15 @@ def find_repeats(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]
         key: file.shapes[key][::-1] if _is_transposed(key, other) else file.shapes[key] for key, other in plain.items()
     }
     return {key: other for key, other in plain.items() if other != key and file.shapes.get(other) == shapes[key]}
+
+
+def _other_names(file: AdapterFile, keys: Sequence[str], unknown: Sequence[str], model: nn.Module) -> dict[str, str]:
+    """Which of these keys are another name of a base parameter that a key of the file, not one of the unknown, has too."""
+    parameters = named_parameters(model, remove_duplicate=False) if keys else ()
+    base = {PREFIX + name.replace(".base_layer.", "."): parameter for name, parameter in parameters}
+    known = {id(base[key]): key for key in file.shapes if key in base and key not in unknown}
+    found = {key: known[id(base[key])] for key in keys if key in base and id(base[key]) in known}
+    return {key: other for key, other in found.items() if file.shapes[key] == file.shapes[other]}
 
 
 def check_extras(

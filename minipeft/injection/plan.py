@@ -150,12 +150,19 @@ def _companions(
 def _bias_sites(
     found: Mapping[str, Candidate], sites: Sequence[AdapterSite], saved: Sequence[SavedSite]
 ) -> list[SavedSite]:
-    """The modules with a bias that are neither adapted nor trained in full."""
+    """The modules with a bias that are neither adapted nor trained in full.
+
+    A bias that a module shares with a layer in it, as BERT's prediction head does, is the layer's.
+    """
     taken = {id(site.candidate.module) for site in sites}
     taken |= {id(module) for site in saved for module in site.candidate.base.modules()}
+    of_layers = {id(own_bias(candidate.base)) for candidate in found.values() if not candidate.base._modules}
     biased = []
     for name, candidate in found.items():
-        if own_bias(candidate.base) is not None and id(candidate.module) not in taken:
+        bias = own_bias(candidate.base)
+        if bias is not None and id(candidate.module) not in taken:
+            if candidate.base._modules and id(bias) in of_layers:
+                continue
             if candidate.base._modules:
                 raise TargetError(f"{name} has a bias and also child modules, which bias='all' cannot train.")
             biased.append(SavedSite(name, candidate, ("bias",)))
