@@ -268,6 +268,15 @@ def test_the_cache_is_left_out_unless_it_is_asked_for():
     assert model(input_ids=IDS, labels=LABELS, use_cache=True).past_key_values is not None
 
 
+@pytest.mark.parametrize(("make", "labels"), [(bert_classifier, torch.tensor([0, 2, 1])), (t5, None)])
+def test_a_group_takes_inputs_that_are_the_outputs_of_norms(make, labels):
+    model = in_training(make(), target_modules="all-linear")
+    inputs = {} if labels is None else {"labels": labels[: len(IDS)]}
+    expected = loss_and_gradients(model, **inputs)
+    lean(model, "sqrt", chunked_loss=False)
+    assert_same_learning(loss_and_gradients(model, **inputs), expected)
+
+
 @pytest.mark.parametrize("checkpointing", ["last", "block", "sqrt"])
 def test_a_cache_that_blocks_get_by_position_is_not_filled_twice(checkpointing):
     sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "pad_token_id")}

@@ -80,6 +80,11 @@ def mark(output: Tensor, module: Function, *inputs: Tensor, pointwise: bool = Fa
     return output
 
 
+def forget(tensor: Tensor) -> None:
+    """Take the mark off a tensor, so that what is given it keeps the tensor itself."""
+    tensor.__dict__.pop(_ATTRIBUTE, None)
+
+
 def source_of(tensor: Tensor) -> Source | None:
     """What the tensor came from, or None if that is unknown or the tensor cannot be recomputed.
 
