@@ -14,7 +14,7 @@ import pytest
 import torch
 from kept_bytes import bytes_kept
 from rotation import rotated, thinned
-from tiny_models import VOCABULARY, adapted, bert_classifier, foreign_code, gpt2, llama, t5
+from tiny_models import VOCABULARY, adapted, bert_classifier, disturb, foreign_code, gpt2, llama, t5
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -268,13 +268,23 @@ def test_the_cache_is_left_out_unless_it_is_asked_for():
     assert model(input_ids=IDS, labels=LABELS, use_cache=True).past_key_values is not None
 
 
-@pytest.mark.parametrize(("make", "labels"), [(bert_classifier, torch.tensor([0, 2, 1])), (t5, None)])
-def test_a_group_takes_inputs_that_are_the_outputs_of_norms(make, labels):
+def bloom():
+    """Its feed-forward modules take the output of a norm and the sum before that."""
+    torch.manual_seed(0)
+    return disturb(AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS["bloom"])))
+
+
+@pytest.mark.parametrize(
+    ("make", "labels"),
+    [(bert_classifier, torch.tensor([0, 2, 1])), (t5, LABELS), (bloom, LABELS)],
+    ids=["blocks", "encoder", "feed-forward"],
+)
+def test_what_is_recomputed_may_be_given_the_outputs_of_norms(make, labels):
     model = in_training(make(), target_modules="all-linear")
-    inputs = {} if labels is None else {"labels": labels[: len(IDS)]}
-    expected = loss_and_gradients(model, **inputs)
-    lean(model, "sqrt", chunked_loss=False)
-    assert_same_learning(loss_and_gradients(model, **inputs), expected)
+    expected = loss_and_gradients(model, labels=labels)
+    for checkpointing in ("block", "sqrt"):
+        lean(model, checkpointing, chunked_loss=False)
+        assert_same_learning(loss_and_gradients(model, labels=labels), expected)
 
 
 @pytest.mark.parametrize("checkpointing", ["last", "block", "sqrt"])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from minipeft.injection.recalled import ActingNow, switch_of
-from minipeft.kernels import recompute
 from minipeft.memory import sample_slices
 
 CHAINS = "_minipeft_chains"  # in a block's __dict__: the model's `Chains`
@@ -53,9 +52,6 @@ class Chains:
             return kept if isinstance(kept, Tensor) else torch.as_strided(chain.input(index), *kept)
 
         follows = index > 0 and x.is_contiguous()
-        for tensor in args:  # the hooks bring them back without a mark, and what a block keeps must be the same again
-            if isinstance(tensor, Tensor):
-                recompute.forget(tensor)
         with saved_tensors_hooks(pack, unpack) if follows else contextlib.nullcontext():
             output = sample_slices.run(block, function, args, checkpointed)
         self.last = weakref.ref(_hidden(output))

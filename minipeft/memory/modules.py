@@ -114,6 +114,7 @@ class RecomputedMlp(SameFunction):
         run = with_adapters_kept(run, switch)
         if len(args) == 1 and isinstance(args[0], Tensor):
             return token_tiles.run(self, run, args)
+        _forget_sources(*args, *kwargs.values())
         return checkpoint(run, *args, use_reentrant=False)
 
 
@@ -158,7 +159,18 @@ def recompute_block(function: Any, *args: Any) -> Any:
 
 
 def _checkpoint(switch: Switch | None, function: Any, *args: Any) -> Any:
+    _forget_sources(*args, *(function.keywords.values() if isinstance(function, partial) else ()))
     return checkpoint(with_adapters_kept(partial(_trimmed, function), switch), *args, use_reentrant=False)
+
+
+def _forget_sources(*values: Any) -> None:
+    """Take the marks off what is given to a function that is recomputed.
+
+    The hooks of a recomputation around it bring its arguments back without marks, and both runs must keep the same.
+    """
+    for value in values:
+        if isinstance(value, Tensor):
+            recompute.forget(value)
 
 
 def _trimmed(function: Any, *args: Any) -> Any:
