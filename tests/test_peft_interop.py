@@ -383,6 +383,30 @@ def test_a_classifier_with_all_biases_trained_in_peft_is_read(factory, tmp_path)
     assert_close(logits(minipeft.load_adapter(factory(), tmp_path)), their_logits(reference))
 
 
+class Xvector(torch.nn.Module):
+    """As Wav2Vec2's: a linear layer whose name is the ending of another module's, and that one cannot be adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.ModuleDict(
+            {"extractor": torch.nn.Sequential(torch.nn.Linear(6, 6)), "q": torch.nn.Linear(6, 6)}
+        )
+        self.extractor = torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.extractor(torch.tanh(self.body["q"](self.body["extractor"](x))))
+
+
+def test_a_layer_whose_name_ends_that_of_another_module_comes_back(tmp_path):
+    torch.manual_seed(0)
+    base, x = Xvector(), torch.randn(4, 6)
+    model = minipeft.get_lora_model(copy.deepcopy(base), minipeft.LoraConfig(r=2, target_modules="all-linear"))
+    assert len(list(adapted_layers(disturb(model)))) == 3
+    model.save_pretrained(tmp_path)
+    assert_close(minipeft.load_adapter(copy.deepcopy(base), tmp_path)(x), model(x))
+    assert_close(load_theirs(copy.deepcopy(base), tmp_path)(x), model(x))
+
+
 def masked_bert():
     """A model whose output bias has two names: the prediction head's own, and its last layer's."""
     config = transformers.BertConfig(**bert_classifier().config.to_diff_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from minipeft.injection.build import PREFIX, shared_tensors
 from minipeft.injection.module_tree import adapted_layers, candidates, layers_of, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.kernels.functional import is_finite
-from minipeft.patterns import full_matches, matching
+from minipeft.patterns import endings, full_matches, matching
 from minipeft.transformers_model import name_or_path
 from minipeft.wrapper_names import unwrapped_name
 
@@ -136,12 +137,22 @@ def _resolved_targets(
     return config.to_dict()["target_modules"]
 
 
-def _shortest(names: list[str], model: nn.Module) -> list[str]:
-    """The last components of these module names if they select exactly these modules, else the names themselves."""
-    endings = sorted({name.rpartition(".")[2] for name in names})
-    everything = [name for candidate in candidates(model).values() for name in candidate.names]
-    selected = {name for name in everything if name.rpartition(".")[2] in endings}
-    return endings if selected == set(names) else names
+def _shortest(names: list[str], model: nn.Module) -> list[str] | str:
+    """The last components of these module names if they select exactly these modules, else the names themselves.
+
+    A name may be the ending of another one, as `feature_extractor` is in Wav2Vec2's x-vectors; then a regular expression.
+    """
+    chosen = set(names)
+    others = [name for candidate in candidates(model).values() for name in candidate.names if name not in chosen]
+    taken = {name.rpartition(".")[2] for name in others}
+    last = sorted({name.rpartition(".")[2] for name in names})
+    clear = [ending for ending in last if ending not in taken]
+    if len(clear) == len(last):
+        return last
+    if chosen.isdisjoint(ending for other in others for ending in endings(other)):
+        return names
+    rest = [re.escape(name) for name in names if name.rpartition(".")[2] in taken]
+    return "|".join([*rest, *([rf"(.*\.)?({'|'.join(map(re.escape, clear))})"] if clear else [])])
 
 
 def save_adapter(
