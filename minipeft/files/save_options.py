@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from minipeft.errors import ConfigError, hint, told
+from minipeft.errors import ConfigError, told
+from minipeft.files.foreign_options import Harmless, check_options, only
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def _only(*allowed: object) -> Callable[[object], bool]:
-    return lambda value: any(value is choice for choice in allowed)
-
-
-# Options of transformers' and PEFT's own methods -> (the values that ask for nothing else than we do, what to do instead).
-HARMLESS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+HARMLESS: Harmless = {
     "save_function": (callable, "it is never called: the files are written whole or not at all"),
     "token": (lambda value: value is None or isinstance(value, str | bool), "it is only for push_to_hub"),
-    "push_to_hub": (_only(False, None), "call model.push_to_hub(repo_id) instead"),
-    "variant": (_only(None), "readers of adapters know no variants"),
-    "save_peft_format": (_only(True), "PEFT's keys are what readers of adapters expect"),
-    "save_original_format": (_only(True, False), "keys are those of the live model"),
-    "distributed_checkpoint": (_only(False), "an adapter is one file"),
+    "push_to_hub": (only(False, None), "call model.push_to_hub(repo_id) instead"),
+    "variant": (only(None), "readers of adapters know no variants"),
+    "save_peft_format": (only(True), "PEFT's keys are what readers of adapters expect"),
+    "save_original_format": (only(True, False), "keys are those of the live model"),
+    "distributed_checkpoint": (only(False), "an adapter is one file"),
     "max_shard_size": (lambda value: _bytes(value) is not None, "give bytes, or a text such as '5GB'"),
 }
 
@@ -41,12 +35,7 @@ def check_save_options(given: Mapping[str, Any], unnamed: Iterable[object], know
             "save_pretrained: give all but the directory and adapter_name by name; transformers and PEFT have other "
             "options in those places."
         )
-    for name, value in given.items():
-        if name not in HARMLESS:
-            raise ConfigError(f"save_pretrained has no option {told(name)}{hint(name, [*known, *HARMLESS])}.")
-        harmless, instead = HARMLESS[name]
-        if not harmless(value):
-            raise ConfigError(f"save_pretrained: {name}={told(value)} is not possible; {instead}.")
+    check_options("save_pretrained", given, HARMLESS, known)
 
 
 def check_format(safe_serialization: object) -> None:
