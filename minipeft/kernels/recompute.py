@@ -82,7 +82,8 @@ def mark(output: Tensor, module: Function, *inputs: Tensor, pointwise: bool = Fa
 
 def forget(tensor: Tensor) -> None:
     """Take the mark off a tensor, so that what is given it keeps the tensor itself."""
-    tensor.__dict__.pop(_ATTRIBUTE, None)
+    if not is_transformed():  # and then nothing was marked
+        tensor.__dict__.pop(_ATTRIBUTE, None)
 
 
 def source_of(tensor: Tensor) -> Source | None:
