@@ -76,3 +76,24 @@ def test_a_trainer_saves_and_resumes(model, tmp_path):
         with foreign_code():
             AdapterTrainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resumed)
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("build", ["from_pretrained", "from_config", "call"])
+def test_what_is_built_from_an_adapted_models_class_is_a_plain_model(model, build, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    cls = type(model)
+    makers = {
+        "from_pretrained": lambda: cls.from_pretrained(tmp_path / "base"),
+        "from_config": lambda: cls._from_config(model.config),
+        "call": lambda: cls(model.config),
+    }
+    built = makers[build]().eval()
+    assert type(built) is type(llama())
+    built.load_state_dict(llama().state_dict())
+    expected = built(input_ids=IDS).logits
+    built.save_pretrained(tmp_path / "saved")
+    assert torch.equal(type(built).from_pretrained(tmp_path / "saved").eval()(input_ids=IDS).logits, expected)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = minipeft.load_adapter(built, tmp_path / "adapter")
+    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert type(loaded) is cls

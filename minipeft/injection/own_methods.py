@@ -46,11 +46,16 @@ class OwnMethods(nn.Module):
     """The part of `minipeft.AdaptedModel` that comes in front of methods of torch's and transformers'."""
 
     def __init_subclass__(cls) -> None:
-        """The ``forward`` of an adapted class, called directly, takes ``adapter_names`` too; transformers' would ignore it."""
+        """The ``forward`` of an adapted class, called directly, takes ``adapter_names`` too; transformers' would ignore it.
+
+        What is built from that class, as by its ``from_pretrained``, has no adapter: it is of the plain class.
+        """
         super().__init_subclass__()
         mixin, *others = cls.__bases__
-        if others and issubclass(mixin, OwnMethods) and cls.forward is not nn.Module.forward:
-            cls.forward = _forward_by_row(cls)
+        if others and issubclass(mixin, OwnMethods):
+            cls.__init__ = _init_of_plain(cls, others[0])  # type: ignore[method-assign]
+            if cls.forward is not nn.Module.forward:
+                cls.forward = _forward_by_row(cls)
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -166,6 +171,15 @@ class OwnMethods(nn.Module):
         _check_replaceable(self, output_head(self), new_embeddings)
         parent: Any = super()
         return parent.set_output_embeddings(new_embeddings, *args, **kwargs)
+
+
+def _init_of_plain(cls: type[nn.Module], plain: type) -> Any:
+    @functools.wraps(cls.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.__class__ = plain
+        self.__init__(*args, **kwargs)
+
+    return __init__
 
 
 def _forward_by_row(cls: type[nn.Module]) -> Any:
