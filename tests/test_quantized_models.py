@@ -240,6 +240,17 @@ def test_lean_works_on_a_quantized_base():
     assert copy.deepcopy(model).config.vocab_size == VOCABULARY
 
 
+def test_the_loss_of_a_head_that_torchao_quantized_is_not_computed_in_chunks():
+    """torchao's ``quantize_`` takes the head too, which stays an ``nn.Linear`` with another kind of weight."""
+    torchao = pytest.importorskip("torchao.quantization")
+    model = llama()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    minipeft.get_lora_model(model, LoraConfig(r=2)).train()
+    with pytest.raises(minipeft.LeanError, match=r"output head is quantized; pass chunked_loss=False"):
+        minipeft.lean(model)
+    minipeft.lean(model, chunked_loss=False)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int8_weight_only"])
 @every_family
 def test_a_model_that_we_quantized_is_saved_and_loads_again(kind, family, tmp_path):

@@ -14,9 +14,10 @@ from torch import nn
 from minipeft.class_swap import SameFunction, mixed_class, original_class, plain_class
 from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown, told
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.wrapper import Wrapper
+from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.kernels import glibc, matmul
 from minipeft.layers.base import is_plain_linear, layer_ops
+from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.memory import rms_norm, sample_slices, token_tiles
 from minipeft.memory.chains import CHAINS, Chains
 from minipeft.memory.chunked_loss import LeanLoss, PassesThrough, after_forward, before_forward, is_frozen
@@ -266,6 +267,8 @@ def _check_loss(model: nn.Module) -> None:
     if head is None or plain_class(type(head.base_layer if rows_only else head)) is not nn.Linear:
         why = "its output head is not a plain linear layer" if head is not None else "it has no output head"
         why = "its output head is adapted" if isinstance(head, AdaptedLayer) and not rows_only else why
+    elif isinstance(layer_ops(innermost(head)), QuantizedLinearOps):
+        why = "its output head is quantized"
     elif not is_frozen(head):
         why = "its output head trains"
     elif getattr(loss, "__name__", "") != "ForCausalLMLoss":
