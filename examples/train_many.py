@@ -10,8 +10,11 @@ and loss_curves.png.
 
 import argparse
 import gzip
+import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -40,12 +43,18 @@ def batches(rows: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor]:
         yield rows[torch.randint(len(rows), (size,), generator=generator)]
 
 
+def name_of(rank: int, rate: float) -> str:
+    """Such as r4_lr1e-03, and r4_lr12e-04 for 1.2e-03, since the name of an adapter has no dot."""
+    _, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
+    return f"r{rank}_lr{''.join(map(str, digits))}e{exponent:+03d}"
+
+
 def adapted(ranks: Sequence[int], rates: Sequence[float]) -> tuple[AdaptedModel, dict[str, float]]:
     """The model with an adapter for each setting, and the learning rate of each by its name."""
     model, settings = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny"), {}
-    for rank in ranks:
-        for rate in rates:
-            name, config = f"r{rank}_lr{rate:.0e}", LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
+    for rank in dict.fromkeys(ranks):
+        for rate in dict.fromkeys(rates):
+            name, config = name_of(rank, rate), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
             torch.manual_seed(0)
             if settings:
                 model.add_adapter(name, config)
@@ -90,13 +99,26 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """The type of a flag for numbers of this kind."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return number
+
+
 def flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each adapter")
-    parser.add_argument("--rows", type=int, default=2, help="rows that each adapter sees in a step")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a row")
+    count, rate = above_zero(int), above_zero(float)
+    parser.add_argument("--ranks", type=count, nargs="+", default=[4, 16])
+    parser.add_argument("--learning_rates", type=rate, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--steps", type=count, default=60, help="optimizer steps of each adapter")
+    parser.add_argument("--rows", type=count, default=2, help="rows that each adapter sees in a step")
+    parser.add_argument("--length", type=count, default=64, help="tokens of a row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("train_many_output"))
     return parser.parse_args(argv)
@@ -107,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[str, float], dict[str,
     args = flags(argv)
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny")
     model, settings = adapted(args.ranks, args.learning_rates)
+    if not 2 <= args.length <= model.config.n_positions:
+        raise minipeft.ConfigError(f"--length must be from 2 to {model.config.n_positions}, not {args.length}.")
     names = list(settings)
     training, other = (blocks(part, tokenizer, args.length) for part in ("code-train", "code-eval"))
     parameters = {name: model.adapter_parameters(name) for name in names}
@@ -136,4 +160,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[str, float], dict[str,
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (minipeft.MinipeftError, OSError) as error:
+        print(f"train_many: {error}", file=sys.stderr)
+        sys.exit(2)

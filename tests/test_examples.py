@@ -9,7 +9,7 @@ import torch
 from tiny_models import foreign_code
 from transformers import AutoModelForCausalLM
 
-from minipeft import registry
+from minipeft import ConfigError, registry
 
 with foreign_code():
     import peft
@@ -48,3 +48,27 @@ def test_a_sweep_trains_in_one_batch_and_each_adapter_is_saved(tmp_path, capsys)
         with foreign_code():
             model = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name)
         assert model.peft_config["default"].r == int(name[1])
+
+
+def test_rates_that_round_alike_have_adapters_of_their_own_and_repeated_ones_have_one():
+    _, rates = runpy.run_path(str(EXAMPLES / "train_many.py"))["adapted"]([2, 2], [1e-3, 1.2e-3, 1e-3])
+    assert rates == {"r2_lr1e-03": 1e-3, "r2_lr12e-04": 1.2e-3}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ranks", "0"], "argument --ranks: 0 is not above 0"),
+        (["--learning_rates", "nan"], "argument --learning_rates: nan is not above 0"),
+        (["--rows", "many"], "argument --rows: invalid number value"),
+    ],
+)
+def test_a_flag_of_a_sweep_that_cannot_be_is_said_before_anything_is_loaded(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "train_many.py"))["main"](flags)
+    assert words in capsys.readouterr().err
+
+
+def test_rows_longer_than_the_model_reads_are_refused():
+    with pytest.raises(ConfigError, match="--length must be from 2 to 256, not 300"):
+        runpy.run_path(str(EXAMPLES / "train_many.py"))["main"](["--ranks", "2", "--length", "300"])
