@@ -333,6 +333,23 @@ def test_a_failing_call_leaves_the_head_as_it_was():
     assert model(input_ids=IDS).logits.shape[-1] == VOCABULARY
 
 
+@pytest.mark.parametrize("checkpointing", ["last", "mlp", "block", "sqrt"])
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_torch_func_gives_the_gradients_of_a_model_that_recomputes(make, checkpointing):
+    model = in_training(make())
+    _, expected = loss_and_gradients(model)
+    lean(model, checkpointing)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (), {"input_ids": IDS, "labels": LABELS}).loss
+
+    found = torch.func.grad(loss)(parameters)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block", "sqrt"])
 def test_unlean_brings_everything_back(checkpointing):
     model = in_training()

@@ -134,8 +134,8 @@ class RecomputedBlock(SameFunction):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """What transformers asks before each call."""
-        return self.recomputes and torch.is_grad_enabled()
+        """What transformers asks before each call. `torch.func` has no hooks for tensors that are kept."""
+        return self.recomputes and torch.is_grad_enabled() and not is_traced()
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
