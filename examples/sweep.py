@@ -14,6 +14,7 @@ import functools
 import gzip
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -224,7 +225,13 @@ def flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--write", type=Path, help="a Markdown page whose table of the sweep and figures/sweep.png are replaced"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("rates", "ranks", "alphas", "seeds", "method_rates", "full_rates", "other_rows", "together"):
+        given = getattr(args, name)
+        wrong = [value for value in (given if isinstance(given, list) else [given]) if not 0 < value < math.inf]
+        if wrong:
+            parser.error(f"argument --{name}: {wrong[0]} is not above 0")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> float:

@@ -117,3 +117,10 @@ def test_a_write_that_fails_leaves_the_cells_that_were_there(sweep, tmp_path, mo
     assert cells(tmp_path) == [cell]
     with pytest.raises(minipeft.DataError, match="other settings"):
         sweep.Records(tmp_path / "cells.jsonl", {"model": "b"})
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--rates", "-0.01"), ("--method_rates", "nan"), ("--together", "0")])
+def test_a_number_that_is_not_above_zero_is_refused(sweep, flag, value, capsys):
+    with pytest.raises(SystemExit):
+        sweep.flags([flag, value])
+    assert f"argument {flag}: {value} is not above 0" in capsys.readouterr().err
