@@ -52,11 +52,11 @@ def test_copies_and_pickles_carry_adapters_and_state(make):
     assert torch.equal(logits(model), expected)
 
 
-def test_a_model_built_from_the_adapted_class_has_no_adapter_and_says_so():
+def test_a_model_built_from_the_adapted_class_is_a_plain_one():
     model = get_lora_model(gpt2())
     fresh = type(model)(model.config)
-    with pytest.raises(StateError, match="has no adapter"):
-        fresh.merge_adapter()
+    assert type(fresh) is type(gpt2())
+    assert type(get_lora_model(fresh)) is type(model)
 
 
 def test_an_adapted_model_is_not_adapted_twice():

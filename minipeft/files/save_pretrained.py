@@ -53,10 +53,7 @@ class SavableModel(nn.Module):
 
     @property
     def _state(self) -> AdapterState:
-        state = self.__dict__.get(STATE)
-        if state is None:
-            raise StateError(f"this {type(self).__name__} has no adapter; it was built from an adapted model's class.")
-        return cast(AdapterState, state)
+        return cast(AdapterState, self.__dict__[STATE])
 
     def adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """The live tensors of one adapter (None: of the only one) under the keys they have in a file."""
