@@ -56,6 +56,7 @@ def test_a_model_built_from_the_adapted_class_is_a_plain_one():
     model = get_lora_model(gpt2())
     fresh = type(model)(model.config)
     assert type(fresh) is type(gpt2())
+    assert inspect.signature(type(model)) == inspect.signature(type(fresh))
     assert type(get_lora_model(fresh)) is type(model)
 
 

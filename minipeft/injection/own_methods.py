@@ -52,8 +52,8 @@ class OwnMethods(nn.Module):
         """
         super().__init_subclass__()
         mixin, *others = cls.__bases__
-        if others and issubclass(mixin, OwnMethods):
-            cls.__init__ = _init_of_plain(cls, others[0])  # type: ignore[method-assign]
+        if len(others) == 1 and issubclass(mixin, OwnMethods):  # `mixed_class`, and not the mixin itself
+            cls.__init__ = _init_of_plain(others[0])  # type: ignore[method-assign]
             if cls.forward is not nn.Module.forward:
                 cls.forward = _forward_by_row(cls)
 
@@ -173,8 +173,8 @@ class OwnMethods(nn.Module):
         return parent.set_output_embeddings(new_embeddings, *args, **kwargs)
 
 
-def _init_of_plain(cls: type[nn.Module], plain: type) -> Any:
-    @functools.wraps(cls.__init__)
+def _init_of_plain(plain: type[nn.Module]) -> Any:
+    @functools.wraps(plain.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         self.__class__ = plain
         self.__init__(*args, **kwargs)
