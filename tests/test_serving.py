@@ -355,6 +355,9 @@ def test_the_queue_is_bounded_and_takes_all_or_none(tmp_path):
         release.wait(20)
 
     engine.start()
+    with pytest.raises(RequestError, match="4 prompts at once, and 3 may wait; send fewer") as caught:
+        engine.submit([Client(None, [9], 1) for _ in range(4)])
+    assert caught.value.status == 400
     engine.submit([first := Client(None, [9], 2, hold)])
     assert entered.wait(20)
     engine.submit([Client(None, [9], 1), Client(None, [9], 1)])
@@ -691,7 +694,7 @@ def test_requests_beyond_the_queue_are_answered_429(site, monkeypatch):
     with ThreadPoolExecutor(6) as pool:
         statuses = [status for status, _ in pool.map(lambda _: site.ask(max_tokens=20), range(6))]
     assert sorted({*statuses}) == [200, 429]
-    assert site.ask(prompt=["a", "b"])[0] == 429
+    assert site.ask(prompt=["a", "b"])[0] == 400  # which would never fit, so nobody should try again
 
 
 def test_shutting_down_finishes_what_runs_and_refuses_what_is_new(example, site):

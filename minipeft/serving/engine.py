@@ -90,11 +90,13 @@ class Engine:
         """Let answers wait for their turn: all of them, or none.
 
         Raises:
-            RequestError: with status 429 if too many wait, 503 if the server is about to end.
+            RequestError: with status 429 if too many wait, 400 if there are more than ever may, 503 if the server is about to end.
         """
         with self._changed:
             if self.closing or not self.is_alive():
                 raise RequestError("the server is shutting down.", 503)
+            if len(answers) > self.max_waiting:
+                raise RequestError(f"{len(answers)} prompts at once, and {self.max_waiting} may wait; send fewer.")
             count = sum(not answer.over for answer in self.waiting)
             if count + len(answers) > self.max_waiting:
                 raise RequestError(f"{count} prompts wait, and {self.max_waiting} may; try again later.", 429)
