@@ -33,7 +33,7 @@ from minipeft.injection.starting import await_values, stop_waiting
 from minipeft.injection.state import active_without, check_name, names_given
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
-from minipeft.options import checked_module, flags
+from minipeft.options import checked_module, flag, flags
 from minipeft.quantization.dequantize import dequantize as make_float
 from minipeft.transformers_model import mark_untied, says_tied, wrapping_class
 
@@ -231,8 +231,8 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
         return load_adapter(self, place, adapter_name, is_trainable, strict, **own_load_options(options))
 
     @all_or_nothing
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Let exactly these adapters act, one after the other. Whether they train does not change.
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Let exactly these adapters act, one after the other; in `inference_mode` they train only when chosen again.
 
         Raises:
             StateError: a name is unknown or repeated, an adapter is merged, or two train the same module in full.
@@ -241,7 +241,7 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
         self._check_known(names)
         self._state.check_unmerged()
         self._check_compatible(names)
-        switch_to(self, names)
+        switch_to(self, names, frozen=flag("inference_mode", inference_mode))
 
     @all_or_nothing
     def delete_adapter(self, adapter_name: str | Sequence[str], *, activate: str | Sequence[str] | None = None) -> None:

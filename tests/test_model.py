@@ -7,15 +7,18 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
-from tiny_models import adapted, disturb, gpt2, llama, logits, refuses, state_digest, t5, token_ids
+from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, refuses, state_digest, t5, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import minipeft
-from minipeft import AdaptedModel, LoraConfig, StateError, get_lora_model
+from minipeft import AdaptedModel, ConfigError, LoraConfig, StateError, get_lora_model
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
+
+with foreign_code():
+    import peft
 
 
 def trainable(model):
@@ -275,6 +278,37 @@ def test_activity_and_trainability_are_separate():
     assert trainable(model) == set()
     model.set_adapter(["waiting", "frozen"])
     assert {n.split(".")[-2] for n in trainable(model)} == {"waiting"}
+
+
+def test_in_inference_mode_an_adapter_acts_and_does_not_train_until_it_is_chosen_again():
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=2, init_lora_weights=False))
+    kept = copy.deepcopy(model)
+    with foreign_code():
+        theirs = peft.get_peft_model(gpt2(), peft.LoraConfig())
+        theirs.add_adapter("second", peft.LoraConfig())
+
+    def trains(model):
+        return {name for name in ("default", "second") if any(f".{name}." in n for n in trainable(model))}
+
+    steps = [("second", True), ("default", False), ("default", True), ("second", True), ("second", False)]
+    for name, frozen in steps:
+        for each in (model, theirs):
+            each.set_adapter(name, inference_mode=frozen)
+        kept.set_adapter(name)
+        assert trains(model) == trains(theirs) == (set() if frozen else {name})
+        assert torch.equal(logits(model), logits(kept))
+    model.set_adapter(["default", "second"], inference_mode=True)
+    model.rename_adapter("second", "third")
+    assert not trainable(copy.deepcopy(model))
+    model.delete_adapter("default")
+    assert not trainable(model)
+    model.train_adapters(["third"])
+    assert len(trainable(model)) == len(model.adapter_parameters("third")) == 4
+    model.set_adapter("third", True)
+    assert not trainable(model)
+    with pytest.raises(ConfigError, match="inference_mode"):
+        model.set_adapter("third", inference_mode="no")
 
 
 @pytest.mark.parametrize(

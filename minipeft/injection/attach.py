@@ -101,30 +101,31 @@ def hold_norms(model: nn.Module) -> None:
     state.held |= hold_still(model, state.trainable)
 
 
-def switch_to(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Let exactly these adapters act.
+def switch_to(model: nn.Module, names: tuple[str, ...], *, frozen: bool = False) -> None:
+    """Let exactly these adapters act; frozen, none of them trains meanwhile.
 
     The parameters of an idle adapter must not require gradients, or DDP would wait for them; they do again when it
     acts. Only adapters that train, and start or stop acting, have their parameters visited.
     """
     state: AdapterState = model.__dict__[STATE]
-    _wake(state, names, state.also_trained)
+    also = tuple(name for name in state.also_trained if not (frozen and name in names))
+    _wake(state, names, also, names if frozen else ())
 
 
 def train_also(model: nn.Module, names: tuple[str, ...]) -> None:
     """Let the parameters of these adapters require gradients, besides those of the active ones."""
     state: AdapterState = model.__dict__[STATE]
-    _wake(state, state.switch.active, names)
+    _wake(state, state.switch.active, names, tuple(name for name in state.frozen if name not in names))
 
 
-def _wake(state: AdapterState, active: tuple[str, ...], also: tuple[str, ...]) -> None:
-    before, after = set(awake(state)), {*active, *also}
+def _wake(state: AdapterState, active: tuple[str, ...], also: tuple[str, ...], frozen: tuple[str, ...]) -> None:
+    before, after = set(awake(state)), {*active, *also}.difference(frozen)
     changing = before.symmetric_difference(after) & state.trainable
     if not changing:
-        state.switch.active, state.also_trained = active, also
+        state.switch.active, state.also_trained, state.frozen = active, also, frozen
         return
     with flags_unchanged_on_error(_parameters(state, changing), state, state.switch):
-        state.also_trained = also
+        state.also_trained, state.frozen = also, frozen
         _switch(state, active, changing & after, changing & before)
 
 
@@ -147,10 +148,11 @@ def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ..
     for name in adapter_names:
         check_not_running(state, name)
     also = tuple(name for name in state.also_trained if name not in adapter_names)
+    frozen = tuple(name for name in state.frozen if name in active)
     changing = set(awake(state)).symmetric_difference((*active, *also)) & state.trainable
     flags = flags_unchanged_on_error(_parameters(state, changing))
     with unchanged_on_error(model, state, state.switch), flags:
-        _wake(state, active, also)
+        _wake(state, active, also, frozen)
         for name in adapter_names:
             discard(model, name)
             del state.configs[name], state.places[name], state.resting[name]
@@ -170,7 +172,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
 
     check_not_running(state, old)
     with unchanged_on_error(model, state, state.switch):
-        state.also_trained = renamed(state.also_trained)
+        state.also_trained, state.frozen = renamed(state.also_trained), renamed(state.frozen)
         state.switch.active, state.merged = renamed(state.switch.active), renamed(state.merged)
         state.set_aside = renamed(state.set_aside)
         for table in (state.configs, state.places, state.resting, state.idle, state.kept, state.samples):

@@ -28,6 +28,7 @@ class AdapterState:
     places: dict[str, list[Place]] = field(default_factory=dict)  # where the parameters of each adapter are
     resting: dict[str, set[Place]] = field(default_factory=dict)  # of those, what an idle adapter would train
     also_trained: tuple[str, ...] = ()  # adapters whose parameters require gradients though they may not act
+    frozen: tuple[str, ...] = ()  # adapters that train otherwise, and act now without
     merged: tuple[str, ...] = ()
     set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
     pauses: int = 0  # how many contexts are open in which nothing is merged
@@ -90,7 +91,8 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
 
 def awake(state: AdapterState) -> tuple[str, ...]:
     """Names of the adapters whose parameters require gradients, if they train at all."""
-    return tuple(dict.fromkeys((*state.switch.active, *state.also_trained)))
+    chosen = dict.fromkeys((*state.switch.active, *state.also_trained))
+    return tuple(name for name in chosen if name not in state.frozen)
 
 
 def check_not_running(state: AdapterState, adapter_name: str | None = None) -> None:

@@ -125,8 +125,8 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
         return super().load_state_dict({name: state_dict[own] for name, own in by_name.items()}, *args, **kwargs)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Let this adapter act. Whether adapters train does not change, so `inference_mode` has nothing to do."""
-        self.get_base_model().set_adapter(adapter_name)
+        """Let this adapter act; in inference mode it does not train. Otherwise whether it trains does not change."""
+        self.get_base_model().set_adapter(adapter_name, inference_mode)
 
     def save_pretrained(
         self, save_directory: Any, *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
