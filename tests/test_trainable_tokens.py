@@ -100,6 +100,12 @@ CASES = {
         peft.LoraConfig,
         {**BESIDE, "trainable_token_indices": {"wte": TOKENS, "lm_head": TOKENS}},
     ),
+    "head alone": (gpt2, peft.LoraConfig, {**BESIDE, "trainable_token_indices": {"lm_head": TOKENS}}),
+    "head alone, and nothing else": (
+        gpt2,
+        peft.TrainableTokensConfig,
+        {"target_modules": ["lm_head"], "token_indices": TOKENS},
+    ),
     "tokens beside DoRA": (gpt2, peft.LoraConfig, {**BESIDE, "use_dora": True, "trainable_token_indices": TOKENS}),
     "untied": (
         llama,

@@ -33,15 +33,14 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
     index, names = TensorIndex(model), {id(candidate.base): name for name, candidate in found.items()}
     first_of: dict[int, AdapterSite] = {}  # by tied layer: the site it is tied to
     complete = []
-    for site in sites:
-        if not _ties(site, leads):
-            complete.append(site)
-            continue
-        first = first_of.get(id(site.candidate.base))
+    for site in sorted(sites, key=lambda site: not _ties(site, leads)):
+        first = first_of.get(id(site.candidate.base)) if site.adapter_class.ties(site.config) else None
         if first is not None:  # the layer was reached through its tie, and is named too
             _check_alike(first, site)
             continue
         complete.append(site)
+        if not _ties(site, leads):
+            continue
         for owner, module in owners(index, found, site.candidate.base):
             if module is site.candidate.base:
                 continue
@@ -55,9 +54,8 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
 
 
 def _ties(site: AdapterSite, table: nn.Module | None) -> bool:
-    """Whether a site reaches the layers tied to its own; with ``ensure_weight_tying`` only the input embedding's does."""
-    only_table = site.config.ensure_weight_tying
-    return site.adapter_class.ties(site.config) and (not only_table or site.candidate.base is table)
+    """Whether a site reaches the layers tied to its own: as in PEFT, only the input embedding's does."""
+    return site.adapter_class.ties(site.config) and site.candidate.base is table
 
 
 def owners(index: TensorIndex, found: dict[str, Candidate], base: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -83,7 +81,7 @@ def _check_alike(first: AdapterSite, second: AdapterSite) -> None:
     if replace(first.config, target_modules=None) != replace(second.config, target_modules=None):
         raise TargetError(
             f"{second.name} and {first.name} share their weight, and the configuration adapts them in different ways. "
-            "Say the same for both, or name only one."
+            "Say the same for both, or name only the embedding."
         )
 
 
