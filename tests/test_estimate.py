@@ -293,18 +293,21 @@ def test_what_cannot_fit_is_said_with_its_size():
         (["{tiny}", "--training", "full", "--quantize", "nf4"], "frozen"),
         (["{tiny}", "--training", "lora", "--checkpointing", "block"], "option of training"),
         (["{tiny}", "--length", "4000"], "cannot learn from 8 x 4000 token ids"),
-        (["{tiny}", "--batch", "0"], "whole number from 1 on"),
+        (["{tiny}", "--batch", "0"], "whole number from 1 to 1,048,576, not 0"),
+        (["{tiny}", "--batch", "100000000000000000000000"], "whole number from 1 to 1,048,576"),
+        (["{endless}"], "1,000,000,000 layers"),
         (["{tiny}", "--targets", "c_atn"], "closest: 'c_attn'"),
         (["{tiny}", "--fit", "much"], "write it as 24GiB"),
     ],
 )
 def test_bad_input_is_named(arguments, words, tmp_path):
-    names = ("empty", "bare", "tiny", "adapter")
+    names = ("empty", "bare", "tiny", "adapter", "endless")
     for name in names:
         (tmp_path / name).mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
     gpt2().config.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "endless" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000000}')
     filled = [argument.format(**{n: tmp_path / n for n in names}) for argument in arguments]
     with pytest.raises(MinipeftError) as caught:
         run("estimate", *filled)

@@ -22,6 +22,7 @@ from minipeft.planning.quiet import quiet
 from minipeft.quantization.quantize import quantize as quantized
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_LAYERS = 10_000
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 Place = Any  # a directory, a name on the Hub, a transformers configuration, or a plain transformers model
 
@@ -42,6 +43,11 @@ def base_model(place: Place, hollow: Hollow, dtype: str | None = None, quantize:
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {shown(DTYPES)}, not {told(dtype)}.")
     config, cls = _described(place)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ConfigError(
+            f"{cls.__name__} would have {layers:,} layers by its configuration; {MAX_LAYERS:,} are allowed."
+        )
     kind = DTYPES[dtype] if dtype else _dtype_of(config)
     try:
         with quiet(), without_weights(), torch.random.fork_rng(devices=[]):

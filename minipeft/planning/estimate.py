@@ -33,6 +33,7 @@ TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 Adapt = Callable[[nn.Module, AdapterConfig], nn.Module]
+LARGEST = 2**20  # sequences in a step, and tokens in one
 MIB = 2**20
 # What a process takes besides arrays. On a CPU, by benchmarks/estimate.py: what the matrix libraries set up, and the holes in
 # glibc's heap, as a share of the arrays that come and go. On CUDA: torch's context, which was not measured.
@@ -77,8 +78,8 @@ class Setup:
                 f"dtype must be one of {shown(DTYPES)}, not {told(self.dtype)}{hint(str(self.dtype), DTYPES)}."
             )
         for name, number in (("batch", self.batch), ("length", self.length)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ConfigError(f"{name} must be a whole number from 1 on, not {told(number)}.")
+            if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= LARGEST:
+                raise ConfigError(f"{name} must be a whole number from 1 to {LARGEST:,}, not {told(number)}.")
         if self.training != "lean" and self.checkpointing is not None:
             raise ConfigError(f'checkpointing={self.checkpointing!r} is an option of training="lean".')
         if self.training == "full" and self.quantize is not None:
