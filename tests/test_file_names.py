@@ -342,6 +342,31 @@ def test_what_scripts_name_in_part_is_read_as_peft_reads_it(case, tmp_path):
     check_loads(base, directory, output(model), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "buffer"),
+    [
+        ("AdaLoraConfig", {"init_r": 3, "target_r": 2, "total_step": 10}, "layers.0.self_attn.q_proj.ranknum.default"),
+        ("VeraConfig", {"r": 3}, "layers.1.self_attn.q_proj.vera_A.default"),
+    ],
+)
+def test_the_buffers_in_a_state_without_peft_s_filter_are_compared_and_read(config, options, buffer, tmp_path):
+    with foreign_code():
+        theirs = peft.get_peft_model(llama(), getattr(peft, config)(target_modules=["q_proj"], **options)).eval()
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+        theirs.save_pretrained(tmp_path)
+        state = {key: t.clone() for key, t in theirs.state_dict().items() if key.endswith(".default")}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    ours = minipeft.load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(text_logits(ours), text_logits(theirs))
+    state[f"{PREFIX}model.{buffer}"] += 1
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=buffer.rpartition(".")[0]):
+        minipeft.load_adapter(llama(), tmp_path)
+
+
 PARTS = {
     "llava": (llava, tf.LlamaForCausalLM),
     "qwen2.5-vl": (qwen25_vl, tf.Qwen2ForCausalLM),

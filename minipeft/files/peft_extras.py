@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,25 +11,40 @@ from torch import Tensor, nn
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
 from minipeft.files.tied_repeats import TRANSPOSED
-from minipeft.injection.build import PREFIX
+from minipeft.injection.build import PREFIX, ROOT
 from minipeft.layers.offloaded import values_of
 from minipeft.wrapper_names import named_parameters
 
+# Buffers in a state that was saved without PEFT's filter, with or without the adapter's name behind them.
+_NAME = r"(\.[A-Za-z0-9_-]{1,64})?"
+_PROJECTION = re.compile(r".+\.(vera_[AB])" + _NAME)  # VeRA's shared matrices, again at each layer
+_RANK = re.compile(r"(.+\.)ranknum" + _NAME)  # how many triplets of AdaLoRA a layer has
+
 
 def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dict[str, Tensor]:
-    """Which of these keys copy a base parameter, such as an embedding table, by name and shape -> that parameter."""
+    """Which of these keys copy a base parameter, such as an embedding table, by name and shape -> that parameter.
+
+    Or they copy what the shapes of the file say, which is AdaLoRA's number of triplets.
+    """
     base = _base_tensors(model) if keys else {}
     found = {key: base[key] for key in keys if key in base and base[key].shape == file.shapes[key]}
-    return values_of(model, found)
+    return {**values_of(model, found), **_ranks(file, keys)}
+
+
+def _ranks(file: AdapterFile, keys: Sequence[str]) -> dict[str, Tensor]:
+    matches = {key: match for key in keys if (match := _RANK.fullmatch(key)) and file.shapes[key] == (1,)}
+    values = {key: file.shapes.get(f"{match[1]}lora_E") for key, match in matches.items()}
+    return {key: torch.tensor([float(shape[0])]) for key, shape in values.items() if shape}
 
 
 def find_repeats(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str], model: nn.Module) -> dict[str, str]:
     """Which of these keys repeat another one, by name and shape -> that key.
 
     PEFT repeats the bias of a trained head, and the tensors of a tied layer; `tied` says which layer that is tied to. A
-    bias that has two names in the model, it writes under both.
+    bias that has two names in the model, it writes under both. VeRA's matrices are in a state without PEFT's filter once
+    more for each layer.
     """
-    renamed = _renamed(file, keys, tied)
+    renamed = _renamed(file, keys, tied) | _projections(file, keys)
     return renamed | _other_names(file, [key for key in keys if key not in renamed], keys, model)
 
 
@@ -41,6 +57,11 @@ def _renamed(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]) ->
         key: file.shapes[key][::-1] if _is_transposed(key, other) else file.shapes[key] for key, other in plain.items()
     }
     return {key: other for key, other in plain.items() if other != key and file.shapes.get(other) == shapes[key]}
+
+
+def _projections(file: AdapterFile, keys: Sequence[str]) -> dict[str, str]:
+    found = {key: f"{ROOT}{match[1]}" for key in keys if (match := _PROJECTION.fullmatch(key))}
+    return {key: other for key, other in found.items() if file.shapes.get(other) == file.shapes[key]}
 
 
 def _other_names(file: AdapterFile, keys: Sequence[str], unknown: Sequence[str], model: nn.Module) -> dict[str, str]:
