@@ -150,6 +150,16 @@ def test_what_asks_for_something_that_is_not_there_is_refused(edit, said, tmp_pa
     refused(tmp_path, said)
 
 
+def test_a_file_of_adalora_that_never_allocated_ranks_may_aim_above_its_first_rank(tmp_path):
+    options = {"init_r": 4, "total_step": 10, **QV}  # and target_r is 8 by default
+    expected = written(tmp_path, peft.AdaLoraConfig(**options))
+    ours = minipeft.load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-5)
+    assert ours.adapter_configs["default"].target_r == 4
+    with pytest.raises(minipeft.ConfigError, match="target_r = 8 exceeds init_r = 4"):
+        minipeft.AdaLoraConfig(**options)
+
+
 def test_a_misspelt_option_is_not_taken_for_bookkeeping():
     plain = {"peft_type": "LORA", "target_modules": ["a"]}
     for key, option in {"lora_alhpa": "lora_alpha", "loraAlpha": "lora_alpha", "rank_patern": "rank_pattern"}.items():

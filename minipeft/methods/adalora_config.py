@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from typing_extensions import Self
 
@@ -101,6 +101,13 @@ class AdaLoraConfig(AdapterConfig):
         flag("fan_in_fan_out", self.fan_in_fan_out)
         if self.rank_pattern is not None:
             self._set("rank_pattern", _checked_pattern(self.rank_pattern, self.init_r))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """PEFT notices a `target_r` above `init_r` only when it allocates ranks; a file that it wrote stays at `init_r`."""
+        init_r, target_r = values.get("init_r", cls.init_r), values.get("target_r", cls.target_r)
+        above = type(init_r) is type(target_r) is int and 1 <= init_r < target_r <= MAX_RANK
+        return super().from_dict({**values, "target_r": init_r} if above else values)
 
     @property
     def kept(self) -> tuple[bool, ...]:
