@@ -67,6 +67,8 @@ def test_a_file_that_stands_for_something_else_is_named(saved, name, payload, sa
         (["model_index.json"], "a whole pipeline of diffusers"),
         ([CONFIG, "pytorch_adapter.bin", "head_config.json", "pytorch_model_head.bin"], "AdapterHub"),
         ([CONFIG, "adapter.safetensors"], "AdapterHub"),
+        ([CONFIG, *(f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2))], "an adapter in shards"),
+        ([CONFIG, "adapter_model.safetensors.index.json"], "an adapter in shards"),
         (
             ["optimizer.pt", "training_args.bin"],
             "Trainer's checkpoint without an adapter: its trainer saved no weights",

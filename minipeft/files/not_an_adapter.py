@@ -37,6 +37,8 @@ FOLDERS: tuple[tuple[str, str], ...] = (
     (r"pytorch_adapter\.bin|adapter\.safetensors|head_config\.json|pytorch_model_head\.bin|adapter_fusion_config\.json"
      r"|adapter_setup\.json|model_head\.safetensors",
      "an adapter of the AdapterHub library (`adapters`), whose format is another one: load it there"),
+    (r"adapter_model-\d+-of-\d+\.(safetensors|bin)|adapter_model\.(safetensors|bin)\.index\.json",
+     "an adapter in shards, which neither PEFT nor minipeft reads: put the tensors of all of them into one file"),
     (r"zero_to_fp32\.py|global_step\d+(/.*)?|.*_optim_states\.pt|mp_rank_\d+_model_states\.pt",
      "a DeepSpeed checkpoint: its zero_to_fp32.py makes whole weights of it, and minipeft.hf.AdapterTrainer saves "
      "adapters"),
