@@ -74,6 +74,7 @@ def test_the_present_size_is_no_change_and_leaves_what_trains_trainable():
     assert state_digest(model) == digest
 
 
+@pytest.mark.filterwarnings("ignore:encoder.embed_tokens shares its weight")
 @pytest.mark.parametrize("adapt", ["encoder.embed_tokens", "shared", "decoder"])
 def test_the_shared_table_of_an_encoder_and_a_decoder_counts_where_it_is_tied_or_inside(adapt):
     saved = {"modules_to_save": ["decoder"]} if adapt == "decoder" else {"trainable_token_indices": {adapt: [3]}}

@@ -117,6 +117,19 @@ CASES = {
 }
 
 
+def test_the_encoders_table_named_alone_trains_in_the_encoder_alone_as_in_peft(tmp_path):
+    with foreign_code():
+        config = peft.LoraConfig(target_modules=["q"], trainable_token_indices={"encoder.embed_tokens": TOKENS})
+        theirs = peft.get_peft_model(t5(), config).eval()
+        with torch.no_grad():
+            theirs.base_model.model.encoder.embed_tokens.token_adapter.trainable_tokens_delta["default"].add_(1)
+        theirs.save_pretrained(tmp_path)
+        expected = output(theirs)
+    with pytest.warns(UserWarning, match="'decoder.embed_tokens.weight', which the adapter does not reach"):
+        ours = load_adapter(t5(), tmp_path)
+    torch.testing.assert_close(output(ours), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_of_peft_is_read_and_given_back_to_it(case, tmp_path):
     make, config, options = CASES[case]
