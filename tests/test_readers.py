@@ -14,7 +14,7 @@ from method_cases import CASES, ours
 from safetensors.torch import load_file, save_file
 from test_peft_interop import CASES as LORA
 from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, t5
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import minipeft
 from minipeft.errors import CheckpointError
@@ -236,6 +236,69 @@ def test_each_rule_says_where_it_was_read_and_has_a_name_of_its_own(reader):
 
 
 FOLDED = ["plain", "rslora and patterns", "regex", "one layer", "start", "embedding", "head"]
+
+
+def deepseek(seed=0):
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 8,
+        "vocab_size": llama().config.vocab_size,
+    }
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+    moe = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    torch.manual_seed(seed)
+    config = DeepseekV3Config(**sizes, **heads, **moe, kv_lora_rank=8, q_lora_rank=None, num_hidden_layers=2)
+    return DeepseekV3ForCausalLM(config).eval()
+
+
+EXPERTS = {
+    "plain": {},
+    "no mapping": {"task_type": "CAUSAL_LM", "rank_pattern": {"shared_experts.up_proj": 2}, "use_rslora": True},
+    "dropout": {"lora_dropout": 0.1},
+    "gate alone": {"target_modules": ["gate_proj"]},
+}
+
+
+@both
+@pytest.mark.parametrize("case", EXPERTS)
+def test_layers_named_as_the_experts_of_transformers_4_are_found_and_converted(reader, case, tmp_path):
+    """PEFT takes targets such as ``gate_proj`` for the fused experts, and leaves dense layers and shared experts out."""
+    options = {"target_modules": ["gate_proj", "up_proj", "down_proj", "o_proj"]} | EXPERTS[case]
+    model = adapted(deepseek(), **options).eval()
+    model.save_pretrained(tmp_path / "it")
+    check_for_real(reader, deepseek, logits(model), tmp_path / "it")
+    assert rules_that_apply(reader, tmp_path / "it") & {"experts", "experts refused"}
+    made = made_for(reader, tmp_path / "it", tmp_path / "out")
+    assert len(made.done) == 1 + ("lora_dropout" in options)
+    assert answer(read_contents(tmp_path / "out"), reader).takes is Takes.YES
+    check_for_real(reader, deepseek, logits(model), tmp_path / "out")
+    again = minipeft.load_adapter(deepseek(), tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
+
+
+@both
+def test_dora_of_layers_named_as_experts_is_not_promised(reader, tmp_path):
+    model = adapted(deepseek(), target_modules=["gate_proj", "up_proj"], use_dora=True)
+    model.save_pretrained(tmp_path / "it")
+    check_for_real(reader, deepseek, logits(model), tmp_path / "it")
+    with pytest.raises(CheckpointError, match="minipeft merge"):
+        made_for(reader, tmp_path / "it", tmp_path / "out")
+
+
+def test_which_base_an_adapter_is_for_decides_about_names_of_experts(tmp_path):
+    adapted(llama(), target_modules=["up_proj", "gate_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    assert "experts" not in rules_that_apply(Reader.PEFT, tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "glm4_moe"}')
+    edited(tmp_path, config={"base_model_name_or_path": str(tmp_path / "base")})
+    assert "experts" in rules_that_apply(Reader.PEFT, tmp_path)
 
 
 @pytest.mark.parametrize("reader", SERVERS)

@@ -124,10 +124,10 @@ class Contents:
             return []
         # Bare parameters are found by another option.
         names = [] if self.config.get("target_parameters") else list(self.layers)
-        chosen = self._matching("target_modules", names) - self._matching("exclude_modules", names)
+        chosen = self.selected("target_modules", names) - self.selected("exclude_modules", names)
         return [name for name in names if name not in chosen]
 
-    def _matching(self, option: str, names: list[str]) -> set[str]:
+    def selected(self, option: str, names: list[str]) -> set[str]:
         """The names that an option selects: a regular expression, or a list of suffixes."""
         value = self.config.get(option)
         return set(

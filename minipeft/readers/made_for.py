@@ -18,6 +18,7 @@ from minipeft.files.format import open_adapter
 from minipeft.files.reading import reading
 from minipeft.patterns import matching
 from minipeft.readers.contents import Contents, read_contents
+from minipeft.readers.fused_experts import as_parameters
 from minipeft.readers.keys import PREFIX, Kind
 from minipeft.readers.names import Part, Reader
 from minipeft.readers.old_names import under_old_names
@@ -70,6 +71,7 @@ def made_for(
     if old_names or (contents.config.get("target_parameters") and reader not in WHOLE):
         contents, values = under_old_names(reader, contents, base, made)
     if reader in WHOLE and not contents.of(Kind.START):
+        contents = as_parameters(contents, made.done)
         _as_it_is(contents, values, made)
     else:
         _plain(reader, contents, values, made)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
+from minipeft.readers.fused_experts import refused_for_experts, taken_for_experts
 from minipeft.readers.names import Reader
-from minipeft.readers.rules import NO, PARTLY, SAVE_AGAIN, SILENTLY, Rule, convert
+from minipeft.readers.rules import MERGE, NO, PARTLY, SAVE_AGAIN, SILENTLY, Rule, convert
 
 METHODS = frozenset(
     "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "  # noqa: SIM905
@@ -13,6 +14,7 @@ METHODS = frozenset(
     "P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT XLORA".split()
 )
 LOADING = "peft/utils/save_and_load.py (set_peft_model_state_dict), PEFT 0.21.2"
+CONVERSION = "peft/utils/transformers_weight_conversion.py (_convert_peft_config_moe), PEFT 0.21.2"
 CONVERT = convert(Reader.PEFT)
 RANKS = "correct r and rank_pattern in adapter_config.json"
 TARGETS = "correct target_modules in adapter_config.json"
@@ -42,8 +44,29 @@ SILENT = (
     Rule("wrappers", facts.with_wrappers, PARTLY, "is left out with a warning", LOADING, SAVE_AGAIN),
     Rule("targets", facts.not_selected, PARTLY, SILENTLY, LOADING, TARGETS),
 )
+# Layers that have the names of experts' layers in transformers 4.
+EXPERTS = (
+    Rule(
+        "experts",
+        taken_for_experts,
+        PARTLY,
+        "is left out: it is named as an expert's layer was in transformers 4, and the fused experts are adapted instead",
+        CONVERSION,
+        CONVERT,
+    ),
+    Rule(
+        "experts refused",
+        refused_for_experts,
+        NO,
+        "is taken for a part of the fused experts, as it is named as an expert's layer was in transformers 4, and is refused "
+        "with these options",
+        CONVERSION,
+        f"{CONVERT}, or {MERGE}",
+    ),
+)
 RULES = (
     *FORMAT,
     Rule("prefix", facts.without_prefix, PARTLY, "is left out, with a warning at most", LOADING, CONVERT),
     *SILENT,
+    *EXPERTS,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from minipeft.readers import facts
 from minipeft.readers.keys import Kind
 from minipeft.readers.names import Reader
-from minipeft.readers.of_peft import FORMAT, SILENT
+from minipeft.readers.of_peft import EXPERTS, FORMAT, SILENT
 from minipeft.readers.rules import NO, PARTLY, Rule, convert
 
 LOADING = "transformers/integrations/peft.py (load_adapter), transformers 5.23.0"
@@ -31,4 +31,5 @@ RULES = (
     ),
     Rule("adapter name", facts.with_adapter_name, PARTLY, "is left out, with a report at most", LOADING, CONVERT),
     *SILENT,
+    *EXPERTS,
 )
