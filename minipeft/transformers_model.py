@@ -5,11 +5,13 @@ Every function also takes a model that is not one of transformers'; it then answ
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from minipeft.wrapper_names import ATTRIBUTES, unwrapped
 
@@ -20,6 +22,17 @@ QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loade
 
 # A model's argument for what it remembers of earlier tokens; the first since transformers 5.24, the others before it.
 CACHES = ("cache", "past_key_values", "cache_params")
+
+# A model's arguments for what is not text, and what config calls the tokens that stand for it.
+MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "grid_thw")
+MEDIA_TOKENS = (
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "video_token_index",
+    "audio_token_id",
+    "audio_token_index",
+)
 
 # The op by which experts multiply where torch has no grouped product for them (`transformers.integrations.moe`).
 GROUPED_PRODUCT = "grouped_mm_fallback"
@@ -49,6 +62,52 @@ def main_input_name(model: nn.Module) -> str:
     """The argument of the model's call that it mainly reads, such as "input_ids"."""
     found = getattr(model, "main_input_name", None)
     return found if isinstance(found, str) else "input_ids"
+
+
+@functools.cache
+def _takes(forward: Any) -> frozenset[str]:
+    """The arguments of a class's call that have a name of their own."""
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # a scripted module's
+        return frozenset()
+    return frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY)
+
+
+def takes_text(module: nn.Module) -> bool:
+    """Whether a module is called with tokens and nothing but text."""
+    takes = _takes(type(module).forward)
+    return "input_ids" in takes and takes.isdisjoint(MEDIA)
+
+
+def media_input(module: nn.Module) -> str | None:
+    """What a module is called with instead of text, such as "pixel_values".
+
+    A class may only have inherited its `main_input_name`, as Whisper's decoder has.
+    """
+    takes, main = _takes(type(module).forward), getattr(type(module), "main_input_name", "input_ids")
+    if "input_ids" in takes or takes <= {"self"}:
+        return None
+    return next((name for name in MEDIA if name in takes), None if main == "input_ids" else main)
+
+
+def is_of_several_kinds(model: nn.Module) -> bool:
+    """Whether a model of text has a part for images or sound of its own."""
+    config = getattr(model, "config", None)
+    return any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config"))
+
+
+def same_media_in_rows(model: nn.Module, ids: Tensor | None, given: Mapping[str, Any]) -> bool:
+    """Whether each row of tokens stands for as many images, or as much sound, of the same size as the others."""
+    if ids is None or ids.ndim != 2 or ids.is_floating_point():
+        return False
+    for name in ("image_grid_thw", "video_grid_thw", "image_sizes", "pixel_attention_mask", "input_features_mask"):
+        size = given.get(name)
+        if isinstance(size, Tensor) and size.ndim and not bool((size == size[:1]).all()):
+            return False
+    tokens = [getattr(getattr(model, "config", None), name, None) for name in MEDIA_TOKENS]
+    counts = [(ids == token).sum(1) for token in tokens if isinstance(token, int)]
+    return any(bool(c.any()) for c in counts) and all(bool((c == c[0]).all()) for c in counts)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

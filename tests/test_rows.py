@@ -231,6 +231,69 @@ class Experts(nn.Module):
         return (y + self.shared(flat)).view(x.shape)
 
 
+IMAGE = 60
+
+
+def with_images(kind):
+    """A tiny model of text and images; each image is four tokens, or one."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    text = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 64}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    if kind == "idefics3":
+        config = tf.Idefics3Config(text_config=text, vision_config=vision, image_token_id=IMAGE, scale_factor=2)
+        return tf.Idefics3ForConditionalGeneration(config).eval()
+    vision |= {"model_type": "siglip_vision_model", "vision_use_head": False}
+    more = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    config = tf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, **more)
+    return tf.LlavaForConditionalGeneration(config).eval()
+
+
+def images_in_rows(kind, *each):
+    """A batch with these numbers of images in its rows."""
+    tokens, g = 1 if kind == "idefics3" else 4, torch.Generator().manual_seed(3)
+    ids = torch.randint(1, 50, (len(each), 12), generator=g)
+    for row, number in enumerate(each):
+        ids[row, 1 : 1 + number * tokens] = IMAGE
+    images = torch.randn(sum(each), 3, 8, 8, generator=g)
+    if kind == "idefics3":  # which pads the images of each row with empty ones
+        split = images.split(each)
+        images = nn.utils.rnn.pad_sequence(split, batch_first=True)
+    return {"input_ids": ids, "pixel_values": images}
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "llava"])
+@pytest.mark.parametrize("part", ["vision", "projector", "all"])
+def test_images_belong_to_their_rows_or_are_refused_by_name(kind, part):
+    """Two images in two rows may both be of one row."""
+    names = {
+        "vision": "vision.*q_proj",
+        "projector": "(modality_projection.proj|linear_1)",
+        "all": "(q_proj|proj|linear_1)",
+    }
+    model = several(with_images(kind), {name: LoraConfig(r=2, target_modules=f".*{names[part]}") for name in "ab"})
+
+    def call(*each, **more):
+        return model(**images_in_rows(kind, *each), **more).logits
+
+    with torch.no_grad():
+        for each in ((1, 1), (2, 2)):
+            check_rows(model, ["a", "b"], functools.partial(call, *each))
+            check_rows(model, [BASE, "a"], functools.partial(call, *each))
+    with pytest.raises(StateError, match="images or sound"):
+        call(0, 2, adapter_names=["a", "b"])
+
+
+def test_a_decoder_of_whisper_alone_reads_rows_of_tokens():
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 200}
+    config = tf.WhisperConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    torch.manual_seed(0)
+    base = tf.WhisperForCausalLM(config).eval()
+    model = several(base, {name: LoraConfig(r=2, target_modules=["q_proj", "fc1"]) for name in "ab"})
+    check_rows(model, ["a", "b"], lambda **more: model(input_ids=token_ids(), **more).logits)
+
+
 def test_experts_are_refused_by_name_unless_all_rows_agree():
     options = {"r": 2, "init_lora_weights": False}
     model = several(

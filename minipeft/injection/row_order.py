@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_map_only
 
 from minipeft.errors import StateError
 from minipeft.injection.module_tree import outside_adapters, wrappers
-from minipeft.injection.rows import Rows, acting
+from minipeft.injection.rows import MEDIA_OF_BATCH, Rows, acting
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.generators import generators_kept
-from minipeft.transformers_model import CACHES, main_input_name
+from minipeft.transformers_model import CACHES, is_of_several_kinds, main_input_name, media_input, takes_text, text_part
 
 BY_POSITION = {"cache_position"}  # arguments of transformers' models without a dimension of rows
 EXPERTS = {"expert", "experts"}  # what models call the list of them
@@ -104,21 +104,24 @@ def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> boo
     Returns:
         Whether a module says if rows or positions come first, see `minipeft.injection.row_order`.
     """
-    main, others, told = main_input_name(model), {}, False
-    adapted: list[tuple[str, Wrapper]] = []
+    told, adapted, media, text = False, list[tuple[str, Wrapper]](), set[str](), set[str]()
+    of_text, language = main_input_name(model) == "input_ids", text_part(model)
     for path, module in outside:
         if isinstance(module, Wrapper):
             adapted.append((path, module))
             continue
         told |= says_order(module)
-        reads = getattr(type(module), "main_input_name", main)
-        # An encoder of images in a model of text sees as many images as there are, in no relation to the rows.
-        if main == "input_ids" and reads != main:
-            others[path] = f"the {reads} of the whole batch"
+        if path and of_text and media_input(module) is not None:
+            media.add(path)
+        elif path and (takes_text(module) or module is language):
+            text.add(path)
+    several = of_text and is_of_several_kinds(model) and language is not None and language is not model
     for path, wrapper in adapted:
         parts = path.split(".")
-        above = (".".join(parts[:depth]) for depth in range(1, len(parts))) if others else ()
-        counts = next((others[name] for name in above if name in others), None)
+        above = {".".join(parts[:depth]) for depth in range(1, len(parts))} if media or several else set()
+        # What is neither in the language model nor a head brings images to it. They are in no relation to the rows.
+        brings = several and bool(above) and above.isdisjoint(text)
+        counts = MEDIA_OF_BATCH if brings or not above.isdisjoint(media) else None
         if not EXPERTS.isdisjoint(parts):
             counts = "the tokens that chose one expert"
         if wrapper.counts != counts:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from minipeft.wrapper_names import named_modules
 
 BASE = "__base__"  # PEFT's word for a row without an adapter
 Selector = slice | Tensor
+MEDIA_OF_BATCH = "the images or sound of the whole batch"  # what some layers of a model of text are called with
 
 
 class _Current(threading.local):
@@ -26,6 +27,11 @@ class _Current(threading.local):
 
 
 CURRENT = _Current()  # of each thread: a server may run several batches on one model
+
+
+def never() -> bool:
+    """What is not known is not relied on."""
+    return False
 
 
 class Rows:
@@ -60,6 +66,9 @@ class Rows:
         self.times = times
         self.length: int | None = None  # of the model's input now, if that is (rows, length)
         self.kept: dict[Any, Any] | None = {} if keeps else None
+        self.same_media: Callable[[], bool] = (
+            never  # whether each row has as many images as the others, see `rows_of_call`
+        )
         self._parts: dict[Any, Parts] = {}
 
     def present(self, here: Collection[str]) -> tuple[str, ...]:
@@ -78,6 +87,9 @@ class Rows:
             StateError: that cannot be told.
         """
         size, count = x.shape[0] if x.ndim else 0, len(self.names)
+        if layer.counts is MEDIA_OF_BATCH and size and size % count == 0 and not torch.compiler.is_compiling():
+            if self.same_media():
+                return size // count
         if layer.counts is not None:
             self.refuse(layer, f"is called with {layer.counts}, not with rows of the batch")
         if size in (count, count * self.times):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from minipeft.errors import ConfigError, StateError, hint, shown, told
 from minipeft.injection.rows import BASE, Rows, acting, first_tensor
 from minipeft.injection.state import STATE, AdapterState, awake
-from minipeft.transformers_model import main_input_name
+from minipeft.transformers_model import main_input_name, same_media_in_rows
 
 
 @contextlib.contextmanager
@@ -80,7 +81,9 @@ def rows_of_call(
             "train_adapters([...]) with all that are to learn, before the optimizer is made; or use torch.no_grad()."
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu")) if given is None else given.device
-    return Rows(model, state.switch, names, tuple(state.configs), device, times, keeps)
+    rows = Rows(model, state.switch, names, tuple(state.configs), device, times, keeps)
+    rows.same_media = functools.cache(functools.partial(same_media_in_rows, model, given, kwargs))
+    return rows
 
 
 def note_length(model: nn.Module, rows: Rows, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
