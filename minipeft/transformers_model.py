@@ -24,7 +24,15 @@ QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loade
 CACHES = ("cache", "past_key_values", "cache_params")
 
 # A model's arguments for what is not text, and what config calls the tokens that stand for it.
-MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "grid_thw")
+MEDIA = (
+    "pixel_values",
+    "pixel_values_videos",
+    "input_features",
+    "input_values",
+    "image_patches",
+    "flattened_patches",
+    "grid_thw",
+)
 MEDIA_TOKENS = (
     "image_token_id",
     "image_token_index",
@@ -91,10 +99,14 @@ def media_input(module: nn.Module) -> str | None:
     return next((name for name in MEDIA if name in takes), None if main == "input_ids" else main)
 
 
-def is_of_several_kinds(model: nn.Module) -> bool:
-    """Whether a model of text has a part for images or sound of its own."""
-    config = getattr(model, "config", None)
-    return any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config"))
+def takes_media(model: nn.Module) -> bool:
+    """Whether a model can be called with images or sound."""
+    return not _takes(type(model).forward).isdisjoint(MEDIA)
+
+
+def gives_media(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model is called with images or sound; what is given without a name may be."""
+    return len(args) > 1 or any(kwargs.get(name) is not None for name in MEDIA)
 
 
 def same_media_in_rows(model: nn.Module, ids: Tensor | None, given: Mapping[str, Any]) -> bool:

@@ -11,6 +11,8 @@ from tiny_models import disturb, foreign_code, gpt2, llama, logits
 from torch import nn
 from torch.autograd import forward_ad
 from transformers import (
+    FuyuConfig,
+    FuyuForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     T5Config,
@@ -373,6 +375,17 @@ def test_towers_and_experts_that_a_batch_does_not_visit_are_not_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(2, 6))
+
+
+def test_what_waits_for_patches_of_images_is_not_named_in_a_batch_of_text():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = FuyuConfig(
+        **sizes, patch_size=2, vocab_size=64, text_config={"model_type": "persimmon", "vocab_size": 64, **sizes}
+    )
+    model = get_lora_model(FuyuForCausalLM(config), LoraConfig(r=2, target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
 def test_an_idle_layer_stops_training_with_the_trainer(tmp_path):

@@ -21,7 +21,7 @@ from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.rows import MEDIA_OF_BATCH, Rows, acting
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.generators import generators_kept
-from minipeft.transformers_model import CACHES, is_of_several_kinds, main_input_name, media_input, takes_text, text_part
+from minipeft.transformers_model import CACHES, main_input_name, media_input, takes_media, takes_text, text_part
 
 BY_POSITION = {"cache_position"}  # arguments of transformers' models without a dimension of rows
 EXPERTS = {"expert", "experts"}  # what models call the list of them
@@ -115,7 +115,7 @@ def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> boo
             media.add(path)
         elif path and (takes_text(module) or module is language):
             text.add(path)
-    several = of_text and is_of_several_kinds(model) and language is not None and language is not model
+    several = of_text and takes_media(model) and language is not None and language is not model
     for path, wrapper in adapted:
         parts = path.split(".")
         above = {".".join(parts[:depth]) for depth in range(1, len(parts))} if media or several else set()

@@ -87,7 +87,7 @@ class Rows:
             StateError: that cannot be told.
         """
         size, count = x.shape[0] if x.ndim else 0, len(self.names)
-        if layer.counts is MEDIA_OF_BATCH and size and size % count == 0 and not torch.compiler.is_compiling():
+        if layer.counts == MEDIA_OF_BATCH and size and size % count == 0 and not torch.compiler.is_compiling():
             if self.same_media():
                 return size // count
         if layer.counts is not None:

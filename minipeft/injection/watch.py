@@ -18,10 +18,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from minipeft.errors import StateError, shown
 from minipeft.injection.module_tree import outside_adapters, wrappers
-from minipeft.injection.rows import rows_now
+from minipeft.injection.rows import MEDIA_OF_BATCH, rows_now
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
+from minipeft.transformers_model import gives_media
 
 CHOICES = (nn.ModuleList, nn.ModuleDict)  # whoever holds one may call some of its modules and not others
 
@@ -133,6 +134,8 @@ def watched_call(model: nn.Module, call: Callable[..., Any], args: tuple[Any, ..
     state.unwatched -= set(names)
     _say_dropout(model, names, seen)
     idle = idle_layers(model, names, seen)
+    if not gives_media(args, kwargs):  # what waits for images, as Fuyu's layer for patches, is right to rest
+        idle = [path for path in idle if getattr(model.get_submodule(path), "counts", None) != MEDIA_OF_BATCH]
     if idle:
         state.idle.update(dict.fromkeys(names, idle))
         if state.refuses_idle:
