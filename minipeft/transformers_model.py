@@ -72,19 +72,23 @@ def main_input_name(model: nn.Module) -> str:
     return found if isinstance(found, str) else "input_ids"
 
 
+def _arguments(module: nn.Module) -> frozenset[str]:
+    """The arguments of a module's call that have a name of their own."""
+    return _named_by(getattr(type(module), "forward", None))  # a scripted module's class has none
+
+
 @functools.cache
-def _takes(forward: Any) -> frozenset[str]:
-    """The arguments of a class's call that have a name of their own."""
+def _named_by(forward: Any) -> frozenset[str]:
     try:
         parameters = inspect.signature(forward).parameters.values()
-    except (TypeError, ValueError):  # a scripted module's
+    except (TypeError, ValueError):
         return frozenset()
     return frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY)
 
 
 def takes_text(module: nn.Module) -> bool:
     """Whether a module is called with tokens and nothing but text."""
-    takes = _takes(type(module).forward)
+    takes = _arguments(module)
     return "input_ids" in takes and takes.isdisjoint(MEDIA)
 
 
@@ -93,7 +97,7 @@ def media_input(module: nn.Module) -> str | None:
 
     A class may only have inherited its `main_input_name`, as Whisper's decoder has.
     """
-    takes, main = _takes(type(module).forward), getattr(type(module), "main_input_name", "input_ids")
+    takes, main = _arguments(module), getattr(type(module), "main_input_name", "input_ids")
     if "input_ids" in takes or takes <= {"self"}:
         return None
     return next((name for name in MEDIA if name in takes), None if main == "input_ids" else main)
@@ -101,7 +105,7 @@ def media_input(module: nn.Module) -> str | None:
 
 def takes_media(model: nn.Module) -> bool:
     """Whether a model can be called with images or sound."""
-    return not _takes(type(model).forward).isdisjoint(MEDIA)
+    return not _arguments(model).isdisjoint(MEDIA)
 
 
 def gives_media(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -54,8 +54,8 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
 
 
 def _ties(site: AdapterSite, table: nn.Module | None) -> bool:
-    """Whether a site reaches the layers tied to its own: as in PEFT, only the input embedding's does."""
-    return site.adapter_class.ties(site.config) and site.candidate.base is table
+    """Whether a site reaches the layers tied to its own: as in PEFT, only the input embedding's does, if the model names it."""
+    return site.adapter_class.ties(site.config) and (table is None or site.candidate.base is table)
 
 
 def owners(index: TensorIndex, found: dict[str, Candidate], base: nn.Module) -> list[tuple[str, nn.Module]]:
