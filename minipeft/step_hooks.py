@@ -52,9 +52,8 @@ def extra_loss(model: nn.Module) -> Tensor:
         ConfigError: `model` is no module.
         StateError: the model has no adapter.
     """
-    device = next(
-        (p.device for p in checked_module("model", model).parameters() if not p.is_meta), torch.device("cpu")
-    )  # some may be offloaded
+    parameters = checked_module("model", model).parameters()
+    device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))  # some may be offloaded
     with torch.autocast(device.type, enabled=False):
         losses = [method.extra_loss(adapters, config) for method, adapters, config in _training(model)]
         given = [loss for loss in losses if loss is not None]

@@ -29,11 +29,6 @@ class _Current(threading.local):
 CURRENT = _Current()  # of each thread: a server may run several batches on one model
 
 
-def never() -> bool:
-    """What is not known is not relied on."""
-    return False
-
-
 class Rows:
     """The adapter of each row of one call, and what all layers share of it.
 
@@ -66,9 +61,8 @@ class Rows:
         self.times = times
         self.length: int | None = None  # of the model's input now, if that is (rows, length)
         self.kept: dict[Any, Any] | None = {} if keeps else None
-        self.same_media: Callable[[], bool] = (
-            never  # whether each row has as many images as the others, see `rows_of_call`
-        )
+        # Whether each row has as many images as the others: `rows_of_call` finds out; what is not known is not so.
+        self.same_media: Callable[[], bool] = lambda: False
         self._parts: dict[Any, Parts] = {}
 
     def present(self, here: Collection[str]) -> tuple[str, ...]:
