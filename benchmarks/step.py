@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ from transformers import GPT2LMHeadModel
 
 from minipeft.kernels import matmul
 
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # the environment's, by which torch asks Linux for pages of 2 MiB
 STEP_SUBJECTS = (FROZEN, FULL, PEFT, TUNED, TUNED_FAST, CORE, LEAN_NONE, LEAN, LEAN_BLOCK)
 # Relative, Frobenius norm of each tensor. In bfloat16, two orders of the same sums differ by up to 0.06 in a tiny model.
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -142,8 +140,7 @@ def bounds_of(
 
 
 def case_name(name: str, precision: Precision, batch: int, tokens: int, options: Options) -> str:
-    pages = ", huge pages" if os.environ.get(HUGE_PAGES) == "1" else ""
-    return f"{model_name(options.quick, name)}{precision.name}, {batch}x{tokens} tokens{pages}"
+    return f"{model_name(options.quick, name)}{precision.name}, {batch}x{tokens} tokens"
 
 
 def measure_step(
