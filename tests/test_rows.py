@@ -716,7 +716,7 @@ class Stack(nn.Module):
         return self.head(self.second(self.first(self.table(ids)).tanh()))
 
 
-@pytest.mark.parametrize("way", ["model.compile", pytest.param("torch.compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["model.compile", "torch.compile"])
 def test_other_rows_need_no_other_graph(way):
     options = {"init_lora_weights": False}
     model = several(

@@ -95,7 +95,7 @@ class OwnMethods(nn.Module):
             return super().__call__(*args, **kwargs)
         if (rows := rows_now(state.switch)) is not None:
             note_length(self, rows, args, kwargs)
-            if len(rows.uses) > 1 and (rows.length == len(rows.names) or state.switch.order_told):
+            if not torch.compiler.is_compiling():  # or a graph would depend on how many adapters the rows use
                 self._learn_order(rows, args, kwargs)
         elif state.switch.trained_by_row and torch.is_grad_enabled():
             state.switch.trained_by_row = False
@@ -105,7 +105,8 @@ class OwnMethods(nn.Module):
 
     def _learn_order(self, rows: Rows, args: Any, kwargs: Any) -> None:
         switch = self.__dict__[STATE].switch
-        if not switch.order_known and not torch.compiler.is_compiling():
+        matters = len(rows.uses) > 1 and (rows.length == len(rows.names) or switch.order_told)
+        if matters and not switch.order_known:
             switch.order_known = learn_order(self, rows, super().__call__, args, kwargs)
 
     # Not compiled itself, so that other names need no other graph.
