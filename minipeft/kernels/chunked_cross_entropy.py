@@ -139,27 +139,30 @@ class _Head:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         self.weight, self.bias = weight, bias
-        self.by_float32 = matmul.through_float32(weight.new_empty(rows, weight.shape[1]), weight)
+        like = weight.new_empty(rows, weight.shape[1])
+        self.by_float32 = matmul.through_float32(like, weight)
         dtype = torch.float32 if self.by_float32 else weight.dtype
-        self.room = weight.new_empty(rows, len(weight), dtype=dtype)
         exact = torch.promote_types(dtype, torch.float32)
-        self.wide = self.room if exact is dtype else torch.empty_like(self.room, dtype=exact)
+        writes_elsewhere = matmul.through_onednn(like, weight)
+        self.room = None if writes_elsewhere else weight.new_empty(rows, len(weight), dtype=dtype)
+        self.wide = None if exact is dtype else weight.new_empty(rows, len(weight), dtype=exact)
 
     def logits(self, x: Tensor) -> Tensor:
         """Shape (rows, vocabulary), float32 or wider."""
-        room, wide = self.room[: len(x)], self.wide[: len(x)]
-        if self.by_float32:
+        room = None if self.room is None else self.room[: len(x)]
+        if self.by_float32 and room is not None:
             return matmul.in_float32(x, self.weight, self.bias, room)
         made = matmul.linear(x, self.weight, self.bias, room=room)
-        return made if made.dtype is wide.dtype else wide.copy_(made)
+        return made if self.wide is None else self.wide[: len(x)].copy_(made)
 
     def back(self, gradient: Tensor) -> Tensor:
         """The gradient of the rows, shape (rows, features), from that of their logits."""
         if self.by_float32:
             y = self.weight.new_empty(len(gradient), self.weight.shape[1])
             return matmul.in_float32(gradient, self.weight.t(), None, y)
-        room = self.room[: len(gradient)]
-        return matmul.linear(gradient if gradient.dtype is room.dtype else room.copy_(gradient), self.weight.t())
+        if self.wide is not None and self.room is not None:
+            gradient = self.room[: len(gradient)].copy_(gradient)
+        return matmul.linear(gradient, self.weight.t())
 
 
 def rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
