@@ -17,7 +17,6 @@ It leaves in --output_dir: the adapter, metrics.jsonl, training_loss_curve.png, 
 
 import dataclasses
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -169,9 +168,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     check_writable(args.output_dir)
     adapter_config(args)  # a mistake in it is found before the model is loaded
-    if args.push_to_hub and os.environ.get("RANK", "0") == "0":  # as is a token that may not write
-        create_repo(hub_name(args), private=args.hub_private_repo or None)
     accelerator = make_accelerator(args)
+    if args.push_to_hub and accelerator.is_main_process:  # as is a token that may not write
+        create_repo(hub_name(args), private=args.hub_private_repo or None)
     datasets.disable_progress_bars()  # one progress bar is enough: ours
     transformers.utils.logging.disable_progress_bar()
 
