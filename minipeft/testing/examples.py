@@ -90,7 +90,7 @@ class Experts(nn.Module):
         self.experts = nn.Parameter(torch.randn(2, out_features, in_features) / in_features**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.experts
+        first, second = self.experts.unbind()
         return x @ first.t() + torch.tanh(x @ second.t())
 
 
