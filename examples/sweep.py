@@ -226,12 +226,16 @@ def flags(argv: Sequence[str] | None) -> argparse.Namespace:
         "--write", type=Path, help="a Markdown page whose table of the sweep and figures/sweep.png are replaced"
     )
     args = parser.parse_args(argv)
+    check_numbers(parser, args)
+    return args
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("rates", "ranks", "alphas", "seeds", "method_rates", "full_rates", "other_rows", "together"):
         given = getattr(args, name)
         wrong = [value for value in (given if isinstance(given, list) else [given]) if not 0 < value < math.inf]
         if wrong:
             parser.error(f"argument --{name}: {wrong[0]} is not above 0")
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> float:
