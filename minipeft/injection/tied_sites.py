@@ -33,6 +33,7 @@ def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[A
     index, names = TensorIndex(model), {id(candidate.base): name for name, candidate in found.items()}
     first_of: dict[int, AdapterSite] = {}  # by tied layer: the site it is tied to
     complete = []
+    # What reaches others comes first, since a later site may name a layer that it reaches.
     for site in sorted(sites, key=lambda site: not _ties(site, leads)):
         first = first_of.get(id(site.candidate.base)) if site.adapter_class.ties(site.config) else None
         if first is not None:  # the layer was reached through its tie, and is named too
