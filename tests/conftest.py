@@ -4,6 +4,7 @@ import functools
 import gc
 import gzip
 import importlib.util
+import itertools
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from _pytest.logging import catching_logs
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to it
 _connect = socket.socket.connect
+numbers = itertools.count()
 TESTS = Path(__file__).resolve().parent
 EXAMPLES = TESTS.parent / "examples"
 # The files that take longest go first, so that both processes are done at the same time.
@@ -116,6 +118,20 @@ def unmeasured():
     from torch._dynamo import guards
 
     guards.profile_guard_manager = lambda *arguments: 0.0
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waits_for_the_disk():
+    """A save waits until the disk has it, some 6,000 times in a run. Tests that ask whether it does set `fsync` themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory):
+    """pytest's own looks at all folders of earlier tests to number a new one, a millisecond for each test."""
+    return tmp_path_factory.mktemp(f"test{next(numbers)}", numbered=False)
 
 
 @pytest.fixture(autouse=True, scope="session")
