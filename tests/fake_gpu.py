@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from minipeft.kernels import dropout_mask
+from minipeft.kernels import dropout_mask, rotary
 from minipeft.memory import sample_slices, token_tiles
 
 ROOMS = tuple(f"minipeft.{room}." for room in ("kernels", "layers", "methods", "injection", "memory", "merging"))
@@ -35,6 +35,7 @@ def fake_gpu():
                 stack.enter_context(mock.patch.object(module, "type", _type, create=True))
         for owner, name, value in (
             (dropout_mask, "torch", _WithGenerators()),
+            (rotary, "by_triton", lambda: None),  # a kernel would start a driver
             *((torch, name, _of_cpu(getattr(torch, name))) for name in AUTOCAST),
             (torch, "lazy", SimpleNamespace(_initialized=False, device_count=lambda: 1)),
             (Tensor, "nonzero", lambda tensor: torch.arange(tensor.numel(), device=tensor.device)[:, None]),

@@ -160,7 +160,7 @@ def test_what_is_kept_costs_no_copy_of_a_tensor():
     assert not hasattr(model.transformer.h[0].attn, "extra")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 def test_a_scripted_module_in_modules_to_save_is_refused_by_name():
     model = nn.Sequential(torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 5))
     with pytest.raises(TargetError, match=r"0 cannot be trained in full.*Nothing was changed"):

@@ -23,7 +23,9 @@ CONFIGS = {
     "oft": minipeft.OFTConfig(oft_block_size=4, **TARGETS),
 }
 # What torch does on the way is not ours.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning"
+)
 every_method = pytest.mark.parametrize("method", CONFIGS)
 
 
