@@ -7,8 +7,9 @@ has the same update. The metadata keeps what the user asked for, and minipeft re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,17 +50,6 @@ def _scalings(keys: Iterable[str], config: AdapterConfig) -> dict[str, float]:
     return {key: configs[name].scaling for key, name in names.items()}
 
 
-@dataclass(frozen=True)
-class Divided:
-    """B as it was before `with_scaling_in_B`."""
-
-    sources: tuple[str]
-    scaling: float
-
-    def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        return (tensors[0].double() / self.scaling).to(tensors[0])
-
-
 def with_own_scaling(
     weights: TensorFile, values: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> tuple[TensorFile, dict[str, Any]]:
@@ -75,5 +65,12 @@ def with_own_scaling(
     scalings = _scalings(weights.shapes, config_from_dict(own, f"{weights.path}"))
     if 0.0 in scalings.values():
         raise damaged(weights.path, "a scaling of 0 cannot have been in B")
-    made: dict[str, Made] = {key: Divided((key,), scaling) for key, scaling in scalings.items()}
+    made = {
+        key: Made((key,), weights.shapes[key], weights.dtypes[key], functools.partial(_divided, scaling=scaling))
+        for key, scaling in scalings.items()
+    }
     return replace(weights, made=made), own
+
+
+def _divided(B: Tensor, scaling: float) -> Tensor:
+    return (B.double() / scaling).to(B)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -20,15 +20,14 @@ MAX_HEADER_BYTES = 2**24
 MAX_DIMENSIONS = 16  # a long shape takes long to multiply and to show
 
 
-class Made(Protocol):
-    """A tensor that the file holds in another form, made when it is read; its shape and dtype are in the file's tables."""
+@dataclass(frozen=True)
+class Made:
+    """A tensor that the file holds in another form, made when it is read."""
 
-    @property
-    def sources(self) -> Sequence[str]:
-        """The tensors that it is made of, by the keys that stand in the file."""
-
-    def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensor, from its sources in their order."""
+    sources: tuple[str, ...]  # the tensors that it is made of, by the keys that stand in the file
+    shape: tuple[int, ...]
+    dtype: str
+    function: Callable[..., Tensor]  # of the sources in their order
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class TensorFile:
             tensor: Tensor = file.get_tensor(self.stored_as.get(key, key))
             return tensor
         sources = [file.get_tensor(source) for source in self.made[key].sources]
-        made = self.made[key].make(sources)
+        made = self.made[key].function(*sources).contiguous()
         whole = {source.untyped_storage().data_ptr() for source in sources}
         return made.clone() if made.untyped_storage().data_ptr() in whole else made  # a part does not keep all of it
 

@@ -1,8 +1,8 @@
 """What a file of another tool comes to: a configuration of PEFT's kind, and tensors under PEFT's keys.
 
 A format is a file of this folder with a `Format`: it knows its files by their keys, and says for each module which
-tensors it has. Nothing is computed before the tensors are read (see `Computed`). That every stored
-tensor has found a place, and every module has what it needs, is checked here for all formats.
+tensors it has. Nothing is computed before the tensors are read (see `Made`). That every stored tensor has found a place,
+and every module has what it needs, is checked here for all formats.
 """
 
 from __future__ import annotations
@@ -14,29 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from minipeft.errors import CheckpointError, shown
-from minipeft.files.tensor_file import TensorFile
+from minipeft.files.tensor_file import Made, TensorFile
 from minipeft.patterns import endings
 
 PREFIX = "base_model.model."  # of every key in PEFT's files
 NEEDED = {"LORA": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})}
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A tensor that is computed from stored ones when it is read: from which, what comes out, and how."""
-
-    sources: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    function: Callable[..., Tensor]
-
-    def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensor, in memory of its own."""
-        return self.function(*tensors).clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -54,7 +37,7 @@ class Source:
 class Module:
     """What a file holds for one module: each tensor by the end of PEFT's key, as the stored key or how it is made."""
 
-    tensors: Mapping[str, str | Computed]
+    tensors: Mapping[str, str | Made]
     r: int
     alpha: float
 
@@ -110,7 +93,7 @@ def part(
     """
     tensors = {f"{PREFIX}{name}.{end}": how for name, module in modules.items() for end, how in module.tensors.items()}
     file = source.file
-    used = {key for how in tensors.values() for key in (how.sources if isinstance(how, Computed) else (how,))}
+    used = {key for how in tensors.values() for key in (how.sources if isinstance(how, Made) else (how,))}
     left = [key for key in keys if key not in used and key not in spent]
     if left or not modules:
         raise CheckpointError(f"{file.path}: there is no place in an adapter for {shown(left, 3)}.")
@@ -118,7 +101,7 @@ def part(
         if peft_type in NEEDED and not any(pair <= module.tensors.keys() for pair in NEEDED[peft_type]):
             raise CheckpointError(f"{file.path}: {name} has {shown(sorted(module.tensors))} alone, not a pair.")
     stored = {key: how for key, how in tensors.items() if isinstance(how, str)}
-    made = {key: how for key, how in tensors.items() if isinstance(how, Computed)}
+    made = {key: how for key, how in tensors.items() if isinstance(how, Made)}
     translated = replace(
         file,
         shapes={**{k: file.shapes[how] for k, how in stored.items()}, **{k: how.shape for k, how in made.items()}},

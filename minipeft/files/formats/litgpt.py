@@ -16,11 +16,11 @@ import yaml
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, told, told_error
-from minipeft.files.formats.foreign import Computed, Format, Module, Part, Source, part, rank_of
+from minipeft.files.formats.foreign import Format, Module, Part, Source, part, rank_of
 from minipeft.files.formats.litgpt_families import family
 from minipeft.files.formats.litgpt_qkv import LEGACY, Heads, qkv_modules
 from minipeft.files.reading import read_limited
-from minipeft.files.tensor_file import TensorFile
+from minipeft.files.tensor_file import Made, TensorFile
 
 OPTIONS = ("lora_query", "lora_key", "lora_value")
 FUSED = ("attn.qkv", LEGACY)
@@ -113,9 +113,9 @@ def _joined(source: Source, one: str, two: str, r: int, alpha: float) -> Module:
     (a, b), (c, d) = ((f"{stem}.lora_A", f"{stem}.lora_B") for stem in (one, two))
     shapes, dtypes = source.file.shapes, source.file.dtypes
     down, up = (2 * r, shapes[a][1]), (shapes[b][0] + shapes[d][0], 2 * r)
-    tensors: dict[str, str | Computed] = {
-        "lora_A.weight": Computed((a, c), down, dtypes[a], _under),
-        "lora_B.weight": Computed((b, d), up, dtypes[b], torch.block_diag),
+    tensors: dict[str, str | Made] = {
+        "lora_A.weight": Made((a, c), down, dtypes[a], _under),
+        "lora_B.weight": Made((b, d), up, dtypes[b], torch.block_diag),
     }
     return Module(tensors, 2 * r, 2 * alpha)
 

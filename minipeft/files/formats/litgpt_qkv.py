@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, told
-from minipeft.files.formats.foreign import Computed, Module, Source
+from minipeft.files.formats.foreign import Module, Source
 from minipeft.files.formats.litgpt_families import Family
+from minipeft.files.tensor_file import Made
 
 LEGACY = "attn.attn"  # the layer's name up to litgpt 0.5.4
 
@@ -73,8 +74,8 @@ def qkv_modules(
             B = functools.partial(_up, used=used, blocks=blocks, rows=rows)
             shape_A, shape_B = (r * len(used), shapes[0][1]), (len(rows), r * len(used))
             dtypes = source.file.dtypes
-            tensors = {"A": Computed((a,), shape_A, dtypes[a], A), "B": Computed((b,), shape_B, dtypes[b], B)}
-            ends: dict[str, str | Computed] = {f"lora_{end}.weight": how for end, how in tensors.items()}
+            tensors = {"A": Made((a,), shape_A, dtypes[a], A), "B": Made((b,), shape_B, dtypes[b], B)}
+            ends: dict[str, str | Made] = {f"lora_{end}.weight": how for end, how in tensors.items()}
             made[name] = Module(ends, r * len(used), alpha * len(used))
     return made
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, shown
-from minipeft.files.formats.foreign import Computed, Module, Source, rank_of
+from minipeft.files.formats.foreign import Module, Source, rank_of
+from minipeft.files.tensor_file import Made
 from minipeft.methods.lokr import factorise
 
 LORA = {"lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"}
@@ -69,14 +70,14 @@ def _lora_module(source: Source, name: str, ends: Mapping[str, str], alphas: Map
     if mid:
         return _with_core(source, name, ends, alphas)
     rank = rank_of(source, down, up)
-    tensors: dict[str, str | Computed] = {"lora_A.weight": down, "lora_B.weight": up}
+    tensors: dict[str, str | Made] = {"lora_A.weight": down, "lora_B.weight": up}
     if dora:
         rows = shapes[up][0]
         if shapes[dora] != (rows, 1) or len(shapes[down]) != 2 or rows == 1:
             raise CheckpointError(
                 f"{path}: {name} has a dora_scale of {list(shapes[dora])}; {[rows, 1]} is read, of a linear layer."
             )
-        tensors["lora_magnitude_vector"] = Computed((dora,), (rows,), dtypes[dora], Tensor.flatten)
+        tensors["lora_magnitude_vector"] = Made((dora,), (rows,), dtypes[dora], Tensor.flatten)
     return Module(tensors, rank, _alpha(ends, alphas, rank))
 
 
@@ -91,7 +92,7 @@ def _with_core(source: Source, name: str, ends: Mapping[str, str], alphas: Mappi
         raise CheckpointError(
             f"{source.file.path}: {name}: lora_down, lora_mid and lora_up of {[first, core, last]} do not fit."
         )
-    made = Computed((mid, down), (rank, first[1], *core[2:]), source.file.dtypes[down], _through_core)
+    made = Made((mid, down), (rank, first[1], *core[2:]), source.file.dtypes[down], _through_core)
     return Module({"lora_A.weight": made, "lora_B.weight": up}, rank, _alpha(ends, alphas, first[0]))
 
 
@@ -120,12 +121,12 @@ def _loha(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
     return Method("LOHA", found, _cores(modules, LOHA_CORES))
 
 
-def _core(source: Source, name: str, key: str, rank: int) -> str | Computed:
+def _core(source: Source, name: str, key: str, rank: int) -> str | Made:
     """A core (r, r, *kernel) in PEFT's shape, which has two dimensions for a kernel of one."""
     shape = source.file.shapes[key]
     if len(shape) < 3 or shape[:2] != (rank, rank):
         raise CheckpointError(f"{source.file.path}: {name} has a core of {list(shape)}, and is of rank {rank}.")
-    return key if len(shape) > 3 else Computed((key,), (*shape, 1), source.file.dtypes[key], _with_one_more)
+    return key if len(shape) > 3 else Made((key,), (*shape, 1), source.file.dtypes[key], _with_one_more)
 
 
 def _with_one_more(core: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def _lokr(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
         # Two whole factors have no rank, and LyCORIS does not scale them; PEFT's kind has whole ones from half the size on.
         rank = given.pop() if given else (max(*shape.left, *shape.right) + 1) // 2
         alpha = _alpha(ends, alphas, rank) if any(shape.ranks) else rank
-        tensors: dict[str, str | Computed] = {end: key for end, key in ends.items() if end != "alpha"}
+        tensors: dict[str, str | Made] = {end: key for end, key in ends.items() if end != "alpha"}
         if "lokr_t2" in ends:
             tensors["lokr_t2"] = _core(source, name, ends["lokr_t2"], rank)
         found[name] = Module(tensors, rank, alpha)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, told
-from minipeft.files.formats.foreign import Computed, Format, Module, Part, Source, part, rank_of
-from minipeft.files.tensor_file import TensorFile
+from minipeft.files.formats.foreign import Format, Module, Part, Source, part, rank_of
+from minipeft.files.tensor_file import Made, TensorFile
 
 ENDS = ("lora_a", "lora_b", "m")
 EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embedding"}
@@ -103,17 +103,16 @@ def _experts(source: Source, name: str, scale: float) -> dict[str, Module]:
     for expert in range(down[0]):
         pick = functools.partial(torch.select, dim=0, index=expert)
         ends = {"lora_A.weight": a, "lora_B.weight": b}
-        made: dict[str, str | Computed] = {
-            end: Computed((key,), source.file.shapes[key][1:], source.file.dtypes[key], pick)
-            for end, key in ends.items()
+        made: dict[str, str | Made] = {
+            end: Made((key,), source.file.shapes[key][1:], source.file.dtypes[key], pick) for end, key in ends.items()
         }
         modules[f"{around}.experts.{expert}.{table[layer]}"] = Module(made, down[1], scale * down[1])
     return modules
 
 
-def _transposed(source: Source, key: str) -> Computed:
+def _transposed(source: Source, key: str) -> Made:
     rows, columns = source.file.shapes[key]
-    return Computed((key,), (columns, rows), source.file.dtypes[key], Tensor.t)
+    return Made((key,), (columns, rows), source.file.dtypes[key], Tensor.t)
 
 
 MLX = Format("mlx-lm", knows, read)

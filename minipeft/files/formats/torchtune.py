@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, told
-from minipeft.files.formats.foreign import Computed, Format, Module, Part, Source, part, rank_of
+from minipeft.files.formats.foreign import Format, Module, Part, Source, part, rank_of
 from minipeft.files.strict_json import read_object
-from minipeft.files.tensor_file import TensorFile
+from minipeft.files.tensor_file import Made, TensorFile
 
 NAMES = {
     "attn.q_proj": "self_attn.q_proj",
@@ -92,7 +92,7 @@ def _module(source: Source, stem: str, base: Mapping[str, Any], alpha: float) ->
         shape = source.file.shapes[key]
         if not isinstance(count, int) or count < 1 or shape[0] % (2 * count):
             raise CheckpointError(f"{source.file.path}: {key} has {shape[0]} rows for {told(count)} heads.")
-        made[end] = Computed((key,), shape, source.file.dtypes[key], functools.partial(_halves, heads=count))
+        made[end] = Made((key,), shape, source.file.dtypes[key], functools.partial(_halves, heads=count))
     return Module({"lora_A.weight": a, **made}, rank, alpha)
 
 

@@ -11,6 +11,7 @@ fastest, for the linear map that the parameter is. Two things may differ in a fi
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,29 +51,6 @@ class Stack:
         return (first, last) == sides and ranks == others and ranks % self.experts == 0
 
 
-@dataclass(frozen=True)
-class Factor:
-    """One factor of a stack in today's layout."""
-
-    sources: tuple[str, ...]  # the key of the factor in the file: this one's, or the other's if the pair is turned
-    experts: int
-    is_B: bool  # whether the factor in the file is B
-    grouped: bool  # whether that has the expert's index slowest
-    turned: bool  # whether it is to be transposed, to be the other factor of the transposed map
-
-    def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        (tensor,) = tensors
-        if self.is_B:  # (experts, r, features) of either layout
-            order = (1, 2, 0) if self.grouped else (2, 1, 0)
-            split = (self.experts, -1) if self.grouped else (-1, self.experts)
-            stacked = tensor.view(len(tensor), *split).permute(order)
-        else:
-            stacked = tensor.view(self.experts, -1, tensor.shape[1])
-        if self.is_B == self.turned:
-            return stacked.reshape(-1, stacked.shape[2]).clone()
-        return stacked.permute(2, 1, 0).reshape(stacked.shape[2], -1).clone()
-
-
 def todays_layout(file: AdapterFile, plan: Plan) -> AdapterFile:
     """The file with the factors of fused experts as they are today; nothing is read.
 
@@ -94,14 +72,32 @@ def todays_layout(file: AdapterFile, plan: Plan) -> AdapterFile:
         len(changed) - 1,
         " and ".join(["PEFT wrote it before 0.19.1"] * turned + ["Unsloth wrote it, expert by expert"] * bool(grouped)),
     )
-    shapes, made = dict(file.shapes), dict[str, Made](file.made)
+    shapes, made = dict(file.shapes), dict(file.made)
     for stack in changed:
         sources = stack.keys[::-1] if turned else stack.keys
         for key, source in zip(stack.keys, sources, strict=True):
-            stored, is_B = file.stored_as.get(source, source), source == stack.keys[1]
-            made[key] = Factor((stored,), stack.experts, is_B, stack.name in grouped, turned)
-            shapes[key] = file.shapes[source][::-1] if turned else file.shapes[key]
+            is_B, shape = source == stack.keys[1], file.shapes[source]
+            shapes[key] = shape[::-1] if turned else shape
+            as_today = functools.partial(
+                _as_today, experts=stack.experts, is_B=is_B, grouped=stack.name in grouped, turned=turned
+            )
+            made[key] = Made((file.stored_as.get(source, source),), shapes[key], file.dtypes[key], as_today)
     return replace(file, shapes=shapes, made=made)
+
+
+def _as_today(factor: Tensor, experts: int, is_B: bool, grouped: bool, turned: bool) -> Tensor:
+    """A factor of a stack, A or B in the file, in today's layout.
+
+    `grouped`: B has the expert's index slowest. `turned`: it becomes the other factor, of the transposed map.
+    """
+    if is_B:  # (experts, r, features) of either layout
+        split, order = ((experts, -1), (1, 2, 0)) if grouped else ((-1, experts), (2, 1, 0))
+        stacked = factor.view(len(factor), *split).permute(order)
+    else:
+        stacked = factor.view(experts, -1, factor.shape[1])
+    if is_B == turned:
+        return stacked.reshape(-1, stacked.shape[2])
+    return stacked.permute(2, 1, 0).reshape(stacked.shape[2], -1)
 
 
 def _stacks(file: AdapterFile, plan: Plan) -> Iterator[Stack]:

@@ -11,15 +11,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError, printable
-from minipeft.files.format import NAMES, AdapterFile
+from minipeft.files.format import AdapterFile
 from minipeft.files.names.expert_config import with_parameters
 from minipeft.files.names.expert_lists import layer_configs
 from minipeft.files.names.expert_places import Place, Places
-from minipeft.files.names.expert_tensors import OfMade, StackedA, StackedB
 from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
 from minipeft.files.tensor_file import Made
 from minipeft.injection.build import PREFIX
@@ -133,9 +132,7 @@ def _check_plain(file: AdapterFile, name: str) -> None:
         )
 
 
-def _by_key(
-    parameters: Mapping[str, list[str]], pairs: Mapping[str, FusedPair]
-) -> dict[str, StackedA | StackedB | str]:
+def _by_key(parameters: Mapping[str, list[str]], pairs: Mapping[str, FusedPair]) -> dict[str, Made | str]:
     """Key in a file of today -> a factor. Of two parameters of one module the first is ``<module>.base_layer``."""
     return {
         f"{PREFIX}{module}{'.base_layer' * height}.{name}.weight": factor
@@ -150,7 +147,7 @@ def _with_pairs(
     file: AdapterFile,
     config: AdapterConfig,
     found: Mapping[str, Found],
-    factors: Mapping[str, StackedA | StackedB | str],
+    factors: Mapping[str, Made | str],
 ) -> AdapterFile:
     """The file with these factors, by key, in the place of those that were found."""
     old = {key for layer in found.values() for key in layer.keys.values()}
@@ -167,13 +164,22 @@ def _with_pairs(
             else:
                 stored_as[key] = file.stored_as.get(factor, factor)
         else:
-            shapes[key], dtypes[key], made[key] = factor.shape, NAMES[factor.dtype], _stored(factor, file)
+            shapes[key], dtypes[key], made[key] = factor.shape, factor.dtype, _of_stored(factor, file)
     base = {name: row for name, row in file.base.items() if name not in found}
     return replace(file, shapes=shapes, dtypes=dtypes, stored_as=stored_as, made=made, config=config, base=base)
 
 
-def _stored(factor: StackedA | StackedB, file: AdapterFile) -> Made:
-    """The same factor, of the keys that stand in the file."""
-    if not file.stored_as and not file.made:
-        return factor
-    return OfMade(factor, tuple(file.made.get(key) or file.stored_as.get(key, key) for key in factor.sources))
+def _of_stored(factor: Made, file: AdapterFile) -> Made:
+    """The same factor, of the keys that stand in the file: what it is made of may be made itself."""
+    parts = [file.made.get(key) for key in factor.sources]
+    stored = [
+        (file.stored_as.get(key, key),) if part is None else part.sources
+        for key, part in zip(factor.sources, parts, strict=True)
+    ]
+
+    def function(*tensors: Tensor) -> Tensor:
+        left = iter(tensors)
+        made = (next(left) if part is None else part.function(*(next(left) for _ in part.sources)) for part in parts)
+        return factor.function(*made)
+
+    return replace(factor, sources=tuple(key for keys in stored for key in keys), function=function)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError, printable
-from minipeft.files.format import DTYPES, FLOATS, AdapterFile
+from minipeft.files.format import DTYPES, FLOATS, NAMES, AdapterFile
 from minipeft.files.names.expert_places import Place
-from minipeft.files.names.expert_tensors import Block, StackedA, StackedB
+from minipeft.files.names.expert_tensors import Block, stacked_A, stacked_B
+from minipeft.files.tensor_file import Made
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class FusedPair:
     A factor that the file holds as it is needed is its key there.
     """
 
-    factors: tuple[StackedA | str, StackedB | str]
+    factors: tuple[Made | str, Made | str]
     r: int
     lora_alpha: float
 
@@ -73,9 +74,18 @@ def fused_pair(file: AdapterFile, layers: Sequence[Layer], owner: nn.Module) -> 
     )
     is_scaled = any(block.factor != 1 for block in B)
     dtypes = (_dtype(file, A), torch.promote_types(_dtype(file, B), torch.float32) if is_scaled else _dtype(file, B))
-    stacked_A = StackedA(A, experts, (experts * r, features[0]), dtypes[0])
-    stacked_B = StackedB(B, experts, (features[1], r * experts), dtypes[1])
-    return FusedPair((stacked_A, stacked_B), r, int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha)
+    factors = (
+        _made(stacked_A, A, experts, (experts * r, features[0]), dtypes[0]),
+        _made(stacked_B, B, experts, (features[1], r * experts), dtypes[1]),
+    )
+    return FusedPair(factors, r, int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha)
+
+
+def _made(
+    function: Callable[..., Tensor], blocks: Sequence[Block], experts: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Made:
+    stack = functools.partial(function, blocks=blocks, experts=experts, shape=shape, dtype=dtype)
+    return Made(tuple(block.source for block in blocks), shape, NAMES[dtype], stack)
 
 
 def _parameter(owner: nn.Module, place: Place) -> Tensor:
@@ -115,4 +125,4 @@ def _ranks(layers: Sequence[Layer]) -> tuple[list[int], int]:
 
 def _dtype(file: AdapterFile, blocks: Sequence[Block]) -> torch.dtype:
     """The type that holds the values of all sources."""
-    return reduce(torch.promote_types, {DTYPES[file.dtypes[block.source]] for block in blocks})
+    return functools.reduce(torch.promote_types, {DTYPES[file.dtypes[block.source]] for block in blocks})
