@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from minipeft.readers import facts
 from minipeft.readers.contents import DIFFUSERS_FILE, Contents
-from minipeft.readers.names import Reader
-from minipeft.readers.rules import NO, NOTE, PARTLY, Rule, convert
+from minipeft.readers.rules import CONVERT, NO, NOTE, PARTLY, Rule
 
 LOADING = "diffusers/loaders/peft.py (load_lora_adapter), diffusers 0.42.1"
 COMPONENTS = (
@@ -13,7 +12,6 @@ COMPONENTS = (
     "controlnet.",
 )
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector", ".alpha")
-CONVERT = convert(Reader.DIFFUSERS)
 
 
 def no_component(contents: Contents) -> str | None:

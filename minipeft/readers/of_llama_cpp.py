@@ -7,14 +7,12 @@ import math
 from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind
-from minipeft.readers.names import Part, Reader
-from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, Rule, convert, plain_lora, without
+from minipeft.readers.rules import CONVERT, MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, Rule, plain_lora
 
 VERSION = "llama.cpp, commit 0c1e570"
 SCRIPT = f"convert_lora_to_gguf.py, {VERSION}"
 RUNTIME = f"src/llama-adapter.cpp, {VERSION}"
-CONVERT = convert(Reader.LLAMA_CPP)
-WITHOUT_MODULES, WITHOUT_TOKENS = (without(part, Reader.LLAMA_CPP) for part in (Part.MODULES_TO_SAVE, Part.TOKENS))
+WITHOUT_MODULES = f"{CONVERT} --drop modules_to_save, or {MERGE}"
 UNEXPECTED = "is an unexpected name"
 NORMS = ("_layernorm.weight", ".norm.weight")
 
@@ -36,11 +34,11 @@ def of_images(contents: Contents) -> str | None:
 
 
 RULES = (
-    *plain_lora(Reader.LLAMA_CPP, SCRIPT, SCRIPT, "lora_alpha"),
+    *plain_lora(SCRIPT, SCRIPT, "lora_alpha"),
     Rule("dora", facts.holds(Kind.MAGNITUDE), NO, UNEXPECTED, SCRIPT, MERGE),
     Rule("bias", facts.holds(Kind.BIAS), NO, UNEXPECTED, SCRIPT, MERGE),
     Rule("start", facts.holds(Kind.START), NO, UNEXPECTED, SCRIPT, CONVERT),
-    Rule("tokens", facts.holds(Kind.TOKENS), NO, UNEXPECTED, SCRIPT, WITHOUT_TOKENS),
+    Rule("tokens", facts.holds(Kind.TOKENS), NO, UNEXPECTED, SCRIPT, f"{CONVERT} --drop tokens, or {MERGE}"),
     Rule("modules_to_save", facts.holds(Kind.SAVED, but=NORMS), NO, UNEXPECTED, SCRIPT, WITHOUT_MODULES),
     Rule(
         "norms", norms_alone, PARTLY, "is written to the file and left out when that is read", RUNTIME, WITHOUT_MODULES

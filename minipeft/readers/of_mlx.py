@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from minipeft.readers import facts
 from minipeft.readers.contents import MLX_FILE, Contents
-from minipeft.readers.names import Reader
-from minipeft.readers.rules import NO, Rule, convert
+from minipeft.readers.rules import CONVERT, NO, Rule
 
 LOADING = "mlx_lm/tuner/utils.py (load_adapters), mlx-lm 0.32.2"
-CONVERT = convert(Reader.MLX)
 LEAVES = (".lora_a", ".lora_b", ".m")
 
 

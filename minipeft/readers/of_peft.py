@@ -5,8 +5,7 @@ from __future__ import annotations
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
 from minipeft.readers.fused_experts import refused_for_experts, taken_for_experts
-from minipeft.readers.names import Reader
-from minipeft.readers.rules import MERGE, NO, PARTLY, SAVE_AGAIN, SILENTLY, Rule, convert
+from minipeft.readers.rules import CONVERT, MERGE, NO, PARTLY, SAVE_AGAIN, SILENTLY, Rule
 
 METHODS = frozenset(
     "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "  # noqa: SIM905
@@ -15,7 +14,6 @@ METHODS = frozenset(
 )
 LOADING = "peft/utils/save_and_load.py (set_peft_model_state_dict), PEFT 0.21.2"
 CONVERSION = "peft/utils/transformers_weight_conversion.py (_convert_peft_config_moe), PEFT 0.21.2"
-CONVERT = convert(Reader.PEFT)
 RANKS = "correct r and rank_pattern in adapter_config.json"
 TARGETS = "correct target_modules in adapter_config.json"
 

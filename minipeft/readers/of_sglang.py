@@ -8,16 +8,13 @@ import re
 from minipeft.readers import facts
 from minipeft.readers.contents import Contents
 from minipeft.readers.keys import Kind
-from minipeft.readers.names import Part, Reader
-from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SILENTLY, Rule, convert, plain_lora, without
+from minipeft.readers.rules import CONVERT, MERGE, NO, NOTE, PARTLY, SILENTLY, Rule, plain_lora
 
 CONFIG = "sglang/srt/lora/lora_config.py (LoRAConfig), SGLang 0.5.23"
 ADAPTER = "sglang/srt/lora/lora.py (LoRAAdapter), SGLang 0.5.23"
 MANAGER = "sglang/srt/lora/lora_manager.py, SGLang 0.5.23"
 POOL = "sglang/srt/lora/mem_pool.py (load_lora_weight_tensor), SGLang 0.5.23"
 TARGETS = "sglang/srt/lora/utils.py (get_normalized_target_modules), SGLang 0.5.23"
-CONVERT = convert(Reader.SGLANG)
-WITHOUT_MODULES, WITHOUT_TOKENS = (without(part, Reader.SGLANG) for part in (Part.MODULES_TO_SAVE, Part.TOKENS))
 TABLES = ("embed_tokens", "lm_head")
 _LAYER = re.compile(r"layers\.\d+\.")
 
@@ -47,7 +44,7 @@ def added_tokens(contents: Contents) -> str | None:
 
 
 RULES = (
-    *plain_lora(Reader.SGLANG, ADAPTER, CONFIG),
+    *plain_lora(ADAPTER, CONFIG),
     Rule("dora", facts.is_set("use_dora"), NO, "is refused", MANAGER, MERGE),
     Rule("targets", pattern_targets, NO, "is refused: a list of names is needed", TARGETS, CONVERT),
     Rule("ranks", facts.mixed_ranks, NO, "does not fit its buffer", POOL, CONVERT),
@@ -60,9 +57,9 @@ RULES = (
         PARTLY,
         f"{SILENTLY}, or refused inside of a layer",
         ADAPTER,
-        WITHOUT_MODULES,
+        f"{CONVERT} --drop modules_to_save, or {MERGE}",
     ),
-    Rule("tokens", facts.holds(Kind.TOKENS), PARTLY, SILENTLY, ADAPTER, WITHOUT_TOKENS),
+    Rule("tokens", facts.holds(Kind.TOKENS), PARTLY, SILENTLY, ADAPTER, f"{CONVERT} --drop tokens, or {MERGE}"),
     Rule("outside", outside_layers, PARTLY, SILENTLY, ADAPTER, MERGE),
     Rule(
         "vision",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from minipeft.readers import facts
 from minipeft.readers.keys import Kind
-from minipeft.readers.names import Reader
 from minipeft.readers.of_peft import EXPERTS, FORMAT, SILENT
-from minipeft.readers.rules import NO, PARTLY, Rule, convert
+from minipeft.readers.rules import CONVERT, NO, PARTLY, Rule
 
 LOADING = "transformers/integrations/peft.py (load_adapter), transformers 5.23.0"
-CONVERT = convert(Reader.TRANSFORMERS)
 
 RULES = (
     *FORMAT,

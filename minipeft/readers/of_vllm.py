@@ -7,16 +7,13 @@ import math
 from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind
-from minipeft.readers.names import Part, Reader
-from minipeft.readers.rules import MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, SILENTLY, Rule, convert, plain_lora, without
+from minipeft.readers.rules import CONVERT, MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, SILENTLY, Rule, plain_lora
 
 VERSION = "vLLM 0.20.2 (commit bc150f5)"
 HELPER = f"vllm/lora/peft_helper.py (PEFTHelper), {VERSION}"
 NAMES = f"vllm/lora/utils.py (parse_fine_tuned_lora_name), {VERSION}"
 LOADING = f"vllm/lora/lora_model.py (from_lora_tensors), {VERSION}"
 MANAGER = f"vllm/lora/model_manager.py, {VERSION}"
-CONVERT = convert(Reader.VLLM)
-WITHOUT_MODULES, WITHOUT_TOKENS = (without(part, Reader.VLLM) for part in (Part.MODULES_TO_SAVE, Part.TOKENS))
 UNSUPPORTED = "is an unsupported LoRA weight"
 MAX_RANK, LARGEST_RANK = 16, 512
 TABLES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
@@ -29,9 +26,16 @@ def scaling(contents: Contents, module: str) -> float:
 
 
 RULES = (
-    *plain_lora(Reader.VLLM, LOADING, HELPER),
+    *plain_lora(LOADING, HELPER),
     Rule("dora", facts.is_set("use_dora"), NO, "is refused", HELPER, MERGE),
-    Rule("modules_to_save", facts.is_set("modules_to_save"), NO, "is refused", HELPER, WITHOUT_MODULES),
+    Rule(
+        "modules_to_save",
+        facts.is_set("modules_to_save"),
+        NO,
+        "is refused",
+        HELPER,
+        f"{CONVERT} --drop modules_to_save, or {MERGE}",
+    ),
     Rule("bias", facts.is_set("bias", but=("none",)), NO, "is refused", HELPER, MERGE),
     Rule(
         "tokens",
@@ -39,7 +43,7 @@ RULES = (
         NO,
         f"{UNSUPPORTED}; later versions may take it with --max-lora-trainable-tokens",
         NAMES,
-        WITHOUT_TOKENS,
+        f"{CONVERT} --drop tokens, or {MERGE}",
     ),
     Rule("keys", facts.holds(Kind.START, Kind.MAGNITUDE, Kind.BIAS, Kind.SAVED), NO, UNSUPPORTED, NAMES, CONVERT),
     Rule("copies", facts.holds(Kind.COPY, but=TABLES), NO, UNSUPPORTED, NAMES, f"{CONVERT} --drop modules_to_save"),

@@ -6,12 +6,12 @@ import enum
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.readers import facts
 from minipeft.readers.contents import Contents
-from minipeft.readers.names import Part, Reader
+from minipeft.readers.names import Reader
 
 
 class Takes(str, enum.Enum):
@@ -23,20 +23,11 @@ class Takes(str, enum.Enum):
     NOTE = "note"  # it loads and is right, under a condition
 
 
-# Short for the tables of rules, their most common fixes and consequences.
+# Short for the tables of rules: their most common consequences and fixes, in which READER stands for the rule's reader.
 NO, PARTLY, NOTE = Takes.NO, Takes.PARTLY, Takes.NOTE
-MERGE, SAVE_AGAIN = "minipeft merge", "load it with minipeft and save it again"
 SILENTLY = "is left out without a word"
-
-
-def convert(reader: Reader) -> str:
-    """The command that makes an adapter for a reader."""
-    return f"minipeft convert DIR OUT --for {reader.value}"
-
-
-def without(part: Part, reader: Reader) -> str:
-    """The command that leaves a part out, or the one that keeps its effect."""
-    return f"{convert(reader)} --drop {part.value}, or {MERGE}"
+MERGE, SAVE_AGAIN = "minipeft merge", "load it with minipeft and save it again"
+CONVERT = "minipeft convert DIR OUT --for READER"
 
 
 @dataclass(frozen=True)
@@ -78,11 +69,10 @@ class Answer:
         return next((answer for answer in (Takes.NO, Takes.PARTLY) if answer in said), Takes.YES)
 
 
-def plain_lora(reader: Reader, loading: str, configuration: str, *options: str) -> tuple[Rule, ...]:
+def plain_lora(loading: str, configuration: str, *options: str) -> tuple[Rule, ...]:
     """What every reader of plain LoRA alone asks for first: the file, the method and the options that must be there.
 
     Args:
-        reader: the program.
         loading: source of what it says of files.
         configuration: source of what it says of the configuration.
         options: that it needs; by default the rank, alpha and targets.
@@ -91,7 +81,7 @@ def plain_lora(reader: Reader, loading: str, configuration: str, *options: str) 
     return (
         Rule("format", facts.file_is_not(WEIGHTS_FILE), NO, "is not read", loading, "minipeft convert DIR OUT"),
         Rule("method", facts.methods_but("LORA"), NO, other, configuration, MERGE),
-        Rule("options", facts.lacks(*needed), NO, "is required", configuration, convert(reader)),
+        Rule("options", facts.lacks(*needed), NO, "is required", configuration, CONVERT),
     )
 
 
@@ -99,8 +89,7 @@ def plain_lora(reader: Reader, loading: str, configuration: str, *options: str) 
 def rules_of(reader: Reader) -> Sequence[Rule]:
     """The rules of one reader, which has a module of its own in this package."""
     module = importlib.import_module(f"minipeft.readers.of_{reader.value.replace('.', '_')}")
-    rules: Sequence[Rule] = module.RULES
-    return rules
+    return [replace(rule, fix=rule.fix.replace("READER", reader.value)) for rule in module.RULES]
 
 
 def answer(contents: Contents, reader: Reader) -> Answer:
