@@ -47,10 +47,10 @@ def check(
 
 
 def _tried(answers: list[Answer], directory: Path, base: Path) -> dict[Reader, Tried]:
-    from minipeft.cli.our_logits import our_logits
-    from minipeft.readers.tries import tried
+    from minipeft.model import load_adapter
+    from minipeft.readers.tries import base_model, outputs, tried
 
-    ours = our_logits(base, directory)
+    ours = outputs(load_adapter(base_model(base), directory))
     return {given.reader: tried(given.reader, base, directory, ours) for given in answers}
 
 
