@@ -16,10 +16,10 @@ from minipeft.class_swap import reduced
 from minipeft.combining.model import CombinableModel
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
+from minipeft.files.foreign_options import own_load_options
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
-from minipeft.files.load_options import own_load_options
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.files.trl_guard import TrainedAlone
 from minipeft.injection.attach import attach, detach, remove, switch_to
@@ -225,7 +225,7 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
         """Read another adapter into this model; see `minipeft.load_adapter`, which has the same options.
 
         `model_id` and `peft_model_id` are what PEFT and transformers call `directory`. PEFT's options that ask for nothing
-        here are taken, see `minipeft.files.load_options`.
+        here are taken, see `minipeft.files.foreign_options`.
         """
         place: Any = next((p for p in (directory, model_id, peft_model_id) if p is not None), None)
         return load_adapter(self, place, adapter_name, is_trainable, strict, **own_load_options(options))

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
+from minipeft.files.foreign_options import check_save_options, check_size
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
 from minipeft.files.model_card import public_base, update_card, write_card
 from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
-from minipeft.files.save_options import check_format, check_save_options, check_size
 from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.tied_repeats import followers, with_repeats
 from minipeft.files.to_lora import as_lora
@@ -102,7 +102,7 @@ class SavableModel(nn.Module):
             convert_to_lora: save any low-rank update, such as PiSSA's, as plain LoRA, see `minipeft.files.to_lora`.
             save_embedding_layers: "auto": if the vocabulary was resized since the base was loaded, also save its new
                 rows, as rows of tokens. True: the whole input and output tables, as PEFT does. False: neither.
-            others: options of transformers' method that change nothing here, see `minipeft.files.save_options`.
+            others: options of transformers' method that change nothing here, see `minipeft.files.foreign_options`.
 
         Raises:
             ConfigError: an option is unknown, cannot be honoured, or contradicts another; `safe_serialization` is False; or
@@ -110,7 +110,10 @@ class SavableModel(nn.Module):
             StateError: there is no such adapter; or the caller is a Trainer that could not load the best one at the end.
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
-        check_format(safe_serialization)
+        if safe_serialization is not True:
+            raise ConfigError(
+                "safe_serialization must be True: adapters are saved as safetensors, never as a pickle, which can run code."
+            )
         flags(is_main_process=is_main_process, convert_to_lora=convert_to_lora)
         root = as_path(save_directory, "save_directory")
         check_save_options(others, unnamed, OWN_OPTIONS)
