@@ -9,7 +9,8 @@ from tiny_models import foreign_code
 
 import minipeft
 from minipeft.files.formats.convert import convert
-from minipeft.files.formats.diffusers import pipeline_file
+from minipeft.readers.made_for import made_for
+from minipeft.readers.names import Reader
 
 with foreign_code():
     diffusers = pytest.importorskip("diffusers")
@@ -53,13 +54,12 @@ def adapted(pipe):
     return minipeft.get_lora_model(pipe.unet, minipeft.LoraConfig(init_lora_weights=False, **CONFIG))
 
 
-def test_a_pipeline_reads_what_pipeline_file_makes(tmp_path):
+def test_a_pipeline_reads_what_convert_makes_for_it(tmp_path):
     pipe, plain = pipeline(), pipeline()
     model = adapted(pipe)
-    tensors = {key: tensor.detach() for key, tensor in model.adapter_state_dict().items()}
-    stored, metadata = pipeline_file({"unet": (tensors, model.adapter_configs["default"].to_dict())})
-    save_file(stored, tmp_path / "pytorch_lora_weights.safetensors", metadata)
-    plain.load_lora_weights(tmp_path)
+    model.save_pretrained(tmp_path / "a")
+    made_for(Reader.DIFFUSERS, tmp_path / "a", tmp_path / "b")
+    plain.load_lora_weights(tmp_path / "b")
     torch.testing.assert_close(output(plain.unet), output(model), rtol=0, atol=1e-5)
 
 

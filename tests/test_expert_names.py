@@ -11,7 +11,7 @@ from tiny_models import foreign_code, state_digest
 
 import minipeft
 from minipeft import CheckpointError, MinipeftError, load_adapter
-from minipeft.files.names.split_experts import MIXTRAL_LAYERS, split_experts
+from minipeft.files.names.split_experts import split_experts
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers.conversion_mapping")
@@ -283,18 +283,20 @@ def test_the_adapters_name_and_a_doubled_prefix_may_stand_in_the_keys(tmp_path):
     check("mixtral", file, tmp_path)
 
 
-def split_again(directory, **options):
-    """The saved file, split, as another file; returns its tensors."""
+QWEN_LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+MIXTRAL_LAYERS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+
+
+def split_again(directory, layers=QWEN_LAYERS, experts=".mlp.experts."):
+    """The saved file, split, as another file with this name for its lists of experts; returns its tensors."""
     tensors = load_file(directory / "again" / "adapter_model.safetensors")
+    tensors = {key.replace(".mlp.experts.", experts): tensor for key, tensor in tensors.items()}
     config = json.loads((directory / "again" / "adapter_config.json").read_text())
-    tensors, config = split_experts(tensors, config, **options)
+    tensors, config = split_experts(tensors, config, layers)
     (directory / "split").mkdir()
     save_file(tensors, directory / "split" / "adapter_model.safetensors")
     (directory / "split" / "adapter_config.json").write_text(json.dumps(config))
     return tensors, config
-
-
-OF_MIXTRAL = {"layers": MIXTRAL_LAYERS, "around": {".mlp.experts.": ".block_sparse_moe.experts."}}
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -304,7 +306,7 @@ def test_fused_experts_are_split_into_the_pairs_they_were_made_of(use_rslora, tm
     patterns = {"rank_pattern": {"w2": 4}, "alpha_pattern": {"w2": 7}}
     file.save(tmp_path / "old", target_modules=list(MIXTRAL), **patterns)
     model = check("mixtral", file, tmp_path)
-    tensors, config = split_again(tmp_path, **OF_MIXTRAL)
+    tensors, config = split_again(tmp_path, MIXTRAL_LAYERS, ".block_sparse_moe.experts.")
     assert tensors.keys() == file.tensors.keys()
     assert all(torch.equal(tensors[key], file.tensors[key]) for key in tensors)
     assert config["target_parameters"] is None
@@ -344,12 +346,12 @@ def test_what_has_no_fused_experts_is_not_split_and_what_does_not_fit_is_refused
         "base_model.model.a.lora_B.weight": torch.ones(4, 2),
     }
     config = {"peft_type": "LORA", "r": 2, "target_modules": ["a"]}
-    assert split_experts(tensors, config) == (tensors, config)
+    assert split_experts(tensors, config, QWEN_LAYERS) == (tensors, config)
     fused = {key.replace("model.a", "model.experts"): tensor for key, tensor in tensors.items()}
     both = {**config, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     with pytest.raises(CheckpointError, match="experts has 1 pairs, and target_parameters names 2"):
-        split_experts(fused, both)
+        split_experts(fused, both, QWEN_LAYERS)
     with pytest.raises(CheckpointError, match="not those of experts of rank 3"):
-        split_experts(fused, {**config, "r": 3, "target_parameters": ["gate_up_proj"]})
+        split_experts(fused, {**config, "r": 3, "target_parameters": ["gate_up_proj"]}, QWEN_LAYERS)
     with pytest.raises(CheckpointError, match="is an expression"):
-        split_experts(fused, {**config, "target_modules": "a|b", "target_parameters": ["gate_up_proj"]})
+        split_experts(fused, {**config, "target_modules": "a|b", "target_parameters": ["gate_up_proj"]}, QWEN_LAYERS)

@@ -7,7 +7,6 @@ is in the metadata under ``lora_adapter_metadata``; files without it are scaled 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -118,22 +117,6 @@ def _alphas(source: Source, metadata: Mapping[str, Any], names: Sequence[str]) -
     assert isinstance(alpha, int | float)
     keys = first_keys(table, names, "alpha_pattern")
     return {name: table[keys[name]] if name in keys else alpha for name in names}
-
-
-def pipeline_file(
-    parts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]],
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors and safetensors metadata of ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` reads.
-
-    Args:
-        parts: component, such as "unet" -> its tensors under PEFT's keys, and its configuration.
-    """
-    tensors: dict[str, Any] = {}
-    values: dict[str, Any] = {}
-    for component, (own, config) in parts.items():
-        tensors |= {f"{component}.{key.removeprefix('base_model.model.')}": tensor for key, tensor in own.items()}
-        values |= {f"{component}.{key}": value for key, value in config.items()}
-    return tensors, {"format": "pt", METADATA: json.dumps(values, indent=2, sort_keys=True)}
 
 
 DIFFUSERS = Format("diffusers", knows, read, components)

@@ -15,17 +15,11 @@ from minipeft.injection.build import PREFIX
 from minipeft.kernels.functional import split_columns, split_rows
 from minipeft.patterns import by_shorter_key, endings
 
-# Parameter of all experts -> the layers of one, in the order of their output features.
-QWEN_LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
-MIXTRAL_LAYERS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 _KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.lora_(A|B)\.weight")
 
 
 def split_experts(
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    layers: Mapping[str, Sequence[str]] = QWEN_LAYERS,
-    around: Mapping[str, str] | None = None,
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], layers: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter with a LoRA for each expert, ``experts.0.gate_proj.lora_A.weight``, and the same update.
 
@@ -36,9 +30,8 @@ def split_experts(
         tensors: of a file with fused experts, by key, as minipeft writes them.
         config: its ``adapter_config.json``; ``target_parameters`` tells which parameters were adapted. Of several parameters
             of one module the file has the first one innermost, as `layers` lists them.
-        layers: parameter -> the layers that it was made of, whose output features stand in a row. GPT-OSS, which alternates
-            gate and up, cannot be split so.
-        around: parts of names to replace, such as ``{".mlp.experts.": ".block_sparse_moe.experts."}`` for Mixtral.
+        layers: parameter -> the layers that it was made of, such as gate and up, whose output features stand in a row.
+            GPT-OSS, where they alternate, cannot be split so.
 
     Returns:
         Tensors and configuration. Both as they were if no fused experts are adapted.
@@ -57,7 +50,7 @@ def split_experts(
         pairs = _pairs(tensors, key, configs[name].r, len(layers[parameter]))
         for layer, (A, B) in zip(layers[parameter], pairs, strict=True):
             for expert, (down, up) in enumerate(zip(A, B, strict=True)):
-                old = _replaced(f"{module}.{expert}.{layer}", around or {})
+                old = f"{module}.{expert}.{layer}"
                 split[f"{PREFIX}{old}.lora_A.weight"] = down.contiguous()
                 split[f"{PREFIX}{old}.lora_B.weight"] = up.contiguous()
                 tables[old] = (A.shape[1], _alpha(configs[name], A.shape[1]))
@@ -112,12 +105,6 @@ def _alpha(config: Any, r: int) -> float:
     if not config.use_rslora and (config.lora_alpha * r) % config.r == 0:
         alpha = config.lora_alpha * r / config.r
     return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _replaced(name: str, around: Mapping[str, str]) -> str:
-    for old, new in around.items():
-        name = name.replace(old, new)
-    return name
 
 
 def _config(
