@@ -152,7 +152,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return matches[0] if matches else None
 
 
-def hint(name: str, known: Iterable[str], note: str = "") -> str:
+def hint(name: str, known: Iterable[str]) -> str:
     """`` (closest: 'c_attn')`` for a message, or "" if no known name is close."""
     match = nearest(name, known)
-    return f" (closest: {match!r}{note})" if match else ""
+    return f" (closest: {match!r})" if match else ""
