@@ -71,7 +71,7 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
         keys,
         chosen.modules,
         peft_type=chosen.peft_type,
-        spent={*alphas, *chosen.spent},
+        spent=alphas,
         known=known,
         **chosen.values,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +32,6 @@ class Method:
     peft_type: str
     modules: Mapping[str, Module]
     values: Mapping[str, Any]
-    spent: Collection[str] = ()
 
 
 def method(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:

@@ -51,7 +51,7 @@ def in_names_of(
     file = fused_experts(file, model, found)
     places = Places(model, file.config, found)
     hopeless = len(file.shapes) > MAX_TENSORS * len(places.modules) or any(len(key) > MAX_NAME for key in file.shapes)
-    if key_mapping is None and (places.take(file.shapes) or hopeless):
+    if key_mapping is None and (all(map(places.takes, file.shapes)) or hopeless):
         return file
     plain = {key: plain_name(key) for key in file.shapes if not is_shared(key)}
     if key_mapping is not None:
@@ -81,18 +81,18 @@ def _readings(file: AdapterFile, places: Places, plain: Mapping[str, str], stric
 
 def _best(readings: Iterator[Reading], places: Places, strict: bool) -> Reading | None:
     """The first reading that gives every key a place; if not `strict`, else the first that gives more keys one."""
-    tried = []
+    tried: list[tuple[int, Reading]] = []
     for reading in readings:
-        if not reading.is_injective():
-            continue
-        if reading.fits(places):
+        if len(set(reading.names.values())) < len(reading.names):
+            continue  # two keys would get one name
+        placed = sum(places.place(name) is not None for name in reading.names.values())
+        if placed == len(reading.names):
             return reading
-        tried.append(reading)
+        tried.append((placed, reading))
     if strict or not tried:
         return None
-    placed = [reading.placed(places) for reading in tried]
-    best = max(placed)
-    return tried[placed.index(best)] if best > placed[0] else None
+    most, best = max(tried, key=lambda pair: pair[0])
+    return best if most > tried[0][0] else None
 
 
 def _by_user(

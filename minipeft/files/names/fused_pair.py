@@ -14,8 +14,19 @@ from torch import Tensor, nn
 from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import DTYPES, FLOATS, NAMES, AdapterFile
 from minipeft.files.names.expert_places import Place
-from minipeft.files.names.expert_tensors import Block, stacked_A, stacked_B
 from minipeft.files.tensor_file import Made
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where the factors of one layer go in those of all experts."""
+
+    source: str  # key of its factor in the file
+    expert: int
+    rank: int  # the first of its ranks within the expert; the layers of one expert have theirs one after the other
+    row: int = 0  # the first of its output features
+    step: int = 1  # from one of them to the next
+    factor: float = 1.0  # what its B is multiplied by, to have the scaling of the others
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,8 @@ def fused_pair(file: AdapterFile, layers: Sequence[Layer], owner: nn.Module) -> 
     is_scaled = any(block.factor != 1 for block in B)
     dtypes = (_dtype(file, A), torch.promote_types(_dtype(file, B), torch.float32) if is_scaled else _dtype(file, B))
     factors = (
-        _made(stacked_A, A, experts, (experts * r, features[0]), dtypes[0]),
-        _made(stacked_B, B, experts, (features[1], r * experts), dtypes[1]),
+        _made(_stacked_A, A, experts, (experts * r, features[0]), dtypes[0]),
+        _made(_stacked_B, B, experts, (features[1], r * experts), dtypes[1]),
     )
     return FusedPair(factors, r, int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha)
 
@@ -126,3 +137,32 @@ def _ranks(layers: Sequence[Layer]) -> tuple[list[int], int]:
 def _dtype(file: AdapterFile, blocks: Sequence[Block]) -> torch.dtype:
     """The type that holds the values of all sources."""
     return functools.reduce(torch.promote_types, {DTYPES[file.dtypes[block.source]] for block in blocks})
+
+
+def _stacked_A(
+    *factors: Tensor, blocks: Sequence[Block], experts: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """lora_A of all experts, shape (experts * r, in), with zeros where an expert has less than r ranks."""
+    stacked = torch.zeros(shape, dtype=dtype, device="cpu")
+    ranks = shape[0] // experts
+    for block, factor in zip(blocks, factors, strict=True):
+        start = block.expert * ranks + block.rank
+        stacked[start : start + len(factor)] = factor
+    return stacked
+
+
+def _stacked_B(
+    *factors: Tensor, blocks: Sequence[Block], experts: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """lora_B of all experts, shape (out, r * experts) with the expert's index fastest, as PEFT has it.
+
+    Each layer has its own ranks and output features, so B is block diagonal within an expert: ``B A`` of the whole is that
+    of each layer, and nothing between them.
+    """
+    stacked = torch.zeros(shape, dtype=dtype, device="cpu").view(shape[0], -1, experts)
+    for block, factor in zip(blocks, factors, strict=True):
+        scaled = factor if block.factor == 1 else factor.double() * block.factor
+        rows, ranks = factor.shape
+        to = slice(block.row, block.row + rows * block.step, block.step)
+        stacked[to, block.rank : block.rank + ranks, block.expert] = scaled.to(dtype)
+    return stacked.view(shape)

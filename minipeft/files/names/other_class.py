@@ -55,11 +55,6 @@ class _Group:
     modules: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> prefix in the model -> module
     tails: dict[str, str] = field(default_factory=dict)  # key -> what follows the module's name
 
-    def prefixes(self) -> list[str]:
-        """The prefixes in the model that are possible for all of them."""
-        every = list(self.modules.values())
-        return [prefix for prefix in every[0] if all(prefix in modules for modules in every)]
-
 
 class OtherClass:
     """Finds names of a file that end as modules of one model do."""
@@ -149,7 +144,8 @@ class OtherClass:
 
     def _likely(self, prefix: str, group: _Group) -> list[str]:
         """The possible prefixes: of several those whose shapes fit, then those most alike, then whole parts of the model."""
-        possible = group.prefixes()
+        every = list(group.modules.values())
+        possible = [prefix for prefix in every[0] if all(prefix in modules for modules in every)]
         if len(possible) > 1:
             possible = [other for other in possible if self._shapes_fit(group, other)] or possible
         words = set(prefix.split("."))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -38,10 +37,6 @@ class Places:
         self.depth = max((name.count(".") + 1 for name in self.modules), default=0)
         self._parameters = {entry.rpartition(".")[2] for entry in config.target_parameters or ()}
         self._adaptable: dict[type[nn.Module], bool] = {}
-
-    def take(self, keys: Iterable[str]) -> bool:
-        """Whether every key of a file has its place under its own name."""
-        return all(self.takes(key) for key in keys)
 
     def takes(self, key: str) -> bool:
         """Whether a key has a place under its own name; tensors that all layers share belong to no module."""
@@ -94,21 +89,8 @@ def _inner(tail: str) -> str:
     return tail
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """Keys of a file -> names of the model's, both with what follows the module's name."""
 
     names: Mapping[str, str]
     rule: str  # what was done, for the log
-
-    def fits(self, places: Places) -> bool:
-        """Whether every name has a place."""
-        return all(places.place(name) is not None for name in self.names.values())
-
-    def placed(self, places: Places) -> int:
-        """How many of the names have a place."""
-        return sum(places.place(name) is not None for name in self.names.values())
-
-    def is_injective(self) -> bool:
-        """Whether no two keys get one name."""
-        return len(set(self.names.values())) == len(self.names)
