@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.errors import CheckpointError, ConfigError, DataError
+from minipeft.files.empty_model import GENERATING, HEADS
 from minipeft.files.format import AdapterFile, open_adapter
 from minipeft.files.hub import adapter_directory, base_directory
 from minipeft.files.reading import read_text, reading
@@ -16,13 +17,7 @@ from minipeft.model import AdaptedModel, load_adapter
 from minipeft.readers.tries import any_batch, base_model
 
 LONGEST = 512  # tokens of a text
-# The class of a model with a head that the base's checkpoint may lack, by the adapter's task.
-CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
-HEADS = (".classifier.", ".score.")
+CLASSIFIERS = (".classifier.", ".score.")
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,11 @@ def adapted_model(directory: str, base: str | None) -> Loaded:
         raise ConfigError(f"{directory} does not name its base model; give it with --base.")
     folder = base_directory(named)
     task = file.config.task_type or ""
+    head = None if task in GENERATING else HEADS.get(task)  # which the base's checkpoint may lack
     options: dict[str, Any] = {"dtype": "auto"}
-    if task in CLASSES and (labels := _labels(file)):
+    if head is not None and (labels := _labels(file)):
         options["num_labels"] = labels
-    model = base_model(folder, CLASSES.get(task), **options)
+    model = base_model(folder, head, **options)
     with warnings.catch_warnings():  # what they are about is what the caller looks for
         warnings.simplefilter("ignore")
         try:
@@ -95,6 +91,6 @@ def _labels(file: AdapterFile) -> int | None:
     shapes = [
         s
         for key, s in file.shapes.items()
-        if any(h in key for h in HEADS) and key.endswith(".weight") and "lora" not in key
+        if any(h in key for h in CLASSIFIERS) and key.endswith(".weight") and "lora" not in key
     ]
     return shapes[-1][0] if shapes else None
