@@ -1,4 +1,7 @@
-"""What PEFT writes besides an adapter's own tensors: copies of base weights, and tensors that repeat another."""
+"""What PEFT writes besides an adapter's own tensors: copies of base weights, and tensors that repeat another.
+
+It repeats those of layers that share an adapter or a trained copy (``ensure_weight_tying``), which is done here, too.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,58 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
-from minipeft.files.tied_repeats import TRANSPOSED
 from minipeft.injection.build import PREFIX, ROOT
+from minipeft.injection.module_tree import wrappers_of
+from minipeft.injection.modules_to_save import SavedModule
 from minipeft.layers.offloaded import values_of
 from minipeft.wrapper_names import named_parameters
+
+# The factors of a head that is tied to an embedding -> those of the embedding, of which each is the transpose.
+TRANSPOSED = {".lora_A.weight": ".lora_embedding_B", ".lora_B.weight": ".lora_embedding_A"}
 
 # Buffers in a state that was saved without PEFT's filter, with or without the adapter's name behind them.
 _NAME = r"(\.[A-Za-z0-9_-]{1,64})?"
 _PROJECTION = re.compile(r".+\.(vera_[AB])" + _NAME)  # VeRA's shared matrices, again at each layer
 _RANK = re.compile(r"(.+\.)ranknum" + _NAME)  # how many triplets of AdaLoRA a layer has
+
+
+def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, str]:
+    """The layers that share what another one has: name -> name of that other one; for `ensure_weight_tying` only."""
+    if not config.ensure_weight_tying:
+        return {}
+    first_of: dict[frozenset[int], str] = {}
+    shared = {}
+    for name, wrapper in sorted(wrappers_of(model, adapter_name), key=lambda pair: _follows(pair[1], adapter_name)):
+        weights = frozenset(map(id, _shareable(wrapper, wrapper.adapters[adapter_name])))
+        first = first_of.setdefault(weights, name) if weights else name
+        if first != name:
+            shared[name] = first
+    return shared
+
+
+def _shareable(wrapper: nn.Module, part: nn.Module) -> list[Tensor]:
+    weight = part._parameters.get("weight") if isinstance(wrapper, SavedModule) else None
+    return [weight] if weight is not None else list(part.parameters())
+
+
+def _follows(wrapper: nn.Module, adapter_name: str) -> bool:
+    return adapter_name in getattr(wrapper, "tied_adapters", ()) or getattr(wrapper, "only", None) == ()
+
+
+def with_repeats(tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of an adapter, and under the names of its followers what PEFT writes for those."""
+    more = {}
+    for name, first in shared.items():
+        pairs = [(new, old, True) for new, old in TRANSPOSED.items()]
+        pairs += [(part, part, False) for part in (".lora_embedding_A", ".lora_embedding_B", ".weight")]
+        for new, old, turn in pairs:
+            tensor = tensors.get(f"{PREFIX}{first}{old}")
+            if tensor is not None:
+                more[f"{PREFIX}{name}{new}"] = tensor.t() if turn else tensor
+    return {**tensors, **more}
 
 
 def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dict[str, Tensor]:

@@ -14,11 +14,11 @@ from minipeft.files.base_samples import base_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import open_adapter
+from minipeft.files.peft_extras import followers
 from minipeft.files.reading import as_path, reading
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
-from minipeft.files.tied_repeats import followers
 
 
 @all_or_nothing

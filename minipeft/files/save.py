@@ -20,10 +20,10 @@ from minipeft.files.atomic import Pieces, write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import own_metadata
 from minipeft.files.peft_entries import for_peft
+from minipeft.files.peft_extras import followers
 from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_bytes import file_of
 from minipeft.files.tensor_file import MAX_DIMENSIONS, header_is_too_long
-from minipeft.files.tied_repeats import followers
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import PREFIX, shared_tensors
 from minipeft.injection.module_tree import adapted_layers, candidates, layers_of, wrappers_of

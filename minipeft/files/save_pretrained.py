@@ -18,11 +18,11 @@ from minipeft.files.base_samples import base_samples
 from minipeft.files.foreign_options import check_save_options, check_size
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
 from minipeft.files.model_card import public_base, update_card, write_card
+from minipeft.files.peft_extras import followers, with_repeats
 from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
 from minipeft.files.scaling_in_B import for_diffusers
-from minipeft.files.tied_repeats import followers, with_repeats
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_outer_save, check_trainer, save_base_for_pipeline
 from minipeft.injection.starting import check_started
