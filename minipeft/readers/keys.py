@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from minipeft.injection.build import PREFIX
 from minipeft.patterns import is_suffix
 
-PREFIX = "base_model.model."
 HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier", "qa_outputs")
 
 

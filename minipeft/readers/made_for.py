@@ -16,10 +16,11 @@ from minipeft.files.atomic import write_files
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.files.format import open_adapter
 from minipeft.files.reading import reading
+from minipeft.injection.build import PREFIX
 from minipeft.patterns import matching
 from minipeft.readers.contents import Contents, read_contents
 from minipeft.readers.fused_experts import as_parameters
-from minipeft.readers.keys import PREFIX, Kind
+from minipeft.readers.keys import Kind
 from minipeft.readers.names import Part, Reader
 from minipeft.readers.old_names import under_old_names
 from minipeft.readers.plain import Pair, alike, check_method, pairs_of

@@ -18,8 +18,8 @@ from minipeft.files.format import NAMES, open_adapter
 from minipeft.files.names.to_old import with_old_names
 from minipeft.files.strict_json import read_object
 from minipeft.files.tensor_file import TensorFile
+from minipeft.injection.build import PREFIX
 from minipeft.readers.contents import Contents
-from minipeft.readers.keys import PREFIX
 from minipeft.readers.names import Reader
 from minipeft.readers.written import Made
 

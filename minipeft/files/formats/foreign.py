@@ -16,9 +16,9 @@ from typing import Any
 
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.tensor_file import Made, TensorFile
+from minipeft.injection.build import PREFIX
 from minipeft.patterns import endings
 
-PREFIX = "base_model.model."  # of every key in PEFT's files
 NEEDED = {"LORA": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})}
 
 
