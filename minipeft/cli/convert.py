@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,18 +18,16 @@ if TYPE_CHECKING:
 def convert(
     place: Annotated[Path, typer.Argument(help="A directory that another tool wrote, or a file of weights.")],
     out: Annotated[
-        Optional[Path],  # noqa: UP045 - typer reads it at run time, on Python 3.10 too
-        typer.Argument(help="Where to write to. Left out: next to an adapter_model.bin, which stays."),
+        Path | None, typer.Argument(help="Where to write to. Left out: next to an adapter_model.bin, which stays.")
     ] = None,
     base: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="The model's directory, where the names of its modules are needed (kohya, LyCORIS, experts, --old-names)."
         ),
     ] = None,
     reader: Annotated[
-        Optional[Reader],  # noqa: UP045
-        typer.Option("--for", help="Make of an adapter in PEFT's format one that this program takes."),
+        Reader | None, typer.Option("--for", help="Make of an adapter in PEFT's format one that this program takes.")
     ] = None,
     drop: Annotated[
         str, typer.Option(help="With --for, what may be left out: modules_to_save, tokens, head; with commas.")

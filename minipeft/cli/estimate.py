@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,21 +19,20 @@ def estimate(
     model: Annotated[str, typer.Argument(help="A directory with a config.json, or a model's name on the Hub.")],
     training: Annotated[str, typer.Option(help="full, lora, or lean (LoRA with minipeft.lean).")] = "lean",
     checkpointing: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads it at run time, on Python 3.10 too
-        typer.Option(help="Of lean: none, last, mlp, block, sqrt or a number of blocks."),
+        str | None, typer.Option(help="Of lean: none, last, mlp, block, sqrt or a number of blocks.")
     ] = None,
     dtype: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Of the base: float32, bfloat16 or float16. Left out: the one in its config.json."),
     ] = None,
-    quantize: Annotated[Optional[str], typer.Option(help="Of the base: nf4, fp4 or int8.")] = None,  # noqa: UP045
+    quantize: Annotated[str | None, typer.Option(help="Of the base: nf4, fp4 or int8.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences in a step; with --fit, in an optimizer step.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     r: Annotated[int, typer.Option("--r", help="Rank of the adapter.")] = 8,
     targets: Annotated[str, typer.Option(help="all-linear, or names of modules with commas.")] = "all-linear",
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Left out: cuda if there is one.")] = None,  # noqa: UP045
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda if there is one.")] = None,
     memory: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option("--fit", help="Propose the settings that fit into so much, such as 24GiB, the fastest first."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

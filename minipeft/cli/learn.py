@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -43,7 +43,7 @@ def start(
 @learn.command()
 def check(
     number: Annotated[str, typer.Argument(help="Of the exercise, such as 03.")],
-    file: Annotated[Optional[Path], typer.Option(help="Your file. [the one in the folder of `start`]")] = None,  # noqa: UP045
+    file: Annotated[Path | None, typer.Option(help="Your file. [the one in the folder of `start`]")] = None,
     seconds: Annotated[float, typer.Option(help="After which your file is stopped.", min=0.1)] = 120,
 ) -> None:
     """Run your file and say which law it breaks. If it breaks none, the exercise is ticked.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def suggest(
     model: Annotated[str, typer.Argument(help="A directory with a config.json, or a model's name on the Hub.")],
-    tokens: Annotated[Optional[int], typer.Option(help="Tokens to train on, each counted once.")] = None,  # noqa: UP045
-    text: Annotated[Optional[Path], typer.Option(help="A text file whose tokens are counted instead.")] = None,  # noqa: UP045
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, each counted once.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file whose tokens are counted instead.")] = None,
     length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
-    memory: Annotated[Optional[str], typer.Option(help="Of the device, such as 24GiB: how it fits in.")] = None,  # noqa: UP045
+    memory: Annotated[str | None, typer.Option(help="Of the device, such as 24GiB: how it fits in.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Suggest targets, rank, alpha, learning rate, batch and schedule for LoRA, with the reason for each."""
