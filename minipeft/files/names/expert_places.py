@@ -203,7 +203,7 @@ def tables(model: nn.Module, *, add_legacy: bool = True) -> tuple[list[Any], lis
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         table = get_model_conversion_mapping(model, add_legacy=add_legacy)  # type: ignore[arg-type]
-    except Exception:  # transformers 4, which has no tables; or what they make of a model that only looks like theirs
+    except Exception:  # what they make of a model that only looks like theirs
         return [], []
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     return renamings, [entry for entry in table if isinstance(entry, WeightConverter)]

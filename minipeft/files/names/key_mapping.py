@@ -18,53 +18,50 @@ MAX_NAME = 2000  # characters that a name may have after it was replaced
 _ADAPTER = re.compile(r"(.+?)\.((?:hada|ia3|lokr|lora|oft|vera)_.*|base_layer\..*)")
 
 
-def renamed_by(mapping: Mapping[str, str], names: Mapping[str, str], where: str = "key_mapping") -> dict[str, str]:
+def renamed_by(mapping: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
     """The names, by key, with the first expression that is found in each replaced everywhere in it.
 
     Raises:
         ConfigError: the table is not one of expressions to replacements, or takes longer than two seconds.
     """
-    _check(mapping, where)
-    table = [(pattern, compiled(pattern, where), replacement) for pattern, replacement in mapping.items()]
+    _check(mapping)
+    table = [(pattern, compiled(pattern, "key_mapping"), replacement) for pattern, replacement in mapping.items()]
     end, renamed = time.monotonic() + SECONDS_PER_OPTION, {}
     for key, name in names.items():
         for pattern, expression, replacement in table:
             try:
                 new, count = expression.subn(replacement, name, timeout=max(end - time.monotonic(), 0.001))
             except TimeoutError:
-                raise ConfigError(f"{where}: {told(pattern, 100)} takes more than {SECONDS_PER_OPTION:g} s.") from None
+                raise ConfigError(
+                    f"key_mapping: {told(pattern, 100)} takes more than {SECONDS_PER_OPTION:g} s."
+                ) from None
             except Exception as error:  # the engine's own, as for a group that is not there
-                raise ConfigError(f"{where}: {told(replacement, 100)} cannot replace ({told_error(error)}).") from None
+                raise ConfigError(
+                    f"key_mapping: {told(replacement, 100)} cannot replace ({told_error(error)})."
+                ) from None
             if count:
                 name = new
                 break
         if len(name) > MAX_NAME and name != names[key]:
-            raise ConfigError(f"{where} makes a name of {len(name):,} characters; {MAX_NAME:,} are allowed.")
+            raise ConfigError(f"key_mapping makes a name of {len(name):,} characters; {MAX_NAME:,} are allowed.")
         renamed[key] = name
     return renamed
 
 
-def _check(mapping: object, where: str) -> None:
+def _check(mapping: object) -> None:
     if not isinstance(mapping, Mapping) or not all(isinstance(text, str) for pair in mapping.items() for text in pair):
         raise ConfigError(
-            f"{where} must map regular expressions to replacements, such as "
+            f"key_mapping must map regular expressions to replacements, such as "
             f"{{'^language_model.model': 'model.language_model'}}, not {told(mapping, 100)}."
         )
     if len(mapping) > MAX_EXPRESSIONS:
-        raise ConfigError(f"{where} has {len(mapping):,} entries; {MAX_EXPRESSIONS} are allowed.")
+        raise ConfigError(f"key_mapping has {len(mapping):,} entries; {MAX_EXPRESSIONS} are allowed.")
 
 
 def published_names(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """The names of a file, by key, as these tables have them for a model; as they are if there is no table.
-
-    Only entries that rename are used. transformers 5 keeps its tables in ``conversion_mapping``; 4.52 to 4.57 kept them on
-    the model's class.
-    """
+    """The names of a file, by key, as transformers' tables of renamed weights have them for a model."""
     renamings, _ = tables(model)
-    if renamings:
-        return {key: _renamed(name, renamings) for key, name in names.items()}
-    table = getattr(model, "_checkpoint_conversion_mapping", None)
-    return renamed_by(table, names, "transformers' table") if isinstance(table, dict) and table else dict(names)
+    return {key: _renamed(name, renamings) for key, name in names.items()} if renamings else dict(names)
 
 
 def _renamed(name: str, renamings: list[Any]) -> str:
