@@ -26,21 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(inspect)
-app.command()(check)
-app.command()(convert)
-app.command()(merge)
-app.command()(doctor)
-app.command()(estimate)
-app.command()(suggest)
-app.command()(diff)
-app.command()(plot)
+for command in (inspect, check, convert, merge, doctor, estimate, suggest, diff, plot):
+    app.command()(command)
 app.add_typer(learn, name="learn")
-
-
-@app.callback()
-def commands() -> None:
-    """Look at adapters, check who reads them, convert and merge them; plan, compare and check training."""
 
 
 class _CtrlC:
