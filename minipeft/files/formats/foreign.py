@@ -73,6 +73,7 @@ def part(
     modules: Mapping[str, Module],
     *,
     peft_type: str = "LORA",
+    rank: int | None = None,
     spent: Collection[str] = (),
     known: Collection[str] | None = None,
     **values: Any,
@@ -84,12 +85,13 @@ def part(
         keys: the stored keys that must all have found their place.
         modules: by their names in the model.
         peft_type: the method.
+        rank: that the tool's configuration says of all modules, if it does.
         spent: keys that were read for the configuration.
         known: the names of the modules that the model has, if they are known.
         values: more of the configuration.
 
     Raises:
-        CheckpointError: a stored tensor has no place, or a module lacks one.
+        CheckpointError: a stored tensor has no place, or a module lacks one or is of another rank.
     """
     tensors = {f"{PREFIX}{name}.{end}": how for name, module in modules.items() for end, how in module.tensors.items()}
     file = source.file
@@ -100,6 +102,8 @@ def part(
     for name, module in modules.items():
         if peft_type in NEEDED and not any(pair <= module.tensors.keys() for pair in NEEDED[peft_type]):
             raise CheckpointError(f"{file.path}: {name} has {shown(sorted(module.tensors))} alone, not a pair.")
+        if rank not in (None, module.r):
+            raise CheckpointError(f"{file.path}: {name} is of rank {module.r}, and the configuration says {rank}.")
     stored = {key: how for key, how in tensors.items() if isinstance(how, str)}
     made = {key: how for key, how in tensors.items() if isinstance(how, Made)}
     translated = replace(

@@ -62,15 +62,12 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
     for name in names:
         stacked = len(source.file.shapes.get(f"{name}.lora_a", ())) > 2
         modules |= _experts(source, name, scale) if stacked else {name: _module(source, name, scale)}
-    for name, module in modules.items():
-        if module.r != rank:
-            raise CheckpointError(
-                f"{source.file.path}: {name} is of rank {module.r}, and the configuration says {rank}."
-            )
-    model, dropout = source.config.get("model"), parameters.get("dropout", 0.0)
-    return part(
-        source, keys, modules, lora_dropout=dropout, base_model_name_or_path=model if isinstance(model, str) else None
-    )
+    model = source.config.get("model")
+    values = {
+        "lora_dropout": parameters.get("dropout", 0.0),
+        "base_model_name_or_path": model if isinstance(model, str) else None,
+    }
+    return part(source, keys, modules, rank=rank, **values)
 
 
 def _module(source: Source, name: str, scale: float) -> Module:

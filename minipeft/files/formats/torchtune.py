@@ -58,11 +58,8 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
         stem = key[: match.start(4) - 1]
         names[stem] = "lm_head" if match[3] else f"model.layers.{int(match[1])}.{inner}"
     modules = {name: _module(source, stem, base, alpha) for stem, name in names.items()}
-    for name, module in modules.items():
-        if module.r != r:
-            raise CheckpointError(f"{source.file.path}: {name} is of rank {module.r}, and the configuration says {r}.")
     place = source.config.get("base_model_name_or_path")
-    return part(source, keys, modules, base_model_name_or_path=place if isinstance(place, str) else None)
+    return part(source, keys, modules, rank=r, base_model_name_or_path=place if isinstance(place, str) else None)
 
 
 def _base_config(source: Source) -> Mapping[str, Any]:
