@@ -66,8 +66,6 @@ def _closest(table: str, keys: list[str]) -> list[str]:
 
 def cached(place: str, revision: str | None = None) -> Path | None:
     """Where the files of a model are on this machine: its directory, or the hub's cache of ``config.json``."""
-    if len(place) >= 4096:
-        return None
     if os.path.isdir(place) or not is_hub_id(place):
         return Path(place)
     found = try_to_load_from_cache(place, CONFIG, revision=revision)

@@ -57,8 +57,7 @@ class HotswapModel(SavableModel):
         self._check_known(names)
         adapters = [(path, part) for name in names for path, _, part in _parts(self, name) if isinstance(part, Adapter)]
         for path, adapter in adapters:
-            _check_plain(path, adapter)
-        _check_each(adapters, max_rank)
+            _check_room(path, adapter, max_rank)
         with interrupts_deferred():
             for _, adapter in adapters:
                 adapter.room_for(max_rank)
@@ -111,13 +110,9 @@ class HotswapModel(SavableModel):
             for layer, adapter in left:
                 adapter.vacate(layer.owner, layer.ops)
                 adapter.is_vacant = True
-            self._note_swapped(adapter_name, plan)
-
-    def _note_swapped(self, name: str, plan: Plan) -> None:
-        state = self._state
-        state.configs[name] = plan.config
-        state.kept[name] = tuple(site.name for site in plan.saved if not site.trains)
-        state.samples.pop(name, None)
+            self._state.configs[adapter_name] = plan.config
+            self._state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
+            self._state.samples.pop(adapter_name, None)
 
 
 def hotswap_adapter(
@@ -139,20 +134,17 @@ def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Wrapper, 
     return ((path, wrapper, wrapper.adapters[adapter_name]) for path, wrapper in wrappers_of(model, adapter_name))
 
 
-def _check_plain(path: str, adapter: Adapter) -> None:
+def _check_room(path: str, adapter: Adapter, max_rank: int) -> None:
+    """Raises a `StateError` if an adapter cannot change its shape now, a `ConfigError` if never to this rank."""
     for name, parameter in adapter.named_parameters():
         if type(parameter) is not nn.Parameter:
             raise StateError(f"{path}: {name} is sharded over processes, and cannot change its shape.")
         if parameter.grad is not None:
             raise StateError(f"{path}: {name} has a gradient, which fits its present rank. Prepare before training.")
-
-
-def _check_each(adapters: list[tuple[str, Adapter]], max_rank: int) -> None:
-    for path, adapter in adapters:
-        try:
-            adapter.check_room(max_rank)
-        except ConfigError as error:
-            raise ConfigError(f"prepare_hotswap: {path}: {error}") from None
+    try:
+        adapter.check_room(max_rank)
+    except ConfigError as error:
+        raise ConfigError(f"prepare_hotswap: {path}: {error}") from None
 
 
 def _paired(model: nn.Module, adapter_name: str, plan: Plan, parts: Parts) -> Pairs:

@@ -30,7 +30,7 @@ def check_trainer() -> None:
         StateError: such a trainer is among the callers.
     """
     for trainer in callers("_save"):
-        if _loses_best(trainer):
+        if _is_plain(trainer) and trainer.args.load_best_model_at_end:
             raise StateError(
                 f"{type(trainer).__name__} with load_best_model_at_end cannot read an adapter back, so nothing was saved; "
                 "use minipeft.hf.AdapterTrainer, or class MyTrainer(AdapterTrainerMixin, "
@@ -65,10 +65,6 @@ def callers(method: str) -> Iterator[Any]:
         if frame.f_code.co_name == method:
             yield frame.f_locals.get("self")
         frame = frame.f_back
-
-
-def _loses_best(trainer: Any) -> bool:
-    return _is_plain(trainer) and bool(trainer.args.load_best_model_at_end)
 
 
 def _is_plain(trainer: Any) -> bool:
