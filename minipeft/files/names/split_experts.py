@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.config import config_from_dict
-from minipeft.errors import CheckpointError, printable, told
+from minipeft.config import AdapterConfig
+from minipeft.errors import CheckpointError, printable
 from minipeft.injection.build import PREFIX
 from minipeft.kernels.functional import split_columns, split_rows
 from minipeft.patterns import by_shorter_key, endings
@@ -19,7 +19,7 @@ _KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.lora_(A|B)\.we
 
 
 def split_experts(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], layers: Mapping[str, Sequence[str]]
+    tensors: Mapping[str, Tensor], config: AdapterConfig, layers: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter with a LoRA for each expert, ``experts.0.gate_proj.lora_A.weight``, and the same update.
 
@@ -28,24 +28,25 @@ def split_experts(
 
     Args:
         tensors: of a file with fused experts, by key, as minipeft writes them.
-        config: its ``adapter_config.json``; ``target_parameters`` tells which parameters were adapted. Of several parameters
-            of one module the file has the first one innermost, as `layers` lists them.
+        config: LoRA's; ``target_parameters`` tells which parameters were adapted. Of several parameters of one module the
+            file has the first one innermost, as `layers` lists them.
         layers: parameter -> the layers that it was made of, such as gate and up, whose output features stand in a row.
             GPT-OSS, where they alternate, cannot be split so.
 
     Returns:
-        Tensors and configuration. Both as they were if no fused experts are adapted.
+        Tensors, and the options for a file; which layers are targets is for the caller to say. Both as they were if no
+        fused experts are adapted.
 
     Raises:
         CheckpointError: a parameter is not in `layers`, or the shapes are not those of the ranks in `config`.
     """
-    lora: Any = config_from_dict({key: value for key, value in config.items() if key != "lora_dropout"})
-    stacks = _stacks(tensors, lora.target_parameters or (), layers)
+    stacks = _stacks(tensors, config.target_parameters or (), layers)
     if not stacks:
-        return dict(tensors), dict(config)
+        return dict(tensors), config.to_dict()
     fused = {f"{key}{factor}.weight" for _, _, key in stacks.values() for factor in "AB"}
     split = {key: tensor for key, tensor in tensors.items() if key not in fused}
-    configs, tables = lora.for_modules(list(stacks)), dict[str, tuple[int, float]]()
+    configs: dict[str, Any] = config.for_modules(list(stacks))
+    tables: dict[str, tuple[int, float]] = {}
     for name, (module, parameter, key) in stacks.items():
         pairs = _pairs(tensors, key, configs[name].r, len(layers[parameter]))
         for layer, (A, B) in zip(layers[parameter], pairs, strict=True):
@@ -54,7 +55,7 @@ def split_experts(
                 split[f"{PREFIX}{old}.lora_A.weight"] = down.contiguous()
                 split[f"{PREFIX}{old}.lora_B.weight"] = up.contiguous()
                 tables[old] = (A.shape[1], _alpha(configs[name], A.shape[1]))
-    return split, _config(config, lora, stacks, tables)
+    return split, _options(config, stacks, tables)
 
 
 def _stacks(
@@ -107,27 +108,17 @@ def _alpha(config: Any, r: int) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _config(
-    config: Mapping[str, Any],
-    lora: Any,
-    stacks: Mapping[str, tuple[str, str, str]],
-    tables: Mapping[str, tuple[int, float]],
+def _options(
+    config: AdapterConfig, stacks: Mapping[str, tuple[str, str, str]], tables: Mapping[str, tuple[int, float]]
 ) -> dict[str, Any]:
-    """The configuration with the names of the layers as targets, which servers take; dense layers may have them too."""
+    """The options of the configuration with the layers' ranks and alphas, and without the parameters."""
     ours = {entry for name in stacks for entry in endings(name)}
-    left = [entry for entry in lora.target_parameters if entry not in ours]
-    targets, names = config.get("target_modules"), list(dict.fromkeys(old.rpartition(".")[2] for old in tables))
-    if isinstance(targets, str) and targets != "all-linear":
-        raise CheckpointError(
-            f"target_modules {told(targets, 200)} is an expression; the experts' layers cannot be added to it."
-        )
-    values: dict[str, Any] = {**config, "target_parameters": left or None}
+    values = config.to_dict()
+    values["target_parameters"] = [entry for entry in values["target_parameters"] if entry not in ours] or None
     # One key for a layer of all experts.
     general = {old: re.sub(r".*\.([^.]+)\.\d+\.([^.]+)", r"\1\\.\\d+\\.\2", old) for old in tables}
-    if targets != "all-linear":
-        values["target_modules"] = list(dict.fromkeys([*(targets or ()), *names]))
     for place, (option, table) in enumerate((("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))):
-        before = {key: value for key, value in (config.get(table) or {}).items() if key not in ours}
+        before = {key: value for key, value in values[table].items() if key not in ours}
         keys = by_shorter_key({old: pair[place] for old, pair in tables.items()}, general)
-        values[table] = {**keys, **before} if before or set(keys.values()) != {config.get(option)} else {}
+        values[table] = {**keys, **before} if before or set(keys.values()) != {values[option]} else {}
     return values

@@ -132,7 +132,7 @@ def with_old_names(
     config = _with_routers(config, [names.modules[name] for name in adapted & names.routers])
     tensors = {moved[key]: tensor for key, tensor in file.read().items()}
     before = set(tensors)
-    tensors, options = split_experts(tensors, {**config.to_dict(), "target_modules": None}, names.experts)
+    tensors, options = split_experts(tensors, config, names.experts)
     owners = {
         names.modules[name]
         for name, c in names.found.items()
