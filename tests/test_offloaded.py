@@ -132,6 +132,13 @@ def test_another_base_is_noticed_though_it_is_offloaded(tmp_path):
     assert before == [(name, id(module)) for name, module in model.named_modules()]
 
 
+def test_an_offloaded_adapter_is_pushed_as_it_is_saved(tmp_path, monkeypatch):
+    model = on_cpu(disturb(get_lora_model(llama(), LoraConfig(r=2))), tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr("minipeft.files.hub.push", lambda folder, *_, **__: (folder / WEIGHTS).read_bytes())
+    assert model.push_to_hub("owner/name") == (tmp_path / "saved" / WEIGHTS).read_bytes()
+
+
 @pytest.mark.parametrize("how", OFFLOAD)
 def test_a_resized_vocabulary_is_saved_from_an_offloaded_base(how, tmp_path):
     llama().save_pretrained(tmp_path / "base")

@@ -82,7 +82,7 @@ def _warn_of_rows(fact: str, base_size: int, table: Table) -> None:
     warnings.warn(
         f"{fact}, and this adapter's file cannot hold them: give them an adapter of their own, "
         f"TrainableTokensConfig(token_indices=list(range({base_size}, {len(table.weight)}))).",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -234,4 +234,4 @@ def warn_if_unreadable(directory: Path, tensors: Mapping[str, Tensor], weights: 
     }
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
-        warnings.warn(f"{directory} is saved, but cannot be loaded again: {'; '.join(found)}.", stacklevel=5)
+        warnings.warn(f"{directory} is saved, but cannot be loaded again: {'; '.join(found)}.", stacklevel=6)

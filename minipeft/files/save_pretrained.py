@@ -133,13 +133,11 @@ class SavableModel(nn.Module):
             else:
                 warn_of_scale(self, name)
                 tensors, config = self._as_it_is(name, state_dict)
-            tensors = with_repeats(tensors, followers(self, self._state.configs[name], name))
-            tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
-            check_size(others, tensors := values_of(self, tensors))
-            with writing(root):
-                self._write_adapter(directory_of(root, name), name, tensors, config)
+            self._save(root, name, tensors, config, save_embedding_layers, others)
 
-    def _as_it_is(self, name: str, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _as_it_is(
+        self, name: str, state_dict: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = self.adapter_state_dict(name)
         if state_dict is not None:
             tensors = tensors_from_state(self, tensors, state_dict)
@@ -184,12 +182,10 @@ class SavableModel(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             for name in names:
                 warn_of_scale(self, name)
-                config = self._file_config(name)
+                tensors, config = self._as_it_is(name)
                 if public_base(config) is None:
                     config["base_model_name_or_path"] = None
-                tensors = with_repeats(self.adapter_state_dict(name), followers(self, self._state.configs[name], name))
-                tensors, config = with_tables(self, name, tensors, config, "auto")
-                self._write_adapter(directory_of(Path(folder), name), name, tensors, config)
+                self._save(Path(folder), name, tensors, config)
             return hub.push(
                 Path(folder),
                 repo_id,
@@ -204,6 +200,22 @@ class SavableModel(nn.Module):
     def create_or_update_model_card(self, output_dir: str | PathLike[str]) -> None:
         """Mark the model card in a directory as an adapter's; Trainer calls this after it has written its own."""
         update_card(as_path(output_dir, "output_dir"), self._file_config(next(iter(self._state.configs))))
+
+    def _save(
+        self,
+        root: Path,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        save_embedding_layers: bool | str = "auto",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one adapter below a directory, with what PEFT repeats and the rows of tables that have to go along."""
+        tensors = with_repeats(tensors, followers(self, self._state.configs[name], name))
+        tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
+        check_size(options or {}, tensors := values_of(self, tensors))
+        with writing(root):
+            self._write_adapter(directory_of(root, name), name, tensors, config)
 
     def _file_config(self, name: str) -> dict[str, Any]:
         return file_config(self, self._state.configs[name], name)
