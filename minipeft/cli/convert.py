@@ -52,7 +52,8 @@ def convert(
         raise ConfigError("--drop and --old-names go with --for, which says for which program.")
     from minipeft.files.formats import convert as formats
 
-    _print_written([str(path) for path in formats.convert(place, out, base)], json)
+    written = [str(path) for path in formats.convert(place, out, base)]
+    print_json({"written": written}) if json else typer.echo("\n".join(written))
 
 
 def _print(reader: Reader, out: Path, made: Made, json: bool) -> None:
@@ -62,14 +63,6 @@ def _print(reader: Reader, out: Path, made: Made, json: bool) -> None:
     for sentence in [*made.done, *(f"Left out: {key}" for key in made.dropped)]:
         typer.echo(sentence)
     typer.echo(f"{reader.value} takes {out}: {', '.join(sorted(made.files))}")
-
-
-def _print_written(paths: list[str], json: bool) -> None:
-    if json:
-        print_json({"written": paths})
-        return
-    for path in paths:
-        typer.echo(path)
 
 
 def _parts(text: str) -> list[Part]:
