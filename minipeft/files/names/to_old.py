@@ -60,12 +60,14 @@ def old_names(model: nn.Module) -> OldNames:
     Raises:
         CheckpointError: two lists of experts in it had other layers under one parameter's name.
     """
-    found, stored = candidates(model), _Stored(model)
+    found, (renamings, converters) = candidates(model), tables(model, add_legacy=False)
+    # A prefix that only some checkpoints have is none of the model's.
+    table = [each for each in (*renamings, *converters) if type(each).__name__ != "PrefixChange"]
     modules: dict[str, str] = {}
     experts: dict[str, tuple[str, ...]] = {}
     for name, candidate in found.items():
         for own, parameter in candidate.base._parameters.items():
-            keys = stored.keys(f"{name}.{own}", parameter) if parameter is not None else []
+            keys = _stored_keys(model, table, f"{name}.{own}", parameter) if parameter is not None else []
             lists = [match for key in keys if (match := _EXPERT.fullmatch(key))] if len(keys) > 1 else []
             if lists:
                 modules[name] = lists[0][1]
@@ -83,28 +85,19 @@ def _has_matrix(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2
 
 
-class _Stored:
-    """Asks transformers under which keys it saves a parameter."""
+def _stored_keys(model: Any, table: list[Any], name: str, parameter: Tensor) -> list[str]:
+    """Under which keys transformers saves a parameter: its own name without a table, none if together with others."""
+    if not table:
+        return [name]
+    from transformers.core_model_loading import revert_weight_conversion
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
-        renamings, converters = tables(model, add_legacy=False)
-        # A prefix that only some checkpoints have is none of the model's.
-        self.table = [each for each in (*renamings, *converters) if type(each).__name__ != "PrefixChange"]
-
-    def keys(self, name: str, parameter: Tensor) -> list[str]:
-        """The keys; its own name if there is no table, none if it was saved together with others."""
-        if not self.table:
-            return [name]
-        from transformers.core_model_loading import revert_weight_conversion
-
-        self.model._weight_conversions = self.table
-        try:
-            return list(revert_weight_conversion(self.model, {name: torch.empty_like(parameter, device="meta")}))
-        except Exception:  # whatever a converter raises that lacks its other tensors
-            return []
-        finally:
-            del self.model._weight_conversions
+    model._weight_conversions = table
+    try:
+        return list(revert_weight_conversion(model, {name: torch.empty_like(parameter, device="meta")}))
+    except Exception:  # whatever a converter raises that lacks its other tensors
+        return []
+    finally:
+        del model._weight_conversions
 
 
 def with_old_names(
