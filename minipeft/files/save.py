@@ -180,10 +180,15 @@ def save_adapter(
     check_values(directory, tensors)
     written = _compacted(tensors, config)
     weights = file_of(written, own_metadata(config, base, kept, directory, scaling))
+    text = config_text(config)
+    warn_if_unreadable(directory, written, weights, text)
+    write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text})
+
+
+def config_text(config: Mapping[str, Any]) -> bytes:
+    """The contents of ``adapter_config.json``."""
     # Only the top level is sorted: within rank_pattern the first key that fits decides, so its order has a meaning.
-    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
-    warn_if_unreadable(directory, written, weights, text.encode("utf-8"))
-    write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")})
+    return (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode("utf-8")
 
 
 def check_no_model_in(directory: Path) -> None:

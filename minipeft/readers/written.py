@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from minipeft.errors import CheckpointError
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.save import config_text
 from minipeft.readers.contents import DIFFUSERS_FILE, MLX_FILE
 from minipeft.readers.names import Reader
 from minipeft.readers.plain import Pair
@@ -59,7 +59,7 @@ def factors(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:
 def write_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], made: Made) -> None:
     """PEFT's two files."""
     made.files[WEIGHTS_FILE] = _saved(tensors)
-    made.files[CONFIG_FILE] = _json(dict(sorted(config.items())))
+    made.files[CONFIG_FILE] = config_text(config)
 
 
 def write_mlx(pairs: Mapping[str, Pair], made: Made) -> None:
@@ -73,7 +73,7 @@ def write_mlx(pairs: Mapping[str, Pair], made: Made) -> None:
     own = {"rank": first.rank, "scale": first.scaling, "dropout": 0.0, "keys": sorted(pairs)}
     made.files[MLX_FILE] = _saved(tensors)
     # The keys are whole names, so that the number of layers decides nothing.
-    made.files[CONFIG_FILE] = _json({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": own})
+    made.files[CONFIG_FILE] = config_text({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": own})
 
 
 def renamed_for(reader: Reader, module: str) -> str:
@@ -110,7 +110,3 @@ def write_diffusers(pairs: Mapping[str, Pair], directory: Path, made: Made) -> N
 
 def _saved(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save({key: t.contiguous() for key, t in sorted(tensors.items())}, {"format": "pt"})
-
-
-def _json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode("utf-8")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import safetensors.torch
@@ -15,12 +14,12 @@ from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import config_in, source_of, unknown
-from minipeft.files.formats.foreign import Format, Part
+from minipeft.files.formats.foreign import Part
 from minipeft.files.formats.known import format_of, is_one_file, parts, pickles_in, weights_in
 from minipeft.files.formats.pickled import write_safetensors
 from minipeft.files.not_an_adapter import folder_named, local_names
 from minipeft.files.reading import as_path, reading, writing
-from minipeft.files.save import check_no_model_in
+from minipeft.files.save import check_no_model_in, config_text
 from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_file import TensorFile, open_tensors
 
@@ -89,7 +88,9 @@ def _convert(
         return [_same_kind(weights, directory, out, pickle)]
     if out is None:
         raise CheckpointError(f"{directory} holds a file of {known.name}; say where to write the adapter to, as OUT.")
-    written = _files(weights, directory, modules, known)
+    found = parts(source_of(weights, modules, directory), known)
+    # All is made before the first file is written; one part alone has no folder of its own.
+    written = {name if len(found) > 1 else "": _as_peft(part, weights.path) for name, part in found.items()}
     for folder in written:
         _check_free(out / folder)
     for folder, files in written.items():
@@ -97,19 +98,10 @@ def _convert(
     return [out / folder for folder in written]
 
 
-def _files(
-    weights: TensorFile, directory: Path, modules: Callable[[str], Collection[str] | None], known: Format
-) -> dict[str, Mapping[str, bytes]]:
-    """The two files of each part, all made before the first is written; one part alone has no folder of its own."""
-    found = parts(source_of(weights, modules, directory), known)
-    return {name if len(found) > 1 else "": _as_peft(part, weights.path) for name, part in found.items()}
-
-
 def _as_peft(part: Part, path: Path) -> dict[str, bytes]:
     config = config_from_dict(part.values, f"{path}").to_dict()
     weights = safetensors.torch.save(part.tensors.read(), {"format": "pt"})
-    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
-    return {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode("utf-8")}
+    return {WEIGHTS_FILE: weights, CONFIG_FILE: config_text(config)}
 
 
 def _same_kind(weights: TensorFile, directory: Path, out: Path | None, pickle: Path | None) -> Path:
