@@ -221,6 +221,7 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     torch.mm: _matmul(torch.mm),
     Tensor.bmm: _matmul(torch.bmm),
     torch.bmm: _matmul(torch.bmm),
+    torch._grouped_mm: _grouped(_by_torch),
     Tensor.data_ptr: _data_ptr,
 }
 OF_VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes of a tensor that are made of its values
@@ -230,8 +231,4 @@ LOOKS: frozenset[Any] = frozenset(  # what has no need of the values
     + [Tensor.is_floating_point, Tensor.is_contiguous, Tensor.is_conj, Tensor.is_neg, Tensor.is_inference]
     + [Tensor._is_view]
 )
-# By name, since not every version of torch or transformers has them.
-NAMED_RULES: Mapping[str, Callable[..., Any]] = {
-    "_grouped_mm": _grouped(_by_torch),
-    GROUPED_PRODUCT: _grouped(_by_transformers),
-}
+NAMED_RULES: Mapping[str, Callable[..., Any]] = {GROUPED_PRODUCT: _grouped(_by_transformers)}  # it may not be there yet

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.kernels import matmul
@@ -28,16 +27,13 @@ def is_one_call(x: Tensor, stack: Tensor) -> bool:
 
 @functools.cache
 def _is_there(device: torch.device, dtype: torch.dtype) -> bool:
-    """With a younger torch; before 2.11 the one on a CPU wanted aligned memory.
+    """On a GPU in bfloat16 on Hopper and its successor for data centres.
 
-    On a GPU in bfloat16 on Hopper and its successor for data centres. For others torch takes one matrix after the other, and
-    waits in each call for the GPU to tell how many rows each has.
+    For others torch takes one matrix after the other, and waits in each call for the GPU to tell how many rows each has.
     """
-    if not hasattr(F, "grouped_mm"):
-        return False
     if device.type == "cuda":
         return dtype is torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return device.type == "cpu" and torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
+    return device.type == "cpu"
 
 
 class Groups:

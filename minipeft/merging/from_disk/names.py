@@ -7,7 +7,6 @@ each expert by itself, and transformers 5 has one parameter for all of them. Wha
 from __future__ import annotations
 
 import copy
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -143,25 +142,20 @@ def _group(model: nn.Module, first: str, found: list[tuple[StoredTensor, str | N
 
 
 class _Renaming:
-    """What a stored tensor is called in the model, by transformers' tables: 5.x has them apart, 4.x with the classes."""
+    """What a stored tensor is called in the model, by transformers' tables."""
 
     def __init__(self, model: Any, known: Mapping[str, Tensor]) -> None:
-        self.model, self.known = model, dict(known)
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        self.model, self.known, self.rename = model, dict(known), rename_source_key
         self.prefix: str = getattr(model, "base_model_prefix", "") or ""
-        self.conversions: list[Any] | None = None
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter, rename_source_key
-        except ImportError:  # before 5.0
-            return
-        self.rename, self.conversions = rename_source_key, get_model_conversion_mapping(model)
+        self.conversions: list[Any] = get_model_conversion_mapping(model)
         self.converters = [each for each in self.conversions if isinstance(each, WeightConverter)]
         self.renamings: list[Any] = [each for each in self.conversions if not isinstance(each, WeightConverter)]
 
     def __call__(self, key: str) -> tuple[str, str | None]:
         """The name of the parameter, and the pattern of the converter that the tensor needs, if it does."""
-        if self.conversions is None:
-            return self._by_class(key), None
         name, pattern = self.rename(key, self.renamings, self.converters, self.prefix, self.known)
         if name not in self.known and key in self.known:
             name, pattern = self.rename(key, [], [], self.prefix, self.known)
@@ -173,17 +167,7 @@ class _Renaming:
 
     def remember_used(self) -> None:
         """Leave the conversions that a stored name matched on the model, as loading does: the way back needs them."""
-        if self.conversions is not None:
-            self.model._weight_conversions = [each for each in self.conversions if each.was_used()]
-
-    def _by_class(self, key: str) -> str:
-        for pattern, replacement in (getattr(self.model, "_checkpoint_conversion_mapping", None) or {}).items():
-            key, count = re.subn(pattern, replacement.lstrip("^"), key)
-            if count:
-                break
-        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
-        without = key.removeprefix(f"{self.prefix}.")
-        return next((name for name in (key, without, f"{self.prefix}.{key}") if name in self.known), key)
+        self.model._weight_conversions = [each for each in self.conversions if each.was_used()]
 
 
 def _natural(key: str) -> list[tuple[int, int, str, int]]:
