@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from minipeft import LoraConfig, get_lora_model, lean
-from minipeft.injection import formed_weight
+from minipeft.injection import split_weight
 from minipeft.injection.adapted_weight import AdaptedWeight
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 from minipeft.kernels.grouped_product import grouped_times
@@ -108,7 +108,7 @@ def test_each_product_by_a_stack_is_split_in_a_graph_too(odd, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(AdaptedWeight, "split_weight", lambda self, names: None)
         expected = outcome(model)
-    monkeypatch.setattr(formed_weight, "SAID_FROM", 1)
+    monkeypatch.setattr(split_weight, "SAID_FROM", 1)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         same(outcome(compiled(model)), expected)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minipeft import LoraConfig, get_lora_model, lean, load_adapter
-from minipeft.injection import formed_weight
+from minipeft.injection import split_weight
 from minipeft.injection.adapted_weight import AdaptedWeight
 from minipeft.kernels import low_rank_groups, matmul
 from minipeft.kernels.low_rank_sum import LowRankSum
@@ -331,7 +331,7 @@ def test_any_other_use_forms_the_weight_and_says_so_if_that_is_large(formed, mon
 
     same(outcome(), formed(outcome), 1e-6)  # one product is in float32
     assert len(recwarn) == 0
-    monkeypatch.setattr(formed_weight, "SAID_FROM", 480)
+    monkeypatch.setattr(split_weight, "SAID_FROM", 480)
     with torch.no_grad():
         model(x)
     with pytest.warns(UserWarning, match=r"Odd.stack: .* W \+ BA is formed at each call and kept"):

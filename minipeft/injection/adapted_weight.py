@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.formed_weight import Origin
-from minipeft.injection.split_weight import split_weight
+from minipeft.injection.split_weight import Origin, split_weight
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.transformed import is_compiled, is_transformed
 from minipeft.layers.offloaded import present

@@ -21,6 +21,7 @@ from minipeft.injection.module_tree import Candidate, occupants, outside_adapter
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Switch, Wrapper
+from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
 
 TIED_TO_THE_OBJECT = ("forward", "_compiled_call_impl")  # of an instance: they call the object that they were made for
@@ -71,24 +72,26 @@ def _become(module: nn.Module, other: nn.Module) -> None:
 
 def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
     """Put the built parts of a plan in place. `minipeft.injection.attach` takes it back if it fails half way."""
-    sites: list[tuple[Candidate, nn.Module, object, Callable[[nn.Module], Wrapper], bool]] = []
-    for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
-        kind: type[AdaptedLayer] = AdaptedWeight if isinstance(site.ops, UncalledOps) else AdaptedLayer
-        own = partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
-        sites.append((site.candidate, adapter, site.ops, own, site.tied_to is not None))
-    for saved, module in zip(plan.saved, parts.copies, strict=True):
-        sites.append((saved.candidate, module, None, partial(SavedModule, switch=switch, only=saved.only), False))
     for prepared, base in plan.prepared:
         prepared.prepare(base)
-    for candidate, part, ops, wrap, follows in sites:
-        parent, attribute = candidate.places[0]
-        occupant = getattr(parent, attribute)
-        wrapper = next((w for w in occupants(occupant) if getattr(w, "ops", None) == ops), None)
-        if wrapper is None:
-            wrapper = put(wrap, occupant, candidate.places)
-        wrapper.parts[adapter_name] = part
-        if follows:
+    for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
+        kind: type[AdaptedLayer] = AdaptedWeight if isinstance(site.ops, UncalledOps) else AdaptedLayer
+        wrap = partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
+        wrapper = _wrapper_at(site.candidate, site.ops, wrap)
+        wrapper.parts[adapter_name] = adapter
+        if site.tied_to is not None:
             wrapper.tied_adapters.add(adapter_name)
+    for saved, module in zip(plan.saved, parts.copies, strict=True):
+        wrapper = _wrapper_at(saved.candidate, None, partial(SavedModule, switch=switch, only=saved.only))
+        wrapper.parts[adapter_name] = module
+
+
+def _wrapper_at(candidate: Candidate, ops: LayerOps | None, wrap: Callable[[nn.Module], Wrapper]) -> Wrapper:
+    """The wrapper with these ops in a module's place, which is put there if there is none."""
+    parent, attribute = candidate.places[0]
+    occupant = getattr(parent, attribute)
+    here = next((wrapper for wrapper in occupants(occupant) if getattr(wrapper, "ops", None) == ops), None)
+    return put(wrap, occupant, candidate.places) if here is None else here
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:

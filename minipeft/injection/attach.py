@@ -32,49 +32,40 @@ def attach(
     Raises:
         StateError: the class of the model cannot be changed.
     """
-    state = model.__dict__.get(STATE) or AdapterState()
-    with unchanged_on_error(model, state, state.switch):
-        _attach(model, mixin, plan, parts, adapter_name, state, trainable)
-
-
-def _attach(
-    model: nn.Module,
-    mixin: type[nn.Module],
-    plan: Plan,
-    parts: Parts,
-    adapter_name: str,
-    state: AdapterState,
-    trainable: bool,
-) -> None:
     first = STATE not in model.__dict__
-    if first:
-        state.trained_before = frozenset(name for name, p in named_parameters(model) if p.requires_grad)
-        _mix(model, mixin)
-    apply(plan, parts, adapter_name, state.switch)
-    if first:
-        model.__dict__[STATE] = state
-        model.__dict__[ORIGINS] = plan.origins
-        state.buffers = buffer_samples(base_modules(model))
+    state: AdapterState = AdapterState() if first else model.__dict__[STATE]
+    with unchanged_on_error(model, state, state.switch):
+        if first:
+            state.trained_before = frozenset(name for name, p in named_parameters(model) if p.requires_grad)
+            _mix(model, mixin)
+        apply(plan, parts, adapter_name, state.switch)
+        if first:
+            model.__dict__[STATE] = state
+            model.__dict__[ORIGINS] = plan.origins
+            state.buffers = buffer_samples(base_modules(model))
+        outside = list(outside_adapters(model))  # one walk for all that follows
+        _note(state, plan, adapter_name, [module for _, module in outside if isinstance(module, Wrapper)], trainable)
+        state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
+        if first:
+            _freeze(outside)
+            _switch(state, (adapter_name,), {adapter_name} & state.trainable, ())
+            let_checkpoints_train(outside, state.switch)
+        hold_norms(model)
+
+
+def _note(state: AdapterState, plan: Plan, adapter_name: str, here: list[Wrapper], trainable: bool) -> None:
+    """Take a new adapter into the state of its model, which has these wrappers; its parameters are at rest then."""
     state.configs[adapter_name] = plan.config
     state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
-    state.places[adapter_name] = []
-    outside = list(outside_adapters(model))  # one walk for all that follows
-    for _, module in outside:
-        if isinstance(module, AdaptedLayer) and adapter_name in module.parts:
-            follow_loads(module)
-        if isinstance(module, Wrapper):
-            state.places[adapter_name] += places_in(module, adapter_name)
+    for wrapper in here:
+        if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.parts:
+            follow_loads(wrapper)
+    state.places[adapter_name] = [place for wrapper in here for place in places_in(wrapper, adapter_name)]
     resting = put_to_rest(state.places[adapter_name])
     state.resting[adapter_name] = resting if trainable else set()
-    state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
     state.unwatched.add(adapter_name)
     if trainable:
         state.trainable.add(adapter_name)
-    if first:
-        _freeze(outside)
-        _switch(state, (adapter_name,), {adapter_name} & state.trainable, ())
-        let_checkpoints_train(outside, state.switch)
-    hold_norms(model)
 
 
 def _mix(model: nn.Module, mixin: type[nn.Module]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +17,7 @@ from minipeft.interrupts import interrupts_deferred
 CONTAINERS = {dict, OrderedDict, set}
 
 
-@contextlib.contextmanager
-def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
+def unchanged_on_error(model: nn.Module, *others: object) -> AbstractContextManager[None]:
     """If the block raises anything, the model is what it was: the same objects, of the same classes, with the same flags.
 
     Values of tensors are not kept, so the block must not write any. `others` are plain objects that the block changes
@@ -29,15 +29,12 @@ def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
     ]
     # Of adapters only their dictionary changes, never what is in one.
     tables = [module.parts for module in modules if isinstance(module, AdaptedLayer)]
-    with _put_back_on_error([*modules, *others], tensors, tables):
-        yield
+    return _put_back_on_error([*modules, *others], tensors, tables)
 
 
-@contextlib.contextmanager
-def flags_unchanged_on_error(tensors: Iterable[Tensor], *others: object) -> Iterator[None]:
+def flags_unchanged_on_error(tensors: Iterable[Tensor], *others: object) -> AbstractContextManager[None]:
     """As `unchanged_on_error`, for a block that changes the flags of these tensors and the other objects, but no module."""
-    with _put_back_on_error(others, tensors):
-        yield
+    return _put_back_on_error(others, tensors)
 
 
 @contextlib.contextmanager

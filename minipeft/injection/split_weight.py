@@ -9,10 +9,11 @@ rules while it traces (`TracedWeight`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import isgetsetdescriptor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from minipeft.injection.adapted_value import AdaptedValue, adapted_value
-from minipeft.injection.formed_weight import Origin, formed
 from minipeft.kernels import low_rank_groups, low_rank_sum
 from minipeft.kernels.frozen_linear import is_frozen_product
 from minipeft.kernels.low_rank_sum import LowRankSum
 from minipeft.kernels.transformed import is_compiled
 from minipeft.transformers_model import GROUPED_PRODUCT
+
+SAID_FROM = 2**26  # bytes kept for the backward pass
+
+
+class Origin(NamedTuple):
+    """The parameter that a weight comes from."""
+
+    name: str  # for messages
+    size: int  # in bytes
 
 
 class Split(Tensor):
@@ -81,6 +90,22 @@ def split_weight(parts: LowRankSum, origin: Origin, picks: Tensor | None = None)
 
 def _formed_now(weight: TracedWeight) -> Tensor:
     return formed(weight.parts, weight.picks, weight.origin, weight.parts.learns)
+
+
+def formed(parts: LowRankSum, picks: Tensor | None, origin: Origin, learns: bool) -> Tensor:
+    """The sum, or the matrices of it with the indices `picks`, whatever autocast says; `learns`: for a backward pass."""
+    if learns and origin.size >= SAID_FROM:
+        _warn(
+            f"{origin.name}: its module does more with it than to multiply by it, so W + BA is formed at each call and kept for "
+            f"the backward pass, {origin.size / 2**20:.0f} MiB. Gradient checkpointing forms it again instead."
+        )
+    with torch.autocast(parts.own.device.type, enabled=False):
+        return (parts if picks is None else parts.picked(picks)).formed()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler may call it while it traces
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 # Rules: arguments as those of the function; NotImplemented leaves the call to torch.
