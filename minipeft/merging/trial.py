@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import operator
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch.func import functional_call
 from minipeft import registry
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.rollback import unchanged_afterwards
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import HOOK
@@ -81,7 +80,10 @@ def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> No
 
 def _output_error(layer: AdaptedLayer, names: tuple[str, ...]) -> float:
     base, ops = layer.base_layer, layer.ops
-    with _in_evaluation(base, *map(layer.adapter, names)):
+    parts = [part for module in (base, *map(layer.adapter, names)) for part in module.modules()]
+    with unchanged_afterwards(*parts):
+        for part in parts:
+            part.training = False
         with generators_kept():
             x = ops.example_input(base)
         expected = layer.run_with(names, x)
@@ -97,18 +99,6 @@ def _without_hooks(base: nn.Module) -> nn.Module:
     left_out: dict[int, object] = {id(getattr(base, hooks)): {} for hooks in HOOKS}
     left_out |= {id(vars(base)[name]): None for name in ("forward", HOOK) if name in vars(base)}
     return copy.deepcopy(base, left_out)
-
-
-@contextlib.contextmanager
-def _in_evaluation(*modules: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def check_order(path: str, layer: AdaptedLayer, names: tuple[str, ...], *, permanent: bool) -> None:
