@@ -29,7 +29,7 @@ class Chains:
     def __init__(self, size: int) -> None:
         self.size = size
         self.chain: Chain | None = None
-        self.last: Callable[[], Any] = _nothing  # the output of the last block
+        self.last: Callable[[], Any] = lambda: None  # the output of the last block
 
     def __reduce__(self) -> Any:
         return Chains, (self.size,)
@@ -109,10 +109,6 @@ def _hidden(output: Any) -> Tensor:
 
 def _call(function: Call, *args: Any) -> Any:
     return function(*args)
-
-
-def _nothing() -> None:
-    return None
 
 
 def _never(_: Any) -> Tensor:

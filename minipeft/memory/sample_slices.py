@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,17 +68,20 @@ def runs_in_slices(layer: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def of_one_sample(layers: Sequence[nn.Module]) -> Iterator[bool]:
-    """Run the layers that can be cut one sample at a time, to prove that they may; yields whether there are any."""
-    found = {layer: layer.__dict__[ROWS] for layer in layers if runs_in_slices(layer)}
-    for layer in found:
-        layer.__dict__[ROWS] = 1
+def cut_small(modules: Iterable[nn.Module], key: str, size: int) -> Iterator[bool]:
+    """Run the modules that can be cut in pieces of this size, to prove that they may; yields whether there are any.
+
+    `key` is where each of them says its own size in its ``__dict__``.
+    """
+    found = {module: module.__dict__[key] for module in modules if module.__dict__.get(key)}
+    for module in found:
+        module.__dict__[key] = size
     try:
         yield bool(found)
     finally:
-        for layer, rows in found.items():
-            if runs_in_slices(layer):
-                layer.__dict__[ROWS] = rows
+        for module, own in found.items():
+            if module.__dict__.get(key):
+                module.__dict__[key] = own
 
 
 def _calls(forward: Call, args: Sequence[Any], samples: int) -> list[tuple[Call, list[Any]]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,22 +49,6 @@ def settle(mlps: Iterable[nn.Module]) -> None:
     """
     for mlp in mlps:
         mlp.__dict__[TOKENS] = AS_ON_DEVICE if mlp.__dict__.pop(TRIED, False) else 0
-
-
-@contextlib.contextmanager
-def of_two_tokens(mlps: Sequence[nn.Module]) -> Iterator[bool]:
-    """Run the modules that can be cut two tokens at a time, to prove that they may; yields whether there are any.
-
-    Not one: torch's products by a single row in bfloat16 are too inexact to prove anything.
-    """
-    found = {mlp: tokens for mlp in mlps if (tokens := mlp.__dict__.get(TOKENS))}
-    for mlp in found:
-        mlp.__dict__[TOKENS] = 2
-    try:
-        yield bool(found)
-    finally:
-        for mlp, tokens in found.items():
-            mlp.__dict__[TOKENS] = tokens
 
 
 def _kept(function: Callable[..., Any], *inputs: Tensor) -> Any:
