@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from minipeft.injection.module_tree import outside_adapters
 from minipeft.injection.recalled import with_adapters_kept
 from minipeft.injection.state import STATE
 from minipeft.injection.wrapper import Switch
+from minipeft.kernels.functional import tensors_in
 
 FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in each module that checkpoints
 
@@ -59,7 +60,7 @@ def _checkpoint(own: functools.partial[Any], switch: Switch, function: Any, *arg
     if not own.keywords.get("use_reentrant"):
         return own(with_adapters_kept(function, switch), *args)
     bound = (*function.args, *function.keywords.values()) if isinstance(function, functools.partial) else ()
-    inside = any(tensor.requires_grad for value in bound for tensor in _tensors(value))
+    inside = any(tensor.requires_grad for tensor in tensors_in(bound))
     given = any(isinstance(value, Tensor) and value.requires_grad for value in args)
     if not torch.is_grad_enabled():
         return function(*args)
@@ -67,11 +68,3 @@ def _checkpoint(own: functools.partial[Any], switch: Switch, function: Any, *arg
     if inside or not given:
         return own.func(function, *args, **{**own.keywords, "use_reentrant": False})
     return own(function, *args)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn
@@ -180,14 +180,3 @@ def acting(rows: Rows | None) -> Iterator[None]:
 def in_backward() -> bool:
     """Whether autograd runs in this thread."""
     return torch._C._current_graph_task_id() != -1
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor with a dimension in an argument, however nested."""
-    if isinstance(value, Tensor):
-        return value if value.ndim else None
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return None
-    return next((found for item in value if (found := first_tensor(item)) is not None), None)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import ConfigError, StateError, hint, shown, told
-from minipeft.injection.rows import BASE, Rows, acting, first_tensor
+from minipeft.injection.rows import BASE, Rows, acting
 from minipeft.injection.state import STATE, AdapterState, awake
+from minipeft.kernels.functional import tensors_in
 from minipeft.transformers_model import main_input_name, same_media_in_rows
 
 
@@ -97,4 +98,4 @@ def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     for name in (main_input_name(model), "inputs_embeds", "input_ids"):
         if isinstance(found := kwargs.get(name), Tensor) and found.ndim:
             return found
-    return first_tensor(args) if first_tensor(args) is not None else first_tensor(kwargs)
+    return next((tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim), None)

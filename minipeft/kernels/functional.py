@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,3 +111,17 @@ def whole(tensor: Tensor) -> Tensor:
     gather = getattr(tensor, "full_tensor", None)
     full: Tensor = tensor if gather is None else gather()
     return full.detach()
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    found: list[Tensor] = []
+    if isinstance(value, tuple | list | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, tuple | list | Mapping):
+                found += tensors_in(item)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from minipeft.errors import StateError, shown
 from minipeft.injection.module_tree import adapted_layers, wrappers
 from minipeft.injection.state import STATE, AdapterState
+from minipeft.kernels.functional import tensors_in
 
 
 def watch(model: nn.Module, merged: bool) -> None:
@@ -67,7 +68,9 @@ def _warn_once(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any)
     if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     # Without a gradient or labels it may be inference that nobody called eval() for, and backward() would fail.
-    if kwargs.get("labels") is None and not any(tensor.requires_grad for tensor in _tensors(output)):
+    nested = isinstance(output, Tensor | Mapping | tuple | list)
+    tensors = tensors_in(output if nested else getattr(output, "__dict__", {}))
+    if kwargs.get("labels") is None and not any(tensor.requires_grad for tensor in tensors):
         return
     names = merged_in_training(model)
     if names:
@@ -79,15 +82,3 @@ def _requires_grad(model: nn.Module, name: str) -> bool:
     """Whether a part that is merged does; modules that the adapter trains in full train all the same."""
     merged = (layer for _, layer in adapted_layers(model) if name in layer.merged)
     return any(p.requires_grad for layer in merged for p in layer.trainable_parameters(name))
-
-
-def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """The tensors of an output: alone, or in tuples, dictionaries and objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth > 0:
-        inside = value.values() if isinstance(value, Mapping) else value
-        if not isinstance(value, Mapping | tuple | list):
-            inside = getattr(value, "__dict__", {}).values()
-        for item in inside:
-            yield from _tensors(item, depth - 1)

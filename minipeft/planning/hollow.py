@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from minipeft.kernels.functional import tensors_in
 from minipeft.planning.ledger import Ledger
 
 SMALL = 2**20  # elements: a result that is no larger, and comes from values, has values
@@ -110,20 +111,6 @@ class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not tensor.is_floating_point():
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
         return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    found: list[Tensor] = []
-    if isinstance(value, tuple | list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            if isinstance(item, Tensor):
-                found.append(item)
-            elif isinstance(item, tuple | list | dict):
-                found += tensors_in(item)
-    return found
 
 
 @dataclass(frozen=True)

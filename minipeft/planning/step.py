@@ -15,11 +15,12 @@ from minipeft.errors import ConfigError, MinipeftError, told_error
 from minipeft.kernels import matmul
 from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
 from minipeft.kernels.dropout_mask import ROWS
+from minipeft.kernels.functional import tensors_in
 from minipeft.kernels.keeps_inputs import ELEMENTS
 from minipeft.kernels.lora_gradients import SLICE
 from minipeft.memory.sample_slices import DEFAULT_ROWS
 from minipeft.planning.batch import training_batch
-from minipeft.planning.hollow import Hollow, tensors_in
+from minipeft.planning.hollow import Hollow
 from minipeft.planning.ledger import Ledger
 from minipeft.transformers_model import vocabulary_size
 
