@@ -75,11 +75,7 @@ def try_batch(view: View, batch: Mapping[str, Any], *, must_train: bool) -> Tria
 
 
 def forward(view: View, batch: Mapping[str, Any], *, training: bool) -> Any:
-    """Call the model on a batch with seeded random generators; inside `left_alone`.
-
-    Raises:
-        DataError: it cannot take the batch.
-    """
+    """Call the model with seeded random generators, inside `left_alone`; raises DataError if it cannot take the batch."""
     device = next((p.device for p in view.root.parameters() if not p.is_meta), torch.device("cpu"))
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     if training:

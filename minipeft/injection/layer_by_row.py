@@ -28,11 +28,7 @@ class Layer(Protocol):
 
 
 def run_by_row(layer: Any, rows: Rows, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The output of a layer in which each row of x meets its own adapter.
-
-    Raises:
-        StateError: it cannot be told which part of x belongs to which row.
-    """
+    """The output of a layer in which each row of x meets its own adapter; raises StateError if rows cannot be told apart."""
     here: Mapping[str, Any] = layer.adapters._modules
     repeats = rows.repeats(layer, x)
     if torch.compiler.is_compiling():

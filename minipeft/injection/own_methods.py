@@ -29,11 +29,7 @@ class Configurations(dict[str, AdapterConfig]):
     """Configurations by adapter, to read. PEFT adds an adapter by writing here, at the start of ``peft.get_peft_model``."""
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: see above.
-
-        Raises:
-            StateError: always.
-        """
+        """Raise StateError: see above."""
         raise StateError(
             "PEFT cannot add an adapter to a model that minipeft has adapted. Use model.add_adapter(name, config), or give PEFT, or "
             "a trainer with peft_config=, the plain base."

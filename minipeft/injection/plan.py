@@ -190,12 +190,9 @@ def _check_saveable(site: SavedSite) -> None:
 
 
 def check_loaded(model: nn.Module, plan: Plan, *, may_be_empty: bool) -> None:
-    """Check that the layers to adapt or train have values; otherwise adapters would have none either.
+    """Raise TargetError if a layer to adapt or train has no values; an adapter there would have none either.
 
     `may_be_empty` allows a model without any value, as for counting its parameters.
-
-    Raises:
-        TargetError: a layer has none.
     """
     if may_be_empty and all(parameter.is_meta for parameter in model.parameters()):
         if not any(map(offloads, model.modules())):

@@ -75,11 +75,7 @@ class Rows:
         return used.pop() if len(used) == 1 else None
 
     def repeats(self, layer: Any, x: Tensor) -> int:
-        """How many entries of the first dimension of a layer's input belong to each row, next to each other.
-
-        Raises:
-            StateError: that cannot be told.
-        """
+        """How many entries of a layer's first input dimension belong to each row, side by side; raises StateError if that is unclear."""
         size, count = x.shape[0] if x.ndim else 0, len(self.names)
         if layer.counts == MEDIA_OF_BATCH and size and size % count == 0 and not torch.compiler.is_compiling():
             if self.same_media():
@@ -94,11 +90,7 @@ class Rows:
         self.refuse(layer, f"got an input of shape {tuple(x.shape)}, whose first dimension is not the {count} rows")
 
     def refuse(self, layer: nn.Module, why: str) -> NoReturn:
-        """Say that different rows cannot use different adapters in a layer.
-
-        Raises:
-            StateError: always.
-        """
+        """Raise StateError, since different rows cannot use different adapters in a layer."""
         path = next((name for name, module in named_modules(self.model) if module is layer), type(layer).__name__)
         raise StateError(
             f"adapter_names: {path} {why}, so it cannot use another adapter for each row. Give all rows the same name, or "

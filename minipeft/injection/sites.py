@@ -87,11 +87,7 @@ def site(
 
 
 def ops_for(name: str, candidate: Candidate) -> LayerOps:
-    """The ops of a targeted layer.
-
-    Raises:
-        TargetError: there are none, or another adapter trains the module in full.
-    """
+    """The ops of a targeted layer; raises TargetError if there are none, or another adapter trains the module in full."""
     base = candidate.base
     if isinstance(candidate.module, SavedModule):
         raise TargetError(f"{name}: already trained in full by another adapter's modules_to_save or bias='all'.")
@@ -112,12 +108,9 @@ def ops_for(name: str, candidate: Candidate) -> LayerOps:
 
 
 def check_occupants(name: str, module: nn.Module, ops: Sequence[LayerOps]) -> None:
-    """Check that all adapters of one module adapt the same weights of it.
+    """Raise TargetError unless all adapters of one module adapt the same weights of it.
 
     In a file the nesting of the wrappers says which parameter each one adapts, so they must agree.
-
-    Raises:
-        TargetError: another adapter there adapts something else.
     """
     present = {getattr(wrapper, "ops", None) for wrapper in occupants(module)}
     if present and present != set(ops):
@@ -128,11 +121,7 @@ def check_occupants(name: str, module: nn.Module, ops: Sequence[LayerOps]) -> No
 
 
 def check_needs_no_call(name: str, what: str, config: AdapterConfig) -> None:
-    """Refuse options that act on a layer's input or output, for a weight that is read without calling the layer.
-
-    Raises:
-        TargetError: the configuration has such options.
-    """
+    """Raise TargetError if an option acts on a layer's input or output; this weight is read without calling a layer."""
     options = config.needs_a_call()
     if options:
         raise TargetError(f"{name}: the weight of {what} is read and not called, so {shown(options)} cannot act there.")
@@ -187,11 +176,7 @@ def _ops_of(name: str, base: nn.Module, parameter: str) -> LayerOps:
 
 
 def check_alone(name: str, parameters: Mapping[str, object], others: Sequence[str]) -> None:
-    """Check that a module whose parameters are adapted, and everything in it, is not adapted or trained in another way.
-
-    Raises:
-        TargetError: it is.
-    """
+    """Raise TargetError if a module whose parameters are adapted, or anything in it, is adapted or trained in another way."""
     around = [other for other in others if within(other, [name]) or within(name, [other])]
     around += [other for other in parameters if other != name and within(other, [name])]
     if around:

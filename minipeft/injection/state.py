@@ -96,11 +96,7 @@ def awake(state: AdapterState) -> tuple[str, ...]:
 
 
 def check_not_running(state: AdapterState, adapter_name: str | None = None) -> None:
-    """Refuse to change adapters under a call with ``adapter_names``, which may run in another thread.
-
-    Raises:
-        StateError: such a call runs; if a name is given, one with that adapter.
-    """
+    """Raise StateError if a call with ``adapter_names`` runs, perhaps in another thread; of a name, one with that adapter."""
     busy = [name for names in list(state.switch.running) for name in names or (BASE,)]
     if busy and adapter_name in (None, *busy):
         raise StateError(

@@ -87,11 +87,7 @@ def _check_alike(first: AdapterSite, second: AdapterSite) -> None:
 
 
 def check_shared(config: AdapterConfig, sites: list[AdapterSite], saved: list[str]) -> None:
-    """Check that a layer adapted by a companion method or through a tie is not adapted or trained a second time.
-
-    Raises:
-        TargetError: it is.
-    """
+    """Raise TargetError if a layer adapted by a companion method or through a tie is adapted or trained a second time."""
     counts = Counter(id(site.candidate.base) for site in sites)
     for site in sites:
         if not site.prefix and site.tied_to is None:

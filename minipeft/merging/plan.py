@@ -63,11 +63,7 @@ def plan_step(
     index: TensorIndex,
     options: Options,
 ) -> Step:
-    """The step for one layer, checked; see `plan_merge`.
-
-    Raises:
-        MergeError: the layer cannot be merged, or not with these options.
-    """
+    """The step for one layer, checked; see `plan_merge`."""
     base, ops = layer.base_layer, layer.ops
     if not ops.can_merge:
         raise MergeError(f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}.")

@@ -74,10 +74,9 @@ class Step(ABC):
             layer.note_merged(())
 
     def merged(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """The merged weight and bias, rounded and found to be finite, the update if it is a sum, and the wanted change.
+        """The merged weight and bias, rounded, the update if it is a sum, and the wanted change.
 
-        Raises:
-            MergeError: a value is not finite.
+        Raises MergeError if a merged value is not finite.
         """
         base, ops = self.layer.base_layer, self.layer.ops
         adapters = tuple(map(self.layer.adapter, self.names))

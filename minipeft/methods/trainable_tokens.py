@@ -78,8 +78,7 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
 def token_option(name: str, value: object) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
     """Check an option of another method that also trains tokens: ids for the input embedding, or module name -> ids.
 
-    Raises:
-        ConfigError: it is neither, nor None.
+    Raises ConfigError if it is neither, nor None.
     """
     if not isinstance(value, Mapping):
         return None if value is None else token_ids(name, value)

@@ -9,10 +9,6 @@
 
 The type of the field decides how the flag is written: ``bool`` is a switch, ``bool | None`` is a pair ``--x`` and
 ``--no-x``, a ``Literal`` takes one of its values, and any other type converts the word that follows.
-
-argparse does the parsing. transformers' `HfArgumentParser` reads dataclasses too, but it passes all of a field's
-metadata on to argparse, so bounds and exclusions would need a second place; it has no ``--no-x`` for ``bool | None``;
-and its YAML files neither convert values nor let flags override them.
 """
 
 from __future__ import annotations

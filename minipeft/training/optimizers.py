@@ -29,11 +29,7 @@ WARMUP_RATIO = 0.1
 
 
 def check_optimizer(name: str, sharded: bool = False) -> None:
-    """Check that an optimizer can be made here, for parameters that are `sharded` over processes or not.
-
-    Raises:
-        ConfigError: the name is unknown, its package is not installed, or it does not take sharded parameters.
-    """
+    """Raise ConfigError if the name is unknown, its package is missing, or it does not take `sharded` parameters."""
     if name not in NAMES:
         raise ConfigError(f"--optim {name}: choose one of {', '.join(NAMES)}.")
     if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:

@@ -84,11 +84,7 @@ def one_line_errors(program: str) -> Iterator[None]:
 
 
 def finite(loss: float) -> float:
-    """A loss that JSON and exp() can take; beyond 100 nats per token there is nothing left to train.
-
-    Raises:
-        StateError: it is larger, or not a number.
-    """
+    """A loss that JSON and exp() can take; raises StateError beyond 100 nats per token, where nothing is left to train."""
     if not loss < 100:
         raise StateError(f"the loss is {loss}: training diverged; lower --learning_rate or --alpha.")
     return loss

@@ -39,11 +39,7 @@ class DiskModel:
 
 
 def connect(model: nn.Module, base: Base) -> DiskModel:
-    """Have the parameters of a model read from a checkpoint; parameters that share a value in the model stay shared.
-
-    Raises:
-        MergeError: see `minipeft.merging.from_disk.names.find_groups`.
-    """
+    """Have the parameters of a model read from a checkpoint; parameters that share a value in the model stay shared."""
     groups, unfit = find_groups(model, model.state_dict(), base.tensors.values()), dict[str, Group]()
     tables = _tables(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -43,11 +43,7 @@ OF_TOKENIZERS = {
 
 
 def check_place(out: Path, *sources: Path) -> None:
-    """Check that a directory can be made here.
-
-    Raises:
-        CheckpointError: there is a file or a directory that is not empty, or it lies in one that is read.
-    """
+    """Raise CheckpointError unless a directory can be made here; it may not lie in one of the `sources`, which are read."""
     if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise CheckpointError(f"{out} exists and is not an empty directory; name a new one.")
     real = Path(os.path.realpath(out))

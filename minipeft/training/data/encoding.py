@@ -175,11 +175,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_fit(max_length: int, largest_id: int, config: Any) -> None:
-    """Refuse examples that a model cannot take.
-
-    Raises:
-        ConfigError: the model has fewer positions or a smaller vocabulary.
-    """
+    """Raise ConfigError if a model has fewer positions, or a smaller vocabulary, than examples take."""
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     if max_length > positions:

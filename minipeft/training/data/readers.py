@@ -1,7 +1,4 @@
-"""Files to rows: plain text in runs of whole lines, JSON object by object; gzip is unpacked on the way.
-
-Unlike the readers of datasets, these name the line of a bad row and never hold an endless line in memory.
-"""
+"""Files to rows: plain text in runs of whole lines, JSON object by object; gzip is unpacked on the way."""
 
 from __future__ import annotations
 

@@ -15,11 +15,7 @@ ALLOWED = "'text', or 'prompt' and 'completion', or 'messages', or 'conversation
 
 
 def kind_of(columns: Iterable[str], where: str) -> str:
-    """The kind of example that these columns make, a key of `COLUMNS`.
-
-    Raises:
-        DataError: they make none, or more than one; the message lists them.
-    """
+    """The kind of example that these columns make, a key of `COLUMNS`; raises DataError if they make none, or several."""
     names = list(columns)
     kinds = [kind for kind, needed in COLUMNS.items() if set(needed) <= set(names)]
     kinds = kinds or [kind for kind, needed in OTHER_COLUMNS.items() if set(needed) <= set(names)]

@@ -35,11 +35,7 @@ def process_group_options() -> list[Any]:
 
 
 def check_flags(flags: Any) -> None:
-    """Refuse the flags of `examples/train.py` that do not go with DeepSpeed.
-
-    Raises:
-        ConfigError: one of them was given.
-    """
+    """Raise ConfigError for a flag of `examples/train.py` that does not go with DeepSpeed."""
     if flags.save_every or flags.resume:
         raise ConfigError(
             "--save_every and --resume do not go with DeepSpeed, which cuts up the optimizer's state; leave them out."

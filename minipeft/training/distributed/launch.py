@@ -52,11 +52,7 @@ def join_after_restart(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_processes(running: int, script: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Compare the number of processes that train together with the number that was asked for.
-
-    Raises:
-        ConfigError: fewer run; the message has the command that works.
-    """
+    """Raise ConfigError, with the command that works, if fewer processes train together than were asked for."""
     asked = environment.get("WORLD_SIZE")
     # `accelerate launch --cpu --num_processes 2` runs one process, but still sets the address where others would join.
     if asked is None and "MASTER_ADDR" in environment and "ACCELERATE_MIXED_PRECISION" in environment:

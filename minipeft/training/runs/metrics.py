@@ -48,11 +48,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics file, without a last one that was cut off.
-
-    Raises:
-        CheckpointError: it holds something else.
-    """
+    """The rows of a metrics file, without a last one that was cut off; raises CheckpointError if it holds anything else."""
     rows = []
     lines = path.read_text("utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):

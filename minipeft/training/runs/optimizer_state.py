@@ -1,7 +1,4 @@
-"""The state of any torch optimizer, by the names of the parameters instead of their numbers.
-
-torch's own ``get_optimizer_state_dict`` steps an empty optimizer to fill it, and rounds a float64 state on loading.
-"""
+"""The state of any torch optimizer, by the names of the parameters instead of their numbers."""
 
 from __future__ import annotations
 
@@ -19,11 +16,7 @@ PLAIN = (type(None), bool, int, float)  # what an optimizer may keep for a param
 
 
 def named_groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
-    """Names of the parameters of each group of an optimizer.
-
-    Raises:
-        StateError: the optimizer trains another parameter.
-    """
+    """Names of the parameters of each group of an optimizer; raises StateError if it trains another parameter."""
     groups = [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
     strangers = sum(group.count("") for group in groups)
     if strangers:
@@ -116,10 +109,9 @@ def _check_state(values: Mapping[str, Any], parameter: Tensor) -> None:
 
 
 def check_alike(what: str, saved: Any, here: Any) -> None:
-    """Check that a value can take another's place: a number that of a number, anything that of None, else the same type.
+    """Raise CheckpointError unless a value can take another's place.
 
-    Raises:
-        CheckpointError: it cannot.
+    A number can take that of a number, anything that of None, and any other value that of its own type.
     """
     numbers = isinstance(saved, int | float | Tensor) and isinstance(here, int | float | Tensor)
     unset = here is None or (saved is None and isinstance(here, bool))  # such as foreach

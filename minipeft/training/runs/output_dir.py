@@ -18,11 +18,7 @@ RESULTS = ("adapter_config.json", "metrics.jsonl", "checkpoints")
 
 
 def check_writable(directory: Path) -> None:
-    """Write a temporary file to `directory`, or to its nearest parent that exists.
-
-    Raises:
-        StateError: this fails, or the directory holds a whole model.
-    """
+    """Raise StateError if a directory, or its nearest parent that exists, cannot be written, or it holds a whole model."""
     place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=place).close()

@@ -19,11 +19,7 @@ from minipeft.errors import CheckpointError, ConfigError
 
 
 def to_plain(value: Any, where: str, put: Callable[[str, Tensor], None]) -> Any:
-    """A value as JSON can hold it. `put` takes each tensor with its name.
-
-    Raises:
-        CheckpointError: the value, or something in it, has another type.
-    """
+    """A value as JSON can hold it; `put` takes each tensor with its name. Raises CheckpointError for any other type."""
     if value is None or type(value) in (bool, int, str):
         return value
     if isinstance(value, float):  # numpy's float64 is one
@@ -46,11 +42,7 @@ def to_plain(value: Any, where: str, put: Callable[[str, Tensor], None]) -> Any:
 
 
 def from_plain(value: Any, get: Callable[[str], Tensor]) -> Any:
-    """The value that `to_plain` was given; `get` returns the tensor of a name.
-
-    Raises:
-        CheckpointError: `to_plain` does not write this.
-    """
+    """The value that `to_plain` was given; `get` returns the tensor of a name. Raises CheckpointError for anything else."""
     if isinstance(value, list):
         return [from_plain(item, get) for item in value]
     if not isinstance(value, dict):

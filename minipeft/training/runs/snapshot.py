@@ -57,11 +57,7 @@ class Live:
         return self.model.adapter_state_dict(self.adapter_name)
 
     def groups(self) -> list[list[str]]:
-        """The keys of the parameters of each group of the optimizer.
-
-        Raises:
-            StateError: the optimizer trains something else.
-        """
+        """The keys of the parameters of each group of the optimizer; raises StateError if it trains anything else."""
         return named_groups(self.optimizer, {id(tensor): key for key, tensor in self.tensors().items()})
 
 
