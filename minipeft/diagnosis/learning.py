@@ -156,14 +156,11 @@ def _without_gradient(setup: Setup) -> list[Part]:
     """The parts that ran and got no gradient in any parameter; A's alone is zero as long as B is."""
     trial = setup.trial
     assert trial is not None
-    here = setup.view.learning if trial.trained else ()
-    ran = [part for part in here if part.layer not in trial.idle and _ran(setup, part) and not _is_of_tokens(part)]
+    here = setup.view.learning if trial.trained else []
+    # Rows of tokens get a gradient from the batches that have those tokens.
+    here = [part for part in here if not any(name.startswith("trainable_tokens") for name in part.parameters)]
+    ran = [part for part in here if part.layer not in trial.idle and _ran(setup, part)]
     return [part for part in ran if not any(trial.gradients.get(id(p), 0.0) != 0.0 for p in part.trained)]
-
-
-def _is_of_tokens(part: Part) -> bool:
-    """Whether it trains rows of tokens, which get a gradient from the batches that have those tokens."""
-    return any(name.startswith("trainable_tokens") for name in part.parameters)
 
 
 def _ran(setup: Setup, part: Part) -> bool:

@@ -45,7 +45,8 @@ def hold_still(model: nn.Module, trainable: Collection[str]) -> set[str]:
     Returns:
         The names of those that were in training mode, as they are without adapters.
     """
-    norms = [(name, norm) for name, norm in base_modules(model).items() if _is_frozen(norm)]
+    found = [(name, module) for name, module in base_modules(model).items() if _has_statistics(module)]
+    norms = [(name, norm) for name, norm in found if not any(p.requires_grad for p in norm.parameters(recurse=False))]
     for path, copy in _idle_copies(model, trainable):
         norms += [(f"{path}.{name}".rstrip("."), m) for name, m in copy.named_modules() if _has_statistics(m)]
     held = [(name, norm) for name, norm in norms if norm.training]
@@ -59,10 +60,6 @@ def let_go(model: nn.Module, held: Collection[str]) -> None:
     for name, module in model.named_modules() if held else ():
         if name in held:
             module.training = True
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return _has_statistics(module) and not any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -128,19 +127,12 @@ def _dtype_of(config: Any) -> torch.dtype:
 
 def _fill(model: nn.Module, hollow: Hollow) -> None:
     """Give every parameter memory; those that are tied stay so."""
-    made: dict[int, nn.Parameter] = {}
-    for module, name, parameter in _parameters(model):
-        if id(parameter) not in made:
-            made[id(parameter)] = nn.Parameter(hollow.made(parameter), parameter.requires_grad)
-        module._parameters[name] = made[id(parameter)]
-    for buffer in model.buffers():
-        hollow.ledger.note(buffer)
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    held = []
+    made: dict[nn.Parameter, nn.Parameter] = {}  # which keeps the old ones, so that no two have the same hash
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                held.append((module, name, parameter))
-    return iter(held)  # all held, so that no two have the same id
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(hollow.made(parameter), parameter.requires_grad)
+                module._parameters[name] = made[parameter]
+    for buffer in model.buffers():
+        hollow.ledger.note(buffer)

@@ -33,11 +33,13 @@ def training_batch(model: nn.Module, batch: int, length: int) -> dict[str, Tenso
     if type(model).__name__.endswith("ForMultipleChoice"):
         raise _unknown(model, "several texts at a time")
     if main == "input_ids":
-        inputs = {"input_ids": ids} | ({"pixel_values": _pictures(model, batch)} if _compares(takes) else {})
+        inputs = {"input_ids": ids} | (
+            {"pixel_values": torch.zeros(batch, *_picture(model))} if _compares(takes) else {}
+        )
     elif main == "pixel_values":
-        inputs = {"pixel_values": _pictures(model, batch)}
+        inputs = {"pixel_values": torch.zeros(batch, *_picture(model))}
     elif main == "input_features" and "labels" in takes:
-        inputs = {"input_features": _recordings(model, batch)}
+        inputs = {"input_features": torch.zeros(batch, *_frames(model))}
     else:
         raise _unknown(model, main)
     return {**inputs, **_labels(model, ids, takes, reads_text=main != "pixel_values")}
@@ -79,10 +81,6 @@ def _labels(model: nn.Module, ids: Tensor, takes: Any, reads_text: bool) -> dict
     return {"labels": ids * 0 if name.endswith(LABEL_PER_TOKEN) else ids}
 
 
-def _pictures(model: nn.Module, batch: int) -> Tensor:
-    return torch.zeros(batch, *_picture(model))
-
-
 def _picture(model: nn.Module) -> tuple[int, ...]:
     """Channels, height and width."""
     config: Any = model.config
@@ -93,10 +91,6 @@ def _picture(model: nn.Module) -> tuple[int, ...]:
     if len(found) != 3:
         raise _unknown(model, "pictures")
     return tuple(found)
-
-
-def _recordings(model: nn.Module, batch: int) -> Tensor:
-    return torch.zeros(batch, *_frames(model))
 
 
 def _frames(model: nn.Module) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from minipeft import registry
 from minipeft.errors import ConfigError, ContractError, RegistryError, TargetError, hint, shown
-from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.kernels.generators import generators_kept
 from minipeft.model import get_adapter_model
 from minipeft.testing.case import Case, case_of, fingerprint, layers_of
@@ -184,7 +183,7 @@ def _refusal(case: Case) -> str | None:
         return str(error)
     except Exception as error:
         raise case.fail("injection", f"{type(error).__name__}: {error}") from error
-    acting = {type(layer.adapters["default"]) for layer in layers_of(adapted) if _serves(case, layer)}
+    acting = {type(layer.adapters["default"]) for layer in layers_of(adapted) if isinstance(layer.ops, type(case.ops))}
     wanted = registry.adapter_class(case.method, "layer", type(case.base().layer))
     if wanted not in acting:
         names = shown(sorted(cls.__name__ for cls in acting))
@@ -198,7 +197,3 @@ def _check_options(case: Case) -> None:
         case.adapter.config_class(target_modules=["layer"], **case.options)
     except ConfigError as error:
         raise case.fail("options", f"{error} Pass the option, or call testing.register_options.") from error
-
-
-def _serves(case: Case, layer: AdaptedLayer) -> bool:
-    return isinstance(layer.ops, type(case.ops))

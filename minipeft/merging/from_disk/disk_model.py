@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,7 +107,8 @@ def _connect(places: Places, groups: Mapping[str, Group], dtype: torch.dtype) ->
         _put(nn.Parameter(value, requires_grad=old.requires_grad), places)
         return
     first = stored[0]
-    apart = [place for place in stored[1:] if not _equal(groups[first[0]], groups[place[0]])]
+    own = groups[first[0]].stored
+    apart = [place for place in stored[1:] if not all(map(same_bytes, own, groups[place[0]].stored))]
     _bring(first[0], groups[first[0]], [place for place in places if place not in apart])
     for place in apart:
         _bring(place[0], groups[place[0]], [place])
@@ -120,20 +120,12 @@ def _bring(name: str, group: Group, places: Places) -> None:
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # it is in the checkpoint
     _put(parameter, places)
     for _, module, own in places:
-        bring(module, own, functools.partial(_value, group, name))
+        bring(module, own, lambda: group.read()[name])
 
 
 def _put(parameter: nn.Parameter, places: Places) -> None:
     for _, module, name in places:
         module._parameters[name] = parameter
-
-
-def _value(group: Group, name: str) -> Tensor:
-    return group.read()[name]
-
-
-def _equal(one: Group, other: Group) -> bool:
-    return all(same_bytes(a, b) for a, b in zip(one.stored, other.stored, strict=False))
 
 
 class Presence:

@@ -109,7 +109,7 @@ def held_out_split(data: str | os.PathLike[str], config: str | None = None) -> s
 
 
 def _from_files(paths: list[Path], name: str, streaming: bool) -> Source:
-    kinds = {_file_kind(path) for path in paths}
+    kinds = {"JSON" if is_json(path) else TABLES.get(path.suffix.lower(), "text") for path in paths}
     if len(kinds) > 1:
         raise DataError(f"{name} holds files of more than one kind ({', '.join(sorted(kinds))}); give one kind.")
     for path in paths:
@@ -140,10 +140,6 @@ def _generated(
     if streaming:
         return IterableDataset.from_generator(generator, features=features, gen_kwargs=values)
     return _attempt(partial(Dataset.from_generator, generator, features=features, gen_kwargs=values), name)
-
-
-def _file_kind(path: Path) -> str:
-    return "JSON" if is_json(path) else TABLES.get(path.suffix.lower(), "text")
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
