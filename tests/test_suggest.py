@@ -83,9 +83,9 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
         (["--tokens", "1", "--text", "x"], "give one"),
         (["--text", tmp_path / "none"], "cannot be read"),
         (["--text", tmp_path / "text"], "no tokenizer"),
-        (["--tokens", "0"], "from 1 on"),
+        (["--tokens", "0"], "integer from 1 to"),
     ):
         with pytest.raises(MinipeftError, match=words):
             run("suggest", tmp_path, *more)
-    with pytest.raises(ConfigError, match="whole number"):
+    with pytest.raises(ConfigError, match="integer from 1 to"):
         suggest(LLAMA, get_adapter_model, length=0)

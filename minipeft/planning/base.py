@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from minipeft.class_swap import plain_class
-from minipeft.errors import CheckpointError, ConfigError, MinipeftError, shown, told, told_error
+from minipeft.errors import CheckpointError, ConfigError, MinipeftError, told, told_error
 from minipeft.files.empty_model import without_weights
 from minipeft.files.file_names import CONFIG_FILE
 from minipeft.files.model_card import is_repo_id
 from minipeft.files.reading import reading
 from minipeft.injection.wrapper import Wrapper
+from minipeft.options import one_of
 from minipeft.planning.hollow import Hollow
 from minipeft.planning.quiet import quiet
 from minipeft.quantization.quantize import quantize as quantized
@@ -39,8 +40,7 @@ def base_model(place: Place, hollow: Hollow, dtype: str | None = None, quantize:
     Raises:
         MinipeftError: there is no such model or kind, the configuration has no sizes, or the model cannot be built.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {shown(DTYPES)}, not {told(dtype)}.")
+    one_of("dtype", dtype, (None, *DTYPES))
     config, cls = _described(place)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MAX_LAYERS:

@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from minipeft.config import HEADS_OF_TASK, AdapterConfig
-from minipeft.errors import ConfigError, LeanError, hint, shown, told
+from minipeft.errors import ConfigError, LeanError, shown
 from minipeft.files.save import adapter_tensors
 from minipeft.files.tensor_bytes import header_of
 from minipeft.memory.lean import lean
+from minipeft.options import integer, one_of
 from minipeft.planning.base import DTYPES, Place, base_model
 from minipeft.planning.batch import reads_text_alone, remarks_on
 from minipeft.planning.hollow import Hollow
@@ -68,18 +69,11 @@ class Setup:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("training", self.training, TRAININGS), ("device", self.device, DEVICES)):
-            if not isinstance(value, str) or value not in allowed:
-                raise ConfigError(
-                    f"{name} must be one of {shown(allowed)}, not {told(value)}{hint(str(value), allowed)}."
-                )
-        if self.dtype is not None and not (isinstance(self.dtype, str) and self.dtype in DTYPES):
-            raise ConfigError(
-                f"dtype must be one of {shown(DTYPES)}, not {told(self.dtype)}{hint(str(self.dtype), DTYPES)}."
-            )
-        for name, number in (("batch", self.batch), ("length", self.length)):
-            if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= LARGEST:
-                raise ConfigError(f"{name} must be a whole number from 1 to {LARGEST:,}, not {told(number)}.")
+        one_of("training", self.training, TRAININGS)
+        one_of("device", self.device, DEVICES)
+        one_of("dtype", self.dtype, (None, *DTYPES))
+        integer("batch", self.batch, at_least=1, at_most=LARGEST)
+        integer("length", self.length, at_least=1, at_most=LARGEST)
         if self.training != "lean" and self.checkpointing is not None:
             raise ConfigError(f'checkpointing={self.checkpointing!r} is an option of training="lean".')
         if self.training == "full" and self.quantize is not None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig, config_from_dict
 from minipeft.errors import ConfigError, told
+from minipeft.options import integer
 from minipeft.planning.base import Place, base_model
 from minipeft.planning.estimate import Adapt, task_type
 from minipeft.planning.hollow import Hollow
@@ -35,6 +36,7 @@ EXPONENTS = {"qwen": 0.0775, "llama": 0.781}
 OTHER_EXPONENT = sum(EXPONENTS.values()) / len(EXPONENTS)
 SHORT_RUN = 100  # steps; in shorter ones 15 times full fine-tuning's rate was best
 MOST_SEQUENCES = 32
+MOST_TOKENS = 2**53
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def suggest(
     Raises:
         MinipeftError: the model cannot be built or adapted, the text not counted, or a number is not allowed.
     """
-    _check_number("length", length)
+    integer("length", length, at_least=1)
     tokens = _tokens(place, tokens, text)
     hollow = Hollow(Ledger())
     model = base_model(place, hollow)
@@ -129,7 +131,7 @@ def suggest(
 
 def _tokens(place: Place, tokens: int | None, text: str | Path | None) -> int | None:
     if tokens is not None:
-        _check_number("tokens", tokens)
+        integer("tokens", tokens, at_least=1, at_most=MOST_TOKENS)
     if text is None:
         return tokens
     if tokens is not None:
@@ -137,11 +139,6 @@ def _tokens(place: Place, tokens: int | None, text: str | Path | None) -> int | 
     if not isinstance(text, str | PathLike):
         raise ConfigError(f"text must be the path of a file, not {told(text)}.")
     return count_tokens(place, Path(text))
-
-
-def _check_number(name: str, number: object) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ConfigError(f"{name} must be a whole number from 1 on, not {told(number)}.")
 
 
 def _task(model: nn.Module) -> Iterator[Choice]:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from minipeft.errors import ConfigError, DataError, shown
+from minipeft.errors import ConfigError, DataError
+from minipeft.options import one_of
 from minipeft.training.data.chat import ChatTemplate
 from minipeft.training.data.rows import check_row
 
@@ -43,8 +44,7 @@ class Encoding:
                 f"max_length must be an integer from 2, not {self.max_length!r}: one token predicts nothing."
             )
         for name, allowed in (("overlong", ("error", "truncate", "drop")), ("empty", ("error", "drop"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {shown(allowed)}, not {getattr(self, name)!r}.")
+            one_of(name, getattr(self, name), allowed)
         if self.attend_across and self.packing is False:
             raise ConfigError("attend_across=True joins documents, and packing=False does not; leave one of them out.")
 
