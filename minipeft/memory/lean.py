@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -113,15 +114,7 @@ def lean(
         probe.compare(model)
         if checkpointing is None and not all(sample_slices.runs_in_slices(block) for block in state.blocks):
             _keep_blocks(state)
-        mlps = [module for module, mixin in state.mixed if mixin is RecomputedMlp]
-        token_tiles.settle(mlps)
-        with (
-            sample_slices.cut_small(state.blocks, sample_slices.ROWS, 1) as some,
-            # Two tokens, since torch's products by a single row in bfloat16 are too inexact to prove anything.
-            sample_slices.cut_small(mlps, token_tiles.TOKENS, 2) as others,
-        ):
-            if some or others:
-                probe.compare(model)
+        _compare_in_pieces(model, state, probe)
     except BaseException:
         unlean(model)
         raise
@@ -132,6 +125,19 @@ def lean(
         glibc.map_large_arrays(MAPPED_BLOCKS if checkpointing == "block" else MAPPED_GROUPS)
     logger.info("lean: %s", describe(state))
     return model
+
+
+def _compare_in_pieces(model: nn.Module, state: LeanState, probe: Probe) -> None:
+    """Let what can be cut run in pieces, and prove it by the smallest ones."""
+    mlps = [module for module, mixin in state.mixed if mixin is RecomputedMlp]
+    token_tiles.settle(mlps)
+    with (
+        sample_slices.cut_small(state.blocks, sample_slices.ROWS, 1) as some,
+        # Two tokens, since torch's products by a single row in bfloat16 are too inexact to prove anything.
+        sample_slices.cut_small(mlps, token_tiles.TOKENS, 2) as others,
+    ):
+        if some or others:
+            probe.compare(model)
 
 
 def _check_checkpointing(value: object) -> None:
@@ -178,9 +184,7 @@ def _keep_blocks(state: LeanState) -> None:
 
 def describe(state: LeanState) -> str:
     """What `lean` changed, in one line."""
-    counts: dict[str, int] = {}
-    for _, mixin in state.mixed:
-        counts[mixin.__name__] = counts.get(mixin.__name__, 0) + 1
+    counts = Counter(mixin.__name__ for _, mixin in state.mixed)
     said = [f"{count} {name}" for name, count in counts.items()]
     if state.blocks:
         said.append(f"{len(state.blocks)} blocks recomputed")
