@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-Shape = torch.Size
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way to store a canonical weight."""
-
-    # Whether a canonical weight of the first shape may be stored so in a parameter of the second
-    fits: Callable[[Shape, Shape], bool]
-    restore: Callable[[Tensor, Shape], Tensor]  # the values of a parameter of this shape
-
-
-LAYOUTS: Mapping[str, Layout] = {
-    "same": Layout(lambda canonical, own: canonical == own or len(own) != 2, lambda weight, own: weight.reshape(own)),
-    "transposed": Layout(lambda canonical, own: canonical[::-1] == own, lambda weight, own: weight.t()),
-    "stack, each transposed": Layout(
-        lambda canonical, own: len(own) == 3, lambda weight, own: weight.reshape(own[0], own[2], own[1]).mT
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -34,11 +14,21 @@ class Stored:
     """How a layer stores its canonical weight (out, in)."""
 
     name: str  # of the layer's parameter
-    layout: str  # a key of `LAYOUTS`
+    layout: str  # one of those that `_layouts` names
 
     def from_canonical(self, weight: Tensor, own: Tensor) -> Tensor:
         """A canonical weight in the shape and dtype of the parameter."""
-        return LAYOUTS[self.layout].restore(weight, own.shape).to(own.dtype)
+        return next(value for layout, value in _layouts(weight, own) if layout == self.layout).to(own.dtype)
+
+
+def _layouts(weight: Tensor, own: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A canonical weight in each way in which this parameter may store it, by name."""
+    if weight.shape == own.shape or own.ndim != 2:
+        yield "same", weight.reshape(own.shape)
+    if weight.shape[::-1] == own.shape:
+        yield "transposed", weight.t()
+    if own.ndim == 3:
+        yield "stack, each transposed", weight.reshape(own.shape[0], own.shape[2], own.shape[1]).mT
 
 
 def stored_weight(canonical: Tensor, module: nn.Module) -> Stored | None:
@@ -48,11 +38,10 @@ def stored_weight(canonical: Tensor, module: nn.Module) -> Stored | None:
         return Stored(own_name, "same")
     for is_it in (_is_view, _is_copy):
         for name, own in module._parameters.items():
-            if type(own) is not nn.Parameter or own.dtype != canonical.dtype or own.numel() != canonical.numel():
-                continue
-            for name_of_layout, layout in LAYOUTS.items():
-                if layout.fits(canonical.shape, own.shape) and is_it(layout.restore(canonical, own.shape), own):
-                    return Stored(name, name_of_layout)
+            if type(own) is nn.Parameter and own.dtype == canonical.dtype and own.numel() == canonical.numel():
+                for layout, value in _layouts(canonical, own):
+                    if is_it(value, own):
+                        return Stored(name, layout)
     return None
 
 
