@@ -24,6 +24,7 @@ from minipeft.injection.sites import AdapterSite, SavedSite, check_alone, module
 from minipeft.injection.targets import select_parameters, select_saved, select_targets, to_prepare
 from minipeft.injection.tied_sites import (
     check_shared,
+    tied_to_embedding,
     warn_of_tied_layers,
     with_one_adapter,
     with_one_copy,
@@ -71,9 +72,10 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         SavedSite(name, found[name], None, name not in fresh.kept)
         for name in select_saved(model, config, found, every_pattern=every_pattern)
     ]
-    saved = with_one_copy(model, config, found, saved)
+    tied = tied_to_embedding(model, config, found)
+    saved = with_one_copy(found, saved, tied)
     sites = _targeted(model, config, found, [site.name for site in saved], every_pattern)
-    sites = with_one_adapter(model, config, found, sites, saved, every_pattern)
+    sites = with_one_adapter(config, found, sites, saved, tied, every_pattern)
     sites += _companions(model, config, found, every_pattern)
     sites = with_tied_sites(model, found, sites)
     check_shared(config, sites, [site.name for site in saved])

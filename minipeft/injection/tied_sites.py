@@ -162,56 +162,51 @@ def warn_of_tied_layers(model: nn.Module, sites: list[AdapterSite]) -> None:
             )
 
 
-def with_one_copy(
-    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], saved: list[SavedSite]
-) -> list[SavedSite]:
-    """If a module to train in full is tied to the input embedding, a copy of that, whose weight the others use.
+def tied_to_embedding(model: nn.Module, config: AdapterConfig, found: dict[str, Candidate]) -> list[str]:
+    """Names of the input embedding and of all layers with its weight, that first; none if the option does not ask for it."""
+    table = input_embedding(model) if config.ensure_weight_tying else None
+    base = None if table is None else innermost(table)
+    name = next((name for name, candidate in found.items() if candidate.base is base), None)
+    if base is None or name is None:
+        return []
+    holders = {id(module) for _, module in owners(TensorIndex(model), found, base)}
+    others = [other for other, candidate in found.items() if id(candidate.base) in holders and other != name]
+    return [name, *others] if others else []
+
+
+def with_one_copy(found: dict[str, Candidate], saved: list[SavedSite], tied: list[str]) -> list[SavedSite]:
+    """If a module to train in full is one of `tied`, a copy of the first of them, whose weight the others use.
 
     PEFT does the same for modules named ``embed_tokens`` or ``lm_head``, and then leaves `target_modules` as they are.
     """
-    name, tied = _group(model, config, found)
     members = [site for site in saved if site.name in tied]
     if not members:
         return saved
+    name, *others = tied
     leader = SavedSite(name, found[name], None, any(site.trains for site in members))
-    followers = [SavedSite(other, found[other], (), tied_to=name) for other in tied if other != name]
+    followers = [SavedSite(other, found[other], (), tied_to=name) for other in others]
     return [*(site for site in saved if site.name not in tied), leader, *followers]
 
 
 def with_one_adapter(
-    model: nn.Module,
     config: AdapterConfig,
     found: dict[str, Candidate],
     sites: list[AdapterSite],
     saved: Sequence[SavedSite],
+    tied: list[str],
     every_pattern: bool,
 ) -> list[AdapterSite]:
-    """If a targeted layer is tied to the input embedding, one site on that; `with_tied_sites` adds the others.
+    """If a targeted layer is one of `tied`, one site on the first of them; `with_tied_sites` adds the others.
 
     Raises:
         TargetError: the options differ for the tied layers, or the embedding cannot be adapted.
     """
-    name, tied = _group(model, config, found)
     members = [site for site in sites if site.name in tied]
     if not members or any(site.name in tied for site in saved):
         return sites
-    configs = config.for_modules(tied)
+    name, configs = tied[0], config.for_modules(tied)
     for other in tied:
         if configs[other] != configs[name]:
             raise TargetError(f"ensure_weight_tying: {other} and {name} are given different ranks or alphas.")
     leader = list(module_sites(name, found[name], configs[name], every_pattern))
     return [*(site for site in sites if site.name not in tied), *leader]
-
-
-def _group(model: nn.Module, config: AdapterConfig, found: dict[str, Candidate]) -> tuple[str, list[str]]:
-    """The name of the input embedding, and those of all layers with its weight; none if there is no other."""
-    table = input_embedding(model) if config.ensure_weight_tying else None
-    if table is None:
-        return "", []
-    base = innermost(table)
-    name = next((name for name, candidate in found.items() if candidate.base is base), "")
-    if not name:
-        return "", []
-    holders = {id(module) for _, module in owners(TensorIndex(model), found, base)}
-    tied = [other for other, candidate in found.items() if id(candidate.base) in holders]
-    return (name, tied) if len(tied) > 1 else ("", [])
