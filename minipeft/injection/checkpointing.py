@@ -4,23 +4,25 @@ The reentrant one gives no gradient to what a block holds if no tensor that the 
 transformers makes the embeddings of token ids require one; the first blocks of vision and audio models stay without, and
 so do the adapters in them. Such a call is checkpointed in torch's other way, which takes as little memory.
 
-A block that is called again in the backward pass finds the adapters, and the rows, that acted in the forward pass.
+A block that is called again in the backward pass finds the adapters, and the rows, that acted in the forward pass, whatever
+acts by then: a policy and a critic may be two adapters of one model, and one backward pass recomputes both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.injection.module_tree import outside_adapters
-from minipeft.injection.recalled import with_adapters_kept
+from minipeft.injection.rows import CURRENT, acting
 from minipeft.injection.state import STATE
-from minipeft.injection.wrapper import Switch
+from minipeft.injection.wrapper import Switch, Wrapper
 from minipeft.kernels.functional import tensors_in
 
 FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in each module that checkpoints
@@ -68,3 +70,37 @@ def _checkpoint(own: functools.partial[Any], switch: Switch, function: Any, *arg
     if inside or not given:
         return own.func(function, *args, **{**own.keywords, "use_reentrant": False})
     return own(function, *args)
+
+
+class ActingNow:
+    """Which adapters act now, by row or all alike, in the model with this switch; None: of a model that has no adapters."""
+
+    def __init__(self, switch: Switch | None) -> None:
+        self.rows, self.switch = CURRENT.rows, switch
+        self.choice = None if switch is None else switch.choice
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Within the context they act again."""
+        with contextlib.ExitStack() as stack:
+            if self.rows is not None:
+                stack.enter_context(acting(self.rows))
+            if self.switch is not None and self.choice is not None and self.choice != self.switch.choice:
+                stack.enter_context(self.switch.as_chosen(self.choice))
+            yield
+
+
+def with_adapters_kept(function: Callable[..., Any], switch: Switch | None) -> Callable[..., Any]:
+    """A function for the backward pass to call again: it then finds the adapters and rows that act now."""
+    kept = ActingNow(None if torch.compiler.is_compiling() else switch)  # a graph holds the adapters that acted
+    return function if kept.rows is None and kept.switch is None else functools.partial(_again, kept, function)
+
+
+def _again(kept: ActingNow, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with kept.again():
+        return function(*args, **kwargs)
+
+
+def switch_of(module: nn.Module) -> Switch | None:
+    """The switch of the adapters in a module, if there are any."""
+    return next((inner.switch for inner in module.modules() if isinstance(inner, Wrapper)), None)

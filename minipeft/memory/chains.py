@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from minipeft.injection.recalled import ActingNow, switch_of
+from minipeft.injection.checkpointing import ActingNow, switch_of
 from minipeft.memory import sample_slices
 
 CHAINS = "_minipeft_chains"  # in a block's __dict__: the model's `Chains`

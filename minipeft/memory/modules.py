@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.class_swap import SameFunction
-from minipeft.injection.recalled import switch_of, with_adapters_kept
+from minipeft.injection.checkpointing import switch_of, with_adapters_kept
 from minipeft.injection.wrapper import Switch
 from minipeft.kernels import glibc, recompute
 from minipeft.kernels.frozen_linear import lean_linear
