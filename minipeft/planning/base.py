@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +21,6 @@ from minipeft.files.reading import reading
 from minipeft.injection.wrapper import Wrapper
 from minipeft.options import one_of
 from minipeft.planning.hollow import Hollow
-from minipeft.planning.quiet import quiet
 from minipeft.quantization.quantize import quantize as quantized
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -136,3 +138,15 @@ def _fill(model: nn.Module, hollow: Hollow) -> None:
                 module._parameters[name] = made[parameter]
     for buffer in model.buffers():
         hollow.ledger.note(buffer)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the context transformers logs errors only, and no advice about masks and the like: no text is being read."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -15,11 +15,10 @@ from minipeft.files.save import adapter_tensors
 from minipeft.files.tensor_bytes import header_of
 from minipeft.memory.lean import lean
 from minipeft.options import integer, one_of
-from minipeft.planning.base import DTYPES, Place, base_model
+from minipeft.planning.base import DTYPES, Place, base_model, quiet
 from minipeft.planning.batch import reads_text_alone, remarks_on
 from minipeft.planning.hollow import Hollow
 from minipeft.planning.ledger import Ledger
-from minipeft.planning.quiet import quiet
 from minipeft.planning.step import peak_of_step, sized_for
 
 TRAININGS = ("full", "lora", "lean")

@@ -6,23 +6,24 @@ Source: https://thinkingmachines.ai/blog/lora; the formula for the learning rate
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig, config_from_dict
-from minipeft.errors import ConfigError, told
+from minipeft.errors import ConfigError, DataError, told, told_error
+from minipeft.files.reading import read_text
 from minipeft.options import integer
 from minipeft.planning.base import Place, base_model
 from minipeft.planning.estimate import Adapt, task_type
 from minipeft.planning.hollow import Hollow
 from minipeft.planning.ledger import Ledger
-from minipeft.planning.text import count_tokens
 from minipeft.transformers_model import model_type, text_part
 
 ARTICLE = "LoRA Without Regret"
@@ -136,7 +137,7 @@ def _tokens(place: Place, tokens: int | None, text: str | Path | None) -> int | 
         return tokens
     if tokens is not None:
         raise ConfigError("tokens and text both say how many tokens there are; give one.")
-    if not isinstance(text, str | PathLike):
+    if not isinstance(text, str | os.PathLike):
         raise ConfigError(f"text must be the path of a file, not {told(text)}.")
     return count_tokens(place, Path(text))
 
@@ -192,3 +193,31 @@ def _learning_rate(family: str, width: int, steps: int | None) -> Choice:
         float(f"{rate:.2g}"),
         f"{times} times full fine-tuning's, for hidden size {width}{short}; {fitted} ({ARTICLE})",
     )
+
+
+def count_tokens(place: Any, path: Path) -> int:
+    """The number of tokens that the model's tokenizer makes of a text file.
+
+    Args:
+        place: the model's directory, or its name on the Hub.
+        path: a file in UTF-8.
+
+    Raises:
+        MinipeftError: the file cannot be read, or the model has no tokenizer.
+    """
+    if not isinstance(place, str | os.PathLike):
+        raise ConfigError(
+            "a text is counted by a model's tokenizer; give the model's directory or name, or count yourself."
+        )
+    text = read_text(path)
+    try:
+        tokenizer: Any = importlib.import_module("transformers").AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # of as many kinds as there are tokenizers
+        raise DataError(
+            f"{place} has no tokenizer that loads ({told_error(error)}); count yourself and give the number of tokens."
+        ) from None
+    count = len(tokenizer(text, verbose=False)["input_ids"])
+    if not count:
+        why = f"{place} has no tokenizer for it" if text.strip() else "it is empty"
+        raise DataError(f"there are no tokens in {path}: {why}.")
+    return count
