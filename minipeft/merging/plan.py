@@ -78,17 +78,18 @@ def plan_step(
         check_stored(path, holder, written if holder is layer else written[:1])
         check_order(path, holder, names, permanent=not options.undoable)
         check_by_trial(path, holder, names)
-    common = (model, path, layer, names, tied)
-    if ops.is_quantized:
-        return Replace(*common, {}, dtype, options.undoable, options.reported)
     owners = [layer.owner, *(other.owner for other in tied)]
-    shared = shared_parameters(path, owners, written, index, options.untie)
-    if not options.undoable:
-        factors = _proved_finite(layer, names, written[0])
-        if factors is not None and _holds(layer.owner, written[0]):
-            return AddInPlace(*common, shared, dtype, options.undoable, options.reported, factors)
-    step = Write(*common, shared, dtype, options.undoable, options.reported)
-    step.check()
+    shared = shared_parameters(path, owners, written, index, options.untie)  # none of a quantized layer
+    common = (model, path, layer, names, tied, shared, dtype, options.undoable, options.reported)
+    if ops.is_quantized:
+        return Replace(*common)
+    if options.undoable:
+        return Write(*common)
+    factors = _proved_finite(layer, names, written[0])
+    if factors is not None and _holds(layer.owner, written[0]):
+        return AddInPlace(*common, factors)
+    step = Write(*common)
+    step.merged()  # raises now what `apply` would raise, since what that writes could not be taken back
     return step
 
 

@@ -132,11 +132,6 @@ class AddInPlace(Step):
 class Write(Step):
     """A merge that writes the merged weight into the layer; some layers return a replacement that holds it."""
 
-    def check(self) -> None:
-        """Raise now what `apply` would raise, if what it writes could not be taken back."""
-        if not self.undoable:
-            self.merged()
-
     def write(self) -> None:
         base, ops, undo = self.layer.base_layer, self.layer.ops, self.undo
         weight = ops.read_weight(base).detach()
