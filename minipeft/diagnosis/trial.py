@@ -49,7 +49,8 @@ def try_batch(view: View, batch: Mapping[str, Any], *, must_train: bool) -> Tria
     switch: Any = next((other for other in view.others if isinstance(other, Switch)), Switch())
     with left_alone(view):
         names = {id(module): name for name, module in view.root.named_modules()}
-        with watched(switch) as seen, _first_nan(names) as broken, _warnings() as warned:
+        with watched(switch) as seen, _first_nan(names) as broken, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             output = forward(view, batch, training=training)
         loss = _loss(output)
         if loss is None and training and must_train:
@@ -64,7 +65,7 @@ def try_batch(view: View, batch: Mapping[str, Any], *, must_train: bool) -> Tria
             set(view.idle(seen)),
             None if loss is None else float(loss),
             loss is not None and training,
-            warned,
+            [str(warning.message) for warning in warned],
             next(iter(broken), None),
             {
                 id(p): float(p.grad.abs().max())
@@ -113,16 +114,6 @@ def _loss(output: Any) -> Tensor | None:
     if found is None and isinstance(output, tuple) and output:
         found = output[0]
     return found if isinstance(found, Tensor) and found.numel() == 1 else None
-
-
-@contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collects what is warned about."""
-    said: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield said
-    said += [str(warning.message) for warning in caught]
 
 
 @contextlib.contextmanager

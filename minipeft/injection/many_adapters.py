@@ -10,7 +10,7 @@ from torch import nn
 
 from minipeft.errors import StateError, all_or_nothing
 from minipeft.injection.attach import train_also
-from minipeft.injection.resting import Place, parameters_at
+from minipeft.injection.resting import parameters_at
 from minipeft.injection.rows_of_call import rows_acting, rows_of_call
 from minipeft.injection.state import STATE, AdapterState, names_given
 
@@ -49,7 +49,11 @@ class ManyAdapters(nn.Module):
         self._check_trainable((adapter_name,))
         state: AdapterState = self.__dict__[STATE]
         resting = state.resting[adapter_name]
-        places = [place for place in state.places[adapter_name] if place in resting or _learns(place)]
+        places = [
+            place
+            for place in state.places[adapter_name]
+            if place in resting or any(p.requires_grad for p in parameters_at([place]))
+        ]
         return list({id(parameter): parameter for parameter in parameters_at(places)}.values())
 
     def _check_trainable(self, names: Sequence[str]) -> None:
@@ -61,10 +65,6 @@ class ManyAdapters(nn.Module):
                     f"adapter {name!r} was made or loaded not to train; load it with is_trainable=True, or leave "
                     "inference_mode out of its configuration."
                 )
-
-
-def _learns(place: Place) -> bool:
-    return any(parameter.requires_grad for parameter in parameters_at([place]))
 
 
 def _by_row(model: nn.Module, generate: Callable[..., Any]) -> Callable[..., Any]:

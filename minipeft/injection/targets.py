@@ -46,9 +46,8 @@ def select_targets(
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
     chosen = _in_layers(config, chosen, every_pattern)
     if not chosen and not config.target_parameters:
-        raise TargetError(
-            f"target_modules {_shown(config.target_modules)} leaves no module of {type(model).__name__} to adapt{why}."
-        )
+        given = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
+        raise TargetError(f"target_modules {given!r} leaves no module of {type(model).__name__} to adapt{why}.")
     return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
 
 
@@ -227,10 +226,6 @@ def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConf
         f"no default target_modules for {f'model_type {kind!r}' if kind else type(model).__name__}{known}; "
         f"give target_modules, from this model's own: {shown((f'{e} ({counts[e]})' for e in common), 8)}, or 'all-linear'."
     )
-
-
-def _shown(patterns: Sequence[str] | str | None) -> str:
-    return repr(list(patterns)) if isinstance(patterns, tuple) else repr(patterns)
 
 
 def to_prepare(found: dict[str, Candidate]) -> Iterator[tuple[LayerOps, nn.Module]]:

@@ -113,9 +113,9 @@ class Case:
             model = get_adapter_model(self.base(dtype, sizes) if base is None else base, self.config())
         return move(model) if moved else model
 
-    def input(self, model: nn.Module, seed: int = 2) -> Tensor:
+    def input(self, model: nn.Module) -> Tensor:
         """An input for the layer of a plain model."""
-        with _seeded(seed):
+        with _seeded(2):
             return self.ops.example_input(model.layer)
 
     def no(self, dtype: torch.dtype) -> str | None:
@@ -201,13 +201,13 @@ def layers_of(model: nn.Module) -> list[AdaptedLayer]:
 
 
 @torch.no_grad()
-def move(model: AdaptedModel, seed: int = 3, scale: float = MOVED) -> AdaptedModel:
+def move(model: AdaptedModel, seed: int = 3) -> AdaptedModel:
     """Move every trainable parameter at random, as training would; torch's generator stays where it is."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise.to(parameter), alpha=scale)
+            parameter.add_(noise.to(parameter), alpha=MOVED)
     return model
 
 

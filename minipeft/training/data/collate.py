@@ -33,21 +33,17 @@ class Store(Protocol):
     @property
     def lengths(self) -> Ints:
         """Tokens of each example, shape (examples,)."""
-        ...
 
     @property
     def targets(self) -> Ints:
         """Predicted tokens of each example, shape (examples,)."""
-        ...
 
     @property
     def pad_id(self) -> int:
         """The token id to pad with."""
-        ...
 
     def rows(self, indices: Sequence[int] | Ints) -> list[Example]:
         """The examples with these numbers."""
-        ...
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
 
 
-def asked_for(environment: Mapping[str, str] | None = None) -> bool:
+def asked_for() -> bool:
     """Whether ``accelerate launch`` was told to use DeepSpeed."""
-    environment = os.environ if environment is None else environment
-    return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def process_group_options() -> list[Any]:

@@ -30,14 +30,14 @@ def restarts(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def join_after_restart(environment: Mapping[str, str] = os.environ) -> None:
+def join_after_restart() -> None:
     """After a restart (``--max_restarts``), make the processes find each other and not the dead ones.
 
     With torch 2.13, the static rendezvous of ``accelerate launch`` uses one store for all attempts, with no prefix per
     attempt: a process may read the address of a dead one and fail. Call this before anything starts torch.distributed;
     on the first attempt it does nothing.
     """
-    attempt = restarts(environment)
+    attempt, environment = restarts(), os.environ
     if attempt == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
     world_size, rank = int(environment["WORLD_SIZE"]), int(environment["RANK"])
