@@ -14,7 +14,7 @@ from torch import Tensor
 from minipeft.combining.products import Factors, product_norm
 from minipeft.errors import CheckpointError
 from minipeft.readers.contents import read_contents
-from minipeft.readers.plain import Pair, pairs_of
+from minipeft.readers.plain import pairs_of
 
 TINY = 1e-10  # singular values below this share of the largest are rounding
 
@@ -93,11 +93,7 @@ def _updates(directory: Path) -> dict[str, Factors]:
     pairs = pairs_of(contents, contents.weights.read())
     if not pairs:
         raise CheckpointError(f"{directory} has no layer with a low-rank update.")
-    return {name: _factors(pair) for name, pair in pairs.items()}
-
-
-def _factors(pair: Pair) -> Factors:
-    return pair.scaling * pair.up.double().flatten(1), pair.down.double().flatten(1)
+    return {name: (p.scaling * p.up.double().flatten(1), p.down.double().flatten(1)) for name, p in pairs.items()}
 
 
 def _compared(name: str, one: Factors | None, two: Factors | None, first: Path, second: Path) -> LayerDiff:

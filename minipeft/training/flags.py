@@ -17,7 +17,7 @@ import dataclasses
 import math
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -174,9 +174,7 @@ def _check_company(flags: object, name: str, rules: Rules) -> None:
 
 
 def _is_given(flags: Any, name: str) -> bool:
-    default = next(field.default for field in dataclasses.fields(flags) if field.name == name)
-    assert default is not MISSING
-    return bool(getattr(flags, name) != default)
+    return bool(getattr(flags, name) != getattr(type(flags), name))  # which is the default
 
 
 def _plain(value: Any) -> Any:

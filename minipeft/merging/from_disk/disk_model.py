@@ -31,10 +31,17 @@ class DiskModel:
     ties: tuple[tuple[str, ...], ...]  # the names of each parameter that has several
     tables: frozenset[str]  # names of the input embedding's and the output head's weight
 
+    def tied(self, name: str) -> tuple[str, ...]:
+        """The names of a parameter."""
+        return next((names for names in self.ties if name in names), (name,))
+
     def source(self, name: str) -> Group | None:
         """What a parameter is read from: its own group, or that of a parameter tied to it."""
-        names = next((names for names in self.ties if name in names), (name,))
-        return next((self.groups[each] for each in (name, *names) if each in self.groups), None)
+        return next((self.groups[each] for each in (name, *self.tied(name)) if each in self.groups), None)
+
+    def stored_as(self, name: str) -> Group | None:
+        """What the base stores under a parameter's name, fit or not."""
+        return self.groups.get(name) or self.unfit.get(name)
 
 
 def connect(model: nn.Module, base: Base) -> DiskModel:

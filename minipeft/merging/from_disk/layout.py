@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minipeft.merging.from_disk.base import Base
 from minipeft.merging.from_disk.disk_model import DiskModel
-from minipeft.merging.from_disk.names import Group, Renamed
+from minipeft.merging.from_disk.names import Renamed
 from minipeft.merging.from_disk.outcome import Outcome, Value
 from minipeft.merging.from_disk.shards import Entry, ShardWriter, copied, to_write
 
@@ -26,7 +26,7 @@ def shards_to_write(base: Base, disk: DiskModel, outcome: Outcome, *, only_known
     changed: dict[str, Entry] = {}
     for value in outcome.values:
         for name in value.names if value.changes else ():
-            group = _group(disk, name)
+            group = disk.stored_as(name)
             if isinstance(group, Renamed):
                 key = group.stored[0].key
                 changed[key] = to_write(key, like(disk, value))
@@ -52,13 +52,9 @@ def like(disk: DiskModel, value: Value) -> Tensor:
     return disk.state[value.names[0]] if value.trained is None else value.trained
 
 
-def _group(disk: DiskModel, name: str) -> Group | None:
-    return disk.groups.get(name) or disk.unfit.get(name)
-
-
 def _new(disk: DiskModel, value: Value) -> Entry | None:
     """The entry of a value that the base stores under none of its names, if there is one."""
-    if any(_group(disk, name) for name in value.names):
+    if any(disk.stored_as(name) for name in value.names):
         return None
     if value.changes:
         return to_write(value.names[0], like(disk, value))
@@ -85,13 +81,13 @@ class Sink:
         self.waiting: dict[int, dict[str, Tensor]] = {}
         for value in outcome.values:
             for name in value.names if value.changes else ():
-                group = _group(disk, name)
+                group = disk.stored_as(name)
                 if group is not None:
                     self.expected.setdefault(id(group), set()).add(name)
 
     def put(self, value: Value, tensor: Tensor) -> None:
         """Write a value, under each key that it has."""
-        groups = {name: group for name in value.names if (group := _group(self.disk, name)) is not None}
+        groups = {name: group for name in value.names if (group := self.disk.stored_as(name)) is not None}
         if not groups:
             self.write(value.names[0], tensor)
         for name, group in groups.items():
@@ -115,9 +111,5 @@ def write_new_copies(disk: DiskModel, outcome: Outcome, sink: Sink) -> None:
         entry = _new(disk, value)
         source = disk.source(value.names[0])
         if entry is not None and entry.source is None and not value.changes and source is not None:
-            name = next(each for each in _tied(disk, value.names[0]) if each in source.made)
+            name = next(each for each in disk.tied(value.names[0]) if each in source.made)
             sink.write(entry.key, source.read()[name])
-
-
-def _tied(disk: DiskModel, name: str) -> tuple[str, ...]:
-    return next((names for names in disk.ties if name in names), (name,))

@@ -68,9 +68,9 @@ def settle(disk: DiskModel, adapter_name: str, *, untie: bool) -> Outcome:
         if name in trained and not cut:
             key: object = id(trained[name])
         elif cut or name in untied:
-            key = name
+            key = (name,)
         else:
-            key = next((tie for tie in disk.ties if name in tie), name)
+            key = disk.tied(name)
         groups.setdefault(key, []).append(name)
     values = [
         Value(tuple(group), next((trained[name] for name in group if name in trained), None), bool(merged & {*group}))

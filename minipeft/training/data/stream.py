@@ -118,7 +118,7 @@ class StreamOrder:
 
     def _next_window(self) -> None:
         """Read the next window of this epoch, or move to the next epoch."""
-        start = self._reader.here()
+        start = self._reader.before
         held = self._read_window(self._reader)
         if held.examples:
             self._start, self._window = start, self._window + 1
@@ -179,13 +179,9 @@ class _Reader:
     def __init__(self, source: Source, encoder: Encoder, position: Position):
         self.source, self.encoder = source, encoder
         self.rows = source.rows.select_columns(list(source.columns))  # a copy with its own state
-        self.before = position
+        self.before = position  # of the next example
         self.carry, self.counts = list(position.carry), list(position.counts)
         self._examples = self._read(position)
-
-    def here(self) -> Position:
-        """The position of the next example."""
-        return self.before
 
     def __iter__(self) -> _Reader:
         return self

@@ -25,9 +25,9 @@ def must_use_cpu(environment: Mapping[str, str] = os.environ) -> bool:
     return int(environment.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
 
 
-def restarts(environment: Mapping[str, str] = os.environ) -> int:
+def restarts() -> int:
     """How often the launcher has restarted these processes because one of them died (``--max_restarts``)."""
-    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def join_after_restart() -> None:
@@ -37,14 +37,14 @@ def join_after_restart() -> None:
     attempt: a process may read the address of a dead one and fail. Call this before anything starts torch.distributed;
     on the first attempt it does nothing.
     """
-    attempt, environment = restarts(), os.environ
-    if attempt == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+    attempt = restarts()
+    if attempt == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
-    world_size, rank = int(environment["WORLD_SIZE"]), int(environment["RANK"])
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, is_master=False
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False
     )
-    on_cpu = must_use_cpu(environment) or environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpu = must_use_cpu() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
     backend = dist.get_default_backend_for_device(device or "cpu")
     prefixed = dist.PrefixStore(f"minipeft/attempt_{attempt}", store)  # type: ignore[attr-defined]

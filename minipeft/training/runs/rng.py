@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +22,7 @@ def rng_state() -> dict[str, Tensor]:
 
     ``torch`` and ``cuda.<index>`` are uint8, as torch gives them; ``python`` and ``numpy`` are int64 words.
     ``python.gauss`` and ``numpy.gauss`` are float64 of shape (1,): the second normal number of a pair, or NaN if none is
-    waiting. CUDA's are included once CUDA is in use, numpy's once it is imported.
+    waiting. CUDA's are included once CUDA is in use.
 
     Raises:
         CheckpointError: numpy's global generator is not the Mersenne Twister.
@@ -33,15 +33,12 @@ def rng_state() -> dict[str, Tensor]:
     _, words, gauss = random.getstate()
     state["python"] = torch.tensor(words, dtype=torch.int64, device="cpu")
     state["python.gauss"] = torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64, device="cpu")
-    if "numpy" in sys.modules:
-        import numpy as np
-
-        state_of_numpy: Any = np.random.get_state(legacy=True)
-        kind, keys, position, has_gauss, cached = state_of_numpy
-        if kind != "MT19937":
-            raise CheckpointError(f"numpy's global generator is {kind}, whose state cannot be saved; MT19937's can.")
-        state["numpy"] = torch.tensor([*keys.tolist(), position], dtype=torch.int64, device="cpu")
-        state["numpy.gauss"] = torch.tensor([cached if has_gauss else math.nan], dtype=torch.float64, device="cpu")
+    state_of_numpy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = state_of_numpy
+    if kind != "MT19937":
+        raise CheckpointError(f"numpy's global generator is {kind}, whose state cannot be saved; MT19937's can.")
+    state["numpy"] = torch.tensor([*keys.tolist(), position], dtype=torch.int64, device="cpu")
+    state["numpy.gauss"] = torch.tensor([cached if has_gauss else math.nan], dtype=torch.float64, device="cpu")
     return state
 
 
@@ -58,8 +55,6 @@ def set_rng_state(state: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state[name], int(name.removeprefix("cuda.")))
     _set_python(random, state)
     if "numpy" in state:
-        import numpy as np
-
         _set_numpy(np.random, state)
 
 
@@ -78,8 +73,6 @@ def check_rng_state(state: Mapping[str, Tensor]) -> None:
         torch.Generator("cpu").set_state(state["torch"])
         _set_python(random.Random(), state)
         if "numpy" in state:
-            import numpy as np
-
             _set_numpy(np.random.RandomState(), state)
         if any(state[name].dtype != torch.uint8 for name in devices):
             raise TypeError("CUDA's must be uint8")
