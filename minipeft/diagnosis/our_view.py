@@ -52,10 +52,7 @@ def _parts(root: nn.Module, state: AdapterState) -> Iterator[Part]:
 
 def _in_full(layer: str, wrapper: Wrapper, name: str, active: bool) -> Part:
     held = {key: tensor for key, tensor in wrapper.file_tensors(name).items() if isinstance(tensor, nn.Parameter)}
-    base = innermost(wrapper)
-    return Part(
-        name, layer, wrapper, base, held, active, False, True, None, None, 0.0, False, unknown, unknown, unknown
-    )
+    return Part(name, layer, wrapper, innermost(wrapper), held, active, is_full=True)
 
 
 def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part:
@@ -72,15 +69,14 @@ def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part
         innermost(wrapper),
         dict(adapter.named_parameters()),
         active,
-        name in wrapper.merged,
-        False,
-        adapter.scaling,
-        pair,
-        float(getattr(adapter, "dropout", 0.0)),
-        adapter.training,
-        functools.partial(_is_zero, wrapper, adapter) if there else unknown,
-        functools.partial(_update_norm, wrapper, adapter) if there else unknown,
-        functools.cache(functools.partial(_weight_norm, wrapper)),
+        merged=name in wrapper.merged,
+        scaling=adapter.scaling,
+        pair=pair,
+        dropout=float(getattr(adapter, "dropout", 0.0)),
+        drops=adapter.training,
+        is_zero=functools.partial(_is_zero, wrapper, adapter) if there else unknown,
+        update_norm=functools.partial(_update_norm, wrapper, adapter) if there else unknown,
+        weight_norm=functools.cache(functools.partial(_weight_norm, wrapper)),
     )
 
 

@@ -88,6 +88,8 @@ def _parts(path: str, module: Any, configs: Mapping[str, Any]) -> Iterator[Part]
         full = "modules_to_save" in module._modules
         adds = _adds(parameters, configs.get(name))
         scaling = getattr(module, "scaling", None)
+        dropouts = module._modules.get("lora_dropout")
+        dropout = dropouts[name] if dropouts is not None and name in dropouts else None
         yield Part(
             name,
             _plain(path),
@@ -95,14 +97,15 @@ def _parts(path: str, module: Any, configs: Mapping[str, Any]) -> Iterator[Part]
             _innermost(module),
             parameters,
             name in module.active_adapters,
-            name in getattr(module, "merged_adapters", ()),
-            full,
-            float(scaling[name]) if isinstance(scaling, dict) and name in scaling else None,
-            _pair(parameters),
-            *_dropout(module, name),
-            functools.partial(_is_zero, parameters),
-            functools.partial(_update_norm, module, name) if adds else unknown,
-            functools.cache(functools.partial(_weight_norm, module, full)),
+            merged=name in getattr(module, "merged_adapters", ()),
+            is_full=full,
+            scaling=float(scaling[name]) if isinstance(scaling, dict) and name in scaling else None,
+            pair=_pair(parameters),
+            dropout=float(getattr(dropout, "p", 0.0)),
+            drops=dropout is not None and dropout.training,
+            is_zero=functools.partial(_is_zero, parameters),
+            update_norm=functools.partial(_update_norm, module, name) if adds else unknown,
+            weight_norm=functools.cache(functools.partial(_weight_norm, module, full)),
         )
 
 
@@ -126,12 +129,6 @@ def _held(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 def _pair(parameters: dict[str, nn.Parameter]) -> tuple[Tensor, Tensor] | None:
     down, up = parameters.get("lora_A.weight"), parameters.get("lora_B.weight")
     return None if down is None or up is None else (down.detach().flatten(1), up.detach().flatten(1))
-
-
-def _dropout(module: Any, name: str) -> tuple[float, bool]:
-    held = module._modules.get("lora_dropout")
-    dropout = held[name] if held is not None and name in held else None
-    return float(getattr(dropout, "p", 0.0)), dropout is not None and dropout.training
 
 
 def _is_zero(parameters: dict[str, nn.Parameter]) -> bool | None:

@@ -12,6 +12,10 @@ from minipeft.errors import shown
 from minipeft.injection.watch import Pass
 
 
+def unknown() -> None:
+    """What a part says that cannot be known of it."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One adapter on one layer, or a module that an adapter trains in full."""
@@ -22,16 +26,18 @@ class Part:
     base: nn.Module  # the layer itself
     parameters: Mapping[str, nn.Parameter]  # what the adapter holds here, by name
     active: bool  # whether it is among the adapters that act
-    merged: bool  # whether it is in the base weight
-    is_full: bool  # a module that is trained in full
-    scaling: float | None  # factor of the update; None for a method without one
+    merged: bool = False  # whether it is in the base weight
+    is_full: bool = False  # a module that is trained in full
+    scaling: float | None = None  # factor of the update; None for a method without one
     # LoRA's A (r, in) and B (out, r) on a layer that multiplies by its weight; of experts, side by side
-    pair: tuple[Tensor, Tensor] | None
-    dropout: float  # the probability that the adapter drops a feature in training
-    drops: bool  # whether it does so now, if that is not 0
-    is_zero: Callable[[], bool | None]  # whether the update is exactly zero; None if the method has no such state
-    update_norm: Callable[[], float | None]  # Frobenius norm of the update, None if it is not a sum with the weight
-    weight_norm: Callable[[], float | None]  # Frobenius norm of the base weight, None if it cannot be read
+    pair: tuple[Tensor, Tensor] | None = None
+    dropout: float = 0.0  # the probability that the adapter drops a feature in training
+    drops: bool = False  # whether it does so now, if that is not 0
+    # Whether the update is exactly zero; None if the method has no such state
+    is_zero: Callable[[], bool | None] = unknown
+    # Frobenius norms: of the update, None if it is not a sum with the weight; of the base weight, None if it cannot be read
+    update_norm: Callable[[], float | None] = unknown
+    weight_norm: Callable[[], float | None] = unknown
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -69,10 +75,6 @@ class View:
     def learning(self) -> list[Part]:
         """Those of them that can get one, since they are not merged."""
         return [part for part in self.training if not part.merged]
-
-
-def unknown() -> None:
-    """What a part says that cannot be known of it."""
 
 
 def told_places(parts: Iterable[Part], of: int | None = None) -> str:
