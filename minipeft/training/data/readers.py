@@ -79,9 +79,8 @@ def _objects(path: Path) -> Iterator[tuple[str, object]]:
         stream.seek(0)
         if start.lstrip().startswith("["):
             rows = _parsed(stream.read(), str(path))
-            yield from (
-                (f"{path}, row {number}", row) for number, row in enumerate(rows if isinstance(rows, list) else [])
-            )
+            for number, row in enumerate(rows if isinstance(rows, list) else []):
+                yield f"{path}, row {number}", row
         else:
             for number, line in enumerate(stream, 1):
                 if line.strip():
@@ -99,11 +98,8 @@ def _parsed(text: str, where: str) -> object:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8-sig") as stream
-        ):
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig") as stream:
             yield stream
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); convert it.") from None
