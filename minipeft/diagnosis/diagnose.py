@@ -74,8 +74,7 @@ def diagnose(
 def view_of(model: nn.Module) -> View:
     """The view of a model, whoever adapted it; without parts if nobody did.
 
-    Raises:
-        ConfigError: PEFT gave it a method without layers, such as prompt tuning; or it holds several adapted models.
+    Raises ConfigError if PEFT gave it a method without layers, such as prompt tuning, or it holds several adapted models.
     """
     called = unwrapped(model)
     ours = [module for module in called.modules() if STATE in vars(module)]

@@ -42,8 +42,7 @@ class Trial:
 def try_batch(view: View, batch: Mapping[str, Any], *, must_train: bool) -> Trial:
     """Run the batch: in training mode, with a backward pass, if an active adapter trains; else as the model is.
 
-    Raises:
-        DataError: the model cannot take the batch; or it is to be trained and returns no loss.
+    Raises DataError if the model cannot take the batch, or it is to be trained and returns no loss.
     """
     training = bool(view.learning)
     switch: Any = next((other for other in view.others if isinstance(other, Switch)), Switch())

@@ -44,10 +44,8 @@ def all_linear(
 def of_text(model: nn.Module, eligible: Iterable[str]) -> list[str]:
     """Those of these names that are in the part of a model of several modalities that reads and writes text.
 
-    Which part that is, the model says itself. Of a model that knows text alone it is the whole one.
-
-    Raises:
-        TargetError: the model reads no text.
+    Which part that is, the model says itself. Of a model that knows text alone it is the whole one. Raises TargetError if there is
+    none.
     """
     part = text_part(model)
     if part is None:

@@ -27,11 +27,7 @@ from minipeft.wrapper_names import named_parameters
 def attach(
     model: nn.Module, mixin: type[nn.Module], plan: Plan, parts: Parts, adapter_name: str, *, trainable: bool
 ) -> None:
-    """Put built parts into a model; the first time, also freeze its base and add the adapter verbs to its class.
-
-    Raises:
-        StateError: the class of the model cannot be changed.
-    """
+    """Put built parts into a model; the first time, also freeze its base and add the adapter verbs to its class."""
     first = STATE not in model.__dict__
     state: AdapterState = AdapterState() if first else model.__dict__[STATE]
     with unchanged_on_error(model, state, state.switch):

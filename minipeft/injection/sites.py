@@ -46,11 +46,7 @@ class SavedSite:
 
 
 def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_pattern: bool) -> Iterator[AdapterSite]:
-    """A site for the module itself and one for each child whose weight it reads.
-
-    Raises:
-        TargetError: the module cannot be adapted, or not by this method with these options.
-    """
+    """A site for the module itself and one for each child whose weight it reads; raises TargetError if one cannot be adapted so."""
     ops, base = ops_for(name, candidate), candidate.base
     check_occupants(name, candidate.module, [ops])
     children: Mapping[str, UncalledOps] = {}
@@ -72,11 +68,7 @@ def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_p
 def site(
     name: str, candidate: Candidate, ops: LayerOps, config: AdapterConfig, *, targeted: bool = True
 ) -> AdapterSite:
-    """One site, with the class that the registry has for it.
-
-    Raises:
-        TargetError: the method changes a layer's input, and this weight is read without a call.
-    """
+    """One site, with the registry's class; raises TargetError if that changes inputs, and the weight is read without a call."""
     adapter_class = registry.adapter_class(config.adapter_method, name, type(candidate.base))
     if isinstance(ops, UncalledOps) and adapter_class.overrides("before"):
         raise TargetError(
@@ -145,10 +137,7 @@ def parameter_sites(
     """A site for each of these parameters of one module, in the order in which the module declares them.
 
     Each wrapper goes around those of the parameters before it, as in PEFT's files: of two parameters, the first is
-    ``<module>.base_layer`` there, and the second ``<module>``.
-
-    Raises:
-        TargetError: a parameter cannot be adapted, or the model would never use the adapted value.
+    ``<module>.base_layer`` there, and the second ``<module>``. Raises TargetError if the model would never use one.
     """
     check_called(name, candidate)
     every_ops = [_ops_of(name, candidate.base, parameter) for parameter in parameters]

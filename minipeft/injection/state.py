@@ -107,10 +107,7 @@ def check_not_running(state: AdapterState, adapter_name: str | None = None) -> N
 def active_without(state: AdapterState, names: Sequence[str], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
     """The adapters that act once these are deleted: those that are wanted, or those that act now and stay.
 
-    `wanted` None: nobody said.
-
-    Raises:
-        StateError: one to delete is merged, nothing would act, or the wanted ones cannot start to act now.
+    `wanted` None: nobody said. Raises StateError if one to delete is merged, nothing would act, or the wanted ones cannot now.
     """
     merged = (*state.merged, *state.set_aside)
     if held := [name for name in names if name in merged]:

@@ -105,11 +105,7 @@ def _called(name: str, found: dict[str, Candidate]) -> list[str]:
 def select_parameters(
     model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
 ) -> dict[str, list[str]]:
-    """The bare parameters to adapt: module name -> names of its own parameters, in the order it declares them.
-
-    Raises:
-        TargetError: an entry matches no parameter of a module below the model.
-    """
+    """Bare parameters to adapt: module name -> names of its own, in its order; raises TargetError if an entry matches none."""
     wanted, names = set(config.target_parameters or ()), []
     chosen: dict[str, list[str]] = {}
     unused = set(wanted)

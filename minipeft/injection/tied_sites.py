@@ -23,8 +23,7 @@ from minipeft.transformers_model import input_embedding
 def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[AdapterSite]) -> list[AdapterSite]:
     """These sites and, after each whose method adapts tied layers, a site for every layer tied to it.
 
-    Raises:
-        TargetError: two tied layers are to be adapted in different ways, or one cannot be adapted.
+    Raises TargetError if two tied layers are to be adapted in different ways, or one cannot be adapted.
     """
     table = input_embedding(model)
     leads = None if table is None else innermost(table)
@@ -198,8 +197,7 @@ def with_one_adapter(
 ) -> list[AdapterSite]:
     """If a targeted layer is one of `tied`, one site on the first of them; `with_tied_sites` adds the others.
 
-    Raises:
-        TargetError: the options differ for the tied layers, or the embedding cannot be adapted.
+    Raises TargetError if the options differ for the tied layers, or the embedding cannot be adapted.
     """
     members = [site for site in sites if site.name in tied]
     if not members or any(site.name in tied for site in saved):

@@ -22,11 +22,7 @@ LARGEST_FILE = 64 * 2**20  # bytes; of output without end, too
 
 
 def judge(path: Path, exercise: Exercise) -> list[Result]:
-    """Run a learner's file and look at each law of its exercise.
-
-    Raises:
-        ExerciseError: the file, or something that it defines, raises an error or has a gap left.
-    """
+    """Run a learner's file and look at each law of its exercise; raises ExerciseError if it raises an error or has a gap left."""
     with _explained(path):
         names: dict[str, Any] = {"__name__": "exercise", "__file__": str(path)}
         exec(compile(path.read_text("utf-8"), str(path), "exec"), names)

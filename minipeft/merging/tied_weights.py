@@ -43,8 +43,7 @@ def shared_parameters(
 ) -> dict[str, nn.Parameter]:
     """The parameters of the first of these modules that its merge would write and that other modules use too.
 
-    Raises:
-        MergeError: there are some and `untie` is False.
+    Raises MergeError if there are some and `untie` is False.
     """
     pointers = {tensor.data_ptr() for tensor in written}
     shared = {}
@@ -63,10 +62,9 @@ def shared_parameters(
 
 
 def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
-    """Check the modules trained in full; returns whether one of them is tied, so that putting it in place unties it.
+    """Whether a module trained in full is tied, so that putting it in place unties it.
 
-    Raises:
-        MergeError: a trained value is not finite.
+    Raises MergeError if a trained value is not finite.
     """
     copied = [(path, wrapper) for path, wrapper in wrappers(model) if isinstance(wrapper, SavedModule)]
     if not copied:

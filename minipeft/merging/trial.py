@@ -24,13 +24,7 @@ _forward = operator.attrgetter("forward")
 
 
 def check_stored(path: str, layer: AdaptedLayer, written: list[Tensor]) -> None:
-    """Check that the layer still is what its ops accept: its weight may be computed or replaced since it was adapted.
-
-    `written` are its weight, and its bias if the merge writes that too.
-
-    Raises:
-        MergeError: it is not, or its bias is computed, so what a merge writes would be lost at the next call.
-    """
+    """Raise MergeError if the weight, or a bias in `written`, is computed or was replaced since: what a merge writes would be lost."""
     ops, owner = layer.ops, layer.owner
     if isinstance(ops, UncalledOps):
         accepted = type(owner._parameters.get(ops.parameter)) is nn.Parameter
@@ -50,12 +44,10 @@ def check_stored(path: str, layer: AdaptedLayer, written: list[Tensor]) -> None:
 
 
 def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> None:
-    """Compare outputs for a random input if a subclass, a hook or a patched forward may use the weight in its own way.
+    """Raise MergeError if the merged layer would compute something else for a random input, or that fails.
 
-    Hooks are called in evaluation mode; the layer's weights stay as they are.
-
-    Raises:
-        MergeError: the merged layer would compute something else, or the trial fails.
+    It is tried if a subclass, a hook or a patched forward may use the weight in its own way. Hooks are called in evaluation mode;
+    the layer's weights stay as they are.
     """
     base = layer.base_layer
     registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops == layer.ops), type(base))
@@ -102,14 +94,10 @@ def _without_hooks(base: nn.Module) -> nn.Module:
 
 
 def check_order(path: str, layer: AdaptedLayer, names: tuple[str, ...], *, permanent: bool) -> None:
-    """Check that merging these adapters, in this order, leaves what all active ones do together unchanged.
+    """Raise MergeError if merging these adapters, in this order, would change what all active ones do together.
 
     Merged adapters act before the others, so two that change places must both add to the weight (see `Adapter.adds`).
     Adapters that are not active come after those that are. After a permanent merge no other adapter acts.
-
-    Raises:
-        MergeError: two that do not commute would change places, or one depends on the base weight and another acts
-            without being merged.
     """
     active = [name for name in layer.switch.active if name in layer.adapters]
     left_out = () if permanent else tuple(name for name in active if name not in names)

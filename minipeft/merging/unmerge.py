@@ -94,8 +94,7 @@ class Undo:
     def check(self, path: str, layer: AdaptedLayer) -> Tensor | None:
         """The canonical weight to restore, or None if the base layer still has it.
 
-        Raises:
-            MergeError: the merged weight was written or converted since the merge.
+        Raises MergeError if the merged weight was written or converted since the merge.
         """
         if self.original is None:
             return None

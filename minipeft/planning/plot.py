@@ -17,8 +17,7 @@ SMOOTHED = 40  # windows along a curve
 def draw_runs(runs: Sequence[RunLog], path: Path) -> None:
     """Draw runs over each other into a PNG or another file that matplotlib writes.
 
-    Raises:
-        ConfigError: matplotlib is not installed, or does not write such files.
+    Raises ConfigError if matplotlib is not installed, or does not write such files.
     """
     try:
         from matplotlib.figure import Figure

@@ -37,11 +37,7 @@ class RunLog:
 
 
 def read_run(place: Path) -> RunLog:
-    """Read a run's directory, one checkpoint of it, or its log file.
-
-    Raises:
-        CheckpointError: there is no log in it, or it is damaged.
-    """
+    """Read a run's directory, one checkpoint of it, or its log file; raises CheckpointError if it has no log, or a damaged one."""
     with reading(place):
         path = _log(place)
     rows = _rows(path)

@@ -59,11 +59,7 @@ def check_agrees(
     target_modules: str | None,
     options: str | None,
 ) -> None:
-    """Check that what was given is what the configuration of an adapter says; the rest are as in `method_config`.
-
-    Raises:
-        ConfigError: it says something else.
-    """
+    """Raise ConfigError if what was given is not what an adapter's configuration says; the rest are as in `method_config`."""
     known = {field.name for field in dataclasses.fields(config)}
     if method not in (None, type(config).method):
         raise ConfigError(f"--method {method}: the adapter in {where} is {type(config).method}; leave it out.")

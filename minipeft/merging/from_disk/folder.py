@@ -56,8 +56,7 @@ def check_place(out: Path, *sources: Path) -> None:
 def whole_folder(out: Path, needed: int) -> Iterator[Path]:
     """A directory to fill, which takes its place if the block ends without an error, and is gone otherwise.
 
-    Raises:
-        CheckpointError: the disk has less, or the place cannot be written.
+    Raises CheckpointError if the disk has less than is `needed`, or the place cannot be written.
     """
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

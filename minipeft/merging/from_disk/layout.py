@@ -18,10 +18,8 @@ from minipeft.merging.from_disk.shards import Entry, ShardWriter, copied, to_wri
 def shards_to_write(base: Base, disk: DiskModel, outcome: Outcome, *, only_known: bool) -> dict[str, list[Entry]]:
     """The tensors of each file. A new one goes to the end of the last file; without any, the order is the base's.
 
-    `only_known` leaves out what the model does not have, such as the head of another task.
-
-    Raises:
-        MergeError: what is stored together could not be written back.
+    `only_known` leaves out what the model does not have, such as the head of another task. Raises MergeError if what is stored
+    together could not be written back.
     """
     changed: dict[str, Entry] = {}
     for value in outcome.values:

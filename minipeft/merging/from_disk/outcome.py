@@ -50,9 +50,8 @@ class Outcome:
 def settle(disk: DiskModel, adapter_name: str, *, untie: bool) -> Outcome:
     """Say what `merge_and_unload` would make of the model that has this adapter; no weight is read.
 
-    Raises:
-        MergeError: a weight to merge into is tied elsewhere and `untie` is False, is not in the base, or a trained value
-            is not finite.
+    Raises MergeError if a weight to merge into is tied elsewhere and `untie` is False, or is not in the base, or a trained value is
+    not finite.
     """
     model = disk.model
     was_tied, names = says_tied(model), (adapter_name,)

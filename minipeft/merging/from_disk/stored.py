@@ -75,11 +75,7 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
-    """The tensors of a safetensors file in the order in which they lie there, and its metadata.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
+    """The tensors of a safetensors file, in their order there, and its metadata; raises CheckpointError if it is damaged."""
     checked = open_tensors(path)  # the library checks that offsets, shapes and dtypes agree
     with reading(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -86,11 +86,7 @@ class Examples:
         return replace(self, starts=self.starts[part], ends=self.ends[part], targets=self.targets[part])
 
     def hold_out(self, share: float = HELD_OUT) -> tuple[Examples, Examples]:
-        """Examples to train on, and the last `share` of them to evaluate on; at least one each.
-
-        Raises:
-            DataError: there is only one example.
-        """
+        """Examples to train on, and the last `share` to evaluate on, at least one each; raises DataError if there is only one."""
         kept = len(self) - math.ceil(share * len(self))
         if not 0 < kept < len(self):
             raise DataError(

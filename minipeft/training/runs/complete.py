@@ -20,11 +20,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 def seal(folder: Path, step: int) -> None:
-    """Bring the files of a folder to the disk, and then a ``COMPLETE`` that describes them.
-
-    Raises:
-        CheckpointError: there is no file, or something other than a plain file with a plain name.
-    """
+    """Bring plain files of a folder to the disk, then a ``COMPLETE`` that describes them; raises CheckpointError if there are none."""
     mode = folder.stat().st_mode & 0o666  # what the umask gives any file; safetensors' own files are 0600
     files = {}
     for path in sorted(folder.iterdir()):

@@ -32,8 +32,7 @@ def optimizer_to_plain(
 ) -> dict[str, Any]:
     """An optimizer's state and groups as JSON can hold them; the tensors go to `put`, as ``<parameter>.<what it is>``.
 
-    Raises:
-        CheckpointError: it keeps something other than tensors, numbers, bools and None.
+    Raises CheckpointError if it keeps something other than tensors, numbers, bools and None.
     """
     saved = optimizer.state_dict()
     if saved.keys() != {"state", "param_groups"}:
@@ -59,8 +58,7 @@ def optimizer_from_plain(
 ) -> dict[str, Any]:
     """What `load_exactly` takes, from what `optimizer_to_plain` gave; the optimizer is only read.
 
-    Raises:
-        CheckpointError: its groups hold other parameters or have other options.
+    Raises CheckpointError if its groups hold other parameters or have other options.
     """
     if len(saved["groups"]) != len(groups):
         raise CheckpointError(f"the optimizer has {len(groups)} groups, and {len(saved['groups'])} were saved.")

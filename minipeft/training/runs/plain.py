@@ -64,11 +64,7 @@ def from_plain(value: Any, get: Callable[[str], Tensor]) -> Any:
 
 
 def checked_json(value: Any, what: str) -> Any:
-    """A copy of a value that comes back from JSON as it went in.
-
-    Raises:
-        ConfigError: it does not, because it holds NaN, a tuple, a path or a key that is not a string.
-    """
+    """A copy of a value that comes back from JSON as it went in; raises ConfigError if it would not, as NaN, a tuple or a path."""
     try:
         copy = json.loads(json.dumps(value, allow_nan=False))
         if copy == value:

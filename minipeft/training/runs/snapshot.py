@@ -134,11 +134,7 @@ class Collected:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor under a name.
-
-        Raises:
-            CheckpointError: the name is taken, or the tensor is not plain and dense.
-        """
+        """Take a tensor under a name; raises CheckpointError if the name is taken, or the tensor is not plain and dense."""
         if name in self.tensors or tensor.layout != torch.strided:
             raise CheckpointError(f"{name} names two tensors, or a sparse one; neither can be saved.")
         whole = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
