@@ -48,22 +48,16 @@ def gradients(
         return _second_order(dy, kept, weight, lora_A, lora_B, ctx)
     if ctx.goes_through:
         return _in_slices(dy, kept, weight, lora_A, lora_B, h, ctx)
-    return _at_once(dy, kept, weight, lora_A, lora_B, h, ctx)
-
-
-def _wants_x(ctx: Any) -> bool:
-    return any(ctx.needs_input_grad[KEPT:]) if ctx.goes_through else bool(ctx.needs_input_grad[0])
-
-
-def _at_once(
-    dy: Tensor, kept: Kept, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
-) -> Gradients:
     x = None if not kept else kept[0] if ctx.again is None else ctx.again.output(kept)
     shape = (*dy.shape[:-1], lora_A.shape[1])
     rows, dy = None if x is None else x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     W, merged = _multiplier(dy, weight, lora_A, lora_B, ctx)
     dx, dA, dB = _first_order(dy, rows, W, merged, lora_A, lora_B, h, ctx)
     return (None if dx is None else dx.view(shape),), dA, dB
+
+
+def _wants_x(ctx: Any) -> bool:
+    return any(ctx.needs_input_grad[KEPT:]) if ctx.goes_through else bool(ctx.needs_input_grad[0])
 
 
 def _in_slices(
