@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.finding import Seen, check
 from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.view import Part, told_places
 from minipeft.errors import shown
-
-GROUP = Group()
-check = GROUP.check
 
 
 @check("adapters-disabled", "The model computes what its base does, and training changes nothing.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.finding import Seen, check
 from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.view import told_places
 from minipeft.errors import shown
@@ -25,9 +25,6 @@ from minipeft.transformers_model import (
     says_tied,
 )
 from minipeft.wrapper_names import named_modules
-
-GROUP = Group()
-check = GROUP.check
 
 
 @check("head-untrained", "It is random, and stays so: whoever loads the base again gets another one.")

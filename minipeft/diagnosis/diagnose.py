@@ -23,7 +23,10 @@ from minipeft.wrapper_names import unwrapped
 
 GROUPS = (numbers, base, acting, learning, rates, precision, labels, vocabulary)
 CHECKS: tuple[Check, ...] = tuple(
-    sorted((c for group in GROUPS for c in group.GROUP.checks), key=lambda check: check.needs_trial)
+    sorted(
+        (found for group in GROUPS for found in vars(group).values() if isinstance(found, Check)),
+        key=lambda check: check.needs_trial,
+    )
 )
 
 

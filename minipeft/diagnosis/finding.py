@@ -1,10 +1,10 @@
-"""What a diagnosis says: findings, and the tables of checks that make them."""
+"""What a diagnosis says: findings, and the checks that make them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from minipeft.diagnosis.setup import Setup
 
@@ -65,19 +65,8 @@ class Check:
             yield Finding(self.name, seen.where, seen.what, self.why, seen.fix)
 
 
-@dataclass
-class Group:
-    """The checks of one file, in the order in which they are made."""
-
-    checks: list[Check] = field(default_factory=list)
-
-    def check(
-        self, name: str, why: str, *, unless: Sequence[str] = (), stops: bool = False, needs_trial: bool = False
-    ) -> Callable[[Look], Look]:
-        """Register the decorated function; see `Check`."""
-
-        def register(look: Look) -> Look:
-            self.checks.append(Check(name, why, look, tuple(unless), stops, needs_trial))
-            return look
-
-        return register
+def check(
+    name: str, why: str, *, unless: Sequence[str] = (), stops: bool = False, needs_trial: bool = False
+) -> Callable[[Look], Check]:
+    """Make a `Check` of the decorated function. The checks of a file are made in their order there."""
+    return lambda look: Check(name, why, look, tuple(unless), stops, needs_trial)

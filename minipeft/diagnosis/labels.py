@@ -7,12 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.finding import Seen, check
 from minipeft.diagnosis.setup import IGNORED, Setup
 from minipeft.diagnosis.trial import forward, left_alone, logits_of
-
-GROUP = Group()
-check = GROUP.check
 
 SHIFTED, ALIGNED = 0.9, 0.5  # share of labels that are the next token, and that are the token itself
 LEAK, HALF_LEAK = 1e-5, 4e-3  # of the largest logit: what rounding explains

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.finding import Seen, check
 from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.view import Part, told_places
 from minipeft.errors import shown
 
 CUT = "None of the inputs have requires_grad=True"  # what `torch.utils.checkpoint` warns of
-GROUP = Group()
-check = GROUP.check
 MAKE = "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)  # after adapting"
 
 

@@ -7,13 +7,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.finding import Seen, check
 from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.view import told_places
 from minipeft.errors import shown
-
-GROUP = Group()
-check = GROUP.check
 
 
 @check("nan-in-base", "Every output is NaN.")

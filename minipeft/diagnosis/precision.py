@@ -7,13 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.finding import Seen, check
 from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.view import told_places
 from minipeft.errors import shown
-
-GROUP = Group()
-check = GROUP.check
 
 # Of bfloat16: a change below this share of a value is rounded away, at least in half of all cases.
 HALF_SPACING = 2.0**-9

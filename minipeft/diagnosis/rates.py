@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.finding import Seen, check
 from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.view import Part, told_places
-
-GROUP = Group()
-check = GROUP.check
 
 # Full fine-tuning takes rates of 1e-5 to 5e-5, which is transformers' default, and LoRA learns best at about ten times
 # its rate ("LoRA Without Regret", Schulman et al., 2025). What counts is rate times scaling, so a rate that a large scaling

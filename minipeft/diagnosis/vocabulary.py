@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from minipeft.diagnosis.finding import Group, Seen
+from minipeft.diagnosis.finding import Seen, check
 from minipeft.diagnosis.setup import Setup
 from minipeft.errors import shown
 from minipeft.files.base_checkpoint import stored_rows
 from minipeft.transformers_model import input_embedding
-
-GROUP = Group()
-check = GROUP.check
 
 # How the chat formats in use mark a turn: ChatML, Llama 3, Llama 2 and Mistral, Gemma, Phi, Zephyr.
 MARKS = ("<|im_start|>", "<|start_header_id|>", "[INST]", "<start_of_turn>", "<|user|>", "<|assistant|>")
