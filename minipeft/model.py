@@ -16,7 +16,7 @@ from minipeft.class_swap import reduced
 from minipeft.combining.model import CombinableModel
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
-from minipeft.files.foreign_options import own_load_options
+from minipeft.files.foreign_options import check_load_options
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
@@ -79,6 +79,7 @@ def load_adapter(
     token: str | bool | None = None,
     subfolder: str | None = None,
     local_files_only: bool = False,
+    **others: Any,
 ) -> AdaptedModel:
     """Read an adapter, ours or PEFT's, from a directory or the hub into a model, and return the model, adapted.
 
@@ -97,10 +98,12 @@ def load_adapter(
             ``base_model.model.``, the first that is found is replaced. Names that other versions and classes of
             transformers use are known without, see `minipeft.files.names.fitted`.
         revision, token, subfolder, local_files_only: see `minipeft.files.hub.adapter_directory`.
+        others: PEFT's options that ask for nothing here, see `minipeft.files.foreign_options`.
 
     Raises:
         MinipeftError: something does not fit; the model is unchanged, bit for bit.
     """
+    check_load_options("load_adapter", others)
     check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
     flags(is_trainable=is_trainable, strict=strict, allow_base_mismatch=allow_base_mismatch)
     _check_adaptable(model)
@@ -222,13 +225,9 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
         peft_model_id: str | PathLike[str] | None = None,
         **options: Any,
     ) -> AdaptedModel:
-        """Read another adapter into this model; see `minipeft.load_adapter`, which has the same options.
-
-        `model_id` and `peft_model_id` are what PEFT and transformers call `directory`. PEFT's options that ask for nothing
-        here are taken, see `minipeft.files.foreign_options`.
-        """
+        """See `minipeft.load_adapter`. `model_id` and `peft_model_id` are what PEFT and transformers call `directory`."""
         place: Any = next((p for p in (directory, model_id, peft_model_id) if p is not None), None)
-        return load_adapter(self, place, adapter_name, is_trainable, strict, **own_load_options(options))
+        return load_adapter(self, place, adapter_name, is_trainable, strict, **options)
 
     @all_or_nothing
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

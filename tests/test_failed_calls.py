@@ -22,7 +22,9 @@ from minipeft import (
     estimate,
     extra_loss,
     get_lora_model,
+    hotswap_adapter,
     lean,
+    load_adapter,
     per_adapter_loss,
     quantize,
     register_targets,
@@ -242,9 +244,13 @@ def test_an_argument_of_another_type_is_one_error(call):
 def test_peft_s_options_of_loading_and_merging_are_taken_where_they_ask_for_nothing(tmp_path):
     model = adapted(init_lora_weights=False)
     model.save_pretrained(tmp_path)
-    options = {"torch_device": "cpu", "low_cpu_mem_usage": True, "autocast_adapter_dtype": True}
-    model.load_adapter(tmp_path, "b", **options, ephemeral_gpu_offload=False, ignore_mismatched_sizes=False)
+    options = {"torch_device": "cpu", "low_cpu_mem_usage": True, "autocast_adapter_dtype": True, "config": None}
+    options |= {"device_map": "".join("auto"), "torch_dtype": None, "hotswap": False}
+    options |= {"ephemeral_gpu_offload": False, "ignore_mismatched_sizes": False}
+    model.load_adapter(tmp_path, "b", **options)
     expected = logits(model)
+    assert torch.equal(logits(load_adapter(gpt2(), tmp_path, **options)), expected)
+    hotswap_adapter(model, tmp_path, "b", **options)
     model.set_adapter("b")
     assert torch.equal(logits(model), expected)
     torch.testing.assert_close(logits(model.merge_and_unload(False, True, ["b"])), expected)
@@ -255,6 +261,10 @@ LOADING = {
     "half precision": ({"autocast_adapter_dtype": False}, "autocast_adapter_dtype=False is not possible"),
     "other shapes": ({"ignore_mismatched_sizes": True}, "ignore_mismatched_sizes=True is not possible"),
     "no device": ({"torch_device": 5}, "torch_device=5 is not possible"),
+    "a device for the base": ({"device_map": "cpu"}, "device_map='cpu' is not possible; an adapter is"),
+    "a dtype for the base": ({"torch_dtype": torch.float16}, "not possible; load the base in that dtype"),
+    "a configuration": ({"config": LoraConfig()}, "the configuration is read from the directory"),
+    "a swap": ({"hotswap": True}, "hotswap_adapter() does that"),
     "no place": ({"directory": None}, "directory must be the path of a directory, not None"),
 }
 
@@ -264,8 +274,12 @@ def test_an_option_of_loading_that_is_not_done_is_refused_by_name(case, tmp_path
     options, said = LOADING[case]
     model = adapted()
     model.save_pretrained(tmp_path)
-    action = lambda: model.load_adapter(**{"directory": tmp_path, "adapter_name": "b"} | options)  # noqa: E731
-    refuses(ConfigError, model, action, said, "Nothing was changed.")
+    given = {"directory": tmp_path, "adapter_name": "b"} | options
+    refuses(ConfigError, model, lambda: model.load_adapter(**given), said, "Nothing was changed.")
+    refuses(ConfigError, model, lambda: load_adapter(model, **given), said, "Nothing was changed.")
+    if "directory" not in options:
+        given = {"directory": tmp_path} | options
+        refuses(ConfigError, model, lambda: hotswap_adapter(model, **given), said, "Nothing was changed.")
     assert list(model.adapter_configs) == ["default"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.errors import ConfigError, all_or_nothing, hint, told
+from minipeft.errors import ConfigError, hint, told
 
 # Option -> (which values ask for nothing else than we do; why that is so, or what to do instead).
 Harmless = Mapping[str, tuple[Callable[[Any], bool], str]]
@@ -17,19 +17,23 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 
 def _only(*allowed: object) -> Callable[[object], bool]:
-    """Whether a value is one of these objects."""
-    return lambda value: any(value is choice for choice in allowed)
+    """Whether a value is one of these objects, or a text equal to one."""
+    return lambda value: any(value is choice for choice in allowed) or (isinstance(value, str) and value in allowed)
 
 
+PLACED = "an adapter is on the device of its layers"
+DTYPE = "load the base in that dtype; the adapter's own parameters are float32"
 LOADING: Harmless = {
-    "torch_device": (
-        lambda value: value is None or isinstance(value, str | torch.device),
-        "an adapter is on the device of its layers",
-    ),
+    "torch_device": (lambda value: value is None or isinstance(value, str | torch.device), PLACED),
+    "device_map": (_only(None, "auto"), PLACED),
     "low_cpu_mem_usage": (_only(True, False), "every adapter is loaded so"),
     "autocast_adapter_dtype": (_only(True), "call model.half() or model.to(dtype) afterwards"),
+    "dtype": (_only(None), DTYPE),
+    "torch_dtype": (_only(None), DTYPE),
+    "config": (_only(None), "the configuration is read from the directory"),
     "ephemeral_gpu_offload": (_only(False, None), "layers are not moved for it"),
     "ignore_mismatched_sizes": (_only(False), "a tensor of another shape is not this adapter's"),
+    "hotswap": (_only(False, "auto"), "hotswap_adapter() does that"),
 }
 SAVING: Harmless = {
     "save_function": (callable, "it is never called: the files are written whole or not at all"),
@@ -44,16 +48,13 @@ SAVING: Harmless = {
 OWN_OF_LOADING = ("allow_base_mismatch", "key_mapping", "revision", "token", "subfolder", "local_files_only")
 
 
-@all_or_nothing
-def own_load_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Our own among the options that were given to ``load_adapter``.
+def check_load_options(verb: str, given: Mapping[str, Any]) -> None:
+    """Check what was given to a verb that loads, besides our own options.
 
     Raises:
         ConfigError: an option is unknown, or asks for what is not done.
     """
-    own = {name: value for name, value in given.items() if name in OWN_OF_LOADING}
-    _check("load_adapter", {name: given[name] for name in given if name not in own}, LOADING, OWN_OF_LOADING)
-    return own
+    _check(verb, given, LOADING, OWN_OF_LOADING)
 
 
 def check_save_options(given: Mapping[str, Any], unnamed: tuple[object, ...], known: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from minipeft.errors import CheckpointError, ConfigError, StateError, all_or_nothing
+from minipeft.files.foreign_options import check_load_options
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts
 from minipeft.files.save_pretrained import DEFAULT, SavableModel
@@ -74,6 +75,7 @@ class HotswapModel(SavableModel):
         token: str | bool | None = None,
         subfolder: str | None = None,
         local_files_only: bool = False,
+        **others: Any,
     ) -> None:
         """Give a live adapter the weights of a file, in the parameters that it has; its name and its part stay.
 
@@ -83,13 +85,14 @@ class HotswapModel(SavableModel):
         Args:
             directory: as for `minipeft.load_adapter`, and so are the other options.
             adapter_name: the adapter that gets the weights.
-            allow_base_mismatch, key_mapping, revision, token, subfolder, local_files_only: see `minipeft.load_adapter`.
+            allow_base_mismatch, key_mapping, revision, token, subfolder, local_files_only, others: see `minipeft.load_adapter`.
 
         Raises:
             CheckpointError: the file is damaged, for another base, or does not fit the adapter: it has another method, a
                 larger rank than there is room for, or adapts what the adapter does not. The old weights go on acting.
             StateError: there is no such adapter, or one is merged into the base.
         """
+        check_load_options("hotswap_adapter", others)
         self._check_known([adapter_name])
         flags(allow_base_mismatch=allow_base_mismatch)
         self._state.check_unmerged()
