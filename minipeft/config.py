@@ -15,7 +15,7 @@ from minipeft import registry
 from minipeft.errors import ConfigError, PeftOnlyError, hint, shown, told
 from minipeft.options import flag, layer_indices, names, names_or_regex, one_of
 from minipeft.patterns import first_keys
-from minipeft.peft_options import WITHOUT_EFFECT, checked_other_keys, other_keys, read_value
+from minipeft.peft_options import OPTIONS, WITHOUT_EFFECT, checked_other_keys, other_keys, read_value
 
 ALL_LINEAR = "all-linear"
 ALL_LINEAR_TEXT = "all-linear-text"
@@ -35,9 +35,10 @@ class _KnownNames(type):
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in options:
             if name not in known:
-                raise ConfigError(
-                    f"{cls.__name__} has no option {name!r}{hint(name, known)}; known: {', '.join(known)}."
+                of_peft = (
+                    ", which is PEFT's and not implemented for this method" if name in OPTIONS else hint(name, known)
                 )
+                raise ConfigError(f"{cls.__name__} has no option {name!r}{of_peft}; known: {', '.join(known)}.")
         return super().__call__(*args, **options)
 
 
@@ -230,8 +231,17 @@ def config_of_peft(config: object) -> object:
     Raises:
         ConfigError: it asks for something that is not implemented.
     """
-    if isinstance(config, AdapterConfig) or not hasattr(config, "peft_type") or not hasattr(config, "to_dict"):
+    own_or_class = isinstance(config, AdapterConfig | type)
+    if own_or_class or not hasattr(config, "peft_type") or not hasattr(config, "to_dict"):
         return config
+    layers = (getattr(config, "_custom_modules", None) or {}).items()
+    if foreign := [
+        kind.__name__ for kind, made in layers if not getattr(made, "__module__", "").startswith("minipeft.")
+    ]:
+        raise ConfigError(
+            f"{type(config).__name__}: _register_custom_module gives PEFT layers of its own for {shown(foreign)}; here a "
+            "layer type is registered with register_layer, and a method for some layers with register_adapter."
+        )
     said = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     said["peft_type"] = getattr(config.peft_type, "value", config.peft_type)
     own = config_from_dict(said, type(config).__name__, live=True)

@@ -61,7 +61,11 @@ NAN, INF = float("nan"), float("inf")
         ({"inference_mode": "no"}, "inference_mode must be"),
         ({"rank": 8}, "has no option 'rank'"),
         ({"lora_alhpa": 8}, "closest: 'lora_alpha'"),
-        ({"use_qalora": True}, "has no option 'use_qalora'"),
+        (
+            {"use_qalora": True},
+            "has no option 'use_qalora', which is PEFT's and not implemented for this method; known",
+        ),
+        ({"layer_replication": [[0, 2]]}, "has no option 'layer_replication', which is PEFT's and not implemented"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(options, said):

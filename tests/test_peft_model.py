@@ -165,6 +165,19 @@ def test_what_a_configuration_of_peft_asks_for_in_vain_is_refused(options):
         get_lora_model(llama(), peft.LoraConfig(**options))
 
 
+def test_layers_of_its_own_in_a_configuration_of_peft_are_refused_by_name_but_for_ours():
+    theirs = peft.LoraConfig(target_modules=["q_proj"])
+    assert get_lora_model(llama(), config(theirs)).active_adapters == ["default"]
+    theirs._register_custom_module({torch.nn.LSTM: peft.tuners.lora.Linear})
+    with pytest.raises(ConfigError, match=r"_register_custom_module .* 'LSTM'; .* register_layer"):
+        get_lora_model(llama(), theirs)
+
+
+def test_the_class_of_a_configuration_is_no_configuration():
+    with pytest.raises(ConfigError, match="config must be the configuration of a method"):
+        get_adapter_model(llama(), peft.LoraConfig)
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("own", [LoraConfig, peft.LoraConfig])
 def test_the_fused_layer_inside_peft_computes_what_peft_does(make, own):
