@@ -187,6 +187,7 @@ def test_peft_s_ways_to_say_which_adapters_and_how(tmp_path):
         ({"max_shard_size": "1KB"}, "max_shard_size='1KB', and this adapter, which is always one file, has"),
         ({"max_shard_size": "a lot"}, "max_shard_size='a lot' is not possible; give bytes"),
         ({"save_function": "torch.save"}, "save_function='torch.save' is not possible"),
+        ({"path_initial_model_for_weight_conversion": "init"}, "is not possible; .* pass convert_to_lora=True"),
         ({"max_shard": 1}, "has no option 'max_shard' .closest: 'max_shard_size'"),
     ],
 )
@@ -205,7 +206,11 @@ USUAL = {
         "variant": None,
         "save_peft_format": True,
     },
-    "PEFT": {"safe_serialization": True, "selected_adapters": ["default"]},
+    "PEFT": {
+        "safe_serialization": True,
+        "selected_adapters": ["default"],
+        "path_initial_model_for_weight_conversion": None,
+    },
 }
 
 

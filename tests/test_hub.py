@@ -262,8 +262,9 @@ def hub(cache, monkeypatch):
 
 def test_what_is_pushed_is_what_is_loaded_and_it_is_the_adapter_alone(hub):
     model = adapted()
+    usual = {"use_auth_token": True, "use_temp_dir": None, "safe_serialization": True, "max_shard_size": "50GB"}
     commit = model.push_to_hub(
-        "user/repo", token="hf_secret", private=True, commit_message="first", commit_description="x"
+        "user/repo", token="hf_secret", private=True, commit_message="first", commit_description="x", **usual
     )
     assert str(commit).endswith(f"/user/repo/commit/{hub.repos['user/repo']['main']}")
     assert set(hub.files("user/repo")) == {WEIGHTS, CONFIG, CARD}
@@ -441,8 +442,14 @@ def test_a_push_that_fails_says_so_and_changes_nothing(hub, monkeypatch):
         model.push_to_hub("user/forbidden")
     with pytest.raises(StateError, match="no adapter 'absent'"):
         model.push_to_hub("user/repo", "absent")
-    with pytest.raises(TypeError, match="max_shard_size"):
-        model.push_to_hub("user/repo", max_shard_size="1GB")
+    for options, said in (
+        ({"tags": ["lora"]}, r"push_to_hub: tags=\['lora'\] is not possible; add them"),
+        ({"use_auth_token": "hf_x"}, "pass token"),
+        ({"safe_serialization": False}, "never as a pickle"),
+        ({"commit_massage": "x"}, "no option 'commit_massage' .closest: 'commit_message'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            model.push_to_hub("user/repo", **options)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="OfflineModeIsEnabled"):
         model.push_to_hub("user/repo")

@@ -44,6 +44,17 @@ SAVING: Harmless = {
     "save_original_format": (_only(True, False), "keys are those of the live model"),
     "distributed_checkpoint": (_only(False), "an adapter is one file"),
     "max_shard_size": (lambda value: _bytes(value) is not None, "give bytes, or a text such as '5GB'"),
+    "path_initial_model_for_weight_conversion": (
+        _only(None),
+        "the adapter knows what it started from: pass convert_to_lora=True",
+    ),
+}
+PUSHING: Harmless = {
+    "use_auth_token": (_only(True, None), "pass token"),
+    "use_temp_dir": (_only(True, None), "the files are always written to one"),
+    "safe_serialization": (_only(True), "adapters are saved as safetensors, never as a pickle"),
+    "max_shard_size": (lambda value: value is None or _bytes(value) is not None, "give bytes, or a text such as '5GB'"),
+    "tags": (_only(None), "add them to the model card on the hub"),
 }
 OWN_OF_LOADING = ("allow_base_mismatch", "key_mapping", "revision", "token", "subfolder", "local_files_only")
 
@@ -69,6 +80,15 @@ def check_save_options(given: Mapping[str, Any], unnamed: tuple[object, ...], kn
             "options in those places."
         )
     _check("save_pretrained", given, SAVING, known)
+
+
+def check_push_options(given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Check what was given to ``push_to_hub`` besides its own options, which are `known`.
+
+    Raises:
+        ConfigError: an option is unknown, or asks for what is not done.
+    """
+    _check("push_to_hub", given, PUSHING, known)
 
 
 def _check(verb: str, given: Mapping[str, Any], harmless: Harmless, own: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
-from minipeft.files.foreign_options import check_save_options, check_size
+from minipeft.files.foreign_options import check_push_options, check_save_options, check_size
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
 from minipeft.files.model_card import public_base, update_card, write_card
 from minipeft.files.peft_extras import followers, with_repeats
@@ -41,6 +41,7 @@ OWN_OPTIONS = (
     "convert_to_lora",
     "save_embedding_layers",
 )
+PUSH_OPTIONS = ("adapter_name", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 
 def directory_of(root: Path, adapter_name: str) -> Path:
@@ -154,6 +155,7 @@ class SavableModel(nn.Module):
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        **others: Any,
     ) -> CommitInfo:
         """Push adapters, never the base, to the Hugging Face Hub: what `save_pretrained` writes, as one commit.
 
@@ -168,6 +170,7 @@ class SavableModel(nn.Module):
             token: None: the one you are logged in with.
             revision: branch to push to, created if it does not exist. None: the main one.
             create_pr: open a pull request instead of pushing to the branch.
+            others: options of PEFT's and transformers' method that change nothing here, see `minipeft.files.foreign_options`.
 
         Returns:
             The commit; as a string, its URL.
@@ -175,8 +178,9 @@ class SavableModel(nn.Module):
         Raises:
             StateError: there is no such adapter.
             CheckpointError: the hub refuses, or cannot be reached.
-            ConfigError: both a pull request and a branch.
+            ConfigError: both a pull request and a branch; or an option is unknown, or asks for what is not done.
         """
+        check_push_options(others, PUSH_OPTIONS)
         names = self._all_or(adapter_name)
         warn_of_lost_state(self)
         with tempfile.TemporaryDirectory() as folder:
