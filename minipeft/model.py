@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from minipeft import registry
 from minipeft.class_swap import reduced
 from minipeft.combining.model import CombinableModel
+from minipeft.combining.other_names import OtherNames
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.files.foreign_options import check_load_options
@@ -23,10 +24,10 @@ from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.files.trl_guard import TrainedAlone
 from minipeft.injection.attach import attach, detach, remove, switch_to
-from minipeft.injection.build import PREFIX, build
+from minipeft.injection.build import build
 from minipeft.injection.many_adapters import ManyAdapters
 from minipeft.injection.module_tree import adapted_places
-from minipeft.injection.own_methods import Configurations, OwnMethods
+from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.starting import await_values, stop_waiting
@@ -147,7 +148,7 @@ class _Names(list[str]):
         return self
 
 
-class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, HotswapModel, MergeableModel):
+class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, OtherNames, CombinableModel, HotswapModel, MergeableModel):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property
@@ -159,17 +160,6 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
     def active_adapters(self) -> list[str]:
         """Names of the adapters that act now. Transformers has a method of this name, so it can be called, too."""
         return _Names(self._state.switch.active)
-
-    @property
-    def peft_config(self) -> dict[str, AdapterConfig]:
-        """PEFT's name for `adapter_configs`; PEFT itself would write its own configuration into it."""
-        return Configurations(self.adapter_configs)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """`active_adapters` as PEFT's attribute has it: the name alone if there is only one."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, including adapters; shared parameters count once."""
@@ -270,34 +260,6 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, CombinableModel, Hots
         """
         with self._unmerged(), self._state.switch.off():
             yield
-
-    @all_or_nothing
-    def disable_adapters(self) -> None:
-        """Transformers' verb: no adapter acts until `enable_adapters`.
-
-        Raises:
-            StateError: an adapter is merged; `disable_adapter` takes it out for a while.
-        """
-        if merged := self._state.merged:
-            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
-        self._state.switch.turn(False)
-
-    def enable_adapters(self) -> None:
-        """Transformers' verb: the active adapters act again."""
-        self._state.switch.turn(True)
-
-    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Tensor]:
-        """Transformers' verb: an adapter's live tensors (None: the active one's), with their keys in a file less its prefix.
-
-        Raises:
-            StateError: there is no such adapter.
-            ConfigError: a `state_dict` is given, which `save_pretrained` takes.
-        """
-        if state_dict is not None:
-            raise ConfigError("get_adapter_state_dict gives the live tensors; pass state_dict to save_pretrained().")
-        name = next(iter(self.active_adapters), None) if adapter_name is None else adapter_name
-        tensors = self.adapter_state_dict(name)
-        return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
     @all_or_nothing
     def merge_and_unload(

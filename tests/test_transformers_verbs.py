@@ -11,8 +11,7 @@ from minipeft import LoraConfig, StateError, get_lora_model
 from minipeft.hf import AdapterTrainer
 
 IDS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(1))
-NOT_VERBS = {"enable_peft_hotswap"}  # only for compiled models of PEFT's
-VERBS = sorted(name for name in vars(PeftAdapterMixin) if not name.startswith("_") and name not in NOT_VERBS)
+VERBS = sorted(name for name in vars(PeftAdapterMixin) if not name.startswith("_"))
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +96,40 @@ def test_what_is_built_from_an_adapted_models_class_is_a_plain_model(model, buil
     loaded = minipeft.load_adapter(built, tmp_path / "adapter")
     assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert type(loaded) is cls
+
+
+def test_names_that_only_peft_has_say_what_they_say_there(tmp_path):
+    import peft
+
+    with foreign_code():
+        theirs = peft.get_peft_model(
+            llama(), peft.LoraConfig(r=4, init_lora_weights=False, modules_to_save=["lm_head"])
+        )
+        theirs.save_pretrained(tmp_path)
+    ours = minipeft.load_adapter(llama(), tmp_path)
+    assert ours.targeted_module_names == theirs.targeted_module_names
+    assert ours.active_peft_config.r == theirs.active_peft_config.r == 4
+    assert ours.get_base_model() is ours
+    theirs.eval()
+    for model in (ours, theirs):
+        model.disable_adapter_layers()
+    assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+    for model in (ours, theirs):
+        model.enable_adapter_layers()
+    torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+
+
+OF_PEFT = {
+    "get_layer_status": "layer_status()",
+    "get_model_status": "adapter_status()",
+    "set_requires_grad": "train_adapters(names)",
+    "enable_peft_hotswap": "prepare_hotswap(max_rank)",
+}
+
+
+@pytest.mark.parametrize("verb", OF_PEFT)
+def test_a_verb_of_peft_that_is_another_one_here_names_ours(model, verb):
+    with pytest.raises(StateError) as caught:
+        getattr(model, verb)()
+    assert f"call {OF_PEFT[verb]}" in str(caught.value)
+    assert hasattr(model, OF_PEFT[verb].split("(")[0])

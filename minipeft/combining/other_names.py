@@ -1,0 +1,99 @@
+"""What PEFT and transformers call by another name: taken where it means the same, and else answered with our name."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+from typing_extensions import Self
+
+from minipeft.combining.model import CombinableModel
+from minipeft.config import AdapterConfig
+from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
+from minipeft.injection.build import PREFIX
+from minipeft.injection.own_methods import Configurations
+
+
+class OtherNames(CombinableModel):
+    """The part of `minipeft.AdaptedModel` with names from PEFT and transformers."""
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """PEFT's name for `adapter_configs`; PEFT itself would write its own configuration into it."""
+        return Configurations(self._state.configs)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """`active_adapters` as PEFT's attribute has it: the name alone if there is only one."""
+        names = list(self._state.switch.active)
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        """PEFT's: the configuration of the active adapter; of several that act, of the first."""
+        return self._state.configs[self._state.switch.active[0]]
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """PEFT's: the names of the layers that have an adapter."""
+        return list(dict.fromkeys(row.layer for row in self.layer_status() if row.method != "full"))
+
+    def get_base_model(self) -> Self:
+        """PEFT's: what is inside its wrapper, adapters and all. Here there is no wrapper; `unload` gives the base."""
+        return self
+
+    @all_or_nothing
+    def disable_adapters(self) -> None:
+        """Transformers' verb: no adapter acts until `enable_adapters`.
+
+        Raises:
+            StateError: an adapter is merged; `disable_adapter` takes it out for a while.
+        """
+        if merged := self._state.merged:
+            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
+        self._state.switch.turn(False)
+
+    def enable_adapters(self) -> None:
+        """Transformers' verb: the active adapters act again."""
+        self._state.switch.turn(True)
+
+    def disable_adapter_layers(self) -> None:
+        """PEFT's name for `disable_adapters`."""
+        self.disable_adapters()
+
+    def enable_adapter_layers(self) -> None:
+        """PEFT's name for `enable_adapters`."""
+        self.enable_adapters()
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Tensor]:
+        """Transformers' verb: an adapter's live tensors (None: the active one's), with their keys in a file less its prefix.
+
+        Raises:
+            StateError: there is no such adapter.
+            ConfigError: a `state_dict` is given, which `save_pretrained` takes.
+        """
+        if state_dict is not None:
+            raise ConfigError("get_adapter_state_dict gives the live tensors; pass state_dict to save_pretrained().")
+        name = next(iter(self._state.switch.active), None) if adapter_name is None else adapter_name
+        tensors = self.adapter_state_dict(name)
+        return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+    def get_layer_status(self) -> NoReturn:
+        """PEFT's, with other rows than ours.
+
+        Raises:
+            StateError: always, with the name of ours; and so do the methods below.
+        """
+        raise StateError("get_layer_status() is PEFT's; call layer_status(), a row for each adapter on each layer.")
+
+    def get_model_status(self) -> NoReturn:
+        """PEFT's, with other fields than ours."""
+        raise StateError("get_model_status() is PEFT's; call adapter_status(), a row for each adapter.")
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """PEFT's, which `set_adapter` would undo there."""
+        raise StateError("set_requires_grad() is PEFT's; call train_adapters(names) to say which adapters train.")
+
+    def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Transformers', for PEFT's adapters."""
+        raise StateError("enable_peft_hotswap() is for PEFT's adapters; call prepare_hotswap(max_rank).")
