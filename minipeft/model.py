@@ -84,7 +84,8 @@ def load_adapter(
 ) -> AdaptedModel:
     """Read an adapter, ours or PEFT's, from a directory or the hub into a model, and return the model, adapted.
 
-    On a plain model the adapter becomes active; on an adapted one it waits for ``set_adapter``. Pickles are never read.
+    On a plain model the adapter becomes active; on an adapted one it waits for ``set_adapter``. Pickles are never read. As in
+    PEFT, a plain model comes back in evaluation mode, unless the adapter is to train.
 
     Args:
         model: the base the adapter was trained on, plain or adapted already.
@@ -111,13 +112,16 @@ def load_adapter(
     path = adapter_directory(
         directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
-    with model._unmerged() if isinstance(model, AdaptedModel) else contextlib.nullcontext():
+    adapted = model if isinstance(model, AdaptedModel) else None
+    with contextlib.nullcontext() if adapted is None else adapted._unmerged():
         plan, parts = load_parts(
             model, path, strict=strict, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
         )
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
         if not is_trainable:
             warn_if_idle(path, parts)
+    if adapted is None and not is_trainable:
+        model.eval()
     return cast(AdaptedModel, model)
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import adapted, disturb, gpt2, llama, logits, state_digest
+from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, state_digest
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, MinipeftError, StateError, get_lora_model, load_adapter
@@ -119,6 +119,19 @@ def test_loading_an_adapter_that_changes_nothing_warns(tmp_path):
 def test_a_wrapped_model_takes_no_file(saved):
     with pytest.raises(StateError, match="OptimizedModule wraps the model"):
         load_adapter(torch.compile(gpt2()), saved)
+
+
+def test_a_plain_model_is_loaded_into_for_use_and_an_adapted_one_keeps_its_mode(saved):
+    import peft
+
+    used, trained = (load_adapter(gpt2().train(), saved, is_trainable=train) for train in (False, True))
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(gpt2().train(), saved)
+    for model in (used, theirs):
+        assert not any(module.training for module in model.modules())
+    assert trained.training
+    trained.load_adapter(saved, "second")
+    assert trained.training
 
 
 def test_loading_leaves_the_random_numbers_alone(saved):
