@@ -25,6 +25,7 @@ from minipeft.errors import (
     TargetError,
 )
 from minipeft.files.hotswap import hotswap_adapter
+from minipeft.files.load import load_config
 from minipeft.injection.row_losses import per_adapter_loss
 from minipeft.layers.base import LayerOps
 from minipeft.memory.lean import lean, unlean
@@ -155,6 +156,7 @@ __all__ = [
     "hotswap_adapter",
     "lean",
     "load_adapter",
+    "load_config",
     "merge_from_disk",
     "per_adapter_loss",
     "quantize",

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, state_digest, token_ids
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
-from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_lora_model, load_adapter
+from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_lora_model, load_adapter, load_config
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 COMMITS = ("a" * 40, "b" * 40)
@@ -62,6 +62,21 @@ def test_an_adapter_comes_from_the_cache(cache):
     assert torch.equal(logits(loaded), logits(model))
     second = loaded.load_adapter("user/repo", "again", local_files_only=True)
     assert list(second.adapter_configs) == ["default", "again"]
+
+
+def test_the_configuration_names_the_base_before_it_is_loaded(cache, tmp_path):
+    import peft
+
+    model = adapted(base_model_name_or_path="openai-community/gpt2", use_rslora=True)
+    put(cache, model)
+    model.save_pretrained(tmp_path / "here")
+    config = load_config("user/repo", local_files_only=True)
+    assert config == load_config(tmp_path / "here")
+    assert config == load_adapter(gpt2(), "user/repo").adapter_configs["default"]
+    theirs = peft.PeftConfig.from_pretrained(tmp_path / "here")
+    assert config.base_model_name_or_path == theirs.base_model_name_or_path == "openai-community/gpt2"
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors"):
+        load_config(tmp_path)
 
 
 def test_a_revision_is_a_branch_or_a_commit(cache):

@@ -6,17 +6,20 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from minipeft import registry
 from minipeft.config import AdapterConfig
 from minipeft.errors import shown
 from minipeft.files.base_samples import planned_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import AdapterFile, open_adapter
 from minipeft.files.frozen_weights import planned_frozen_weights, warn_of_missing_parts
+from minipeft.files.hub import adapter_directory
 from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
@@ -32,6 +35,31 @@ from minipeft.peft_options import KEPT
 from minipeft.wrapper_names import named_modules
 
 logger = logging.getLogger("minipeft")
+
+
+def load_config(
+    directory: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    local_files_only: bool = False,
+) -> AdapterConfig:
+    """The configuration in an adapter's directory, to learn its ``base_model_name_or_path`` before the base is loaded.
+
+    Args:
+        directory, revision, token, subfolder, local_files_only: see `minipeft.files.hub.adapter_directory`.
+
+    Raises:
+        CheckpointError: there is no adapter, or its files are damaged.
+        ConfigError: it asks for something that is not implemented.
+    """
+    registry.load_plugins()
+    path = adapter_directory(
+        directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
+    )
+    with reading(path):
+        return open_adapter(path).config
 
 
 def load_parts(
