@@ -44,6 +44,10 @@ class PeftOnlyError(StateError, AttributeError):
     """A function of PEFT's asks for what only PEFT's own objects have; for ``hasattr`` it is not there."""
 
 
+class PeftNameError(MinipeftError, ImportError):
+    """A name of PEFT's was imported from minipeft, which has another one for it, or needs none."""
+
+
 class CheckpointError(MinipeftError, ValueError):
     """An adapter file or a run's directory cannot be read, written or locked, or belongs to another model or run."""
 

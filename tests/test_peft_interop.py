@@ -7,6 +7,7 @@ warning of its own fails the test.
 import copy
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -776,3 +777,15 @@ def test_a_bare_state_without_the_prefix_is_read(tmp_path):
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors_in(tmp_path).items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     torch.testing.assert_close(logits(minipeft.load_adapter(gpt2(), tmp_path)), their_logits(model))
+
+
+@pytest.mark.parametrize("name", [*minipeft.OF_PEFT, "AutoPeftModelForCausalLM"])
+def test_a_name_of_peft_that_is_imported_from_minipeft_is_answered_with_ours(name):
+    assert hasattr(peft, name)
+    with pytest.raises(minipeft.MinipeftError, match=f"minipeft has no {name}, which is PEFT's; ") as caught:
+        exec(f"from minipeft import {name}")
+    assert isinstance(caught.value, ImportError)
+    for ours in re.findall(r"use (?:model\.)?(\w+)", str(caught.value)):
+        assert hasattr(minipeft, ours) or hasattr(minipeft.AdaptedModel, ours)
+    with pytest.raises(ImportError, match="cannot import name 'get_peft_modle'"):
+        from minipeft import get_peft_modle  # noqa: F401
