@@ -35,6 +35,23 @@ def test_a_router_that_is_no_linear_layer_is_named_too():
         get_lora_model(mixture("mixtral"), LoraConfig(r=2, target_modules="all-linear"))
 
 
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("gate", "'gate.weight'"),  # three that PEFT takes for the parameters
+        ("w1", "'experts.gate_up_proj', 'experts.down_proj'"),
+        ("gate_proj", "'experts.gate_up_proj', 'experts.down_proj'"),
+        ("experts.down_proj", "'experts.down_proj'"),
+    ],
+)
+def test_a_layer_that_is_a_parameter_in_this_model_is_named(target, named):
+    model = mixture("mixtral")
+    config = LoraConfig(r=2, target_modules=["q_proj", target])
+    refuses(TargetError, model, lambda: get_lora_model(model, config), f"; target_parameters can name {named}.")
+    names = [name.strip(" '") for name in named.split(",")]
+    get_lora_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names))
+
+
 def test_a_router_that_was_a_layer_in_transformers_4_is_read(tmp_path):
     file, model = OldFile(), mixture("phimoe").double()
     update = file.pair("model.layers.1.block_sparse_moe.gate", *model.model.layers[1].mlp.router.weight.shape)

@@ -96,7 +96,10 @@ def ops_for(name: str, candidate: Candidate) -> LayerOps:
             f"and not called, or returns something else than its product{holds}). Name its weight in target_parameters, or see "
             "register_layer."
         )
-    raise TargetError(f"{name}: no LayerOps for {kind}; registered: {known}. See register_layer.")
+    matrices = [key for key, tensor in base._parameters.items() if tensor is not None and tensor.ndim in (2, 3)]
+    paths = [f"{name.rpartition('.')[2]}.{key}" for key in matrices]
+    bare = f"; target_parameters can name {shown(paths)}" if paths else ""
+    raise TargetError(f"{name}: no LayerOps for {kind}; registered: {known}. See register_layer{bare}.")
 
 
 def check_occupants(name: str, module: nn.Module, ops: Sequence[LayerOps]) -> None:

@@ -15,6 +15,9 @@ from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.patterns import endings, full_matches, is_suffix
 from minipeft.transformers_model import model_type
 
+# What the linear layers of an expert are called where experts are modules, as in transformers 4.
+EXPERT_LAYERS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+
 
 def select_targets(
     model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
@@ -164,7 +167,17 @@ def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind:
     if close:
         count = sum(is_suffix(close, name) for name in names)
         where = f" (closest: {close!r}, {count} {kind}{'s' if count != 1 else ''})"
+    if option == "target_modules" and (bare := _bare_parameters(model, entry)):
+        where = f"; target_parameters can name {shown(bare)}"
     return f"{option}: {entry!r} matches no {kind} of {type(model).__name__}{where}."
+
+
+def _bare_parameters(model: nn.Module, entry: str) -> list[str]:
+    """The parameters that an entry of target_modules may mean: those of its name, or those of fused experts."""
+    shapes = {".".join(name.split(".")[-2:]): p.ndim for name, p in model.named_parameters()}
+    bare = {name: ndim for name, ndim in shapes.items() if ndim in (2, 3) and not name.endswith(".weight")}
+    fused = [name for name, ndim in bare.items() if ndim == 3 and entry.rpartition(".")[2] in EXPERT_LAYERS]
+    return [name for name in bare if is_suffix(entry, name)] or fused
 
 
 def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) -> list[str]:
