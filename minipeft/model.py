@@ -32,6 +32,7 @@ from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.starting import await_values, stop_waiting
 from minipeft.injection.state import active_without, check_name, names_given
+from minipeft.layers.bitsandbytes_4bit import number_of_values
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
 from minipeft.options import checked_module, flag, flags
@@ -167,8 +168,8 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, OtherNames, Combinabl
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, including adapters; shared parameters count once."""
-        parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+        counts = [(number_of_values(parameter), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
 
     def print_trainable_parameters(self) -> None:
         """Print the two counts and their ratio in percent."""

@@ -104,6 +104,15 @@ def test_a_file_of_peft_means_the_same_to_us_on_the_quantized_base(family, loadi
     torch.testing.assert_close(as_in_training(model), as_in_training(theirs), rtol=0, atol=1e-5)
 
 
+@every_base
+def test_parameters_are_counted_as_in_peft(family, loading, loaded):
+    """Two values of 4 bits in a byte are two."""
+    ours = minipeft.get_lora_model(loaded(family, loading), our_config(family))
+    with foreign_code():
+        theirs = peft.get_peft_model(loaded(family, loading), their_config(family))
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
 def _first(model):
     return next(name for name, module in model.named_modules() if hasattr(module, "adapters"))
 

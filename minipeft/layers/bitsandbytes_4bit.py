@@ -122,6 +122,12 @@ def _warn_of_misreading(in_features: int, blocksize: int) -> None:
     )
 
 
+def number_of_values(parameter: Tensor) -> int:
+    """How many values a parameter holds; bitsandbytes packs two of 4 bits into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
 def _state(base: Any) -> Any:
     """How the weight is quantized, or None if it is not quantized yet."""
     return getattr(base.weight, "quant_state", None) or base.quant_state

@@ -13,6 +13,7 @@ from minipeft.config import HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import ConfigError, LeanError, shown
 from minipeft.files.save import adapter_tensors
 from minipeft.files.tensor_bytes import header_of
+from minipeft.layers.bitsandbytes_4bit import number_of_values
 from minipeft.memory.lean import lean
 from minipeft.options import integer, one_of
 from minipeft.planning.base import DTYPES, Place, base_model, quiet
@@ -161,7 +162,7 @@ class Planner:
         return Estimate(
             type(self.model).__name__,
             setup,
-            sum(_values(p) for p in parameters),
+            sum(number_of_values(p) for p in parameters),
             trainable,
             0 if setup.training == "full" else self._file_bytes(),
             {item: found[item] for item in ITEMS},
@@ -200,8 +201,3 @@ def _made_lean(model: nn.Module, checkpointing: str | int | None) -> bool:
     except LeanError:
         lean(model, checkpointing, chunked_loss=False)
         return False
-
-
-def _values(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(state.shape.numel())
