@@ -104,7 +104,7 @@ def test_the_verbs_of_the_page_on_peft_exist(column):
     cells = "\n".join(row.split(" | ")[column] for row in rows)
     verbs = set(re.findall(r"`((?:peft|minipeft|transformers|model)\.[\w.]+)\(", cells))
     assert len(verbs) > 15
-    models = [AdaptedModel] if column else [peft.PeftModel, LoraModel, PreTrainedModel]
+    models = [AdaptedModel] if column else [peft.PeftModel, LoraModel, peft.AdaLoraModel, PreTrainedModel]
     for verb in verbs:
         first, name = verb.split(".", 1)
         assert any(hasattr(model, name) for model in models) if first == "model" else pkgutil.resolve_name(verb), verb

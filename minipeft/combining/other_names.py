@@ -97,3 +97,9 @@ class OtherNames(CombinableModel):
     def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Transformers', for PEFT's adapters."""
         raise StateError("enable_peft_hotswap() is for PEFT's adapters; call prepare_hotswap(max_rank).")
+
+    def update_and_allocate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """PEFT's, of AdaLoRA, whose loss there has the regularisation in it."""
+        raise StateError(
+            "update_and_allocate() is PEFT's; call after_step(model, step), and add extra_loss(model) to the loss. Both are minipeft's."
+        )
