@@ -85,7 +85,8 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
         )
     if name in taken:
         raise StateError(
-            f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name."
+            f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name. To give it the "
+            "values of a file, call hotswap_adapter()."
         )
 
 
