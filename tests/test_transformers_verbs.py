@@ -1,4 +1,4 @@
-"""Transformers' adapter verbs on an adapted model are ours: they work where transformers refuses the PEFT there is, or finds none."""
+"""Verbs of transformers and diffusers on an adapted model: transformers' are ours, and diffusers' are refused where they find no PEFT."""
 
 import re
 
@@ -136,3 +136,62 @@ def test_a_verb_of_peft_that_is_another_one_here_names_ours(model, verb):
         getattr(model, verb)()
     assert f"call {OF_PEFT[verb]}" in str(caught.value)
     assert all(hasattr(model, name) or hasattr(minipeft, name) for name in re.findall(r"(\w+)\(", OF_PEFT[verb]))
+
+
+class Denoiser(torch.nn.Module):
+    """The verbs of a model of diffusers, as its PeftAdapterMixin has them: PEFT's layers are not there, so nothing happens."""
+
+    __module__ = "diffusers.models.denoiser"
+
+    def __init__(self):
+        super().__init__()
+        self.to_q = torch.nn.Linear(4, 4)
+
+    def forward(self, sample, cross_attention_kwargs=None):
+        return self.to_q(sample)
+
+    def fuse_lora(self, lora_scale=1.0, safe_fusing=False, adapter_names=None):
+        """Nothing."""
+
+    unfuse_lora = set_adapters = enable_lora = disable_lora = delete_adapters = unload_lora = save_lora_adapter = (
+        fuse_lora
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "ours"),
+    [
+        ("fuse_lora", r"merge_adapter\(\)"),
+        ("unfuse_lora", r"unmerge_adapter\(\)"),
+        ("set_adapters", "set_scale"),
+        ("enable_lora", r"enable_adapters\(\)"),
+        ("disable_lora", r"disable_adapters\(\)"),
+        ("delete_adapters", "delete_adapter"),
+        ("unload_lora", r"unload\(\)"),
+        ("save_lora_adapter", "save_pretrained"),
+    ],
+)
+def test_a_verb_of_diffusers_that_would_do_nothing_names_ours(verb, ours):
+    plain = Denoiser()
+    getattr(plain, verb)()
+    model = get_lora_model(plain, LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(StateError, match=ours):
+        getattr(model, verb)()
+    getattr(model.unload(), verb)()
+
+
+def test_a_scale_for_the_layers_of_peft_is_refused():
+    model = get_lora_model(Denoiser(), LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    x = torch.ones(1, 4)
+    with pytest.raises(StateError, match="set_scale"):
+        model(x, cross_attention_kwargs={"scale": 0.5})
+    for without in ({"scale": 1.0}, {}, None):
+        assert torch.equal(model(x, cross_attention_kwargs=without), model(x))
+
+
+def test_what_diffusers_undoes_after_a_refusal_does_not_hide_it():
+    """PeftAdapterMixin.load_lora_adapter pops the configuration of the adapter that it could not add."""
+    model = get_lora_model(Denoiser(), LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(StateError, match="load_adapter"):
+        model.peft_config.pop("second")
+    assert list(model.adapter_configs) == ["default"]

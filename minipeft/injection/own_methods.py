@@ -15,6 +15,7 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.injection.attach import hold_norms
 from minipeft.injection.checkpointing import training_setter
+from minipeft.injection.diffusers_verbs import refuse_diffusers_verbs
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.row_order import learn_order
 from minipeft.injection.rows import Rows, rows_now
@@ -23,19 +24,24 @@ from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.watch import watched_call
 from minipeft.injection.wrapper import innermost
 from minipeft.transformers_model import input_embedding, output_head
+from minipeft.type_names import is_from
 
 
 class Configurations(dict[str, AdapterConfig]):
-    """Configurations by adapter, to read. PEFT adds an adapter by writing here, at the start of ``peft.get_peft_model``."""
+    """Configurations by adapter, to read. PEFT adds an adapter by writing here, at the start of ``peft.get_peft_model``.
+
+    diffusers then takes out what it could not add, and would report that it is not here.
+    """
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Raise StateError: see above."""
         raise StateError(
-            "PEFT cannot add an adapter to a model that minipeft has adapted. Use model.add_adapter(name, config), or give PEFT, or "
-            "a trainer with peft_config=, the plain base."
+            "PEFT cannot add an adapter to a model that minipeft has adapted. Use model.add_adapter(name, config) or "
+            "load_adapter(folder, name), or give PEFT, or a trainer with peft_config=, the plain base."
         )
 
     __setitem__ = update
+    pop = update  # type: ignore[assignment]
 
 
 class OwnMethods(nn.Module):
@@ -52,6 +58,8 @@ class OwnMethods(nn.Module):
             cls.__init__ = _init_of_plain(others[0])  # type: ignore[method-assign]
             if cls.forward is not nn.Module.forward:
                 cls.forward = _forward_by_row(cls)
+            if is_from(cls, "diffusers"):
+                refuse_diffusers_verbs(cls)
 
     @property
     def _hf_peft_config_loaded(self) -> bool:

@@ -1,0 +1,62 @@
+"""diffusers' verbs for LoRA on an adapted model: refused, since they look for PEFT's layers, find none, and do nothing.
+
+So does the ``scale`` in the keyword arguments for the attention, which ``pipe(..., cross_attention_kwargs={"scale": 0.5})``
+passes on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from minipeft.errors import StateError, told
+
+# diffusers/loaders/peft.py, diffusers 0.42.1 -> what does it here.
+VERBS = {
+    "fuse_lora": "merge_adapter()",
+    "unfuse_lora": "unmerge_adapter()",
+    "set_adapters": "set_adapter(names) and set_scale(name, factor)",
+    "enable_lora": "enable_adapters()",
+    "disable_lora": "disable_adapters(), or disable_adapter() for a while",
+    "delete_adapters": "delete_adapter(name)",
+    "unload_lora": "unload()",
+    "save_lora_adapter": "save_pretrained(folder)",
+}
+FOR_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+def refuse_diffusers_verbs(cls: type[nn.Module]) -> None:
+    """Put a refusal in front of those of these verbs that an adapted class of diffusers has, and of `scale`."""
+    for verb, ours in VERBS.items():
+        if hasattr(cls, verb):
+            setattr(cls, verb, _refused(cls, verb, ours))
+    cls.forward = _without_scale(cls)
+
+
+def _refused(cls: type[nn.Module], verb: str, ours: str) -> Any:
+    @functools.wraps(getattr(cls, verb))
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise StateError(
+            f"{verb}() of diffusers knows PEFT's layers alone, and minipeft adapted this {cls.__name__}; use its {ours}."
+        )
+
+    return method
+
+
+def _without_scale(cls: type[nn.Module]) -> Any:
+    plain = cls.forward
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name in FOR_ATTENTION:
+            scale = (kwargs.get(name) or {}).get("scale", 1.0)
+            if scale != 1.0:
+                raise StateError(
+                    f"{name}={{'scale': {told(scale)}}} is for PEFT's layers, and minipeft adapted this {cls.__name__}; use its "
+                    "set_scale(name, factor) before."
+                )
+        return plain(self, *args, **kwargs)
+
+    return forward
