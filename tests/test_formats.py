@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from foreign_files import MAKERS, Parts, draw, kohya, litgpt, llm, mlx, torchtune, write_json
+from foreign_files import MAKERS, Parts, diffusers, draw, kohya, litgpt, llm, mlx, torchtune, write_json
 from old_experts import mixture
 from safetensors.torch import load_file, save_file
 from tiny_models import foreign_code, state_digest
@@ -199,6 +199,19 @@ def test_dora_of_mlx_is_read(tmp_path):
     torch.testing.assert_close(merged.get_submodule(name).weight.detach(), expected, rtol=1e-6, atol=1e-8)
 
 
+def test_biases_of_diffusers_are_read(tmp_path):
+    """Control LoRAs have them; peft/tuners/lora/layer.py: with lora_bias, B and its bias are scaled alike."""
+    diffusers(tmp_path)
+    biases = {"down_blocks.0.to_q": (2, draw(8, 12)), "conv_in": (2 / 4, draw(9, 4))}
+    changed(tmp_path, lambda t: t.update({f"unet.{name}.lora_B.bias": b for name, (_, b) in biases.items()}))
+    model, plain = minipeft.load_adapter(Parts(), tmp_path), Parts()
+    assert model.adapter_configs["default"].lora_bias
+    merged = model.merge_and_unload()
+    for name, (scaling, bias) in biases.items():
+        change = merged.get_submodule(name).bias - plain.get_submodule(name).bias
+        torch.testing.assert_close(change, scaling * bias.double(), rtol=1e-6, atol=1e-9)
+
+
 def test_torchtune_without_the_number_of_heads_is_refused(tmp_path):
     torchtune(tmp_path)
     (tmp_path / "config.json").unlink()
@@ -258,6 +271,42 @@ def test_kohya_for_two_parts_becomes_two_adapters(tmp_path):
     assert convert(source, out, base) == [out / "text_encoder", out / "unet"]
     check_updates(Parts(), out / "unet", updates)
     check_updates(Parts(), out / "text_encoder", {"down_blocks.0.to_q": updates["down_blocks.0.to_q"]})
+
+
+def test_onetrainers_word_for_a_transformer_is_read(tmp_path):
+    """As kohya's but for the prefix: diffusers/loaders/lora_conversion_utils.py, convert_onetrainer_state_dict()."""
+    updates = kohya(tmp_path)
+    tensors = load_file(weights_file(tmp_path))
+    save_file({k.replace("_unet_", "_transformer_"): t for k, t in tensors.items()}, weights_file(tmp_path))
+    check_updates(Parts(), tmp_path, updates)
+
+
+@pytest.mark.parametrize(
+    "name", ["double_blocks_0_img_attn_qkv", "joint_blocks_0_context_block_attn_qkv", "input_blocks_1"]
+)
+def test_names_of_the_original_code_are_refused_with_a_way_that_keeps_alpha(name, tmp_path):
+    kohya(tmp_path)
+    changed(tmp_path, lambda t: t.update({f"lora_unet_{name}.alpha": torch.tensor(1.0)}))
+    refused(tmp_path, Parts(), name, "save_lora_adapter")
+
+
+def test_kohyas_ends_behind_a_part_of_a_pipeline_are_read(tmp_path):
+    updates = kohya(tmp_path)
+    dots = {"_unet_down_blocks_0_to_q": "down_blocks.0.to_q", "_unet_down_blocks_0_to_out_0": "down_blocks.0.to_out.0"}
+    tensors = {
+        f"transformer.{dots[key.partition('.')[0].removeprefix('lora')]}.{key.partition('.')[2]}": tensor
+        for key, tensor in load_file(weights_file(tmp_path)).items()
+        if "conv_in" not in key
+    }
+    save_file(tensors, weights_file(tmp_path))
+    check_updates(Parts(), tmp_path, {name: updates[name] for name in dots.values()})
+
+
+def test_a_file_of_no_known_format_is_named_with_a_key_of_it(tmp_path):
+    save_file(
+        {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(2, 2)}, tmp_path / "style.safetensors"
+    )
+    refused(tmp_path, Parts(), "style.safetensors", "diffusion_model.double_blocks", "save_lora_adapter")
 
 
 def test_kohya_without_the_names_of_a_model_cannot_be_converted(tmp_path):

@@ -438,6 +438,7 @@ class Denoiser(torch.nn.Module):
         self.transformer_blocks = torch.nn.ModuleList(
             torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 5)}) for _ in range(2)
         )
+        self.proj_out = torch.nn.Linear(5, 4)
 
 
 def test_diffusers_gets_its_own_keys_with_the_scaling_in_them(tmp_path):
@@ -451,6 +452,14 @@ def test_diffusers_gets_its_own_keys_with_the_scaling_in_them(tmp_path):
     key = "transformer.transformer_blocks.1.to_q.lora_{}.weight"
     up, down = model.transformer_blocks[1]["to_q"].adapter("default").factors()
     torch.testing.assert_close(tensors[key.format("B")] @ tensors[key.format("A")], (up @ down).detach())
+
+
+def test_layers_beside_the_blocks_are_of_the_same_part_of_a_pipeline(tmp_path):
+    """ "all-linear" takes them too."""
+    model = minipeft.get_lora_model(Denoiser(), minipeft.LoraConfig(r=2, target_modules=["to_q", "proj_out"]))
+    model.save_pretrained(tmp_path / "it")
+    made_for(Reader.DIFFUSERS, tmp_path / "it", tmp_path / "out")
+    assert "transformer.proj_out.lora_A.weight" in load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
 
 
 def test_the_text_part_of_a_vision_model_is_renamed_for_readers_of_text(tmp_path):

@@ -26,7 +26,7 @@ from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.formats.diffusers import DIFFUSERS
 from minipeft.files.formats.foreign import Source
 from minipeft.files.formats.known import format_of, only_part, pickles_in, weights_in
-from minipeft.files.not_an_adapter import config_named, folder_named, local_names
+from minipeft.files.not_an_adapter import config_named, folder_named, layout_named, local_names
 from minipeft.files.reading import check_inside, reading
 from minipeft.files.scaling_in_B import with_own_scaling
 from minipeft.files.strict_json import parse, read_object
@@ -137,7 +137,8 @@ def open_weights(directory: Path) -> TensorFile:
     if weights is None or (name != WEIGHTS_FILE and format_of(weights) is None):
         pickles = pickles_in(names)
         fix = f" {shown(pickles)} is a pickle, which is never read; `minipeft convert {directory}` makes safetensors of it."
-        raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}.{fix if pickles else folder_named(names)}")
+        what = folder_named(names) or (layout_named(weights.path.name, weights.shapes) if weights else "")
+        raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}.{fix if pickles else what}")
     for key, dtype in weights.dtypes.items():
         if dtype not in DTYPES:
             raise CheckpointError(

@@ -92,6 +92,17 @@ def folder_named(names: Iterable[str]) -> str:
     return ""
 
 
+def layout_named(name: str, keys: Iterable[str]) -> str:
+    """What a file with keys of LoRA's in a layout that is not known is, as the end of a message; or ""."""
+    key = min((key for key in keys if "lora" in key), default=None)
+    if key is None:
+        return ""
+    return (
+        f" {name} holds {key!r:.200}, whose layout is not known. If a diffusers pipeline's load_lora_weights reads it, save it "
+        "by pipe.unet.save_lora_adapter(folder), or pipe.transformer's."
+    )
+
+
 def local_names(directory: Path) -> list[str]:
     """The names in a folder, and of an adapter's files one level further down."""
     with os.scandir(directory) as entries:

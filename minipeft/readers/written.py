@@ -85,12 +85,13 @@ def renamed_for(reader: Reader, module: str) -> str:
 
 
 def component_of(modules: Collection[str], directory: Path) -> str:
-    """The part of a diffusers pipeline that has modules of these names.
+    """The part of a diffusers pipeline that has modules of these names; those in blocks say it for the ones beside them.
 
     Raises:
         CheckpointError: none has, or several have.
     """
-    found = {COMPONENTS.get(module.partition(".")[0]) for module in modules}
+    firsts = {module.partition(".")[0] for module in modules}
+    found = {COMPONENTS[first] for first in firsts if first in COMPONENTS}
     only = next(iter(found)) if len(found) == 1 else None
     if only is None:
         raise CheckpointError(

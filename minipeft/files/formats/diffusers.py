@@ -23,8 +23,11 @@ _FIRST = tuple(f"{component}." for component in COMPONENTS)
 _ENDS = {
     "lora_A.weight": "lora_A.weight",
     "lora_B.weight": "lora_B.weight",
+    "lora_B.bias": "lora_B.bias",
     "lora.down.weight": "lora_A.weight",
     "lora.up.weight": "lora_B.weight",
+    "lora_down.weight": "lora_A.weight",
+    "lora_up.weight": "lora_B.weight",
     "lora_linear_layer.down.weight": "lora_A.weight",
     "lora_linear_layer.up.weight": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",

@@ -115,8 +115,9 @@ def part(
         made=made,
     )
     config = {"peft_type": peft_type, **_ranks(modules, "alpha" if peft_type != "LORA" else "lora_alpha")}
-    if any("lora_magnitude_vector" in module.tensors for module in modules.values()):
-        config["use_dora"] = True
+    for option, end in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        if any(end in module.tensors for module in modules.values()):
+            config[option] = True
     return Part({**config, **_targets(modules, known), **values}, translated)
 
 

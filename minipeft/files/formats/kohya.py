@@ -19,12 +19,15 @@ from minipeft.files.tensor_file import TensorFile
 # Prefix -> the part of a diffusers pipeline. A pipeline has a unet or a transformer, and kohya has one word for both.
 COMPONENTS = {
     "lora_unet": "unet",
+    "lora_transformer": "transformer",  # OneTrainer's
     "lora_te1": "text_encoder",
     "lora_te2": "text_encoder_2",
     "lora_te3": "text_encoder_3",
     "lora_te": "text_encoder",
     "lycoris": "",
 }
+# How the names begin that Stability's UNets and SD3, and Black Forest Labs' Flux, have in their own code.
+ORIGINAL = ("input_blocks", "output_blocks", "middle_block", "joint_blocks", "double_blocks", "single_blocks")
 _KEY = re.compile(rf"({'|'.join(COMPONENTS)})_([^.]+)\.({'|'.join(map(re.escape, ENDS))}|alpha)")
 _PREFIXES = tuple(f"{prefix}_" for prefix in COMPONENTS)
 
@@ -94,10 +97,10 @@ def _spellings(component: str, name: str) -> list[str]:
 def _misnamed(path: object, name: str, names: Sequence[str], dotted: Mapping[str, object]) -> str:
     if names:
         return f"{path}: {told(name, 200)} may be {shown(names)} of this model, so it is not read."
-    if name.startswith(("input_blocks", "output_blocks", "middle_block")):
+    if name.startswith(ORIGINAL):
         return (
-            f"{path}: {told(name, 200)} is a name of Stability's own UNet, and this model has diffusers' names. "
-            "Load the file with a pipeline's load_lora_weights and save it with its save_lora_weights first."
+            f"{path}: {told(name, 200)} is a name of the original UNet or transformer, and this model has diffusers' names. Load "
+            "the file by a pipeline's load_lora_weights, and save it by pipe.unet.save_lora_adapter(folder), or pipe.transformer's."
         )
     return f"{path}: {told(name, 200)} names no module of this model{hint(name, dotted)}."
 
