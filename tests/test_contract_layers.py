@@ -10,6 +10,7 @@ import torch
 from rotation import thinned
 from torch import nn
 
+from minipeft import LoraConfig, get_lora_model
 from minipeft.testing import check_pair
 from minipeft.testing.checks import CHECKS
 
@@ -127,6 +128,19 @@ def test_a_convolution_keeps_the_contract_whatever_its_kernel_reads(method, kind
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 def test_a_channels_last_weight_keeps_the_contract(method):
     keeps_the_contract(method, nn.Conv2d, channels_last)
+
+
+@pytest.mark.parametrize("sizes", [{"kernel_size": 1}, {"kernel_size": 3, "groups": 6}], ids=str)
+def test_a_channels_last_kernel_that_flattens_to_a_view_is_merged_in_place(sizes):
+    """With one position, or one channel a group, the flat kernel is the same memory with other strides."""
+    layer = nn.Conv2d(6, 6, **sizes).to(memory_format=torch.channels_last)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["0"], init_lora_weights=False)
+    before = layer.weight.detach().double()
+    model = get_lora_model(nn.Sequential(layer), config)
+    up, down = (factor.detach().double().flatten(1) for factor in model[0].adapter("default").factors())
+    merged = model.merge_and_unload()[0].weight
+    torch.testing.assert_close(merged.double(), before + (up @ down).view(before.shape), rtol=1e-6, atol=1e-6)
+    assert merged.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("kind", ATTENTION)

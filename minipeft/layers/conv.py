@@ -38,7 +38,8 @@ class ConvOps(LayerOps):
 
     @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        base.weight.copy_(weight.view(base.weight.shape))
+        if weight.data_ptr() != base.weight.data_ptr():  # else it is the kernel, which was merged into in place
+            base.weight.copy_(weight.view(base.weight.shape))
         if bias is not None:
             base.bias.copy_(bias)
         return base
