@@ -184,6 +184,16 @@ def test_a_model_that_was_compiled_before_it_was_unloaded_computes_what_it_is_no
         assert torch.equal(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("verb", ["unload", "merge_and_unload"])
+def test_a_forward_that_was_patched_before_it_was_unloaded_computes_what_it_is_now(verb):
+    """As accelerate's offload and mixed precision do: the model's own ``forward`` is kept and called by another."""
+    model, ids = adapted(), token_ids(2, 5)
+    kept = model.forward
+    model.forward = lambda ids: kept(ids)
+    getattr(model, verb)()
+    assert torch.equal(model(ids).logits, type(model).forward(model, ids).logits)
+
+
 def test_a_compiled_model_is_made_lean_from_within():
     model = adapted()
     compiled = torch.compile(model, backend="eager")

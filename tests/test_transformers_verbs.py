@@ -1,4 +1,4 @@
-"""Verbs of transformers and diffusers on an adapted model: transformers' are ours, and diffusers' are refused where they find no PEFT."""
+"""Verbs of transformers on an adapted model are ours; those of diffusers are refused where they look for PEFT's layers."""
 
 import re
 
@@ -156,6 +156,7 @@ class Denoiser(torch.nn.Module):
     unfuse_lora = set_adapters = enable_lora = disable_lora = delete_adapters = unload_lora = save_lora_adapter = (
         fuse_lora
     )
+    fuse_qkv_projections = fuse_lora
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,7 @@ class Denoiser(torch.nn.Module):
         ("delete_adapters", "delete_adapter"),
         ("unload_lora", r"unload\(\)"),
         ("save_lora_adapter", "save_pretrained"),
+        ("fuse_qkv_projections", r"merge_and_unload\(\)"),
     ],
 )
 def test_a_verb_of_diffusers_that_would_do_nothing_names_ours(verb, ours):

@@ -1,7 +1,7 @@
 """diffusers' verbs for LoRA on an adapted model: refused, since they look for PEFT's layers, find none, and do nothing.
 
 So does the ``scale`` in the keyword arguments for the attention, which ``pipe(..., cross_attention_kwargs={"scale": 0.5})``
-passes on.
+passes on. And ``fuse_qkv_projections`` makes one layer of three from the base's weights alone.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ VERBS = {
     "unload_lora": "unload()",
     "save_lora_adapter": "save_pretrained(folder)",
 }
+NOT_PEFTS = "knows PEFT's layers alone, and minipeft adapted this"
+FUSING = "fuse_qkv_projections"
 FOR_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 def refuse_diffusers_verbs(cls: type[nn.Module]) -> None:
     """Put a refusal in front of those of these verbs that an adapted class of diffusers has, and of `scale`."""
-    for verb, ours in VERBS.items():
+    messages = {verb: f"{NOT_PEFTS} {cls.__name__}; use its {ours}." for verb, ours in VERBS.items()}
+    messages[FUSING] = f"copies the weights of this {cls.__name__} without its adapters; call merge_and_unload() first."
+    for verb, message in messages.items():
         if hasattr(cls, verb):
-            setattr(cls, verb, _refused(cls, verb, ours))
+            setattr(cls, verb, _refused(cls, verb, message))
     cls.forward = _without_scale(cls)
 
 
-def _refused(cls: type[nn.Module], verb: str, ours: str) -> Any:
+def _refused(cls: type[nn.Module], verb: str, message: str) -> Any:
     @functools.wraps(getattr(cls, verb))
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise StateError(
-            f"{verb}() of diffusers knows PEFT's layers alone, and minipeft adapted this {cls.__name__}; use its {ours}."
-        )
+        raise StateError(f"{verb}() of diffusers {message}")
 
     return method
 
@@ -50,12 +52,11 @@ def _without_scale(cls: type[nn.Module]) -> Any:
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for name in FOR_ATTENTION:
+        for name in FOR_ATTENTION if isinstance(self, cls) else ():  # it may be unloaded by now
             scale = (kwargs.get(name) or {}).get("scale", 1.0)
             if scale != 1.0:
                 raise StateError(
-                    f"{name}={{'scale': {told(scale)}}} is for PEFT's layers, and minipeft adapted this {cls.__name__}; use its "
-                    "set_scale(name, factor) before."
+                    f"{name}={{'scale': {told(scale)}}} {NOT_PEFTS} {cls.__name__}; use its set_scale(name, factor)."
                 )
         return plain(self, *args, **kwargs)
 

@@ -190,6 +190,8 @@ def _init_of_plain(plain: type[nn.Module]) -> Any:
 def _forward_by_row(cls: type[nn.Module]) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        if cls not in type(self).__mro__:  # it was unloaded, and a patched `forward` calls this method from before
+            return type(self).forward(self, *args, **kwargs)
         if adapter_names is None:
             return super(cls, self).forward(*args, **kwargs)
         return self(*args, adapter_names=adapter_names, **kwargs)
