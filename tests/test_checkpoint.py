@@ -572,6 +572,15 @@ def test_a_broken_base_still_gives_a_file_that_can_be_read(tmp_path, value):
     assert torch.equal(logits(load_adapter(gpt2(), tmp_path)), logits(adapted()))
 
 
+def test_a_base_stored_in_one_byte_saves_an_adapter_for_the_float_one(tmp_path):
+    """As diffusers' layerwise casting stores it, for its hooks to widen in each call; float8 is no sample of the base."""
+    model = adapted()
+    layer = model.transformer.h[0].attn.c_attn.base_layer
+    layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(gpt2(), tmp_path)), logits(adapted()))
+
+
 @pytest.mark.parametrize("key", ["rank_pattern", "a_foreign_key"])
 def test_json_nested_deeper_than_any_config_is_refused(saved, key):
     rewrite(saved, lambda tensors: None, keep_metadata=False)

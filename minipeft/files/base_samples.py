@@ -93,8 +93,10 @@ def _picked(weight: Tensor) -> Tensor | None:
 
 
 def _is_readable(weight: Tensor) -> bool:
-    # Another type is a sharded weight, of which this process has one part.
-    return not weight.is_meta and weight.numel() > 0 and type(weight) in (Tensor, nn.Parameter)
+    # Another type is a sharded weight, of which this process has one part. One byte holds less than half precision does, as
+    # in a base that diffusers' layerwise casting stores in float8.
+    whole = type(weight) in (Tensor, nn.Parameter) and weight.itemsize > 1
+    return whole and not weight.is_meta and weight.numel() > 0
 
 
 @functools.lru_cache(256)
