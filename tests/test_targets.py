@@ -47,6 +47,25 @@ def test_the_patterns_select(options, expected):
     assert chosen(gpt2(), **options) == expected
 
 
+class Attention(nn.Module):
+    """As diffusers' has it: the output projection is in a list, next to a dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q = nn.Linear(4, 4)
+        self.to_out = nn.ModuleList([nn.Linear(4, 4), nn.Dropout(0.0)])
+
+
+def test_a_layer_in_a_list_is_named_as_a_target_can_name_it():
+    with pytest.raises(TargetError, match=r"this model's own: 'to_q \(1\)', 'to_out\.0 \(1\)'"):
+        get_lora_model(Attention(), LoraConfig())
+    with pytest.raises(
+        TargetError, match=r"to_out: no LayerOps for .*ModuleList.* Name a layer in it, such as 'to_out\.0'"
+    ):
+        get_lora_model(Attention(), LoraConfig(target_modules=["to_out"]))
+    assert chosen(Attention(), target_modules=["to_out.0"]) == ["to_out.0"]
+
+
 def test_all_linear_leaves_the_head_out_also_a_classifier_without_a_task():
     assert "lm_head" not in chosen(llama(), target_modules="all-linear")
     assert "score" not in chosen(gpt2_classifier(), target_modules="all-linear")

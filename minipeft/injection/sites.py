@@ -96,10 +96,17 @@ def ops_for(name: str, candidate: Candidate) -> LayerOps:
             f"and not called, or returns something else than its product{holds}). Name its weight in target_parameters, or see "
             "register_layer."
         )
-    matrices = [key for key, tensor in base._parameters.items() if tensor is not None and tensor.ndim in (2, 3)]
-    paths = [f"{name.rpartition('.')[2]}.{key}" for key in matrices]
-    bare = f"; target_parameters can name {shown(paths)}" if paths else ""
-    raise TargetError(f"{name}: no LayerOps for {kind}; registered: {known}. See register_layer{bare}.")
+    raise TargetError(f"{name}: no LayerOps for {kind}; registered: {known}. {_instead(name, base)}")
+
+
+def _instead(name: str, base: nn.Module) -> str:
+    """What to name in the place of a module that is no layer to adapt: a layer in it, or its own matrices."""
+    for path, part in base.named_modules():
+        if path and layer_ops(part) is not None:
+            return f"Name a layer in it, such as {f'{name}.{path}'!r}, or see register_layer."
+    last = name.rpartition(".")[2]
+    own = [f"{last}.{key}" for key, p in base._parameters.items() if p is not None and p.ndim in (2, 3)]
+    return f"See register_layer{f'; target_parameters can name {shown(own)}' if own else ''}."
 
 
 def check_occupants(name: str, module: nn.Module, ops: Sequence[LayerOps]) -> None:

@@ -227,7 +227,9 @@ def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConf
     for name, candidate in found.items():
         ops = layer_ops(candidate.base)
         if ops is not None and ops.in_all_linear:
-            ending = next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
+            parts = name.split(".")
+            last = next((at for at in reversed(range(len(parts))) if not parts[at].isdigit()), 0)
+            ending = ".".join(parts[last:])  # "to_q"; "to_out.0" of a layer in a list
             counts[ending] = counts.get(ending, 0) + 1
     common = sorted(counts, key=lambda ending: -counts[ending])
     known = hint(kind, sorted(registry.default_targets())) if kind is not None else ""
