@@ -273,6 +273,20 @@ def test_kohya_for_two_parts_becomes_two_adapters(tmp_path):
     check_updates(Parts(), out / "text_encoder", {"down_blocks.0.to_q": updates["down_blocks.0.to_q"]})
 
 
+@pytest.mark.parametrize("name", ["down_blocks.0.to_q", "down_blocks.0.conv_in"])
+def test_dora_of_lycoris_is_read(name, tmp_path):
+    """lycoris/modules/locon.py, apply_weight_decompose(): m / |W + s B A| times the rows of W + s B A, m of (out, 1, ...)."""
+    layer, key = Parts().get_submodule(name), f"lora_unet_{name.replace('.', '_')}"
+    weight = layer.weight.detach()
+    ones = (1,) * (weight.ndim - 1)
+    down, up, m = draw(0, 2, *weight.shape[1:]), draw(1, len(weight), 2, *ones[1:]), draw(2, len(weight), *ones) + 2
+    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.dora_scale": m}
+    save_file({**tensors, f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "it.safetensors")
+    summed = weight + (up.double().flatten(1) @ down.double().flatten(1) / 2).view(weight.shape)
+    expected = m.double() * summed / summed.flatten(1).norm(dim=1).view(-1, *ones)
+    check_updates(Parts(), tmp_path, {name: expected - weight})
+
+
 def test_onetrainers_word_for_a_transformer_is_read(tmp_path):
     """As kohya's but for the prefix: diffusers/loaders/lora_conversion_utils.py, convert_onetrainer_state_dict()."""
     updates = kohya(tmp_path)

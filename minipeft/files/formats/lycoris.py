@@ -71,13 +71,19 @@ def _lora_module(source: Source, name: str, ends: Mapping[str, str], alphas: Map
     rank = rank_of(source, down, up)
     tensors: dict[str, str | Made] = {"lora_A.weight": down, "lora_B.weight": up}
     if dora:
-        rows = shapes[up][0]
-        if shapes[dora] != (rows, 1) or len(shapes[down]) != 2 or rows == 1:
+        rows, ones = shapes[up][0], (1,) * (len(shapes[down]) - 1)
+        if shapes[dora] != (rows, *ones) or rows == 1:
             raise CheckpointError(
-                f"{path}: {name} has a dora_scale of {list(shapes[dora])}; {[rows, 1]} is read, of a linear layer."
+                f"{path}: {name} has a dora_scale of {list(shapes[dora])}; {[rows, *ones]} is read, one number for each output."
             )
-        tensors["lora_magnitude_vector"] = Made((dora,), (rows,), dtypes[dora], Tensor.flatten)
+        shape = (1, rows, *ones[1:]) if ones[1:] else (rows,)
+        tensors["lora_magnitude_vector"] = Made((dora,), shape, dtypes[dora], _across if ones[1:] else Tensor.flatten)
     return Module(tensors, rank, _alpha(ends, alphas, rank))
+
+
+def _across(magnitude: Tensor) -> Tensor:
+    """A convolution's (out, 1, ...) as PEFT has it, (1, out, ...)."""
+    return magnitude.transpose(0, 1)
 
 
 def _with_core(source: Source, name: str, ends: Mapping[str, str], alphas: Mapping[str, float]) -> Module:
