@@ -114,6 +114,19 @@ def test_what_peft_merges_is_what_we_compute_where_its_forward_drops_dilation_or
     torch.testing.assert_close(model(x), merged, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("init", ["pissa", False])
+def test_a_kernel_saved_as_plain_lora_is_read_by_us_and_by_peft(init, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 1))
+    config = LoraConfig(r=3, target_modules=["0", "1"], rank_pattern={"1": 2}, init_lora_weights=init)
+    model, x = disturb(get_lora_model(copy.deepcopy(base), config)), torch.randn(2, 4, 6, 6)
+    model.save_pretrained(tmp_path, convert_to_lora=True)
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    for loaded in (load_adapter(base, tmp_path), theirs):
+        torch.testing.assert_close(loaded(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 def test_a_flat_3d_kernel_merges_where_peft_crashes(tmp_path):
     """a Conv3d kernel (1, 1, k) is taken for a 2-d pointwise one there."""
     layer, model, x = case("3d flat kernel", torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
     Raises:
         CheckpointError: on some layer the adapter is more than a low-rank update, or also trains a bias.
     """
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor, Sequence[tuple[int, ...]]]] = {}
     layers = dict(layers_of(model, adapter_name))
     for path, layer in layers.items():
         adapter = layer.adapter(adapter_name)
@@ -43,18 +44,21 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
                 f"{path}: {type(adapter).__name__} is more than a low-rank update of the weight here, so it is not plain "
                 "LoRA. Save it as it is."
             )
-        pairs[f"{path}.lora_embedding_{{}}" if layer.ops.is_embedding else f"{path}.lora_{{}}.weight"] = factors
+        key = f"{path}.lora_embedding_{{}}" if layer.ops.is_embedding else f"{path}.lora_{{}}.weight"
+        pairs[key] = *factors, layer.ops.factor_shapes(layer.base_layer, 1)
     tensors = {
         f"{PREFIX}{path}.{key}": tensor
         for path, wrapper in wrappers(model)
         if path not in layers
         for key, tensor in wrapper.file_tensors(adapter_name).items()
     }
-    rank = max(len(down) for _, down in pairs.values())
-    for name, (up, down) in pairs.items():
+    rank = max(len(down) for _, down, _ in pairs.values())
+    for name, (up, down, (first, second)) in pairs.items():  # a kernel's factors are kernels, too
         missing = rank - len(down)
-        tensors[PREFIX + name.format("A")] = torch.cat([down, down.new_zeros(missing, down.shape[1])])
-        tensors[PREFIX + name.format("B")] = torch.cat([up, up.new_zeros(len(up), missing)], 1)
+        down = torch.cat([down.flatten(1), down.new_zeros(missing, down[0].numel())])
+        up = torch.cat([up.flatten(1), up.new_zeros(len(up), missing)], 1)
+        tensors[PREFIX + name.format("A")] = down.view(-1, *first[1:])
+        tensors[PREFIX + name.format("B")] = up.view(len(up), -1, *second[2:])
     kept = {f.name for f in dataclasses.fields(AdapterConfig)} | KEPT | {"auto_mapping"} | config.other_keys.keys()
     plain = {key: value for key, value in file_config(model, config, adapter_name).items() if key in kept}
     orientation = any(layer.ops.fan_in_fan_out for layer in layers.values())
