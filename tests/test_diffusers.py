@@ -15,6 +15,7 @@ from minipeft.readers.names import Reader
 with foreign_code():
     diffusers = pytest.importorskip("diffusers")
     import peft
+    from diffusers.loaders.peft import PeftAdapterMixin
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -149,3 +150,33 @@ def test_the_metadata_that_diffusers_collects_keeps_alpha(tmp_path):
     pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, **_collate_lora_metadata({"unet": model}))
     plain.load_lora_weights(tmp_path)
     torch.testing.assert_close(output(plain.unet), output(model), rtol=0, atol=1e-5)
+
+
+def test_every_verb_of_diffusers_is_ours_or_names_ours():
+    """load_lora_adapter ends in an error by itself, and the hot swap wants to be prepared before there is an adapter."""
+    model = adapted(pipeline())
+    verbs = {verb for verb in vars(PeftAdapterMixin) if not verb.startswith("_")}
+    foreign = {verb for verb in verbs if is_from_diffusers(type(model), verb)}
+    assert foreign == {"load_lora_adapter", "enable_lora_hotswap"}
+    with pytest.raises(minipeft.StateError, match="set_scale"):
+        model(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 16), cross_attention_kwargs={"scale": 0.5})
+    with pytest.raises(minipeft.StateError, match=r"merge_and_unload\(\)"):
+        model.fuse_qkv_projections()
+
+
+def is_from_diffusers(cls, verb):
+    owner = next(base for base in cls.__mro__ if verb in vars(base))
+    return owner is PeftAdapterMixin
+
+
+def test_a_training_script_saves_by_its_pipeline_and_resumes(tmp_path):
+    """As train_text_to_image_lora.py does, with our tensors where it asks PEFT for its own."""
+    pipe, plain = pipeline(), pipeline()
+    model = adapted(pipe)
+    layers = {"unet_lora_layers": model.get_adapter_state_dict(), **_collate_lora_metadata({"unet": model})}
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, **layers)
+    plain.load_lora_weights(tmp_path)
+    torch.testing.assert_close(output(plain.unet), output(model), rtol=0, atol=1e-5)
+    again = minipeft.load_adapter(pipeline().unet, tmp_path, is_trainable=True)
+    assert torch.equal(output(again), output(model))
+    assert all(p.requires_grad for key, p in again.named_parameters() if "lora_" in key)
