@@ -13,9 +13,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from minipeft import step_hooks
-from minipeft.errors import StateError, shown
+from minipeft.errors import LeanError, MinipeftError, StateError, shown
 from minipeft.files.restore import restore_adapters
 from minipeft.integrations.trl import arguments_for_trl
+from minipeft.memory.chunked_loss import took_logits
 from minipeft.merging.training_guard import check_training
 from minipeft.model import AdaptedModel
 from minipeft.trainer_checkpoint import RECORD, restore_best, resume, save_schedules, save_whole_adapters
@@ -120,10 +121,19 @@ class AdapterTrainerMixin:
 
         Raises:
             StateError: it does not, so the adapters' regularisation would be missing.
+            LeanError: a loss of your own failed on a lean model, whose outputs have no logits.
         """
         parent: Any = super()
         self._extra_loss_added = False
-        loss = parent.training_step(*args, **kwargs)
+        try:
+            loss = parent.training_step(*args, **kwargs)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, MinipeftError) or not took_logits(self.model):
+                raise
+            raise LeanError(
+                f"{type(self).__name__}: {type(error).__name__} in the loss ({error}); a lean model that is given labels has no "
+                "logits in training. If the loss reads them, make the model lean with chunked_loss=False."
+            ) from error
         if not self._extra_loss_added and self._scheduled() is not None:
             raise StateError(
                 f"{type(self).__name__}.compute_loss leaves out the adapters' own loss; let it call "

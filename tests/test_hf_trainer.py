@@ -15,7 +15,7 @@ from tiny_models import bert_classifier, disturb, foreign_code, gpt2, llama, log
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import minipeft
-from minipeft import CheckpointError, LoraConfig, StateError, get_lora_model
+from minipeft import CheckpointError, LeanError, LoraConfig, StateError, get_lora_model
 from minipeft.files import trainer_guard
 from minipeft.hf import AdapterTrainer, AdapterTrainerMixin, restore_adapters
 from minipeft.training.lora_plus import lora_plus_groups
@@ -425,6 +425,27 @@ def test_a_lean_model_gives_no_logits_in_training_and_all_of_them_in_evaluation(
     whole.load_state_dict(model.state_dict())
     expected = Trainer(whole, arguments(tmp_path), eval_dataset=DATA[:4]).evaluate()["eval_loss"]
     assert result["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def own_loss(outputs, labels, **options):
+    return torch.nn.functional.cross_entropy(outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_a_loss_of_ones_own_that_needs_logits_says_how_a_lean_model_gives_them(tmp_path):
+    class Reading(AdapterTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **options):
+            return own_loss({"logits": model(**inputs).logits}, inputs["labels"])
+
+    def losses(cls, **options):
+        model = minipeft.lean(adapted(lora_dropout=0.0), **options)
+        run = arguments(tmp_path, max_steps=2, save_strategy="no")
+        own = own_loss if cls is AdapterTrainer else None
+        return trained(cls(model, run, train_dataset=DATA, compute_loss_func=own))
+
+    with pytest.raises(LeanError, match=r"Reading: TypeError in the loss .*chunked_loss=False"):
+        losses(Reading)
+    whole = losses(Reading, chunked_loss=False)
+    assert losses(AdapterTrainer) == whole  # whose model is given no labels
 
 
 def test_a_classifier_trains_its_head_and_resumes(tmp_path):

@@ -57,6 +57,7 @@ class LeanLoss:
     takes_use_cache: bool
     trims: bool  # whether freed memory goes back to the system around it, which takes time
     left_alone: bool = False  # and that has been logged
+    took_logits: bool = False  # from the outputs of the last call
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The loss: in chunks if the head passed its input through, else the model's own."""
@@ -104,6 +105,7 @@ class LeanLoss:
 def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Pre-hook of the model: decides whether this call's loss is computed in chunks. An export has the whole logits."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
+    loss.took_logits = False
     if not (model.training and torch.is_grad_enabled()):
         return None
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
@@ -156,9 +158,16 @@ def after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return None
     if not passing.used:
         raise LeanError(f"{type(model).__name__} did not compute its loss by loss_function; pass chunked_loss=False.")
+    loss.took_logits = True
     if isinstance(output, tuple):
         return (output[0], None, *output[2:])
     return type(output)(**{**output, "logits": None})
+
+
+def took_logits(model: nn.Module) -> bool:
+    """Whether the last call of a lean model gave a loss without logits."""
+    losses = (module.__dict__.get("_loss_function") for module in model.modules())
+    return any(isinstance(loss, LeanLoss) and loss.took_logits for loss in losses)
 
 
 def _whole(parameter: Tensor) -> Tensor:
