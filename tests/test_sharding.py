@@ -6,7 +6,7 @@ import torch.distributed as dist
 from tiny_models import gpt2
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, StateError
@@ -77,3 +77,13 @@ def test_a_sharded_model_is_saved_from_its_whole_state_alone(group, tmp_path):
     model.save_pretrained(tmp_path, state_dict=whole)
     found = minipeft.load_adapter(gpt2(), tmp_path, is_trainable=True).adapter_state_dict()
     assert all(torch.equal(found[key], value) for key, value in other.adapter_state_dict().items())
+
+
+def test_generate_can_be_registered_as_a_forward_method_as_the_trainer_does(group):
+    model = sharded(two_targets(), True).eval()
+    register_fsdp_forward_method(model, "generate")
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    ids = torch.tensor([[1, 2, 3]])
+    expected = two_targets().eval().generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, adapter_names=["default"], **options), expected)

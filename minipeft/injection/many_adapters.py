@@ -15,14 +15,23 @@ from minipeft.injection.rows_of_call import rows_acting, rows_of_call
 from minipeft.injection.state import STATE, AdapterState, names_given
 
 
+class Generate:
+    """The model's own ``generate``, which also takes ``adapter_names``: a name, or ``"__base__"``, for each prompt.
+
+    A model without one has none here, too. No property, so that the Trainer can put another in its place for FSDP2.
+    """
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        """Of a model, the method; of its class, that of the plain class."""
+        if model is None:
+            return super(ManyAdapters, owner).generate  # type: ignore[misc]
+        return _by_row(model, super(ManyAdapters, model).generate)  # type: ignore[misc]
+
+
 class ManyAdapters(nn.Module):
     """The part of `minipeft.AdaptedModel` for batches whose rows use different adapters."""
 
-    @property
-    def generate(self) -> Any:
-        """The model's own ``generate``, which also takes ``adapter_names``: a name, or ``"__base__"``, for each prompt."""
-        parent: Any = super()
-        return _by_row(self, parent.generate)
+    generate = Generate()
 
     @all_or_nothing
     def train_adapters(self, adapter_names: Sequence[str]) -> None:
