@@ -176,16 +176,18 @@ def test_any_value_of_any_option_loads_the_same_or_is_refused(data, saved):
         assert state_digest(model) == before
 
 
-def test_a_tensor_without_its_values_is_not_saved(tmp_path):
+@pytest.mark.parametrize("part", [torch.empty(0), torch.empty(7)])  # as DeepSpeed ZeRO-3 and the first FSDP leave them
+def test_tensors_that_are_elsewhere_are_saved_from_the_whole_state(tmp_path, part):
     model = adapted()
-    parameter = next(p for p in model.parameters() if p.requires_grad)
-    values, parameter.data = parameter.data, torch.empty(0)  # as DeepSpeed ZeRO-3 leaves it
+    state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = part if parameter.requires_grad else parameter.data
     with pytest.raises(CheckpointError, match=r"are not whole in this process.*accelerator.get_state_dict"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / WEIGHTS).exists()
-    state = {name: values if p is parameter else p for name, p in model.named_parameters()}
     model.save_pretrained(tmp_path / "adapter", state_dict=state)
-    parameter.data = values
+    for name, parameter in model.named_parameters():
+        parameter.data = state[name]
     assert torch.equal(logits(load_adapter(gpt2(), tmp_path / "adapter")), logits(model))
 
 

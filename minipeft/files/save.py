@@ -33,6 +33,8 @@ from minipeft.patterns import endings, full_matches, matching
 from minipeft.transformers_model import name_or_path
 from minipeft.wrapper_names import unwrapped_name
 
+MATRIX = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
+
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The live tensors of one adapter under PEFT's keys, such as ``base_model.model.<path>.lora_A.weight``."""
@@ -216,7 +218,7 @@ def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     empty = [
         key
         for key, tensor in tensors.items()
-        if tensor.shape == (0,) or tensor.is_meta or hasattr(tensor, "full_tensor")
+        if tensor.shape == (0,) or tensor.is_meta or hasattr(tensor, "full_tensor") or _is_flat(key, tensor)
     ]
     if empty:
         raise CheckpointError(
@@ -224,6 +226,11 @@ def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
             "DeepSpeed's ZeRO-3 shard them. Pass the gathered ones: save_pretrained(..., "
             "state_dict=accelerator.get_state_dict(model)), called on every process."
         )
+
+
+def _is_flat(key: str, tensor: Tensor) -> bool:
+    """Whether this is a matrix as the first FSDP leaves it in a process: a part of it, in one dimension."""
+    return tensor.ndim == 1 and MATRIX.search(key) is not None
 
 
 def warn_if_unreadable(directory: Path, tensors: Mapping[str, Tensor], weights: Pieces, config: bytes) -> None:

@@ -230,7 +230,8 @@ class Lora(Adapter):
 
     def _ranked(self, factor: Tensor, dim: int) -> Tensor:
         """A factor without the zeros beyond the adapter's rank, see `room_for`."""
-        if factor.shape[dim] <= self.rank * self.num_experts:  # less: its values are elsewhere
+        elsewhere = factor.ndim < 2  # its values, as DeepSpeed's ZeRO-3 and the first FSDP divide them
+        if elsewhere or factor.shape[dim] <= self.rank * self.num_experts:
             return factor
         return factor.narrow(dim, 0, self.rank)
 
