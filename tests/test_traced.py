@@ -57,6 +57,39 @@ def test_a_traced_model_computes_the_same_on_any_batch(method, traced, called):
             torch.testing.assert_close(trace(batch(rows)), model(batch(rows)))
 
 
+class ByRow(nn.Module):
+    """The net, with a batch of three rows that have an adapter each, one of them none."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net("lora")
+        self.net.add_adapter("other", minipeft.LoraConfig(r=2, init_lora_weights=False, **TARGETS))
+        self.eval()
+
+    def forward(self, x):
+        return self.net(x, adapter_names=["other", "__base__", "default"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_of_several_adapters_is_exported(mode):
+    model = ByRow()
+    with mode():
+        exported = torch.export.export(model, (batch(3),), strict=False).module()
+        torch.testing.assert_close(exported(batch(3, seed=2)), model(batch(3, seed=2)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trace_of_several_adapters_writes_into_no_tensor(mode):
+    """ONNX, which is made from it, would leave out what is written into a view, and has no ``mT``."""
+    model = ByRow()
+    with mode():
+        trace = torch.jit.trace(model, (batch(3),))
+    torch.testing.assert_close(trace(batch(3, seed=2)), model(batch(3, seed=2)))
+    called = {node.kind() for node in trace.inlined_graph.nodes()}
+    assert "aten::bmm" in called
+    assert not [name for name in called if name.startswith("aten::") and name.endswith(("_", "mT"))]
+
+
 def by_differences(model, x, direction):
     """The derivative along a direction in float64, from two values."""
     exact, step = model.double(), 1e-5

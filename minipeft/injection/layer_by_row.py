@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minipeft.injection.rows import BASE, Parts, Rows, as_mask, taken
 from minipeft.kernels.block_linear import block_linear, block_update, stacked
 from minipeft.kernels.frozen_linear import can_fuse
+from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.layers.offloaded import offloads
 from minipeft.methods.base import Adapter
@@ -127,7 +128,7 @@ def _run_blocks(layer: Layer, parts: Parts, x: Tensor, down: Tensor, up: Tensor)
     if learns and weight is not None and can_fuse(x, weight, bias):
         return block_linear(blocks, weight, bias, down, up).reshape(*x.shape[:-1], up.shape[1])
     y: Tensor = ops.call(base, x)
-    if not learns and isinstance(weight, Tensor) and y.dtype is x.dtype:
+    if not learns and isinstance(weight, Tensor) and y.dtype is x.dtype and not is_transformed():
         y.view(len(blocks), -1, y.shape[-1]).baddbmm_(torch.bmm(blocks, down.mT), up.mT)  # the layer's output is new
         return y
     return y + block_update(blocks, down, up).reshape(y.shape).to(y.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,7 +92,10 @@ class OwnMethods(nn.Module):
         """
         state: AdapterState | None = self.__dict__.get(STATE)
         if state is not None and kwargs.get("adapter_names") is not None:
-            return self._call_by_row(args, kwargs)
+            if not torch.compiler.is_exporting():
+                return self._call_by_row(args, kwargs)
+            with self._each_row(args, kwargs):
+                return self(*args, **kwargs)
         kwargs.pop("adapter_names", None)
         if OwnMethods not in type(self).__mro__:  # it was unloaded, and `torch.compile` holds this method from before
             return type(self).__call__(self, *args, **kwargs)
@@ -116,12 +120,16 @@ class OwnMethods(nn.Module):
     # Not compiled itself, so that other names need no other graph.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def _call_by_row(self, args: Any, kwargs: Any) -> Any:
-        rows = rows_of_call(self, kwargs.pop("adapter_names"), args, kwargs)
-        with rows_acting(self, rows):
-            output = self(*args, **kwargs)
+        with self._each_row(args, kwargs):
+            return self(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _each_row(self, args: Any, kwargs: Any) -> Iterator[None]:
+        """Takes ``adapter_names`` out of `kwargs`: in here each row uses its own adapter."""
+        with rows_acting(self, rows_of_call(self, kwargs.pop("adapter_names"), args, kwargs)):
+            yield
         if torch.is_grad_enabled():
             self.__dict__[STATE].switch.trained_by_row = True
-        return output
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter of this name, as torch has it; for an adapted layer that of its base layer, as tying weights wants."""

@@ -60,7 +60,7 @@ def block_linear(x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor, u
 
 def block_update(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """The update alone, of any operations that autograd and compilers know; shapes as for `block_linear`."""
-    return torch.bmm(torch.bmm(x, down.mT), up.mT)
+    return torch.bmm(torch.bmm(x, down.transpose(1, 2)), up.transpose(1, 2))  # ONNX has no mT
 
 
 class _BlockLinear(torch.autograd.Function):
