@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from minipeft.diagnosis.finding import Seen, check
 from minipeft.diagnosis.setup import Setup
 from minipeft.diagnosis.view import Part, told_places
 from minipeft.errors import shown
+from minipeft.type_names import is_from
 
 CUT = "None of the inputs have requires_grad=True"  # what `torch.utils.checkpoint` warns of
 MAKE = "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)  # after adapting"
@@ -173,11 +174,8 @@ def _freeze(setup: Setup) -> str:
 
 def _is_quantized(setup: Setup) -> bool:
     is_marked = bool(getattr(setup.view.root, "is_quantized", False))
-    return is_marked or any(_is_quantized_weight(parameter) for parameter in setup.view.base.values())
-
-
-def _is_quantized_weight(parameter: Tensor) -> bool:
-    return not parameter.is_floating_point() or type(parameter).__module__.partition(".")[0] == "torchao"
+    weights = setup.view.base.values()
+    return is_marked or any(not w.is_floating_point() or is_from(type(w), "torchao") for w in weights)
 
 
 def _share(found: dict[str, nn.Parameter], setup: Setup) -> str:

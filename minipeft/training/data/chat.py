@@ -52,7 +52,9 @@ class ChatTemplate:
         """
         render = functools.partial(self._render, where=where, tools=tools)
         if self.marks_generation:
-            text, spans = _marked(messages, render)
+            # apply_chat_template finds the tokens of a span by character. If the tokenizer trims white space off its
+            # offsets, no token may start at the span's end, and its mask then covers the rest of the conversation.
+            text, spans = render(messages, return_assistant_tokens_mask=True)
         else:
             text = render(messages)[0]
             spans = _compared(messages, text, render) or self._searched(messages, text, render, where)
@@ -98,12 +100,6 @@ class ChatTemplate:
         except Exception as error:  # jinja's, or whatever the template raises
             raise DataError(f"{where}: the chat template rejects these messages ({error}).") from None
         return rendered[0][0], (rendered[1] or [[]])[0]
-
-
-def _marked(messages: Messages, render: Render) -> tuple[str, list[Span]]:
-    # apply_chat_template finds the tokens of a span by character. If the tokenizer trims white space off its
-    # offsets, no token may start at the span's end, and its mask then covers the rest of the conversation.
-    return render(messages, return_assistant_tokens_mask=True)
 
 
 def _compared(messages: Messages, whole: str, render: Render) -> list[Span] | None:
