@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tenso
     rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
     if through_onednn(rows, weight):
         # `.data`, since autograd would forbid writing later into a view that was made in here.
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        y: Tensor = _onednn()(rows, weight, bias, "none", [], "")
         return y.view(shape).data
     if through_float32(rows, weight):
         y = x.new_empty(len(rows), len(weight)) if room is None else room
@@ -217,3 +218,8 @@ def onednn_is_faster() -> bool:
         and "GenuineIntel" not in makers
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+@functools.cache
+def _onednn() -> Any:
+    return torch.ops.mkldnn._linear_pointwise
