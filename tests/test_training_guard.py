@@ -1,4 +1,4 @@
-"""Training that would teach an adapter nothing is named: merged adapters, and an optimizer made for other parameters."""
+"""Training that would teach an adapter nothing is named: it is merged, not in the optimizer, or gets no gradient."""
 
 import warnings
 
@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from minipeft import LoraConfig, StateError, get_lora_model, load_adapter
 from minipeft.hf import AdapterTrainer
+from minipeft.injection.without_gradient import WATCHES
 from minipeft.merging.training_guard import check_training
 from minipeft.testing.case import fingerprint
 from minipeft.training.updates import Updater
@@ -125,3 +126,52 @@ def test_the_updater_refuses_an_optimizer_made_before_adapting():
     model, accelerator = adapted(base), Accelerator(cpu=True)
     with pytest.raises(StateError, match="optimizer has none"):
         Updater(accelerator, model, accelerator.prepare(optimizer), micro_batch=1, clip=1.0)
+
+
+class Partly(nn.Module):
+    """A layer reads under no_grad, another's output is not in the loss, and a tower runs for images only."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.indexer, self.pooler = (nn.Linear(4, 4) for _ in range(3))
+        self.tower = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x, image=None):
+        with torch.no_grad():
+            index = self.indexer(x).argmax(-1)
+        y = self.text(x) if image is None else self.text(x) + self.tower(image)
+        return y[torch.arange(len(x)), index], self.pooler(y)
+
+
+def steps_of(model, count, image=None):
+    """Train, and return which steps warned, and of what."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    said = []
+    for step in range(1, count + 1):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(torch.randn(3, 4), image)[0].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        said += [(step, str(warning.message).partition(":")[0], warning.filename) for warning in caught]
+    return said
+
+
+def test_layers_without_a_gradient_in_ten_steps_are_named_once():
+    model = get_lora_model(Partly(), LoraConfig(r=2, target_modules="all-linear")).train()
+    assert steps_of(model, 12) == [(10, "'indexer', 'pooler', 'tower.0'", __file__)]
+
+
+def test_a_layer_with_a_gradient_in_one_of_ten_steps_is_not_named():
+    model = get_lora_model(Partly(), LoraConfig(r=2, target_modules=["text", "tower.0"])).train()
+    assert steps_of(model, 1, torch.randn(3, 4)) == steps_of(model, 12) == []
+
+
+def test_each_adapter_is_watched_while_it_trains_and_no_longer():
+    model = get_lora_model(Partly(), LoraConfig(r=2, target_modules=["text"])).train()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["text", "pooler"]))
+    assert steps_of(model, 2) == []
+    assert list(WATCHES[model]) == ["second"]
+    model.set_adapter("second")
+    assert [step for step, *_ in steps_of(model, 12)] == [10]
+    assert not WATCHES[model]

@@ -20,6 +20,7 @@ from minipeft.injection.resting import parameters_at, places_in, put_to_rest
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
 from minipeft.injection.row_order import mark_rows
 from minipeft.injection.state import STATE, AdapterState, awake, check_not_running
+from minipeft.injection.without_gradient import watch_gradients
 from minipeft.injection.wrapper import Wrapper, replace_key
 from minipeft.wrapper_names import named_parameters
 
@@ -47,6 +48,8 @@ def attach(
             _switch(state, (adapter_name,), {adapter_name} & state.trainable, ())
             let_checkpoints_train(outside, state.switch)
         hold_norms(model)
+    if trainable:
+        watch_gradients(model, adapter_name)
 
 
 def _note(state: AdapterState, plan: Plan, adapter_name: str, here: list[Wrapper], trainable: bool) -> None:
