@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from minipeft import LoraConfig, MergeError, get_lora_model
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.kernels.functional import lora_delta
+from minipeft.merging.unmerge import original_of
 
 adapted = functools.partial(tiny_models.adapted, target_modules="all-linear")
 
@@ -231,6 +232,22 @@ def test_a_weight_that_is_a_view_of_another_counts_as_tied():
     get_lora_model(
         model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
     ).merge_adapter()  # only neighbours
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 8), (6, 7), (5, 4)])
+def test_small_changes_of_a_merged_weight_are_noticed(dtype, shape):
+    merged = torch.randn(*shape).to(dtype)
+    for swap in [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (3, 2))]:
+        written = merged.clone()
+        first, second = swap
+        written[first], written[second] = merged[second], merged[first]
+        for own, other in [(merged, written), (merged.t(), written.t()), (merged, merged.nextafter(written))]:
+            original = original_of(own.t().contiguous().t(), own, None, (), may_copy=False)
+            assert original.was_merged_into(own.clone())
+            assert original.was_merged_into(own.t().contiguous().t())
+            assert original.was_merged_into(torch.cat([own.flatten()[:1], own.flatten()])[1:].view(own.shape))
+            assert not original.was_merged_into(other)
 
 
 @pytest.mark.parametrize("scale", [0.01, 30.0])  # undone from the update, and from a copy
