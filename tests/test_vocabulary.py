@@ -152,6 +152,38 @@ def test_what_peft_trains_of_a_resized_vocabulary_is_read(kind, seed, make, base
     assert_close(logits(model), logits(theirs))
 
 
+@pytest.mark.parametrize("make", [gpt2])
+def test_other_new_rows_of_a_head_that_is_tied_to_a_trained_table_are_refused(make, tmp_path, base):
+    with foreign_code():
+        config = peft.LoraConfig(target_modules=TARGETS[make], r=4, modules_to_save=["wte"])
+        theirs = peft.get_peft_model(resized(make, base), config)
+        disturb(theirs).save_pretrained(tmp_path / "theirs")
+    assert_close(logits(load_adapter(resized(make, base), tmp_path / "theirs")), logits(theirs))
+    plain = resized(make, base, seed=6)
+    before = state_digest(plain)
+    with pytest.raises(
+        CheckpointError, match="other rows 100, 101, 102 for what it is tied to. Resize the base with the seed"
+    ):
+        load_adapter(plain, tmp_path / "theirs")
+    assert state_digest(plain) == before
+
+
+def tied_llama():
+    return llama(tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("seed", [5, 6], ids=["the same rows", "other rows"])
+@pytest.mark.parametrize("make", [tied_llama])
+def test_a_resized_table_that_peft_trains_with_what_is_tied_to_it_is_read(make, seed, base, tmp_path):
+    with foreign_code():
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+        )
+        theirs = peft.get_peft_model(resized(make, base), config)
+        disturb(theirs).save_pretrained(tmp_path / "theirs")
+    assert_close(logits(load_adapter(resized(make, base, seed), tmp_path / "theirs")), logits(theirs))
+
+
 def test_a_trainer_resumes_with_a_resized_vocabulary_if_the_new_rows_are_the_same(make, base, tmp_path):
     def run(model, **options):
         arguments = TrainingArguments(tmp_path / "run", **{**OPTIONS, "max_steps": 4})

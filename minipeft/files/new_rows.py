@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig
-from minipeft.errors import CheckpointError
+from minipeft.errors import CheckpointError, shown
 from minipeft.files.format import FLOATS, AdapterFile
 from minipeft.files.resized_vocabulary import OPTION, ROWS, ids_by_name
 from minipeft.files.vocabulary_tables import tables
@@ -58,6 +58,11 @@ def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
     ids = {name: rows for name, rows in ids.items() if any(owners[key] == name for key in owners.keys() - copied)}
     if not ids or OPTION not in fields:
         return NewRows(file.config, done=copied)
+    if clash := [key for key in copied if owners[key] in ids]:
+        raise CheckpointError(
+            f"{file.path} trains {clash[0]} in full, and brings other rows {shown(ids[owners[clash[0]]])} for what it is tied "
+            "to. Resize the base with the seed of that run, or load the base that it was trained on."
+        )
     done = copied | {key for key, owner in owners.items() if owner in ids}
     return _with_rows(file, ids_by_name(model, getattr(file.config, OPTION)), ids, found, done)
 
@@ -87,7 +92,8 @@ def _with_rows(
 def _trains(file: AdapterFile, key: str) -> bool:
     """Whether a table is a copy of a module that trains in full, whose trained rows the file has too."""
     name = key.removeprefix(PREFIX).removesuffix(COPY).removesuffix(".weight")
-    return any(is_suffix(entry, name) for entry in file.config.modules_to_save or ())
+    tied = f"{PREFIX}{name}.modules_to_save.weight" in file.shapes  # to one that is named, with ensure_weight_tying
+    return tied or any(is_suffix(entry, name) for entry in file.config.modules_to_save or ())
 
 
 def _keys_of_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Tensor]) -> dict[str, str]:

@@ -109,7 +109,12 @@ def _projections(file: AdapterFile, keys: Sequence[str]) -> dict[str, str]:
 
 
 def _other_names(file: AdapterFile, keys: Sequence[str], unknown: Sequence[str], model: nn.Module) -> dict[str, str]:
-    """Which of these keys are another name of a base parameter that a key of the file, not one of the unknown, has too."""
+    """Which of these keys are another name of a bias that a key of the file, not one of the unknown, names too.
+
+    Not of a weight: where a copy of an embedding trains, PEFT writes the head that was tied to it as the base has it.
+    """
+    keys = [key for key in keys if key.endswith(".bias")]
+    # By their own names alone: a bias of the original in PEFT's wrapper does not repeat the trained one.
     parameters = named_parameters(model, remove_duplicate=False) if keys else ()
     base = {PREFIX + name.replace(".base_layer.", "."): parameter for name, parameter in parameters}
     known = {id(base[key]): key for key in file.shapes if key in base and key not in unknown}
@@ -129,7 +134,10 @@ def check_extras(
     for key, other in repeats.items():
         repeated = values[other].t() if _is_transposed(key, other) else values[other]
         if not torch.equal(values[key], repeated):
-            raise CheckpointError(f"{file.path}: {key!r} and {other!r} should be equal, and differ.")
+            raise CheckpointError(
+                f"{file.path}: {key!r} and {other!r} should be equal, and differ. Two tied layers have one adapter here; "
+                "load it on a base in which they are not tied."
+            )
 
 
 def _transposed(key: str) -> str:

@@ -166,7 +166,9 @@ def _bias_sites(
             if candidate.base._modules and id(bias) in of_layers:
                 continue
             if candidate.base._modules:
-                raise TargetError(f"{name} has a bias and also child modules, which bias='all' cannot train.")
+                raise TargetError(
+                    f"{name} has a bias and also child modules, which bias='all' cannot train. Use bias='lora_only' or 'none'."
+                )
             biased.append(SavedSite(name, candidate, ("bias",)))
     return biased
 

@@ -71,7 +71,7 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
         )
     ids = tuple(integer(f"{name}[{place}]", index, at_least=0) for place, index in enumerate(value))
     if len(set(ids)) < len(ids):
-        raise ConfigError(f"{name} has the token {Counter(ids).most_common(1)[0][0]} more than once.")
+        raise ConfigError(f"{name} has the token {Counter(ids).most_common(1)[0][0]} more than once; name each once.")
     return ids
 
 
