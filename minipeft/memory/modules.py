@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -150,7 +149,7 @@ def recompute_block(function: Any, *args: Any) -> Any:
     if not wants_gradient(module, args, function.keywords):
         return function(*args)
     if len(args) > 1:
-        args = without_cache(module, list(inspect.signature(function.func).parameters)[len(function.args) :], args)
+        args = without_cache(module, sample_slices.positional_names(function.func)[len(function.args) :], args)
     checkpointed = partial(_checkpoint, switch_of(module))
     chains: Chains | None = module.__dict__.get(CHAINS)
     if chains is not None and args and isinstance(args[0], Tensor) and not is_transformed():

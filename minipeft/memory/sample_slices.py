@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -84,13 +85,19 @@ def cut_small(modules: Iterable[nn.Module], key: str, size: int) -> Iterator[boo
                 module.__dict__[key] = own
 
 
+@functools.cache  # the function is a class's, and asking again would cost each call of each block
+def positional_names(function: Call) -> list[str]:
+    """The names of a function's parameters, in order."""
+    return list(inspect.signature(function).parameters)
+
+
 def _calls(forward: Call, args: Sequence[Any], samples: int) -> list[tuple[Call, list[Any]]]:
     """One call per slice of the batch; none if the batch fits in one slice or cannot be cut."""
     x: Tensor = args[0]
     batch, length = x.shape[:2]
     if batch <= samples or batch == length or not isinstance(forward, partial):
         return []
-    names = list(inspect.signature(forward.func).parameters)[len(forward.args) :]
+    names = positional_names(forward.func)[len(forward.args) :]
     if len(names) < len(args):
         return []
     count = -(-batch // samples)
