@@ -10,7 +10,8 @@ import transformers as tf
 from tiny_models import gpt2, llama, t5
 from torch import nn
 
-from minipeft import LoraConfig, get_lora_model, lean
+from minipeft import LoraConfig, StateError, get_lora_model, lean
+from minipeft.files.restore import restore_adapter
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -177,3 +178,49 @@ def test_passes_with_different_adapters_each_find_their_own_in_one_backward_pass
     expected, found = in_turn(two_adapters("none")), in_turn(two_adapters(way))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+CHANGES = {
+    "scale": lambda model, folder: model.set_scale("default", 3.0),
+    "swap": lambda model, folder: model.hotswap_adapter(folder),
+    "restore": lambda model, folder: restore_adapter(model, "default", folder),
+    "merge": lambda model, folder: model.merge_adapter(),
+    "rest": lambda model, folder: model.set_adapter("other"),
+    "rename": lambda model, folder: model.rename_adapter("default", "first"),
+    "unload": lambda model, folder: model.unload(),
+}
+
+
+def adapted_llama(way):
+    torch.manual_seed(0)
+    model = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model.add_adapter("other", model.adapter_configs["default"])
+    if way.startswith("lean"):
+        return lean(model.train(), way.split()[1])
+    enable(model, use_reentrant=way == "reentrant")
+    return model.train()
+
+
+@pytest.mark.parametrize("way", ["reentrant", "not reentrant", "lean block", "lean sqrt"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_adapter_that_is_changed_before_the_backward_pass_stops_it(change, way, tmp_path):
+    model = adapted_llama(way)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    loss = model(input_ids=IDS, labels=IDS).loss
+    CHANGES[change](model, tmp_path)
+    with pytest.raises(StateError, match="adapters were changed since the forward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("way", ["reentrant", "lean sqrt"])
+def test_what_is_taken_back_before_the_backward_pass_does_not_stop_it(way):
+    expected, found = adapted_llama(way), adapted_llama(way)
+    expected(input_ids=IDS, labels=IDS).loss.backward()
+    loss = found(input_ids=IDS, labels=IDS).loss
+    found.set_adapter("other")
+    with torch.no_grad(), found.disable_adapter():
+        found(input_ids=IDS)
+    found.set_adapter("default")
+    loss.backward()
+    for (name, one), other in zip(expected.named_parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, msg=name)

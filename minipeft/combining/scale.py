@@ -10,6 +10,7 @@ from torch import nn
 from minipeft.errors import StateError, TargetError, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers_of
+from minipeft.injection.state import STATE
 from minipeft.interrupts import interrupts_deferred
 from minipeft.patterns import first_keys
 
@@ -43,6 +44,7 @@ def rescale(model: nn.Module, adapter_name: str, scale: float, pattern: str | No
     with interrupts_deferred():
         for adapter in follow:  # the chosen ones, and those of layers tied to them
             adapter.rescale(scale)
+        model.__dict__[STATE].switch.changes += 1
 
 
 def _matching(pattern: str, paths: Sequence[str]) -> list[str]:

@@ -113,6 +113,7 @@ class HotswapModel(SavableModel):
             for layer, adapter in left:
                 adapter.vacate(layer.owner, layer.ops)
                 adapter.is_vacant = True
+            self._state.switch.changes += 1
             self._state.configs[adapter_name] = plan.config
             self._state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
             self._state.samples.pop(adapter_name, None)

@@ -66,6 +66,7 @@ def _write(model: SavableModel, values: Mapping[str, Mapping[str, Tensor]]) -> N
         for name, tensors in values.items():
             for key, live in model.adapter_state_dict(name).items():
                 live.copy_(tensors[key])
+    model._state.switch.changes += 1
 
 
 def _adapters_in(root: Path) -> set[str]:

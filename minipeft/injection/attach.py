@@ -125,6 +125,7 @@ def _parameters(state: AdapterState, names: Collection[str]) -> list[nn.Paramete
 
 def _switch(state: AdapterState, names: tuple[str, ...], starting: Collection[str], stopping: Collection[str]) -> None:
     state.switch.active = names
+    state.switch.learning = state.switch.learning.difference(stopping).union(starting)
     for name in stopping:
         state.resting[name] = put_to_rest(state.places[name])
     for name in starting:
@@ -164,7 +165,8 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     with unchanged_on_error(model, state, state.switch):
         state.also_trained, state.frozen = renamed(state.also_trained), renamed(state.frozen)
         state.switch.active, state.merged = renamed(state.switch.active), renamed(state.merged)
-        state.set_aside = renamed(state.set_aside)
+        state.set_aside, state.switch.merged = renamed(state.set_aside), renamed(state.switch.merged)
+        state.switch.learning = frozenset(renamed(tuple(state.switch.learning)))
         for table in (state.configs, state.places, state.resting, state.idle, state.kept, state.samples):
             replace_key(table, old, new)
         for names in (state.trainable, state.unwatched, state.unstarted):
@@ -182,6 +184,7 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
     check_not_running(state)
     with unchanged_on_error(model, state, state.switch):
         eject(model, keep_trained=keep_trained)
+        state.switch.learning = frozenset()
         leave_checkpoints_alone(model)
         del model.__dict__[STATE]
         model.__dict__.pop(ORIGINS, None)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.errors import StateError
 from minipeft.injection.module_tree import outside_adapters
 from minipeft.injection.rows import CURRENT, acting
 from minipeft.injection.state import STATE
@@ -78,10 +79,24 @@ class ActingNow:
     def __init__(self, switch: Switch | None) -> None:
         self.rows, self.switch = CURRENT.rows, switch
         self.choice = None if switch is None else switch.choice
+        if switch is not None:
+            self.merged, self.changes = switch.merged, switch.changes
+            self.learning = switch.learning if self.rows is not None else switch.learning.intersection(switch.active)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Within the context they act again."""
+        """Within the context they act again.
+
+        Raises:
+            StateError: they would compute something else, or get no gradient, as a verb has changed them since.
+        """
+        if self.switch is not None:
+            same = self.merged == self.switch.merged and self.changes == self.switch.changes
+            if not same or not self.learning <= self.switch.learning:
+                raise StateError(
+                    "the backward pass computes a part of the model again, and its adapters were changed since the forward pass: "
+                    "merged, given another scale or other values, deleted, or no longer trained. Call backward() first."
+                )
         with contextlib.ExitStack() as stack:
             if self.rows is not None:
                 stack.enter_context(acting(self.rows))

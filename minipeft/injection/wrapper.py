@@ -21,6 +21,9 @@ class Switch:
         self.enabled = True
         self.contexts_off = 0  # how many `off` contexts are open
         self.stays_off = False  # until `turn` says otherwise
+        self.merged: tuple[str, ...] = ()  # adapters that are in the base weights
+        self.learning: frozenset[str] = frozenset()  # adapters whose parameters require gradients
+        self.changes = 0  # how often a verb gave an adapter another scale or other values
         self.read: set[int] | None = None  # ids of the wrappers whose weight is used, while a pass is watched
         self.running: list[tuple[str, ...]] = []  # adapters of each call whose rows differ, in all threads
         self.order_known = False  # see `minipeft.injection.row_order`
