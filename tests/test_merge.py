@@ -9,6 +9,7 @@ import torch
 from tiny_models import disturb, gpt2, llama, logits, state_digest
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from minipeft import LoraConfig, MergeError, get_lora_model
 from minipeft.injection.module_tree import adapted_layers
@@ -248,6 +249,16 @@ def test_small_changes_of_a_merged_weight_are_noticed(dtype, shape):
             assert original.was_merged_into(own.t().contiguous().t())
             assert original.was_merged_into(torch.cat([own.flatten()[:1], own.flatten()])[1:].view(own.shape))
             assert not original.was_merged_into(other)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 1), nn.Linear(1, 8), Conv1D(1, 8), Conv1D(8, 1)], ids=str)
+def test_a_weight_with_one_row_or_column_comes_back(layer):
+    model = get_lora_model(nn.Sequential(layer), LoraConfig(r=1, target_modules=["0"], init_lora_weights=False))
+    before = model[0].base_layer.weight.clone()
+    model.merge_adapter()
+    assert not torch.equal(model[0].base_layer.weight, before)
+    model.unmerge_adapter()
+    assert torch.equal(model[0].base_layer.weight, before)
 
 
 @pytest.mark.parametrize("scale", [0.01, 30.0])  # undone from the update, and from a copy
