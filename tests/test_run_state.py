@@ -830,25 +830,36 @@ def evaluate(run):
 
 
 def interrupted(kind, rank, directory):
-    """What an uninterrupted run finds, and one that goes on in a new process group."""
-    checkpoints, found = Checkpoints(directory / kind), {}
+    """What an uninterrupted run finds, and one that goes on in a new process group.
+
+    Each run is gone before its group: DDP's reducer would free the group later, and wait for a thread that waits for Python.
+    """
+    checkpoints = Checkpoints(directory / kind)
     with group(rank, directory, f"{kind}-first"):
-        run = run_of_many(kind)
-        seed_all(rank)  # what the ranks draw differs
-        found["first"] = run.steps(2)
-        evaluate(run)  # which leaves the outermost module of a sharded model whole
-        folder = run.state.save(checkpoints, 2, {"batch": 2})
-        found["expected"] = run.steps(3)
-        found["expected weights"] = run.weights()
+        folder, found = uninterrupted(kind, rank, checkpoints)
     with group(rank, directory, f"{kind}-second"):
-        run = run_of_many(kind)
-        seed_all(77)
-        found["progress"] = run.state.restore(folder).step
-        found["losses"] = run.steps(3)
-        found["weights"] = run.weights()
-        found["types"] = sorted({type(p).__name__ for p in trained(run.model).values()})
-        found |= failures(run, rank, checkpoints, folder)
-    return found
+        return found | continued(kind, rank, checkpoints, folder)
+
+
+def uninterrupted(kind, rank, checkpoints):
+    run, found = run_of_many(kind), {}
+    seed_all(rank)  # what the ranks draw differs
+    found["first"] = run.steps(2)
+    evaluate(run)  # which leaves the outermost module of a sharded model whole
+    folder = run.state.save(checkpoints, 2, {"batch": 2})
+    found["expected"] = run.steps(3)
+    found["expected weights"] = run.weights()
+    return folder, found
+
+
+def continued(kind, rank, checkpoints, folder):
+    run, found = run_of_many(kind), {}
+    seed_all(77)
+    found["progress"] = run.state.restore(folder).step
+    found["losses"] = run.steps(3)
+    found["weights"] = run.weights()
+    found["types"] = sorted({type(p).__name__ for p in trained(run.model).values()})
+    return found | failures(run, rank, checkpoints, folder)
 
 
 def failures(run, rank, checkpoints, folder):
