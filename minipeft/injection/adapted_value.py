@@ -125,6 +125,6 @@ def adapted_value(
     if is_transformed():
         return compute()
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-        value: Tensor = _Read.apply(own, compute, kind, *parameters)  # type: ignore[no-untyped-call]
+        value: Tensor = _Read.apply(own, compute, kind, *parameters)  # type: ignore[no-untyped-call,unused-ignore]
         return value
     return kind(own, compute)

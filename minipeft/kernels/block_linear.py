@@ -52,7 +52,7 @@ def block_linear(x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor, u
         with torch.autocast(device, enabled=False):
             y = block_linear(x, weight, bias, down, up)
         return y if isinstance(weight, Tensor) else y.to(dtype)
-    result: Tensor = _BlockLinear.apply(  # type: ignore[no-untyped-call]
+    result: Tensor = _BlockLinear.apply(  # type: ignore[no-untyped-call,unused-ignore]
         x, weight, bias, down.to(x.dtype), up.to(x.dtype)
     )
     return result

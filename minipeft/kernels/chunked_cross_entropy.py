@@ -66,7 +66,7 @@ def causal_lm_loss(
     with torch.autocast(device, enabled=False):
         rows, change = (None, None) if changed_rows is None else changed_rows
         args = hidden, weight, bias, targets, ignore_index, rows, change
-        total: Tensor = summed_in_graph(*args) if is_compiled() else _Summed.apply(*args)  # type: ignore[no-untyped-call]
+        total: Tensor = summed_in_graph(*args) if is_compiled() else _Summed.apply(*args)  # type: ignore[no-untyped-call,unused-ignore]
     count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 

@@ -83,7 +83,7 @@ def frozen_linear(
         with torch.autocast(device, enabled=False):
             return frozen_linear(x, weight, bias).to(dtype)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _FrozenLinear.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
+        return _FrozenLinear.apply(x, weight, bias, call)  # type: ignore[no-untyped-call,unused-ignore]
     return _forward(x, weight, bias, call)
 
 

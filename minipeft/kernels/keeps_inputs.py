@@ -27,7 +27,7 @@ def keeping_inputs(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """
     if is_transformed():
         return function(*inputs)
-    return _KeepsInputs.apply(function, *inputs)  # type: ignore[no-untyped-call]
+    return _KeepsInputs.apply(function, *inputs)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 class _KeepsInputs(torch.autograd.Function):

@@ -109,7 +109,7 @@ def _learning(
         source.again.users += 1
     again = None if source is None else source.again
     given = x.detach() if goes_through else x
-    return _LoraLinear.apply(  # type: ignore[no-untyped-call]
+    return _LoraLinear.apply(  # type: ignore[no-untyped-call,unused-ignore]
         given, weight, bias, lora_A, lora_B, scaling, mask, again, goes_through, *kept
     )
 

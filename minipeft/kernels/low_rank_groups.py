@@ -34,7 +34,7 @@ def grouped(x: Tensor, stack: LowRankSum, ends: Tensor, product: Product | None 
         return _composed(x.contiguous(), stack, ends)
     x, groups = x.contiguous(), Groups(ends, is_one_call(x, stack.own))
     if stack.learns or (torch.is_grad_enabled() and x.requires_grad):
-        return _Grouped.apply(x, stack.own, stack.left, stack.right, stack.scaling, groups)  # type: ignore[no-untyped-call]
+        return _Grouped.apply(x, stack.own, stack.left, stack.right, stack.scaling, groups)  # type: ignore[no-untyped-call,unused-ignore]
     y = groups.times(x, stack.own) if product is None else product(x, stack.own, ends)
     return _added(y, x, stack.left, stack.right, stack.scaling, groups)[0]
 

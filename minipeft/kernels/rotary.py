@@ -28,7 +28,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         Both, token by token in memory, as projections make them. Each product is rounded as when it is an operation of its
         own, so values and gradients have the same bits; otherwise 32 blocks of half precision would be another model.
     """
-    return _Rotary.apply(q, k, cos, sin, False)  # type: ignore[no-untyped-call]
+    return _Rotary.apply(q, k, cos, sin, False)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 class _Rotary(torch.autograd.Function):
@@ -43,7 +43,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Rotary.apply(dq, dk, *ctx.saved_tensors, not ctx.back), None, None, None  # type: ignore[no-untyped-call]
+        return *_Rotary.apply(dq, dk, *ctx.saved_tensors, not ctx.back), None, None, None  # type: ignore[no-untyped-call,unused-ignore]
 
 
 @functools.cache

@@ -134,7 +134,7 @@ def _kronecker_linear(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
     C, D = C.to(x.dtype), D.to(x.dtype)
     if is_transformed():
         return _product(x, C, D)  # a compiler decides itself what to save
-    return _KroneckerLinear.apply(x, C, D)  # type: ignore[no-untyped-call]
+    return _KroneckerLinear.apply(x, C, D)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def _product(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
