@@ -53,7 +53,10 @@ def convert(
     from minipeft.files.formats import convert as formats
 
     written = [str(path) for path in formats.convert(place, out, base)]
-    print_json({"written": written}) if json else typer.echo("\n".join(written))
+    if json:
+        print_json({"written": written})
+    else:
+        typer.echo("\n".join(written))
 
 
 def _print(reader: Reader, out: Path, made: Made, json: bool) -> None:
