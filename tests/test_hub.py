@@ -458,6 +458,7 @@ def test_a_push_that_fails_says_so_and_changes_nothing(hub, monkeypatch):
     with pytest.raises(StateError, match="no adapter 'absent'"):
         model.push_to_hub("user/repo", "absent")
     for options, said in (
+        ({"max_shard_size": "1KB"}, r"max_shard_size='1KB', and this adapter, which is always one file, has"),
         ({"tags": ["lora"]}, r"push_to_hub: tags=\['lora'\] is not possible; add them"),
         ({"use_auth_token": "hf_x"}, "pass token"),
         ({"safe_serialization": False}, "never as a pickle"),

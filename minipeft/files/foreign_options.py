@@ -105,8 +105,7 @@ def check_size(given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     needed, limit = sum(tensor.nbytes for tensor in tensors.values()), _bytes(given.get("max_shard_size", "1TB"))
     if limit is not None and needed > limit:
         raise ConfigError(
-            f"save_pretrained: max_shard_size={told(given['max_shard_size'])}, and this adapter, which is always one file, "
-            f"has {needed:,} bytes."
+            f"max_shard_size={told(given['max_shard_size'])}, and this adapter, which is always one file, has {needed:,} bytes."
         )
 
 

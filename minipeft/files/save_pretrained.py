@@ -189,7 +189,7 @@ class SavableModel(nn.Module):
                 tensors, config = self._as_it_is(name)
                 if public_base(config) is None:
                     config["base_model_name_or_path"] = None
-                self._save(Path(folder), name, tensors, config)
+                self._save(Path(folder), name, tensors, config, options=others)
             return hub.push(
                 Path(folder),
                 repo_id,
