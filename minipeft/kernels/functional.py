@@ -117,11 +117,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         return [value]
-    found: list[Tensor] = []
-    if isinstance(value, tuple | list | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            if isinstance(item, Tensor):
-                found.append(item)
-            elif isinstance(item, tuple | list | Mapping):
-                found += tensors_in(item)
-    return found
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
