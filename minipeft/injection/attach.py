@@ -164,8 +164,8 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     check_not_running(state, old)
     with unchanged_on_error(model, state, state.switch):
         state.also_trained, state.frozen = renamed(state.also_trained), renamed(state.frozen)
-        state.switch.active, state.merged = renamed(state.switch.active), renamed(state.merged)
-        state.set_aside, state.switch.merged = renamed(state.set_aside), renamed(state.switch.merged)
+        state.switch.active, state.switch.merged = renamed(state.switch.active), renamed(state.merged)
+        state.set_aside = renamed(state.set_aside)
         state.switch.learning = frozenset(renamed(tuple(state.switch.learning)))
         for table in (state.configs, state.places, state.resting, state.idle, state.kept, state.samples):
             replace_key(table, old, new)

@@ -29,7 +29,6 @@ class AdapterState:
     resting: dict[str, set[Place]] = field(default_factory=dict)  # of those, what an idle adapter would train
     also_trained: tuple[str, ...] = ()  # adapters whose parameters require gradients though they may not act
     frozen: tuple[str, ...] = ()  # adapters that train otherwise, and act now without
-    merged: tuple[str, ...] = ()
     set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
     pauses: int = 0  # how many contexts are open in which nothing is merged
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
@@ -42,6 +41,11 @@ class AdapterState:
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # see `minipeft.files.base_samples`
     held: set[str] = field(default_factory=set)  # norms of the base that would be in training mode, see `hold_norms`
     buffers: dict[str, Tensor] = field(default_factory=dict)  # samples of the base's, as they were when it was adapted
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters that are in the base weights."""
+        return self.switch.merged
 
     def check_known(self, names: Sequence[object]) -> None:
         """Raise StateError if there is no adapter of one of these names."""

@@ -106,7 +106,7 @@ class MergeableModel(SavableModel):
         return report
 
     def _note_merged(self, names: tuple[str, ...], *, undoable: bool = True) -> None:
-        self._state.merged = self._state.switch.merged = names
+        self._state.switch.merged = names
         watch(self, bool(names) and undoable)  # after a permanent merge there is no adapter to train
 
     def _active_or(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
