@@ -23,6 +23,7 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.files.trl_guard import TrainedAlone
+from minipeft.garbage import no_collection
 from minipeft.injection.attach import attach, detach, remove, switch_to
 from minipeft.injection.build import build
 from minipeft.injection.many_adapters import ManyAdapters
@@ -41,6 +42,7 @@ from minipeft.transformers_model import mark_untied, says_tied, wrapping_class
 
 
 @all_or_nothing
+@no_collection()
 def get_adapter_model(
     model: nn.Module, config: AdapterConfig, adapter_name: str = DEFAULT, *, autocast_adapter_dtype: bool = True
 ) -> AdaptedModel:
@@ -68,6 +70,7 @@ def get_adapter_model(
 
 
 @all_or_nothing
+@no_collection()
 def load_adapter(
     model: nn.Module,
     directory: str | PathLike[str],
@@ -179,6 +182,7 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, OtherNames, Combinabl
         )
 
     @all_or_nothing
+    @no_collection()
     def add_adapter(
         self,
         adapter_name: str | AdapterConfig = DEFAULT,

@@ -3,6 +3,7 @@
 Costs are numbers of calls and of bytes, which are the same on every machine.
 """
 
+import contextlib
 import copy
 import gc
 import json
@@ -16,7 +17,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from minipeft import Adapter, LoraConfig, get_adapter_model, get_lora_model, load_adapter, register_method, registry
+from minipeft import (
+    Adapter,
+    LoraConfig,
+    TargetError,
+    get_adapter_model,
+    get_lora_model,
+    load_adapter,
+    register_method,
+    registry,
+)
 from minipeft.files import save
 from minipeft.files.tensor_bytes import DTYPES, file_of
 from minipeft.files.tensor_file import TensorFile
@@ -110,6 +120,47 @@ def test_switching_and_disabling_do_the_same_for_any_number_of_layers(tmp_path):
 def test_every_verb_grows_no_faster_than_the_layers(tmp_path):
     small, large = (costs(blocks, 1, tmp_path / str(blocks)) for blocks in (8, 32))
     assert all(large[verb] <= 4.6 * small[verb] for verb in VERBS.keys() - {"save"}), (small, large)
+
+
+@contextlib.contextmanager
+def collections():
+    """The generations that Python's garbage collector searches within the block, with a search for each 100 objects."""
+    found, threshold = [], gc.get_threshold()
+    note = lambda phase, info: found.append(info["generation"]) if phase == "start" else None  # noqa: E731
+    gc.set_threshold(100)
+    gc.callbacks.append(note)
+    try:
+        yield found
+    finally:
+        gc.callbacks.remove(note)
+        gc.set_threshold(*threshold)
+
+
+def test_garbage_is_searched_for_after_and_not_while_many_modules_are_made(tmp_path):
+    base = small_layers(3)
+    again = copy.deepcopy(base)
+    get_lora_model(copy.deepcopy(base), CONFIG).save_pretrained(tmp_path)
+    with collections() as found:
+        copy.deepcopy(base)
+    assert len(found) > 4
+    with collections() as found:
+        model = get_lora_model(base, CONFIG)
+        model.add_adapter("other", CONFIG)
+        load_adapter(again, tmp_path)
+        model.load_adapter(tmp_path, "third")
+    assert len(found) <= 4
+
+
+def test_the_garbage_collector_is_as_it_was_after_a_call():
+    with pytest.raises(TargetError):
+        get_lora_model(small_layers(1), replace(CONFIG, target_modules=["absent"]))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        get_lora_model(small_layers(1), CONFIG)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_loaded_adapter_takes_the_memory_of_what_was_read(tmp_path, monkeypatch):

@@ -1,0 +1,24 @@
+"""Python's garbage collector, which is not to search while a call makes many objects that all stay."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage is searched for within the block, or in calls of a function that this decorates.
+
+    The collector looks at all objects again each time their number has grown by a quarter. Adapting a model of 11,200
+    layers took twice as long with it.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
