@@ -5,9 +5,9 @@
 
 Trees of small linear layers, seven a block as in a Llama, so the arithmetic is nothing and the bookkeeping all; and GPT-2.
 Both libraries adapt copies of the same model with the same options, in one process, in turns. What each model computes is
-held against what it must compute, or nothing is reported. The peer of our merge is PEFT's with `safe_merge=True`, which
-checks for NaN as ours always does. Ratios are ours over PEFT's. The growth rows say how many times longer a verb takes in
-the largest tree than in the smallest.
+held against what it must compute, or nothing is reported. Python searches for garbage as it does for users. The peer of
+our merge is PEFT's with `safe_merge=True`, which checks for NaN as ours always does. Ratios are ours over PEFT's. The
+growth rows say how many times longer a verb takes in the largest tree than in the smallest.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def options(base: nn.Module, **more: Any) -> dict[str, Any]:
 
 
 def clock(times: Times, measure: str, call: Callable[[], Any]) -> Any:
-    times[measure], result = timed(call)
+    times[measure], result = timed(call, collects=True)
     return result
 
 

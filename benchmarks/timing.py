@@ -16,10 +16,15 @@ MAX_DRIFT = 0.05  # of the reference's time, from the first third of the rounds 
 SPARE_LOAD = 0.5  # processes besides our own threads in the load average before the start
 
 
-def milliseconds(call: Callable[[], Any], device: str = "cpu", repeats: int = 1) -> float:
-    """Mean wall time of a call, with what it left on the device done and no garbage collection in between."""
+def milliseconds(call: Callable[[], Any], device: str = "cpu", repeats: int = 1, *, collects: bool = False) -> float:
+    """Mean wall time of a call, with what it left on the device done.
+
+    `collects` lets garbage be searched for in between, as users have it: for calls that make many objects. Else a
+    search through what another subject made would count here.
+    """
     gc.collect()
-    gc.disable()  # a collection of what another subject left behind is not this one's time
+    if not collects:
+        gc.disable()
     _finish(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -36,10 +41,10 @@ def settle() -> None:
     gc.freeze()
 
 
-def timed(call: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
-    """Milliseconds of one call, and what it returned."""
+def timed(call: Callable[[], Any], device: str = "cpu", *, collects: bool = False) -> tuple[float, Any]:
+    """`milliseconds` of one call, and what it returned."""
     results: list[Any] = []
-    elapsed = milliseconds(lambda: results.append(call()), device)
+    elapsed = milliseconds(lambda: results.append(call()), device, collects=collects)
     return elapsed, results[0]
 
 
