@@ -33,7 +33,6 @@ from minipeft.memory.modules import (
     is_cheap_activation,
     is_rms_norm,
     recompute_block,
-    trim_before,
 )
 from minipeft.memory.probe import Probe
 from minipeft.memory.rotary import FastRotary, is_rotary_attention
@@ -43,6 +42,7 @@ from minipeft.transformers_model import output_head, recomputable_blocks, wrappi
 logger = logging.getLogger("minipeft")
 Model = TypeVar("Model", bound=nn.Module)
 CHECKPOINTING = ("none", "last", "mlp", "block", "sqrt")
+FOR_SPEED = (None, "none", "last")  # those for which memory is not worth a twentieth of the time
 MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 STATE = "_minipeft_lean"
 # From this size on, glibc gives freed arrays back at once; smaller ones take time, which only groups of blocks are worth.
@@ -81,10 +81,10 @@ def lean(
             since memory peaks at the beginning of that pass. "mlp": the feed-forward half of each block. "block": every
             block, in slices, and its feed-forward half in tiles of tokens. A number k: every block, and of each k blocks
             only the first keeps its input, from which those of the others are computed again; "sqrt": as many blocks as
-            groups. Each takes less memory and more time than the one before; from "block" on, on a CPU, glibc is told to give
-            freed arrays back at once, for the rest of the process. "none": nothing, and no time goes into giving freed
-            memory back. The default is "last" if the model can run in slices, which dropout prevents, else "none".
-            Recomputation is non-reentrant and stops below the lowest adapter.
+            groups. Each takes less memory and more time than the one before. From "mlp" on, on a CPU, time also goes into
+            giving freed memory back around the loss; from "block" on, glibc is told to give freed arrays back at once, for the
+            rest of the process. "none": nothing. The default is "last" if the model can run in slices, which dropout prevents,
+            else "none". Recomputation is non-reentrant and stops below the lowest adapter.
         chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
         fast_linear: also let frozen layers without an adapter use the faster library, if there is one; quantized
             layers then keep nothing for the backward pass.
@@ -109,7 +109,7 @@ def lean(
         _swap_modules(model, state, fast_linear=fast_linear)
         _recompute(model, state, checkpointing)
         if chunked_loss:
-            _chunk_loss(model, state, trims=checkpointing != "none")
+            _chunk_loss(model, state, trims=checkpointing not in FOR_SPEED)
         probe.compare(model)
         if checkpointing is None and not all(sample_slices.runs_in_slices(block) for block in state.blocks):
             _keep_blocks(state)
@@ -248,8 +248,6 @@ def _recompute(model: nn.Module, state: LeanState, checkpointing: str | int | No
         block._gradient_checkpointing_func = recompute_block  # type: ignore[assignment]
     if every:
         _recompute_mlps(model, state, blocks, needed=False)
-    elif len(blocks) > 1:
-        state.hooks.append(blocks[-2].register_forward_pre_hook(trim_before))
 
 
 def _recompute_mlps(model: nn.Module, state: LeanState, blocks: list[nn.Module], *, needed: bool) -> None:

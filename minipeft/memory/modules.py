@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minipeft.class_swap import SameFunction
 from minipeft.injection.checkpointing import switch_of, with_adapters_kept
+from minipeft.injection.rows import in_backward
 from minipeft.injection.wrapper import Switch
 from minipeft.kernels import glibc, recompute
 from minipeft.kernels.frozen_linear import lean_linear
@@ -173,14 +174,10 @@ def _forget_sources(*values: Any) -> None:
 
 
 def _trimmed(function: Any, *args: Any) -> Any:
-    trim_before(None, args)
-    return function(*args)
-
-
-def trim_before(module: nn.Module | None, args: tuple[Any, ...]) -> None:
-    """Return freed memory to the system before a call; can be used as a forward pre-hook."""
-    if (module is None or learns(module)) and args and isinstance(args[0], Tensor):
+    """Run a block; where it is computed again, the step takes most memory, so freed memory goes back to the system first."""
+    if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling() and in_backward():
         glibc.trim(args[0].device.type)
+    return function(*args)
 
 
 def wants_gradient(module: nn.Module, args: Any, kwargs: Any) -> bool:
