@@ -61,6 +61,7 @@ class Server:
             wanted = parse(await request.read())
         except web.RequestPayloadError as error:  # its encoding or its chunks are broken
             raise RequestError("the body cannot be read as its headers say.") from error
+        self.engine.check_number(len(wanted.prompt))  # before work for each of them, which would hold up all others
         events: asyncio.Queue[Any] = asyncio.Queue()
         answers += [self.ask(wanted, prompt, index, events) for index, prompt in enumerate(wanted.prompt)]
         self.engine.submit(answers)

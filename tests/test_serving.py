@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, RequestError, StateError
+from minipeft.files.tensor_file import TensorFile
 from minipeft.serving.adapters import Adapters
 from minipeft.serving.batch import Batch
 from minipeft.serving.choice import choose
@@ -304,6 +307,28 @@ def test_a_broken_adapter_fails_alone_while_others_go_on(kind, shared, tmp_path,
     assert said in str(error)
     assert str(tmp_path) not in str(error)
     assert "bad" not in engine.adapters.resident
+
+
+def test_a_refused_adapter_leaves_nothing_in_memory_and_is_tried_again_later(shared, tmp_path, monkeypatch):
+    root = shutil.copytree(shared, tmp_path / "root")
+    broken(root, "nan")
+    adapters, seen, clock = Adapters(llama(), root, 2**20), [], [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    read = TensorFile.read
+
+    def noted(file, *args, **options):
+        seen.append(weakref.ref(file))
+        return read(file, *args, **options)
+
+    monkeypatch.setattr(TensorFile, "read", noted)
+    reads = []
+    for clock[0] in (0, 9, 11):
+        with pytest.raises(RequestError, match="NaN or infinity"):
+            adapters.acquire("bad", ())
+        gc.collect()
+        assert not any(file() for file in seen)
+        reads.append(len(seen))
+    assert reads == [reads[0], reads[0], 2 * reads[0]]
 
 
 def test_a_failing_model_ends_the_answers_and_not_the_thread(shared, running, monkeypatch, caplog):
@@ -694,6 +719,7 @@ def test_requests_beyond_the_queue_are_answered_429(site, monkeypatch):
     with ThreadPoolExecutor(6) as pool:
         statuses = [status for status, _ in pool.map(lambda _: site.ask(max_tokens=20), range(6))]
     assert sorted({*statuses}) == [200, 429]
+    monkeypatch.setattr(site.server, "ask", None)  # and no work is done for any of them
     assert site.ask(prompt=["a", "b"])[0] == 400  # which would never fit, so nobody should try again
 
 

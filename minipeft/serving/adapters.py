@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
@@ -20,6 +21,7 @@ from minipeft.model import AdaptedModel, load_adapter
 
 Stamp = tuple[tuple[str, int, int], ...]  # name, time and size of each file
 MiB = 2**20
+PATIENCE = 10.0  # seconds until a refused adapter is tried again: the reason may have gone, as a missing permission
 
 
 class Resident(NamedTuple):
@@ -28,6 +30,14 @@ class Resident(NamedTuple):
     name: str  # not the directory's, which may not be allowed as one
     size: int
     stamp: Stamp
+
+
+class Refusal(NamedTuple):
+    """Why an adapter cannot be used: no exception, which would keep all that was in memory where it was raised."""
+
+    message: str
+    status: int  # of HTTP
+    until: float  # seconds of `time.monotonic`
 
 
 class Adapters:
@@ -44,9 +54,7 @@ class Adapters:
             raise ConfigError(f"{root} is not a directory; give the one that holds the adapters' directories.")
         self.model, self.root, self.limit = model, Path(os.path.realpath(root)), limit
         self.resident: OrderedDict[str, Resident] = OrderedDict()  # by directory; the one used last comes last
-        self._known: dict[
-            str, tuple[Stamp, int | RequestError]
-        ] = {}  # the size of an adapter, or why it cannot be used
+        self._known: dict[str, tuple[Stamp, int | Refusal]] = {}  # the size of an adapter, or why it cannot be used
         self._numbers = itertools.count()
 
     def names(self) -> list[str]:
@@ -94,15 +102,16 @@ class Adapters:
         if here is not None:
             self._let_go(name)
         before, known = self._known.get(name, (None, 0))
-        if before != stamp:
+        if before == stamp and isinstance(known, Refusal) and time.monotonic() < known.until:
+            raise RequestError(known.message, known.status)
+        if before != stamp or isinstance(known, Refusal):
             known = sum(size for file, _, size in stamp if file.endswith(".safetensors"))
         try:
-            if isinstance(known, RequestError):
-                raise known
             return self._load(directory, stamp, used) if self._make_room(name, known, used) else None
         except MinipeftError as error:
-            self._known[name] = stamp, _for_clients(error, self.root)
-            raise self._known[name][1] from error  # type: ignore[misc]
+            refused = _for_clients(error, self.root)
+            self._known[name] = stamp, Refusal(str(refused), refused.status, time.monotonic() + PATIENCE)
+            raise refused from error
 
     def _load(self, directory: Path, stamp: Stamp, used: Collection[str]) -> str | None:
         name, inner = directory.name, f"served_{next(self._numbers)}"

@@ -95,13 +95,17 @@ class Engine:
         with self._changed:
             if self.closing or not self.is_alive():
                 raise RequestError("the server is shutting down.", 503)
-            if len(answers) > self.max_waiting:
-                raise RequestError(f"{len(answers)} prompts at once, and {self.max_waiting} may wait; send fewer.")
+            self.check_number(len(answers))
             count = sum(not answer.over for answer in self.waiting)
             if count + len(answers) > self.max_waiting:
                 raise RequestError(f"{count} prompts wait, and {self.max_waiting} may; try again later.", 429)
             self.waiting += answers
             self._changed.notify()
+
+    def check_number(self, prompts: int) -> None:
+        """Raise RequestError with status 400 if more prompts are sent at once than may ever wait."""
+        if prompts > self.max_waiting:
+            raise RequestError(f"{prompts} prompts at once, and {self.max_waiting} may wait; send fewer.")
 
     def stop(self) -> None:
         """Take no more, finish what was taken, and end the thread."""
