@@ -419,6 +419,22 @@ def test_the_output_may_not_lie_in_what_is_read(parts, tmp_path, place):
         merge_from_disk(base, adapter, tmp_path / place)
 
 
+@pytest.mark.parametrize("place", ["link", "mount", "."])
+def test_a_directory_that_cannot_be_replaced_is_refused_before_the_work(parts, tmp_path, monkeypatch, place):
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mount")
+    monkeypatch.chdir(tmp_path / "mount")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mount")
+    monkeypatch.setattr("minipeft.merging.from_disk.merge.open_base", None)
+    with pytest.raises(CheckpointError, match=r"name a new directory in it\. Nothing was changed"):
+        merge_from_disk(*parts, place if place == "." else tmp_path / place)
+
+
+def test_a_place_that_no_system_has_is_refused(parts):
+    with pytest.raises(CheckpointError, match="null byte"):
+        merge_from_disk(*parts, "a\0b")
+
+
 @pytest.mark.parametrize("moment", ["write", "copy", "finish"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_merge_leaves_nothing(parts, tmp_path, monkeypatch, moment, error):
@@ -443,10 +459,10 @@ def test_what_a_killed_merge_left_is_removed_by_the_next(parts, tmp_path, monkey
         patch.setattr("shutil.rmtree", lambda *args, **options: None)
         patch.setattr(ShardWriter, "finish", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            merge_from_disk(*parts, tmp_path / "out")
+            merge_from_disk(*parts, tmp_path / "out[1]")
     assert len(os.listdir(tmp_path)) == 1
-    merge_from_disk(*parts, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["out"]
+    merge_from_disk(*parts, tmp_path / "out[1]")
+    assert os.listdir(tmp_path) == ["out[1]"]
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(parts, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import socket
@@ -104,7 +105,7 @@ def _remove_orphans(directory: Path, names: Iterable[str]) -> None:
 
 def orphans(target: Path, kind: str) -> Iterator[Path]:
     """What `hidden_beside` named in processes of this machine that have ended without removing it."""
-    for path in target.parent.glob(f".{target.name}.{kind}-{socket.gethostname()}-*"):
+    for path in target.parent.glob(glob.escape(f".{target.name}.{kind}-{socket.gethostname()}-") + "*"):
         pid = path.name.rsplit("-", 2)[-2]
         if pid.isdigit() and not alive(int(pid)):
             yield path

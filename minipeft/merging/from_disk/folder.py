@@ -44,9 +44,16 @@ OF_TOKENIZERS = {
 
 def check_place(out: Path, *sources: Path) -> None:
     """Raise CheckpointError unless a directory can be made here; it may not lie in one of the `sources`, which are read."""
-    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise CheckpointError(f"{out} exists and is not an empty directory; name a new one.")
-    real = Path(os.path.realpath(out))
+    with writing(out):
+        if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+            raise CheckpointError(f"{out} exists and is not an empty directory; name a new one.")
+        real = Path(os.path.realpath(out))
+        if (
+            os.path.islink(out) or os.path.ismount(out) or str(real) == os.getcwd()
+        ):  # the finished one cannot replace it
+            raise CheckpointError(
+                f"{out} is a link, a mount point or the current directory; name a new directory in it."
+            )
     for source in (Path(os.path.realpath(source)) for source in sources):
         if real == source or source in real.parents:
             raise CheckpointError(f"{out} lies in {source}, which is read; name a directory elsewhere.")
