@@ -578,6 +578,19 @@ def test_ctrl_c_at_any_step_leaves_the_model_as_it_was(step, monkeypatch):
         model.add_weighted_adapter(AB, [1, 1], "n")
 
 
+@pytest.mark.parametrize(("combination_type", "density"), [("svd", None), ("ties_svd", 0.5)])
+def test_autocast_changes_nothing_of_a_combination(combination_type, density):
+    made = []
+    for enabled in (False, True):
+        model = adapted(init_lora_weights=False)
+        model.add_adapter("b", LoraConfig(r=4))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            report = model.add_weighted_adapter(["default", "b"], [1, 2], "c", combination_type, density=density)
+        made.append((report, model.adapter_state_dict("c")))
+    assert made[0][0] == made[1][0]
+    assert all(torch.equal(value, made[1][1][key]) for key, value in made[0][1].items())
+
+
 def test_a_merged_model_is_unmerged_first():
     model = pair()
     model.merge_adapter()

@@ -91,6 +91,25 @@ def test_unmerging_does_not_depend_on_what_became_of_the_adapter_or_the_threads(
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_dora": True}])
+def test_autocast_changes_nothing_of_a_merge_nor_of_taking_it_back(options):
+    model = adapted(scale=0.01, **options)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.merge_adapter()
+    merged = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        with model.disable_adapter():
+            assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        assert all(torch.equal(p, merged[n]) for n, p in model.named_parameters())
+        permanent = copy.deepcopy(model).merge_and_unload()
+        model.unmerge_adapter()
+        fresh = copy.deepcopy(model).merge_and_unload()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    outside = model.merge_and_unload().state_dict()
+    for other in (permanent, fresh):
+        assert all(torch.equal(value, outside[name]) for name, value in other.state_dict().items())
+
+
 def test_merged_state_can_be_copied_and_undone_in_the_copy():
     model = adapted()
     model.merge_adapter()
