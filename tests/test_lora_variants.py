@@ -52,6 +52,16 @@ def save_plain(model, directory):
 
 
 @pytest.mark.parametrize("init", [*OF_WEIGHT, "orthogonal"])
+def test_autocast_changes_nothing_of_a_start(init):
+    models = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            models.append(one_layer("linear", init, torch.float32)[1].state_dict())
+    assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
+
+
+@pytest.mark.parametrize("init", [*OF_WEIGHT, "orthogonal"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_model_starts_as_its_base_whose_weight_stays(name, init):
     layer, model = one_layer(name, init)
