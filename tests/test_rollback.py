@@ -3,6 +3,8 @@
 import copy
 import functools
 import itertools
+import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from tiny_models import adapted, gpt2, logits
 from torch import nn
 from torch.nn.utils import prune
 
-from minipeft import LoraConfig, TargetError, get_lora_model, load_adapter
+from minipeft import LoraConfig, TargetError, get_lora_model, lean, load_adapter
 from minipeft.injection import attach as verbs
 from minipeft.injection import rollback
+from minipeft.injection.module_tree import adapted_layers
+from minipeft.merging import merge
+from minipeft.merging.unmerge import Undo
 
 
 def everything(model):
@@ -124,6 +129,69 @@ def test_a_verb_that_breaks_off_at_any_step_leaves_the_model_as_it_was(verb, tmp
             assert everything(model) == before, step
         assert torch.equal(logits(model), output)
         call(model, tmp_path)  # and it still can be done
+
+
+def two_merged():
+    model = two_plain(None)
+    model.merge_adapter(["default", "b"])  # the second does not act when it is not merged
+    return model
+
+
+@pytest.mark.parametrize("verb", ["unmerge_adapter", "unload", "disable_adapter"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_unmerging_that_breaks_off_leaves_every_layer_merged(verb, error, monkeypatch):
+    model, base = two_merged(), gpt2()
+    output, calls, real = logits(model), itertools.count(1), Undo.check
+    last = 2 * sum(1 for _ in adapted_layers(model))  # each is checked twice
+
+    def failing(*args):
+        if next(calls) == last:
+            raise error("here")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Undo, "check", failing)
+        with (
+            pytest.raises(error, match="here"),
+            model.disable_adapter() if verb == "disable_adapter" else nullcontext(),
+        ):
+            getattr(model, verb)()
+    assert torch.equal(logits(model), output)
+    assert all(layer.merged == ("default", "b") for _, layer in adapted_layers(model))
+    assert torch.equal(logits(model.unload()), logits(base))
+
+
+def test_ctrl_c_at_the_end_of_a_merge_takes_it_back(monkeypatch):
+    model = two_plain(None)
+    output, before = logits(model), everything(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("minipeft.merging.mergeable_model.watch", lambda *args: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            model.merge_adapter(["default", "b"])
+    assert everything(model) == before
+    assert torch.equal(logits(model), output)
+
+
+def test_ctrl_c_while_adapters_are_merged_again_waits_until_they_are(monkeypatch):
+    model, real = two_merged(), merge.plan_merge
+    output = logits(model)
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), model.disable_adapter():
+        patch.setattr(merge, "plan_merge", interrupted)
+    assert torch.equal(logits(model), output)
+    assert model.unload() is model
+
+
+def test_ctrl_c_while_lean_tries_the_model_leaves_its_mode():
+    model = adapted().eval()
+    model.transformer.h[1].train = lambda mode: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        lean(model)
+    assert not any(module.training for module in model.modules())
 
 
 def test_flags_are_put_back_in_the_middle_of_switching(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import LeanError
+from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
@@ -133,13 +134,13 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with generators_kept():
         torch.manual_seed(SEED)
-        model.train()
         try:
+            model.train()
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
-            with torch.no_grad():
+            with interrupts_deferred(), torch.no_grad():
+                for module, mode in modes:
+                    module.training = mode
                 for buffer, value in buffers:
                     buffer.copy_(value)
 

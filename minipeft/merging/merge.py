@@ -102,6 +102,8 @@ def merged_names(model: nn.Module) -> tuple[str, ...]:
 def unmerge(model: nn.Module) -> None:
     """Bring back, bit for bit, every weight that `merge` changed.
 
+    After Ctrl-C, or without memory for a weight, some layers are brought back and the others stay merged.
+
     Raises:
         MergeError: a weight was written, or its dtype changed, since the merge; then every weight stays as it is.
     """
@@ -111,4 +113,6 @@ def unmerge(model: nn.Module) -> None:
             raise MergeError(f"{path}: this merge is permanent and cannot be undone.")
         layer.undo.check(path, layer)  # all of them, before any layer is changed
     for path, layer in merged:
-        layer.undo.restore(model, layer, layer.undo.check(path, layer))
+        weight = layer.undo.check(path, layer)
+        with interrupts_deferred():
+            layer.undo.restore(model, layer, weight)

@@ -12,6 +12,7 @@ from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import STATE, check_not_running, names_given
+from minipeft.interrupts import interrupts_deferred
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
 from minipeft.merging.training_guard import watch
@@ -58,9 +59,16 @@ class MergeableModel(SavableModel):
         self._state.set_aside = ()
 
     def _take_out(self) -> None:
-        if self._state.merged:
-            unmerge(self)
-            self._note_merged(())
+        merged = self._state.merged
+        try:
+            if merged:
+                unmerge(self)
+                self._note_merged(())
+        except BaseException:
+            with interrupts_deferred():
+                merge(self, merged, untie=True, dequantize=True)  # the layers that were taken out already
+                self._note_merged(merged)
+            raise
 
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
@@ -75,9 +83,9 @@ class MergeableModel(SavableModel):
         try:
             yield
         finally:
-            state.pauses -= 1
-            if state.pauses == 0:
-                again, state.set_aside = state.set_aside, ()
+            with interrupts_deferred():
+                state.pauses -= 1
+                again, state.set_aside = (state.set_aside, ()) if state.pauses == 0 else ((), state.set_aside)
                 if again and self.__dict__.get(STATE) is state:  # unless it was unloaded in the meantime
                     self._merge(again, untie=True, dequantize=True)  # as allowed before
 
@@ -95,14 +103,18 @@ class MergeableModel(SavableModel):
         self._check_compatible(names)
         if names != (before := self._state.merged):
             self._take_out()
+        undoable = options.get("undoable", True)
         try:
             report = merge(self, names, **options)
+            self._note_merged(names, undoable=undoable)
         except BaseException:
-            if not (stuck := merged_names(self)):  # by a permanent merge that could not be taken back
-                merge(self, before, untie=True, dequantize=True)
-            self._note_merged(stuck or before, undoable=not stuck)
+            with interrupts_deferred():
+                if undoable:
+                    unmerge(self)  # if all was merged when Ctrl-C came
+                if not (stuck := merged_names(self)):  # by a permanent merge that could not be taken back
+                    merge(self, before, untie=True, dequantize=True)
+                self._note_merged(stuck or before, undoable=not stuck)
             raise
-        self._note_merged(names, undoable=options.get("undoable", True))
         return report
 
     def _note_merged(self, names: tuple[str, ...], *, undoable: bool = True) -> None:
