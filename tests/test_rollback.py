@@ -8,11 +8,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny_models import adapted, gpt2, logits
+from tiny_models import adapted, disturb, gpt2, logits
 from torch import nn
 from torch.nn.utils import prune
 
-from minipeft import LoraConfig, TargetError, get_lora_model, lean, load_adapter
+from minipeft import LoraConfig, TargetError, get_lora_model, lean, load_adapter, unlean
+from minipeft.class_swap import plain_class
+from minipeft.files import restore
 from minipeft.injection import attach as verbs
 from minipeft.injection import rollback
 from minipeft.injection.module_tree import adapted_layers
@@ -192,6 +194,35 @@ def test_ctrl_c_while_lean_tries_the_model_leaves_its_mode():
     with pytest.raises(KeyboardInterrupt):
         lean(model)
     assert not any(module.training for module in model.modules())
+
+
+def interrupted_first(real):
+    """The same function, but Ctrl-C comes when it is called."""
+
+    def call(*args):
+        signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    return call
+
+
+def test_ctrl_c_while_lean_is_undone_waits_until_it_is(monkeypatch):
+    model = lean(adapted())
+    monkeypatch.setattr("minipeft.memory.lean.plain_class", interrupted_first(plain_class))
+    with pytest.raises(KeyboardInterrupt):
+        unlean(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in adapted().modules()]
+
+
+def test_ctrl_c_while_adapters_are_restored_waits_until_they_are(monkeypatch):
+    model, wanted = two_plain(None), two_plain(None)
+    disturb(wanted, seed=7)
+    values = {name: dict(wanted.adapter_state_dict(name)) for name in ("default", "b")}
+    monkeypatch.setattr(type(model), "adapter_state_dict", interrupted_first(type(model).adapter_state_dict))
+    with pytest.raises(KeyboardInterrupt):
+        restore._write(model, values)
+    monkeypatch.undo()
+    assert torch.equal(logits(model), logits(wanted))
 
 
 def test_flags_are_put_back_in_the_middle_of_switching(monkeypatch):

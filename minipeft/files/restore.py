@@ -19,6 +19,7 @@ from minipeft.files.reading import as_path, reading
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
+from minipeft.interrupts import interrupts_deferred
 
 
 @all_or_nothing
@@ -62,7 +63,7 @@ def _checked(model: nn.Module) -> SavableModel:
 
 
 def _write(model: SavableModel, values: Mapping[str, Mapping[str, Tensor]]) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), interrupts_deferred():
         for name, tensors in values.items():
             for key, live in model.adapter_state_dict(name).items():
                 live.copy_(tensors[key])

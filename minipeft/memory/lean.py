@@ -16,6 +16,7 @@ from minipeft.class_swap import SameFunction, mixed_class, original_class, plain
 from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown, told
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper, innermost
+from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels import glibc, matmul
 from minipeft.layers.base import is_plain_linear, layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
@@ -154,9 +155,14 @@ def unlean(model: nn.Module) -> None:
     Raises:
         ConfigError: `model` is no module.
     """
-    state: LeanState | None = checked_module("model", model).__dict__.pop(STATE, None)
-    if state is None:
-        return
+    state: LeanState | None = checked_module("model", model).__dict__.get(STATE)
+    if state is not None:
+        with interrupts_deferred():
+            _take_back(model, state)
+
+
+def _take_back(model: nn.Module, state: LeanState) -> None:
+    del model.__dict__[STATE]
     for module in model.modules():  # not those of `state.mixed`: adapting has moved some into new objects
         if isinstance(module, SameFunction):
             module.__class__ = plain_class(type(module))
