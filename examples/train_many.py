@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[str, float], dict[str,
     model, settings = adapted(args.ranks, args.learning_rates)
     if not 2 <= args.length <= model.config.n_positions:
         raise minipeft.ConfigError(f"--length must be from 2 to {model.config.n_positions}, not {args.length}.")
+    args.output_dir.mkdir(parents=True, exist_ok=True)  # if it cannot be, say so before the training
     names = list(settings)
     training, other = (blocks(part, tokenizer, args.length) for part in ("code-train", "code-eval"))
     parameters = {name: model.adapter_parameters(name) for name in names}

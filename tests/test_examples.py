@@ -69,6 +69,13 @@ def test_a_flag_of_a_sweep_that_cannot_be_is_said_before_anything_is_loaded(flag
     assert words in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_found_before_a_sweep_trains(tmp_path):
+    (tmp_path / "file").touch()
+    flags = ["--ranks", "2", "--learning_rates", "1e-3", "--output_dir", str(tmp_path / "file")]
+    with pytest.raises(FileExistsError):
+        runpy.run_path(str(EXAMPLES / "train_many.py"))["main"](flags)
+
+
 def test_rows_longer_than_the_model_reads_are_refused():
     with pytest.raises(ConfigError, match="--length must be from 2 to 256, not 300"):
         runpy.run_path(str(EXAMPLES / "train_many.py"))["main"](["--ranks", "2", "--length", "300"])
