@@ -141,6 +141,26 @@ def test_another_function_is_left_alone(cls, config, sizes):
     assert not any(is_rotary_attention(module) for module in model.modules())
 
 
+def apply_rotary_pos_emb(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
+    """As Qwen4's: without keys it turns the queries alone."""
+    both = modeling_llama.apply_rotary_pos_emb(q, q if k is None else k, cos, sin, unsqueeze_dim)
+    return both[0] if k is None else both
+
+
+class IndexedAttention(nn.Module):
+    def forward(self, q, k, cos, sin):
+        index = apply_rotary_pos_emb(q.transpose(1, 2), cos=cos, sin=sin, unsqueeze_dim=2)
+        return *apply_rotary_pos_emb(q, k, cos, sin), index
+
+
+def test_queries_without_keys_go_to_the_library():
+    attention = IndexedAttention()
+    assert is_rotary_attention(attention)
+    found = with_fast_rotary(IndexedAttention.forward)(attention, *inputs())
+    for a, b in zip(found, attention(*inputs()), strict=True):
+        assert torch.allclose(a, b, rtol=1e-13)
+
+
 def test_the_library_s_own_function_stays_where_it_is():
     own = modeling_llama.apply_rotary_pos_emb
     other = llama().train()

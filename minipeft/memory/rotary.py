@@ -81,7 +81,9 @@ def with_fast_rotary(forward: FunctionType) -> FunctionType:
 
 
 def _in_place_of(own: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+    def apply(q: Tensor, k: Any = None, cos: Any = None, sin: Any = None, unsqueeze_dim: int = 1) -> Any:
+        if k is None:  # some rotate queries alone
+            return own(q, k, cos, sin, unsqueeze_dim)
         same = q.dtype is k.dtype is cos.dtype is sin.dtype and q.shape[-1] == cos.shape[-1]
         if not same or unsqueeze_dim != 1 or cos.ndim != 3 or cos.requires_grad or sin.requires_grad:
             return own(q, k, cos, sin, unsqueeze_dim)
