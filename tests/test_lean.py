@@ -24,6 +24,7 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     GenerationConfig,
+    GPT2Model,
     GPTNeoXConfig,
     GraniteConfig,
     MistralConfig,
@@ -491,6 +492,16 @@ def test_the_probe_catches_a_swap_that_computes_something_else(monkeypatch):
         lean(model)
     assert mixins(model) == set()
     assert_same_learning(loss_and_gradients(model), expected, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_is_not_misled_by_an_output_whose_norm_never_changes(dtype):
+    model = adapted(gpt2(GPT2Model), target_modules="all-linear").to(dtype)
+    model.ln_f.reset_parameters()
+    model.wte.weight.data.mul_(100)  # far above the norm's epsilon, as in pretrained models
+    gradients = Probe(model, with_labels=False).gradients
+    assert max(gradient.norm() for gradient in gradients) > 1e-3, "more than rounding"
+    lean(model, "block", chunked_loss=False)
 
 
 def test_the_probe_leaves_modes_generators_gradients_and_buffers_alone():

@@ -103,9 +103,14 @@ def _run(model: nn.Module, with_labels: bool) -> tuple[Tensor, list[Tensor]]:
         output = model(**inputs)
         result = output.loss if with_labels else getattr(output, "logits", None)
         result = output[0] if result is None else result  # of a body without a head: its hidden state
-        loss: Tensor = result if with_labels else result.float().square().mean()
+        loss: Tensor = result if with_labels else _uneven_mean_square(result)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
     return loss.detach(), [g for g in gradients if g is not None]
+
+
+def _uneven_mean_square(output: Tensor) -> Tensor:
+    """A mean square in which features count differently: the plain one of a normalized output is the same for all inputs."""
+    return (output.float().square() * torch.linspace(0, 1, output.shape[-1], device=output.device)).mean()
 
 
 @contextlib.contextmanager
