@@ -29,8 +29,14 @@ def imported(path: Path) -> tuple[str, ...]:
     return tuple(_imported(path))
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of a file's syntax tree, which is parsed once."""
+    return list(ast.walk(ast.parse(path.read_text("utf-8"))))
+
+
 def _imported(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minipeft":
             if node.module != "minipeft":
                 yield node.module or ""
@@ -87,7 +93,7 @@ def room_edges(root: Path = ROOT) -> dict[str, set[str]]:
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
     """(name, lines without the docstring) of every function in a file."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body
             has_docstring = ast.get_docstring(node) is not None

@@ -87,6 +87,14 @@ def pytest_collection_finish():
         catching_logs.__enter__ = functools.partialmethod(listen, loggers)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Nor is what a file of tests leaves behind: transformers' Trainer collects all garbage after each run."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 def listen(catching, loggers):
     """As pytest does it, which looks for these loggers among thousands, six times a test: a third of what a test costs."""
     for logger in loggers:
