@@ -1,5 +1,6 @@
 """Every test is seeded, offline and single-threaded (pytest runs two of them at a time)."""
 
+import contextlib
 import functools
 import gc
 import gzip
@@ -30,9 +31,10 @@ EXAMPLES = TESTS.parent / "examples"
 # The files that take longest go first, so that both processes are done at the same time.
 LONGEST = ["gpu_graphs", "gpu_runs"]
 LONGEST += [
-    "architecture", "contract", "lean", "file_names", "peft_interop", "tutorial", "quantized_models", "tutorial_late",
-    "merge_from_disk", "train_flags", "families_train", "readers", "contract_layers", "split_experts", "estimate",
-    "hf_trainer", "serving", "readme", "hf_schedule", "expert_names", "quantized_fused", "lora_linear", "trl",
+    "architecture", "contract", "lean", "hf_trainer", "estimate", "peft_interop", "tutorial", "readers", "quantized_models",
+    "tutorial_late", "file_names", "vocabulary", "train_flags", "serving", "rows", "hf_schedule", "contract_layers", "trl",
+    "readme", "pickles", "split_experts", "merge_from_disk", "families_train", "expert_names", "quantized_fused", "lora_linear",
+    "training_order", "traced", "wrapper_names", "trainers_table", "sweep",
 ]  # fmt: skip
 
 
@@ -111,40 +113,11 @@ def seeded():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_cards():
-    """Half the time that PEFT takes to save an adapter goes into its README, at which no test looks."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        return
-    PeftModel.create_or_update_model_card = lambda self, directory: None
-
-
-@pytest.fixture(autouse=True, scope="session")
-def unmeasured():
-    """torch.compile flushes the processor's caches to time its guards, 60 ms for each compilation."""
+def offline():
+    """A test that reaches for another machine fails, and what takes long though no test looks at it is left out."""
     from torch._dynamo import guards
 
-    guards.profile_guard_manager = lambda *arguments: 0.0
-
-
-@pytest.fixture(autouse=True, scope="session")
-def no_waits_for_the_disk():
-    """A save waits until the disk has it, some 6,000 times in a run. Tests that ask whether it does set `fsync` themselves."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
-@pytest.fixture
-def tmp_path(tmp_path_factory):
-    """pytest's own looks at all folders of earlier tests to number a new one, a millisecond for each test."""
-    return tmp_path_factory.mktemp(f"test{next(numbers)}", numbered=False)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def offline():
-    """A test that reaches for another machine fails."""
+    from minipeft.kernels import glibc
 
     def connect(self, address):
         if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
@@ -153,7 +126,21 @@ def offline():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect)
+        # A save waits until the disk has it, some 6,000 times in a run. Tests that ask whether it does set it themselves.
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        # torch.compile flushes the processor's caches to time its guards, 60 ms for each compilation.
+        patch.setattr(guards, "profile_guard_manager", lambda *arguments: 0.0)
+        # Looking for pages to give back takes milliseconds in a heap like this, at each block that is computed again.
+        patch.setattr(glibc, "trim", functools.wraps(glibc.trim)(lambda device_type: None))
+        with contextlib.suppress(ImportError):  # half the time that PEFT takes to save an adapter goes into its README
+            patch.setattr("peft.PeftModel.create_or_update_model_card", lambda self, directory: None)
         yield
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory):
+    """pytest's own looks at all folders of earlier tests to number a new one, a millisecond for each test."""
+    return tmp_path_factory.mktemp(f"test{next(numbers)}", numbered=False)
 
 
 @pytest.fixture(scope="session")

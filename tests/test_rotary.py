@@ -76,7 +76,7 @@ def attentions(model):
 
 @pytest.mark.parametrize("angle_rows", [1, 2])
 def test_values_and_all_gradients_are_transformers(angle_rows):
-    q, k, cos, sin = inputs(angle_rows=angle_rows)
+    q, k, cos, sin = inputs(heads=(3, 2), tokens=3, features=4, angle_rows=angle_rows)
     wanted = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
     found = rotary(q, k, cos.unsqueeze(1), sin.unsqueeze(1))
     for a, b in zip(found, wanted, strict=True):
