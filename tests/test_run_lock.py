@@ -1,7 +1,6 @@
 """Two runs never write one directory, and a killed run blocks none."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -12,16 +11,10 @@ import warnings
 
 import filelock
 import pytest
+from warm import context
 
 from minipeft import CheckpointError
 from minipeft.training.runs.lock import LOCK_FILE, OWNER_FILE, RunLock
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "safetensors.torch", "minipeft.training.runs.lock"])
-    return context
 
 
 def hold(directory, say, release):
@@ -31,10 +24,10 @@ def hold(directory, say, release):
 
 
 @pytest.fixture
-def holder(tmp_path, processes):
+def holder(tmp_path):
     """(process that has the lock, what tells it to let go)"""
-    heard, say = processes.Pipe()
-    process = processes.Process(target=hold, args=(tmp_path, say, say))
+    heard, say = context.Pipe()
+    process = context.Process(target=hold, args=(tmp_path, say, say))
     process.start()
     assert heard.poll(60)
     heard.recv()
@@ -119,9 +112,9 @@ def fork_and_hold(directory, say):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_lock(tmp_path, processes):
-    heard, say = processes.Pipe()
-    process = processes.Process(target=fork_and_hold, args=(tmp_path, say))
+def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_lock(tmp_path):
+    heard, say = context.Pipe()
+    process = context.Process(target=fork_and_hold, args=(tmp_path, say))
     process.start()
     assert heard.poll(60)
     worker = heard.recv()
