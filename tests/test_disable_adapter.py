@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from tiny_models import gpt2, logits
+from torch import nn
 
 from minipeft import LoraConfig, StateError, get_lora_model, load_adapter
 
@@ -149,3 +150,17 @@ def test_merging_for_good_keeps_what_is_merged_already():
     expected = logits(model)
     assert not torch.equal(expected, outputs(model, "default"))
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_function_may_disable_adapters_in_its_one_graph():
+    options = OPTIONS | {"target_modules": ["0"]}
+    model, x = get_lora_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(**options)), torch.randn(2, 4)
+
+    def change(x):
+        with model.disable_adapter():
+            base = model(x)
+        return model(x) - base
+
+    with torch.no_grad():
+        found = torch.compile(change, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(found, change(x))

@@ -82,12 +82,13 @@ class MergeableModel(SavableModel):
         state.pauses += 1
         try:
             yield
-        finally:
-            with interrupts_deferred():
+        finally:  # a compiled call cannot defer, and has nothing to merge
+            with interrupts_deferred() if state.set_aside else contextlib.nullcontext():
                 state.pauses -= 1
-                again, state.set_aside = (state.set_aside, ()) if state.pauses == 0 else ((), state.set_aside)
-                if again and self.__dict__.get(STATE) is state:  # unless it was unloaded in the meantime
-                    self._merge(again, untie=True, dequantize=True)  # as allowed before
+                if state.pauses == 0:
+                    again, state.set_aside = state.set_aside, ()
+                    if again and self.__dict__.get(STATE) is state:  # unless it was unloaded in the meantime
+                        self._merge(again, untie=True, dequantize=True)  # as allowed before
 
     def _check_compatible(self, names: tuple[str, ...]) -> None:
         for path, wrapper in wrappers(self) if len(names) > 1 else ():
