@@ -31,6 +31,8 @@ from minipeft.layers.base import layer_ops
 from minipeft.patterns import endings
 
 _A = ".lora_A.weight"
+# Modules that CLIP, SigLIP and their relatives had around their layers in transformers 4.
+_DROPPED = ("text_model", "vision_model")
 _EXPERT = re.compile(r"(.+)\.0\.([^.]+)\.weight")  # greedy: the index of the expert is the last number
 
 
@@ -61,8 +63,8 @@ def old_names(model: nn.Module) -> OldNames:
         CheckpointError: two lists of experts in it had other layers under one parameter's name.
     """
     found, (renamings, converters) = candidates(model), tables(model, add_legacy=False)
-    # A prefix that only some checkpoints have is none of the model's.
-    table = [each for each in (*renamings, *converters) if type(each).__name__ != "PrefixChange"]
+    # Other prefixes are those of checkpoints of a larger model, and none of this one's.
+    table = [e for e in (*renamings, *converters) if type(e).__name__ != "PrefixChange" or _was_a_module(e)]
     modules: dict[str, str] = {}
     experts: dict[str, tuple[str, ...]] = {}
     for name, candidate in found.items():
@@ -78,6 +80,12 @@ def old_names(model: nn.Module) -> OldNames:
                 modules.setdefault(name, keys[0].removesuffix(f".{own}"))
     routers = {name for name, c in found.items() if layer_ops(c.base) is None and _has_matrix(c.base)}
     return OldNames(found, modules, experts, frozenset(routers & modules.keys()))
+
+
+def _was_a_module(change: Any) -> bool:
+    """Whether a prefix that is removed today was a module's; in CLIPModel the part around it has that name itself."""
+    around = (change.scope_prefix or "").rpartition(".")[2]
+    return change.prefix_to_remove in _DROPPED and change.prefix_to_remove != around
 
 
 def _has_matrix(module: nn.Module) -> bool:
