@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """No garbage is searched for within the block, or in calls of a function that this decorates.
+    """No garbage is searched for within the block.
 
     The collector looks at all objects again each time their number has grown by a quarter. Adapting a model of 11,200
     layers took twice as long with it.

@@ -42,7 +42,6 @@ from minipeft.transformers_model import mark_untied, says_tied, wrapping_class
 
 
 @all_or_nothing
-@no_collection()
 def get_adapter_model(
     model: nn.Module, config: AdapterConfig, adapter_name: str = DEFAULT, *, autocast_adapter_dtype: bool = True
 ) -> AdaptedModel:
@@ -62,15 +61,15 @@ def get_adapter_model(
             f"{type(model).__name__} is adapted already ({shown(model.adapter_configs)}); use model.add_adapter(name, config)."
         )
     check_name(adapter_name, ())
-    plan = _plan(model, config)
-    parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
-    attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
-    await_values(model, adapter_name, parts)
+    with no_collection():
+        plan = _plan(model, config)
+        parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
+        attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
+        await_values(model, adapter_name, parts)
     return cast(AdaptedModel, model)
 
 
 @all_or_nothing
-@no_collection()
 def load_adapter(
     model: nn.Module,
     directory: str | PathLike[str],
@@ -117,7 +116,7 @@ def load_adapter(
         directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     adapted = model if isinstance(model, AdaptedModel) else None
-    with contextlib.nullcontext() if adapted is None else adapted._unmerged():
+    with no_collection(), contextlib.nullcontext() if adapted is None else adapted._unmerged():
         plan, parts = load_parts(
             model, path, strict=strict, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
         )
@@ -182,7 +181,6 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, OtherNames, Combinabl
         )
 
     @all_or_nothing
-    @no_collection()
     def add_adapter(
         self,
         adapter_name: str | AdapterConfig = DEFAULT,
@@ -207,7 +205,7 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, OtherNames, Combinabl
         if not isinstance(adapter_name, str):
             adapter_name, wanted = wanted if isinstance(wanted, str) else DEFAULT, adapter_name
         check_name(adapter_name, self.adapter_configs)
-        with self._unmerged():  # an adapter starts from the base, not from other adapters
+        with no_collection(), self._unmerged():  # an adapter starts from the base, not from other adapters
             plan = _plan(self, wanted)
             parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
             attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
