@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def no_collection() -> Iterator[None]:
     """No garbage is searched for within the block.
 
-    The collector looks at all objects again each time their number has grown by a quarter. Adapting a model of 11,200
-    layers took twice as long with it.
+    The collector looks at all objects again each time their number has grown by a quarter: with 11,200 layers, half of the
+    time of adapting a model, and a third of that of loading or saving an adapter.
     """
     if not gc.isenabled():
         yield

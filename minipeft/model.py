@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -61,7 +62,7 @@ def get_adapter_model(
             f"{type(model).__name__} is adapted already ({shown(model.adapter_configs)}); use model.add_adapter(name, config)."
         )
     check_name(adapter_name, ())
-    with no_collection():
+    with no_collection(), torch.inference_mode(False):  # inference tensors could never train
         plan = _plan(model, config)
         parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
@@ -116,7 +117,8 @@ def load_adapter(
         directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     adapted = model if isinstance(model, AdaptedModel) else None
-    with no_collection(), contextlib.nullcontext() if adapted is None else adapted._unmerged():
+    unmerged = contextlib.nullcontext() if adapted is None else adapted._unmerged()
+    with unmerged, no_collection(), torch.inference_mode(False):  # as in `get_adapter_model`
         plan, parts = load_parts(
             model, path, strict=strict, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
         )
@@ -205,7 +207,8 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, OtherNames, Combinabl
         if not isinstance(adapter_name, str):
             adapter_name, wanted = wanted if isinstance(wanted, str) else DEFAULT, adapter_name
         check_name(adapter_name, self.adapter_configs)
-        with no_collection(), self._unmerged():  # an adapter starts from the base, not from other adapters
+        # An adapter starts from the base, not from other adapters; the rest is as in `get_adapter_model`.
+        with self._unmerged(), no_collection(), torch.inference_mode(False):
             plan = _plan(self, wanted)
             parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
             attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)

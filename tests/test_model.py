@@ -290,6 +290,23 @@ def test_activity_and_trainability_are_separate():
     assert {n.split(".")[-2] for n in trainable(model)} == {"waiting"}
 
 
+def test_what_is_made_or_loaded_within_torch_inference_mode_trains_outside(tmp_path):
+    base, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    with torch.inference_mode():
+        model = get_lora_model(base, config)
+        model.merge_adapter()
+        model.add_adapter("other", config)
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "third", is_trainable=True)
+        assert torch.is_inference_mode_enabled()
+    model.unmerge_adapter()
+    for name in ("default", "other", "third"):
+        model.set_adapter(name)
+        model(x).sum().backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if f".{name}." in n)
+
+
 def test_in_inference_mode_an_adapter_acts_and_does_not_train_until_it_is_chosen_again():
     model = adapted()
     model.add_adapter("second", LoraConfig(r=2, init_lora_weights=False))

@@ -148,7 +148,8 @@ def test_garbage_is_searched_for_after_and_not_while_many_modules_are_made(tmp_p
         model.add_adapter("other", CONFIG)
         load_adapter(again, tmp_path)
         model.load_adapter(tmp_path, "third")
-    assert len(found) <= 4
+        model.save_pretrained(tmp_path / "again")
+    assert len(found) <= 7
 
 
 def test_the_garbage_collector_is_as_it_was_after_a_call():

@@ -25,6 +25,7 @@ from minipeft.files.save import adapter_tensors, file_config, save_adapter, tens
 from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_outer_save, check_trainer, save_base_for_pipeline
+from minipeft.garbage import no_collection
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import STATE, AdapterState, names_given
 from minipeft.injection.watch import idle_message
@@ -126,15 +127,18 @@ class SavableModel(nn.Module):
             warn_of_lost_state(self)
             save_base_for_pipeline(self, root)
         check_started(self._state, names)
-        for name in names if is_main_process else ():
-            if name in self._state.idle:
-                warnings.warn(f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}", stacklevel=2)
-            if convert_to_lora:
-                tensors, config = as_lora(self, self._state.configs[name], name)
-            else:
-                warn_of_scale(self, name)
-                tensors, config = self._as_it_is(name, state_dict)
-            self._save(root, name, tensors, config, save_embedding_layers, others)
+        with no_collection():
+            for name in names if is_main_process else ():
+                if name in self._state.idle:
+                    warnings.warn(
+                        f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}", stacklevel=2
+                    )
+                if convert_to_lora:
+                    tensors, config = as_lora(self, self._state.configs[name], name)
+                else:
+                    warn_of_scale(self, name)
+                    tensors, config = self._as_it_is(name, state_dict)
+                self._save(root, name, tensors, config, save_embedding_layers, others)
 
     def _as_it_is(
         self, name: str, state_dict: Mapping[str, Tensor] | None = None
