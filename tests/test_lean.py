@@ -763,7 +763,7 @@ def test_memory_is_handed_back_by_glibc_and_nowhere_else(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "forward", "backward"), [("none", 0, 0), ("last", 0, 1), (None, 0, 1), ("block", 3, 2)]
+    ("checkpointing", "forward", "backward"), [("none", 0, 0), ("last", 0, 1), (None, 0, 1), ("block", 5, 2)]
 )
 def test_memory_goes_back_before_a_block_is_computed_again_and_around_the_loss_if_memory_comes_first(
     checkpointing, forward, backward, monkeypatch

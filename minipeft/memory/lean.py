@@ -83,9 +83,10 @@ def lean(
             block, in slices, and its feed-forward half in tiles of tokens. A number k: every block, and of each k blocks
             only the first keeps its input, from which those of the others are computed again; "sqrt": as many blocks as
             groups. Each takes less memory and more time than the one before. From "mlp" on, on a CPU, time also goes into
-            giving freed memory back around the loss; from "block" on, glibc is told to give freed arrays back at once, for the
-            rest of the process. "none": nothing. The default is "last" if the model can run in slices, which dropout prevents,
-            else "none". Recomputation is non-reentrant and stops below the lowest adapter.
+            giving freed memory back around the loss; from "block" on, before each block too, and glibc is told to give
+            freed arrays back at once, for the rest of the process. "none": nothing. The default is "last" if the model can
+            run in slices, which dropout prevents, else "none". Recomputation is non-reentrant and stops below the lowest
+            adapter.
         chunked_loss: with labels in training mode, ``outputs.loss`` comes without ``outputs.logits``.
         fast_linear: also let frozen layers without an adapter use the faster library, if there is one; quantized
             layers then keep nothing for the backward pass.
@@ -182,7 +183,7 @@ def _keep_blocks(state: LeanState) -> None:
     for block in state.blocks:
         if RecomputedBlock in type(block).__mro__:
             block.__class__ = original_class(RecomputedBlock, type(block))
-        for name in ("recomputes", "_gradient_checkpointing_func", sample_slices.ROWS, CHAINS):
+        for name in ("recomputes", "trims", "_gradient_checkpointing_func", sample_slices.ROWS, CHAINS):
             block.__dict__.pop(name, None)
     state.blocks.clear()
 
@@ -251,6 +252,7 @@ def _recompute(model: nn.Module, state: LeanState, checkpointing: str | int | No
             block.__dict__[CHAINS] = chains
         block.__class__ = mixed_class(RecomputedBlock, type(block))
         block.gradient_checkpointing = True  # type: ignore[assignment]
+        block.trims = every  # type: ignore[assignment]
         block._gradient_checkpointing_func = recompute_block  # type: ignore[assignment]
     if every:
         _recompute_mlps(model, state, blocks, needed=False)

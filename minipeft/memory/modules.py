@@ -131,6 +131,7 @@ class RecomputedBlock(SameFunction):
     """
 
     recomputes: bool = False
+    trims: bool = False  # give freed memory back before each run, not only before the block is computed again
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -146,21 +147,21 @@ def recompute_block(function: Any, *args: Any) -> Any:
     """The checkpointing function for transformers' blocks: non-reentrant, and inactive below the lowest adapter."""
     module = function.args[0] if isinstance(function, partial) and function.args else None
     if not isinstance(module, nn.Module):
-        return _checkpoint(None, function, *args)
+        return _checkpoint(None, False, function, *args)
     if not wants_gradient(module, args, function.keywords):
         return function(*args)
     if len(args) > 1:
         args = without_cache(module, sample_slices.positional_names(function.func)[len(function.args) :], args)
-    checkpointed = partial(_checkpoint, switch_of(module))
+    checkpointed = partial(_checkpoint, switch_of(module), getattr(module, "trims", False))
     chains: Chains | None = module.__dict__.get(CHAINS)
     if chains is not None and args and isinstance(args[0], Tensor) and not is_transformed():
         return chains.run(module, function, args, checkpointed)
     return sample_slices.run(module, function, args, checkpointed)
 
 
-def _checkpoint(switch: Switch | None, function: Any, *args: Any) -> Any:
+def _checkpoint(switch: Switch | None, trims: bool, function: Any, *args: Any) -> Any:
     _forget_sources(*args, *(function.keywords.values() if isinstance(function, partial) else ()))
-    return checkpoint(with_adapters_kept(partial(_trimmed, function), switch), *args, use_reentrant=False)
+    return checkpoint(with_adapters_kept(partial(_trimmed, trims, function), switch), *args, use_reentrant=False)
 
 
 def _forget_sources(*values: Any) -> None:
@@ -173,9 +174,9 @@ def _forget_sources(*values: Any) -> None:
             recompute.forget(value)
 
 
-def _trimmed(function: Any, *args: Any) -> Any:
+def _trimmed(always: bool, function: Any, *args: Any) -> Any:
     """Run a block; where it is computed again, the step takes most memory, so freed memory goes back to the system first."""
-    if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling() and in_backward():
+    if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling() and (always or in_backward()):
         glibc.trim(args[0].device.type)
     return function(*args)
 
