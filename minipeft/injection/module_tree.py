@@ -17,18 +17,15 @@ from minipeft.wrapper_names import named_children, named_modules, wrapper_class
 class Candidate(NamedTuple):
     """A module that could be adapted: all its names, and the (parent, attribute) places that refer to it.
 
-    If there are wrappers such as ``torch.compile``'s around it or above it, `wrapped_names` are the names with those.
+    `base` is the layer itself, without wrappers around it. If there are wrappers such as ``torch.compile``'s around it or
+    above it, `wrapped_names` are the names with those.
     """
 
     module: nn.Module
+    base: nn.Module
     names: tuple[str, ...]
     places: tuple[tuple[nn.Module, str], ...]
     wrapped_names: tuple[str, ...] = ()
-
-    @property
-    def base(self) -> nn.Module:
-        """The layer itself, without wrappers around it."""
-        return innermost(self.module)
 
     @property
     def known_as(self) -> tuple[str, ...]:
@@ -46,7 +43,7 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
         if path != name:
             wrapped.append(path)
     return {
-        names[0]: Candidate(module, tuple(names), tuple(places.values()), tuple(wrapped))
+        names[0]: Candidate(module, innermost(module), tuple(names), tuple(places.values()), tuple(wrapped))
         for module, names, places, wrapped in found.values()
     }
 

@@ -57,12 +57,13 @@ def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_p
     yield site(name, candidate, ops, config)
     for attribute, child_ops in children.items():
         child_name, child = f"{name}.base_layer.{attribute}", base.get_submodule(attribute)
-        if not child_ops.accepts(innermost(child)):
+        inner = Candidate(child, innermost(child), (child_name,), ((base, attribute),))
+        if not child_ops.accepts(inner.base):
             raise TargetError(
                 f"{name}: the weight of its {attribute} is not a plain one, so it cannot be adapted along."
             )
         check_occupants(child_name, child, [child_ops])
-        yield site(child_name, Candidate(child, (child_name,), ((base, attribute),)), child_ops, config, targeted=False)
+        yield site(child_name, inner, child_ops, config, targeted=False)
 
 
 def site(
