@@ -116,7 +116,7 @@ def _first_order(
     start: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of some rows from `start` on, shapes (rows, in), (r, in) and (out, r); without the rows none of A."""
-    wants_x, (_, _, _, wants_A, wants_B, *_) = _wants_x(ctx), ctx.needs_input_grad
+    _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
     s, mask = ctx.scaling, ctx.mask
     dx = dA = dB = None
     if wants_B:
@@ -124,9 +124,9 @@ def _first_order(
             h = project_down(rows, lora_A, mask)
         assert h is not None
         dB = matmul.scaled(dy.t(), h, s, ctx.dtypes[1])
-    g = matmul.narrow(dy, lora_B) if wants_A or (wants_x and not merged) else None  # (rows, r)
-    if wants_x and W is not None:
-        dx = matmul.linear(dy, W.t())
+    g = matmul.narrow(dy, lora_B) if wants_A or (W is not None and not merged) else None  # (rows, r)
+    if W is not None:
+        dx = matmul.times(dy, W)
         if mask is None and g is not None and not merged:
             matmul.add_product(dx, g, lora_A, s)
     if mask is not None and g is not None:

@@ -130,16 +130,14 @@ def _product(
     linear: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """The output of some rows, and h of shape (rows, r), or None if the backward pass had better make it."""
-    W = held_or_made(weight, rows.dtype)
-    merges = mask is None and merged_weight.pays(rows, W)
-    if merges:
-        W = merged_weight.merged(W, lora_A, lora_B, scaling, in_place=W is not weight)
-    y = linear(rows, W, None if bias is None else held_or_made(bias, rows.dtype))
-    if merges:
-        return y, None
-    h = project_down(rows, lora_A, mask)
-    matmul.add_product(y, h, lora_B.t(), scaling)
-    return y, h
+    W, bias = held_or_made(weight, rows.dtype), None if bias is None else held_or_made(bias, rows.dtype)
+    if mask is None and merged_weight.pays(rows, W):
+        return linear(rows, merged_weight.merged(W, lora_A, lora_B, scaling, in_place=W is not weight), bias), None
+    if mask is None and matmul.torch_suffices(rows, max(lora_B.shape)):  # for each of the three products
+        h = F.linear(rows, lora_A)
+        return F.linear(rows, W, bias).addmm_(h, lora_B.t(), alpha=scaling), h
+    y, h = linear(rows, W, bias), project_down(rows, lora_A, mask)
+    return matmul.add_product(y, h, lora_B.t(), scaling), h
 
 
 class _LoraLinear(torch.autograd.Function):

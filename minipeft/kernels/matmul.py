@@ -65,12 +65,19 @@ def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room:
 
 def torch_suffices(x: Tensor, out_features: int) -> bool:
     """Whether torch's own product is the fastest for certain: not on a CPU, or so small that all else would take longer."""
-    return x.device.type != "cpu" or x.numel() * out_features < WORTH_IT
+    return not x.is_cpu or x.numel() * out_features < WORTH_IT
+
+
+def times(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, shapes (p, q) and (q, r), outside autograd."""
+    return torch.mm(left, right) if torch_suffices(left, right.shape[1]) else linear(left, right.t())
 
 
 def narrow(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, shapes (p, q) and (q, few), outside autograd, in the fastest of several ways."""
-    if not torch_suffices(left, right.shape[1]) and beats_torch(left, right.t()):
+    if torch_suffices(left, right.shape[1]):
+        return torch.mm(left, right)
+    if beats_torch(left, right.t()):
         transposed = left.stride(0) < left.stride(1)
         return linear(right.t(), left).t() if transposed else linear(left, right.t())
     return torch_narrow(left, right)
@@ -84,7 +91,7 @@ def torch_narrow(left: Tensor, right: Tensor) -> Tensor:
 
 def scaled(left: Tensor, right: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     """``alpha * left @ right`` in this dtype, contiguous, outside autograd; the result has few rows or few columns."""
-    if left.device.type != "cpu":  # as few calls as can be: each takes longer there than so small an array
+    if not left.is_cpu:  # as few calls as can be: each takes longer there than so small an array
         if keeps_sums(left, dtype):
             sums = torch.mm(left, right, out_dtype=dtype)
             return sums if alpha == 1 else sums.mul_(alpha)

@@ -13,9 +13,10 @@ def pays(rows: Tensor, weight: Tensor) -> bool:
 
     Only in full precision, where it rounds no worse than the products, and on a CPU.
     """
+    if not rows.is_cpu or rows.dtype not in (torch.float32, torch.float64):
+        return False
     out_features, in_features = weight.shape
-    full = rows.dtype in (torch.float32, torch.float64) and rows.device.type == "cpu"
-    return full and len(rows) * (in_features + out_features) >= 2 * in_features * out_features
+    return rows.shape[0] * (in_features + out_features) >= 2 * in_features * out_features
 
 
 def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, in_place: bool) -> Tensor:
