@@ -1,5 +1,6 @@
 """`add_weighted_adapter` against PEFT's on the same files, against float64 algebra, and what it refuses."""
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -7,6 +8,7 @@ import math
 
 import pytest
 import torch
+from fake_tf32 import autocast, tf32_allowed
 from rotation import thinned
 from tiny_models import adapted, bert_classifier, disturb, foreign_code, gpt2, logits, refuses, state_digest
 from torch import nn
@@ -578,13 +580,14 @@ def test_ctrl_c_at_any_step_leaves_the_model_as_it_was(step, monkeypatch):
         model.add_weighted_adapter(AB, [1, 1], "n")
 
 
+@pytest.mark.parametrize("lowered", [autocast, tf32_allowed])
 @pytest.mark.parametrize(("combination_type", "density"), [("svd", None), ("ties_svd", 0.5)])
-def test_autocast_changes_nothing_of_a_combination(combination_type, density):
+def test_autocast_and_tf32_change_nothing_of_a_combination(combination_type, density, lowered):
     made = []
-    for enabled in (False, True):
+    for around in (contextlib.nullcontext, lowered):
         model = adapted(init_lora_weights=False)
         model.add_adapter("b", LoraConfig(r=4))
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with around():
             report = model.add_weighted_adapter(["default", "b"], [1, 2], "c", combination_type, density=density)
         made.append((report, model.adapter_state_dict("c")))
     assert made[0][0] == made[1][0]

@@ -1,11 +1,13 @@
 """LoRA's other starts (PiSSA, OLoRA, orthogonal), a bias on B, a frozen A, and the way back to plain LoRA."""
 
+import contextlib
 import copy
 import json
 import pickle
 
 import pytest
 import torch
+from fake_tf32 import autocast, tf32_allowed
 from safetensors.torch import load_file
 from tiny_layers import OneLayer, canonical_weight, example
 from tiny_models import disturb, foreign_code, gpt2, llama, logits, token_ids
@@ -51,12 +53,13 @@ def save_plain(model, directory):
     save_adapter(directory, tensors, config, base_samples(model, "default"))
 
 
+@pytest.mark.parametrize("lowered", [autocast, tf32_allowed])
 @pytest.mark.parametrize("init", [*OF_WEIGHT, "orthogonal"])
-def test_autocast_changes_nothing_of_a_start(init):
+def test_autocast_and_tf32_change_nothing_of_a_start(init, lowered):
     models = []
-    for enabled in (False, True):
+    for around in (contextlib.nullcontext, lowered):
         torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with around():
             models.append(one_layer("linear", init, torch.float32)[1].state_dict())
     assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
 

@@ -6,6 +6,7 @@ import functools
 import pytest
 import tiny_models
 import torch
+from fake_tf32 import autocast, tf32_allowed
 from tiny_models import disturb, gpt2, llama, logits, state_digest
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -91,13 +92,14 @@ def test_unmerging_does_not_depend_on_what_became_of_the_adapter_or_the_threads(
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
+@pytest.mark.parametrize("lowered", [autocast, tf32_allowed])
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_dora": True}])
-def test_autocast_changes_nothing_of_a_merge_nor_of_taking_it_back(options):
+def test_autocast_and_tf32_change_nothing_of_a_merge_nor_of_taking_it_back(options, lowered):
     model = adapted(scale=0.01, **options)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     model.merge_adapter()
     merged = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with lowered():
         with model.disable_adapter():
             assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
         assert all(torch.equal(p, merged[n]) for n, p in model.named_parameters())

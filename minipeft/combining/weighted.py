@@ -21,9 +21,9 @@ from minipeft.injection.attach import attach
 from minipeft.injection.build import build
 from minipeft.injection.plan import plan
 from minipeft.injection.state import STATE, AdapterState
+from minipeft.kernels.full_precision import full_precision
 from minipeft.kernels.functional import is_finite
 from minipeft.kernels.generators import generators_kept
-from minipeft.kernels.without_autocast import without_autocast
 from minipeft.options import rank as checked_rank
 
 METHOD = "lora"
@@ -32,7 +32,7 @@ Values = dict[str, tuple[Tensor, Tensor, "Tensor | None"]]
 
 
 @torch.no_grad()
-@without_autocast()
+@full_precision()
 def add_weighted(
     model: nn.Module, weights: Mapping[str, float], adapter_name: str, how: Combination, *, different_targets: bool
 ) -> CombineReport:

@@ -13,7 +13,7 @@ from minipeft.errors import TargetError, told_error
 from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite, SavedSite
-from minipeft.kernels.without_autocast import without_autocast
+from minipeft.kernels.full_precision import full_precision
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
 from minipeft.options import flag
@@ -56,7 +56,7 @@ def shared_tensors(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
     return {f"{ROOT}{key}": tensor for adapter in adapters for key, tensor in adapter.shared_tensors().items()}
 
 
-@without_autocast()  # or adapters would start from rounded products
+@full_precision()  # or adapters would start from rounded products
 def build(
     plan: Plan,
     *,

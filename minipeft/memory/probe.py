@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import LeanError
 from minipeft.interrupts import interrupts_deferred
+from minipeft.kernels.full_precision import full_precision
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
@@ -25,8 +26,8 @@ SEED = 20
 class Probe:
     """Loss and gradients of a model as it is now, to compare with those of the changed model.
 
-    The model runs in training mode with seeded random generators. The generators, the modules' modes and the buffers
-    are restored afterwards, and nothing is written to ``.grad``.
+    The model runs in training mode and full precision with seeded random generators. The generators, the modules' modes
+    and the buffers are restored afterwards, and nothing is written to ``.grad``.
     """
 
     def __init__(self, model: nn.Module, *, with_labels: bool) -> None:
@@ -99,7 +100,7 @@ def _run(model: nn.Module, with_labels: bool) -> tuple[Tensor, list[Tensor]]:
         )
     elif getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
-    with _as_in_training(model), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with _as_in_training(model), torch.enable_grad(), full_precision():
         output = model(**inputs)
         result = output.loss if with_labels else getattr(output, "logits", None)
         result = output[0] if result is None else result  # of a body without a head: its hidden state

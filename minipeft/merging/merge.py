@@ -12,7 +12,7 @@ from torch import nn
 from minipeft.errors import MergeError
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.interrupts import interrupts_deferred
-from minipeft.kernels.without_autocast import without_autocast
+from minipeft.kernels.full_precision import full_precision
 from minipeft.merging.plan import Options, plan_merge
 from minipeft.merging.report import MergeReport
 from minipeft.merging.steps import AddInPlace, Step
@@ -22,7 +22,7 @@ Progress = Callable[[list[Step]], Iterable[Step]]
 
 
 @torch.no_grad()
-@without_autocast()
+@full_precision()
 def merge(
     model: nn.Module,
     adapter_names: Iterable[str],
@@ -98,7 +98,7 @@ def merged_names(model: nn.Module) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-@without_autocast()
+@full_precision()
 def unmerge(model: nn.Module) -> None:
     """Bring back, bit for bit, every weight that `merge` changed.
 

@@ -23,7 +23,7 @@ from minipeft.files.reading import as_path, reading
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.attach import attach
 from minipeft.injection.module_tree import TensorIndex, adapted_layers
-from minipeft.kernels.without_autocast import without_autocast
+from minipeft.kernels.full_precision import full_precision
 from minipeft.layers.offloaded import present
 from minipeft.merging.from_disk.base import Base, open_base
 from minipeft.merging.from_disk.check import Checked, check_files
@@ -69,7 +69,7 @@ class DiskMerge:
 
 @all_or_nothing
 @torch.no_grad()
-@without_autocast()
+@full_precision()
 def merge_from_disk(
     base: str | PathLike[str],
     adapter: str | PathLike[str],
