@@ -12,7 +12,7 @@ from minipeft.errors import CheckpointError
 from minipeft.files.file_names import CONFIG_FILE
 from minipeft.files.formats.known import NAMES, format_of, weights_in
 from minipeft.files.not_an_adapter import folder_named
-from minipeft.files.tensor_file import TensorFile, open_tensors
+from minipeft.files.tensor_file import Entry, TensorFile, open_tensors
 
 # What a tool writes next to its weights, and says what they mean.
 BESIDE = (CONFIG_FILE, "config.json", "hyperparameters.yaml", "model_config.yaml")
@@ -47,9 +47,8 @@ def _is_adapter(path: str, names: Sequence[str], repo_id: str, commit: str | Non
         found = HfApi(token=token, library_name="minipeft").parse_safetensors_file_metadata(
             repo_id, path, revision=commit
         )
-        shapes = {key: tuple(info.shape) for key, info in found.tensors.items()}
-        dtypes = {key: info.dtype for key, info in found.tensors.items()}
-        return format_of(TensorFile(Path(path), shapes, dtypes, found.metadata)) is not None
+        entries = {key: Entry(tuple(info.shape), info.dtype, (key,)) for key, info in found.tensors.items()}
+        return format_of(TensorFile(Path(path), entries, found.metadata)) is not None
     return False
 
 

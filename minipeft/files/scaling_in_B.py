@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig, config_from_dict
-from minipeft.files.tensor_file import Made, TensorFile, damaged
+from minipeft.files.tensor_file import TensorFile, damaged
 from minipeft.injection.build import PREFIX
 
 SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
@@ -65,11 +65,11 @@ def with_own_scaling(
     scalings = _scalings(weights.shapes, config_from_dict(own, f"{weights.path}"))
     if 0.0 in scalings.values():
         raise damaged(weights.path, "a scaling of 0 cannot have been in B")
-    made = {
-        key: Made((key,), weights.shapes[key], weights.dtypes[key], functools.partial(_divided, scaling=scaling))
+    divided = {
+        key: weights.making(functools.partial(_divided, scaling=scaling), [key], weights.shapes[key])
         for key, scaling in scalings.items()
     }
-    return replace(weights, made=made), own
+    return replace(weights, entries={**weights.entries, **divided}), own
 
 
 def _divided(B: Tensor, scaling: float) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from torch import Tensor
@@ -20,39 +21,52 @@ MAX_HEADER_BYTES = 2**24
 MAX_DIMENSIONS = 16  # a long shape takes long to multiply and to show
 
 
-@dataclass(frozen=True)
-class Made:
-    """A tensor that the file holds in another form, made when it is read."""
+class Entry(NamedTuple):
+    """A tensor of a file, unread."""
 
-    sources: tuple[str, ...]  # the tensors that it is made of, by the keys that stand in the file
     shape: tuple[int, ...]
-    dtype: str
-    function: Callable[..., Tensor]  # of the sources in their order
+    dtype: str  # "F32", "BF16", ...
+    sources: tuple[str, ...]  # what it is read from, by the keys that stand in the file
+    function: Callable[..., Tensor] | None = (
+        None  # makes it of the sources, in their order; None: it is the only source
+    )
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file whose header has been read: shapes, dtypes ("F32", "BF16", ...) and metadata by key.
-
-    `stored_as` says which key stands in the file for one that was renamed, and `made` how to make one that does not.
-    """
+    """A safetensors file whose header has been read; the keys need not be those that stand in it."""
 
     path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
+    entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
-    stored_as: Mapping[str, str] = field(default_factory=dict, kw_only=True)
-    made: Mapping[str, Made] = field(default_factory=dict, kw_only=True)
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        return {key: entry.shape for key, entry in self.entries.items()}
+
+    @functools.cached_property
+    def dtypes(self) -> Mapping[str, str]:
+        """The dtype of each tensor."""
+        return {key: entry.dtype for key, entry in self.entries.items()}
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same file under other keys; as it is if two keys would become one."""
-        keys = {rename(key): key for key in self.shapes}
-        if len(keys) < len(self.shapes):
-            return self
-        shapes, dtypes = ({new: old[key] for new, key in keys.items()} for old in (self.shapes, self.dtypes))
-        stored_as = {new: self.stored_as.get(key, key) for new, key in keys.items()}
-        made = {new: self.made[key] for new, key in keys.items() if key in self.made}
-        return replace(self, shapes=shapes, dtypes=dtypes, stored_as=stored_as, made=made)  # type: ignore[arg-type]
+        entries = {rename(key): entry for key, entry in self.entries.items()}
+        return replace(self, entries=entries) if len(entries) == len(self.entries) else self
+
+    def making(
+        self, function: Callable[..., Tensor], keys: Sequence[str], shape: Sequence[int], dtype: str | None = None
+    ) -> Entry:
+        """A tensor that a function makes of these, when it is read; by default it has the dtype of the first."""
+        parts = [self.entries[key] for key in keys]
+
+        def of_stored(*tensors: Tensor) -> Tensor:
+            left = iter(tensors)
+            return function(*(_made(part, [next(left) for _ in part.sources]) for part in parts))
+
+        sources = tuple(source for part in parts for source in part.sources)
+        return Entry(tuple(shape), dtype or parts[0].dtype, sources, of_stored)
 
     def read(self, keys: Iterable[str] | None = None, *, finite: bool = True) -> dict[str, Tensor]:
         """Read these tensors (None: all) into memory.
@@ -64,7 +78,7 @@ class TensorFile:
             before = _state_of(self.path)
             # Not mapped: each tensor has memory of its own, since the file may be removed while its tensors are in use.
             with safe_open(self.path, "pt", backend="pread") as file:
-                tensors = {key: self._tensor(file, key) for key in (self.shapes if keys is None else keys)}
+                tensors = {key: _read(file, self.entries[key]) for key in (self.entries if keys is None else keys)}
             changed = before != _state_of(self.path)
         except Exception as error:  # the library's and the system's
             raise damaged(self.path, error) from None
@@ -75,14 +89,17 @@ class TensorFile:
             raise CheckpointError(f"{self.path} holds NaN or infinity in {shown(broken, 3)}.")
         return tensors
 
-    def _tensor(self, file: Any, key: str) -> Tensor:
-        if key not in self.made:
-            tensor: Tensor = file.get_tensor(self.stored_as.get(key, key))
-            return tensor
-        sources = [file.get_tensor(source) for source in self.made[key].sources]
-        made = self.made[key].function(*sources).contiguous()
-        whole = {source.untyped_storage().data_ptr() for source in sources}
-        return made.clone() if made.untyped_storage().data_ptr() in whole else made  # a part does not keep all of it
+
+def _read(file: Any, entry: Entry) -> Tensor:
+    sources = [file.get_tensor(source) for source in entry.sources]
+    made = _made(entry, sources).contiguous()
+    whole = {source.untyped_storage().data_ptr() for source in sources}
+    is_part = entry.function is not None and made.untyped_storage().data_ptr() in whole
+    return made.clone() if is_part else made  # a part does not keep all of it
+
+
+def _made(entry: Entry, sources: list[Tensor]) -> Tensor:
+    return sources[0] if entry.function is None else entry.function(*sources)
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
@@ -103,16 +120,17 @@ def open_tensors(path: Path) -> TensorFile:
         _check_header_length(path)
         with safe_open(path, "pt") as file:
             slices = {key: file.get_slice(key) for key in sorted(file.keys())}
-            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-            dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
+            entries = {
+                key: Entry(tuple(part.get_shape()), str(part.get_dtype()), (key,)) for key, part in slices.items()
+            }
             metadata = file.metadata() or {}
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
     except Exception as error:
         raise damaged(path, error) from None
-    if any(len(shape) > MAX_DIMENSIONS for shape in shapes.values()):
+    if any(len(entry.shape) > MAX_DIMENSIONS for entry in entries.values()):
         raise damaged(path, f"a tensor of more than {MAX_DIMENSIONS} dimensions")
-    return TensorFile(path, shapes, dtypes, metadata)
+    return TensorFile(path, entries, metadata)
 
 
 def _check_header_length(path: Path) -> None:

@@ -98,8 +98,8 @@ def _without(contents: Contents, drop: Collection[Part], made: Made) -> Contents
     options |= {"trainable_token_indices"} if Part.TOKENS in drop else set()
     made.dropped += sorted(gone)
     weights, config = contents.weights, {**contents.config, **dict.fromkeys(options & contents.config.keys())}
-    shapes, dtypes = ({k: v for k, v in table.items() if k not in gone} for table in (weights.shapes, weights.dtypes))
-    left = replace(contents, config=config, weights=replace(weights, shapes=shapes, dtypes=dtypes))  # type: ignore[arg-type]
+    entries = {key: entry for key, entry in weights.entries.items() if key not in gone}
+    left = replace(contents, config=config, weights=replace(weights, entries=entries))
     if not left.layers:
         raise CheckpointError(f"{contents.directory}: without {shown(sorted(drop))} no update is left.")
     if Part.HEAD in drop and gone:

@@ -17,7 +17,7 @@ from minipeft.files.empty_model import empty_model
 from minipeft.files.format import NAMES, open_adapter
 from minipeft.files.names.to_old import with_old_names
 from minipeft.files.strict_json import read_object
-from minipeft.files.tensor_file import TensorFile
+from minipeft.files.tensor_file import Entry, TensorFile
 from minipeft.injection.build import PREFIX
 from minipeft.readers.contents import Contents
 from minipeft.readers.names import Reader
@@ -39,7 +39,9 @@ def under_old_names(
         )
     weights, folder = contents.weights, _base(contents, base)
     config = config_from_dict(dict(contents.config))
-    file = replace(open_adapter(contents.directory), shapes=weights.shapes, dtypes=weights.dtypes, config=config)
+    file = open_adapter(contents.directory)
+    entries = {key: entry for key, entry in file.entries.items() if key in weights.entries}  # some may be dropped
+    file = replace(file, entries=entries, config=config)
     auto_mapping: Any = contents.config.get("auto_mapping")
     model = empty_model(folder, read_object(folder / CONFIG), file, auto_mapping).model
     tensors, options = with_old_names(model, file, contents.config)
@@ -48,9 +50,8 @@ def under_old_names(
         made.done.append(
             f"{len(renamed)} tensors have names of transformers 4, such as {renamed[0].removeprefix(PREFIX)}."
         )
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    dtypes = {key: NAMES[tensor.dtype] for key, tensor in tensors.items()}
-    return Contents(contents.directory, options, TensorFile(weights.path, shapes, dtypes, weights.metadata)), tensors
+    entries = {key: Entry(tuple(t.shape), NAMES[t.dtype], (key,)) for key, t in tensors.items()}
+    return Contents(contents.directory, options, TensorFile(weights.path, entries, weights.metadata)), tensors
 
 
 def _base(contents: Contents, base: Path | None) -> Path:

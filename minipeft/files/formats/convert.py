@@ -100,7 +100,7 @@ def _convert(
 
 def _as_peft(part: Part, path: Path) -> dict[str, bytes]:
     config = config_from_dict(part.values, f"{path}").to_dict()
-    weights = safetensors.torch.save(part.tensors.read(), {"format": "pt"})
+    weights = safetensors.torch.save(TensorFile(path, part.entries, {}).read(), {"format": "pt"})
     return {WEIGHTS_FILE: weights, CONFIG_FILE: config_text(config)}
 
 

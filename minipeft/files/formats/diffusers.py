@@ -14,7 +14,7 @@ from typing import Any
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Format, Module, Part, Source, part, rank_of
 from minipeft.files.strict_json import parse
-from minipeft.files.tensor_file import Made, TensorFile
+from minipeft.files.tensor_file import TensorFile
 from minipeft.patterns import first_keys
 
 WEIGHTS_FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
@@ -74,7 +74,7 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
     for name, known in ends.items():
         rank = rank_of(source, known.get("lora_A.weight", ""), known.get("lora_B.weight", ""))
         alpha = given.get(name, numbers.get(known.get("alpha", ""), rank))
-        tensors: dict[str, str | Made] = {end: key for end, key in known.items() if end != "alpha"}
+        tensors = {end: file.entries[key] for end, key in known.items() if end != "alpha"}
         modules[name] = Module(tensors, rank, alpha)
     values = {key: metadata[key] for key in _KEPT if key in metadata}
     return part(source, keys, modules, spent=alphas, known=source.modules(component), **values)

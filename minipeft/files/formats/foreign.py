@@ -1,7 +1,7 @@
 """What a file of another tool comes to: a configuration of PEFT's kind, and tensors under PEFT's keys.
 
 A format is a file of this folder with a `Format`: it knows its files by their keys, and says for each module which
-tensors it has. Nothing is computed before the tensors are read (see `Made`). That every stored tensor has found a place,
+tensors it has. Nothing is computed before the tensors are read (see `Entry`). That every stored tensor has found a place,
 and every module has what it needs, is checked here for all formats.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minipeft.errors import CheckpointError, shown
-from minipeft.files.tensor_file import Made, TensorFile
+from minipeft.files.tensor_file import Entry, TensorFile
 from minipeft.injection.build import PREFIX
 from minipeft.patterns import endings
 
@@ -35,9 +35,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Module:
-    """What a file holds for one module: each tensor by the end of PEFT's key, as the stored key or how it is made."""
+    """What a file holds for one module: each tensor by the end of PEFT's key."""
 
-    tensors: Mapping[str, str | Made]
+    tensors: Mapping[str, Entry]
     r: int
     alpha: float
 
@@ -47,7 +47,7 @@ class Part:
     """An adapter for one component of a model, as PEFT's kind."""
 
     values: Mapping[str, Any]  # of adapter_config.json
-    tensors: TensorFile
+    entries: Mapping[str, Entry]  # by PEFT's keys
 
 
 def whole(keys: Iterable[str]) -> dict[str, list[str]]:
@@ -93,9 +93,8 @@ def part(
     Raises:
         CheckpointError: a stored tensor has no place, or a module lacks one or is of another rank.
     """
-    tensors = {f"{PREFIX}{name}.{end}": how for name, module in modules.items() for end, how in module.tensors.items()}
-    file = source.file
-    used = {key for how in tensors.values() for key in (how.sources if isinstance(how, Made) else (how,))}
+    entries = {f"{PREFIX}{name}.{end}": entry for name, own in modules.items() for end, entry in own.tensors.items()}
+    file, used = source.file, {key for entry in entries.values() for key in entry.sources}
     left = [key for key in keys if key not in used and key not in spent]
     if left or not modules:
         raise CheckpointError(f"{file.path}: there is no place in an adapter for {shown(left, 3)}.")
@@ -104,21 +103,11 @@ def part(
             raise CheckpointError(f"{file.path}: {name} has {shown(sorted(module.tensors))} alone, not a pair.")
         if rank not in (None, module.r):
             raise CheckpointError(f"{file.path}: {name} is of rank {module.r}, and the configuration says {rank}.")
-    stored = {key: how for key, how in tensors.items() if isinstance(how, str)}
-    made = {key: how for key, how in tensors.items() if isinstance(how, Made)}
-    translated = replace(
-        file,
-        shapes={**{k: file.shapes[how] for k, how in stored.items()}, **{k: how.shape for k, how in made.items()}},
-        dtypes={**{k: file.dtypes[how] for k, how in stored.items()}, **{k: how.dtype for k, how in made.items()}},
-        metadata={},
-        stored_as=stored,
-        made=made,
-    )
     config = {"peft_type": peft_type, **_ranks(modules, "alpha" if peft_type != "LORA" else "lora_alpha")}
     for option, end in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
         if any(end in module.tensors for module in modules.values()):
             config[option] = True
-    return Part({**config, **_targets(modules, known), **values}, translated)
+    return Part({**config, **_targets(modules, known), **values}, entries)
 
 
 def _ranks(modules: Mapping[str, Module], alpha: str) -> dict[str, Any]:

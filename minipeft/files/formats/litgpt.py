@@ -7,8 +7,10 @@ names, and some are one layer in transformers, see `minipeft.files.formats.litgp
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +19,12 @@ from torch import Tensor
 
 from minipeft.errors import CheckpointError, told, told_error
 from minipeft.files.formats.foreign import Format, Module, Part, Source, part, rank_of
-from minipeft.files.formats.litgpt_families import family
-from minipeft.files.formats.litgpt_qkv import LEGACY, Heads, qkv_modules
+from minipeft.files.formats.litgpt_families import Family, family
 from minipeft.files.reading import read_limited
-from minipeft.files.tensor_file import Made, TensorFile
+from minipeft.files.tensor_file import TensorFile
 
 OPTIONS = ("lora_query", "lora_key", "lora_value")
+LEGACY = "attn.attn"  # the layer's name up to litgpt 0.5.4
 FUSED = ("attn.qkv", LEGACY)
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**16, 16
 _KEY = re.compile(r"(?:transformer\.h\.(\d{1,6})\.([\w.]+)|(lm_head))\.lora_([AB])")
@@ -53,7 +55,7 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
         inner = match[2]
         if inner in FUSED:
             adapted = [place for place, option in enumerate(OPTIONS) if training.get(option) is True]
-            made = qkv_modules(source, stem, adapted, _heads(source, model), known, r, alpha)
+            made = _qkv(source, stem, adapted, _heads(source, model), known, r, alpha)
         elif inner == "mlp.fc_1" and known.gate_up:
             made = {known.gate_up: _joined(source, stem, f"{stem.removesuffix('1')}2", r, alpha)}
         else:
@@ -103,7 +105,8 @@ def _plain(source: Source, stem: str, r: int, alpha: float) -> Module:
     a, b = f"{stem}.lora_A", f"{stem}.lora_B"
     if rank_of(source, a, b) != r:
         raise CheckpointError(f"{source.file.path}: {stem} is not of rank {r}, as hyperparameters.yaml says.")
-    return Module({"lora_A.weight": a, "lora_B.weight": b}, r, alpha)
+    entries = source.file.entries
+    return Module({"lora_A.weight": entries[a], "lora_B.weight": entries[b]}, r, alpha)
 
 
 def _joined(source: Source, one: str, two: str, r: int, alpha: float) -> Module:
@@ -111,17 +114,34 @@ def _joined(source: Source, one: str, two: str, r: int, alpha: float) -> Module:
     for stem in (one, two):
         _plain(source, stem, r, alpha)
     (a, b), (c, d) = ((f"{stem}.lora_A", f"{stem}.lora_B") for stem in (one, two))
-    shapes, dtypes = source.file.shapes, source.file.dtypes
-    down, up = (2 * r, shapes[a][1]), (shapes[b][0] + shapes[d][0], 2 * r)
-    tensors: dict[str, str | Made] = {
-        "lora_A.weight": Made((a, c), down, dtypes[a], _under),
-        "lora_B.weight": Made((b, d), up, dtypes[b], torch.block_diag),
+    shapes, making = source.file.shapes, source.file.making
+    tensors = {
+        "lora_A.weight": making(lambda *downs: torch.cat(downs), [a, c], (2 * r, shapes[a][1])),
+        "lora_B.weight": making(torch.block_diag, [b, d], (shapes[b][0] + shapes[d][0], 2 * r)),
     }
     return Module(tensors, 2 * r, 2 * alpha)
 
 
-def _under(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
+@dataclass(frozen=True)
+class Heads:
+    """The attention's heads."""
+
+    count: int
+    groups: int
+    size: int
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """How many rows q, k and v have."""
+        return self.count * self.size, self.groups * self.size, self.groups * self.size
+
+    def apart(self) -> tuple[Tensor, ...]:
+        """The rows of q, k and v, if all of q come first, then all of k."""
+        return torch.split(torch.arange(sum(self.rows), device="cpu"), list(self.rows))
+
+    def by_group(self) -> Tensor:
+        """The same rows in the order of a weight that has those of each query group together."""
+        return torch.cat([rows.view(self.groups, -1) for rows in self.apart()], 1).flatten()
 
 
 def _heads(source: Source, model: Mapping[str, Any]) -> Heads:
@@ -138,6 +158,60 @@ def _heads(source: Source, model: Mapping[str, Any]) -> Heads:
             f"{told((count, groups, size))}."
         )
     return Heads(*numbers)
+
+
+def _qkv(
+    source: Source, stem: str, adapted: Sequence[int], heads: Heads, family: Family, r: int, alpha: float
+) -> dict[str, Module]:
+    """The modules, by the end of transformers' name, that an adapted layer of q, k and v comes to.
+
+    A layer that has rows of several of them gets the A of each, one under the other, and a B with zeros between the
+    parts. `adapted` says which of q (0), k (1) and v (2) are.
+
+    Raises:
+        CheckpointError: the factors are not those of these options.
+    """
+    a, b = f"{stem}.lora_A", f"{stem}.lora_B"
+    shapes, sizes = [source.file.shapes.get(key, ()) for key in (a, b)], [heads.rows[place] for place in adapted]
+    needed = (r * len(adapted), sum(sizes))
+    if len(shapes[0]) != 2 or shapes[0][0] != needed[0] or shapes[1] != (needed[1], r):
+        raise CheckpointError(
+            f"{source.file.path}: {stem} has factors {told([list(s) for s in shapes])}; the two YAML files ask for "
+            f"{needed[0]} rows of A and {[needed[1], r]} of B."
+        )
+    stored = torch.cat([heads.apart()[place] for place in adapted])
+    if stem.endswith(LEGACY) and len(adapted) == len(heads.rows):
+        # Its weight had each query group together. Where all three are adapted, `zero_pad` leaves B's rows in that order.
+        stored = heads.by_group()
+    blocks = torch.split(stored, sizes)
+    wanted = (
+        heads.apart() if len(family.qkv) > 1 else (heads.by_group() if family.by_group else torch.cat(heads.apart()),)
+    )
+    made = {}
+    for name, rows in zip(family.qkv, wanted, strict=True):
+        used = [number for number, block in enumerate(blocks) if torch.isin(block, rows).any()]
+        if used:
+            A = functools.partial(_down, used=used, r=r)
+            B = functools.partial(_up, blocks=blocks, used=used, rows=rows, features=sum(heads.rows))
+            tensors = {
+                "lora_A.weight": source.file.making(A, [a], (r * len(used), shapes[0][1])),
+                "lora_B.weight": source.file.making(B, [b], (len(rows), r * len(used))),
+            }
+            made[name] = Module(tensors, r * len(used), alpha * len(used))
+    return made
+
+
+def _down(A: Tensor, used: Sequence[int], r: int) -> Tensor:
+    return torch.cat([A[r * number : r * (number + 1)] for number in used])
+
+
+def _up(B: Tensor, blocks: Sequence[Tensor], used: Sequence[int], rows: Tensor, features: int) -> Tensor:
+    """The rows of B for these of all output features, those of each block in columns of its own."""
+    parts = torch.split(B, [len(block) for block in blocks])
+    whole = B.new_zeros(features, len(used), B.shape[1])
+    for column, number in enumerate(used):
+        whole[blocks[number], column] = parts[number]
+    return whole[rows].flatten(1)
 
 
 LITGPT = Format("litgpt", knows, read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.formats.foreign import Module, Source, rank_of
-from minipeft.files.tensor_file import Made
+from minipeft.files.tensor_file import Entry
 from minipeft.methods.lokr import factorise
 
 LORA = {"lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"}
@@ -65,25 +66,21 @@ def _lora_module(source: Source, name: str, ends: Mapping[str, str], alphas: Map
     down, up, mid, dora = (
         ends.get(end, "") for end in ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale")
     )
-    shapes, dtypes, path = source.file.shapes, source.file.dtypes, source.file.path
+    file, shapes = source.file, source.file.shapes
     if mid:
         return _with_core(source, name, ends, alphas)
     rank = rank_of(source, down, up)
-    tensors: dict[str, str | Made] = {"lora_A.weight": down, "lora_B.weight": up}
+    tensors = {"lora_A.weight": file.entries[down], "lora_B.weight": file.entries[up]}
     if dora:
         rows, ones = shapes[up][0], (1,) * (len(shapes[down]) - 1)
         if shapes[dora] != (rows, *ones) or rows == 1:
             raise CheckpointError(
-                f"{path}: {name} has a dora_scale of {list(shapes[dora])}; {[rows, *ones]} is read, one number for each output."
+                f"{file.path}: {name} has a dora_scale of {list(shapes[dora])}; {[rows, *ones]} is read, one number for each output."
             )
         shape = (1, rows, *ones[1:]) if ones[1:] else (rows,)
-        tensors["lora_magnitude_vector"] = Made((dora,), shape, dtypes[dora], _across if ones[1:] else Tensor.flatten)
+        as_peft_has_it = functools.partial(torch.reshape, shape=shape)
+        tensors["lora_magnitude_vector"] = file.making(as_peft_has_it, [dora], shape)
     return Module(tensors, rank, _alpha(ends, alphas, rank))
-
-
-def _across(magnitude: Tensor) -> Tensor:
-    """A convolution's (out, 1, ...) as PEFT has it, (1, out, ...)."""
-    return magnitude.transpose(0, 1)
 
 
 def _with_core(source: Source, name: str, ends: Mapping[str, str], alphas: Mapping[str, float]) -> Module:
@@ -97,11 +94,12 @@ def _with_core(source: Source, name: str, ends: Mapping[str, str], alphas: Mappi
         raise CheckpointError(
             f"{source.file.path}: {name}: lora_down, lora_mid and lora_up of {[first, core, last]} do not fit."
         )
-    made = Made((mid, down), (rank, first[1], *core[2:]), source.file.dtypes[down], _through_core)
-    return Module({"lora_A.weight": made, "lora_B.weight": up}, rank, _alpha(ends, alphas, first[0]))
+    made = source.file.making(_through_core, [down, mid], (rank, first[1], *core[2:]))
+    tensors = {"lora_A.weight": made, "lora_B.weight": source.file.entries[up]}
+    return Module(tensors, rank, _alpha(ends, alphas, first[0]))
 
 
-def _through_core(mid: Tensor, down: Tensor) -> Tensor:
+def _through_core(down: Tensor, mid: Tensor) -> Tensor:
     product = torch.einsum("ab...,bi->ai...", mid.double(), down.double().flatten(1))
     return product.to(down.dtype)
 
@@ -119,23 +117,20 @@ def _loha(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
         if len(ranks) > 1:
             raise CheckpointError(f"{source.file.path}: the two factors of {name} have ranks {shown(sorted(ranks))}.")
         rank = ranks.pop()
-        tensors = {end: ends[end] for end in sorted(LOHA)} | {
-            end: _core(source, name, ends[end], rank) for end in sorted(cores)
-        }
+        tensors = {end: source.file.entries[ends[end]] for end in sorted(LOHA)}
+        tensors |= {end: _core(source, name, ends[end], rank) for end in sorted(cores)}
         found[name] = Module(tensors, rank, _alpha(ends, alphas, rank))
     return Method("LOHA", found, _cores(modules, LOHA_CORES))
 
 
-def _core(source: Source, name: str, key: str, rank: int) -> str | Made:
+def _core(source: Source, name: str, key: str, rank: int) -> Entry:
     """A core (r, r, *kernel) in PEFT's shape, which has two dimensions for a kernel of one."""
     shape = source.file.shapes[key]
     if len(shape) < 3 or shape[:2] != (rank, rank):
         raise CheckpointError(f"{source.file.path}: {name} has a core of {list(shape)}, and is of rank {rank}.")
-    return key if len(shape) > 3 else Made((key,), (*shape, 1), source.file.dtypes[key], _with_one_more)
-
-
-def _with_one_more(core: Tensor) -> Tensor:
-    return core.unsqueeze(-1)
+    if len(shape) > 3:
+        return source.file.entries[key]
+    return source.file.making(lambda core: core.unsqueeze(-1), [key], (*shape, 1))
 
 
 def _cores(modules: Ends, ends: set[str]) -> dict[str, Any]:
@@ -170,7 +165,7 @@ def _lokr(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
         # Two whole factors have no rank, and LyCORIS does not scale them; PEFT's kind has whole ones from half the size on.
         rank = given.pop() if given else (max(*shape.left, *shape.right) + 1) // 2
         alpha = _alpha(ends, alphas, rank) if any(shape.ranks) else rank
-        tensors: dict[str, str | Made] = {end: key for end, key in ends.items() if end != "alpha"}
+        tensors = {end: source.file.entries[key] for end, key in ends.items() if end != "alpha"}
         if "lokr_t2" in ends:
             tensors["lokr_t2"] = _core(source, name, ends["lokr_t2"], rank)
         found[name] = Module(tensors, rank, alpha)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Format, Module, Part, Source, part, rank_of
-from minipeft.files.tensor_file import Made, TensorFile
+from minipeft.files.tensor_file import Entry, TensorFile
 
 ENDS = ("lora_a", "lora_b", "m")
 EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embedding"}
@@ -79,7 +79,9 @@ def _module(source: Source, name: str, scale: float) -> Module:
         raise CheckpointError(f"{source.file.path}: {name} is an embedding with DoRA, which mlx-lm computes otherwise.")
     ends = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     tensors = {end: _transposed(source, key) for end, key in zip(ends, (a, b), strict=True)}
-    return Module({**tensors, **({"lora_magnitude_vector": m} if m in shapes else {})}, rank, scale * rank)
+    if m in shapes:
+        tensors["lora_magnitude_vector"] = source.file.entries[m]
+    return Module(tensors, rank, scale * rank)
 
 
 def _experts(source: Source, name: str, scale: float) -> dict[str, Module]:
@@ -99,17 +101,17 @@ def _experts(source: Source, name: str, scale: float) -> dict[str, Module]:
     modules = {}
     for expert in range(down[0]):
         pick = functools.partial(torch.select, dim=0, index=expert)
-        ends = {"lora_A.weight": a, "lora_B.weight": b}
-        made: dict[str, str | Made] = {
-            end: Made((key,), source.file.shapes[key][1:], source.file.dtypes[key], pick) for end, key in ends.items()
+        made = {
+            "lora_A.weight": source.file.making(pick, [a], down[1:]),
+            "lora_B.weight": source.file.making(pick, [b], up[1:]),
         }
         modules[f"{around}.experts.{expert}.{table[layer]}"] = Module(made, down[1], scale * down[1])
     return modules
 
 
-def _transposed(source: Source, key: str) -> Made:
+def _transposed(source: Source, key: str) -> Entry:
     rows, columns = source.file.shapes[key]
-    return Made((key,), (columns, rows), source.file.dtypes[key], Tensor.t)
+    return source.file.making(Tensor.t, [key], (columns, rows))
 
 
 MLX = Format("mlx-lm", knows, read)

@@ -18,7 +18,7 @@ from torch import Tensor
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Format, Module, Part, Source, part, rank_of
 from minipeft.files.strict_json import read_object
-from minipeft.files.tensor_file import Made, TensorFile
+from minipeft.files.tensor_file import TensorFile
 
 NAMES = {
     "attn.q_proj": "self_attn.q_proj",
@@ -77,20 +77,20 @@ def _base_config(source: Source) -> Mapping[str, Any]:
 
 def _module(source: Source, stem: str, base: Mapping[str, Any], alpha: float) -> Module:
     a, b, m = (f"{stem}.{end}" for end in ("lora_a.weight", "lora_b.weight", "magnitude"))
-    rank = rank_of(source, a, b)
+    file, rank = source.file, rank_of(source, a, b)
     heads = {"attn.q_proj": "num_attention_heads", "attn.k_proj": "num_key_value_heads"}
     option = next((name for end, name in heads.items() if stem.endswith(end)), None)
-    keys = {"lora_B.weight": b, **({"lora_magnitude_vector": m} if m in source.file.shapes else {})}
+    keys = {"lora_B.weight": b, **({"lora_magnitude_vector": m} if m in file.shapes else {})}
     if option is None or not ROTATES_NEIGHBOURS[base["model_type"]]:
-        return Module({"lora_A.weight": a, **keys}, rank, alpha)
+        return Module({end: file.entries[key] for end, key in {"lora_A.weight": a, **keys}.items()}, rank, alpha)
     count = base.get(option, base.get("num_attention_heads"))
     made = {}
     for end, key in keys.items():
-        shape = source.file.shapes[key]
+        shape = file.shapes[key]
         if not isinstance(count, int) or count < 1 or shape[0] % (2 * count):
-            raise CheckpointError(f"{source.file.path}: {key} has {shape[0]} rows for {told(count)} heads.")
-        made[end] = Made((key,), shape, source.file.dtypes[key], functools.partial(_halves, heads=count))
-    return Module({"lora_A.weight": a, **made}, rank, alpha)
+            raise CheckpointError(f"{file.path}: {key} has {shape[0]} rows for {told(count)} heads.")
+        made[end] = file.making(functools.partial(_halves, heads=count), [key], shape)
+    return Module({"lora_A.weight": file.entries[a], **made}, rank, alpha)
 
 
 def _halves(rows: Tensor, heads: int) -> Tensor:

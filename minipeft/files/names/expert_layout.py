@@ -22,10 +22,8 @@ from torch import Tensor
 
 from minipeft.errors import CheckpointError, printable, told
 from minipeft.files.format import AdapterFile
-from minipeft.files.tensor_file import Made
 from minipeft.injection.build import PREFIX
 from minipeft.injection.plan import Plan
-from minipeft.injection.sites import AdapterSite
 from minipeft.layers.uncalled import UncalledOps
 
 GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
@@ -72,17 +70,16 @@ def todays_layout(file: AdapterFile, plan: Plan) -> AdapterFile:
         len(changed) - 1,
         " and ".join(["PEFT wrote it before 0.19.1"] * turned + ["Unsloth wrote it, expert by expert"] * bool(grouped)),
     )
-    shapes, made = dict(file.shapes), dict(file.made)
+    entries = dict(file.entries)
     for stack in changed:
         sources = stack.keys[::-1] if turned else stack.keys
         for key, source in zip(stack.keys, sources, strict=True):
             is_B, shape = source == stack.keys[1], file.shapes[source]
-            shapes[key] = shape[::-1] if turned else shape
             as_today = functools.partial(
                 _as_today, experts=stack.experts, is_B=is_B, grouped=stack.name in grouped, turned=turned
             )
-            made[key] = Made((file.stored_as.get(source, source),), shapes[key], file.dtypes[key], as_today)
-    return replace(file, shapes=shapes, made=made)
+            entries[key] = file.making(as_today, [source], shape[::-1] if turned else shape)
+    return replace(file, entries=entries)
 
 
 def _as_today(factor: Tensor, experts: int, is_B: bool, grouped: bool, turned: bool) -> Tensor:
@@ -107,17 +104,13 @@ def _stacks(file: AdapterFile, plan: Plan) -> Iterator[Stack]:
         if not isinstance(ops, UncalledOps):
             continue
         keys = (f"{PREFIX}{site.name}.lora_A.weight", f"{PREFIX}{site.name}.lora_B.weight")
-        if all(key in file.shapes and key not in file.made for key in keys):
-            if getattr(base, ops.parameter).ndim == 3 and all(len(file.shapes[key]) == 2 for key in keys):
-                yield _stack(site, ops, keys)
-
-
-def _stack(site: AdapterSite, ops: UncalledOps, keys: tuple[str, str]) -> Stack:
-    base: Any = site.candidate.base
-    rows, in_features = ops.shape(base)
-    experts = len(getattr(base, ops.parameter))
-    name = f"{site.name.replace('.base_layer', '')}.{ops.parameter}"
-    return Stack(name, keys, experts, in_features, rows // experts, bool(getattr(base, "is_transposed", False)))
+        entries, parameter = [file.entries.get(key) for key in keys], getattr(base, ops.parameter)
+        as_stored = all(e is not None and e.function is None and len(e.shape) == 2 for e in entries)
+        if as_stored and parameter.ndim == 3:
+            (rows, in_features), experts = ops.shape(base), len(parameter)
+            name = f"{site.name.replace('.base_layer', '')}.{ops.parameter}"
+            turned = bool(getattr(base, "is_transposed", False))
+            yield Stack(name, keys, experts, in_features, rows // experts, turned)
 
 
 def _is_turned(file: AdapterFile, stacks: Sequence[Stack]) -> bool:

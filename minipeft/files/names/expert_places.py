@@ -46,6 +46,13 @@ class Place:
     def name(self) -> str:
         return f"{self.module}.{self.parameter}"
 
+    def rows(self, features: int) -> slice:
+        """Which of this many output features of one expert are the module's."""
+        size = features // self.parts
+        return (
+            slice(self.part, None, self.parts) if self.alternates else slice(self.part * size, (self.part + 1) * size)
+        )
+
 
 class Places:
     """The places of a file's modules in one model."""

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import AdapterFile
 from minipeft.files.names.expert_config import with_parameters
 from minipeft.files.names.expert_lists import layer_configs
-from minipeft.files.names.expert_places import Place, Places
+from minipeft.files.names.expert_places import Places
 from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
-from minipeft.files.tensor_file import Made
+from minipeft.files.tensor_file import Entry
 from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import Candidate
 from minipeft.injection.targets import select_parameters
@@ -31,14 +31,6 @@ ADVICE = (
     "in one parameter, where only plain LoRA is the same. Merge the adapter where it was made, with transformers 4."
 )
 log = logging.getLogger("minipeft")
-
-
-@dataclass
-class Found:
-    """A layer of the file that is none in the model: where it is now, and the keys of its factors."""
-
-    place: Place
-    keys: dict[str, str] = field(default_factory=dict)
 
 
 def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Candidate]) -> AdapterFile:
@@ -61,9 +53,7 @@ def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Can
     _check_plain(file, next(iter(found)))
     layers: dict[str, list[Layer]] = {}
     for name, config in layer_configs(file, {name: layer.place for name, layer in found.items()}, places.found).items():
-        keys = found[name].keys
-        layer = Layer(name, found[name].place, (keys["lora_A"], keys["lora_B"]), config)
-        layers.setdefault(layer.place.name, []).append(layer)
+        layers.setdefault(found[name].place.name, []).append(replace(found[name], config=config))
     pairs = {name: fused_pair(file, own, places.found[own[0].place.module].base) for name, own in layers.items()}
     config = with_parameters(file.config, places.found, found, pairs)
     log.info(
@@ -80,13 +70,13 @@ def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Can
     )
 
 
-def _found(file: AdapterFile, places: Places) -> dict[str, Found]:
+def _found(file: AdapterFile, places: Places) -> dict[str, Layer]:
     """The layers of the file that have a place in a bare parameter of the model, by name.
 
     Raises:
         CheckpointError: one has another tensor than the two factors of LoRA, or only one of them.
     """
-    found: dict[str, Found] = {}
+    found: dict[str, Layer] = {}
     today = set(getattr(file.config, "target_parameters", None) or ())
     for key in file.shapes:
         body = f".{key}".rpartition(f".{PREFIX}")[2].removeprefix(".")
@@ -94,7 +84,7 @@ def _found(file: AdapterFile, places: Places) -> dict[str, Found]:
         place = places.of(name) if name else None
         if place is None or (place.name == f"{name}.weight" and not today.isdisjoint(endings(place.name))):
             _check_no_other(file, key, body, places)
-        elif found.setdefault(name, Found(place)).keys.setdefault(factor, key) != key:
+        elif found.setdefault(name, Layer(name, place, {})).keys.setdefault(factor, key) != key:
             raise CheckpointError(f"{file.path} holds {factor} of {printable(name, 200)} twice.")
     for name, layer in found.items():
         if len(layer.keys) < len(FACTORS):
@@ -132,7 +122,7 @@ def _check_plain(file: AdapterFile, name: str) -> None:
         )
 
 
-def _by_key(parameters: Mapping[str, list[str]], pairs: Mapping[str, FusedPair]) -> dict[str, Made | str]:
+def _by_key(parameters: Mapping[str, list[str]], pairs: Mapping[str, FusedPair]) -> dict[str, Entry]:
     """Key in a file of today -> a factor. Of two parameters of one module the first is ``<module>.base_layer``."""
     return {
         f"{PREFIX}{module}{'.base_layer' * height}.{name}.weight": factor
@@ -146,40 +136,13 @@ def _by_key(parameters: Mapping[str, list[str]], pairs: Mapping[str, FusedPair])
 def _with_pairs(
     file: AdapterFile,
     config: AdapterConfig,
-    found: Mapping[str, Found],
-    factors: Mapping[str, Made | str],
+    found: Mapping[str, Layer],
+    factors: Mapping[str, Entry],
 ) -> AdapterFile:
     """The file with these factors, by key, in the place of those that were found."""
     old = {key for layer in found.values() for key in layer.keys.values()}
-    shapes = {key: shape for key, shape in file.shapes.items() if key not in old}
-    dtypes = {key: dtype for key, dtype in file.dtypes.items() if key not in old}
-    stored_as, made = dict(file.stored_as), dict(file.made)
-    for key, factor in factors.items():
-        if key in shapes:
-            raise CheckpointError(f"{file.path} holds {printable(key, 200)} twice, once under its old name.")
-        if isinstance(factor, str):
-            shapes[key], dtypes[key] = file.shapes[factor], file.dtypes[factor]
-            if factor in file.made:
-                made[key] = file.made[factor]
-            else:
-                stored_as[key] = file.stored_as.get(factor, factor)
-        else:
-            shapes[key], dtypes[key], made[key] = factor.shape, factor.dtype, _of_stored(factor, file)
+    others = {key: entry for key, entry in file.entries.items() if key not in old}
+    if twice := [key for key in factors if key in others]:
+        raise CheckpointError(f"{file.path} holds {printable(twice[0], 200)} twice, once under its old name.")
     base = {name: row for name, row in file.base.items() if name not in found}
-    return replace(file, shapes=shapes, dtypes=dtypes, stored_as=stored_as, made=made, config=config, base=base)
-
-
-def _of_stored(factor: Made, file: AdapterFile) -> Made:
-    """The same factor, of the keys that stand in the file: what it is made of may be made itself."""
-    parts = [file.made.get(key) for key in factor.sources]
-    stored = [
-        (file.stored_as.get(key, key),) if part is None else part.sources
-        for key, part in zip(factor.sources, parts, strict=True)
-    ]
-
-    def function(*tensors: Tensor) -> Tensor:
-        left = iter(tensors)
-        made = (next(left) if part is None else part.function(*(next(left) for _ in part.sources)) for part in parts)
-        return factor.function(*made)
-
-    return replace(factor, sources=tuple(key for keys in stored for key in keys), function=function)
+    return replace(file, entries={**others, **factors}, config=config, base=base)

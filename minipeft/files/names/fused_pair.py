@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,39 +14,24 @@ from torch import Tensor, nn
 from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import DTYPES, FLOATS, NAMES, AdapterFile
 from minipeft.files.names.expert_places import Place
-from minipeft.files.tensor_file import Made
-
-
-@dataclass(frozen=True)
-class Block:
-    """Where the factors of one layer go in those of all experts."""
-
-    source: str  # key of its factor in the file
-    expert: int
-    rank: int  # the first of its ranks within the expert; the layers of one expert have theirs one after the other
-    row: int = 0  # the first of its output features
-    step: int = 1  # from one of them to the next
-    factor: float = 1.0  # what its B is multiplied by, to have the scaling of the others
+from minipeft.files.tensor_file import Entry
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the file: its old name, its place today, the keys of its factors, and its LoRA configuration."""
+    """A layer of the file that is a part of a parameter in the model."""
 
-    name: str
+    name: str  # in the file
     place: Place
-    keys: tuple[str, str]
-    config: Any
+    keys: dict[str, str]  # "lora_A" and "lora_B" -> the key of that factor
+    config: Any = None  # of its LoRA; None: not known yet
 
 
 @dataclass(frozen=True)
 class FusedPair:
-    """The factors of a whole parameter, with the rank of each expert and the alpha that go with them.
+    """The factors of a whole parameter, with the rank of each expert and the alpha that go with them."""
 
-    A factor that the file holds as it is needed is its key there.
-    """
-
-    factors: tuple[Made | str, Made | str]
+    factors: tuple[Entry, Entry]
     r: int
     lora_alpha: float
 
@@ -57,66 +42,37 @@ def fused_pair(file: AdapterFile, layers: Sequence[Layer], owner: nn.Module) -> 
     Raises:
         CheckpointError: a shape does not fit, or the ranks differ so much that zeros would fill more than the parameter.
     """
-    first, config = layers[0], layers[0].config
-    if first.place.expert is None:
-        return FusedPair(first.keys, config.r, config.lora_alpha)
-    features = _features(owner, first.place)
+    place, config = layers[0].place, layers[0].config
+    keys_A, keys_B = ([layer.keys[factor] for layer in layers] for factor in ("lora_A", "lora_B"))
+    if place.expert is None:
+        return FusedPair((file.entries[keys_A[0]], file.entries[keys_B[0]]), config.r, config.lora_alpha)
+    experts, *sides = getattr(owner, place.parameter).shape
+    inputs, outputs = sides if getattr(owner, "is_transposed", False) else sides[::-1]
     for layer in layers:
-        _check_shapes(file, layer, features)
+        _check_shapes(file, layer, inputs, outputs)
     starts, r = _ranks(layers)
-    rows, experts = features[1] // first.place.parts, len(_parameter(owner, first.place))
-    if r > max(features) and sum(layer.config.r for layer in layers) < r * experts:
+    if r > max(sides) and sum(layer.config.r for layer in layers) < r * experts:
         raise CheckpointError(
-            f"{file.path}: the experts of {first.place.name} have ranks of up to {r:,}, and not all the same. To be stacked "
-            f"they would be filled with zeros, which is done up to {max(features):,}."
+            f"{file.path}: the experts of {place.name} have ranks of up to {r:,}, and not all the same. To be stacked "
+            f"they would be filled with zeros, which is done up to {max(sides):,}."
         )
     lora_alpha = config.lora_alpha * (math.sqrt(r / config.r) if config.use_rslora else r / config.r)
-    first_row, step = (1, first.place.parts) if first.place.alternates else (rows, 1)
-    A = tuple(Block(layer.keys[0], _index(layer), start) for layer, start in zip(layers, starts, strict=True))
-    B = tuple(
-        replace(
-            block,
-            source=layer.keys[1],
-            row=layer.place.part * first_row,
-            step=step,
-            factor=layer.config.scaling / config.scaling,
-        )
-        for block, layer in zip(A, layers, strict=True)
-    )
-    is_scaled = any(block.factor != 1 for block in B)
-    dtypes = (_dtype(file, A), torch.promote_types(_dtype(file, B), torch.float32) if is_scaled else _dtype(file, B))
+    is_scaled = any(layer.config.scaling != config.scaling for layer in layers)
+    dtype_A, dtype_B = _dtype(file, keys_A), _dtype(file, keys_B)
+    dtype_B = torch.promote_types(dtype_B, torch.float32) if is_scaled else dtype_B
+    A = functools.partial(_stacked_A, layers=layers, starts=starts, shape=(experts, r, inputs), dtype=dtype_A)
+    B = functools.partial(_stacked_B, layers=layers, starts=starts, shape=(outputs, r, experts), dtype=dtype_B)
     factors = (
-        _made(_stacked_A, A, experts, (experts * r, features[0]), dtypes[0]),
-        _made(_stacked_B, B, experts, (features[1], r * experts), dtypes[1]),
+        file.making(A, keys_A, (experts * r, inputs), NAMES[dtype_A]),
+        file.making(B, keys_B, (outputs, r * experts), NAMES[dtype_B]),
     )
     return FusedPair(factors, r, int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha)
 
 
-def _made(
-    function: Callable[..., Tensor], blocks: Sequence[Block], experts: int, shape: tuple[int, int], dtype: torch.dtype
-) -> Made:
-    stack = functools.partial(function, blocks=blocks, experts=experts, shape=shape, dtype=dtype)
-    return Made(tuple(block.source for block in blocks), shape, NAMES[dtype], stack)
-
-
-def _parameter(owner: nn.Module, place: Place) -> Tensor:
-    return getattr(owner, place.parameter)
-
-
-def _features(owner: nn.Module, place: Place) -> tuple[int, int]:
-    """(in, out) of one expert."""
-    rows, columns = _parameter(owner, place).shape[1:]
-    return (rows, columns) if getattr(owner, "is_transposed", False) else (columns, rows)
-
-
-def _index(layer: Layer) -> int:
-    assert layer.place.expert is not None
-    return layer.place.expert
-
-
-def _check_shapes(file: AdapterFile, layer: Layer, features: tuple[int, int]) -> None:
-    r, (inputs, outputs) = layer.config.r, features
-    for key, shape in zip(layer.keys, ((r, inputs), (outputs // layer.place.parts, r)), strict=True):
+def _check_shapes(file: AdapterFile, layer: Layer, inputs: int, outputs: int) -> None:
+    r = layer.config.r
+    for factor, shape in (("lora_A", (r, inputs)), ("lora_B", (outputs // layer.place.parts, r))):
+        key = layer.keys[factor]
         if file.shapes[key] != shape or DTYPES[file.dtypes[key]] not in FLOATS.values():
             raise CheckpointError(
                 f"{file.path} does not fit {layer.place.name}: {printable(key, 200)} is {file.dtypes[key]} "
@@ -126,43 +82,41 @@ def _check_shapes(file: AdapterFile, layer: Layer, features: tuple[int, int]) ->
 
 def _ranks(layers: Sequence[Layer]) -> tuple[list[int], int]:
     """For each layer the first of its ranks within its expert, in the order of the parts; and the ranks of an expert."""
-    used: dict[int, int] = {}
-    starts = dict[str, int]()
+    used: dict[int | None, int] = {}
+    starts: dict[str, int] = {}
     for layer in sorted(layers, key=lambda layer: layer.place.part):
-        starts[layer.name] = used.get(_index(layer), 0)
-        used[_index(layer)] = starts[layer.name] + layer.config.r
+        starts[layer.name] = used.get(layer.place.expert, 0)
+        used[layer.place.expert] = starts[layer.name] + layer.config.r
     return [starts[layer.name] for layer in layers], max(used.values())
 
 
-def _dtype(file: AdapterFile, blocks: Sequence[Block]) -> torch.dtype:
-    """The type that holds the values of all sources."""
-    return functools.reduce(torch.promote_types, {DTYPES[file.dtypes[block.source]] for block in blocks})
+def _dtype(file: AdapterFile, keys: Sequence[str]) -> torch.dtype:
+    """The type that holds the values of all these."""
+    return functools.reduce(torch.promote_types, {DTYPES[file.dtypes[key]] for key in keys})
 
 
 def _stacked_A(
-    *factors: Tensor, blocks: Sequence[Block], experts: int, shape: tuple[int, int], dtype: torch.dtype
+    *factors: Tensor, layers: Sequence[Layer], starts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
     """lora_A of all experts, shape (experts * r, in), with zeros where an expert has less than r ranks."""
     stacked = torch.zeros(shape, dtype=dtype, device="cpu")
-    ranks = shape[0] // experts
-    for block, factor in zip(blocks, factors, strict=True):
-        start = block.expert * ranks + block.rank
-        stacked[start : start + len(factor)] = factor
-    return stacked
+    for factor, layer, start in zip(factors, layers, starts, strict=True):
+        stacked[layer.place.expert, start : start + len(factor)] = factor
+    return stacked.flatten(0, 1)
 
 
 def _stacked_B(
-    *factors: Tensor, blocks: Sequence[Block], experts: int, shape: tuple[int, int], dtype: torch.dtype
+    *factors: Tensor, layers: Sequence[Layer], starts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
     """lora_B of all experts, shape (out, r * experts) with the expert's index fastest, as PEFT has it.
 
     Each layer has its own ranks and output features, so B is block diagonal within an expert: ``B A`` of the whole is that
-    of each layer, and nothing between them.
+    of each layer, and nothing between them. Each has the scaling of the first.
     """
-    stacked = torch.zeros(shape, dtype=dtype, device="cpu").view(shape[0], -1, experts)
-    for block, factor in zip(blocks, factors, strict=True):
-        scaled = factor if block.factor == 1 else factor.double() * block.factor
-        rows, ranks = factor.shape
-        to = slice(block.row, block.row + rows * block.step, block.step)
-        stacked[to, block.rank : block.rank + ranks, block.expert] = scaled.to(dtype)
-    return stacked.view(shape)
+    stacked = torch.zeros(shape, dtype=dtype, device="cpu")
+    for factor, layer, start in zip(factors, layers, starts, strict=True):
+        scaling = layer.config.scaling / layers[0].config.scaling
+        scaled = factor if scaling == 1 else factor.double() * scaling
+        ranks = slice(start, start + factor.shape[1])
+        stacked[layer.place.rows(shape[0]), ranks, layer.place.expert] = scaled.to(dtype)
+    return stacked.flatten(1)
