@@ -29,11 +29,6 @@ def other_parts(contents: Contents) -> str | None:
 RULES = (
     Rule("component", no_component, NO, "is left out with a warning", LOADING, CONVERT),
     Rule("keys", other_parts, PARTLY, "is left out", LOADING, f"{CONVERT} --drop modules_to_save"),
-    Rule(
-        "name",
-        facts.file_is_not(DIFFUSERS_FILE),
-        NOTE,
-        "is found only if it is the one .safetensors file there",
-        "diffusers/loaders/lora_base.py (_best_guess_weight_name), diffusers 0.42.1",
-    ),
-)
+    Rule("name", facts.file_is_not(DIFFUSERS_FILE), NOTE, "is found only if it is the one .safetensors file there",
+         "diffusers/loaders/lora_base.py (_best_guess_weight_name), diffusers 0.42.1"),
+)  # fmt: skip

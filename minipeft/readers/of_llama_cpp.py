@@ -7,12 +7,22 @@ import math
 from minipeft.readers import facts
 from minipeft.readers.contents import MAX_NUMBER, Contents
 from minipeft.readers.keys import Kind
-from minipeft.readers.rules import CONVERT, MERGE, NO, NOTE, PARTLY, SAVE_AGAIN, Rule, plain_lora
+from minipeft.readers.rules import (
+    CONVERT,
+    MERGE,
+    NO,
+    NOTE,
+    PARTLY,
+    SAVE_AGAIN,
+    WITHOUT_MODULES,
+    WITHOUT_TOKENS,
+    Rule,
+    plain_lora,
+)
 
 VERSION = "llama.cpp, commit 0c1e570"
 SCRIPT = f"convert_lora_to_gguf.py, {VERSION}"
 RUNTIME = f"src/llama-adapter.cpp, {VERSION}"
-WITHOUT_MODULES = f"{CONVERT} --drop modules_to_save, or {MERGE}"
 UNEXPECTED = "is an unexpected name"
 NORMS = ("_layernorm.weight", ".norm.weight")
 
@@ -38,41 +48,20 @@ RULES = (
     Rule("dora", facts.holds(Kind.MAGNITUDE), NO, UNEXPECTED, SCRIPT, MERGE),
     Rule("bias", facts.holds(Kind.BIAS), NO, UNEXPECTED, SCRIPT, MERGE),
     Rule("start", facts.holds(Kind.START), NO, UNEXPECTED, SCRIPT, CONVERT),
-    Rule("tokens", facts.holds(Kind.TOKENS), NO, UNEXPECTED, SCRIPT, f"{CONVERT} --drop tokens, or {MERGE}"),
+    Rule("tokens", facts.holds(Kind.TOKENS), NO, UNEXPECTED, SCRIPT, WITHOUT_TOKENS),
     Rule("modules_to_save", facts.holds(Kind.SAVED, but=NORMS), NO, UNEXPECTED, SCRIPT, WITHOUT_MODULES),
-    Rule(
-        "norms", norms_alone, PARTLY, "is written to the file and left out when that is read", RUNTIME, WITHOUT_MODULES
-    ),
+    Rule("norms", norms_alone, PARTLY, "is written to the file and left out when that is read", RUNTIME, WITHOUT_MODULES),
     Rule("adapter name", facts.with_adapter_name, NO, UNEXPECTED, SCRIPT, CONVERT),
     Rule("scaling", facts.scaled_otherwise(scaling), PARTLY, "reads lora_alpha and nothing else", SCRIPT, CONVERT),
     Rule("experts", facts.experts, NO, "has another layout there: one update an expert", SCRIPT, CONVERT),
-    Rule(
-        "transposed",
-        facts.is_set("fan_in_fan_out"),
-        NO,
-        "is not looked at: the script transposes the update along with GPT-2's weight",
-        f"conversion/gpt2.py (modify_tensors), {VERSION}",
-        MERGE,
-    ),
+    Rule("transposed", facts.is_set("fan_in_fan_out"), NO,
+         "is not looked at: the script transposes the update along with GPT-2's weight",
+         f"conversion/gpt2.py (modify_tensors), {VERSION}", MERGE),
     Rule("matrices", facts.more_than_matrices, NO, "is not supported", SCRIPT, MERGE),
-    Rule(
-        "vision",
-        facts.vision,
-        PARTLY,
-        "is left out: it is not in the language model's file, the only one that an adapter is for",
-        SCRIPT,
-        MERGE,
-    ),
-    Rule(
-        "wrapper", of_images, NOTE, "has the name of a model with images, which older scripts refuse", SCRIPT, CONVERT
-    ),
+    Rule("vision", facts.vision, PARTLY,
+         "is left out: it is not in the language model's file, the only one that an adapter is for", SCRIPT, MERGE),
+    Rule("wrapper", of_images, NOTE, "has the name of a model with images, which older scripts refuse", SCRIPT, CONVERT),
     Rule("wrappers", facts.with_wrappers, NO, "is not a name there", SCRIPT, SAVE_AGAIN),
-    Rule(
-        "head",
-        facts.holds_head,
-        NOTE,
-        "is refused if the base ties it to its embedding",
-        f"{SCRIPT} (modify_tensors)",
-        f"{CONVERT} --drop head",
-    ),
-)
+    Rule("head", facts.holds_head, NOTE, "is refused if the base ties it to its embedding", f"{SCRIPT} (modify_tensors)",
+         f"{CONVERT} --drop head"),
+)  # fmt: skip

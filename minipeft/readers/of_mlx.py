@@ -29,14 +29,8 @@ def bad_parameters(contents: Contents) -> str | None:
 
 
 RULES = (
-    Rule(
-        "format",
-        facts.file_is_not(MLX_FILE),
-        NO,
-        f"is not read; mlx-lm has a format of its own in {MLX_FILE}",
-        LOADING,
-        CONVERT,
-    ),
+    Rule("format", facts.file_is_not(MLX_FILE), NO, f"is not read; mlx-lm has a format of its own in {MLX_FILE}", LOADING,
+         CONVERT),
     Rule("options", bad_parameters, NO, "is required", LOADING, CONVERT),
     Rule("keys", other_keys, NO, "is not an adapter's parameter there", LOADING, CONVERT),
-)
+)  # fmt: skip

@@ -19,49 +19,27 @@ TARGETS = "correct target_modules in adapter_config.json"
 
 
 FORMAT = (
-    Rule(
-        "format",
-        facts.file_is_not(WEIGHTS_FILE),
-        NO,
-        f"is not read; the weights must be in {WEIGHTS_FILE}",
-        "peft/utils/save_and_load.py (load_peft_weights), PEFT 0.21.2",
-        "minipeft convert DIR OUT",
-    ),
+    Rule("format", facts.file_is_not(WEIGHTS_FILE), NO, f"is not read; the weights must be in {WEIGHTS_FILE}",
+         "peft/utils/save_and_load.py (load_peft_weights), PEFT 0.21.2", "minipeft convert DIR OUT"),
     Rule("method", facts.methods_but(*METHODS), NO, "is no method of PEFT's", "peft/utils/peft_types.py, PEFT 0.21.2"),
-    Rule(
-        "start",
-        facts.kept_start,
-        NO,
-        "is refused: it is minipeft's own, for a start that is in the file",
-        "peft/tuners/lora/layer.py (update_layer), PEFT 0.21.2",
-        f"{CONVERT}, or save_pretrained(..., as_lora=True)",
-    ),
+    Rule("start", facts.kept_start, NO, "is refused: it is minipeft's own, for a start that is in the file",
+         "peft/tuners/lora/layer.py (update_layer), PEFT 0.21.2", f"{CONVERT}, or save_pretrained(..., as_lora=True)"),
     Rule("ranks", facts.other_ranks, NO, "is refused as a size mismatch", LOADING, RANKS),
-)
+)  # fmt: skip
 SILENT = (
     Rule("wrappers", facts.with_wrappers, PARTLY, "is left out with a warning", LOADING, SAVE_AGAIN),
     Rule("targets", facts.not_selected, PARTLY, SILENTLY, LOADING, TARGETS),
 )
 # Layers that have the names of experts' layers in transformers 4.
 EXPERTS = (
-    Rule(
-        "experts",
-        taken_for_experts,
-        PARTLY,
-        "is left out: it is named as an expert's layer was in transformers 4, and the fused experts are adapted instead",
-        CONVERSION,
-        CONVERT,
-    ),
-    Rule(
-        "experts refused",
-        refused_for_experts,
-        NO,
-        "is taken for a part of the fused experts, as it is named as an expert's layer was in transformers 4, and is refused "
-        "with these options",
-        CONVERSION,
-        f"{CONVERT}, or {MERGE}",
-    ),
-)
+    Rule("experts", taken_for_experts, PARTLY,
+         "is left out: it is named as an expert's layer was in transformers 4, and the fused experts are adapted instead",
+         CONVERSION, CONVERT),
+    Rule("experts refused", refused_for_experts, NO,
+         "is taken for a part of the fused experts, as it is named as an expert's layer was in transformers 4, and is refused "
+         "with these options",
+         CONVERSION, f"{CONVERT}, or {MERGE}"),
+)  # fmt: skip
 RULES = (
     *FORMAT,
     Rule("prefix", facts.without_prefix, PARTLY, "is left out, with a warning at most", LOADING, CONVERT),

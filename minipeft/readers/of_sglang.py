@@ -8,7 +8,18 @@ import re
 from minipeft.readers import facts
 from minipeft.readers.contents import Contents
 from minipeft.readers.keys import Kind
-from minipeft.readers.rules import CONVERT, MERGE, NO, NOTE, PARTLY, SILENTLY, Rule, plain_lora
+from minipeft.readers.rules import (
+    CONVERT,
+    MERGE,
+    NO,
+    NOTE,
+    PARTLY,
+    SILENTLY,
+    WITHOUT_MODULES,
+    WITHOUT_TOKENS,
+    Rule,
+    plain_lora,
+)
 
 CONFIG = "sglang/srt/lora/lora_config.py (LoRAConfig), SGLang 0.5.23"
 ADAPTER = "sglang/srt/lora/lora.py (LoRAAdapter), SGLang 0.5.23"
@@ -51,56 +62,20 @@ RULES = (
     Rule("scaling", facts.scaled_otherwise(facts.alpha_over_r), PARTLY, "reads lora_alpha / r only", ADAPTER, CONVERT),
     Rule("start", facts.holds(Kind.START), NO, "takes the place of the factor itself", POOL, CONVERT),
     Rule("bias", facts.holds(Kind.BIAS, Kind.MAGNITUDE), NO, "takes the place of a factor", POOL, "minipeft merge"),
-    Rule(
-        "modules_to_save",
-        facts.holds(Kind.SAVED, Kind.COPY),
-        PARTLY,
-        f"{SILENTLY}, or refused inside of a layer",
-        ADAPTER,
-        f"{CONVERT} --drop modules_to_save, or {MERGE}",
-    ),
-    Rule("tokens", facts.holds(Kind.TOKENS), PARTLY, SILENTLY, ADAPTER, f"{CONVERT} --drop tokens, or {MERGE}"),
+    Rule("modules_to_save", facts.holds(Kind.SAVED, Kind.COPY), PARTLY, f"{SILENTLY}, or refused inside of a layer", ADAPTER,
+         WITHOUT_MODULES),
+    Rule("tokens", facts.holds(Kind.TOKENS), PARTLY, SILENTLY, ADAPTER, WITHOUT_TOKENS),
     Rule("outside", outside_layers, PARTLY, SILENTLY, ADAPTER, MERGE),
-    Rule(
-        "vision",
-        vision_layers,
-        NO,
-        "would be taken for a layer of the language model, as only its number is read",
-        ADAPTER,
-        MERGE,
-    ),
-    Rule(
-        "stacked",
-        facts.without_siblings(("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")),
-        NO,
-        "cannot be stacked",
-        f"{ADAPTER}.normalize_qkv_proj",
-        MERGE,
-    ),
-    Rule(
-        "gate",
-        facts.without_siblings(("up_proj",), ("gate_proj",)),
-        NOTE,
-        "is refused for models that have one",
-        f"{ADAPTER}.normalize_gate_up_proj",
-        MERGE,
-    ),
+    Rule("vision", vision_layers, NO, "would be taken for a layer of the language model, as only its number is read", ADAPTER,
+         MERGE),
+    Rule("stacked", facts.without_siblings(("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")), NO, "cannot be stacked",
+         f"{ADAPTER}.normalize_qkv_proj", MERGE),
+    Rule("gate", facts.without_siblings(("up_proj",), ("gate_proj",)), NOTE, "is refused for models that have one",
+         f"{ADAPTER}.normalize_gate_up_proj", MERGE),
     Rule("experts", facts.experts, NO, "has another layout there: one update an expert", POOL, CONVERT),
     Rule("matrices", facts.more_than_matrices, NO, "has no LoRA layer there", POOL, MERGE),
-    Rule(
-        "mla",
-        facts.without_siblings(("kv_a_proj_with_mqa",), ("q_a_proj",)),
-        NO,
-        "has no buffer",
-        f"{ADAPTER}.normalize_fused_qkv_a_proj",
-        MERGE,
-    ),
-    Rule(
-        "added_tokens",
-        added_tokens,
-        NOTE,
-        "makes it refuse the adapter if it names a token beyond the base's vocabulary",
-        MANAGER,
-        "take the file out if the base has these tokens, else minipeft merge",
-    ),
-)
+    Rule("mla", facts.without_siblings(("kv_a_proj_with_mqa",), ("q_a_proj",)), NO, "has no buffer",
+         f"{ADAPTER}.normalize_fused_qkv_a_proj", MERGE),
+    Rule("added_tokens", added_tokens, NOTE, "makes it refuse the adapter if it names a token beyond the base's vocabulary",
+         MANAGER, "take the file out if the base has these tokens, else minipeft merge"),
+)  # fmt: skip

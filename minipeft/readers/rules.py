@@ -28,6 +28,7 @@ NO, PARTLY, NOTE = Takes.NO, Takes.PARTLY, Takes.NOTE
 SILENTLY = "is left out without a word"
 MERGE, SAVE_AGAIN = "minipeft merge", "load it with minipeft and save it again"
 CONVERT = "minipeft convert DIR OUT --for READER"
+WITHOUT_MODULES, WITHOUT_TOKENS = (f"{CONVERT} --drop {part}, or {MERGE}" for part in ("modules_to_save", "tokens"))
 
 
 @dataclass(frozen=True)
