@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -233,6 +234,18 @@ def test_each_rule_says_where_it_was_read_and_has_a_name_of_its_own(reader):
     rules = rules_of(reader)
     assert len({rule.name for rule in rules}) == len(rules)
     assert all(rule.source and rule.consequence for rule in rules)
+
+
+@pytest.mark.parametrize("case", ["start", "vera"])
+def test_an_option_of_save_pretrained_that_a_fix_names_makes_the_adapter_readable(case, tmp_path):
+    model = disturb(ours("vera")) if case == "vera" else adapted(gpt2(), init_lora_weights="pissa")
+    model.save_pretrained(tmp_path / "it")
+    fixes = [finding.rule.fix for finding in answer(read_contents(tmp_path / "it"), Reader.TRANSFORMERS).findings]
+    (option,) = {
+        re.search(r"save_pretrained\(\.\.\., (\w+)=True\)", fix)[1] for fix in fixes if "save_pretrained" in fix
+    }
+    model.save_pretrained(tmp_path / "out", **{option: True})
+    assert answer(read_contents(tmp_path / "out"), Reader.TRANSFORMERS).takes is Takes.YES
 
 
 FOLDED = ["plain", "rslora and patterns", "regex", "one layer", "start", "embedding", "head"]

@@ -23,7 +23,7 @@ FORMAT = (
          "peft/utils/save_and_load.py (load_peft_weights), PEFT 0.21.2", "minipeft convert DIR OUT"),
     Rule("method", facts.methods_but(*METHODS), NO, "is no method of PEFT's", "peft/utils/peft_types.py, PEFT 0.21.2"),
     Rule("start", facts.kept_start, NO, "is refused: it is minipeft's own, for a start that is in the file",
-         "peft/tuners/lora/layer.py (update_layer), PEFT 0.21.2", f"{CONVERT}, or save_pretrained(..., as_lora=True)"),
+         "peft/tuners/lora/layer.py (update_layer), PEFT 0.21.2", f"{CONVERT}, or save_pretrained(..., convert_to_lora=True)"),
     Rule("ranks", facts.other_ranks, NO, "is refused as a size mismatch", LOADING, RANKS),
 )  # fmt: skip
 SILENT = (

@@ -13,7 +13,7 @@ RULES = (
     *FORMAT,
     Rule("shared state", lambda c: "peft_type 'VERA'" if c.method == "VERA" else None, NO,
          "is refused, as its layers share tensors", "peft/mapping.py (inject_adapter_in_model), PEFT 0.21.2",
-         "PeftModel.from_pretrained, or save_pretrained(..., as_lora=True)"),
+         "PeftModel.from_pretrained, or save_pretrained(..., convert_to_lora=True)"),
     Rule("dora", facts.holds(Kind.MAGNITUDE), PARTLY, "is left out: DoRA then runs with the base's own magnitudes", LOADING,
          "PeftModel.from_pretrained, or minipeft merge"),
     Rule("adapter name", facts.with_adapter_name, PARTLY, "is left out, with a report at most", LOADING, CONVERT),
