@@ -8,11 +8,11 @@ is in the metadata under ``lora_adapter_metadata``; files without it are scaled 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minipeft.errors import CheckpointError, told
-from minipeft.files.formats.foreign import Format, Module, Part, Source, part, rank_of
+from minipeft.files.formats.foreign import Format, Module, Part, Source, numbers, part, rank_of
 from minipeft.files.strict_json import parse
 from minipeft.files.tensor_file import TensorFile
 from minipeft.patterns import first_keys
@@ -46,12 +46,9 @@ def knows(file: TensorFile) -> bool:
     return (all(named) or (not any(named) and METADATA in file.metadata)) and any("lora" in key for key in file.shapes)
 
 
-def components(keys: Iterable[str]) -> dict[str, list[str]]:
-    """The keys by the part of the pipeline that they are for; a part that saved its own adapter names none."""
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        found.setdefault(key.partition(".")[0] if key.startswith(_FIRST) else "", []).append(key)
-    return found
+def component_of(key: str) -> str:
+    """The part of the pipeline that a key is for; a part that saved its own adapter names none."""
+    return key.partition(".")[0] if key.startswith(_FIRST) else ""
 
 
 def read(source: Source, component: str, keys: Sequence[str]) -> Part:
@@ -66,14 +63,12 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
     alphas = [known["alpha"] for known in ends.values() if "alpha" in known]
     if alphas and metadata:
         raise CheckpointError(f"{file.path} has alpha both per module and in its metadata.")
-    if any(file.shapes[key] not in ((), (1,)) for key in alphas):
-        raise CheckpointError(f"{file.path}: an alpha is not one number.")
-    numbers = {key: float(value) for key, value in file.read(alphas).items()}
+    stored = numbers(file, alphas)
     given = _alphas(source, metadata, list(ends))
     modules = {}
     for name, known in ends.items():
         rank = rank_of(source, known.get("lora_A.weight", ""), known.get("lora_B.weight", ""))
-        alpha = given.get(name, numbers.get(known.get("alpha", ""), rank))
+        alpha = given.get(name, stored.get(known.get("alpha", ""), rank))
         tensors = {end: file.entries[key] for end, key in known.items() if end != "alpha"}
         modules[name] = Module(tensors, rank, alpha)
     values = {key: metadata[key] for key in _KEPT if key in metadata}
@@ -122,4 +117,4 @@ def _alphas(source: Source, metadata: Mapping[str, Any], names: Sequence[str]) -
     return {name: table[keys[name]] if name in keys else alpha for name in names}
 
 
-DIFFUSERS = Format("diffusers", knows, read, components)
+DIFFUSERS = Format("diffusers", knows, read, component_of)

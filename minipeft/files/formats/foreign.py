@@ -7,14 +7,15 @@ and every module has what it needs, is checked here for all formats.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minipeft.errors import CheckpointError, shown
+from minipeft.errors import CheckpointError, shown, told
 from minipeft.files.tensor_file import Entry, TensorFile
 from minipeft.injection.build import PREFIX
 from minipeft.patterns import endings
@@ -50,11 +51,6 @@ class Part:
     entries: Mapping[str, Entry]  # by PEFT's keys
 
 
-def whole(keys: Iterable[str]) -> dict[str, list[str]]:
-    """All keys as those of one component without a name."""
-    return {"": list(keys)}
-
-
 @dataclass(frozen=True)
 class Format:
     """How files of one tool are known and read."""
@@ -63,8 +59,14 @@ class Format:
     knows: Callable[[TensorFile], bool]  # whether a file with these keys and this metadata can only be of this format
     # A component's name and keys -> its adapter. Raises CheckpointError.
     read: Callable[[Source, str, Sequence[str]], Part]
-    # Keys -> component's name -> its keys
-    components: Callable[[Iterable[str]], Mapping[str, list[str]]] = field(default=whole)
+    component_of: Callable[[str], str] = lambda key: ""  # a key -> the component that it is for
+
+    def components(self, file: TensorFile) -> dict[str, list[str]]:
+        """The keys of a file by the component that they are for."""
+        found: dict[str, list[str]] = {}
+        for key in file.entries:
+            found.setdefault(self.component_of(key), []).append(key)
+        return found
 
 
 def part(
@@ -134,6 +136,18 @@ def _targets(modules: Mapping[str, Module], known: Collection[str] | None) -> di
     """The names as targets. A reader takes them as endings, so what else ends in one is excluded."""
     others = [n for n in known or () if n not in modules and any(ending in modules for ending in endings(n))]
     return {"target_modules": list(modules), **({"exclude_modules": others} if others else {})}
+
+
+def numbers(file: TensorFile, keys: Sequence[str]) -> dict[str, float]:
+    """The values of tensors of one element, such as `alpha`: they are numbers of the configuration.
+
+    Raises:
+        CheckpointError: one has more elements or none.
+    """
+    for key in keys:
+        if math.prod(file.shapes[key]) != 1:
+            raise CheckpointError(f"{file.path}: {told(key, 200)} is not one number.")
+    return {key: float(value) for key, value in file.read(keys).items()}
 
 
 def rank_of(source: Source, down: str, up: str, *, down_axis: int = 0, up_axis: int = 1) -> int:

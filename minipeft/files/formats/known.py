@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from minipeft.errors import CheckpointError, shown
@@ -40,7 +40,7 @@ def pickles_in(names: Collection[str]) -> list[str]:
 
 def parts(source: Source, known: Format) -> dict[str, Part]:
     """The adapter of each component that a file is for; raises CheckpointError if something in it has no place."""
-    return {name: known.read(source, name, keys) for name, keys in known.components(source.file.shapes).items()}
+    return {name: known.read(source, name, keys) for name, keys in known.components(source.file).items()}
 
 
 def only_part(source: Source, known: Format) -> Part:
@@ -49,7 +49,7 @@ def only_part(source: Source, known: Format) -> Part:
     Raises:
         CheckpointError: it is for several parts of a pipeline, or something in it has no place.
     """
-    found: Mapping[str, list[str]] = known.components(source.file.shapes)
+    found = known.components(source.file)
     if len(found) > 1:
         raise CheckpointError(
             f"{source.file.path} is a file of {known.name} for several parts of a pipeline ({shown(found)}); "

@@ -7,12 +7,11 @@ prefix says which part of a pipeline is meant. `alpha` is a tensor per module; w
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from minipeft.errors import CheckpointError, hint, shown, told
-from minipeft.files.formats.foreign import Format, Part, Source, part
+from minipeft.files.formats.foreign import Format, Part, Source, numbers, part
 from minipeft.files.formats.lycoris import ENDS, method
 from minipeft.files.tensor_file import TensorFile
 
@@ -38,13 +37,9 @@ def knows(file: TensorFile) -> bool:
     return bool(keys) and all(key.startswith(_PREFIXES) and "." in key for key in keys)
 
 
-def components(keys: Iterable[str]) -> dict[str, list[str]]:
-    """The keys by the part of the pipeline that they are for."""
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        prefix = next(prefix for prefix in COMPONENTS if key.startswith(f"{prefix}_"))
-        found.setdefault(COMPONENTS[prefix], []).append(key)
-    return found
+def component_of(key: str) -> str:
+    """The part of the pipeline that a key is for."""
+    return next(component for prefix, component in COMPONENTS.items() if key.startswith(f"{prefix}_"))
 
 
 def read(source: Source, component: str, keys: Sequence[str]) -> Part:
@@ -68,16 +63,8 @@ def read(source: Source, component: str, keys: Sequence[str]) -> Part:
             raise CheckpointError(f"{path}: {names[0]} has {match[3]} twice, under two prefixes.")
         modules[names[0]][match[3]] = key
     alphas = [ends["alpha"] for ends in modules.values() if "alpha" in ends]
-    chosen = method(source, modules, _alphas(source, alphas))
-    return part(
-        source,
-        keys,
-        chosen.modules,
-        peft_type=chosen.peft_type,
-        spent=alphas,
-        known=known,
-        **chosen.values,
-    )
+    peft_type, made, values = method(source, modules, numbers(source.file, alphas))
+    return part(source, keys, made, peft_type=peft_type, spent=alphas, known=known, **values)
 
 
 def _dotted(known: Iterable[str]) -> dict[str, list[str]]:
@@ -105,12 +92,4 @@ def _misnamed(path: object, name: str, names: Sequence[str], dotted: Mapping[str
     return f"{path}: {told(name, 200)} names no module of this model{hint(name, dotted)}."
 
 
-def _alphas(source: Source, keys: Sequence[str]) -> dict[str, float]:
-    """The values of `alpha`, read: they are numbers of the configuration."""
-    for key in keys:
-        if math.prod(source.file.shapes[key]) != 1:
-            raise CheckpointError(f"{source.file.path}: {told(key, 200)} is not one number.")
-    return {key: float(value) for key, value in source.file.read(keys).items()}
-
-
-KOHYA = Format("kohya's sd-scripts or LyCORIS", knows, read, components)
+KOHYA = Format("kohya's sd-scripts or LyCORIS", knows, read, component_of)

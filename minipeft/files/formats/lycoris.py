@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,27 +23,19 @@ LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"
 KERNELS = (1, 9, 3, 5, 7, 25, 27, 49)
 ENDS = sorted(LORA | LOHA | LOHA_CORES | LOKR)
 Ends = Mapping[str, Mapping[str, str]]  # module -> end of the key -> key
+Read = tuple[dict[str, Module], dict[str, Any]]  # the modules, and options of the method
 
 
-@dataclass(frozen=True)
-class Method:
-    """What the modules of a file come to."""
-
-    peft_type: str
-    modules: Mapping[str, Module]
-    values: Mapping[str, Any]
-
-
-def method(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
-    """The method that all modules of a file have, with each module's tensors, rank and alpha.
+def method(source: Source, modules: Ends, alphas: Mapping[str, float]) -> tuple[str, dict[str, Module], dict[str, Any]]:
+    """The method that all modules of a file have: ``peft_type``, each module's tensors, and more of the configuration.
 
     Raises:
         CheckpointError: they have several, or their tensors are not those of one.
     """
     used = {end for ends in modules.values() for end in ends} - {"alpha"}
-    for ends, read in ((LORA, _lora), (LOHA | LOHA_CORES, _loha), (LOKR, _lokr)):
+    for name, ends, read in (("LORA", LORA, _lora), ("LOHA", LOHA | LOHA_CORES, _loha), ("LOKR", LOKR, _lokr)):
         if used and used <= ends:
-            return read(source, modules, alphas)
+            return name, *read(source, modules, alphas)
     raise CheckpointError(
         f"{source.file.path}: its modules have {shown(sorted(used), 8)}, which are not of one method."
     )
@@ -54,12 +45,11 @@ def _alpha(ends: Mapping[str, str], alphas: Mapping[str, float], r: int) -> floa
     return alphas.get(ends.get("alpha", ""), 0.0) or r
 
 
-def _lora(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
+def _lora(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Read:
     with_dora = [name for name, ends in modules.items() if "dora_scale" in ends]
     if with_dora and len(with_dora) < len(modules):
         raise CheckpointError(f"{source.file.path}: only {len(with_dora)} of {len(modules)} modules have dora_scale.")
-    found = {name: _lora_module(source, name, ends, alphas) for name, ends in modules.items()}
-    return Method("LORA", found, {})
+    return {name: _lora_module(source, name, ends, alphas) for name, ends in modules.items()}, {}
 
 
 def _lora_module(source: Source, name: str, ends: Mapping[str, str], alphas: Mapping[str, float]) -> Module:
@@ -104,7 +94,7 @@ def _through_core(down: Tensor, mid: Tensor) -> Tensor:
     return product.to(down.dtype)
 
 
-def _loha(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
+def _loha(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Read:
     found = {}
     for name, ends in modules.items():
         cores = LOHA_CORES & ends.keys()
@@ -120,7 +110,7 @@ def _loha(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
         tensors = {end: source.file.entries[ends[end]] for end in sorted(LOHA)}
         tensors |= {end: _core(source, name, ends[end], rank) for end in sorted(cores)}
         found[name] = Module(tensors, rank, _alpha(ends, alphas, rank))
-    return Method("LOHA", found, _cores(modules, LOHA_CORES))
+    return found, _cores(modules, LOHA_CORES)
 
 
 def _core(source: Source, name: str, key: str, rank: int) -> Entry:
@@ -154,7 +144,7 @@ class _Kronecker(NamedTuple):
         yield from (self.right[1] // size for size in KERNELS[: None if self.flat else 1] if self.right[1] % size == 0)
 
 
-def _lokr(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
+def _lokr(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Read:
     shapes = {name: _kronecker(source, name, ends) for name, ends in modules.items()}
     found, both = {}, any(shape.ranks[0] is not None for shape in shapes.values())
     for name, ends in modules.items():
@@ -176,7 +166,7 @@ def _lokr(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Method:
                 f"{source.file.path}: {name} has whole factors where PEFT's LoKr has products, or the reverse."
             )
     values = {"decompose_both": both, "decompose_factor": _near(source, list(shapes.values()))}
-    return Method("LOKR", found, values | _cores(modules, {"lokr_t2"}))
+    return found, values | _cores(modules, {"lokr_t2"})
 
 
 def _kronecker(source: Source, name: str, ends: Mapping[str, str]) -> _Kronecker:
