@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,13 +14,15 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
-from minipeft.files.foreign_on_hub import BESIDE, first_in_cache, is_of_another_tool, weights_of_another_tool
-from minipeft.files.formats import known
+from minipeft.files.formats.known import NAMES, format_of, pickles_in, weights_in
 from minipeft.files.model_card import CARD_FILE, MARK, is_repo_id
 from minipeft.files.not_an_adapter import folder_named
 from minipeft.files.reading import as_path
+from minipeft.files.tensor_file import Entry, TensorFile, open_tensors
 
 Result = TypeVar("Result")
+# What a tool writes next to its weights, and says what they mean.
+BESIDE = (CONFIG_FILE, "config.json", "hyperparameters.yaml", "model_config.yaml")
 
 
 def adapter_directory(
@@ -54,45 +57,93 @@ def adapter_directory(
         )
     if _is_local(place, revision):
         return Path(place) / (subfolder or "")
-
-    def download(name: str, commit: str | None) -> Path:
-        options = {"token": token, "local_files_only": local_files_only, "library_name": "minipeft"}
-        return Path(hf_hub_download(str(place), name, subfolder=subfolder, revision=commit, **options))  # type: ignore[arg-type]
-
-    inner = f"{Path(subfolder).as_posix()}/" if subfolder else ""
-    name, commit, found = WEIGHTS_FILE, revision, Path()
+    inner = f"{inside.as_posix()}/" if subfolder else ""
+    repository, name = _Repository(str(place), inner, revision, token, local_files_only), WEIGHTS_FILE
     try:
-        found = download(WEIGHTS_FILE, commit)
-        commit = found.parents[inner.count("/")].name  # a snapshot is named after its commit
-        if not is_of_another_tool(found):
+        if not _is_of_another_tool(repository.download(WEIGHTS_FILE)):
             name = CONFIG_FILE
-            return download(CONFIG_FILE, commit).parent
+            return repository.download(CONFIG_FILE).parent
     except Exception as error:  # huggingface_hub's own, or of its HTTP library, which differs by version
-        names = _names_there(str(place), inner, commit, token) if _is_absent(error) else []
-        other = weights_of_another_tool(names, inner, str(place), commit, token) if name == WEIGHTS_FILE else None
+        names = repository.names() if _is_absent(error) else []
+        other = _weights_of_another_tool(repository, names) if name == WEIGHTS_FILE else None
         if isinstance(error, LocalEntryNotFoundError) and name == WEIGHTS_FILE:
-            other = first_in_cache(lambda known: download(known, commit))
+            other = next((known for known in NAMES if repository.has(known)), None)
         if other is None:
             why = _why(error, name, local_files_only) + (_what_is_there(names) if names else "")
             raise CheckpointError(f"{place!r} is not a directory here, and {why}") from None
         name = other
-    return _of_another_tool(name, inner, commit, download)
-
-
-def _of_another_tool(name: str, inner: str, commit: str | None, download: Callable[[str, str | None], Path]) -> Path:
-    """Download the weights and what the tool wrote beside them, and return their directory.
-
-    Raises:
-        CheckpointError: the hub does not give the weights.
-    """
     try:
-        path = download(name, commit)
+        path = repository.download(name)
     except Exception as error:  # as above
         raise CheckpointError(f"the hub does not give {told(name)} ({_first_line(error)}).") from None
     for beside in BESIDE:
-        with contextlib.suppress(Exception):  # no tool writes all of them; reading says what is missing
-            download(beside, path.parents[inner.count("/")].name)
+        repository.has(beside)  # no tool writes all of them; reading says what is missing
     return path.parent
+
+
+@dataclass
+class _Repository:
+    """A folder of a repository, from which all files come from one commit."""
+
+    repo_id: str
+    folder: str  # with a slash behind it, or empty
+    commit: str | None  # or the branch or tag that was asked for, until the first file is here
+    token: str | bool | None
+    local_files_only: bool
+
+    def download(self, name: str) -> Path:
+        """Where a file is in the cache; raises what huggingface_hub raises."""
+        found = hf_hub_download(
+            self.repo_id,
+            f"{self.folder}{name}",
+            revision=self.commit,
+            token=self.token,
+            local_files_only=self.local_files_only,
+            library_name="minipeft",
+        )
+        self.commit = Path(found).parents[self.folder.count("/")].name  # a snapshot is named after its commit
+        return Path(found)
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there; it is in the cache then."""
+        with contextlib.suppress(Exception):
+            self.download(name)
+            return True
+        return False
+
+    def names(self) -> list[str]:
+        """The names in the folder; none if the hub does not give them."""
+        with contextlib.suppress(Exception):
+            names = HfApi(token=self.token, library_name="minipeft").list_repo_files(self.repo_id, revision=self.commit)
+            return [name.removeprefix(self.folder) for name in names if name.startswith(self.folder)]
+        return []
+
+    def shows_adapter(self, name: str) -> bool:
+        """Whether the header of a file of weights, all that is asked for, is that of a known format."""
+        with contextlib.suppress(Exception):  # of the hub, or of a header that is none
+            api, path = HfApi(token=self.token, library_name="minipeft"), f"{self.folder}{name}"
+            found = api.parse_safetensors_file_metadata(self.repo_id, path, revision=self.commit)
+            entries = {key: Entry(tuple(info.shape), info.dtype, (key,)) for key, info in found.tensors.items()}
+            return format_of(TensorFile(Path(path), entries, found.metadata)) is not None
+        return False
+
+
+def _weights_of_another_tool(repository: _Repository, names: Sequence[str]) -> str | None:
+    """The file with an adapter of a format that is known; None if there is none, or several.
+
+    Of a file with a name of its own only the header is asked for first, since it may be a whole model.
+    """
+    flat = [name for name in names if "/" not in name]
+    found = weights_in(flat)
+    known = found is None or found in NAMES or (not folder_named(flat) and repository.shows_adapter(found))
+    return found if known else None
+
+
+def _is_of_another_tool(path: Path) -> bool:
+    """Whether a file of weights is of a known format that is not PEFT's."""
+    with contextlib.suppress(CheckpointError):  # which is told when it is read
+        return format_of(open_tensors(path)) is not None
+    return False
 
 
 def base_directory(
@@ -155,17 +206,9 @@ def _is_absent(error: Exception) -> bool:
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
-def _names_there(repo_id: str, inner: str, commit: str | None, token: str | bool | None) -> list[str]:
-    """The files of a repository, or of a folder in it; none if the hub does not give that."""
-    with contextlib.suppress(Exception):
-        names = HfApi(token=token, library_name="minipeft").list_repo_files(repo_id, revision=commit)
-        return [name.removeprefix(inner) for name in names if name.startswith(inner)]
-    return []
-
-
 def _what_is_there(names: Sequence[str]) -> str:
     """What a repository without an adapter is, by its list of files."""
-    pickles = known.pickles_in(names)
+    pickles = pickles_in(names)
     if pickles:
         return f" {shown(pickles)} is a pickle: download it, and `minipeft convert` makes safetensors of it."
     return folder_named(names)
