@@ -18,7 +18,7 @@ from minipeft.combining.model import CombinableModel
 from minipeft.combining.other_names import OtherNames
 from minipeft.config import AdapterConfig, config_of_peft
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
-from minipeft.files.foreign_options import check_load_options
+from minipeft.files.foreign_options import check_options
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
@@ -109,7 +109,7 @@ def load_adapter(
     Raises:
         MinipeftError: something does not fit; the model is unchanged, bit for bit.
     """
-    check_load_options("load_adapter", others)
+    check_options("load_adapter", others)
     check_name(adapter_name, model.adapter_configs if isinstance(model, AdaptedModel) else ())
     flags(is_trainable=is_trainable, strict=strict, allow_base_mismatch=allow_base_mismatch)
     _check_adaptable(model)

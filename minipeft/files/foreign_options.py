@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,41 +57,32 @@ PUSHING: Harmless = {
     "tags": (_only(None), "add them to the model card on the hub"),
 }
 OWN_OF_LOADING = ("allow_base_mismatch", "key_mapping", "revision", "token", "subfolder", "local_files_only")
+OWN_OF_SAVING = (
+    *("adapter_name", "selected_adapters", "state_dict", "is_main_process", "safe_serialization"),
+    *("convert_to_lora", "save_embedding_layers"),
+)
+OWN_OF_PUSHING = ("adapter_name", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+# A verb -> the options of others that it takes, and its own.
+VERBS: Mapping[str, tuple[Harmless, Sequence[str]]] = {
+    "load_adapter": (LOADING, OWN_OF_LOADING),
+    "hotswap_adapter": (LOADING, OWN_OF_LOADING),
+    "save_pretrained": (SAVING, OWN_OF_SAVING),
+    "push_to_hub": (PUSHING, OWN_OF_PUSHING),
+}
 
 
-def check_load_options(verb: str, given: Mapping[str, Any]) -> None:
-    """Check what was given to a verb that loads, besides our own options.
+def check_options(verb: str, given: Mapping[str, Any], unnamed: tuple[object, ...] = ()) -> None:
+    """Check what was given to a verb besides its own options.
 
     Raises:
-        ConfigError: an option is unknown, or asks for what is not done.
-    """
-    _check(verb, given, LOADING, OWN_OF_LOADING)
-
-
-def check_save_options(given: Mapping[str, Any], unnamed: tuple[object, ...], known: Iterable[str]) -> None:
-    """Check what was given to ``save_pretrained`` besides its own options, which are `known`.
-
-    Raises:
-        ConfigError: an option is unknown, or asks for what is not done.
+        ConfigError: an option is unknown, has no name, or asks for what is not done.
     """
     if unnamed:
         raise ConfigError(
-            "save_pretrained: give all but the directory and adapter_name by name; transformers and PEFT have other "
-            "options in those places."
+            f"{verb}: give all but the directory and adapter_name by name; transformers and PEFT have other options in "
+            "those places."
         )
-    _check("save_pretrained", given, SAVING, known)
-
-
-def check_push_options(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Check what was given to ``push_to_hub`` besides its own options, which are `known`.
-
-    Raises:
-        ConfigError: an option is unknown, or asks for what is not done.
-    """
-    _check("push_to_hub", given, PUSHING, known)
-
-
-def _check(verb: str, given: Mapping[str, Any], harmless: Harmless, own: Iterable[str]) -> None:
+    harmless, own = VERBS[verb]
     for name, value in given.items():
         if name not in harmless:
             raise ConfigError(f"{verb} has no option {told(name)}{hint(name, [*own, *harmless])}.")

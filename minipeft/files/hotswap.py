@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minipeft.errors import CheckpointError, ConfigError, StateError, all_or_nothing
-from minipeft.files.foreign_options import check_load_options
+from minipeft.files.foreign_options import check_options
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts
 from minipeft.files.save_pretrained import DEFAULT, SavableModel
@@ -92,7 +92,7 @@ class HotswapModel(SavableModel):
                 larger rank than there is room for, or adapts what the adapter does not. The old weights go on acting.
             StateError: there is no such adapter, or one is merged into the base.
         """
-        check_load_options("hotswap_adapter", others)
+        check_options("hotswap_adapter", others)
         self._check_known([adapter_name])
         flags(allow_base_mismatch=allow_base_mismatch)
         self._state.check_unmerged()

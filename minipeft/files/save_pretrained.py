@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
-from minipeft.files.foreign_options import check_push_options, check_save_options, check_size
+from minipeft.files.foreign_options import check_options, check_size
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
 from minipeft.files.model_card import public_base, update_card, write_card
 from minipeft.files.peft_extras import followers, with_repeats
@@ -33,16 +33,6 @@ from minipeft.layers.offloaded import values_of
 from minipeft.options import flags
 
 DEFAULT = "default"
-OWN_OPTIONS = (
-    "adapter_name",
-    "selected_adapters",
-    "state_dict",
-    "is_main_process",
-    "safe_serialization",
-    "convert_to_lora",
-    "save_embedding_layers",
-)
-PUSH_OPTIONS = ("adapter_name", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 
 def directory_of(root: Path, adapter_name: str) -> Path:
@@ -118,7 +108,7 @@ class SavableModel(nn.Module):
             )
         flags(is_main_process=is_main_process, convert_to_lora=convert_to_lora)
         root = as_path(save_directory, "save_directory")
-        check_save_options(others, unnamed, OWN_OPTIONS)
+        check_options("save_pretrained", others, unnamed)
         names = self._all_or(None if adapter_name is True else adapter_name, selected_adapters)
         check_trainer()
         if convert_to_lora and state_dict is not None:
@@ -184,7 +174,7 @@ class SavableModel(nn.Module):
             CheckpointError: the hub refuses, or cannot be reached.
             ConfigError: both a pull request and a branch; or an option is unknown, or asks for what is not done.
         """
-        check_push_options(others, PUSH_OPTIONS)
+        check_options("push_to_hub", others)
         names = self._all_or(adapter_name)
         warn_of_lost_state(self)
         with tempfile.TemporaryDirectory() as folder:
