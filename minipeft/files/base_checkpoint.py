@@ -12,8 +12,7 @@ from torch import nn
 
 from minipeft.errors import CheckpointError
 from minipeft.files.hub import is_hub_id
-from minipeft.files.reading import read_limited
-from minipeft.files.strict_json import MAX_CONFIG_BYTES
+from minipeft.files.reading import MAX_CONFIG_BYTES, read_limited
 from minipeft.files.tensor_file import MAX_HEADER_BYTES, open_tensors
 from minipeft.transformers_model import name_or_path
 

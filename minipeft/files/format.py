@@ -27,9 +27,8 @@ from minipeft.files.formats.diffusers import DIFFUSERS
 from minipeft.files.formats.foreign import Source
 from minipeft.files.formats.known import format_of, only_part, pickles_in, weights_in
 from minipeft.files.not_an_adapter import config_named, folder_named, layout_named, local_names
-from minipeft.files.reading import check_inside, reading
+from minipeft.files.reading import check_inside, parse, read_object, reading
 from minipeft.files.scaling_in_B import with_own_scaling
-from minipeft.files.strict_json import parse, read_object
 from minipeft.files.tensor_file import TensorFile, damaged, open_tensors
 from minipeft.peft_options import asks_nothing
 

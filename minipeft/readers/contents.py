@@ -14,8 +14,7 @@ from minipeft.errors import CheckpointError, shown
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.formats.known import pickles_in
 from minipeft.files.not_an_adapter import folder_named, local_names
-from minipeft.files.reading import reading
-from minipeft.files.strict_json import read_object
+from minipeft.files.reading import read_object, reading
 from minipeft.files.tensor_file import TensorFile, open_tensors
 from minipeft.patterns import first_keys, full_matches, matching
 from minipeft.readers.keys import Key, Kind, taken_apart

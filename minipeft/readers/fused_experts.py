@@ -8,7 +8,7 @@ from typing import Any
 
 from minipeft.errors import CheckpointError
 from minipeft.files.base_checkpoint import CONFIG, cached
-from minipeft.files.strict_json import read_object
+from minipeft.files.reading import read_object
 from minipeft.patterns import first_keys
 from minipeft.readers.contents import Contents
 from minipeft.readers.facts import one_of

@@ -16,7 +16,7 @@ from minipeft.files.base_checkpoint import CONFIG, cached
 from minipeft.files.empty_model import empty_model
 from minipeft.files.format import NAMES, open_adapter
 from minipeft.files.names.to_old import with_old_names
-from minipeft.files.strict_json import read_object
+from minipeft.files.reading import read_object
 from minipeft.files.tensor_file import Entry, TensorFile
 from minipeft.injection.build import PREFIX
 from minipeft.readers.contents import Contents

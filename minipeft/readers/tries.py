@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError, ConfigError, told_error
-from minipeft.files.reading import reading
-from minipeft.files.strict_json import read_object
+from minipeft.files.reading import read_object, reading
 from minipeft.readers.names import Reader
 
 EQUAL = 1e-4  # allowed difference of two outputs, over the largest of them

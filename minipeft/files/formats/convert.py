@@ -18,9 +18,8 @@ from minipeft.files.formats.foreign import Part
 from minipeft.files.formats.known import format_of, is_one_file, parts, pickles_in, weights_in
 from minipeft.files.formats.pickled import write_safetensors
 from minipeft.files.not_an_adapter import folder_named, local_names
-from minipeft.files.reading import as_path, reading, writing
+from minipeft.files.reading import MAX_CONFIG_BYTES, as_path, reading, writing
 from minipeft.files.save import check_no_model_in, config_text
-from minipeft.files.strict_json import MAX_CONFIG_BYTES
 from minipeft.files.tensor_file import TensorFile, open_tensors
 
 # Where a diffusers pipeline keeps what a file says "unet" for: newer ones have a transformer instead.

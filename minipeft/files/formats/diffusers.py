@@ -13,7 +13,7 @@ from typing import Any
 
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Format, Module, Part, Source, numbers, part, rank_of
-from minipeft.files.strict_json import parse
+from minipeft.files.reading import parse
 from minipeft.files.tensor_file import TensorFile
 from minipeft.patterns import first_keys
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Format, Module, Part, Source, part, rank_of
-from minipeft.files.strict_json import read_object
+from minipeft.files.reading import read_object
 from minipeft.files.tensor_file import TensorFile
 
 NAMES = {

@@ -11,8 +11,7 @@ from typing import Any
 from minipeft.errors import CheckpointError, MergeError, shown, told
 from minipeft.files.base_checkpoint import CONFIG, INDEX, WEIGHTS
 from minipeft.files.file_names import CONFIG_FILE
-from minipeft.files.reading import read_limited
-from minipeft.files.strict_json import parse, read_object
+from minipeft.files.reading import parse, read_limited, read_object
 from minipeft.files.tensor_file import MAX_HEADER_BYTES, damaged
 from minipeft.merging.from_disk.stored import StoredTensor, stored_tensors
 
