@@ -16,9 +16,10 @@ VISION = {"visual", "vision_tower", "vision_model", "audio_tower"}  # in names o
 FLOATING = 1e-6  # relative difference of two scalings that are equal
 
 
-def one_of(names: Sequence[str]) -> str:
-    """The first name, and of how many."""
-    return shown(names[:1]) + (f" (one of {len(names)})" if len(names) > 1 else "")
+def one_of(names: Sequence[str], then: str = "") -> str | None:
+    """The first name, of how many, and what follows; None if there is no name."""
+    number = f" (one of {len(names)})" if len(names) > 1 else ""
+    return f"{shown(names[:1])}{number}{then}" if names else None
 
 
 def methods_but(*methods: str) -> Applies:
@@ -48,24 +49,18 @@ def lacks(*options: str) -> Applies:
 
 def holds(*kinds: Kind, but: tuple[str, ...] = ()) -> Applies:
     """The file holds tensors of these kinds, under keys that do not end with one of `but`."""
-
-    def applies(contents: Contents) -> str | None:
-        keys = [key.text for key in contents.of(*kinds) if not key.text.endswith(but or ("\0",))]
-        return one_of(keys) if keys else None
-
-    return applies
+    return lambda c: one_of([key.text for key in c.of(*kinds) if not key.text.endswith(but or ("\0",))])
 
 
 def holds_head(contents: Contents) -> str | None:
     """An output head is adapted."""
-    names = {key.module for key in contents.of(Kind.FACTOR) if key.is_head}
-    return f"{one_of(sorted(names))} (an output head)" if names else None
+    return one_of(sorted({key.module for key in contents.of(Kind.FACTOR) if key.is_head}), " (an output head)")
 
 
 def without_prefix(contents: Contents) -> str | None:
     """Keys do not start with ``base_model.model.`` exactly once."""
     keys = [key.text for key in contents.keys if not _has_prefix(key.text)]
-    return f"{one_of(keys)}, which does not start with base_model.model. once," if keys else None
+    return one_of(keys, ", which does not start with base_model.model. once,")
 
 
 def _has_prefix(key: str) -> bool:
@@ -76,20 +71,19 @@ def _has_prefix(key: str) -> bool:
 def with_adapter_name(contents: Contents) -> str | None:
     """Keys have an adapter's name in them, as in a live model's state_dict."""
     keys = [key.text for key in contents.keys if ".default." in key.text or key.text.endswith(".default")]
-    return f"{one_of(keys)}, which has an adapter's name in it," if keys else None
+    return one_of(keys, ", which has an adapter's name in it,")
 
 
 def with_wrappers(contents: Contents) -> str | None:
     """Keys have a wrapper's part in them, such as ``_orig_mod``."""
     texts = [key.text for key in contents.keys]
     keys = [text for text in texts if unwrapped_name(text) != text or text.startswith(f"{PREFIX}module.")]
-    return f"{one_of(keys)}, which has a wrapper's name in it," if keys else None
+    return one_of(keys, ", which has a wrapper's name in it,")
 
 
 def not_selected(contents: Contents) -> str | None:
     """The configuration does not select layers that the file has."""
-    names = contents.not_selected()
-    return f"{one_of(names)}, which target_modules does not select," if names else None
+    return one_of(contents.not_selected(), ", which target_modules does not select,")
 
 
 def other_ranks(contents: Contents) -> str | None:
@@ -139,7 +133,7 @@ def mixed_ranks(contents: Contents) -> str | None:
     """Some layer has another rank than the top-level option says."""
     r = contents.config.get("r", 8)
     names = [module for module in contents.layers if rank_in_file(contents, module) not in (None, r)]
-    return f"{one_of(names)} of another rank than r = {r}" if names and contents.is_plain_lora else None
+    return one_of(names, f" of another rank than r = {r}") if contents.is_plain_lora else None
 
 
 def rank_above(limit: int) -> Applies:
@@ -156,7 +150,7 @@ def rank_above(limit: int) -> Applies:
 def more_than_matrices(contents: Contents) -> str | None:
     """A factor has more than two dimensions, as for a convolution."""
     keys = [key.text for key in contents.of(Kind.FACTOR) if len(contents.weights.shapes[key.text]) != 2]
-    return f"{one_of(keys)}, which is not a matrix," if keys else None
+    return one_of(keys, ", which is not a matrix,")
 
 
 def experts(contents: Contents) -> str | None:

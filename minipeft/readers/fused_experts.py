@@ -26,13 +26,13 @@ TYPES = frozenset(
 def taken_for_experts(contents: Contents) -> str | None:
     """Layers, such as those of shared experts, whose targets PEFT turns into parameters of the routed experts."""
     names = _taken(contents)
-    return one_of(names) if names and not _not_for_parameters(contents, names) else None
+    return None if _not_for_parameters(contents, names) else one_of(names)
 
 
 def refused_for_experts(contents: Contents) -> str | None:
     """The same, where PEFT cannot do with parameters what the configuration asks for."""
     names = _taken(contents)
-    return one_of(names) if names and _not_for_parameters(contents, names) else None
+    return one_of(names) if _not_for_parameters(contents, names) else None
 
 
 def _not_for_parameters(contents: Contents, names: list[str]) -> bool:

@@ -11,18 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
+from minipeft.config import config_from_dict
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
+from minipeft.files.base_checkpoint import CONFIG, cached
+from minipeft.files.empty_model import empty_model
 from minipeft.files.file_names import WEIGHTS_FILE
-from minipeft.files.format import open_adapter
-from minipeft.files.reading import reading
+from minipeft.files.format import NAMES, open_adapter
+from minipeft.files.names.to_old import with_old_names
+from minipeft.files.reading import read_object, reading
+from minipeft.files.tensor_file import Entry, TensorFile
 from minipeft.injection.build import PREFIX
 from minipeft.patterns import matching
 from minipeft.readers.contents import Contents, read_contents
 from minipeft.readers.fused_experts import as_parameters
 from minipeft.readers.keys import Kind
 from minipeft.readers.names import Part, Reader
-from minipeft.readers.old_names import under_old_names
 from minipeft.readers.plain import Pair, alike, check_method, pairs_of
 from minipeft.readers.rules import Takes, answer
 from minipeft.readers.written import Made, factors, renamed_for, write_diffusers, write_mlx, write_peft
@@ -70,7 +74,7 @@ def made_for(
     values: Mapping[str, Tensor] = contents.weights.read()
     contents = _without(contents, drop, made)
     if old_names or (contents.config.get("target_parameters") and reader not in WHOLE):
-        contents, values = under_old_names(reader, contents, base, made)
+        contents, values = _under_old_names(reader, contents, base, made)
     if reader in WHOLE and not contents.of(Kind.START):
         contents = as_parameters(contents, made.done)
         _as_it_is(contents, values, made)
@@ -105,6 +109,48 @@ def _without(contents: Contents, drop: Collection[Part], made: Made) -> Contents
     if Part.HEAD in drop and gone:
         return replace(left, config={**config, "target_modules": list(left.layers)})
     return left
+
+
+def _under_old_names(
+    reader: Reader, contents: Contents, base: Path | None, made: Made
+) -> tuple[Contents, Mapping[str, Tensor]]:
+    """The same adapter as PEFT would have saved it with transformers 4, and its tensors.
+
+    Raises:
+        MinipeftError: the base is not known here, the adapter does not fit it, or the reader knows other names.
+    """
+    if reader in (Reader.MLX, Reader.DIFFUSERS):
+        raise CheckpointError(
+            f"{contents.directory}: {reader.value} has its own names, and none for one expert or those of transformers 4. "
+            "Merge the adapter: minipeft merge."
+        )
+    weights, folder = contents.weights, _base(contents, base)
+    config = config_from_dict(dict(contents.config))
+    file = open_adapter(contents.directory)
+    entries = {key: entry for key, entry in file.entries.items() if key in weights.entries}  # some may be dropped
+    file = replace(file, entries=entries, config=config)
+    auto_mapping: Any = contents.config.get("auto_mapping")
+    model = empty_model(folder, read_object(folder / CONFIG), file, auto_mapping).model
+    tensors, options = with_old_names(model, file, contents.config)
+    renamed = [key for key in tensors if key not in weights.shapes]
+    if renamed:
+        made.done.append(
+            f"{len(renamed)} tensors have names of transformers 4, such as {renamed[0].removeprefix(PREFIX)}."
+        )
+    entries = {key: Entry(tuple(t.shape), NAMES[t.dtype], (key,)) for key, t in tensors.items()}
+    return Contents(contents.directory, options, TensorFile(weights.path, entries, weights.metadata)), tensors
+
+
+def _base(contents: Contents, base: Path | None) -> Path:
+    """The directory with the base's configuration."""
+    named = contents.config.get("base_model_name_or_path")
+    found = base if base is not None else cached(named) if isinstance(named, str) else None
+    if found is None or not os.path.isfile(found / CONFIG):
+        raise CheckpointError(
+            f"{contents.directory}: which names its modules had depends on the base, and there is no {CONFIG} of it in "
+            f"{found or named!s:.200}. Give its directory with --base."
+        )
+    return found
 
 
 def _as_it_is(contents: Contents, values: Mapping[str, Tensor], made: Made) -> None:

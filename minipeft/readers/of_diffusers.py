@@ -17,13 +17,12 @@ PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_ve
 def no_component(contents: Contents) -> str | None:
     """A key does not start with the name of a part of a pipeline."""
     keys = [key for key in contents.weights.shapes if not key.startswith(COMPONENTS)]
-    return f"{facts.one_of(keys)}, which names no part of a pipeline," if keys else None
+    return facts.one_of(keys, ", which names no part of a pipeline,")
 
 
 def other_parts(contents: Contents) -> str | None:
     """A key is for something else than a low-rank update."""
-    keys = [key for key in contents.weights.shapes if not key.endswith(PARTS) and ".lokr_" not in key]
-    return facts.one_of(keys) if keys else None
+    return facts.one_of([key for key in contents.weights.shapes if not key.endswith(PARTS) and ".lokr_" not in key])
 
 
 RULES = (

@@ -14,7 +14,7 @@ def other_keys(contents: Contents) -> str | None:
     """A key is not one of mlx-lm's."""
     full = contents.config.get("fine_tune_type") == "full"
     keys = [key for key in contents.weights.shapes if not key.endswith(LEAVES)]
-    return facts.one_of(keys) if keys and not full and contents.weights.path.name == MLX_FILE else None
+    return facts.one_of(keys) if not full and contents.weights.path.name == MLX_FILE else None
 
 
 def bad_parameters(contents: Contents) -> str | None:

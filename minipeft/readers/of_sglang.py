@@ -40,7 +40,7 @@ def pattern_targets(contents: Contents) -> str | None:
 def outside_layers(contents: Contents) -> str | None:
     """Adapted modules that are neither in a numbered layer nor one of the two tables."""
     names = [m for m in contents.layers if not _LAYER.search(f"{m}.") and m.rpartition(".")[2] not in TABLES]
-    return f"{facts.one_of(names)}, which is in no layers.N," if names else None
+    return facts.one_of(names, ", which is in no layers.N,")
 
 
 def vision_layers(contents: Contents) -> str | None:

@@ -92,13 +92,12 @@ def component_of(modules: Collection[str], directory: Path) -> str:
     """
     firsts = {module.partition(".")[0] for module in modules}
     found = {COMPONENTS[first] for first in firsts if first in COMPONENTS}
-    only = next(iter(found)) if len(found) == 1 else None
-    if only is None:
+    if len(found) != 1:
         raise CheckpointError(
             f"{directory}: {min(modules)!r} does not say which part of a diffusers pipeline it is in. diffusers reads adapters "
             f"of models whose modules start with {', '.join(COMPONENTS)}."
         )
-    return only
+    return found.pop()
 
 
 def write_diffusers(pairs: Mapping[str, Pair], directory: Path, made: Made) -> None:
