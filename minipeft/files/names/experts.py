@@ -8,28 +8,29 @@ filled with zeros. A file that does not hold all that its configuration selects 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
 
-from torch import nn
+from torch import Tensor, nn
 
-from minipeft.config import AdapterConfig
-from minipeft.errors import CheckpointError, printable
+from minipeft.errors import CheckpointError, printable, shown
 from minipeft.files.format import AdapterFile
 from minipeft.files.names.expert_config import with_parameters
-from minipeft.files.names.expert_lists import layer_configs
-from minipeft.files.names.expert_places import Places
+from minipeft.files.names.expert_places import Place, Places
 from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
 from minipeft.files.tensor_file import Entry
 from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import Candidate
-from minipeft.injection.targets import select_parameters
+from minipeft.injection.targets import select_parameters, selected_names
 from minipeft.patterns import endings
 
 FACTORS = ("lora_A", "lora_B")
 ADVICE = (
     "in one parameter, where only plain LoRA is the same. Merge the adapter where it was made, with transformers 4."
 )
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 log = logging.getLogger("minipeft")
 
 
@@ -52,8 +53,8 @@ def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Can
         return file
     _check_plain(file, next(iter(found)))
     layers: dict[str, list[Layer]] = {}
-    for name, config in layer_configs(file, {name: layer.place for name, layer in found.items()}, places.found).items():
-        layers.setdefault(found[name].place.name, []).append(replace(found[name], config=config))
+    for layer in _with_configs(file, found, places.found):
+        layers.setdefault(layer.place.name, []).append(layer)
     pairs = {name: fused_pair(file, own, places.found[own[0].place.module].base) for name, own in layers.items()}
     config = with_parameters(file.config, places.found, found, pairs)
     log.info(
@@ -65,9 +66,13 @@ def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Can
         next(iter(pairs)),
         ", and lora_dropout as 0, since it cannot act there" if getattr(file.config, "lora_dropout", 0) else "",
     )
-    return _with_pairs(
-        file, config, found, _by_key(select_parameters(model, config, dict(places.found), every_pattern=False), pairs)
-    )
+    parameters = select_parameters(model, config, dict(places.found), every_pattern=False)
+    factors, old = _by_key(parameters, pairs), {key for layer in found.values() for key in layer.keys.values()}
+    others = {key: entry for key, entry in file.entries.items() if key not in old}
+    if twice := [key for key in factors if key in others]:
+        raise CheckpointError(f"{file.path} holds {printable(twice[0], 200)} twice, once under its old name.")
+    base = {name: row for name, row in file.base.items() if name not in found}
+    return replace(file, entries={**others, **factors}, config=config, base=base)
 
 
 def _found(file: AdapterFile, places: Places) -> dict[str, Layer]:
@@ -133,16 +138,71 @@ def _by_key(parameters: Mapping[str, list[str]], pairs: Mapping[str, FusedPair])
     }
 
 
-def _with_pairs(
-    file: AdapterFile,
-    config: AdapterConfig,
-    found: Mapping[str, Layer],
-    factors: Mapping[str, Entry],
-) -> AdapterFile:
-    """The file with these factors, by key, in the place of those that were found."""
-    old = {key for layer in found.values() for key in layer.keys.values()}
-    others = {key: entry for key, entry in file.entries.items() if key not in old}
-    if twice := [key for key in factors if key in others]:
-        raise CheckpointError(f"{file.path} holds {printable(twice[0], 200)} twice, once under its old name.")
-    base = {name: row for name, row in file.base.items() if name not in found}
-    return replace(file, entries={**others, **factors}, config=config, base=base)
+def _with_configs(file: AdapterFile, found: Mapping[str, Layer], modules: Mapping[str, Candidate]) -> list[Layer]:
+    """The layers of a file that are parts of parameters in the model, with their configurations.
+
+    Raises:
+        CheckpointError: the configuration selects other layers than the file has, or two have the same place.
+    """
+    every: list[str] = []
+    places = {name: layer.place for name, layer in found.items()}
+    for around, (place, size) in _lists(file, places, modules).items():
+        every += [str(number).join(around) for number in range(size)] if place.expert is not None else ["".join(around)]
+    # A layer that was all experts already: only ``target_parameters`` could adapt it.
+    whole = [name for name, place in places.items() if place.expert is None and _parameter(place, modules).ndim == 3]
+    stacks = {name: f"{name}.weight" for name in whole}
+    today = set(getattr(file.config, "target_parameters", None) or ())
+    chosen = set(selected_names(file.config, [name for name in every if name not in stacks]))
+    chosen |= {name for name, parameter in stacks.items() if not today.isdisjoint(endings(parameter))}
+    missing = [name for name in every if name in chosen and name not in found]
+    foreign = [name for name in found if name not in chosen]
+    if missing or foreign:
+        what = f"lacks {shown(missing, 3)}, which" if missing else f"holds {shown(foreign, 3)}, but not"
+        raise CheckpointError(f"{file.path} {what} its configuration selects.")
+    configs = file.config.for_modules([stacks.get(name, name) for name in found])
+    return [replace(layer, config=configs[stacks.get(name, name)]) for name, layer in found.items()]
+
+
+def _lists(
+    file: AdapterFile, found: Mapping[str, Place], modules: Mapping[str, Candidate]
+) -> dict[tuple[str, str], tuple[Place, int]]:
+    """The old lists of experts: what stood around the index in a name -> (a place, how many experts the model has)."""
+    parts: dict[tuple[str, int], tuple[str, str]] = {}
+    lists: dict[tuple[str, str], tuple[Place, int]] = {}
+    for name, place in found.items():
+        if parts.setdefault((place.name, place.part), place.around) != place.around:
+            raise CheckpointError(
+                f"{file.path} has two layers that are {place.name} in this model; one is {printable(name, 200)}."
+            )
+        size = len(_parameter(place, modules))
+        if place.expert is not None and place.expert >= size:
+            raise CheckpointError(
+                f"{file.path} adapts {printable(name, 200)}, and {place.module} has {size} experts. Is it for another base?"
+            )
+        lists[place.around] = (place, size)
+    return lists | _of_other_layers(lists, modules)
+
+
+def _of_other_layers(
+    lists: Mapping[tuple[str, str], tuple[Place, int]], modules: Mapping[str, Candidate]
+) -> dict[tuple[str, str], tuple[Place, int]]:
+    """The same lists of the layers of the model that are not in the file at all."""
+    alike: dict[str, list[str]] = {}
+    for module in modules:
+        alike.setdefault(_NUMBER.sub("*", module), []).append(module)
+    others: dict[tuple[str, str], tuple[Place, int]] = {}
+    patterns = {(_NUMBER.sub("*", before), behind): (before, place) for (before, behind), (place, _) in lists.items()}
+    for (pattern, behind), (before, place) in patterns.items():
+        if _NUMBER.findall(before) != _NUMBER.findall(place.module):
+            continue  # the layers were counted in another way
+        for module in alike[_NUMBER.sub("*", place.module)]:
+            pieces = zip_longest(pattern.split("*"), _NUMBER.findall(module), fillvalue="")
+            around = ("".join(map("".join, pieces)), behind)
+            parameter = modules[module].base._parameters.get(place.parameter)
+            if around not in lists and parameter is not None:
+                others[around] = (replace(place, module=module, around=around), len(parameter))
+    return others
+
+
+def _parameter(place: Place, modules: Mapping[str, Candidate]) -> Tensor:
+    return modules[place.module].base._parameters[place.parameter]  # type: ignore[return-value]
