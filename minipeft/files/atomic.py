@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,9 @@ def write_files(directory: Path, files: Mapping[str, bytes | Pieces]) -> None:
     temporary: dict[Path, Path] = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(directory, files)
+        for name in files:
+            for orphan in orphans(_target(directory, name), "tmp"):
+                orphan.unlink(missing_ok=True)
         needed, free = sum(map(_length, files.values())), shutil.disk_usage(directory).free
         if needed > free:
             raise CheckpointError(f"{directory}: {needed:,} bytes are needed and {free:,} are free.")
@@ -95,12 +97,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _remove_orphans(directory: Path, names: Iterable[str]) -> None:
-    for name in names:
-        for orphan in orphans(_target(directory, name), "tmp"):
-            orphan.unlink(missing_ok=True)
 
 
 def orphans(target: Path, kind: str) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -36,9 +37,8 @@ def stored_rows(model: nn.Module, table: str, width: int) -> int | None:
             shapes = dict(open_tensors(weights).shapes)
         else:
             key_to_file = index.get("weight_map") if isinstance(index, dict) else None
-            places = (
-                {k: v for k, v in key_to_file.items() if isinstance(v, str)} if isinstance(key_to_file, dict) else {}
-            )
+            table_of_files = key_to_file if isinstance(key_to_file, dict) else {}
+            places = {key: file for key, file in table_of_files.items() if isinstance(file, str)}
             files = {_find(model, places[key]) for key in _closest(table, list(places))}
             shapes = {k: v for path in files if path is not None for k, v in open_tensors(path).shapes.items()}
     except CheckpointError:
@@ -54,9 +54,8 @@ def _closest(table: str, keys: list[str]) -> list[str]:
     wanted = [*table.split("."), "weight"]
 
     def alike(key: str) -> int:
-        parts = key.split(".")
-        pairs = zip(reversed(parts), reversed(wanted), strict=False)
-        return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(parts), len(wanted)))
+        pairs = zip(reversed(key.split(".")), reversed(wanted), strict=False)
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     scores = {key: alike(key) for key in keys}
     best = max(scores.values(), default=0)

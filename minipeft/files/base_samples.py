@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -113,12 +113,8 @@ def _numbers(picked: Mapping[str, Tensor | None]) -> dict[str, list[float]]:
     rows: dict[str, list[float]] = {}
     for group in groups.values():
         rows.update(zip(group, torch.stack(list(group.values())).tolist(), strict=True))
-    return {name: _rounded(rows.get(name, [])) for name in picked}
-
-
-def _rounded(row: Sequence[float]) -> list[float]:
-    values = [float(f"{value:.6g}") for value in row]
-    return values if all(map(is_sample, values)) else []  # JSON has no NaN
+    rounded = {name: [float(f"{value:.6g}") for value in rows.get(name, ())] for name in picked}
+    return {name: row if all(map(is_sample, row)) else [] for name, row in rounded.items()}  # JSON has no NaN
 
 
 def check_samples(file: AdapterFile, here: Mapping[str, list[float]], *, exact: bool = False, advice: str = "") -> None:

@@ -152,11 +152,7 @@ def _check_room(path: str, adapter: Adapter, max_rank: int) -> None:
 
 
 def _paired(model: nn.Module, adapter_name: str, plan: Plan, parts: Parts) -> Pairs:
-    """Each part of a file with the live one whose place it takes, compared.
-
-    Raises:
-        ConfigError: one has none, or cannot take its place.
-    """
+    """Each part of a file with the live one whose place it takes; raises ConfigError if it cannot, or there is none."""
     pairs: Pairs = []
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
         same = [w for w in occupants(site.candidate.module) if getattr(w, "ops", None) == site.ops]
@@ -193,11 +189,7 @@ def _give(here: nn.Module, there: nn.Module) -> None:
 
 
 def _left(model: nn.Module, adapter_name: str, pairs: Pairs) -> list[tuple[AdaptedLayer, Adapter]]:
-    """The layers of the adapter that the file does not adapt, and what is to do nothing there.
-
-    Raises:
-        ConfigError: it cannot.
-    """
+    """The layers of the adapter that the file does not adapt, and what is to do nothing there; ConfigError if it cannot."""
     taken = {id(wrapper) for _, wrapper, _, _ in pairs}
     left = []
     for path, wrapper, part in _parts(model, adapter_name):

@@ -19,10 +19,7 @@ MAX_NAMES, HEAD_BYTES = 2000, 512
 
 # First bytes of a file -> what it is.
 HEADS: tuple[tuple[str, str], ...] = (
-    (
-        r"version https://git-lfs",
-        "a git-lfs pointer, which stands for the file: run `git lfs pull` where it was cloned",
-    ),
+    (r"version https://git-lfs", "a git-lfs pointer, which stands for the file: run `git lfs pull` where it was cloned"),
     (r"/annex/objects/", "a git-annex pointer, which stands for the file: run `git annex get` where it was cloned"),
     (r"\s*<(!doctype|html|\?xml)", "a web page, such as an error page that was saved: download the file again"),
     (r"\s*(Entry not found|Not Found|Invalid username|Access to model)", "an error message of the server"),
@@ -31,7 +28,7 @@ HEADS: tuple[tuple[str, str], ...] = (
     (r"\x1f\x8b", "a gzip archive: unpack it"),
     (r"GGUF", "a GGUF file, llama.cpp's format"),
     (r"\x89HDF\r\n", "an HDF5 file, such as Keras weights"),
-)
+)  # fmt: skip
 # A regular expression for a name in a folder -> what the folder is. The first that some name matches decides.
 FOLDERS: tuple[tuple[str, str], ...] = (
     (r"pytorch_adapter\.bin|adapter\.safetensors|head_config\.json|pytorch_model_head\.bin|adapter_fusion_config\.json"
@@ -117,12 +114,8 @@ def local_names(directory: Path) -> list[str]:
 
 def config_named(values: Mapping[str, Any]) -> str:
     """What an ``adapter_config.json`` without a method of PEFT's is, as the end of a message; or ""."""
-    if isinstance(values.get("config"), dict | str) and {
-        "model_type",
-        "model_class",
-        "hidden_size",
-        "model_name",
-    } & set(values):
+    of_adapter_hub = {"model_type", "model_class", "hidden_size", "model_name"}
+    if isinstance(values.get("config"), dict | str) and not of_adapter_hub.isdisjoint(values):
         return " It is the configuration of an AdapterHub adapter (`adapters`), whose format is another one."
     if "architectures" in values or "transformers_version" in values:
         return " It is the configuration of a whole model."

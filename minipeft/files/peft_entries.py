@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from minipeft.config import HEADS_OF_TASK, AdapterConfig
+from minipeft.config import HEADS_OF_TASK
 from minipeft.files.format import AdapterFile
 from minipeft.injection.module_tree import Candidate, candidates
 from minipeft.injection.targets import within
@@ -23,12 +23,8 @@ def as_peft_reads(file: AdapterFile, model: nn.Module) -> AdapterFile:
     config = file.config
     entries = (*(config.modules_to_save or ()), *HEADS_OF_TASK.get(config.task_type or "", ()))
     more = [] if file.is_own or not entries else _strays(candidates(model), entries)
-    return replace(file, config=with_modules(config, more)) if more else file
-
-
-def with_modules(config: AdapterConfig, names: Sequence[str]) -> AdapterConfig:
-    """The configuration with these modules in `modules_to_save` too."""
-    return replace(config, modules_to_save=(*(config.modules_to_save or ()), *names))
+    entries = (*(config.modules_to_save or ()), *more)
+    return replace(file, config=replace(config, modules_to_save=entries)) if more else file
 
 
 def for_peft(model: nn.Module, entries: Sequence[str], saved: Sequence[str]) -> list[str]:

@@ -119,15 +119,13 @@ def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             "it at 'auto'."
         )
     for name, table in found.items():
-        adapted = isinstance(table.module, AdaptedLayer) and adapter_name in table.module.adapters
-        if (
-            isinstance(table.module, AdaptedLayer)
-            and adapted
-            and table.module.adapter(adapter_name).changed_rows() is not None
-        ):
-            raise ConfigError(
-                f"save_embedding_layers=True: rows of {name} train, and the file holds those; leave it at 'auto'."
-            )
+        layer, infix = table.module, ""
+        if isinstance(layer, AdaptedLayer) and adapter_name in layer.adapters:
+            infix = "base_layer."
+            if layer.adapter(adapter_name).changed_rows() is not None:
+                raise ConfigError(
+                    f"save_embedding_layers=True: rows of {name} train, and the file holds those; leave it at 'auto'."
+                )
         if not _copies(table, adapter_name):
-            whole[f"{PREFIX}{name}.{'base_layer.' if adapted else ''}weight"] = table.weight
+            whole[f"{PREFIX}{name}.{infix}weight"] = table.weight
     return whole

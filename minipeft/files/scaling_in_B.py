@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minipeft.config import AdapterConfig, config_from_dict
 from minipeft.files.tensor_file import TensorFile, damaged
 from minipeft.injection.build import PREFIX
+from minipeft.type_names import is_from
 
 SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
 ENDS = (".lora_B.weight", ".lora_B.bias", ".lora_embedding_B")
@@ -30,7 +31,7 @@ def for_diffusers(
     As they are, and None, if the model is not diffusers', the method is not LoRA, or a layer is scaled by 0. B is rounded
     once more, unless the scaling is a power of two.
     """
-    if not any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__):
+    if not is_from(type(model), "diffusers"):
         return tensors, values, None
     scalings = _scalings(tensors, config_from_dict(dict(values)))
     if set(scalings.values()) <= {1.0} or 0.0 in scalings.values():

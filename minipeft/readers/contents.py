@@ -107,11 +107,10 @@ class Contents:
         option = RANKS[self.method][which]
         default = self.config.get(option, 12 if option == "init_r" else 8)
         patterns = self.config.get(table)
-        names = list(self.layers)
-        # AdaLoRA's table says which components are left, not how many there were.
-        usable = isinstance(patterns, Mapping) and self.method != "ADALORA"
-        found = first_keys(patterns, names, table) if usable and isinstance(patterns, Mapping) else {}
-        values = {name: patterns[found[name]] if name in found else default for name in names}  # type: ignore[index]
+        if not isinstance(patterns, Mapping) or self.method == "ADALORA":
+            patterns = {}  # AdaLoRA's table says which components are left, not how many there were
+        found = first_keys(patterns, list(self.layers), table)
+        values = {name: patterns[found[name]] if name in found else default for name in self.layers}
         if not all(isinstance(value, int | float) and abs(value) <= MAX_NUMBER for value in values.values()):
             raise CheckpointError(f"{self.directory / CONFIG_FILE}: a rank or an alpha is no number, or far too large.")
         return values

@@ -80,7 +80,7 @@ def made_for(
         _as_it_is(contents, values, made)
     else:
         _plain(reader, contents, values, made)
-    _check(reader, made, out)
+    _check(reader, made)
     write_files(out, made.files)
     return made
 
@@ -114,11 +114,7 @@ def _without(contents: Contents, drop: Collection[Part], made: Made) -> Contents
 def _under_old_names(
     reader: Reader, contents: Contents, base: Path | None, made: Made
 ) -> tuple[Contents, Mapping[str, Tensor]]:
-    """The same adapter as PEFT would have saved it with transformers 4, and its tensors.
-
-    Raises:
-        MinipeftError: the base is not known here, the adapter does not fit it, or the reader knows other names.
-    """
+    """The same adapter as PEFT would have saved it with transformers 4, and its tensors."""
     if reader in (Reader.MLX, Reader.DIFFUSERS):
         raise CheckpointError(
             f"{contents.directory}: {reader.value} has its own names, and none for one expert or those of transformers 4. "
@@ -234,7 +230,7 @@ def _plain_config(contents: Contents, pairs: Mapping[str, Pair], reader: Reader)
     }
 
 
-def _check(reader: Reader, made: Made, out: Path) -> None:
+def _check(reader: Reader, made: Made) -> None:
     """Ask the rules about what is going to be written."""
     with TemporaryDirectory() as place:
         for name, payload in made.files.items():

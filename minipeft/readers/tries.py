@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,21 +98,16 @@ def tried(reader: Reader, base: Path, directory: Path, ours: Tensor) -> Tried:
     """
     if reader is Reader.LLAMA_CPP:
         return _script(base, directory)
-    load = {Reader.PEFT: _with_peft, Reader.TRANSFORMERS: _with_transformers}.get(reader)
-    if load is None:
+    if reader not in (Reader.PEFT, Reader.TRANSFORMERS):
         return Tried(f"not tried: there is no way to try {reader.value} here")
     missing = [name for name in ("peft", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         return Tried(f"not tried: {missing[0]} is not installed")
-    return _compared(load, base, directory, ours)
-
-
-def _compared(load: Callable[[Any, Path], Any], base: Path, directory: Path, ours: Tensor) -> Tried:
     model = base_model(base)
     alone = outputs(model)
     try:
         with _quiet():
-            theirs = outputs(load(model, directory).eval())
+            theirs = outputs(_loaded(reader, model, directory).eval())
     except Exception as error:
         return Tried(f"refused: {type(error).__name__}: {told_error(error)}", float("inf"))
     most = float(ours.abs().max()) or 1.0
@@ -123,15 +118,13 @@ def _compared(load: Callable[[Any, Path], Any], base: Path, directory: Path, our
     return Tried(f"other outputs, {effect}off by {difference:.1e}", difference)
 
 
-def _with_peft(model: Any, directory: Path) -> Any:
+def _loaded(reader: Reader, model: Any, directory: Path) -> Any:
+    if reader is Reader.TRANSFORMERS:
+        model.load_adapter(str(directory))
+        return model
     import peft
 
     return peft.PeftModel.from_pretrained(model, directory)
-
-
-def _with_transformers(model: Any, directory: Path) -> Any:
-    model.load_adapter(str(directory))
-    return model
 
 
 def _script(base: Path, directory: Path) -> Tried:

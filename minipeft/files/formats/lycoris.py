@@ -181,22 +181,15 @@ def _kronecker(source: Source, name: str, ends: Mapping[str, str]) -> _Kronecker
         turned = core and which == "lokr_w2"  # its up projection is stored (r, k) then
         ranks.append(rank_of(source, keys[1], keys[0], up_axis=0 if turned else 1) if len(keys) == 2 else None)
         rows, columns = source.file.shapes[keys[0]], source.file.shapes[keys[-1]]
-        if (
-            len(rows) < 2
-            or (len(rows) > 2 and (which == "lokr_w1" or len(keys) == 2))
-            or (len(keys) == 2 < len(columns))
-        ):
+        is_kernel_possible = which == "lokr_w2" and len(keys) == 1
+        if len(rows) < 2 or (len(rows) > 2 and not is_kernel_possible) or len(keys) == 2 < len(columns):
             raise CheckpointError(f"{source.file.path}: {name} has a {which} of {[list(rows), list(columns)]}.")
         factors.append((rows[1] if turned else rows[0], columns[1]))
     return _Kronecker(factors[0], factors[1], (ranks[0], ranks[1]), ranks[1] is not None and not core)
 
 
 def _near(source: Source, shapes: Sequence[_Kronecker]) -> int:
-    """The ``decompose_factor`` that splits all layers as these are split; of several the one that takes most for linear.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The ``decompose_factor`` that splits all layers as these are split; of several the one that takes most for linear."""
     common = Counter(size for shape in shapes for size in shape.left).most_common(8)
     fitting = {
         near: sum(_splits(shape, near, shape.right[1]) for shape in shapes)

@@ -114,11 +114,7 @@ def _stacks(file: AdapterFile, plan: Plan) -> Iterator[Stack]:
 
 
 def _is_turned(file: AdapterFile, stacks: Sequence[Stack]) -> bool:
-    """Whether the pairs are those of the transposed maps.
-
-    Raises:
-        CheckpointError: some are and some are not, or nothing tells.
-    """
+    """Whether the pairs are those of the transposed maps; raises CheckpointError if only some are, or nothing tells."""
     told_apart = [stack for stack in stacks if stack.in_features != stack.out_features]
     as_today = [stack for stack in told_apart if stack.fits(file, turned=False)]
     turned = [stack for stack in told_apart if stack.fits(file, turned=True)]
@@ -154,11 +150,7 @@ def _by_version(version: object, is_transposed: bool) -> bool | None:
 
 
 def _grouped(file: AdapterFile, stacks: Sequence[Stack]) -> set[str]:
-    """Names of the stacks whose B has the expert's index slowest.
-
-    Raises:
-        CheckpointError: the layout is unknown, or the file contradicts itself or this model.
-    """
+    """Names of the stacks whose B has the expert's index slowest; refuses a layout that is unknown or contradicts itself."""
     overall, details = file.said.get("lora_B_layout"), file.said.get("unsloth_fused_expert_lora")
     if overall is None and details is None:
         return set()

@@ -76,11 +76,7 @@ def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Can
 
 
 def _found(file: AdapterFile, places: Places) -> dict[str, Layer]:
-    """The layers of the file that have a place in a bare parameter of the model, by name.
-
-    Raises:
-        CheckpointError: one has another tensor than the two factors of LoRA, or only one of them.
-    """
+    """The layers of the file that have a place in a bare parameter of the model, by name; refuses all but plain LoRA there."""
     found: dict[str, Layer] = {}
     today = set(getattr(file.config, "target_parameters", None) or ())
     for key in file.shapes:
@@ -139,11 +135,7 @@ def _by_key(parameters: Mapping[str, list[str]], pairs: Mapping[str, FusedPair])
 
 
 def _with_configs(file: AdapterFile, found: Mapping[str, Layer], modules: Mapping[str, Candidate]) -> list[Layer]:
-    """The layers of a file that are parts of parameters in the model, with their configurations.
-
-    Raises:
-        CheckpointError: the configuration selects other layers than the file has, or two have the same place.
-    """
+    """The same layers with their configurations; refuses a file that has others than its configuration selects."""
     every: list[str] = []
     places = {name: layer.place for name, layer in found.items()}
     for around, (place, size) in _lists(file, places, modules).items():

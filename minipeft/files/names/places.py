@@ -63,7 +63,10 @@ class Places:
         first = place.tail.split(".", 1)[0]
         if first in INFIXES and first != "base_layer":
             return False
-        return not _owns(self.modules[place.module], _inner(place.tail))
+        tail = place.tail
+        while tail.startswith("base_layer."):
+            tail = tail.removeprefix("base_layer.")
+        return not _owns(self.modules[place.module], tail)
 
     def _can_have(self, module: nn.Module, tail: str) -> bool:
         if tail.split(".", 1)[0] in INFIXES or _owns(module, tail):
@@ -81,12 +84,6 @@ def is_shared(key: str) -> bool:
 
 def _owns(module: nn.Module, tail: str) -> bool:
     return tail in module._parameters or tail in module._buffers
-
-
-def _inner(tail: str) -> str:
-    while tail.startswith("base_layer."):
-        tail = tail.removeprefix("base_layer.")
-    return tail
 
 
 class Reading(NamedTuple):

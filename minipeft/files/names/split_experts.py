@@ -61,11 +61,7 @@ def split_experts(
 def _stacks(
     tensors: Mapping[str, Tensor], targets: Sequence[str], layers: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[str, str, str]]:
-    """Fused parameters: name -> (module, parameter, the key of its pair up to ``lora_``).
-
-    Raises:
-        CheckpointError: it is not known which parameter a pair is for.
-    """
+    """Fused parameters: name -> (module, parameter, the key of its pair up to ``lora_``)."""
     heights: dict[str, set[int]] = {}
     for key in tensors:
         match = _KEY.fullmatch(key)

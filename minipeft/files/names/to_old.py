@@ -78,7 +78,8 @@ def old_names(model: nn.Module) -> OldNames:
                     raise CheckpointError(f"{name} had {shown(words)} for {own}, and other experts had {experts[own]}.")
             elif len(keys) == 1 and keys[0].endswith(f".{own}"):
                 modules.setdefault(name, keys[0].removesuffix(f".{own}"))
-    routers = {name for name, c in found.items() if layer_ops(c.base) is None and _has_matrix(c.base)}
+    weights = {name: c.base._parameters.get("weight") for name, c in found.items() if layer_ops(c.base) is None}
+    routers = {name for name, weight in weights.items() if weight is not None and weight.ndim == 2}
     return OldNames(found, modules, experts, frozenset(routers & modules.keys()))
 
 
@@ -86,11 +87,6 @@ def _was_a_module(change: Any) -> bool:
     """Whether a prefix that is removed today was a module's; in CLIPModel the part around it has that name itself."""
     around = (change.scope_prefix or "").rpartition(".")[2]
     return change.prefix_to_remove in _DROPPED and change.prefix_to_remove != around
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2
 
 
 def _stored_keys(model: Any, table: list[Any], name: str, parameter: Tensor) -> list[str]:

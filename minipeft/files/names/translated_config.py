@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from minipeft.config import AdapterConfig
@@ -28,20 +28,17 @@ def translated_config(config: AdapterConfig, modules: ModuleNames) -> AdapterCon
     owners = {name.rpartition(".")[0] for name in parameters}
     targets = (_targets(config, modules, modules.as_in_file) | modules.adapted) - owners
     saved = _saved(config, modules, modules.as_in_file)
-    config = _with(config, _tables(config, modules, [*sorted(targets), *sorted(parameters)]))
+    config = replace(config, **_tables(config, modules, [*sorted(targets), *sorted(parameters)]))
     if saved != _saved(config, modules, modules.found):
-        config = _with(config, {"modules_to_save": [name for name in modules.found if name in saved] or None})
+        config = replace(config, modules_to_save=[name for name in modules.found if name in saved] or None)
     if parameters != _parameters(config, modules, modules.found):
-        config = _with(config, {"target_parameters": sorted(parameters) or None})
+        option: dict[str, Any] = {"target_parameters": sorted(parameters) or None}
+        config = replace(config, **option)
     if targets and targets != _targets(config, modules, modules.found):
         listed = [name for name in modules.found if name in targets]
-        unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-        config = _with(config, {**unset, "target_modules": listed})
+        unset: dict[str, Any] = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        config = replace(config, target_modules=listed, **unset)
     return config
-
-
-def _with(config: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
-    return dataclasses.replace(config, **changes) if changes else config
 
 
 def _targets(config: AdapterConfig, modules: ModuleNames, found: dict[str, Candidate]) -> set[str]:
@@ -71,7 +68,7 @@ def _tables(config: AdapterConfig, modules: ModuleNames, names: Sequence[str]) -
     """The options that say something of single modules, with `names` the targets in the model."""
     old = {name: _in_file(name, modules) for name in names}
     changes: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         value = getattr(config, field.name)
         if not value or field.name in SELECTING:
             continue
