@@ -641,7 +641,7 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_key_mapping_is_refused_and_changes_nothing(case, tmp_path, monkeypatch):
     mapping, said = HOSTILE[case]
-    monkeypatch.setattr("minipeft.files.names.key_mapping.SECONDS_PER_OPTION", 0.2)
+    monkeypatch.setattr("minipeft.files.names.fitted.SECONDS_PER_OPTION", 0.2)
     base = llama()
     directory = write(adapted(base, lora()), tmp_path / "file")
     before = state_digest(base)

@@ -15,10 +15,9 @@ from torch import nn
 from minipeft import registry
 from minipeft.config import AdapterConfig
 from minipeft.errors import shown
-from minipeft.files.base_samples import planned_samples
+from minipeft.files.base_samples import planned_frozen_weights, planned_samples, warn_of_missing_parts
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import AdapterFile, open_adapter
-from minipeft.files.frozen_weights import planned_frozen_weights, warn_of_missing_parts
 from minipeft.files.hub import adapter_directory
 from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of

@@ -1,7 +1,7 @@
 """Parts of a model that its checkpoint lacks, such as a new classification head, which `from_pretrained` drew at random.
 
 Whoever loads the base again gets other values, so an adapter has to bring these parts along. Where a model does not say
-what it was loaded with, its weights are of unknown origin, and `minipeft.files.frozen_weights` compares them on loading.
+what it was loaded with, its weights are of unknown origin, and `minipeft.files.base_samples` compares them on loading.
 """
 
 from __future__ import annotations

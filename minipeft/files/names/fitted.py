@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from minipeft.errors import CheckpointError, told
+from minipeft.errors import CheckpointError, ConfigError, told, told_error
 from minipeft.files.format import AdapterFile
+from minipeft.files.names.expert_places import tables
 from minipeft.files.names.experts import fused_experts
-from minipeft.files.names.key_mapping import MAX_NAME, published_names, renamed_by
 from minipeft.files.names.modules import names_in_file
 from minipeft.files.names.other_class import OtherClass
 from minipeft.files.names.places import Places, Reading, is_shared
@@ -19,10 +22,14 @@ from minipeft.files.names.translated_config import translated_config
 from minipeft.files.names.wrapper_parts import plain_name
 from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import candidates
+from minipeft.patterns import MAX_EXPRESSIONS, SECONDS_PER_OPTION, compiled
 
 logger = logging.getLogger("minipeft")
 TABLES = "transformers' tables of renamed weights"
 MAX_TENSORS = 16  # of an adapter on one module; no other names give places to more
+MAX_NAME = 2000  # characters that a name may have after it was replaced
+# Where the part of an adapter begins in a name; what stands before it is a module's.
+_ADAPTER = re.compile(r"(.+?)\.((?:hada|ia3|lokr|lora|oft|vera)_.*|base_layer\..*)")
 
 
 def in_names_of(
@@ -67,7 +74,7 @@ def in_names_of(
 def _readings(file: AdapterFile, places: Places, plain: Mapping[str, str], strict: bool) -> Iterator[Reading]:
     """What the keys may mean, the surest first."""
     yield Reading(plain, "without the names of wrappers")
-    published = published_names(places.model, plain)
+    published = _published_names(places.model, plain)
     # An old name may by chance be another module's new one, so first all of them are renamed, and then the others only.
     own = {key: name if places.place(name) is not None else published[key] for key, name in plain.items()}
     yield Reading(published, TABLES)
@@ -98,7 +105,7 @@ def _best(readings: Iterator[Reading], places: Places, strict: bool) -> Reading 
 def _by_user(
     file: AdapterFile, places: Places, plain: Mapping[str, str], key_mapping: Mapping[str, str], strict: bool
 ) -> Reading:
-    reading = Reading(renamed_by(key_mapping, plain), "key_mapping")
+    reading = Reading(_renamed_by(key_mapping, plain), "key_mapping")
     first: dict[str, str] = {}
     for key, name in reading.names.items():
         if first.setdefault(name, key) != key:
@@ -140,3 +147,58 @@ def _log(file: AdapterFile, plain: Mapping[str, str], reading: Reading) -> None:
             told(changed[0], 200),
             told(f"{PREFIX}{reading.names[changed[0]]}", 200),
         )
+
+
+def _renamed_by(mapping: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """The names, by key, with the first expression that is found in each replaced everywhere in it.
+
+    Raises:
+        ConfigError: the table is not one of expressions to replacements, or takes longer than two seconds.
+    """
+    _check_mapping(mapping)
+    table = [(pattern, compiled(pattern, "key_mapping"), replacement) for pattern, replacement in mapping.items()]
+    end, renamed = time.monotonic() + SECONDS_PER_OPTION, {}
+    for key, name in names.items():
+        for pattern, expression, replacement in table:
+            try:
+                new, count = expression.subn(replacement, name, timeout=max(end - time.monotonic(), 0.001))
+            except TimeoutError:
+                raise ConfigError(
+                    f"key_mapping: {told(pattern, 100)} takes more than {SECONDS_PER_OPTION:g} s."
+                ) from None
+            except Exception as error:  # the engine's own, as for a group that is not there
+                raise ConfigError(
+                    f"key_mapping: {told(replacement, 100)} cannot replace ({told_error(error)})."
+                ) from None
+            if count:
+                name = new
+                break
+        if len(name) > MAX_NAME and name != names[key]:
+            raise ConfigError(f"key_mapping makes a name of {len(name):,} characters; {MAX_NAME:,} are allowed.")
+        renamed[key] = name
+    return renamed
+
+
+def _check_mapping(mapping: object) -> None:
+    if not isinstance(mapping, Mapping) or not all(isinstance(text, str) for pair in mapping.items() for text in pair):
+        raise ConfigError(
+            f"key_mapping must map regular expressions to replacements, such as "
+            f"{{'^language_model.model': 'model.language_model'}}, not {told(mapping, 100)}."
+        )
+    if len(mapping) > MAX_EXPRESSIONS:
+        raise ConfigError(f"key_mapping has {len(mapping):,} entries; {MAX_EXPRESSIONS} are allowed.")
+
+
+def _published_names(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """The names of a file, by key, as transformers' tables of renamed weights have them for a model."""
+    renamings, _ = tables(model)
+    return {key: _renamed(name, renamings) for key, name in names.items()} if renamings else dict(names)
+
+
+def _renamed(name: str, renamings: list[Any]) -> str:
+    """The name today. A table may speak of the weight, as of ``.gate.weight``, so a module is asked for by that."""
+    match = _ADAPTER.fullmatch(name)
+    asked = f"{match[1]}.weight" if match else name
+    for renaming in renamings:
+        asked = renaming.rename_source_key(asked)[0]
+    return f"{asked.removesuffix('.weight')}.{match[2]}" if match else asked
