@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from minipeft import IA3Config, LoraConfig, TrainableTokensConfig, get_adapter_model, get_lora_model, load_adapter
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError
 from minipeft.files.file_names import WEIGHTS_FILE
-from minipeft.files.vocabulary_tables import base_vocabulary
+from minipeft.files.resized_vocabulary import base_vocabulary
 from minipeft.hf import AdapterTrainer, restore_adapters
 
 NEW = [100, 101, 102]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError, printable, shown
 from minipeft.files.format import AdapterFile, is_sample
-from minipeft.files.vocabulary_tables import base_rows, tables
+from minipeft.files.resized_vocabulary import base_rows, tables
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import Parts
 from minipeft.injection.fresh_parts import base_parameters, find_origins

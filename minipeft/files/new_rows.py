@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.format import FLOATS, AdapterFile
-from minipeft.files.resized_vocabulary import OPTION, ROWS, ids_by_name
-from minipeft.files.vocabulary_tables import tables
+from minipeft.files.resized_vocabulary import OPTION, ROWS, ids_by_name, tables
 from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import outside_adapters
 from minipeft.injection.wrapper import innermost

@@ -1,6 +1,6 @@
-"""Saving the rows that a model's vocabulary gained since its base was loaded.
+"""The two tables of a vocabulary, and saving the rows that they gained since the base was loaded.
 
-They start from random values, and whoever resizes the same base again gets others, so an adapter's file has to bring
+New rows start from random values, and whoever resizes the same base again gets others, so an adapter's file has to bring
 them along: next to a LoRA adapter as rows of ``trainable_token_indices``, which PEFT reads too. PEFT itself writes the
 whole tables. `minipeft.files.new_rows` reads either.
 """
@@ -9,23 +9,69 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.errors import ConfigError, told
-from minipeft.files.vocabulary_tables import Table, base_rows, base_vocabulary, tables
+from minipeft.files.base_checkpoint import base_config, stored_rows
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import PREFIX
-from minipeft.injection.module_tree import wrappers
+from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import values_of
 from minipeft.patterns import is_suffix
-from minipeft.transformers_model import name_or_path
+from minipeft.transformers_model import input_embedding, is_from_checkpoint, name_or_path, output_head, vocabulary_size
 
 OPTION, ROWS = "trainable_token_indices", "token_adapter.trainable_tokens_delta"
+
+
+class Table(NamedTuple):
+    """One table: the module in the model, perhaps a wrapper, and its weight (tokens, width)."""
+
+    module: nn.Module
+    weight: Tensor
+
+
+def tables(model: nn.Module) -> dict[str, Table]:
+    """The tables of a transformers model by name; of two that share a weight, only the first."""
+    found: dict[int, tuple[str, Table]] = {}
+    for module in (input_embedding(model), output_head(model)):
+        weight = None if module is None else getattr(innermost(module), "weight", None)
+        if module is None or not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+            continue
+        name = next((name for name, other in outside_adapters(model) if other is module), None)
+        if name is not None:
+            found.setdefault(id(weight), (name, Table(module, weight)))
+    return dict(found.values())
+
+
+def base_vocabulary(model: nn.Module) -> int | None:
+    """``vocab_size`` in the ``config.json`` of the base that the model was loaded from, if that is on this machine."""
+    values = base_config(model)
+    for part in (values.get("text_config"), values):
+        size = part.get("vocab_size") if isinstance(part, dict) else None
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def base_rows(model: nn.Module, name: str, table: Table) -> int | None:
+    """How many rows of a table the base has, if that is on this machine: perhaps more than its vocabulary.
+
+    mllama has 8 for images besides, and some tables are padded. The checkpoint says so; without it, a table that is
+    still the one that was loaded, for a vocabulary of unchanged size, was not resized.
+    """
+    size = base_vocabulary(model)
+    if size is None or len(table.weight) <= size:
+        return size
+    stored = stored_rows(model, name, table.weight.shape[1])
+    if stored is not None:
+        return max(stored, size)
+    untouched = isinstance(table.weight, nn.Parameter) and is_from_checkpoint(table.weight)
+    return len(table.weight) if untouched and vocabulary_size(model) == size else size
 
 
 def with_tables(
