@@ -1,5 +1,6 @@
 """Adapters of other tools: each format, good, damaged and ambiguous, against the tool's formula in float64."""
 
+import contextlib
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import foreign_code, state_digest
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import minipeft
+from minipeft.files import tensor_file
 from minipeft.files.formats.convert import convert
 
 FORMATS = sorted(MAKERS)
@@ -141,6 +143,40 @@ def test_the_experts_of_mlx_become_those_of_one_parameter(around, tmp_path):
     for name, p in merged.named_parameters():
         update = expected.get(name.removeprefix("model.layers.1."), torch.zeros(()))
         torch.testing.assert_close((p - before[name]).detach(), update.expand_as(p).to(p.dtype), rtol=1e-6, atol=1e-9)
+
+
+class Noting:
+    """An open file that notes which tensors are read from it."""
+
+    def __init__(self, file, read):
+        self.file, self.read = file, read
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def get_tensor(self, key):
+        self.read.append(key)
+        return self.file.get_tensor(key)
+
+
+def test_a_stack_of_experts_is_read_once_for_all_of_them(tmp_path, monkeypatch):
+    """Once for each expert, a stack of 128 would take 128 times its memory."""
+    model, read, real = mixture("qwen3_moe"), [], tensor_file.safe_open
+    count, width, inner = model.model.layers[1].mlp.experts.down_proj.shape
+    name = "model.layers.1.mlp.switch_mlp.down_proj.lora_"
+    save_file(
+        {f"{name}a": draw(1, count, 2, inner), f"{name}b": draw(2, count, width, 2)}, tmp_path / "adapters.safetensors"
+    )
+    write_json(tmp_path, lora_parameters={"rank": 2, "scale": 20.0, "dropout": 0.0})
+
+    @contextlib.contextmanager
+    def noting(*args, **options):
+        with real(*args, **options) as file:
+            yield Noting(file, read)
+
+    monkeypatch.setattr(tensor_file, "safe_open", noting)
+    minipeft.load_adapter(model, tmp_path)
+    assert sorted(read) == [f"{name}a", f"{name}b"]
 
 
 def test_the_experts_of_gpt_oss_alternate_gate_and_up(tmp_path):

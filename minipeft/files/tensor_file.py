@@ -27,9 +27,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # "F32", "BF16", ...
     sources: tuple[str, ...]  # what it is read from, by the keys that stand in the file
-    function: Callable[..., Tensor] | None = (
-        None  # makes it of the sources, in their order; None: it is the only source
-    )
+    function: Callable[..., Tensor] | None = None  # makes it of these, in their order; None: it is the only one
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,9 @@ class TensorFile:
 
 
 def _read(file: Any, entry: Entry) -> Tensor:
-    sources = [file.get_tensor(source) for source in entry.sources]
-    made = _made(entry, sources).contiguous()
-    whole = {source.untyped_storage().data_ptr() for source in sources}
+    stored = {source: file.get_tensor(source) for source in dict.fromkeys(entry.sources)}
+    made = _made(entry, [stored[source] for source in entry.sources]).contiguous()
+    whole = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
     is_part = entry.function is not None and made.untyped_storage().data_ptr() in whole
     return made.clone() if is_part else made  # a part does not keep all of it
 
