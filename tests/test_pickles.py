@@ -18,9 +18,8 @@ from typer.testing import CliRunner
 
 import minipeft
 from minipeft.cli.main import app
-from minipeft.files.formats.archive import check_archive
 from minipeft.files.formats.convert import convert
-from minipeft.files.formats.pickled import dense
+from minipeft.files.formats.pickled import check_archive, dense
 
 
 class Runs:
