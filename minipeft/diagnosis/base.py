@@ -14,7 +14,7 @@ from minipeft.diagnosis.view import told_places
 from minipeft.errors import shown
 from minipeft.files.format import open_adapter, open_weights
 from minipeft.files.names.fitted import in_names_of
-from minipeft.files.peft_entries import as_peft_reads
+from minipeft.files.peft_extras import as_peft_reads
 from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.transformers_model import (
     computed_parameters,

@@ -23,7 +23,7 @@ from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
-from minipeft.files.peft_entries import as_peft_reads
+from minipeft.files.peft_extras import as_peft_reads
 from minipeft.files.reading import reading
 from minipeft.injection.build import PREFIX, Parts, build
 from minipeft.injection.build_from_file import build_from

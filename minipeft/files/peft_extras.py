@@ -1,23 +1,29 @@
-"""What PEFT writes besides an adapter's own tensors: copies of base weights, and tensors that repeat another.
+"""What PEFT's files have otherwise: copies of base weights, tensors that repeat another, and entries that mean more.
 
-It repeats those of layers that share an adapter or a trained copy (``ensure_weight_tying``), which is done here, too.
+It repeats the tensors of layers that share an adapter or a trained copy (``ensure_weight_tying``), which is done here, too.
+
+An entry of ``modules_to_save`` is a suffix at a dot boundary in a configuration of ours. PEFT trains every module whose
+name ends with the entry: ``classifier`` takes DistilBERT's ``pre_classifier`` along, and the file holds both.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config import HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
 from minipeft.injection.build import PREFIX, ROOT
-from minipeft.injection.module_tree import wrappers_of
+from minipeft.injection.module_tree import Candidate, candidates, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.targets import within
 from minipeft.layers.offloaded import values_of
+from minipeft.patterns import is_suffix
 from minipeft.wrapper_names import named_parameters
 
 # The factors of a head that is tied to an embedding -> those of the embedding, of which each is the transpose.
@@ -168,3 +174,37 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
         for infix in ("", "base_layer.", "token_adapter.base_layer.", "original_module."):
             tensors[f"{PREFIX}{owner}.{infix}{last}" if owner else f"{PREFIX}{infix}{last}"] = parameter
     return tensors
+
+
+def as_peft_reads(file: AdapterFile, model: nn.Module) -> AdapterFile:
+    """A file whose `modules_to_save` names every module that PEFT would train; a file of ours as it is."""
+    config = file.config
+    entries = (*(config.modules_to_save or ()), *HEADS_OF_TASK.get(config.task_type or "", ()))
+    more = [] if file.is_own or not entries else _strays(candidates(model), entries)
+    entries = (*(config.modules_to_save or ()), *more)
+    return replace(file, config=replace(config, modules_to_save=entries)) if more else file
+
+
+def for_peft(model: nn.Module, entries: Sequence[str], saved: Sequence[str]) -> list[str]:
+    """Entries for a file that name these modules, and no others to PEFT if there are such entries.
+
+    There are none for a module without a parent, such as ``classifier`` next to ``pre_classifier``. PEFT then copies the
+    base's ``pre_classifier``, which is not in the file, so its outputs are the same.
+    """
+    # An entry for a module inside another entry's module would match nothing when the file is read.
+    used = [entry for entry in entries if any(is_suffix(entry, name) for name in saved)]
+    stray = {name for name in _strays(candidates(model), used) if not within(name, saved)}
+    used = [entry for entry in used if not any(name.endswith(entry) for name in stray)]
+    # An entry may also be a name with a wrapper's part in it.
+    return used + [name for name in saved if not any(is_suffix(entry, name) for entry in used)]
+
+
+def _strays(found: Mapping[str, Candidate], entries: Sequence[str]) -> list[str]:
+    """Modules whose name ends with one of these entries, but not at a dot boundary."""
+    endings = tuple(entries)
+    return [
+        first
+        for first, candidate in found.items()
+        if any(name.endswith(endings) for name in candidate.names)
+        and not any(is_suffix(entry, name) for name in candidate.names for entry in entries)
+    ]

@@ -19,8 +19,7 @@ from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.atomic import Pieces, write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import own_metadata
-from minipeft.files.peft_entries import for_peft
-from minipeft.files.peft_extras import followers
+from minipeft.files.peft_extras import followers, for_peft
 from minipeft.files.reading import MAX_CONFIG_BYTES
 from minipeft.files.tensor_bytes import file_of
 from minipeft.files.tensor_file import MAX_DIMENSIONS, header_is_too_long
