@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,25 +84,16 @@ def renamed_for(reader: Reader, module: str) -> str:
     return module
 
 
-def component_of(modules: Collection[str], directory: Path) -> str:
-    """The part of a diffusers pipeline that has modules of these names; those in blocks say it for the ones beside them.
-
-    Raises:
-        CheckpointError: none has, or several have.
-    """
-    firsts = {module.partition(".")[0] for module in modules}
-    found = {COMPONENTS[first] for first in firsts if first in COMPONENTS}
-    if len(found) != 1:
-        raise CheckpointError(
-            f"{directory}: {min(modules)!r} does not say which part of a diffusers pipeline it is in. diffusers reads adapters "
-            f"of models whose modules start with {', '.join(COMPONENTS)}."
-        )
-    return found.pop()
-
-
 def write_diffusers(pairs: Mapping[str, Pair], directory: Path, made: Made) -> None:
     """The file of a diffusers pipeline; raises CheckpointError if it is not clear for which part of one."""
-    component = component_of(pairs, directory)
+    # Modules in blocks say it for the ones beside them.
+    components = {COMPONENTS[first] for module in pairs if (first := module.partition(".")[0]) in COMPONENTS}
+    if len(components) != 1:
+        raise CheckpointError(
+            f"{directory}: {min(pairs)!r} does not say which part of a diffusers pipeline it is in. diffusers reads adapters "
+            f"of models whose modules start with {', '.join(COMPONENTS)}."
+        )
+    component = components.pop()
     # Without an alpha in the file diffusers multiplies with 1, so the scaling goes into B.
     made.files[DIFFUSERS_FILE] = _saved(factors({m: pair.scaled(1.0) for m, pair in pairs.items()}, f"{component}."))
     made.done.append(f"The keys are those of a pipeline's {component}.")

@@ -21,17 +21,9 @@ WEIGHTS_FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metad
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
 _FIRST = tuple(f"{component}." for component in COMPONENTS)
 _ENDS = {
-    "lora_A.weight": "lora_A.weight",
-    "lora_B.weight": "lora_B.weight",
-    "lora_B.bias": "lora_B.bias",
-    "lora.down.weight": "lora_A.weight",
-    "lora.up.weight": "lora_B.weight",
-    "lora_down.weight": "lora_A.weight",
-    "lora_up.weight": "lora_B.weight",
-    "lora_linear_layer.down.weight": "lora_A.weight",
-    "lora_linear_layer.up.weight": "lora_B.weight",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-    "alpha": "alpha",
+    **{f"{down}.weight": "lora_A.weight" for down in ("lora_A", "lora.down", "lora_down", "lora_linear_layer.down")},
+    **{f"{up}.weight": "lora_B.weight" for up in ("lora_B", "lora.up", "lora_up", "lora_linear_layer.up")},
+    **{end: end for end in ("lora_B.bias", "lora_magnitude_vector", "alpha")},
 }
 _KEY = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _ENDS))})")
 # The oldest form: what was adapted stands in the name of the attention's processor.

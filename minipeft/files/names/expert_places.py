@@ -28,6 +28,8 @@ _NUMBERS = re.compile(r"\.\d+(?=\.|$)")
 _LISTS = re.compile(r"(.*\.experts\.)(gate_up|down)_projs\.\d+")
 
 _GATED = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)")
+# A layer of an expert -> the parameter that it is a part of, which part, and of how many.
+_JOINED = {"gate_proj": ("gate_up_proj", 0, 2), "up_proj": ("gate_up_proj", 1, 2), "down_proj": ("down_proj", 0, 1)}
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,14 @@ class Places:
         Other programs have them as layers, such as mlx-lm. See ``use_experts_implementation`` of transformers.
         """
         match = _GATED.fullmatch(name)
-        joined = {
-            "down_proj": ("down_proj", 0, 1),
-            "gate_proj": ("gate_up_proj", 0, 2),
-            "up_proj": ("gate_up_proj", 1, 2),
-        }
-        own, part, parts = joined[match[2]] if match is not None else ("", 0, 1)
-        found = self._parameter(f"{match[1]}.{own}") if match is not None else None
-        if found is None or not getattr(self.found[found[0]].base, "has_gate", False):
+        if match is None:
             return None
-        return Place(*found, part, parts, not getattr(self.found[found[0]].base, "is_concatenated", True))
+        own, part, parts = _JOINED[match[2]]
+        found = self._parameter(f"{match[1]}.{own}")
+        base = None if found is None else self.found[found[0]].base
+        if found is None or not getattr(base, "has_gate", False):
+            return None
+        return Place(*found, part, parts, alternates=not getattr(base, "is_concatenated", True))
 
     def _only(self, name: str, read: Callable[[str], Place | None]) -> Place | None:
         """The place of a name; or, as a part of the model may have a table of its own, of the only part that has one."""
