@@ -13,7 +13,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minipeft import Adapter, AdapterConfig, LoraConfig, MergeError, get_adapter_model, get_lora_model, register_method
+from minipeft import (
+    Adapter,
+    AdapterConfig,
+    LoraConfig,
+    MergeError,
+    get_adapter_model,
+    get_lora_model,
+    register_method,
+    registry,
+)
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels.functional import largest, low_rank_bound, low_rank_product
@@ -200,7 +209,6 @@ class PlainConfig(AdapterConfig):
     method = "merged_plainly"
 
 
-@register_method("merged_plainly")
 class Plain(Adapter):
     """Only what a method must say; its merge is a sum, but nobody knows."""
 
@@ -215,6 +223,13 @@ class Plain(Adapter):
 
     def merge(self, weight, bias):
         return weight * self.v[:, None], None if bias is None else bias * self.v
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known():
+    with registry.isolated():
+        register_method("merged_plainly")(Plain)
+        yield
 
 
 def plain_model(layers=3):
