@@ -89,6 +89,14 @@ def pytest_collection_finish():
         catching_logs.__enter__ = functools.partialmethod(listen, loggers)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    if any(starts_warm(item.path.name) for item in session.items) and not session.config.option.collectonly:
+        import warm
+
+        warm.start_server()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     """Nor is what a file of tests leaves behind: transformers' Trainer collects all garbage after each run."""

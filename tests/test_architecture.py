@@ -1,6 +1,5 @@
 """The house in order: lint, format, types, and imports that point down only."""
 
-import json
 import re
 import subprocess
 import sys
@@ -71,11 +70,7 @@ def test_the_core_names_no_concrete_method_or_layer():
             assert not concrete & set(imported(path)), name
 
 
-def test_nothing_is_unpickled_and_nothing_foreign_is_imported_at_once():
-    code = "import sys, json, minipeft.api; print(json.dumps(sorted(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(json.loads(result.stdout))
-    assert not loaded & {"transformers", "peft", "datasets", "accelerate", "bitsandbytes", "torchao", "matplotlib"}
+def test_nothing_is_unpickled():
     for path, name in modules():
         text = path.read_text("utf-8")
         if name != "minipeft.testing.runtime":  # which reads back what it has just written

@@ -1,5 +1,9 @@
-"""A package of somebody else's, installed by pip and found by its entry point: it works, and a broken one harms nothing."""
+"""A package of somebody else's, installed by pip and found by its entry point: it works, and a broken one harms nothing.
 
+And those packages that minipeft works with are not imported before they are needed.
+"""
+
+import importlib
 import json
 import shutil
 import subprocess
@@ -79,6 +83,7 @@ BROKEN = {
     "untyped": HEAD + "register_layer(nn.Bilinear)(Lora)",
     "twice": HEAD + "@register_method('lora')\nclass Mine(Lora):\n    pass",
 }
+FOREIGN = {"transformers", "peft", "datasets", "accelerate", "bitsandbytes", "torchao", "matplotlib"}
 
 
 def run(code, target, *arguments):
@@ -139,3 +144,21 @@ def test_a_broken_plugin_is_named_in_a_warning_and_harms_nothing(installed, tmp_
     assert said["layers"] == ["minipeft_sample.int8.Int8Linear"]
     assert said["lora"]
     assert "not a directory" in said["refused"], "the call that loaded them goes on"
+
+
+def import_anew(file):
+    """minipeft, in a process that has imported everything, forgets it, and writes down what came back."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in {"minipeft", *FOREIGN}:
+            del sys.modules[name]
+    importlib.import_module("minipeft.api")
+    file.write_text(json.dumps(sorted(sys.modules)))
+
+
+def test_nothing_foreign_is_imported_at_once(tmp_path):
+    file = tmp_path / "modules"
+    process = Warm(tmp_path / "output", import_anew, file)
+    assert process.wait() == 0, process.stderr
+    loaded = json.loads(file.read_text())
+    assert "minipeft.methods.lora" in loaded
+    assert not FOREIGN & set(loaded)

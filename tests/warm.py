@@ -2,16 +2,24 @@
 
 A new interpreter takes six seconds to import what a training run needs. These are processes as any other, with their
 own environment, output, signals and exit code; what a launcher starts, and at least one run of each program, is cold.
+The server is itself a fork: of pytest's process, which has imported all that too, before its first test.
 """
 
 import contextlib
+import faulthandler
 import gc
+import importlib
+import itertools
+import logging
 import multiprocessing
 import os
 import runpy
 import socket
 import sys
+import warnings
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -21,7 +29,56 @@ PACKAGES += ["bitsandbytes", "torchao.quantization", "transformers.optimization"
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES += [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("minipeft/training/**/*.py")]
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(PACKAGES)  # those that are not there are left out
+
+
+def start_server():
+    """Before the first test, and outside of what pytest does to warnings while one runs."""
+    logging.disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in PACKAGES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    logging.disable(logging.NOTSET)
+    resource_tracker.ensure_running()
+    with mock.patch.object(util, "spawnv_passfds", _fork_and_run):
+        forkserver.ensure_running()
+
+
+def _fork_and_run(executable, words, descriptors):
+    """For `multiprocessing`, which wants an interpreter that runs its server: the last of these words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # newer Pythons warn of threads; pytest-xdist's waits for words from the other process
+        pid = os.fork()
+    if pid:
+        return pid
+    try:
+        kept = [0, 1, 2, *sorted(descriptors), os.sysconf("SC_OPEN_MAX")]
+        for one, other in itertools.pairwise(kept):
+            os.closerange(one + 1, other)
+        _forget_pytest()
+        forkserver._forkserver.__init__()  # it is locked here
+        exec(words[-1], {})
+    finally:
+        os._exit(1)
+
+
+def _forget_pytest():
+    """What writes to descriptors that are closed now, and what a program would not find imported."""
+    faulthandler.disable()
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", [])[:]:
+            if type(handler).__module__.startswith("_pytest"):
+                logger.removeHandler(handler)
+            elif type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("pytest", "_pytest"):
+            del sys.modules[name]
 
 
 class Warm:
