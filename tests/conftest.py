@@ -124,6 +124,7 @@ def seeded():
 def offline():
     """A test that reaches for another machine fails, and what takes long though no test looks at it is left out."""
     from torch._dynamo import guards
+    from torch.nn import init
 
     from minipeft.kernels import glibc
 
@@ -132,8 +133,15 @@ def offline():
             raise AssertionError(f"a test tried to connect to {address}")
         return _connect(self, address)
 
+    draw = init._no_grad_normal_
+
+    def draw_values(tensor, *arguments, **options):
+        return tensor if tensor.is_meta else draw(tensor, *arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect)
+        # What is loaded is made on the meta device first, where drawing takes ten times as long as with values.
+        patch.setattr(init, "_no_grad_normal_", draw_values)
         # A save waits until the disk has it, some 6,000 times in a run. Tests that ask whether it does set it themselves.
         patch.setattr(os, "fsync", lambda descriptor: None)
         # torch.compile flushes the processor's caches to time its guards, 60 ms for each compilation.
