@@ -1,6 +1,7 @@
 """Resized vocabularies: an adapter's file holds the new rows, and loads onto a base that is resized again."""
 
 import copy
+import functools
 import json
 import math
 import warnings
@@ -9,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from fast_copy import Template
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from test_hf_trainer import DATA, OPTIONS, trained
@@ -32,20 +34,31 @@ def make(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return tmp_path_factory.mktemp("bases")
+
+
 @pytest.fixture
-def base(make, tmp_path):
+def base(make, bases):
     """A base on disk, as `resized` finds it."""
-    with foreign_code():
-        make().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    if not (bases / make.__name__).exists():
+        with foreign_code():
+            make().save_pretrained(bases / make.__name__)
+    return bases / make.__name__
 
 
-def resized(make, directory, seed=5, size=103):
+@functools.cache
+def first_resized(make, directory, seed, size):
     with foreign_code():
         model = type(make()).from_pretrained(directory)
         torch.manual_seed(seed)
         model.resize_token_embeddings(size)
-    return model.eval()
+    return Template(model.eval())
+
+
+def resized(make, directory, seed=5, size=103):
+    return first_resized(make, directory, seed, size).copy()
 
 
 @torch.no_grad()
