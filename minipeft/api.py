@@ -9,8 +9,8 @@ from torch import nn
 
 from minipeft.combining.report import CombineReport
 from minipeft.config import AdapterConfig, config_of_peft
+from minipeft.diagnosis.check import Finding
 from minipeft.diagnosis.diagnose import diagnose
-from minipeft.diagnosis.finding import Finding
 from minipeft.errors import (
     CheckpointError,
     ConfigError,

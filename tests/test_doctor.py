@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import minipeft
 from minipeft import ConfigError, DataError, LoraConfig, diagnose, get_lora_model
 from minipeft.cli.main import app
+from minipeft.diagnosis.check import Setup
 from minipeft.diagnosis.diagnose import CHECKS, view_of
 from minipeft.diagnosis.rates import _steps
-from minipeft.diagnosis.setup import Setup
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, TINY = ROOT / "docs" / "doctor.md", ROOT / "examples" / "assets" / "tiny"

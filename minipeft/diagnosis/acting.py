@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minipeft.diagnosis.finding import Seen, check
-from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.check import Seen, Setup, check
 from minipeft.diagnosis.view import Part, told_places
 from minipeft.errors import shown
 
@@ -75,7 +74,6 @@ def unmoved(setup: Setup) -> Iterator[Seen]:
 )
 def not_reached(setup: Setup) -> Iterator[Seen]:
     """The module around a layer runs, and the layer is neither called nor read."""
-    assert setup.trial is not None
     parts = [part for part in setup.view.acting if part.layer in setup.trial.idle]
     if parts:
         yield Seen(

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from minipeft.diagnosis.finding import Seen, check
-from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.check import Seen, Setup, check
 from minipeft.diagnosis.view import told_places
 from minipeft.errors import shown
 from minipeft.files.format import open_adapter, open_weights

@@ -11,11 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from minipeft.diagnosis import acting, base, labels, learning, numbers, precision, rates, vocabulary
-from minipeft.diagnosis.finding import Check, Finding
+from minipeft.diagnosis.check import Check, Finding, Setup
 from minipeft.diagnosis.our_view import our_view
 from minipeft.diagnosis.peft_view import has_peft_layers, peft_view
-from minipeft.diagnosis.setup import Setup
-from minipeft.diagnosis.trial import try_batch
 from minipeft.diagnosis.view import View
 from minipeft.errors import ConfigError, DataError
 from minipeft.injection.state import STATE
@@ -28,6 +26,7 @@ CHECKS: tuple[Check, ...] = tuple(
         key=lambda check: check.needs_trial,
     )
 )
+STOPS = {check.name for check in CHECKS if check.stops}
 
 
 def diagnose(
@@ -65,11 +64,10 @@ def diagnose(
     setup = Setup(view, batch, optimizer, tokenizer, None if adapter_dir is None else Path(adapter_dir))
     findings: list[Finding] = []
     for check in CHECKS:
-        if check.needs_trial and setup.trial is None:
-            if batch is None or _stopped(findings):
-                break
-            setup.trial = try_batch(view, batch, must_train=setup.is_training)
-        if not {finding.name for finding in findings}.intersection(check.unless):
+        names = {finding.name for finding in findings}
+        if check.needs_trial and (batch is None or names & STOPS):
+            break
+        if not names.intersection(check.unless):
             findings += check.findings(setup)
     return findings
 
@@ -106,11 +104,6 @@ def _no_adapter(view: View) -> Finding:
         "Nothing of it is adapted, and all of it may train.",
         "model = minipeft.get_lora_model(model, minipeft.LoraConfig(target_modules='all-linear'))",
     )
-
-
-def _stopped(findings: list[Finding]) -> bool:
-    stops = {check.name for check in CHECKS if check.stops}
-    return any(finding.name in stops for finding in findings)
 
 
 def _check_arguments(model: object, batch: object, optimizer: object) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minipeft.diagnosis.finding import Seen, check
-from minipeft.diagnosis.setup import IGNORED, Setup
+from minipeft.diagnosis.check import IGNORED, Seen, Setup, check
 from minipeft.diagnosis.trial import forward, left_alone, logits_of
 
 SHIFTED, ALIGNED = 0.9, 0.5  # share of labels that are the next token, and that are the token itself

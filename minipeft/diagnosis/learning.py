@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from minipeft.diagnosis.finding import Seen, check
-from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.check import Seen, Setup, check
 from minipeft.diagnosis.view import Part, told_places
 from minipeft.errors import shown
 from minipeft.type_names import is_from
@@ -118,7 +117,6 @@ def base_in_optimizer(setup: Setup) -> Iterator[Seen]:
 )
 def checkpointing(setup: Setup) -> Iterator[Seen]:
     """Adapters inside checkpointed blocks got no gradient."""
-    assert setup.trial is not None
     parts = _without_gradient(setup)
     if parts and any(CUT in said for said in setup.trial.warned):
         yield Seen(
@@ -154,17 +152,13 @@ def no_gradient(setup: Setup) -> Iterator[Seen]:
 def _without_gradient(setup: Setup) -> list[Part]:
     """The parts that ran and got no gradient in any parameter; A's alone is zero as long as B is."""
     trial = setup.trial
-    assert trial is not None
     here = setup.view.learning if trial.trained else []
     # Rows of tokens get a gradient from the batches that have those tokens.
     here = [part for part in here if not any(name.startswith("trainable_tokens") for name in part.parameters)]
-    ran = [part for part in here if part.layer not in trial.idle and _ran(setup, part)]
+    seen = trial.seen
+    here = [part for part in here if seen.ran(part.module) or id(part.module) in seen.read]
+    ran = [part for part in here if part.layer not in trial.idle]
     return [part for part in ran if not any(trial.gradients.get(id(p), 0.0) != 0.0 for p in part.trained)]
-
-
-def _ran(setup: Setup, part: Part) -> bool:
-    seen = setup.trial.seen if setup.trial is not None else None
-    return seen is not None and (seen.ran(part.module) or id(part.module) in seen.read)
 
 
 def _freeze(setup: Setup) -> str:

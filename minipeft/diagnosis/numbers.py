@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from minipeft.diagnosis.finding import Seen, check
-from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.check import Seen, Setup, check
 from minipeft.diagnosis.view import told_places
 from minipeft.errors import shown
 
@@ -43,7 +42,6 @@ def in_adapter(setup: Setup) -> Iterator[Seen]:
 def in_output(setup: Setup) -> Iterator[Seen]:
     """All parameters are finite, and the output is not."""
     trial = setup.trial
-    assert trial is not None
     if trial.broken is not None or (trial.loss is not None and not math.isfinite(trial.loss)):
         what = f"its output is the first with a NaN; the loss is {trial.loss}." if trial.broken else f"{trial.loss}"
         yield Seen(
@@ -62,7 +60,6 @@ def in_output(setup: Setup) -> Iterator[Seen]:
 def in_gradient(setup: Setup) -> Iterator[Seen]:
     """The output is finite, and a gradient is not."""
     trial = setup.trial
-    assert trial is not None
     parts = [
         p for p in setup.view.training if any(not math.isfinite(trial.gradients.get(id(t), 0.0)) for t in p.trained)
     ]

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from minipeft.diagnosis.finding import Seen, check
-from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.check import Seen, Setup, check
 from minipeft.diagnosis.view import told_places
 from minipeft.errors import shown
 

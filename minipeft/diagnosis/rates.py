@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from minipeft.diagnosis.finding import Seen, check
-from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.check import Seen, Setup, check
 from minipeft.diagnosis.view import Part, told_places
 
 # Full fine-tuning takes rates of 1e-5 to 5e-5, which is transformers' default, and LoRA learns best at about ten times

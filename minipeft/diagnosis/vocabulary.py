@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from minipeft.diagnosis.finding import Seen, check
-from minipeft.diagnosis.setup import Setup
+from minipeft.diagnosis.check import Seen, Setup, check
 from minipeft.errors import shown
 from minipeft.files.base_checkpoint import stored_rows
 from minipeft.transformers_model import input_embedding
