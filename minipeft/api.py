@@ -26,7 +26,7 @@ from minipeft.errors import (
 )
 from minipeft.files.hotswap import hotswap_adapter
 from minipeft.files.load import load_config
-from minipeft.injection.row_losses import per_adapter_loss
+from minipeft.injection.many_adapters import per_adapter_loss
 from minipeft.layers.base import LayerOps
 from minipeft.memory.lean import lean, unlean
 from minipeft.merging.from_disk.merge import merge_from_disk

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minipeft import registry
 from minipeft.errors import CheckpointError, StateError, shown
 from minipeft.injection.module_tree import adapters_of
-from minipeft.injection.state import STATE, AdapterState, awake
+from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.watch import idle_message
 from minipeft.methods.base import Adapter
 from minipeft.options import checked_module, integer
@@ -144,10 +144,9 @@ def _training(model: nn.Module) -> Iterator[tuple[type[Adapter], dict[str, Adapt
     if adapted is None:
         raise StateError(f"{type(model).__name__} has no adapter; get_adapter_model gives it one.")
     state: AdapterState = adapted.__dict__[STATE]
-    for name in awake(state) if state.switch.enabled else ():
-        if name in state.trainable:
-            config = state.configs[name]
-            yield registry.method_class(config.adapter_method), adapters_of(adapted, name), config
+    for name in state.switch.learning if state.switch.enabled else ():
+        config = state.configs[name]
+        yield registry.method_class(config.adapter_method), adapters_of(adapted, name), config
 
 
 def _adapted(model: nn.Module) -> nn.Module | None:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers
-from minipeft.injection.resting import places_in
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import STATE, AdapterState, places_in
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.layers.uncalled import UncalledOps
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -16,10 +17,16 @@ from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkp
 from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.plan import Plan
-from minipeft.injection.resting import parameters_at, places_in, put_to_rest
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
 from minipeft.injection.row_order import mark_rows
-from minipeft.injection.state import STATE, AdapterState, awake, check_not_running
+from minipeft.injection.state import (
+    STATE,
+    AdapterState,
+    check_not_running,
+    parameters_at,
+    places_in,
+    put_to_rest,
+)
 from minipeft.injection.without_gradient import watch_gradients
 from minipeft.injection.wrapper import Wrapper, replace_key
 from minipeft.wrapper_names import named_parameters
@@ -45,7 +52,7 @@ def attach(
         state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
         if first:
             _freeze(outside)
-            _switch(state, (adapter_name,), {adapter_name} & state.trainable, ())
+            _wake(state, (adapter_name,), (), ())
             let_checkpoints_train(outside, state.switch)
         hold_norms(model)
     if trainable:
@@ -64,7 +71,7 @@ def _note(state: AdapterState, plan: Plan, adapter_name: str, here: list[Wrapper
     state.resting[adapter_name] = resting if trainable else set()
     state.unwatched.add(adapter_name)
     if trainable:
-        state.trainable.add(adapter_name)
+        state.switch.trainable.add(adapter_name)
 
 
 def _mix(model: nn.Module, mixin: type[nn.Module]) -> None:
@@ -88,7 +95,7 @@ def _freeze(outside: list[tuple[str, nn.Module]]) -> None:
 def hold_norms(model: nn.Module) -> None:
     """Hold the running statistics still that no file will hold, see `minipeft.injection.base_state`."""
     state: AdapterState = model.__dict__[STATE]
-    state.held |= hold_still(model, state.trainable)
+    state.held |= hold_still(model, state.switch.trainable)
 
 
 def switch_to(model: nn.Module, names: tuple[str, ...], *, frozen: bool = False) -> None:
@@ -98,39 +105,32 @@ def switch_to(model: nn.Module, names: tuple[str, ...], *, frozen: bool = False)
     acts. Only adapters that train, and start or stop acting, have their parameters visited.
     """
     state: AdapterState = model.__dict__[STATE]
-    also = tuple(name for name in state.also_trained if not (frozen and name in names))
+    also = tuple(name for name in state.switch.also_trained if not (frozen and name in names))
     _wake(state, names, also, names if frozen else ())
 
 
 def train_also(model: nn.Module, names: tuple[str, ...]) -> None:
     """Let the parameters of these adapters require gradients, besides those of the active ones."""
     state: AdapterState = model.__dict__[STATE]
-    _wake(state, state.switch.active, names, tuple(name for name in state.frozen if name not in names))
+    _wake(state, state.switch.active, names, tuple(name for name in state.switch.frozen if name not in names))
 
 
 def _wake(state: AdapterState, active: tuple[str, ...], also: tuple[str, ...], frozen: tuple[str, ...]) -> None:
-    before, after = set(awake(state)), {*active, *also}.difference(frozen)
-    changing = before.symmetric_difference(after) & state.trainable
-    if not changing:
-        state.switch.active, state.also_trained, state.frozen = active, also, frozen
-        return
-    with flags_unchanged_on_error(_parameters(state, changing), state, state.switch):
-        state.also_trained, state.frozen = also, frozen
-        _switch(state, active, changing & after, changing & before)
+    """Let exactly these adapters act, and these and `also` learn, without those that are `frozen`."""
+    switch, before = state.switch, set(state.switch.learning)
+    changing = before.symmetric_difference({*active, *also}.difference(frozen) & switch.trainable)
+    kept = flags_unchanged_on_error(_parameters(state, changing), state, switch) if changing else nullcontext()
+    with kept:
+        switch.active, switch.also_trained, switch.frozen = active, also, frozen
+        for name in changing & before:
+            state.resting[name] = put_to_rest(state.places[name])
+        for name in changing - before:
+            for parameter in parameters_at(state.resting[name]):
+                parameter.requires_grad_(True)
 
 
 def _parameters(state: AdapterState, names: Collection[str]) -> list[nn.Parameter]:
     return [parameter for name in names for parameter in parameters_at(state.places[name])]
-
-
-def _switch(state: AdapterState, names: tuple[str, ...], starting: Collection[str], stopping: Collection[str]) -> None:
-    state.switch.active = names
-    state.switch.learning = state.switch.learning.difference(stopping).union(starting)
-    for name in stopping:
-        state.resting[name] = put_to_rest(state.places[name])
-    for name in starting:
-        for parameter in parameters_at(state.resting[name]):
-            parameter.requires_grad_(True)
 
 
 def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ...]) -> None:
@@ -138,20 +138,19 @@ def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ..
     state: AdapterState = model.__dict__[STATE]
     for name in adapter_names:
         check_not_running(state, name)
-    also = tuple(name for name in state.also_trained if name not in adapter_names)
-    frozen = tuple(name for name in state.frozen if name in active)
-    changing = set(awake(state)).symmetric_difference((*active, *also)) & state.trainable
-    flags = flags_unchanged_on_error(_parameters(state, changing))
-    with unchanged_on_error(model, state, state.switch), flags:
+    switch = state.switch
+    also = tuple(name for name in switch.also_trained if name not in adapter_names)
+    frozen = tuple(name for name in switch.frozen if name in active)
+    flags = flags_unchanged_on_error(_parameters(state, switch.trainable))
+    with unchanged_on_error(model, state, switch), flags:
         _wake(state, active, also, frozen)
         for name in adapter_names:
             discard(model, name)
             del state.configs[name], state.places[name], state.resting[name]
             for known in (state.kept, state.idle, state.samples):
                 known.pop(name, None)
-            state.trainable.discard(name)
-            state.unwatched.discard(name)
-            state.unstarted.discard(name)
+            for names in (switch.trainable, state.unwatched, state.unstarted):
+                names.discard(name)
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:
@@ -162,14 +161,14 @@ def rename(model: nn.Module, old: str, new: str) -> None:
         return tuple(new if name == old else name for name in names)
 
     check_not_running(state, old)
-    with unchanged_on_error(model, state, state.switch):
-        state.also_trained, state.frozen = renamed(state.also_trained), renamed(state.frozen)
-        state.switch.active, state.switch.merged = renamed(state.switch.active), renamed(state.merged)
+    switch = state.switch
+    with unchanged_on_error(model, state, switch):
+        switch.also_trained, switch.frozen = renamed(switch.also_trained), renamed(switch.frozen)
+        switch.active, switch.merged = renamed(switch.active), renamed(switch.merged)
         state.set_aside = renamed(state.set_aside)
-        state.switch.learning = frozenset(renamed(tuple(state.switch.learning)))
         for table in (state.configs, state.places, state.resting, state.idle, state.kept, state.samples):
             replace_key(table, old, new)
-        for names in (state.trainable, state.unwatched, state.unstarted):
+        for names in (switch.trainable, state.unwatched, state.unstarted):
             if old in names:
                 names.remove(old)
                 names.add(new)
@@ -184,7 +183,7 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
     check_not_running(state)
     with unchanged_on_error(model, state, state.switch):
         eject(model, keep_trained=keep_trained)
-        state.switch.learning = frozenset()
+        state.switch.trainable = set()
         leave_checkpoints_alone(model)
         del model.__dict__[STATE]
         model.__dict__.pop(ORIGINS, None)

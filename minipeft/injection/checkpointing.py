@@ -81,7 +81,8 @@ class ActingNow:
         self.choice = None if switch is None else switch.choice
         if switch is not None:
             self.merged, self.changes = switch.merged, switch.changes
-            self.learning = switch.learning if self.rows is not None else switch.learning.intersection(switch.active)
+            learning = set(switch.learning)
+            self.learning = learning if self.rows is not None else learning.intersection(switch.active)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -92,7 +93,7 @@ class ActingNow:
         """
         if self.switch is not None:
             same = self.merged == self.switch.merged and self.changes == self.switch.changes
-            if not same or not self.learning <= self.switch.learning:
+            if not same or not self.learning.issubset(self.switch.learning):
                 raise StateError(
                     "the backward pass computes a part of the model again, and its adapters were changed since the forward pass: "
                     "merged, given another scale or other values, deleted, or no longer trained. Call backward() first."

@@ -1,4 +1,4 @@
-"""Several adapters in one batch: generating with them, and training them at once."""
+"""Several adapters in one batch: generating with them, training them at once, and the loss of each."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from minipeft.errors import StateError, all_or_nothing
+from minipeft.errors import ConfigError, StateError, all_or_nothing
 from minipeft.injection.attach import train_also
-from minipeft.injection.resting import parameters_at
-from minipeft.injection.rows_of_call import rows_acting, rows_of_call
-from minipeft.injection.state import STATE, AdapterState, names_given
+from minipeft.injection.rows import BASE, numbers, taken
+from minipeft.injection.rows_of_call import names_of_rows, rows_acting, rows_of_call
+from minipeft.injection.state import STATE, AdapterState, names_given, parameters_at
 
 
 class Generate:
@@ -42,12 +43,9 @@ class ManyAdapters(nn.Module):
         Raises:
             StateError: a name is unknown, or the adapter was made or loaded not to train.
         """
-        state: AdapterState = self.__dict__[STATE]
         names = names_given(adapter_names)
         self._check_trainable(names)
-        names = tuple(dict.fromkeys(names))
-        train_also(self, names)
-        assert state.also_trained == names
+        train_also(self, tuple(dict.fromkeys(names)))
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """The parameters that training this adapter changes, each once: for its own optimizer group, or to clip.
@@ -69,7 +67,7 @@ class ManyAdapters(nn.Module):
         state: AdapterState = self.__dict__[STATE]
         state.check_known(names)
         for name in names:
-            if name not in state.trainable:
+            if name not in state.switch.trainable:
                 raise StateError(
                     f"adapter {name!r} was made or loaded not to train; load it with is_trainable=True, or leave "
                     "inference_mode out of its configuration."
@@ -98,3 +96,49 @@ def _repeats(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> i
         return next((value for value in values if value is not None), 1)
 
     return max(option("num_beams"), option("num_return_sequences"))
+
+
+def per_adapter_loss(
+    logits: Tensor, labels: Tensor, adapter_names: Sequence[str], *, ignore_index: int = -100, shift: bool = True
+) -> dict[str, Tensor]:
+    """The mean cross entropy of each adapter's own tokens, as if it had been trained alone.
+
+    ``sum(per_adapter_loss(...).values()).backward()`` gives each adapter the gradient of its own loss. A loss that is not
+    finite stays with its adapter.
+
+    Args:
+        logits: shape (rows, length, classes); or (rows, classes), one label a row.
+        labels: shape (rows, length), or (rows,).
+        adapter_names: as the model was called with; rows with ``"__base__"`` have no loss.
+        ignore_index: a label that does not count. With no other label in its rows, an adapter's loss is 0.
+        shift: each position predicts the next label, as in a causal language model; False for an encoder-decoder and for
+            labels of tokens. One label a row is never shifted.
+
+    Returns:
+        The adapters' names, in the order of the rows -> a scalar in float32 at least.
+
+    Raises:
+        ConfigError: logits, labels and names do not belong together.
+    """
+    for name, tensor in (("logits", logits), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"per_adapter_loss: {name} must be a tensor, not {type(tensor).__name__}.")
+    count = len(names_of_rows(adapter_names))
+    if logits.shape[:-1] != labels.shape or len(labels) != count:
+        raise ConfigError(
+            f"per_adapter_loss: logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {count} names must agree on the "
+            "rows, and on the length."
+        )
+    if shift and labels.ndim > 1:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    wide = logits if logits.dtype.itemsize >= 4 else logits.float()
+    losses = F.cross_entropy(
+        wide.reshape(-1, wide.shape[-1]), labels.reshape(-1), ignore_index=ignore_index, reduction="none"
+    )
+    sums, tokens = losses.view(count, -1).sum(1), (labels != ignore_index).view(count, -1).sum(1)
+    found = {}
+    for name in dict.fromkeys(adapter_names):
+        own = numbers([row for row, used in enumerate(adapter_names) if used == name], labels.device)
+        if name != BASE:
+            found[name] = taken(sums, own).sum() / taken(tokens, own).sum().clamp_min(1)
+    return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import ConfigError, StateError, hint, shown, told
 from minipeft.injection.rows import BASE, Rows, acting
-from minipeft.injection.state import STATE, AdapterState, awake
+from minipeft.injection.state import STATE, AdapterState
 from minipeft.kernels.functional import tensors_in
 from minipeft.transformers_model import main_input_name, same_media_in_rows
 
@@ -75,14 +75,15 @@ def rows_of_call(
     count = 1 if given is None else len(given)
     if len(names) != count:
         raise ConfigError(f"adapter_names has {len(names)} names, and the batch {count} rows; give one for each row.")
-    asleep = [name for name in dict.fromkeys(names) if name in state.trainable and name not in awake(state)]
+    switch = state.switch
+    asleep = [name for name in dict.fromkeys(names) if name in switch.trainable and name not in switch.learning]
     if asleep and model.training and torch.is_grad_enabled():
         raise StateError(
             f"adapter_names: {shown(asleep)} would not learn, since only active adapters do. Call "
             "train_adapters([...]) with all that are to learn, before the optimizer is made; or use torch.no_grad()."
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu")) if given is None else given.device
-    rows = Rows(model, state.switch, names, tuple(state.configs), device, times, keeps)
+    rows = Rows(model, switch, names, tuple(state.configs), device, times, keeps)
     rows.same_media = functools.cache(functools.partial(same_media_in_rows, model, given, kwargs))
     return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, hint, shown, told
-from minipeft.injection.resting import Place
 from minipeft.injection.rows import BASE
-from minipeft.injection.wrapper import Switch
+from minipeft.injection.wrapper import Switch, Wrapper
+from minipeft.wrapper_names import modules_in
 
+# A parameter of an adapter by the module that has it and its name there, so that switching visits these and nothing else.
+# Not as an object: moving, sharding or loading a model may put other objects in their places.
+Place = tuple[nn.Module, str]
 STATE = "_minipeft"  # the state's name in the model's __dict__, which is copied and pickled with the model
 
 
@@ -24,11 +27,8 @@ class AdapterState:
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     switch: Switch = field(default_factory=Switch)
-    trainable: set[str] = field(default_factory=set)
     places: dict[str, list[Place]] = field(default_factory=dict)  # where the parameters of each adapter are
     resting: dict[str, set[Place]] = field(default_factory=dict)  # of those, what an idle adapter would train
-    also_trained: tuple[str, ...] = ()  # adapters whose parameters require gradients though they may not act
-    frozen: tuple[str, ...] = ()  # adapters that train otherwise, and act now without
     set_aside: tuple[str, ...] = ()  # merged ones that are taken out until the last of `pauses` contexts ends
     pauses: int = 0  # how many contexts are open in which nothing is merged
     trained_before: frozenset[str] = frozenset()  # names of the base parameters that required a gradient
@@ -94,10 +94,29 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
         )
 
 
-def awake(state: AdapterState) -> tuple[str, ...]:
-    """Names of the adapters whose parameters require gradients, if they train at all."""
-    chosen = dict.fromkeys((*state.switch.active, *state.also_trained))
-    return tuple(name for name in chosen if name not in state.frozen)
+def places_in(wrapper: Wrapper, adapter_name: str) -> list[Place]:
+    """Where the parameters are that training this adapter changes in one wrapper."""
+    part = wrapper.parts.get(adapter_name)
+    if part is None:
+        return []
+    own = set(map(id, wrapper.trainable_parameters(adapter_name)))
+    return [(module, name) for module in modules_in(part) for name, p in module._parameters.items() if id(p) in own]
+
+
+def parameters_at(places: Iterable[Place]) -> Iterator[nn.Parameter]:
+    """The parameters that are there now."""
+    for module, name in places:
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            yield parameter
+
+
+def put_to_rest(places: Iterable[Place]) -> set[Place]:
+    """Let no parameter there require a gradient any more; returns the places of those that did."""
+    trained = {place for place in places if (p := place[0]._parameters.get(place[1])) is not None and p.requires_grad}
+    for parameter in parameters_at(trained):
+        parameter.requires_grad_(False)
+    return trained
 
 
 def check_not_running(state: AdapterState, adapter_name: str | None = None) -> None:

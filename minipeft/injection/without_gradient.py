@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minipeft.errors import shown
 from minipeft.injection.module_tree import wrappers_of
-from minipeft.injection.state import STATE, AdapterState, awake
+from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import Wrapper
 
 STEPS = 10
@@ -40,9 +40,9 @@ class GradientWatch:
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """The gradients are still there."""
         state: AdapterState | None = model.__dict__.get(STATE)
-        if state is None or self.name not in state.trainable:  # unloaded, deleted or renamed
+        if state is None or self.name not in state.switch.trainable:  # unloaded, deleted or renamed
             self.is_done = True
-        elif self.name in awake(state) and optimizer not in self.others:
+        elif self.name in state.switch.learning and optimizer not in self.others:
             layers = {path: _trained(wrapper, self.name) for path, wrapper in wrappers_of(model, self.name)}
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if held.issuperset(id(parameter) for own in layers.values() for parameter in own):

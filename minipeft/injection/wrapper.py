@@ -22,7 +22,9 @@ class Switch:
         self.contexts_off = 0  # how many `off` contexts are open
         self.stays_off = False  # until `turn` says otherwise
         self.merged: tuple[str, ...] = ()  # adapters that are in the base weights
-        self.learning: frozenset[str] = frozenset()  # adapters whose parameters require gradients
+        self.trainable: set[str] = set()  # adapters that were made or loaded to train
+        self.also_trained: tuple[str, ...] = ()  # adapters whose parameters require gradients though they may not act
+        self.frozen: tuple[str, ...] = ()  # adapters that train otherwise, and act now without
         self.changes = 0  # how often a verb gave an adapter another scale or other values
         self.read: set[int] | None = None  # ids of the wrappers whose weight is used, while a pass is watched
         self.running: list[tuple[str, ...]] = []  # adapters of each call whose rows differ, in all threads
@@ -40,6 +42,12 @@ class Switch:
         finally:
             self.contexts_off -= 1
             self.enabled = self.contexts_off == 0 and not self.stays_off
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The adapters whose parameters require gradients now."""
+        chosen = dict.fromkeys((*self.active, *self.also_trained))
+        return tuple(name for name in chosen if name in self.trainable and name not in self.frozen)
 
     def turn(self, on: bool) -> None:
         """Let adapters act, or not, until further notice."""

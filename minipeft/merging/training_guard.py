@@ -28,7 +28,7 @@ def watch(model: nn.Module, merged: bool) -> None:
 def merged_in_training(model: nn.Module) -> Sequence[str]:
     """The merged adapters of an adapted model whose parameters are meant to train."""
     state: AdapterState = model.__dict__[STATE]
-    return [name for name in state.merged if name in state.trainable and _requires_grad(model, name)]
+    return [name for name in state.merged if name in state.switch.trainable and _requires_grad(model, name)]
 
 
 def message(names: Sequence[str]) -> str:
