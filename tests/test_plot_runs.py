@@ -7,8 +7,7 @@ from test_cli import run
 from tiny_models import adapted
 
 from minipeft import CheckpointError, ConfigError
-from minipeft.planning.plot import draw_runs
-from minipeft.planning.runs import read_run
+from minipeft.planning.runs import draw_runs, read_run
 
 ROWS = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}, {"step": 2, "eval_loss": 3.5, "eval_perplexity": 33.1}]
 

@@ -13,8 +13,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("runs.png"),
 ) -> None:
     """Draw the losses of runs over each other, and the size of each one's update by block."""
-    from minipeft.planning.plot import draw_runs  # torch comes with it, and --help must not wait for that
-    from minipeft.planning.runs import read_run
+    from minipeft.planning.runs import draw_runs, read_run  # torch comes with it, and --help must not wait for that
 
     draw_runs([read_run(run) for run in runs], out)
     typer.echo(out)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minipeft.cli.output import print_json
-from minipeft.cli.sizes import bytes_in, in_units
+from minipeft.cli.output import bytes_in, in_units, print_json
 
 if TYPE_CHECKING:
     from minipeft.planning.fit import Proposal
