@@ -50,8 +50,8 @@ from minipeft.training.distributed.accelerator import start_accelerator
 from minipeft.training.distributed.sharding import is_sharded, shard
 from minipeft.training.flags import compared_values, flag, parse_flags, saved_values
 from minipeft.training.method_config import check_agrees, method_config
+from minipeft.training.report import plot_losses
 from minipeft.training.runs.checkpoints import Checkpoints
-from minipeft.training.runs.curve import plot_losses
 from minipeft.training.runs.interrupt import EXIT_CODE, Interrupt
 from minipeft.training.runs.metrics import Metrics
 from minipeft.training.runs.output_dir import check_writable, checkpoint_to_resume, the_only_run

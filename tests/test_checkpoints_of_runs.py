@@ -24,10 +24,9 @@ from deaths import EXIT_CODE, die_before
 from rotation import thinned
 
 from minipeft import CheckpointError, ConfigError, StateError
-from minipeft.training.runs.checkpoints import Checkpoints, verify
+from minipeft.training.runs.checkpoints import FOREIGN_LEFTOVER_SECONDS, Checkpoints, verify
 from minipeft.training.runs.output_dir import checkpoint_to_resume, the_only_run
 from minipeft.training.runs.snapshot import Snapshot
-from minipeft.training.runs.step_folders import FOREIGN_LEFTOVER_SECONDS
 
 SIZE = 1000
 KILLS = 8

@@ -8,9 +8,9 @@ filelock locks, safetensors writes. Each file below stays for one reason, tried 
 data:
 - ``sources``: datasets guesses the kind of a folder of mixed files and ignores the others; here that is an error.
 - ``readers``: datasets names no line of a bad row, and holds an endless line in memory.
-- ``rows``: datasets checks types, not which columns make an example; TRL's checks sit inside its trainer.
+- ``rows``: datasets checks types, not which columns make an example, TRL's checks sit inside its trainer, and the words of
+  Alpaca's prompts and the speakers of ShareGPT's conversations are in no library.
 - ``chat``: transformers' assistant mask is empty without ``{% generation %}``, and wrong if offsets are trimmed.
-- ``forms``: the words of Alpaca's prompts and the speakers of ShareGPT's conversations are in no library.
 - ``encoding``: TRL encodes inside its trainer; datasets' hash of a tokenizer depends on the path it was loaded from.
 - ``examples``: the fingerprints of datasets are of paths, not of content.
 - ``packing``: TRL packs a copy, 1,000 rows at a time, inside its trainer.
@@ -22,13 +22,13 @@ data:
 
 distributed:
 - ``ranks``: accelerate gathers, but has no error that stops all processes.
-- ``launch``: with accelerate or torchrun, fewer processes than asked for may train together, and neither says so.
 - ``sharding``: accelerate's FSDP2 silently becomes DDP on a CPU.
 - ``deepspeed``: what DeepSpeed's configuration may not contradict is known only here.
-- ``accelerator``: accelerate leaves out a tracker that is not installed, and runs fp16 on a CPU as float32.
+- ``accelerator``: accelerate leaves out a tracker that is not installed, and runs fp16 on a CPU as float32; with it or
+  torchrun, fewer processes than asked for may train together, and neither says so.
 
 runs:
-- ``checkpoints``, ``step_folders``, ``complete``: transformers' and accelerate's latest checkpoint may be half written.
+- ``checkpoints``, ``complete``: transformers' and accelerate's latest checkpoint may be half written.
 - ``run_state``, ``snapshot``, ``saved_run``: accelerate's is not exact under dropout, unpickles, and compares nothing.
 - ``optimizer_state``: torch's ``get_optimizer_state_dict`` steps an empty optimizer, and rounds a float64 state.
 - ``plain``: torch and accelerate pickle what JSON cannot express.
@@ -37,7 +37,6 @@ runs:
 - ``output_dir``: transformers' Trainer writes into a directory that holds another run.
 - ``interrupt``: accelerate has no signal handler, and transformers' is inside its trainer.
 - ``metrics``: trackio keeps the rows that an interruption undid; tensorboard rounds to float32 and loses rows if killed.
-- ``curve``: a picture of these rows needs only matplotlib.
 
 And:
 - ``updates``: accelerate and transformers wait for each other within a pass, so running out of memory hangs the others.
