@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from minipeft.diagnosis.check import Seen, Setup, check
-from minipeft.diagnosis.view import Part, told_places
+from minipeft.diagnosis.check import Seen, Setup, about, check
+from minipeft.diagnosis.view import Part, by_adapter
 from minipeft.errors import shown
 
 
@@ -26,13 +26,13 @@ def inactive(setup: Setup) -> Iterator[Seen]:
 
 
 @check("scale-zero", "Zero times an update adds nothing, and gives the adapter no gradient.")
-def scale_zero(setup: Setup) -> Iterator[Seen]:
+def scale_zero(setup: Setup) -> Iterable[Seen]:
     """The update is multiplied by zero."""
     parts = [part for part in setup.view.acting if part.scaling == 0]
-    if parts:
-        fix = f"model.set_scale({parts[0].adapter!r}, 1.0)  # and lora_alpha > 0 in the configuration"
-        theirs = "lora_alpha > 0 in the configuration"
-        yield Seen(told_places(parts), "the scaling of the update is 0.", theirs if setup.view.is_peft else fix)
+    fix = "lora_alpha > 0 in the configuration"
+    if parts and not setup.view.is_peft:
+        fix = f"model.set_scale({parts[0].adapter!r}, 1.0)  # and {fix}"
+    return about(parts, "the scaling of the update is 0.", fix)
 
 
 @check(
@@ -42,11 +42,10 @@ def scale_zero(setup: Setup) -> Iterator[Seen]:
 )
 def untrained(setup: Setup) -> Iterator[Seen]:
     """An adapter that does not train changes nothing."""
-    for parts in _by_adapter(setup):
-        known = [zero for part in parts if (zero := part.is_zero()) is not None]
-        if known and all(known) and not any(part.is_full or part.trained for part in parts):
-            yield Seen(
-                told_places(parts),
+    for parts in by_adapter(setup.view.acting):
+        if _all_zero(parts) and not any(part.is_full or part.trained for part in parts):
+            yield from about(
+                parts,
                 "every update is exactly zero, as before the first step (B = 0), and nothing of it is set to train.",
                 "load the trained file, and look at it with `minipeft inspect DIR`; or load it with is_trainable=True to train it.",
             )
@@ -56,12 +55,11 @@ def untrained(setup: Setup) -> Iterator[Seen]:
 def unmoved(setup: Setup) -> Iterator[Seen]:
     """The optimizer has made steps with the adapter, which is still zero."""
     state = {} if setup.optimizer is None else setup.optimizer.state
-    for parts in _by_adapter(setup):
+    for parts in by_adapter(setup.view.acting):
         steps = max((float(state[p].get("step", 1)) for part in parts for p in part.trained if p in state), default=0)
-        known = [zero for part in parts if (zero := part.is_zero()) is not None]
-        if steps > 1 and known and all(known):  # the first step of a warm-up is one of zero
-            yield Seen(
-                told_places(parts),
+        if steps > 1 and _all_zero(parts):  # the first step of a warm-up is one of zero
+            yield from about(
+                parts,
                 f"the optimizer has made {steps:.0f} steps, and every update is still exactly zero.",
                 "look at the learning rate of these parameters, and at a gradient scaler that skips every step.",
             )
@@ -72,23 +70,22 @@ def unmoved(setup: Setup) -> Iterator[Seen]:
     "An adapter there does nothing and learns nothing, while it is saved and counted like the others.",
     needs_trial=True,
 )
-def not_reached(setup: Setup) -> Iterator[Seen]:
+def not_reached(setup: Setup) -> Iterable[Seen]:
     """The module around a layer runs, and the layer is neither called nor read."""
-    parts = [part for part in setup.view.acting if part.layer in setup.trial.idle]
-    if parts:
-        yield Seen(
-            told_places(parts, len(setup.view.acting)),
-            "the model ran the module around the layer and did not call the layer.",
-            "leave it out of target_modules (exclude_modules=...), or let the model call it.",
-        )
+    acting = setup.view.acting
+    return about(
+        [part for part in acting if part.layer in setup.trial.idle],
+        "the model ran the module around the layer and did not call the layer.",
+        "leave it out of target_modules (exclude_modules=...), or let the model call it.",
+        of=acting,
+    )
 
 
 @check("merged-in-training", "A merged adapter is part of the frozen weight: it gets no gradient.")
-def merged(setup: Setup) -> Iterator[Seen]:
+def merged(setup: Setup) -> Iterable[Seen]:
     """An adapter that trains is merged."""
-    parts = [part for part in setup.view.training if part.merged]
-    if parts and setup.is_training:
-        yield Seen(told_places(parts), "it is merged into the base, and is set to train.", "model.unmerge_adapter()")
+    parts = [part for part in setup.view.training if part.merged and setup.is_training]
+    return about(parts, "it is merged into the base, and is set to train.", "model.unmerge_adapter()")
 
 
 @check("two-adapters-train", "Both get the same gradient, and each is right only together with the other.")
@@ -104,6 +101,6 @@ def two_train(setup: Setup) -> Iterator[Seen]:
         )
 
 
-def _by_adapter(setup: Setup) -> Iterator[list[Part]]:
-    for name in dict.fromkeys(part.adapter for part in setup.view.acting):
-        yield [part for part in setup.view.acting if part.adapter == name]
+def _all_zero(parts: list[Part]) -> bool:
+    known = [zero for part in parts if (zero := part.is_zero()) is not None]
+    return bool(known) and all(known)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from minipeft.diagnosis.check import Seen, Setup, check
-from minipeft.diagnosis.view import told_places
+from minipeft.diagnosis.check import Seen, Setup, about, check
 from minipeft.errors import shown
 from minipeft.files.format import open_adapter, open_weights
 from minipeft.files.names.fitted import in_names_of
@@ -91,9 +90,9 @@ def tie_broken(setup: Setup) -> Iterator[Seen]:
     tables = (input_embedding(root), output_head(root))
     parts = [part for part in setup.view.training if part.is_full and any(part.module is table for table in tables)]
     weights = [_weight(table) for table in tables]
-    if parts and says_tied(root) and None not in weights and weights[0] != weights[1]:
-        yield Seen(
-            told_places(parts),
+    if says_tied(root) and None not in weights and weights[0] != weights[1]:
+        yield from about(
+            parts,
             "it trains a copy of its own, apart from the layer that the config ties it to.",
             "ensure_weight_tying=True in the configuration keeps them one; or model.config.tie_word_embeddings = False before adapting.",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.diagnosis.trial import Trial, try_batch
-from minipeft.diagnosis.view import View
+from minipeft.diagnosis.view import Part, View
+from minipeft.errors import shown
 
 IGNORED = -100  # the label that the loss leaves out
 
@@ -111,7 +112,15 @@ class Seen:
     fix: str
 
 
-Look = Callable[[Setup], Iterator[Seen]]
+Look = Callable[[Setup], Iterable[Seen]]
+
+
+def about(parts: Iterable[Part], what: str, fix: str, of: Sequence[Part] | None = None) -> list[Seen]:
+    """What was seen of these adapters on these layers, if there are any. `of`: all that could have been among them."""
+    found = list(parts)
+    names, layers = dict.fromkeys(part.adapter for part in found), dict.fromkeys(part.layer for part in found)
+    share = "" if of is None else f" ({len(found)} of {len(of)} layers)"
+    return [Seen(f"adapter {shown(names)} on {shown(layers, 3)}{share}", what, fix)] if found else []
 
 
 @dataclass(frozen=True)

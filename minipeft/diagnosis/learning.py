@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from minipeft.diagnosis.check import Seen, Setup, check
-from minipeft.diagnosis.view import Part, told_places
+from minipeft.diagnosis.check import Seen, Setup, about, check
+from minipeft.diagnosis.view import Part, by_adapter
 from minipeft.errors import shown
 from minipeft.type_names import is_from
 
@@ -18,11 +18,10 @@ MAKE = "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requir
 @check("adapter-frozen", "The optimizer will change nothing.", unless=["no-active-adapter", "adapters-disabled"])
 def frozen(setup: Setup) -> Iterator[Seen]:
     """There is an optimizer, and no parameter of an active adapter requires a gradient."""
-    for name in dict.fromkeys(part.adapter for part in setup.view.parts if part.active and setup.optimizer is not None):
-        parts = [part for part in setup.view.parts if part.active and part.adapter == name]
-        if not setup.view.training:
-            yield Seen(
-                told_places(parts),
+    if setup.optimizer is not None and not setup.view.training:
+        for parts in by_adapter(part for part in setup.view.parts if part.active):
+            yield from about(
+                parts,
                 f"none of its {sum(len(part.parameters) for part in parts)} parameters requires a gradient.",
                 "load it with is_trainable=True, or leave inference_mode=True out of its configuration.",
             )
@@ -56,13 +55,14 @@ def before_adapters(setup: Setup) -> Iterator[Seen]:
 @check(
     "not-in-optimizer", "These will never change.", unless=["optimizer-of-another-model", "optimizer-before-adapters"]
 )
-def not_in_optimizer(setup: Setup) -> Iterator[Seen]:
+def not_in_optimizer(setup: Setup) -> Iterable[Seen]:
     """The optimizer holds some of what trains, and not all of it."""
-    if setup.optimizer is not None:
-        parts = [part for part in setup.view.training if any(id(p) not in setup.rates for p in part.trained)]
-        if parts:
-            fix = "optimizer.add_param_group({'params': [...]}), or a new optimizer if the adapter was added to the model later."
-            yield Seen(told_places(parts, len(setup.view.training)), "trains, and is not in the optimizer.", fix)
+    training = setup.view.training if setup.optimizer is not None else []
+    parts = [part for part in training if any(id(p) not in setup.rates for p in part.trained)]
+    fix = (
+        "optimizer.add_param_group({'params': [...]}), or a new optimizer if the adapter was added to the model later."
+    )
+    return about(parts, "trains, and is not in the optimizer.", fix, of=training)
 
 
 @check(
@@ -115,15 +115,14 @@ def base_in_optimizer(setup: Setup) -> Iterator[Seen]:
     "do not; torch warns 'None of the inputs have requires_grad=True'.",
     needs_trial=True,
 )
-def checkpointing(setup: Setup) -> Iterator[Seen]:
+def checkpointing(setup: Setup) -> Iterable[Seen]:
     """Adapters inside checkpointed blocks got no gradient."""
-    parts = _without_gradient(setup)
-    if parts and any(CUT in said for said in setup.trial.warned):
-        yield Seen(
-            told_places(parts, len(setup.view.training)),
-            "it is checkpointed with use_reentrant=True, and no gradient arrived.",
-            "model.gradient_checkpointing_enable({'use_reentrant': False})",
-        )
+    return about(
+        _without_gradient(setup) if any(CUT in said for said in setup.trial.warned) else (),
+        "it is checkpointed with use_reentrant=True, and no gradient arrived.",
+        "model.gradient_checkpointing_enable({'use_reentrant': False})",
+        of=setup.view.training,
+    )
 
 
 @check(
@@ -138,15 +137,14 @@ def checkpointing(setup: Setup) -> Iterator[Seen]:
     ],
     needs_trial=True,
 )
-def no_gradient(setup: Setup) -> Iterator[Seen]:
+def no_gradient(setup: Setup) -> Iterable[Seen]:
     """A layer ran, and nothing of its adapter got a gradient that is not zero."""
-    parts = _without_gradient(setup)
-    if parts:
-        yield Seen(
-            told_places(parts, len(setup.view.training)),
-            "it ran in the forward pass, and its gradient is missing or zero in all its parameters.",
-            "look for detach(), torch.no_grad() or .data between this layer and the loss.",
-        )
+    return about(
+        _without_gradient(setup),
+        "it ran in the forward pass, and its gradient is missing or zero in all its parameters.",
+        "look for detach(), torch.no_grad() or .data between this layer and the loss.",
+        of=setup.view.training,
+    )
 
 
 def _without_gradient(setup: Setup) -> list[Part]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from minipeft.diagnosis.check import Seen, Setup, check
-from minipeft.diagnosis.view import told_places
+from minipeft.diagnosis.check import Seen, Setup, about, check
 from minipeft.errors import shown
 
 
@@ -22,15 +21,11 @@ def in_base(setup: Setup) -> Iterator[Seen]:
 
 
 @check("nan-in-adapter", "Every output is NaN.")
-def in_adapter(setup: Setup) -> Iterator[Seen]:
+def in_adapter(setup: Setup) -> Iterable[Seen]:
     """A parameter of an adapter is not finite."""
     parts = [part for part in setup.view.parts if any(map(_is_broken, part.parameters.values()))]
-    if parts:
-        yield Seen(
-            told_places(parts),
-            "NaN or infinity in the adapter.",
-            "go back to a checkpoint before it diverged; a lower learning rate, warm-up or clipping of the gradient.",
-        )
+    fix = "go back to a checkpoint before it diverged; a lower learning rate, warm-up or clipping of the gradient."
+    return about(parts, "NaN or infinity in the adapter.", fix)
 
 
 @check(
@@ -59,15 +54,14 @@ def in_output(setup: Setup) -> Iterator[Seen]:
 )
 def in_gradient(setup: Setup) -> Iterator[Seen]:
     """The output is finite, and a gradient is not."""
-    trial = setup.trial
-    parts = [
-        p for p in setup.view.training if any(not math.isfinite(trial.gradients.get(id(t), 0.0)) for t in p.trained)
-    ]
+    training, gradients = setup.view.training, setup.trial.gradients
+    parts = [p for p in training if any(not math.isfinite(gradients.get(id(t), 0.0)) for t in p.trained)]
     if parts:
-        yield Seen(
-            told_places(parts, len(setup.view.training)),
-            f"NaN or infinity in the gradient; the loss is {trial.loss:.4g}.",
+        yield from about(
+            parts,
+            f"NaN or infinity in the gradient; the loss is {setup.trial.loss:.4g}.",
             "look behind the last of these layers for a square root, logarithm or division at zero.",
+            of=training,
         )
 
 

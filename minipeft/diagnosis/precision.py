@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
-from minipeft.diagnosis.check import Seen, Setup, check
-from minipeft.diagnosis.view import told_places
+from minipeft.diagnosis.check import Seen, Setup, about, check
 from minipeft.errors import shown
 
 # Of bfloat16: a change below this share of a value is rounded away, at least in half of all cases.
@@ -21,15 +20,12 @@ LOST = 0.5  # share of a factor's values
     "float16-trained",
     "A gradient scaler refuses it ('Attempting to unscale FP16 gradients'), and without one small gradients are zero.",
 )
-def float16(setup: Setup) -> Iterator[Seen]:
+def float16(setup: Setup) -> Iterable[Seen]:
     """Parameters in float16 require a gradient."""
-    parts = [p for p in setup.view.training if any(t.dtype == torch.float16 for t in p.trained)]
-    if parts:
-        yield Seen(
-            told_places(parts, len(setup.view.training)),
-            "its parameters train in float16.",
-            f"{TO_FLOAT}  # autocast_adapter_dtype=True, the default, does so from the start",
-        )
+    training = setup.view.training
+    parts = [p for p in training if any(t.dtype == torch.float16 for t in p.trained)]
+    fix = f"{TO_FLOAT}  # autocast_adapter_dtype=True, the default, does so from the start"
+    return about(parts, "its parameters train in float16.", fix, of=training)
 
 
 @check(
@@ -48,8 +44,8 @@ def lost_to_rounding(setup: Setup) -> Iterator[Seen]:
                     lost[part.layer, part.adapter] = part, share, rates[id(parameter)]
     if lost:
         _, share, rate = max(lost.values(), key=lambda found: found[1])
-        yield Seen(
-            told_places(part for part, _, _ in lost.values()),
+        yield from about(
+            (part for part, _, _ in lost.values()),
             f"at learning rate {rate:g} a step leaves up to {share:.0%} of a factor's bfloat16 values unchanged.",
             TO_FLOAT,
         )
@@ -66,7 +62,7 @@ def mixed_devices(setup: Setup) -> Iterator[Seen]:
             parts.append(part)
     if parts:
         here, there = next(iter(parts[0].parameters.values())).device, next(parts[0].base.parameters()).device
-        yield Seen(told_places(parts), f"the adapter is on {here}, its layer on {there}.", f"model.to({str(there)!r})")
+        yield from about(parts, f"the adapter is on {here}, its layer on {there}.", f"model.to({str(there)!r})")
 
 
 @check("dropout-in-eval", "The outputs are random, and differ from those in training by chance.")
@@ -76,8 +72,8 @@ def dropout_in_eval(setup: Setup) -> Iterator[Seen]:
         return
     parts = [part for part in setup.view.acting if part.dropout and part.drops]
     if parts:
-        yield Seen(
-            told_places(parts),
+        yield from about(
+            parts,
             f"it drops {parts[0].dropout:.0%} of its inputs although the model is in evaluation mode.",
             "model.eval()  # after the adapter was added",
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from minipeft.diagnosis.check import Seen, Setup, check
-from minipeft.diagnosis.view import Part, told_places
+from minipeft.diagnosis.check import Seen, Setup, about, check
+from minipeft.diagnosis.view import Part
 
 # Full fine-tuning takes rates of 1e-5 to 5e-5, which is transformers' default, and LoRA learns best at about ten times
 # its rate ("LoRA Without Regret", Schulman et al., 2025). What counts is rate times scaling, so a rate that a large scaling
@@ -24,12 +24,11 @@ LARGE_UPDATE = 1.0
 
 
 @check("learning-rate-zero", "Nothing will change.", unless=["optimizer-before-adapters", "optimizer-of-another-model"])
-def rate_zero(setup: Setup) -> Iterator[Seen]:
+def rate_zero(setup: Setup) -> Iterable[Seen]:
     """An adapter trains at a rate of zero."""
     rates = setup.rates
     parts = [part for part in setup.view.training if any(rates.get(id(p)) == 0 for p in part.trained)]
-    if parts:
-        yield Seen(told_places(parts), "its learning rate is 0, and no schedule raises it.", "lr=2e-4")
+    return about(parts, "its learning rate is 0, and no schedule raises it.", "lr=2e-4")
 
 
 @check(
@@ -42,8 +41,8 @@ def scaling_unusual(setup: Setup) -> Iterator[Seen]:
     least, most = SCALINGS
     parts = [p for p in setup.view.training if p.pair is not None and p.scaling and not least <= abs(p.scaling) <= most]
     if parts:
-        yield Seen(
-            told_places(parts),
+        yield from about(
+            parts,
             f"the update is multiplied by {parts[0].scaling:g} (lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora).",
             "lora_alpha = 2 * r is usual, or lora_alpha = 32 at any rank.",
         )
@@ -58,8 +57,8 @@ def step_too_large(setup: Setup) -> Iterator[Seen]:
     """The first steps move a layer by a tenth of its weight each."""
     steps = [(part, step) for part, step in _steps(setup) if step > LARGE_STEP]
     if steps:
-        yield Seen(
-            told_places(part for part, _ in steps),
+        yield from about(
+            (part for part, _ in steps),
             f"one step moves the layer by about {max(step for _, step in steps):.2g} of its weight's norm.",
             "a lower learning rate or scaling; 2e-4 with lora_alpha = 2 * r is usual.",
         )
@@ -70,8 +69,8 @@ def step_too_small(setup: Setup) -> Iterator[Seen]:
     """No number of steps that anybody makes adds up to anything."""
     steps = list(_steps(setup))
     if steps and all(0 < step < SMALL_STEP for _, step in steps):
-        yield Seen(
-            told_places(part for part, _ in steps),
+        yield from about(
+            (part for part, _ in steps),
             f"one step moves the layer by about {max(step for _, step in steps):.1g} of its weight's norm.",
             "lr=2e-4",
         )
@@ -106,8 +105,8 @@ def update_too_large(setup: Setup) -> Iterator[Seen]:
         (part, size) for part in setup.view.acting if (size := _relative(part)) is not None and size > LARGE_UPDATE
     ]
     if sizes:
-        yield Seen(
-            told_places(part for part, _ in sizes),
+        yield from about(
+            (part for part, _ in sizes),
             f"the update's norm is {max(size for _, size in sizes):.3g} times that of the weight.",
             "a lower learning rate, fewer steps or weight decay; to use it as it is, model.set_scale(name, 0.5) weakens it."
             if not setup.view.is_peft

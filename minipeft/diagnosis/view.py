@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.errors import shown
 from minipeft.injection.watch import Pass
 
 
@@ -77,9 +76,9 @@ class View:
         return [part for part in self.training if not part.merged]
 
 
-def told_places(parts: Iterable[Part], of: int | None = None) -> str:
-    """The layers of some parts, for a message, after the names of their adapters. `of`: how many there are in all."""
-    found = list(parts)
-    names = shown(dict.fromkeys(part.adapter for part in found))
-    share = "" if of is None else f" ({len(found)} of {of} layers)"
-    return f"adapter {names} on {shown(dict.fromkeys(part.layer for part in found), 3)}{share}"
+def by_adapter(parts: Iterable[Part]) -> Iterable[list[Part]]:
+    """These parts, those of each adapter together."""
+    found: dict[str, list[Part]] = {}
+    for part in parts:
+        found.setdefault(part.adapter, []).append(part)
+    return found.values()
