@@ -14,7 +14,8 @@ from subjects import LEAN, SUBJECTS, gpt2, model_name, save_adapter
 from torch import nn
 
 from minipeft.training.data.collate import Batch, Example, collate
-from minipeft.training.data.packing import pack_in_memory
+from minipeft.training.data.examples import Examples
+from minipeft.training.data.packing import pack
 from minipeft.training.updates import loss_sum
 
 AS_THEY_COME, BY_LENGTH, PACKED = "padded as they come", "padded, sorted by length", "packed"
@@ -54,7 +55,8 @@ def packing_part(options: Options) -> Iterator[Rows | None]:
         model = SUBJECTS[LEAN](base, save_adapter(gpt2(options.quick), Path(folder))).train()
     count, longest, rows = (24, 32, 64) if options.quick else (32, 256, 512)
     examples = examples_of(count, longest, model.config.vocab_size)
-    packed, tokens = pack_in_memory(examples, rows), sum(len(example.labels) for example in examples)
+    packed = pack(Examples.in_memory(examples, pad_id=0, max_length=rows))
+    packed, tokens = packed.rows(range(len(packed))), sum(len(example.labels) for example in examples)
     by_length = sorted(examples, key=lambda example: len(example.labels))
     # As many tokens at a time as `size` examples have: packed batches have fewer rows, which are full.
     size = 8

@@ -20,10 +20,10 @@ from minipeft.errors import MinipeftError, StateError
 from minipeft.training.data import readers
 from minipeft.training.data.collate import Example, eval_batches
 from minipeft.training.data.encoding import IGNORED, Encoding, Fate
-from minipeft.training.data.examples import encode
+from minipeft.training.data.examples import Examples, encode
 from minipeft.training.data.order import UpdateOrder
 from minipeft.training.data.sources import Source, open_source
-from minipeft.training.data.stream import StreamOrder, Window
+from minipeft.training.data.stream import StreamOrder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -36,7 +36,7 @@ def store(count, seed=0, longest=20):
         labels = np.where(generator.random(len(ids)) < 0.3, IGNORED, ids).astype(np.int32)
         ids[0], labels[0] = number, number
         examples.append(Example(ids, labels))
-    return Window(examples, pad_id=0)
+    return Examples.in_memory(examples, pad_id=0, max_length=longest)
 
 
 def is_filler(batch):

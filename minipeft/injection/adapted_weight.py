@@ -26,12 +26,10 @@ class AdaptedWeight(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with present(self.owner):
-            return self.run_with_weights(*args, **kwargs)
-
-    def run_with_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the module with the adapted weights in place of its own."""
-        weights = self.adapted_weights()
-        return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
+            weights = self.adapted_weights()
+            if not weights:
+                return self.base_layer(*args, **kwargs)
+            return functional_call(self.base_layer, weights, args, kwargs)
 
     def adapted_weights(self) -> dict[str, Tensor]:
         """The weight with the acting adapters, by its name in the base layer; empty if none acts."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from minipeft.errors import StateError, shown
-from minipeft.injection.module_tree import outside_adapters, wrappers
+from minipeft.injection.module_tree import outside_adapters, wrappers, wrappers_of
 from minipeft.injection.rows import MEDIA_OF_BATCH, rows_now
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import STATE, AdapterState
@@ -102,17 +102,6 @@ def ran_without(
     return all(isinstance(part, wrapping) or not any(part.children()) or seen.ran(part) for part in parent.children())
 
 
-def read_layers(model: nn.Module, names: tuple[str, ...], seen: Pass) -> list[str]:
-    """Names of the layers with one of these adapters that were read and not called."""
-    return [
-        path
-        for path, wrapper in wrappers(model)
-        if id(wrapper) in seen.read
-        and id(wrapper) not in seen.called
-        and any(name in wrapper.adapters for name in names)
-    ]
-
-
 def watched_call(model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a model, and warn about layers that do not use an active adapter.
 
@@ -157,7 +146,8 @@ def _say_dropout(model: nn.Module, names: tuple[str, ...], seen: Pass) -> None:
     for name in names if model.training else ():
         config = vars(state.configs[name])
         options = [option for option, value in config.items() if option.endswith("dropout") and value]
-        read = read_layers(model, (name,), seen) if options else []
+        read_only = seen.read - seen.called if options else ()
+        read = [path for path, wrapper in wrappers_of(model, name) if id(wrapper) in read_only]
         if read:
             warnings.warn(
                 f"{shown(read)}: the model reads this weight instead of calling the layer, and {shown(options)} of "

@@ -27,7 +27,7 @@ ROWS_PER_CALL = 200  # a tokenizer encodes them in parallel
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Examples of a text or a data set, each a stretch of one long stream of tokens on disk.
+    """Examples of a text or a data set, each a stretch of one long stream of tokens, on disk or in memory.
 
     So cutting needs no second copy. In memory an example takes 24 bytes.
     """
@@ -40,6 +40,19 @@ class Examples:
     pad_id: int  # the token id to pad with
     max_length: int  # the most tokens an example may have
     counts: dict[Fate, int]  # what became of the rows, by `Fate`
+    share_rows: bool = False  # whether they are to be packed
+
+    @classmethod
+    def in_memory(cls, examples: Sequence[Example], pad_id: int, max_length: int) -> Examples:
+        """Examples that were encoded one by one."""
+        nothing = np.zeros(0, np.int32)
+        ids = pa.chunked_array([np.concatenate([nothing, *(example.input_ids for example in examples)])])
+        labels = pa.chunked_array([np.concatenate([nothing, *(example.labels for example in examples)])])
+        ends = np.cumsum([len(example.labels) for example in examples], dtype=np.int64)
+        targets = np.array([(example.labels[1:] != IGNORED).sum() for example in examples], np.int64)
+        return cls(
+            ids, labels, np.concatenate([[0], ends])[:-1].astype(np.int64), ends, targets, pad_id, max_length, {}
+        )
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -146,7 +159,7 @@ def encode(
         )
     counts = dict(zip(Fate, np.bincount(table.column("fate").to_numpy(), minlength=len(Fate)).tolist(), strict=True))
     ids, pad_id = pc.list_flatten(column), padding_id(tokenizer)
-    return Examples(ids, labels, starts, ends, targets, pad_id, encoding.max_length, counts)
+    return Examples(ids, labels, starts, ends, targets, pad_id, encoding.max_length, counts, encoder.in_rows)
 
 
 def cut(starts: Ints, ends: Ints, length: int) -> tuple[Ints, Ints]:

@@ -66,22 +66,11 @@ class Packed:
 
 
 def pack(examples: Examples) -> Packed:
-    """Put examples into few rows of at most `max_length` tokens."""
-    return Packed(examples, *in_rows(examples.lengths, examples.max_length))
-
-
-def pack_in_memory(examples: Sequence[Example], max_length: int) -> list[Example]:
-    """The same for examples that are in memory."""
-    order, edges = in_rows(np.array([len(example.input_ids) for example in examples], np.int64), max_length)
-    return [joined([examples[number] for number in row]) for row in np.split(order, edges[1:-1]) if len(row)]
-
-
-def in_rows(lengths: Ints, max_length: int) -> tuple[Ints, Ints]:
-    """Which examples share a row: `Packed.order` and `Packed.edges`. It depends on the lengths alone."""
-    by_length = np.argsort(-lengths, kind="stable")
-    rows = best_fit(lengths[by_length].tolist(), max_length)
+    """Put examples into few rows of at most `max_length` tokens; which share a row depends on their lengths alone."""
+    by_length = np.argsort(-examples.lengths, kind="stable")
+    rows = best_fit(examples.lengths[by_length].tolist(), examples.max_length)
     edges = np.concatenate([[0], np.cumsum(np.bincount(rows))]).astype(np.int64)
-    return by_length[np.argsort(rows, kind="stable")], edges
+    return Packed(examples, by_length[np.argsort(rows, kind="stable")], edges)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> Ints:

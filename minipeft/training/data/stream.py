@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -20,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from minipeft.errors import DataError, StateError, all_or_nothing
 from minipeft.options import integer
-from minipeft.training.data.collate import Example, Ints
-from minipeft.training.data.encoding import IGNORED, Encoded, Encoder, Encoding, Fate, padding_id
+from minipeft.training.data.collate import Example, Ints, Store
+from minipeft.training.data.encoding import Encoded, Encoder, Encoding, Fate, padding_id
+from minipeft.training.data.examples import Examples
 from minipeft.training.data.order import BUCKET, LARGEST_SEED, Update, shuffled
-from minipeft.training.data.packing import pack_in_memory
+from minipeft.training.data.packing import pack
 from minipeft.training.data.sources import Source
 
 WINDOW = 64  # updates
@@ -70,14 +70,15 @@ class StreamOrder:
         self._window, self._place = -1, 0  # number of the window in memory; of the next update in it
         self._start = Position()  # of the window in memory; before the first window of an epoch, of that one
         self._reader = _Reader(source, self.encoder, self._start)
-        self._held, self._updates = Window([], self.pad_id), list[Ints]()
+        self._held: Store | None = None
+        self._updates: list[Ints] = []
 
     def __iter__(self) -> StreamOrder:
         return self
 
     def __next__(self) -> Update:
         """The next update; raises DataError if a row does not fit, or the rows make no example."""
-        while self._place == len(self._updates):
+        while self._held is None or self._place == len(self._updates):
             self._next_window()
         update = Update(self._number, self._epoch, self._updates[self._place], self._held)
         self._number, self._place = self._number + 1, self._place + 1
@@ -107,7 +108,7 @@ class StreamOrder:
             )
         epoch, window, place = state["epoch"], state["window"], state["place"]
         start = Position(**copy.deepcopy(state["position"]))
-        reader, held, updates = _Reader(self.source, self.encoder, start), Window([], self.pad_id), list[Ints]()
+        reader, held, updates = _Reader(self.source, self.encoder, start), None, list[Ints]()
         if window >= 0:
             held = self._read_window(reader)
             updates = self._shuffled(held, epoch, window)
@@ -120,7 +121,7 @@ class StreamOrder:
         """Read the next window of this epoch, or move to the next epoch."""
         start = self._reader.before
         held = self._read_window(self._reader)
-        if held.examples:
+        if len(held.lengths):
             self._start, self._window = start, self._window + 1
         elif self._window < 0:
             raise DataError(f"{self.source.name}: no example of at least 2 tokens comes of its rows; give more rows.")
@@ -129,36 +130,14 @@ class StreamOrder:
             self._reader = _Reader(self.source, self.encoder, self._start)
         self._place, self._held, self._updates = 0, held, self._shuffled(held, self._epoch, self._window)
 
-    def _read_window(self, reader: _Reader) -> Window:
+    def _read_window(self, reader: _Reader) -> Store:
         rows, length = self.size * self.update_window, self.encoder.encoding.max_length
         if not self.encoder.in_rows:
-            return Window(list(islice(reader, rows)), self.pad_id)
-        return Window(pack_in_memory(list(_up_to(rows * length, reader)), length), self.pad_id)
+            return Examples.in_memory(list(islice(reader, rows)), self.pad_id, length)
+        return pack(Examples.in_memory(list(_up_to(rows * length, reader)), self.pad_id, length))
 
-    def _shuffled(self, held: Window, epoch: int, window: int) -> list[Ints]:
+    def _shuffled(self, held: Store, epoch: int, window: int) -> list[Ints]:
         return shuffled(held.lengths, self.size, self.bucket, (self.seed, epoch, max(window, 0)))
-
-
-@dataclass(frozen=True, eq=False)
-class Window:
-    """Examples held in memory: a `Store`."""
-
-    examples: list[Example]
-    pad_id: int
-
-    @cached_property
-    def lengths(self) -> Ints:
-        """Tokens of each example, shape (examples,)."""
-        return np.array([len(example.input_ids) for example in self.examples], np.int64)
-
-    @cached_property
-    def targets(self) -> Ints:
-        """Predicted tokens of each example, shape (examples,)."""
-        return np.array([(example.labels[1:] != IGNORED).sum() for example in self.examples], np.int64)
-
-    def rows(self, indices: Sequence[int] | Ints) -> list[Example]:
-        """The examples with these numbers."""
-        return [self.examples[index] for index in indices]
 
 
 @dataclass(frozen=True)

@@ -84,18 +84,16 @@ def read_texts(
         source = open_source(data, dataset_config, split, lines=lines, streaming=streaming)
         return source, _allowed(encoding, Encoder(tokenizer, source.kind, encoding), type(model).__name__, why_not)
 
-    def packed(examples: Examples, source: Source, encoding: Encoding) -> Examples | Packed:
-        return pack(examples) if Encoder(tokenizer, source.kind, encoding).in_rows else examples
-
-    def evaluated(examples: Examples, source: Source, encoding: Encoding) -> Examples | Packed:
-        return packed(examples.select(0, min(len(examples), eval_examples or len(examples))), source, encoding)
+    def packed(examples: Examples, most: int | None = None) -> Examples | Packed:
+        first = examples.select(0, min(len(examples), most or len(examples)))
+        return pack(first) if first.share_rows else first
 
     split = None if evaluation else held_out_split(data, dataset_config)
     if streaming and not (evaluation or split):
         raise DataError("--streaming: a stream has no end to hold out for the evaluation; give an --eval_file.")
     source, own = opened(data, streaming=streaming)
     others = {"eval": opened(data, split)} if split else {name: opened(text) for name, text in evaluation.items()}
-    texts = {name: evaluated(_encoded(*other, tokenizer, model), *other) for name, other in others.items()}
+    texts = {name: packed(_encoded(*other, tokenizer, model), eval_examples) for name, other in others.items()}
     sources = {"train": source, **{name: other for name, (other, _) in others.items()}}
     ignored = {name: read.ignored for name, read in sources.items() if read.ignored}
     if streaming:
@@ -103,8 +101,8 @@ def read_texts(
     examples = _encoded(source, own, tokenizer, model)
     if not others:
         examples, end = examples.hold_out()
-        texts = {"eval": evaluated(end, source, own)}
-    return Texts(packed(examples, source, own), texts, own, held_out=not others, ignored=ignored)
+        texts = {"eval": packed(end, eval_examples)}
+    return Texts(packed(examples), texts, own, held_out=not others, ignored=ignored)
 
 
 def _encoded(source: Source, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, model: Any) -> Examples:
