@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from minipeft.learning.attempt import attempt
-from minipeft.learning.exercises import EXERCISES, Exercise, copy_to, find
-from minipeft.learning.progress import Progress, read_progress
+from minipeft.learning.exercises import EXERCISES, Exercise, Progress, copy_to, find, read_progress
 
 learn = typer.Typer(help="Learn LoRA by exercises that check themselves.", invoke_without_command=True)
 

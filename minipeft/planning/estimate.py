@@ -17,10 +17,9 @@ from minipeft.layers.bitsandbytes_4bit import number_of_values
 from minipeft.memory.lean import lean
 from minipeft.options import integer, one_of
 from minipeft.planning.base import DTYPES, Place, base_model, quiet
-from minipeft.planning.batch import reads_text_alone, remarks_on
 from minipeft.planning.hollow import Hollow
 from minipeft.planning.ledger import Ledger
-from minipeft.planning.step import peak_of_step, sized_for
+from minipeft.planning.step import peak_of_step, reads_text_alone, remarks_on, sized_for
 
 TRAININGS = ("full", "lora", "lean")
 DEVICES = ("cpu", "cuda")

@@ -13,8 +13,8 @@ data:
 - ``chat``: transformers' assistant mask is empty without ``{% generation %}``, and wrong if offsets are trimmed.
 - ``encoding``: TRL encodes inside its trainer; datasets' hash of a tokenizer depends on the path it was loaded from.
 - ``examples``: the fingerprints of datasets are of paths, not of content.
-- ``packing``: TRL packs a copy, 1,000 rows at a time, inside its trainer.
-- ``apart``: transformers passes position ids on to the mask in most families, and says nothing in the others.
+- ``packing``: TRL packs a copy, 1,000 rows at a time, inside its trainer; transformers passes position ids on to the mask in
+  most families, and says nothing in the others.
 - ``collate``: transformers' collators need a pad token or mask real eos; accelerate repeats examples in uneven shares.
 - ``order``: samplers resume from a generator's state; transformers' groups by length put neighbours in sequence.
 - ``stream``: datasets loses its shuffle buffer on resuming, and torchdata with it or else reads all rows again.
