@@ -47,12 +47,12 @@ from minipeft.training.data.stream import StreamOrder
 from minipeft.training.data.texts import Texts, read_texts
 from minipeft.training.distributed import deepspeed
 from minipeft.training.distributed.accelerator import start_accelerator
+from minipeft.training.distributed.ranks import EXIT_CODE, Interrupt
 from minipeft.training.distributed.sharding import is_sharded, shard
 from minipeft.training.flags import compared_values, flag, parse_flags, saved_values
 from minipeft.training.method_config import check_agrees, method_config
 from minipeft.training.report import plot_losses
 from minipeft.training.runs.checkpoints import Checkpoints
-from minipeft.training.runs.interrupt import EXIT_CODE, Interrupt
 from minipeft.training.runs.metrics import Metrics
 from minipeft.training.runs.output_dir import check_writable, checkpoint_to_resume, the_only_run
 from minipeft.training.runs.run_state import TrainingState

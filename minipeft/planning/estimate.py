@@ -18,7 +18,6 @@ from minipeft.memory.lean import lean
 from minipeft.options import integer, one_of
 from minipeft.planning.base import DTYPES, Place, base_model, quiet
 from minipeft.planning.hollow import Hollow
-from minipeft.planning.ledger import Ledger
 from minipeft.planning.step import peak_of_step, reads_text_alone, remarks_on, sized_for
 
 TRAININGS = ("full", "lora", "lean")
@@ -127,7 +126,7 @@ class Planner:
     """
 
     def __init__(self, place: Place, config: AdapterConfig, setup: Setup, adapt: Adapt) -> None:
-        self.setup, self.hollow, self.chunks_loss = setup, Hollow(Ledger()), True
+        self.setup, self.hollow, self.chunks_loss = setup, Hollow(), True
         self.model = base_model(place, self.hollow, setup.dtype, setup.quantize)
         own = {id(parameter) for parameter in self.model.parameters()}
         ledger = self.hollow.ledger

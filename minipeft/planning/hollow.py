@@ -29,9 +29,9 @@ SHARING = {"aten::_unsafe_view", "aten::lift_fresh"}  # views that torch does no
 class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within the context large arrays are hollow, and the ledger follows all arrays."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ledger = ledger
+        self.ledger = Ledger()
         self._shapes: dict[Any, Any] = {}  # results on the meta device; blocks are alike, so most are known
 
     @classmethod

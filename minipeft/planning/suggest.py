@@ -23,7 +23,6 @@ from minipeft.options import integer
 from minipeft.planning.base import Place, base_model
 from minipeft.planning.estimate import Adapt, task_type
 from minipeft.planning.hollow import Hollow
-from minipeft.planning.ledger import Ledger
 from minipeft.transformers_model import model_type, text_part
 
 ARTICLE = "LoRA Without Regret"
@@ -97,7 +96,7 @@ def suggest(
     """
     integer("length", length, at_least=1)
     tokens = _tokens(place, tokens, text)
-    hollow = Hollow(Ledger())
+    hollow = Hollow()
     model = base_model(place, hollow)
     family, width = model_type(model) or "", _hidden_size(model)
     has_towers = text_part(model) not in (None, model)

@@ -21,7 +21,7 @@ data:
 - ``texts``: datasets splits rows; here a share of the examples is held out, after packing.
 
 distributed:
-- ``ranks``: accelerate gathers, but has no error that stops all processes.
+- ``ranks``: accelerate gathers, but has no error and no signal that stops all processes; transformers' is inside its trainer.
 - ``sharding``: accelerate's FSDP2 silently becomes DDP on a CPU.
 - ``deepspeed``: what DeepSpeed's configuration may not contradict is known only here.
 - ``accelerator``: accelerate leaves out a tracker that is not installed, and runs fp16 on a CPU as float32; with it or
@@ -35,7 +35,6 @@ runs:
 - ``rng``: accelerate and transformers pickle the states of generators, and go on if they cannot load them.
 - ``lock``: filelock does not say who holds a lock, and falls back to one that outlives a killed run.
 - ``output_dir``: transformers' Trainer writes into a directory that holds another run.
-- ``interrupt``: accelerate has no signal handler, and transformers' is inside its trainer.
 - ``metrics``: trackio keeps the rows that an interruption undid; tensorboard rounds to float32 and loses rows if killed.
 
 And:

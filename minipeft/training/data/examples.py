@@ -98,9 +98,9 @@ class Examples:
         part = slice(first, last)
         return replace(self, starts=self.starts[part], ends=self.ends[part], targets=self.targets[part])
 
-    def hold_out(self, share: float = HELD_OUT) -> tuple[Examples, Examples]:
-        """Examples to train on, and the last `share` to evaluate on, at least one each; raises DataError if there is only one."""
-        kept = len(self) - math.ceil(share * len(self))
+    def hold_out(self) -> tuple[Examples, Examples]:
+        """Examples to train on, and the last ones to evaluate on, at least one each; raises DataError if there is only one."""
+        kept = len(self) - math.ceil(HELD_OUT * len(self))
         if not 0 < kept < len(self):
             raise DataError(
                 f"{len(self)} examples cannot be divided into some to train on and some to evaluate on; "

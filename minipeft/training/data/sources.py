@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -69,18 +68,10 @@ def open_source(
     path = Path(data)
     if config is not None and path.exists():
         raise DataError(f"{data} is a path, which has no configurations such as {config!r}; leave it out.")
-    if path.is_file():
-        source = _from_files([path], str(data), streaming)
-    elif path.is_dir() and not _is_saved(path):
-        source = _from_files(_pick(_files_by_split(path), split, str(data)), str(data), streaming)
-    elif path.is_dir():
-        found: Any = _attempt(partial(datasets.load_from_disk, str(path)), str(data))
-        rows = _pick(found, split, str(data)) if isinstance(found, DatasetDict) else found
-        source = _from_rows(rows.to_iterable_dataset() if streaming else rows, str(data))
-    else:
-        _pick(dict.fromkeys(split_names(data, config)), split, str(data))
-        load = partial(datasets.load_dataset, str(data), config, split=split, streaming=streaming)
-        source = _from_rows(_attempt(load, str(data)), str(data))
+    splits = _splits(path, str(data), config)
+    if split not in splits:
+        raise DataError(f"{data} has no split {split!r}{hint(split, splits)}; it has {shown(splits)}.")
+    source = splits[split](streaming=streaming)
     if lines and source.kind == "text":
         return replace(source, kind="line")
     if lines and source.kind != "run":
@@ -92,14 +83,7 @@ def open_source(
 
 def split_names(data: str | os.PathLike[str], config: str | None = None) -> list[str]:
     """Names of the splits that `open_source` would find; a file or a single saved data set has only ``train``."""
-    path = Path(data)
-    if path.is_file() or (path / "dataset_info.json").is_file():
-        return ["train"]
-    if (path / "dataset_dict.json").is_file():
-        return json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
-    if path.is_dir():
-        return list(_files_by_split(path))
-    return list(_attempt(partial(datasets.get_dataset_split_names, str(data), config), str(data)))
+    return list(_splits(Path(data), str(data), config))
 
 
 def held_out_split(data: str | os.PathLike[str], config: str | None = None) -> str | None:
@@ -108,7 +92,32 @@ def held_out_split(data: str | os.PathLike[str], config: str | None = None) -> s
     return next((name for name in HELD_OUT_SPLITS if name in names), None)
 
 
-def _from_files(paths: list[Path], name: str, streaming: bool) -> Source:
+def _splits(path: Path, name: str, config: str | None) -> dict[str, Callable[..., Source]]:
+    """What opens each split, by the split's name."""
+    if path.is_file():
+        return {"train": partial(_from_files, [path], name)}
+    if any(
+        (path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")
+    ):  # `save_to_disk` writes them
+        saved = _attempt(partial(datasets.load_from_disk, str(path)), name)
+        found = saved if isinstance(saved, DatasetDict) else {"train": saved}
+        return {split: partial(_from_saved, rows, name) for split, rows in found.items()}
+    if path.is_dir():
+        return {split: partial(_from_files, files, name) for split, files in _files_by_split(path).items()}
+    names = _attempt(partial(datasets.get_dataset_split_names, name, config), name)
+    return {split: partial(_from_hub, name, config, split) for split in names}
+
+
+def _from_saved(rows: Dataset, name: str, *, streaming: bool) -> Source:
+    return _from_rows(rows.to_iterable_dataset() if streaming else rows, name)
+
+
+def _from_hub(name: str, config: str | None, split: str, *, streaming: bool) -> Source:
+    load = partial(datasets.load_dataset, name, config, split=split, streaming=streaming)
+    return _from_rows(_attempt(load, name), name)
+
+
+def _from_files(paths: list[Path], name: str, *, streaming: bool) -> Source:
     kinds = {"JSON" if is_json(path) else TABLES.get(path.suffix.lower(), "text") for path in paths}
     if len(kinds) > 1:
         raise DataError(f"{name} holds files of more than one kind ({', '.join(sorted(kinds))}); give one kind.")
@@ -162,10 +171,6 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     return {name or "train": files for name, files in splits.items()}
 
 
-def _is_saved(folder: Path) -> bool:
-    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-
-
 def _from_rows(rows: Rows, name: str) -> Source:
     columns = rows.column_names or list(next(iter(rows), {}))
     if not columns or (isinstance(rows, Dataset) and len(rows) == 0):
@@ -177,12 +182,6 @@ def _from_rows(rows: Rows, name: str) -> Source:
 def _unused(columns: Iterable[str], kind: str) -> tuple[str, ...]:
     columns = list(columns)
     return tuple(column for column in columns if column not in used_columns(kind, columns))
-
-
-def _pick(splits: Any, split: str, name: str) -> Any:
-    if split not in splits:
-        raise DataError(f"{name} has no split {split!r}{hint(split, splits)}; it has {shown(splits)}.")
-    return splits[split]
 
 
 def _attempt(read: Callable[[], Any], name: str) -> Any:

@@ -1,7 +1,9 @@
-"""The processes of a run: their number, sums and values over all of them, and errors that stop all of them."""
+"""The processes of a run: their number, sums and values over all of them, and what stops all of them: errors and SIGTERM."""
 
 from __future__ import annotations
 
+import signal
+from types import FrameType
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, MinipeftError
+
+EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that the signal ended
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -55,3 +59,25 @@ def agree(error: Exception | None) -> None:
     for rank, message in enumerate(messages):
         if message:
             raise CheckpointError(f"process {rank} of {len(messages)}: {message}")
+
+
+class Interrupt:
+    """Records SIGTERM instead of dying of it, until `restore` is called, so that a run can finish its update and save.
+
+    Only the main thread may make one.
+    """
+
+    def __init__(self) -> None:
+        self.noted = False
+        self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.noted = True
+
+    def came(self, device: torch.device | str = "cpu") -> bool:
+        """Whether any process got the signal. Every process calls it, and all get the same answer."""
+        return bool(summed(torch.tensor(int(self.noted), device="cpu"), device))
+
+    def restore(self) -> None:
+        """Let SIGTERM do what it did before."""
+        signal.signal(signal.SIGTERM, self._before)
