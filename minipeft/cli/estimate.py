@@ -48,16 +48,13 @@ def estimate(
     from minipeft.planning.fit import fit
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    setup = Setup(training, _way(checkpointing), dtype, quantize, batch, length, device)
+    way = int(checkpointing) if checkpointing is not None and checkpointing.isdigit() else checkpointing
+    setup = Setup(training, way, dtype, quantize, batch, length, device)
     config = config_from_dict(_options(r, targets), "--r and --targets", live=True)
     if wanted is None:
         _print(Planner(model, config, setup, get_adapter_model).estimate(), json)
     else:
         _print_proposals(fit(model, config, setup, wanted, get_adapter_model), wanted, json)
-
-
-def _way(checkpointing: str | None) -> str | int | None:
-    return int(checkpointing) if checkpointing is not None and checkpointing.isdigit() else checkpointing
 
 
 def _options(r: int, targets: str) -> dict[str, Any]:

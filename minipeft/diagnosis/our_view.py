@@ -15,7 +15,7 @@ from minipeft.injection.fresh_parts import base_parameters
 from minipeft.injection.module_tree import candidates, wrappers
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.watch import idle_layers
-from minipeft.injection.wrapper import Wrapper, innermost
+from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
 
@@ -45,14 +45,10 @@ def _parts(root: nn.Module, state: AdapterState) -> Iterator[Part]:
                 continue
             active = name in state.switch.active
             if not isinstance(wrapper, AdaptedLayer):
-                yield _in_full(layer, wrapper, name, active)
+                held = {k: t for k, t in wrapper.file_tensors(name).items() if isinstance(t, nn.Parameter)}
+                yield Part(name, layer, wrapper, innermost(wrapper), held, active, is_full=True)
             elif wrapper.owns(name):
                 yield _adapter(layer, wrapper, name, active)
-
-
-def _in_full(layer: str, wrapper: Wrapper, name: str, active: bool) -> Part:
-    held = {key: tensor for key, tensor in wrapper.file_tensors(name).items() if isinstance(tensor, nn.Parameter)}
-    return Part(name, layer, wrapper, innermost(wrapper), held, active, is_full=True)
 
 
 def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part:

@@ -5,7 +5,6 @@ Those that cannot be adapted are named in one warning, since the user asked for 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
@@ -55,14 +54,6 @@ def of_text(model: nn.Module, eligible: Iterable[str]) -> list[str]:
         )
     inside = tuple(f"{name}." for name, module in model.named_modules(remove_duplicate=False) if module is part)
     return list(eligible) if part is model else [name for name in eligible if name.startswith(inside)]
-
-
-def warn_of_layers_left_out(reasons: Mapping[str, str], found: Mapping[str, Candidate], *, stacklevel: int) -> None:
-    """Warn about the modules that were left out, by name and reason."""
-    if reasons:
-        warnings.warn(
-            f"target_modules='all-linear' leaves out {layers_left_out(reasons, found)}.", stacklevel=stacklevel + 1
-        )
 
 
 def layers_left_out(reasons: Mapping[str, str], found: Mapping[str, Candidate]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from minipeft import registry
 from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import TargetError, hint, nearest, shown
-from minipeft.injection.all_linear import all_linear, layers_left_out, of_text, warn_of_layers_left_out
+from minipeft.injection.all_linear import all_linear, layers_left_out, of_text
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.patterns import endings, full_matches, is_suffix
@@ -43,7 +44,9 @@ def select_targets(
         why = f": {layers_left_out(left_out, found)}" if left_out and not chosen else ""
         if every_pattern and (chosen or config.target_parameters):
             adapted = select_parameters(model, config, found, every_pattern=False)
-            warn_of_layers_left_out({n: r for n, r in left_out.items() if n not in adapted}, found, stacklevel=6)
+            if unadapted := {name: why for name, why in left_out.items() if name not in adapted}:
+                said = layers_left_out(unadapted, found)
+                warnings.warn(f"target_modules='all-linear' leaves out {said}.", stacklevel=6)
     else:
         patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ def suggest(
     tokens = _tokens(place, tokens, text)
     hollow = Hollow()
     model = base_model(place, hollow)
-    family, width = model_type(model) or "", _hidden_size(model)
+    family, width, task = model_type(model) or "", _hidden_size(model), task_type(model)
     has_towers = text_part(model) not in (None, model)
     targets = ALL_LINEAR_TEXT if has_towers else ALL_LINEAR
     with hollow:
@@ -108,7 +107,7 @@ def suggest(
     batch, steps = _batch(tokens, length)
     return Suggestion(
         (
-            *_task(model),
+            *([Choice("task_type", task, "the head is new, so it trains in full")] if task else []),
             Choice(
                 "target_modules",
                 targets,
@@ -139,12 +138,6 @@ def _tokens(place: Place, tokens: int | None, text: str | Path | None) -> int | 
     if not isinstance(text, str | os.PathLike):
         raise ConfigError(f"text must be the path of a file, not {told(text)}.")
     return count_tokens(place, Path(text))
-
-
-def _task(model: nn.Module) -> Iterator[Choice]:
-    task = task_type(model)
-    if task is not None:
-        yield Choice("task_type", task, "the head is new, so it trains in full")
 
 
 def _hidden_size(model: nn.Module) -> int:

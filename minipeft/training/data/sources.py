@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -189,17 +189,13 @@ def _attempt(read: Callable[[], Any], name: str) -> Any:
     try:
         return read()
     except Exception as error:
-        for cause in _causes(error):
+        cause: BaseException | None = error
+        while cause is not None:
             if isinstance(cause, MinipeftError):
                 raise cause from None
+            cause = cause.__cause__ or cause.__context__
         deepest = error.__cause__ or error
         reason = (str(deepest).strip() or type(deepest).__name__).splitlines()[0].rstrip(".")
         advice = "no such file or folder; for the Hub, check the name, the configuration and the network"
         advice = "check what it holds" if Path(name).exists() else advice
         raise DataError(f"{name} cannot be read ({reason}); {advice}.") from None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
