@@ -25,6 +25,8 @@ ATTRIBUTES = {
 }
 # Those that synchronise or shard the parameters they were made with, and no others.
 FIXED_PARAMETERS = frozenset({"DeepSpeedEngine", "DistributedDataParallel", "FullyShardedDataParallel"})
+ROOT = "base_model."  # what PEFT's wrapper adds to every key of a file
+PREFIX = f"{ROOT}model."  # and to every key of a module
 _SURE = "|".join(sorted(set(ATTRIBUTES.values()) - {"module"}))
 # As a part of a name or of a regular expression for names; not a name by itself.
 _PART = re.compile(rf"(?<![A-Za-z0-9_])(?:{_SURE})\\?\.|(?<=[A-Za-z0-9_])\\?\.(?:{_SURE})$")

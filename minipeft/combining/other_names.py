@@ -10,8 +10,8 @@ from typing_extensions import Self
 from minipeft.combining.model import CombinableModel
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
-from minipeft.injection.build import PREFIX
 from minipeft.injection.own_methods import Configurations
+from minipeft.wrapper_names import PREFIX
 
 
 class OtherNames(CombinableModel):

@@ -25,13 +25,13 @@ from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
 from minipeft.files.peft_extras import as_peft_reads
 from minipeft.files.reading import reading
-from minipeft.injection.build import PREFIX, Parts, build
+from minipeft.injection.build import Parts, build
 from minipeft.injection.build_from_file import build_from
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.methods.base import Adapter
 from minipeft.peft_options import KEPT
-from minipeft.wrapper_names import named_modules
+from minipeft.wrapper_names import PREFIX, named_modules
 
 logger = logging.getLogger("minipeft")
 

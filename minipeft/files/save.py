@@ -24,13 +24,13 @@ from minipeft.files.reading import MAX_CONFIG_BYTES
 from minipeft.files.tensor_bytes import file_of
 from minipeft.files.tensor_file import MAX_DIMENSIONS, header_is_too_long
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.build import PREFIX, shared_tensors
+from minipeft.injection.build import shared_tensors
 from minipeft.injection.module_tree import adapted_layers, candidates, layers_of, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.kernels.functional import is_finite
 from minipeft.patterns import endings, full_matches, matching
 from minipeft.transformers_model import name_or_path
-from minipeft.wrapper_names import unwrapped_name
+from minipeft.wrapper_names import PREFIX, unwrapped_name
 
 MATRIX = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 

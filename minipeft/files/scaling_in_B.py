@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from minipeft.config import AdapterConfig, config_from_dict
 from minipeft.files.tensor_file import TensorFile, damaged
-from minipeft.injection.build import PREFIX
 from minipeft.type_names import is_from
+from minipeft.wrapper_names import PREFIX
 
 SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
 ENDS = (".lora_B.weight", ".lora_B.bias", ".lora_embedding_B")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from minipeft.config import AdapterConfig
 from minipeft.errors import CheckpointError
 from minipeft.files.save import file_config
-from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import layers_of, wrappers
+from minipeft.wrapper_names import PREFIX
 
 # What a plain LoRA configuration takes over from that of another method, besides `AdapterConfig`'s own options.
 KEPT = {"lora_dropout", "trainable_token_indices", "ensure_weight_tying"}

@@ -17,12 +17,10 @@ from minipeft.kernels.full_precision import full_precision
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
 from minipeft.options import flag
-from minipeft.wrapper_names import parameters_in
+from minipeft.wrapper_names import PREFIX, ROOT, parameters_in
 
 HALF = frozenset({torch.bfloat16, torch.float16})
 Shape = tuple[torch.Size, torch.dtype]
-ROOT = "base_model."  # every key in PEFT's files starts so
-PREFIX = f"{ROOT}model."  # and every key of a module
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files.restore import restore_adapter
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT
-from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import wrappers
 from minipeft.integrations.peft_tensors import Holder
 from minipeft.kernels.frozen_linear import can_fuse
 from minipeft.kernels.lora_linear import lora_linear
 from minipeft.merging.mergeable_model import MergeableModel
+from minipeft.wrapper_names import PREFIX
 
 
 class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]

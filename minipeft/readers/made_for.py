@@ -21,7 +21,6 @@ from minipeft.files.format import NAMES, open_adapter
 from minipeft.files.names.to_old import with_old_names
 from minipeft.files.reading import read_object, reading
 from minipeft.files.tensor_file import Entry, TensorFile
-from minipeft.injection.build import PREFIX
 from minipeft.patterns import matching
 from minipeft.readers.contents import Contents, read_contents
 from minipeft.readers.fused_experts import as_parameters
@@ -30,7 +29,7 @@ from minipeft.readers.names import Part, Reader
 from minipeft.readers.plain import Pair, alike, check_method, pairs_of
 from minipeft.readers.rules import Takes, answer
 from minipeft.readers.written import Made, factors, renamed_for, write_diffusers, write_mlx, write_peft
-from minipeft.wrapper_names import unwrapped_name
+from minipeft.wrapper_names import PREFIX, unwrapped_name
 
 # Readers of everything that PEFT writes; for the others an adapter becomes plain LoRA.
 WHOLE = (Reader.PEFT, Reader.TRANSFORMERS)

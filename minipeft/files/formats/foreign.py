@@ -17,8 +17,8 @@ from typing import Any
 
 from minipeft.errors import CheckpointError, shown, told
 from minipeft.files.tensor_file import Entry, TensorFile
-from minipeft.injection.build import PREFIX
 from minipeft.patterns import endings
+from minipeft.wrapper_names import PREFIX
 
 NEEDED = {"LORA": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})}
 

@@ -21,10 +21,10 @@ from minipeft.files.names.expert_config import with_parameters
 from minipeft.files.names.expert_places import Place, Places
 from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
 from minipeft.files.tensor_file import Entry
-from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import Candidate
 from minipeft.injection.targets import select_parameters, selected_names
 from minipeft.patterns import endings
+from minipeft.wrapper_names import PREFIX
 
 FACTORS = ("lora_A", "lora_B")
 ADVICE = (

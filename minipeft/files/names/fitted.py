@@ -20,9 +20,9 @@ from minipeft.files.names.other_class import OtherClass
 from minipeft.files.names.places import Places, Reading, is_shared
 from minipeft.files.names.translated_config import translated_config
 from minipeft.files.names.wrapper_parts import plain_name
-from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import candidates
 from minipeft.patterns import MAX_EXPRESSIONS, SECONDS_PER_OPTION, compiled
+from minipeft.wrapper_names import PREFIX
 
 logger = logging.getLogger("minipeft")
 TABLES = "transformers' tables of renamed weights"

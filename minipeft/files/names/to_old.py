@@ -24,11 +24,11 @@ from minipeft.files.names.modules import ModuleNames
 from minipeft.files.names.places import Places
 from minipeft.files.names.split_experts import split_experts
 from minipeft.files.names.translated_config import translated_config
-from minipeft.injection.build import PREFIX
 from minipeft.injection.module_tree import Candidate, candidates
 from minipeft.injection.targets import selected_names
 from minipeft.layers.base import layer_ops
 from minipeft.patterns import endings
+from minipeft.wrapper_names import PREFIX
 
 _A = ".lora_A.weight"
 # Modules that CLIP, SigLIP and their relatives had around their layers in transformers 4.

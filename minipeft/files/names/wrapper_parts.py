@@ -9,8 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from minipeft.files.tensor_file import TensorFile
-from minipeft.injection.build import PREFIX
-from minipeft.wrapper_names import ATTRIBUTES, unwrapped_name
+from minipeft.wrapper_names import ATTRIBUTES, PREFIX, unwrapped_name
 
 logger = logging.getLogger("minipeft")
 File = TypeVar("File", bound=TensorFile)
