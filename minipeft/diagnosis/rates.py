@@ -104,13 +104,12 @@ def update_too_large(setup: Setup) -> Iterator[Seen]:
     sizes = [
         (part, size) for part in setup.view.acting if (size := _relative(part)) is not None and size > LARGE_UPDATE
     ]
+    use = "; to use it as it is, model.set_scale(name, 0.5) weakens it." if not setup.view.is_peft else "."
     if sizes:
         yield from about(
             (part for part, _ in sizes),
             f"the update's norm is {max(size for _, size in sizes):.3g} times that of the weight.",
-            "a lower learning rate, fewer steps or weight decay; to use it as it is, model.set_scale(name, 0.5) weakens it."
-            if not setup.view.is_peft
-            else "a lower learning rate, fewer steps or weight decay.",
+            f"a lower learning rate, fewer steps or weight decay{use}",
         )
 
 

@@ -173,11 +173,9 @@ def _matmul(product: Callable[..., Tensor]) -> Callable[..., Any]:
             return _by_index(weight, x, product, after=weight is input)
         if weight is input:
             return low_rank_sum.matmul(weight.parts, x, product)
-        return (
-            low_rank_sum.linear(x, weight.parts.mT)
-            if weight.ndim == 2
-            else low_rank_sum.matmul(x, weight.parts, product)
-        )
+        if weight.ndim == 2:
+            return low_rank_sum.linear(x, weight.parts.mT)
+        return low_rank_sum.matmul(x, weight.parts, product)
 
     return matmul
 

@@ -30,11 +30,7 @@ def select_targets(
     """
     saved = set(select_saved(model, config, found, every_pattern=every_pattern))
     names = {name: first for first, candidate in found.items() for name in candidate.known_as}
-    excluded = (
-        set(_matching(config.exclude_modules, names, "exclude_modules", model, every_pattern))
-        if config.exclude_modules
-        else set()
-    )
+    excluded = set(_matching(config.exclude_modules or (), names, "exclude_modules", model, every_pattern))
     eligible = [name for name in names if name not in excluded and not within(name, saved)]
     why = ""
     if config.target_modules in (ALL_LINEAR, ALL_LINEAR_TEXT):
@@ -65,8 +61,7 @@ def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
     given, nothing = config.target_modules, nn.Module()
     every = given in (None, ALL_LINEAR, ALL_LINEAR_TEXT)
     chosen = list(names) if every else _matching(given or (), names, "target_modules", nothing, False)
-    unwanted = config.exclude_modules
-    excluded = set(_matching(unwanted, names, "exclude_modules", nothing, False) if unwanted else ())
+    excluded = set(_matching(config.exclude_modules or (), names, "exclude_modules", nothing, False))
     return [name for name in _in_layers(config, chosen, False) if name not in excluded]
 
 
@@ -142,16 +137,15 @@ def _matching(
     all_names: Iterable[str] = (),
 ) -> list[str]:
     """The eligible names that match; each pattern of a list must match one of `all_names` (default: the eligible ones)."""
+    if not patterns:
+        return []
     names = list(eligible)
     if isinstance(patterns, str):
         chosen = full_matches(patterns, names, option)
         if not chosen and every_pattern:
-            is_ending = any(is_suffix(patterns, name) for name in names)
-            fix = (
-                f" A string is a regular expression for the whole name; for the suffix give the list [{patterns!r}]."
-                if is_ending
-                else ""
-            )
+            fix = ""
+            if any(is_suffix(patterns, name) for name in names):
+                fix = f" A string is a regular expression for the whole name; for the suffix give the list [{patterns!r}]."
             raise TargetError(
                 f"{option}: the regular expression {patterns!r} matches no module of {type(model).__name__}.{fix}"
             )

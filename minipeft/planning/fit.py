@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +16,9 @@ from minipeft.planning.estimate import Adapt, Estimate, Planner, Setup
 from minipeft.transformers_model import recomputable_blocks
 
 USABLE = 0.9  # of the memory: the estimate is that exact, and others need some, too
-# Of all blocks, how many more forward passes a step takes; each takes less memory than the one before.
-RECOMPUTED: dict[str | None, Callable[[list[nn.Module]], float]] = {
-    "none": lambda blocks: 0.0,
-    "last": lambda blocks: 1 / len(blocks),
-    "mlp": lambda blocks: _share_of_mlp(blocks),
-    "block": lambda blocks: 1.0,
-    "sqrt": lambda blocks: 2.0 - 1 / math.sqrt(len(blocks)),
-    None: lambda blocks: 0.0,  # plain LoRA, for models that cannot be made lean
-}
+# Ways of checkpointing, each of which takes less memory than the one before; None: plain LoRA, for models that cannot be
+# made lean.
+WAYS = ("none", "last", "mlp", "block", "sqrt", None)
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def fit(place: Place, config: AdapterConfig, setup: Setup, memory: int, adapt: A
     tried: list[Estimate] = []
     for quantize in dict.fromkeys((setup.quantize, setup.quantize or "nf4")):
         found, can_be_lean = [], False
-        for name in RECOMPUTED:
+        for name in WAYS:
             if name is None and can_be_lean:
                 break
             way = replace(setup, training="lean" if name else "lora", checkpointing=name, quantize=quantize)
@@ -85,7 +79,9 @@ def fit(place: Place, config: AdapterConfig, setup: Setup, memory: int, adapt: A
             tried.append(smallest)
             if smallest.memory["weights"] > USABLE * memory:
                 break  # whatever is recomputed
-            found += [_proposal(planner, smallest, estimate) for estimate in _largest(planner, smallest, memory)]
+            again = _recomputed(name, list(recomputable_blocks(planner.model)))
+            for estimate in _largest(planner, smallest, memory):
+                found.append(Proposal(estimate, math.ceil(setup.batch / estimate.setup.batch), again))
             if found and found[-1].accumulation == 1:
                 break  # what comes now is slower and helps nothing
         if found:
@@ -110,15 +106,18 @@ def _largest(planner: Planner, smallest: Estimate, memory: int) -> Iterator[Esti
         yield smallest
 
 
-def _proposal(planner: Planner, smallest: Estimate, estimate: Estimate) -> Proposal:
-    blocks = list(recomputable_blocks(planner.model))
-    recomputed = RECOMPUTED[planner.setup.checkpointing](blocks) if blocks else 0.0  # type: ignore[index]
-    return Proposal(estimate, math.ceil(planner.setup.batch / estimate.setup.batch), recomputed)
+def _recomputed(way: str | None, blocks: list[nn.Module]) -> float:
+    """Of all blocks, how many more forward passes a step takes."""
+    if not blocks or way in ("none", None):
+        return 0.0
+    if way == "mlp":
+        return _share_of_mlp(blocks[0])
+    return {"last": 1 / len(blocks), "block": 1.0, "sqrt": 2.0 - 1 / math.sqrt(len(blocks))}[way]
 
 
-def _share_of_mlp(blocks: list[nn.Module]) -> float:
+def _share_of_mlp(block: nn.Module) -> float:
     sizes = {"mlp": 0, "all": 0}
-    for name, parameter in blocks[0].named_parameters():
+    for name, parameter in block.named_parameters():
         sizes["all"] += parameter.numel()
         sizes["mlp"] += parameter.numel() if any(word in name.lower() for word in ("mlp", "ffn", "feed_forward")) else 0
     return sizes["mlp"] / max(1, sizes["all"])
