@@ -78,10 +78,8 @@ def _takes_conv1d(work: SimpleNamespace) -> None:
             raise Broken(
                 f"in and out are swapped for {kind}: its weight is {tuple(base.weight.shape)}, and it puts out {out} features."
             )
-        require(
-            shapes == ((R, within), (out, R)),
-            f"for {kind}({within} -> {out}) lora_A and lora_B are {shapes[0]} and {shapes[1]}.",
-        )
+        if shapes != ((R, within), (out, R)):
+            raise Broken(f"for {kind}({within} -> {out}) lora_A and lora_B are {shapes[0]} and {shapes[1]}.")
         x = torch.randn(3, within)
         require(
             same(layer(x), base(x)),
@@ -112,9 +110,8 @@ def _finds_all(work: SimpleNamespace) -> None:
         not nested, f"{', '.join(nested)}: an adapted layer is adapted again; list the layers first, then replace them."
     )
     others = [name for name in found if name not in TRAINED]
-    require(
-        not others, f"{', '.join(others)} is adapted, too: compare the last part of the name, and compare it whole."
-    )
+    if others:
+        raise Broken(f"{', '.join(others)} is adapted, too: compare the last part of the name, and compare it whole.")
     try:
         linear, _ = _adapted(work, ("head", "not_c_attn"))
     except ValueError:

@@ -49,10 +49,8 @@ def _smooths(work: SimpleNamespace) -> None:
     losses = [8.0, 4.0, 6.0, 2.0, 10.0, 3.0]
     given = list(work.smooth(list(losses), 3))
     right = [sum(losses[max(0, end - 3) : end]) / min(3, end) for end in range(1, 7)]
-    require(
-        len(given) == len(losses),
-        f"of {len(losses)} losses it makes {len(given)}; near the beginning take as many as there are.",
-    )
+    if len(given) != len(losses):
+        raise Broken(f"of {len(losses)} losses it makes {len(given)}; near the beginning take as many as there are.")
     if all(abs(one - other) < 1e-9 for one, other in zip(given, right, strict=True)):
         return
     if all(abs(one - other) < 1e-9 for one, other in zip(given, losses, strict=True)):
@@ -91,9 +89,8 @@ def _check_axes(axes: Any, steps: list[int], training: list[float], evaluation: 
         require(found[0][0] == steps, f"the {name} loss is drawn over {found[0][0]}, not over the steps.")
         require(not found[0][1].startswith("_"), f"the curve of the {name} loss has no label.")
     labels = {label.lower() for _, y, label in lines if y == training}
-    require(
-        not any("eval" in label for label in labels), "the labels are swapped: the training loss is called evaluation."
-    )
+    if any("eval" in label for label in labels):
+        raise Broken("the labels are swapped: the training loss is called evaluation.")
     require(axes.get_xlabel(), "the x axis has no label.")
     require(axes.get_ylabel(), "the y axis has no label.")
     require(axes.get_legend() is not None, "there is no legend.")

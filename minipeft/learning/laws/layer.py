@@ -45,9 +45,8 @@ def _keeps_the_base(work: SimpleNamespace) -> None:
     require(isinstance(layer, nn.Module), "LoraLinear is not an nn.Module: let it inherit from nn.Module.")
     kept = getattr(layer, "base_layer", None)
     require(kept is not None, "there is no self.base_layer.")
-    require(
-        kept is base, "self.base_layer is a copy: keep the layer that you were given, or its weight is in memory twice."
-    )
+    if kept is not base:
+        raise Broken("self.base_layer is a copy: keep the layer that you were given, or its weight is in memory twice.")
     for old, new in zip(before, base.parameters(), strict=True):
         require(torch.equal(old, new), "making your layer changes the base layer's values.")
 
@@ -63,9 +62,8 @@ def _has_factors(work: SimpleNamespace) -> None:
         if not isinstance(factor, nn.Parameter):
             raise Broken(f"self.{name} is not an nn.Parameter, so no optimizer finds it and no file has it.")
         swapped = " That is transposed." if tuple(factor.shape) == shape[::-1] else ""
-        require(
-            tuple(factor.shape) == shape, f"self.{name} is {tuple(factor.shape)}, not {in_words} = {shape}.{swapped}"
-        )
+        if tuple(factor.shape) != shape:
+            raise Broken(f"self.{name} is {tuple(factor.shape)}, not {in_words} = {shape}.{swapped}")
         require(factor.requires_grad, f"self.{name} is frozen; it must train.")
 
 
@@ -111,10 +109,8 @@ def _begins_as_the_base(work: SimpleNamespace) -> None:
     base, x = _base(R, R), _inputs(7, R)
     y, given = base(x), _layer(work, base)(x)
     require(isinstance(given, Tensor), f"forward returns {type(given).__name__}, not a tensor: is a return missing?")
-    require(
-        given.shape == y.shape,
-        f"the output of an input of {tuple(x.shape)} is {tuple(given.shape)}, not {tuple(y.shape)}.",
-    )
+    if given.shape != y.shape:
+        raise Broken(f"the output of an input of {tuple(x.shape)} is {tuple(given.shape)}, not {tuple(y.shape)}.")
     if same(given, y):
         return
     if given.abs().max() == 0:
@@ -181,10 +177,8 @@ def _takes_any_shape(work: SimpleNamespace) -> None:
     layer = _trained(_layer(work, base))
     rows = _inputs(6, IN)
     whole = layer(rows.view(2, 3, IN))
-    require(
-        whole.shape == (2, 3, OUT),
-        f"the output of an input of (2, 3, {IN}) is {tuple(whole.shape)}, not (2, 3, {OUT}).",
-    )
+    if whole.shape != (2, 3, OUT):
+        raise Broken(f"the output of an input of (2, 3, {IN}) is {tuple(whole.shape)}, not (2, 3, {OUT}).")
     require(same(whole.view(6, OUT), layer(rows)), "a batch of sequences gives other numbers than its rows do.")
 
 

@@ -35,14 +35,10 @@ def _check(work: SimpleNamespace, kind: str, out: int, within: int) -> None:
     bias, kept_A, kept_B = layer.bias.detach().clone(), A.clone(), B.clone()
     work.merge(layer, A, B, SCALING)
     given = layer.weight.detach()
-    require(
-        not same(given, before, 1e-6),
-        f"the weight of {kind} is not changed: write into it, as layer.weight.copy_(...) under no_grad.",
-    )
-    require(
-        given.shape == wanted.shape,
-        f"the merged weight of {kind} is {tuple(given.shape)}, and was {tuple(before.shape)}.",
-    )
+    if same(given, before, 1e-6):
+        raise Broken(f"the weight of {kind} is not changed: write into it, as layer.weight.copy_(...) under no_grad.")
+    if given.shape != wanted.shape:
+        raise Broken(f"the merged weight of {kind} is {tuple(given.shape)}, and was {tuple(before.shape)}.")
     _explain(kind, layer, given, before, wanted, A, B)
     require(torch.equal(layer.bias, bias), f"the bias of {kind} is changed.")
     require(

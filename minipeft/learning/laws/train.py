@@ -33,9 +33,8 @@ def _batches() -> list[Tensor]:
 
 def _prepared(work: SimpleNamespace, dropout: float = 0.1) -> Any:
     model = work.prepare(_model(dropout))
-    require(
-        isinstance(model, nn.Module), f"prepare returns {type(model).__name__}, not the model: is a return missing?"
-    )
+    if not isinstance(model, nn.Module):
+        raise Broken(f"prepare returns {type(model).__name__}, not the model: is a return missing?")
     return model
 
 
@@ -62,10 +61,8 @@ def _adapts(work: SimpleNamespace) -> None:
 def _makes_an_optimizer(work: SimpleNamespace) -> None:
     model = _prepared(work)
     optimizer = work.make_optimizer(model)
-    require(
-        isinstance(optimizer, torch.optim.AdamW),
-        f"make_optimizer returns {type(optimizer).__name__}, not torch.optim.AdamW.",
-    )
+    if not isinstance(optimizer, torch.optim.AdamW):
+        raise Broken(f"make_optimizer returns {type(optimizer).__name__}, not torch.optim.AdamW.")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     wanted = {id(p) for p in _trainable(model).values()}
     require(
@@ -152,10 +149,8 @@ def _steps(work: SimpleNamespace) -> None:
         "the losses are tensors, each of which keeps the whole graph of its step in memory: use loss.item().",
     )
     require(kinds == {"float"}, f"the losses are {sorted(kinds)}, not floats.")
-    require(
-        math.isclose(losses[0], first, rel_tol=1e-3),
-        f"the first loss is {losses[0]:.3g}; the model's own is {first:.3g}.",
-    )
+    if not math.isclose(losses[0], first, rel_tol=1e-3):
+        raise Broken(f"the first loss is {losses[0]:.3g}; the model's own is {first:.3g}.")
     require(
         optimizer.seen_training, "the model is in evaluation mode, so dropout never acts: call model.train() first."
     )

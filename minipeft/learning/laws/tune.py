@@ -71,10 +71,8 @@ def _tries_all(work: SimpleNamespace) -> None:
             f"of {len(RANKS) * len(ALPHAS)} pairs of r and lora_alpha only {len(pairs)} are tried; each r may have another best lora_alpha."
         )
     require(not missing, f"{len(missing)} of {len(wanted)} runs are not made: try every seed.")
-    require(
-        len(runs.calls) == len(wanted),
-        f"{len(runs.calls)} runs are made for {len(wanted)} settings and seeds; keep the results.",
-    )
+    if len(runs.calls) != len(wanted):
+        raise Broken(f"{len(runs.calls)} runs are made for {len(wanted)} settings and seeds; keep the results.")
 
 
 @LAWS.law("the evaluation loss decides")
