@@ -366,6 +366,8 @@ def test_files_that_cannot_be_read_say_so(tmp_path, tiny):
             open_source(tmp_path / name)
     with pytest.raises(MinipeftError, match="no configurations"):
         open_source(tmp_path / "one.txt", "main")
+    with pytest.raises(MinipeftError, match="no split 'test'; it has 'train'"):
+        open_source(tmp_path / "one.txt", split="test")
     with pytest.raises(MinipeftError, match="no example of at least 2 tokens"):
         encode(Source("memory", Dataset.from_dict({"text": ["", ""]}), "text"), tiny, Encoding(8))
 
