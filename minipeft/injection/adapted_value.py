@@ -116,11 +116,7 @@ def adapted_value(
 ) -> Tensor:
     """`own` with adapters folded in, computed when it is needed; under a compiler or a function transform, at once.
 
-    Args:
-        own: the parameter of the base layer, or a view of it.
-        compute: gives the value in the shape and dtype of `own`, differentiable in `parameters`.
-        parameters: of the adapters.
-        kind: the class of what is returned.
+    `compute` gives the value in the shape and dtype of `own`, differentiable in `parameters`, those of the adapters.
     """
     if is_transformed():
         return compute()

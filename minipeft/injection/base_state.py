@@ -78,12 +78,9 @@ def _idle_copies(model: nn.Module, trainable: Collection[str]) -> Iterator[tuple
 
 @torch.no_grad()
 def buffer_samples(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """A few elements, on the CPU, of every buffer that belongs to the state of the base, by the buffer's name.
+    """A few elements, on the CPU, of every buffer of these `base_modules` that belongs to their state, by the buffer's name.
 
     A buffer that is not in the ``state_dict`` is made anew where the model is built, so it may change.
-
-    Args:
-        modules: `base_modules` of the model.
     """
     return {
         f"{name}.{key}" if name else key: _sample(buffer)

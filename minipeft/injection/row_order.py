@@ -95,14 +95,9 @@ def _note_sizes(sizes: dict[str, tuple[int, int]], path: str, module: Any, given
 
 
 def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> bool:
-    """Say of each wrapper what it is called with, if not with the rows of the model's main input.
+    """Say of each wrapper among a model's `outside_adapters` what it is called with, if not with the rows of the main input.
 
-    Args:
-        model: the adapted model.
-        outside: its `outside_adapters`.
-
-    Returns:
-        Whether a module says if rows or positions come first, see `minipeft.injection.row_order`.
+    Returns whether a module says if rows or positions come first.
     """
     told, adapted, media, text = False, list[tuple[str, Wrapper]](), set[str](), set[str]()
     of_text, language = main_input_name(model) == "input_ids", text_part(model)

@@ -49,13 +49,7 @@ def rows_of_call(
     times: int = 1,
     keeps: bool = False,
 ) -> Rows:
-    """What each row of a call's batch uses.
-
-    Args:
-        model: the adapted model.
-        adapter_names: an adapter, or ``"__base__"`` for none, for each row.
-        args, kwargs: of the call.
-        times, keeps: see `Rows`.
+    """What each row of a call's batch uses: an adapter, or ``"__base__"`` for none. For `times` and `keeps` see `Rows`.
 
     Raises:
         ConfigError: it is not a list of names, or not one for each row.

@@ -34,10 +34,7 @@ class Attempt(NamedTuple):
 
 
 def attempt(path: Path, exercise: Exercise, seconds: float) -> Attempt:
-    """Run a learner's file and check the laws of its exercise.
-
-    Args:
-        seconds: after which it is stopped.
+    """Run a learner's file, for so many seconds at most, and check the laws of its exercise.
 
     Raises:
         ExerciseError: the file is not there, does not parse, raises, exits, never returns, or lacks a name.

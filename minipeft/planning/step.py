@@ -105,15 +105,10 @@ def _loss(output: Any) -> Tensor:
 
 
 def training_batch(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-    """Inputs and labels of one step.
+    """Inputs and labels of one step: `batch` texts of `length` tokens each, or as many pictures or recordings.
 
-    Args:
-        model: a transformers model.
-        batch: texts, pictures or recordings.
-        length: tokens of each text; a picture has the size that the configuration names, and a recording the longest.
-
-    Raises:
-        ConfigError: the model reads something whose size is not known.
+    A picture has the size that the configuration names, and a recording the longest.
+    Raises ConfigError if the model reads something whose size is not known.
     """
     takes, main = inspect.signature(model.forward).parameters, main_input_name(model)
     ids = torch.randint(vocabulary_size(model) or 2, (batch, length))

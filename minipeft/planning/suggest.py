@@ -188,14 +188,9 @@ def _learning_rate(family: str, width: int, steps: int | None) -> Choice:
 
 
 def count_tokens(place: Any, path: Path) -> int:
-    """The number of tokens that the model's tokenizer makes of a text file.
+    """The number of tokens that a model's tokenizer makes of a text file in UTF-8.
 
-    Args:
-        place: the model's directory, or its name on the Hub.
-        path: a file in UTF-8.
-
-    Raises:
-        MinipeftError: the file cannot be read, or the model has no tokenizer.
+    Raises MinipeftError if the file cannot be read, or the model, a directory or name on the Hub, has no tokenizer.
     """
     if not isinstance(place, str | os.PathLike):
         raise ConfigError(

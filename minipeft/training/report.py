@@ -43,18 +43,10 @@ def openings(tokenizer: PreTrainedTokenizerBase, examples: Store) -> list[str]:
 def sample(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, tokens: int, max_length: int, seed: int
 ) -> list[str]:
-    """Continue each prompt with the same random numbers. Every process does so, since the model may be sharded.
+    """Each prompt with its continuation of at most `tokens` tokens, drawn with the same random numbers.
 
-    Args:
-        model: of transformers; left in evaluation mode.
-        tokenizer: of the model.
-        prompts: texts to continue.
-        tokens: the most tokens to add, at least 1.
-        max_length: tokens that the model was trained on at a time, which prompt and continuation stay below.
-        seed: of the random numbers.
-
-    Returns:
-        Each prompt with its continuation.
+    Prompt and continuation stay below `max_length`, the tokens that the model was trained on at a time. Every process calls
+    it, since the model may be sharded; the model is left in evaluation mode.
     """
     model.eval()
     texts: list[str] = []
@@ -157,17 +149,12 @@ def check_adapter(trained: Tensor, base: nn.Module, directory: Path, examples: S
     """Compare the saved adapter, reloaded into its base and then merged, with the model that was trained.
 
     Args:
-        trained: `logits_of_first` of the trained model.
+        trained: `logits_of_first` of the trained model, for these examples.
         base: without adapters, on the same device, such as `AdaptedModel.unload` gives; it is changed.
         directory: holds the adapter.
-        examples: those of `trained`.
         quantized: how the base is quantized, if it is.
 
-    Returns:
-        The differences found.
-
-    Raises:
-        StateError: one is larger than rounding explains.
+    Returns the differences found; raises StateError if one is larger than rounding explains.
     """
     largest, lines = trained.abs().max().item(), []
     rounded = quantized == "int8" or float_dtype(base) != torch.float32

@@ -34,12 +34,7 @@ LossSum = Callable[[nn.Module, Batch], Tensor]
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the cross-entropies of all predicted tokens, in nats, a float32 scalar.
-
-    Args:
-        model: a causal language model, lean or not.
-        batch: as `minipeft.training.data.collate.collate` makes it.
-    """
+    """Sum of a causal language model's cross-entropies of all predicted tokens, in nats, a float32 scalar; it may be lean."""
     labels = batch["labels"]
     inputs = model_inputs(batch)
     # A DeepSpeed engine passes on its model's attributes.
@@ -222,12 +217,7 @@ def evaluate(
 ) -> float:
     """Mean loss in nats per token over all examples; each counts once, on any number of processes.
 
-    Args:
-        accelerator: of the run.
-        model: not wrapped; left in evaluation mode.
-        store: the examples, see `minipeft.training.data.examples.Examples`.
-        micro_batch: examples per forward pass of one process.
-        loss: sum of the losses of a batch.
+    `model`, `micro_batch` and `loss` are as for `Updater`; the model is left in evaluation mode.
     """
     model.eval()
     losses = []

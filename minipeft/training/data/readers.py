@@ -27,11 +27,8 @@ def is_json(path: Path) -> bool:
 def text_runs(files: list[str], stamps: tuple[object, ...]) -> Iterator[dict[str, str]]:
     r"""The text of the files in runs of about `RUN_CHARACTERS`, each ending with a line.
 
-    Joined, the runs of a file are the file, with ``\n`` for any kind of line end, and one at its end.
-
-    Args:
-        files: paths.
-        stamps: only make the cache of datasets notice that a file has changed.
+    Joined, the runs of a file are the file, with ``\n`` for any kind of line end, and one at its end. `stamps` only make the
+    cache of datasets notice that a file has changed.
 
     Raises:
         DataError: a file cannot be read or is not UTF-8.
@@ -51,8 +48,6 @@ def text_runs(files: list[str], stamps: tuple[object, ...]) -> Iterator[dict[str
 
 def json_rows(files: list[str], stamps: tuple[object, ...], kind: str) -> Iterator[dict[str, str]]:
     """The rows of JSON files, checked: one object per line, or one list of objects, which is read as a whole.
-
-    `stamps` only make the cache of datasets notice that a file has changed.
 
     Raises:
         DataError: a file cannot be read, or a row is not JSON or not of this kind; the message names the line.

@@ -46,12 +46,7 @@ def check_flags(flags: Any) -> None:
 
 
 def configure(accelerator: Accelerator, micro_batch: int, clip: float) -> None:
-    """Write the run's settings into DeepSpeed's configuration. Call it before a model is loaded.
-
-    Args:
-        accelerator: launched with DeepSpeed.
-        micro_batch: examples per forward pass of one process.
-        clip: largest norm of the gradient; a larger one is scaled down to it.
+    """Write an `Updater`'s settings into DeepSpeed's configuration. Call it before a model is loaded.
 
     Raises:
         ConfigError: DeepSpeed's configuration contradicts these, or DeepSpeed is not in use or would round the weights.

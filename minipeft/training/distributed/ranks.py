@@ -22,11 +22,9 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def summed(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The sum of a tensor over all processes, in every process, on the CPU.
+    """The sum of a tensor on the CPU over all processes, in every process, on the CPU; it has one shape everywhere.
 
-    Args:
-        tensor: on the CPU, of the same shape everywhere.
-        device: through which the processes communicate, that of the model.
+    The processes communicate through `device`, that of the model.
     """
     if rank_and_world_size()[1] == 1:
         return tensor

@@ -73,15 +73,9 @@ class TrainingState:
         self.live.groups()
 
     def save(self, checkpoints: Checkpoints, step: int, position: Any = None) -> Path:
-        """Save a checkpoint. Every process calls it between two updates; all return, or raise, when it is done.
+        """Save a checkpoint after `step` updates; returns its folder. `position` is the run's place in its data, plain JSON.
 
-        Args:
-            checkpoints: of the run.
-            step: number of updates done.
-            position: place of the run in its data, plain JSON.
-
-        Returns:
-            The folder of the checkpoint.
+        Every process calls it between two updates; all return, or raise, when it is done.
 
         Raises:
             CheckpointError: it could not be written; the run can go on, and try again later.

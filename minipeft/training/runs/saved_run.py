@@ -124,11 +124,8 @@ def config_differences(
 ) -> list[str]:
     """What has changed in a configuration: ``learning_rate: was 0.001, is 0.002``; 1, 1.0 and True are not the same.
 
-    Args:
-        saved: as it was, plain JSON; nested dictionaries are compared key by key.
-        now: as it is.
-        may_differ: keys to leave out with all that is under them; ``"a.b"`` for one within another.
-        prefix: of the keys.
+    Both are plain JSON; nested dictionaries are compared key by key. Keys in `may_differ` are left out with all that is under
+    them; ``"a.b"`` stands for one within another.
     """
     found: list[str] = []
     for key in sorted(saved.keys() | now.keys()):
