@@ -69,8 +69,8 @@ def rows_of_call(
     count = 1 if given is None else len(given)
     if len(names) != count:
         raise ConfigError(f"adapter_names has {len(names)} names, and the batch {count} rows; give one for each row.")
-    switch = state.switch
-    asleep = [name for name in dict.fromkeys(names) if name in switch.trainable and name not in switch.learning]
+    switch, learning = state.switch, state.switch.learning
+    asleep = [name for name in dict.fromkeys(names) if name in switch.trainable and name not in learning]
     if asleep and model.training and torch.is_grad_enabled():
         raise StateError(
             f"adapter_names: {shown(asleep)} would not learn, since only active adapters do. Call "

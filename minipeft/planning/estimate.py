@@ -142,11 +142,7 @@ class Planner:
                 self.chunks_loss = _made_lean(self.model, setup.checkpointing)
 
     def estimate(self, batch: int | None = None) -> Estimate:
-        """The estimate, for the batch of the setup or another one.
-
-        Raises:
-            ConfigError: the model refuses such a batch.
-        """
+        """The estimate, for the batch of the setup or another one; raises ConfigError if the model refuses it."""
         setup = self.setup if batch is None else replace(self.setup, batch=batch)
         gc.collect()  # of an earlier step
         with quiet(), sized_for(setup.device):

@@ -96,11 +96,7 @@ class StreamOrder:
 
     @all_or_nothing
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from the place that `state` gave.
-
-        Raises:
-            StateError: it is of a run with another order, encoding or data.
-        """
+        """Go on from the place that `state` gave; raises StateError if it is of a run with another order, encoding or data."""
         if changed := [name for name, value in self._key.items() if state["order"].get(name) != value]:
             raise StateError(
                 f"the state of the data is of a run with another {' and '.join(changed)}, whose order cannot be "

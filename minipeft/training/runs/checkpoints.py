@@ -29,11 +29,7 @@ HIDDEN_NAME = re.compile(r"\.(step-\d{8,})\.(tmp|old|trash)-(.*)-(\d+)-[0-9a-f]{
 
 
 class Checkpoints:
-    """The checkpoints of one run directory.
-
-    Raises:
-        ConfigError: `keep` is not such a number.
-    """
+    """The checkpoints of one run directory, the newest `keep` of them; raises ConfigError if that is not such a number."""
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
         if type(keep) is not int or keep < 1:
