@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from minipeft.errors import StateError
 from minipeft.files.base_samples import remember_base
+from minipeft.transformers_model import recomputable_blocks
 
 
 def shard(model: nn.Module, device: torch.device | str) -> None:
@@ -24,7 +25,7 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         raise StateError("a model is sharded over several processes, but only one runs; start more.")
-    blocks = [m for m in model.modules() if any(c.__name__ == "GradientCheckpointingLayer" for c in type(m).__mro__)]
+    blocks = list(recomputable_blocks(model))
     if not blocks:
         raise StateError(
             f"{type(model).__name__} has no blocks to gather one at a time (transformers' GradientCheckpointingLayer)."
