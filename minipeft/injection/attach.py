@@ -141,8 +141,8 @@ def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ..
     switch = state.switch
     also = tuple(name for name in switch.also_trained if name not in adapter_names)
     frozen = tuple(name for name in switch.frozen if name in active)
-    flags = flags_unchanged_on_error(_parameters(state, switch.trainable))
-    with unchanged_on_error(model, state, switch), flags:
+    changing = switch.trainable.intersection(set(switch.learning).symmetric_difference((*active, *also)))
+    with unchanged_on_error(model, state, switch), flags_unchanged_on_error(_parameters(state, changing)):
         _wake(state, active, also, frozen)
         for name in adapter_names:
             discard(model, name)
