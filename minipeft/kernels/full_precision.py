@@ -10,7 +10,8 @@ import torch
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 # Who may round the factors of a float32 product first, to TensorFloat-32 or bfloat16. Torch's older flags set these too.
-BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+_LIBRARIES: Any = torch.backends
+BACKENDS = (_LIBRARIES.cuda.matmul, _LIBRARIES.cudnn.conv, _LIBRARIES.mkldnn.matmul)
 
 
 @contextlib.contextmanager
