@@ -35,22 +35,25 @@ _RANK = re.compile(r"(.+\.)ranknum" + _NAME)  # how many triplets of AdaLoRA a l
 
 
 def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, str]:
-    """The layers that share what another one has: name -> name of that other one; for `ensure_weight_tying` only."""
+    """The layers that share what another one has, which PEFT's files repeat: name -> name of that other one.
+
+    All with `ensure_weight_tying`, else those of a trained copy, but for a table's, which PEFT does not name.
+    """
+    here = sorted(wrappers_of(model, adapter_name), key=lambda pair: _follows(pair[1], adapter_name))
     if not config.ensure_weight_tying:
-        return {}
+        here = [(n, w) for n, w in here if isinstance(w, SavedModule) and not isinstance(w.base_layer, nn.Embedding)]
     first_of: dict[frozenset[int], str] = {}
     shared = {}
-    for name, wrapper in sorted(wrappers_of(model, adapter_name), key=lambda pair: _follows(pair[1], adapter_name)):
-        weights = frozenset(map(id, _shareable(wrapper, wrapper.adapters[adapter_name])))
+    for name, wrapper in here:
+        part = wrapper.adapters[adapter_name]
+        weight = (
+            part._parameters.get("weight") if config.ensure_weight_tying and isinstance(wrapper, SavedModule) else None
+        )
+        weights = frozenset(map(id, part.parameters() if weight is None else [weight]))
         first = first_of.setdefault(weights, name) if weights else name
         if first != name:
             shared[name] = first
     return shared
-
-
-def _shareable(wrapper: nn.Module, part: nn.Module) -> list[Tensor]:
-    weight = part._parameters.get("weight") if isinstance(wrapper, SavedModule) else None
-    return [weight] if weight is not None else list(part.parameters())
 
 
 def _follows(wrapper: nn.Module, adapter_name: str) -> bool:
@@ -59,14 +62,15 @@ def _follows(wrapper: nn.Module, adapter_name: str) -> bool:
 
 def with_repeats(tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of an adapter, and under the names of its followers what PEFT writes for those."""
-    more = {}
+    more: dict[str, Tensor] = {}
     for name, first in shared.items():
-        pairs = [(new, old, True) for new, old in TRANSPOSED.items()]
-        pairs += [(part, part, False) for part in (".lora_embedding_A", ".lora_embedding_B", ".weight")]
-        for new, old, turn in pairs:
-            tensor = tensors.get(f"{PREFIX}{first}{old}")
-            if tensor is not None:
-                more[f"{PREFIX}{name}{new}"] = tensor.t() if turn else tensor
+        start = f"{PREFIX}{first}."
+        more |= {
+            f"{PREFIX}{name}.{key[len(start) :]}": tensor for key, tensor in tensors.items() if key.startswith(start)
+        }
+        for new, old in TRANSPOSED.items():
+            if start + old[1:] in tensors:
+                more[f"{PREFIX}{name}{new}"] = tensors[start + old[1:]].t()
     return {**tensors, **more}
 
 
@@ -140,7 +144,7 @@ def check_extras(
         repeated = values[other].t() if _is_transposed(key, other) else values[other]
         if not torch.equal(values[key], repeated):
             raise CheckpointError(
-                f"{file.path}: {key!r} and {other!r} should be equal, and differ. Two tied layers have one adapter here; "
+                f"{file.path}: {key!r} and {other!r} should be equal, and differ. Tied layers have one adapter, or one trained copy, here; "
                 "load it on a base in which they are not tied."
             )
 

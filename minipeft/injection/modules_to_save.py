@@ -97,8 +97,8 @@ def trained_copy(
 ) -> nn.Module:
     """A copy of a module to train for one adapter.
 
-    Parameters not named in `only`, and then buffers, are shared with the original, and the weight with `tied_to`, the
-    trained copy of a module tied to this one.
+    Parameters not named in `only`, and then buffers, are shared with the original, and with `tied_to`, the trained copy of
+    a module tied to this one, all that it has.
     """
     memo = without_offloading(original)
     with contextlib.nullcontext() if on_meta else all_present(original):
@@ -109,8 +109,8 @@ def trained_copy(
                 memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), False)
         if only is not None:  # statistics are not copied, since no file will hold the copy's
             memo |= {id(buffer): buffer for buffer in original.buffers()}
-        if tied_to is not None:
-            memo[id(original.weight)] = tied_to.weight
+        for name, parameter in () if tied_to is None else tied_to.named_parameters():
+            memo[id(original.get_parameter(name))] = parameter
         # weight_norm and pruning keep a weight that they compute in each call, and that deepcopy refuses.
         kept = [value for module in original.modules() for value in vars(module).values() if isinstance(value, Tensor)]
         memo |= {id(value): value.detach().clone() for value in kept if not value.is_leaf}

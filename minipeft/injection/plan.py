@@ -28,6 +28,7 @@ from minipeft.injection.tied_sites import (
     warn_of_tied_layers,
     with_one_adapter,
     with_one_copy,
+    with_one_copy_of_tied,
     with_tied_copies,
     with_tied_sites,
 )
@@ -83,9 +84,10 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
     _check_not_wrapped(model, [*sites, *saved])
     if config.bias == "all":
         saved += _bias_sites(found, sites, saved)
+    saved = with_one_copy_of_tied(saved)
     for site in saved:
         _check_saveable(site)
-    warn_of_tied_layers(model, sites)
+    warn_of_tied_layers(model, sites, saved)
     if every_pattern:
         warn_of_fresh_parts(model, config, found, fresh, origins)
     return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins)

@@ -13,6 +13,7 @@ from torch import nn
 from minipeft.config import AdapterConfig
 from minipeft.errors import TargetError, shown
 from minipeft.injection.module_tree import Candidate, TensorIndex
+from minipeft.injection.modules_to_save import copy_tensors
 from minipeft.injection.sites import AdapterSite, SavedSite, module_sites, ops_for
 from minipeft.injection.targets import within
 from minipeft.injection.wrapper import innermost
@@ -142,21 +143,42 @@ def with_tied_copies(
     return [*saved, *followers]
 
 
-def warn_of_tied_layers(model: nn.Module, sites: list[AdapterSite]) -> None:
-    """Warn if another layer of the same type shares an adapted weight: the model may call that layer instead."""
+def with_one_copy_of_tied(saved: Sequence[SavedSite]) -> list[SavedSite]:
+    """These sites, where modules of one type that share all they train, such as the heads of a detector, have one copy.
+
+    Each is saved under its own name too. Embeddings keep a copy each, as in PEFT.
+    """
+    alike: dict[tuple[object, ...], list[SavedSite]] = {}
+    for site in saved:
+        base = site.candidate.base
+        trained = () if site.tied_to or isinstance(base, nn.Embedding) else copy_tensors(base, site.only).values()
+        held = (type(base), site.only, *map(id, trained)) if trained else (id(base),)
+        alike.setdefault(held, []).append(site)
+    complete = []
+    for first, *others in alike.values():
+        complete.append(replace(first, trains=any(site.trains for site in (first, *others))))
+        complete += [replace(site, only=(), tied_to=first.name) for site in others]
+    return complete
+
+
+def warn_of_tied_layers(model: nn.Module, sites: Sequence[AdapterSite], saved: Sequence[SavedSite]) -> None:
+    """Warn if another layer of the same type shares a trained weight: the model may call that layer instead."""
     index = TensorIndex(model)
     if not index.is_shared:
         return
-    adapted = {id(site.candidate.base) for site in sites}
-    for site in sites:
-        base = site.candidate.base
+    whole = [site for site in saved if site.only is None and not isinstance(site.candidate.base, nn.Embedding)]
+    reached = {id(site.candidate.base) for site in sites}
+    reached |= {id(module) for site in saved for module in site.candidate.base.modules()}
+    layers = [(site.name, site.candidate.base, "adapter", "target") for site in sites]
+    layers += [(site.name, layer, "trained copy", "name") for site in whole for layer in site.candidate.base.modules()]
+    for name, base, part, verb in layers:
         weight = base._parameters.get("weight")
         owners = index.owners(weight) if weight is not None else []
-        tied = [name for name, module in owners if type(module) is type(base) and id(module) not in adapted]
+        tied = [other for other, module in owners if type(module) is type(base) and id(module) not in reached]
         if tied:
             warnings.warn(
-                f"{site.name} shares its weight with {shown(tied)}, which the adapter does not reach; target "
-                "those too if the model calls them.",
+                f"{name} shares its weight with {shown(tied)}, which the {part} does not reach; {verb} those too if the "
+                "model calls them.",
                 stacklevel=5,
             )
 
