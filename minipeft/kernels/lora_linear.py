@@ -65,9 +65,13 @@ def lora_linear(
     mask = DropoutMask(dropout) if dropout > 0 else None
     if learns:
         return _learning(x, weight, bias, lora_A, lora_B, scaling, mask)
-    # Without gradients use torch's own kernel, so that a zero adapter reproduces the base bit for bit.
+
+    def linear(_: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        """Torch's own kernel, so that a zero adapter reproduces the base bit for bit; it depends on the strides of x."""
+        return F.linear(x, W, bias).reshape(-1, W.shape[0])
+
     A, B = held_or_made(lora_A, x.dtype), held_or_made(lora_B, x.dtype)
-    return _shaped(_product(x.reshape(-1, features), weight, bias, A, B, scaling, mask, matmul.torch_linear)[0], x)
+    return _shaped(_product(x.reshape(-1, features), weight, bias, A, B, scaling, mask, linear)[0], x)
 
 
 def _few_rows(
