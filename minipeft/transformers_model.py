@@ -204,6 +204,12 @@ def base_model(model: nn.Module) -> nn.Module | None:
     return max(children, key=lambda child: sum(parameter.numel() for parameter in child.parameters()))
 
 
+def base_prefix(model: nn.Module) -> str:
+    """The name in the model of its base model, next to which its heads are; "" if ``base_model_prefix`` names no module."""
+    prefix = getattr(model, "base_model_prefix", None)
+    return prefix if isinstance(prefix, str) and prefix in model._modules else ""
+
+
 def recomputable_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks that transformers can recompute in the backward pass, in the model's order."""
     for module in model.modules():

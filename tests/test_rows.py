@@ -285,6 +285,23 @@ def test_images_belong_to_their_rows_or_are_refused_by_name(kind, part):
         call(0, 2, adapter_names=["a", "b"])
 
 
+def test_a_head_with_layers_inside_is_called_with_rows():
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    text |= {"vocab_size": 64, "num_key_value_heads": 2, "layer_types": ["full_attention"], "pad_token_id": 0}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {
+        "text_config": text,
+        "vision_config": vision | {"image_size": 8, "patch_size": 4},
+        "mm_tokens_per_image": 4,
+    }
+    torch.manual_seed(0)
+    base = tf.T5Gemma2ForTokenClassification(tf.T5Gemma2Config(encoder=parts, decoder=text, num_labels=3)).eval()
+    options = {"r": 2, "init_lora_weights": False, "modules_to_save": None}
+    model = several(base, {name: LoraConfig(target_modules=["score.out_proj", "q_proj"], **options) for name in "ab"})
+    with torch.no_grad():
+        check_rows(model, ["a", "b"], lambda **more: model(input_ids=token_ids(), **more).logits)
+
+
 def test_a_decoder_of_whisper_alone_reads_rows_of_tokens():
     sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 200}
     config = tf.WhisperConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)

@@ -19,9 +19,18 @@ from torch.utils._pytree import tree_map_only
 from minipeft.errors import StateError
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.rows import MEDIA_OF_BATCH, Rows, acting
+from minipeft.injection.targets import within
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.generators import generators_kept
-from minipeft.transformers_model import CACHES, main_input_name, media_input, takes_media, takes_text, text_part
+from minipeft.transformers_model import (
+    CACHES,
+    base_prefix,
+    main_input_name,
+    media_input,
+    takes_media,
+    takes_text,
+    text_part,
+)
 
 BY_POSITION = {"cache_position"}  # arguments of transformers' models without a dimension of rows
 EXPERTS = {"expert", "experts"}  # what models call the list of them
@@ -111,11 +120,14 @@ def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> boo
         elif path and (takes_text(module) or module is language):
             text.add(path)
     several = of_text and takes_media(model) and language is not None and language is not model
+    base = base_prefix(model)
+    heads_apart = bool(base and media) and all(within(path, {base}) for path in media)
     for path, wrapper in adapted:
         parts = path.split(".")
         above = {".".join(parts[:depth]) for depth in range(1, len(parts))} if media or several else set()
         # What is neither in the language model nor a head brings images to it. They are in no relation to the rows.
-        brings = several and bool(above) and above.isdisjoint(text)
+        is_head = parts[0] != base if heads_apart else not above
+        brings = several and not is_head and above.isdisjoint(text)
         counts = MEDIA_OF_BATCH if brings or not above.isdisjoint(media) else None
         if not EXPERTS.isdisjoint(parts):
             counts = "the tokens that chose one expert"
