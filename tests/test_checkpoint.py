@@ -19,6 +19,7 @@ from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, sta
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, MinipeftError, StateError, get_lora_model, load_adapter
+from minipeft.files.tensor_file import open_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
@@ -529,6 +530,23 @@ def test_a_pipe_instead_of_a_file_is_refused_and_not_waited_for(saved, name):
     os.mkfifo(saved / "card")
     (saved / "card").replace(saved / "README.md")
     adapted().save_pretrained(saved)  # in the place of the pipe; the card is somebody's own
+
+
+def test_a_file_that_the_system_does_not_open_is_not_called_damaged(saved):
+    resource = pytest.importorskip("resource")
+    file = open_tensors(saved / WEIGHTS)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(first := os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first, limits[1]))  # so no more can be opened
+    try:
+        for read in (lambda: open_tensors(saved / WEIGHTS), file.read):
+            with pytest.raises(CheckpointError, match="cannot be read .Too many open files"):
+                read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="cannot be read .No such file"):
+        file.read()
 
 
 def test_an_unexpected_tensor_is_not_read(saved):

@@ -79,7 +79,7 @@ class TensorFile:
                 tensors = {key: _read(file, self.entries[key]) for key in (self.entries if keys is None else keys)}
             changed = before != _state_of(self.path)
         except Exception as error:  # the library's and the system's
-            raise damaged(self.path, error) from None
+            raise unreadable(self.path, error) from None
         if changed or any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):
             raise CheckpointError(f"{self.path} changed while it was being read.")
         broken = [key for key, t in tensors.items() if finite and t.is_floating_point() and not is_finite(t)]
@@ -122,10 +122,8 @@ def open_tensors(path: Path) -> TensorFile:
                 key: Entry(tuple(part.get_shape()), str(part.get_dtype()), (key,)) for key, part in slices.items()
             }
             metadata = file.metadata() or {}
-    except PermissionError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
     except Exception as error:
-        raise damaged(path, error) from None
+        raise unreadable(path, error) from None
     if any(len(entry.shape) > MAX_DIMENSIONS for entry in entries.values()):
         raise damaged(path, f"a tensor of more than {MAX_DIMENSIONS} dimensions")
     return TensorFile(path, entries, metadata)
@@ -143,6 +141,18 @@ def _check_header_length(path: Path) -> None:
 def header_is_too_long(length: int, size: int) -> bool:
     """Whether the header of a file of this size is not one that is read; both in bytes."""
     return length > max(MAX_HEADER_BYTES, size - length)
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that was not read: what the system says, if it does not open it, and else that it is damaged."""
+    try:
+        with path.open("rb"):  # the library says "no such file" of whatever keeps it from opening one
+            pass
+    except OSError as reason:
+        error = reason
+    if isinstance(error, OSError) and error.errno is not None:
+        return CheckpointError(f"{path} cannot be read ({told_error(error)}).")
+    return damaged(path, error)
 
 
 def damaged(path: Path, reason: object) -> CheckpointError:
