@@ -1,6 +1,8 @@
 """Adapters of other tools: each format, good, damaged and ambiguous, against the tool's formula in float64."""
 
 import contextlib
+import errno
+import itertools
 import json
 
 import pytest
@@ -12,7 +14,8 @@ from tiny_models import foreign_code, state_digest
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import minipeft
-from minipeft.files import tensor_file
+from minipeft import CheckpointError
+from minipeft.files import atomic, tensor_file
 from minipeft.files.formats.convert import convert
 
 FORMATS = sorted(MAKERS)
@@ -291,7 +294,7 @@ def test_kohya_for_two_parts_is_not_loaded_into_one_model(tmp_path):
     refused(tmp_path, Parts(), "unet", "text_encoder", "minipeft convert")
 
 
-def test_kohya_for_two_parts_becomes_two_adapters(tmp_path):
+def test_kohya_for_two_parts_becomes_two_adapters(tmp_path, monkeypatch):
     source, out, base = (tmp_path / name for name in ("in", "out", "base"))
     for folder in (source, base / "unet", base / "text_encoder"):
         folder.mkdir(parents=True)
@@ -304,6 +307,18 @@ def test_kohya_for_two_parts_becomes_two_adapters(tmp_path):
     )
     for part in ("unet", "text_encoder"):
         save_file(Parts().state_dict(), base / part / "model.safetensors")
+    write, count = atomic.write_and_sync, itertools.count()
+
+    def on_a_full_disk(path, payload):
+        write(path, payload)
+        if next(count) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write_and_sync", on_a_full_disk)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            convert(source, out, base)
+    assert not any(path.is_file() for path in out.rglob("*"))  # all parts or none
     assert convert(source, out, base) == [out / "text_encoder", out / "unet"]
     check_updates(Parts(), out / "unet", updates)
     check_updates(Parts(), out / "text_encoder", {"down_blocks.0.to_q": updates["down_blocks.0.to_q"]})

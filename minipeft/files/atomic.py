@@ -26,7 +26,7 @@ class Pieces:
 
 
 def write_files(directory: Path, files: Mapping[str, bytes | Pieces]) -> None:
-    """Write several files into a directory, which is created if need be: all to temporary names, then renamed in order.
+    """Write several files into a directory and folders in it, created if need be: all to temporary names, then renamed in order.
 
     A crash leaves each file old or new, never cut short. Links within the folder are followed, so a linked file stays a
     link; one that leads out of it is replaced by a file. Temporary files of killed processes of this machine are removed.
@@ -45,6 +45,7 @@ def write_files(directory: Path, files: Mapping[str, bytes | Pieces]) -> None:
             raise CheckpointError(f"{directory}: {needed:,} bytes are needed and {free:,} are free.")
         for name, payload in files.items():
             target = _target(directory, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
             temporary[target] = hidden_beside(target, "tmp")
             write_and_sync(temporary[target], payload)
         for target, source in temporary.items():

@@ -92,8 +92,9 @@ def _convert(
     written = {name if len(found) > 1 else "": _as_peft(part, weights.path) for name, part in found.items()}
     for folder in written:
         _check_free(out / folder)
-    for folder, files in written.items():
-        write_files(out / folder, files)
+    write_files(
+        out, {str(Path(folder, name)): part for folder, files in written.items() for name, part in files.items()}
+    )
     return [out / folder for folder in written]
 
 
