@@ -172,18 +172,28 @@ class Records:
     """cells.jsonl: the settings in its first line, then a line for each finished cell. It is replaced as a whole."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.lines = path, [settings]
+        self.path, self.lines, self.done = path, [settings], {}
         if path.exists():
-            self.lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            if self.lines[0] != settings:
+            try:
+                self.lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+                other = self.lines[0] != settings
+                self.done = self._by_cell(() if other else self.lines[1:])
+            except (ValueError, LookupError, TypeError) as error:
+                raise minipeft.DataError(
+                    f"{path} is damaged ({error}); choose another --output_dir, or delete it."
+                ) from None
+            if other:
                 raise minipeft.DataError(
                     f"{path} is of a sweep with other settings; choose another --output_dir, or delete it."
                 )
-        self.done = {Cell(**{name: line[name] for name in Cell.__annotations__}): line for line in self.lines[1:]}
+
+    @staticmethod
+    def _by_cell(records: Sequence[dict[str, Any]]) -> dict[Cell, dict[str, Any]]:
+        return {Cell(**{name: line[name] for name in Cell.__annotations__}): line for line in records}
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
         self.lines += records
-        self.done |= {Cell(**{name: line[name] for name in Cell.__annotations__}): line for line in records}
+        self.done |= self._by_cell(records)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_suffix(".new")
         new.write_text("".join(json.dumps(line) + "\n" for line in self.lines), "utf-8")

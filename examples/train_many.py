@@ -46,7 +46,7 @@ def batches(rows: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor]:
 def name_of(rank: int, rate: float) -> str:
     """Such as r4_lr1e-03, and r4_lr12e-04 for 1.2e-03, since the name of an adapter has no dot."""
     _, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
-    return f"r{rank}_lr{''.join(map(str, digits))}e{exponent:+03d}"
+    return f"r{rank}_lr{''.join(map(str, digits))}e{exponent:+03d}".replace("+", "")
 
 
 def adapted(ranks: Sequence[int], rates: Sequence[float]) -> tuple[AdaptedModel, dict[str, float]]:

@@ -51,8 +51,8 @@ def test_a_sweep_trains_in_one_batch_and_each_adapter_is_saved(tmp_path, capsys)
 
 
 def test_rates_that_round_alike_have_adapters_of_their_own_and_repeated_ones_have_one():
-    _, rates = runpy.run_path(str(EXAMPLES / "train_many.py"))["adapted"]([2, 2], [1e-3, 1.2e-3, 1e-3])
-    assert rates == {"r2_lr1e-03": 1e-3, "r2_lr12e-04": 1.2e-3}
+    _, rates = runpy.run_path(str(EXAMPLES / "train_many.py"))["adapted"]([2, 2], [1e-3, 1.2e-3, 1e-3, 1.0])
+    assert rates == {"r2_lr1e-03": 1e-3, "r2_lr12e-04": 1.2e-3, "r2_lr1e00": 1.0}
 
 
 @pytest.mark.parametrize(

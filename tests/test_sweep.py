@@ -119,6 +119,15 @@ def test_a_write_that_fails_leaves_the_cells_that_were_there(sweep, tmp_path, mo
         sweep.Records(tmp_path / "cells.jsonl", {"model": "b"})
 
 
+@pytest.mark.parametrize(
+    "lines", ["", '{"model": "a"}\n{"meth', '{"model": "a"}\n{"method": "lora"}\n', '{"model": "a"}\n[]\n', "\x00"]
+)
+def test_a_damaged_file_of_cells_is_named(sweep, tmp_path, lines):
+    (tmp_path / "cells.jsonl").write_text(lines)
+    with pytest.raises(minipeft.DataError, match=r"cells\.jsonl is damaged .*delete it"):
+        sweep.Records(tmp_path / "cells.jsonl", {"model": "a"})
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--rates", "-0.01"), ("--method_rates", "nan"), ("--together", "0")])
 def test_a_number_that_is_not_above_zero_is_refused(sweep, flag, value, capsys):
     with pytest.raises(SystemExit):
