@@ -35,6 +35,7 @@ class Server:
 
     def __init__(self, engine: Engine, tokenizer: Any, name: str, max_length: int, timeout: float, body: int) -> None:
         self.engine, self.tokenizer, self.name = engine, tokenizer, name
+        tokenizer("")  # the first call may change its settings, which must not happen in two threads at once
         self.max_length, self.timeout, self.body = max_length, timeout, body
         self.vocabulary = min(len(tokenizer), engine.batch.model.config.get_text_config().vocab_size)
 
@@ -63,7 +64,7 @@ class Server:
             raise RequestError("the body cannot be read as its headers say.") from error
         self.engine.check_number(len(wanted.prompt))  # before work for each of them, which would hold up all others
         events: asyncio.Queue[Any] = asyncio.Queue()
-        answers += [self.ask(wanted, prompt, index, events) for index, prompt in enumerate(wanted.prompt)]
+        answers += [await self.ask(wanted, prompt, index, events) for index, prompt in enumerate(wanted.prompt)]
         self.engine.submit(answers)
         texts = [Text(self.tokenizer, wanted.stop) for _ in answers]
         pieces = self.pieces(wanted, answers, texts, events)
@@ -85,10 +86,11 @@ class Server:
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    def ask(self, wanted: Completion, prompt: str | Sequence[int], index: int, events: asyncio.Queue) -> Answer:
+    async def ask(self, wanted: Completion, prompt: str | Sequence[int], index: int, events: asyncio.Queue) -> Answer:
         if wanted.model != self.name:
             self.engine.adapters.directory(wanted.model)
-        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        # In a thread: a prompt of a megabyte takes seconds, in which no other client would get a token.
+        ids = (await asyncio.to_thread(self.tokenizer, prompt))["input_ids"] if isinstance(prompt, str) else prompt
         if not ids or not all(0 <= token < self.vocabulary for token in ids):
             raise RequestError("prompt is empty, or has a token that the model does not know.")
         if len(ids) + wanted.max_tokens > self.max_length:

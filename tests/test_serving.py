@@ -678,6 +678,26 @@ def test_a_request_that_takes_too_long_is_answered_504_and_its_row_leaves(site, 
     assert "[DONE]" not in "".join(events)
 
 
+def test_others_are_answered_while_a_long_prompt_is_made_into_tokens(site, monkeypatch):
+    tokenizer, reads, goes_on = site.server.tokenizer, threading.Event(), threading.Event()
+
+    class Slow:
+        def __call__(self, prompt):
+            reads.set()
+            assert goes_on.wait(10)
+            return tokenizer(prompt)
+
+        decode = staticmethod(tokenizer.decode)
+
+    monkeypatch.setattr(site.server, "tokenizer", Slow())
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(site.ask, prompt="x" * 1000)
+        assert reads.wait(10)
+        status, _ = site.ask(prompt=[5, 6])
+        goes_on.set()
+        assert (status, long.result(20)[0]) == (200, 400)
+
+
 @pytest.mark.usefixtures("slow")
 def test_the_row_of_a_client_that_has_gone_leaves(site):
     for stream in (True, False):

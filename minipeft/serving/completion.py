@@ -79,8 +79,10 @@ def _several(prompt: Any) -> tuple[Any, ...]:
 
 
 def _is_text(value: Any) -> bool:
-    halves = ("\ud800", "\udfff")  # of a character
-    return isinstance(value, str) and not any(halves[0] <= letter <= halves[1] for letter in value)
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # half of a character
+        return False
 
 
 def _is_prompt(value: Any) -> bool:
