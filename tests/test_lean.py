@@ -27,6 +27,8 @@ from transformers import (
     GPT2Model,
     GPTNeoXConfig,
     GraniteConfig,
+    Llama4VisionConfig,
+    Llama4VisionModel,
     MistralConfig,
     OPTConfig,
     PhiConfig,
@@ -537,6 +539,22 @@ def test_the_probe_leaves_modes_generators_gradients_and_buffers_alone():
 def test_wrong_arguments_are_said(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_model_of_images_is_named_as_one_whatever_its_class_inherits():
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {
+        "image_size": 16,
+        "patch_size": 4,
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+    }
+    model = Llama4VisionModel(Llama4VisionConfig(**sizes, **more))
+    assert model.main_input_name == "input_ids"
+    for each in (model, get_lora_model(model, LoraConfig(r=2, target_modules=["q_proj"]))):
+        with pytest.raises(LeanError, match="Llama4VisionModel reads pixel_values"):
+            lean(each, chunked_loss=False)
 
 
 def test_gradient_checkpointing_that_is_on_already_is_refused():

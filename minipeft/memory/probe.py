@@ -16,6 +16,7 @@ from minipeft.kernels.full_precision import full_precision
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
+from minipeft.transformers_model import main_input_name, media_input
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; half precision:
 HALF_TOLERANCE = 5e-2  # or as much as one rounding of the embeddings changes, see `_rounded_once_more`
@@ -32,7 +33,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, *, with_labels: bool) -> None:
         self.with_labels = with_labels
-        reads = getattr(model, "main_input_name", "input_ids")
+        reads = media_input(model) or main_input_name(model)  # a class may only have inherited its `main_input_name`
         if reads != "input_ids":
             raise LeanError(
                 f"lean() is for models that read token ids, and {type(model).__name__} reads {reads}. To save memory, call "
