@@ -139,7 +139,7 @@ def _product(
         return linear(rows, merged_weight.merged(W, lora_A, lora_B, scaling, in_place=W is not weight), bias), None
     if mask is None and matmul.torch_suffices(rows, max(lora_B.shape)):  # for each of the three products
         h = F.linear(rows, lora_A)
-        return F.linear(rows, W, bias).addmm_(h, lora_B.t(), alpha=scaling), h
+        return (F.linear if linear is matmul.linear else linear)(rows, W, bias).addmm_(h, lora_B.t(), alpha=scaling), h
     y, h = linear(rows, W, bias), project_down(rows, lora_A, mask)
     return matmul.add_product(y, h, lora_B.t(), scaling), h
 
