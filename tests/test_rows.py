@@ -287,7 +287,7 @@ def test_images_belong_to_their_rows_or_are_refused_by_name(kind, part):
 
 def test_a_head_with_layers_inside_is_called_with_rows():
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
-    text |= {"vocab_size": 64, "num_key_value_heads": 2, "layer_types": ["full_attention"], "pad_token_id": 0}
+    text |= {"vocab_size": 100, "num_key_value_heads": 2, "layer_types": ["full_attention"], "pad_token_id": 0}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     parts = {
         "text_config": text,
