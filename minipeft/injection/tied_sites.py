@@ -166,11 +166,12 @@ def warn_of_tied_layers(model: nn.Module, sites: Sequence[AdapterSite], saved: S
     index = TensorIndex(model)
     if not index.is_shared:
         return
-    whole = [site for site in saved if site.only is None and not isinstance(site.candidate.base, nn.Embedding)]
     reached = {id(site.candidate.base) for site in sites}
     reached |= {id(module) for site in saved for module in site.candidate.base.modules()}
     layers = [(site.name, site.candidate.base, "adapter", "target") for site in sites]
-    layers += [(site.name, layer, "trained copy", "name") for site in whole for layer in site.candidate.base.modules()]
+    inside = [(site.name, layer) for site in saved if site.only is None for layer in site.candidate.base.modules()]
+    # Embeddings keep a copy each, see `with_one_copy_of_tied`.
+    layers += [(name, layer, "trained copy", "name") for name, layer in inside if not isinstance(layer, nn.Embedding)]
     for name, base, part, verb in layers:
         weight = base._parameters.get("weight")
         owners = index.owners(weight) if weight is not None else []
