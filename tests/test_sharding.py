@@ -79,6 +79,21 @@ def test_a_sharded_model_is_saved_from_its_whole_state_alone(group, tmp_path):
     assert all(torch.equal(found[key], value) for key, value in other.adapter_state_dict().items())
 
 
+def test_saving_a_gathered_state_gathers_nothing_again(tmp_path):
+    """The first FSDP gathers a block whenever it is asked for its state, and here only one process would ask."""
+    model, other = two_targets(), two_targets()
+    whole = {name: value + 1 for name, value in model.state_dict().items()}
+
+    def wait_for_the_others(*_):
+        raise AssertionError("a process that is alone would wait forever")
+
+    for block in model.transformer.h:
+        block.register_state_dict_pre_hook(wait_for_the_others)
+    model.save_pretrained(tmp_path, state_dict=whole)
+    found = minipeft.load_adapter(gpt2(), tmp_path, is_trainable=True).adapter_state_dict()
+    assert all(torch.equal(found[key], value + 1) for key, value in other.adapter_state_dict().items())
+
+
 def test_generate_can_be_registered_as_a_forward_method_as_the_trainer_does(group):
     model = sharded(two_targets(), True).eval()
     register_fsdp_forward_method(model, "generate")

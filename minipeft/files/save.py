@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def tensors_from_state(
     """
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ConfigError(f"state_dict must map names to tensors, as model.state_dict() does, not {told(state)}.")
-    names = {id(tensor): unwrapped_name(name) for name, tensor in model.state_dict(keep_vars=True).items()}
+    names = {id(tensor): name for name, tensor in named_tensors(model)}
     state = _of_the_model(state, names.values())
     found = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
     missing = [name for name in found.values() if name not in state]
@@ -66,6 +66,18 @@ def tensors_from_state(
         _check_same_shape(name, state[name], tensors[key])
     # A tensor in no state_dict of the model is a constant, so the live one is right.
     return {key: state[found[key]] if key in found else tensor for key, tensor in tensors.items()}
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The live tensors of a model's ``state_dict``, found without calling it.
+
+    The first FSDP would gather each block for it and wait for the other processes, and only one of them may be saving.
+    """
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, tensor in {**module._parameters, **kept}.items():
+            if tensor is not None:
+                yield unwrapped_name(f"{prefix}.{name}" if prefix else name), tensor
 
 
 def _check_same_shape(name: str, given: object, live: Tensor) -> None:

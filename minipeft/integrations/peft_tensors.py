@@ -9,7 +9,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from minipeft.errors import ConfigError
-from minipeft.files.save import tensors_from_state
+from minipeft.files.save import named_tensors, tensors_from_state
 from minipeft.merging.mergeable_model import MergeableModel
 
 
@@ -41,7 +41,7 @@ class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """For each of those keys the name in a state of this module."""
-        names = {id(tensor): f"model.{name}" for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        names = {id(tensor): f"model.{name}" for name, tensor in named_tensors(self.model)}
         tensors = self.model.adapter_state_dict(adapter_name)
         return {_after_base_model(key): names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
 
