@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minipeft import step_hooks
 from minipeft.errors import LeanError, MinipeftError, StateError, shown
@@ -156,6 +157,11 @@ class AdapterTrainerMixin:
         if adapted is not None:
             attributes = {"active_adapters": adapted.active_adapters}
             self.state.stateful_callbacks[RECORD] = {"args": {}, "attributes": attributes}
+        if self.is_fsdp_enabled:
+            # To record the best checkpoint, each process of Trainer looks for its folder. A sharded state makes that later, so
+            # processes would disagree about the best one, and load parts of different checkpoints at the end.
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(parent._get_output_dir(trial=trial), folder).mkdir(parents=True, exist_ok=True)
         self._in_checkpoint = True
         try:
             parent._save_checkpoint(model, trial)

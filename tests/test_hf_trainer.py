@@ -279,6 +279,17 @@ def test_the_mixin_stands_first():
     assert type("Derived", (right,), {"_load_best_model": right._load_best_model}).restores_adapters
 
 
+def test_the_best_checkpoint_is_known_before_fsdp_writes_its_shards(tmp_path, monkeypatch):
+    """With SHARDED_STATE_DICT Trainer saves nothing before it notes which checkpoint is the best, if the folder exists."""
+    trainer = AdapterTrainer(adapted(), arguments(tmp_path), train_dataset=DATA)
+    trainer.is_fsdp_enabled = True
+    for method in ("save_model", "_save_optimizer_and_scheduler"):
+        monkeypatch.setattr(trainer, method, lambda *_, **__: None)
+    trainer.state.global_step = trainer.state.best_global_step = 2
+    trainer._save_checkpoint(trainer.model, None)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_the_best_adapter_is_back_at_the_end(tmp_path, name):
     scores = iter([1.0, 3.0, 2.0])
