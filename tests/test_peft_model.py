@@ -9,7 +9,7 @@ from tiny_models import gpt2, state_digest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minipeft
-from minipeft import ConfigError, LoraConfig, StateError, get_adapter_model, get_lora_model
+from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_adapter_model, get_lora_model
 from minipeft.integrations.peft import AdaptedPeftModel, FusedLinear, as_peft_model, config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -87,6 +87,35 @@ def test_peft_reads_and_sets_the_tensors_of_an_adapter(options):
     assert not peft.set_peft_model_state_dict(target, found).unexpected_keys
     torch.testing.assert_close(target.get_base_model().adapter_state_dict("default"), dict(found), rtol=0, atol=0)
     assert torch.equal(target(input_ids=IDS).logits, source(input_ids=IDS).logits)
+
+
+def test_a_process_that_got_nothing_of_a_gathered_state_has_no_tensors_in_it(monkeypatch):
+    """The first FSDP gathers a whole state on the first process, and accelerate asks on all of them."""
+    wrapped = as_peft_model(get_lora_model(llama(), LoraConfig()))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        assert len(peft.get_peft_model_state_dict(wrapped)) == 8
+        if rank:
+            assert peft.get_peft_model_state_dict(wrapped, state_dict={}) == {}
+    with pytest.raises(CheckpointError, match="state_dict lacks"):
+        peft.get_peft_model_state_dict(wrapped, state_dict={})
+
+
+class FullyShardedDataParallel(torch.nn.Module):
+    """Has the name and the attribute of the first FSDP, without its processes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def test_peft_would_silently_set_nothing_inside_the_first_fsdp_and_is_stopped(wrapped):
+    tensors = peft.get_peft_model_state_dict(wrapped)
+    model = wrapped.get_base_model()
+    model.model.layers[0] = FullyShardedDataParallel(model.model.layers[0])
+    with pytest.raises(StateError, match="instead of as_peft_model"):
+        peft.set_peft_model_state_dict(wrapped, tensors)
 
 
 def test_biases_that_peft_could_not_tell_apart_are_not_given_to_it():

@@ -7,10 +7,12 @@ from typing import Any
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from minipeft.errors import ConfigError
+from minipeft.errors import ConfigError, StateError
 from minipeft.files.save import named_tensors, tensors_from_state
 from minipeft.merging.mergeable_model import MergeableModel
+from minipeft.wrapper_names import wrapper_class
 
 
 class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
@@ -30,6 +32,8 @@ class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         Raises:
             ConfigError: the adapter trains biases of the base, among which PEFT would count those that we keep beside ours.
         """
+        if not state_dict and dist.is_initialized() and dist.get_rank() > 0:
+            return {}  # the first FSDP gathers a whole state on the first process alone
         model: Any = self.model
         if getattr(model.adapter_configs[adapter_name], "bias", "none") != "none":
             raise ConfigError(
@@ -40,7 +44,16 @@ class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         return {_after_base_model(key): tensor for key, tensor in tensors.items()}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """For each of those keys the name in a state of this module."""
+        """For each of those keys the name in a state of this module.
+
+        Raises:
+            StateError: the first FSDP is inside, whose names PEFT does not know; it would set nothing and say nothing.
+        """
+        if any(wrapper_class(module) == "FullyShardedDataParallel" for module in self.modules()):
+            raise StateError(
+                "PEFT cannot set the tensors of an adapter inside the first FSDP. Give the trainer the adapted model itself "
+                "instead of as_peft_model(model), or use FSDP2 (fsdp_version: 2)."
+            )
         names = {id(tensor): f"model.{name}" for name, tensor in named_tensors(self.model)}
         tensors = self.model.adapter_state_dict(adapter_name)
         return {_after_base_model(key): names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
