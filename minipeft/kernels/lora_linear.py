@@ -65,13 +65,9 @@ def lora_linear(
     mask = DropoutMask(dropout) if dropout > 0 else None
     if learns:
         return _learning(x, weight, bias, lora_A, lora_B, scaling, mask)
-
-    def linear(_: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        """Torch's own kernel, so that a zero adapter reproduces the base bit for bit; it depends on the strides of x."""
-        return F.linear(x, W, bias).reshape(-1, W.shape[0])
-
+    # Without gradients use torch's own kernel, so that a zero adapter reproduces the base bit for bit.
     A, B = held_or_made(lora_A, x.dtype), held_or_made(lora_B, x.dtype)
-    return _shaped(_product(x.reshape(-1, features), weight, bias, A, B, scaling, mask, linear)[0], x)
+    return _shaped(_product(x.reshape(-1, features), weight, bias, A, B, scaling, mask, matmul.torch_linear)[0], x)
 
 
 def _few_rows(
@@ -139,7 +135,7 @@ def _product(
         return linear(rows, merged_weight.merged(W, lora_A, lora_B, scaling, in_place=W is not weight), bias), None
     if mask is None and matmul.torch_suffices(rows, max(lora_B.shape)):  # for each of the three products
         h = F.linear(rows, lora_A)
-        return (F.linear if linear is matmul.linear else linear)(rows, W, bias).addmm_(h, lora_B.t(), alpha=scaling), h
+        return F.linear(rows, W, bias).addmm_(h, lora_B.t(), alpha=scaling), h
     y, h = linear(rows, W, bias), project_down(rows, lora_A, mask)
     return matmul.add_product(y, h, lora_B.t(), scaling), h
 
