@@ -18,7 +18,6 @@ from minipeft.errors import LeanError, MinipeftError, StateError, shown
 from minipeft.files.restore import restore_adapters
 from minipeft.integrations.trl import arguments_for_trl
 from minipeft.memory.chunked_loss import took_logits
-from minipeft.memory.lean import recomputes_blocks
 from minipeft.merging.training_guard import check_training
 from minipeft.model import AdaptedModel
 from minipeft.trainer_checkpoint import RECORD, restore_best, resume, save_schedules, save_whole_adapters
@@ -93,13 +92,6 @@ class AdapterTrainerMixin:
         model = self._unwrapped()
         if model is not None:
             step_hooks.refuse_idle_layers(model)
-        if model is not None and self.is_fsdp_enabled and recomputes_blocks(model):
-            plugin = self.accelerator.state.fsdp_plugin
-            if getattr(plugin, "fsdp_version", 1) == 1:
-                raise LeanError(
-                    "the first FSDP gives a model whose blocks lean() recomputes other gradients; use FSDP2 (fsdp_version: 2), "
-                    "lean(model), or lean(model, 'none') and the Trainer's gradient_checkpointing."
-                )
         if model is not None and self._adapted() is None and step_hooks.has_schedule(model):
             raise StateError(
                 f"{shown(model.active_adapters)} trains by a schedule of its own, which needs its tensors whole; "

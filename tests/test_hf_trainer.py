@@ -1,11 +1,9 @@
 """transformers' Trainer and an adapted model: adapter checkpoints, exact resuming, the best adapter, equal losses."""
 
-import contextlib
 import copy
 import functools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -279,16 +277,6 @@ def test_the_mixin_stands_first():
         type("Wrong", (Trainer, AdapterTrainerMixin), {})
     right = type("Right", (AdapterTrainerMixin, type("Mine", (Trainer,), {})), {})
     assert type("Derived", (right,), {"_load_best_model": right._load_best_model}).restores_adapters
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_recomputed_blocks_are_refused_under_the_first_fsdp_which_gives_other_gradients(tmp_path, version, monkeypatch):
-    model = minipeft.lean(tiny_models.adapted(llama()), "block")
-    trainer = AdapterTrainer(model, arguments(tmp_path), train_dataset=DATA)
-    trainer.is_fsdp_enabled = True
-    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=version), raising=False)
-    with pytest.raises(LeanError, match="the first FSDP") if version == 1 else contextlib.nullcontext():
-        trainer._check_schedule()
 
 
 def test_the_best_checkpoint_is_known_before_fsdp_writes_its_shards(tmp_path, monkeypatch):

@@ -162,12 +162,6 @@ def unlean(model: nn.Module) -> None:
             _take_back(model, state)
 
 
-def recomputes_blocks(model: nn.Module) -> bool:
-    """Whether `lean` made the model recompute more than its last block."""
-    state: LeanState | None = model.__dict__.get(STATE)
-    return state is not None and len(state.blocks) > 1
-
-
 def _take_back(model: nn.Module, state: LeanState) -> None:
     del model.__dict__[STATE]
     for module in model.modules():  # not those of `state.mixed`: adapting has moved some into new objects
