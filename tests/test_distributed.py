@@ -12,15 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import warm
-from tiny_models import foreign_code, gpt2, token_ids
+from tiny_models import foreign_code, gpt2, llama, token_ids
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from minipeft import LoraConfig, get_lora_model
+from minipeft import LoraConfig, get_lora_model, lean
 from minipeft.kernels import lora_linear as fused
 from minipeft.kernels import recompute
+from minipeft.wrapper_names import unwrapped_name
 
 WORLD = 2
 LAYERS = 8  # adapted ones in the tiny GPT-2: four a block
@@ -68,6 +71,7 @@ MODELS = {
     "autocast": lambda: in_training(dropout=0.3),
     "bfloat16 base": lambda: in_training(dtype=torch.bfloat16),
 }
+RECOMPUTED = ("none", "block")
 EXACT = ("plain", "marked", "idle adapter")  # the halves' mean is the whole batch's, but for float32's rounding
 
 
@@ -171,11 +175,37 @@ def fsdp(rank):
     return found
 
 
+def lean_llama(checkpointing):
+    model = llama()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # else normalizing twice would be the same
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return lean(get_lora_model(model, config).train(), checkpointing)
+
+
+def first_fsdp(rank):
+    """FSDP before `fully_shard`: other tensors stand in the places of parameters, in other ways in the backward pass."""
+    found, wraps = {}, ModuleWrapPolicy({LlamaDecoderLayer})
+    for checkpointing in RECOMPUTED:
+        whole, here = lean_llama(checkpointing), torch.device("cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is going to be removed
+            model = FullyShardedDataParallel(whole, auto_wrap_policy=wraps, use_orig_params=True, device_id=here)
+            model(input_ids=BATCHES[FEW], labels=BATCHES[FEW]).loss.backward()
+            with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+                found[checkpointing] = {
+                    unwrapped_name(name): parameter.grad.clone() for name, parameter in trained(model).items()
+                }
+    return found
+
+
 def main(directory):
     warnings.simplefilter("error")
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=100))
     rank = dist.get_rank()
-    found = {scenario.__name__: scenario(rank) for scenario in (ddp, ddp_accumulated, fsdp)}
+    found = {scenario.__name__: scenario(rank) for scenario in (ddp, ddp_accumulated, fsdp, first_fsdp)}
     torch.save(found, directory / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -258,6 +288,15 @@ def test_fsdp_gives_the_gradients_and_the_step_of_the_whole_batch(variant, batch
     assert_equal(one["gradients"], other["gradients"])
     assert_all_close(one["gradients"], expected)
     assert_all_close(one["stepped"], {name: parameter.detach() for name, parameter in trained(model).items()})
+
+
+@pytest.mark.parametrize("checkpointing", RECOMPUTED)
+def test_a_lean_model_has_its_gradients_under_the_first_fsdp_too(checkpointing, ranks):
+    model = lean_llama("none")
+    model(input_ids=BATCHES[FEW], labels=BATCHES[FEW]).loss.backward()
+    expected = taken_gradients(model)
+    for found in ranks:
+        assert_all_close(found["first_fsdp"][checkpointing], expected)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -52,8 +52,14 @@ class Again:
 
     @cached_property  # asked by each of the layers, and nothing changes between them
     def is_whole(self) -> bool:
-        """Whether the module's parameters are plain: FSDP2 may have sharded them again since the module was called."""
-        return all(type(parameter) is nn.Parameter for parameter in self.module.parameters())
+        """Whether the module's parameters are plain.
+
+        FSDP2 may have sharded them again since the module was called. The first FSDP has other tensors in their places: in
+        the backward pass as attributes, and then there are no parameters.
+        """
+        parts = [self.module] if isinstance(self.module, nn.Module) else vars(self.module).values()
+        replaced = any(type(value) is Tensor for part in parts for value in vars(part).values())
+        return not replaced and all(type(parameter) is nn.Parameter for parameter in self.module.parameters())
 
 
 class Source(NamedTuple):
