@@ -48,9 +48,8 @@ def start_server():
 def _fork_and_run(executable, words, descriptors):
     """For `multiprocessing`, which wants an interpreter that runs its server: the last of these words."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # newer Pythons warn of threads; pytest-xdist's waits for words from the other process
+        # Newer Pythons warn of threads; pytest-xdist's waits for words from the other process.
+        warnings.simplefilter("ignore")
         pid = os.fork()
     if pid:
         return pid
