@@ -27,7 +27,7 @@ from minipeft.injection.state import (
     places_in,
     put_to_rest,
 )
-from minipeft.injection.watch import watch_gradients
+from minipeft.injection.without_gradient import watch_gradients
 from minipeft.injection.wrapper import Wrapper, replace_key
 from minipeft.wrapper_names import named_parameters
 

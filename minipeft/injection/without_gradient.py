@@ -1,0 +1,97 @@
+"""Naming adapters that learn nothing: in ten steps of the optimizer, no gradient has come to them.
+
+The model may compute the layer under `torch.no_grad`, use its output for nothing that the loss depends on, or never run
+it. Between one batch and the next that can be right, as for an expert that no token chose; ten steps long it rarely is.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from minipeft.errors import shown
+from minipeft.injection.module_tree import wrappers_of
+from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.wrapper import Wrapper
+
+STEPS = 10
+
+
+class GradientWatch:
+    """Looks at an adapter after the first steps of its optimizer: once if every layer has a gradient, else ten times.
+
+    Its optimizer is one that has all of its parameters that train.
+    """
+
+    def __init__(self, adapter_name: str) -> None:
+        self.name = adapter_name
+        self.steps = 0
+        self.without: set[str] = set()  # names of the layers that got no gradient in any of these steps
+        self.others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # which train something else
+        self.is_done = False
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """The gradients are still there."""
+        state: AdapterState | None = model.__dict__.get(STATE)
+        if state is None or self.name not in state.switch.trainable:  # unloaded, deleted or renamed
+            self.is_done = True
+        elif self.name in state.switch.learning and optimizer not in self.others:
+            layers = {path: _trained(wrapper, self.name) for path, wrapper in wrappers_of(model, self.name)}
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if held.issuperset(id(parameter) for own in layers.values() for parameter in own):
+                self._note_step(layers, state)
+            else:
+                self.others.add(optimizer)
+
+    def _note_step(self, layers: Mapping[str, list[nn.Parameter]], state: AdapterState) -> None:
+        without = {path for path, own in layers.items() if own and all(p.grad is None for p in own)}
+        self.without = self.without & without if self.steps else without
+        self.steps += 1
+        if self.without and self.steps < STEPS:
+            return
+        self.is_done = True
+        said = state.idle.get(self.name, ())
+        named = [path for path in layers if path in self.without and path not in said]
+        if named and len(self.without) < len(layers):  # without any, something else has the gradients, as shards do
+            warnings.warn(
+                f"{shown(named)}: no gradient came to adapter {self.name!r} there in {STEPS} steps of the optimizer, so it "
+                "learns nothing. The model does not run this layer, cuts its gradient (torch.no_grad, detach), or the loss "
+                "does not depend on it; leave it out of the targets (exclude_modules), or let the loss depend on it.",
+                stacklevel=5,
+            )
+
+
+WATCHES: weakref.WeakKeyDictionary[nn.Module, dict[str, GradientWatch]] = weakref.WeakKeyDictionary()
+
+
+def watch_gradients(model: nn.Module, adapter_name: str) -> None:
+    """Warn once if an adapter that trains gets no gradient in some layers."""
+    WATCHES.setdefault(model, {})[adapter_name] = GradientWatch(adapter_name)
+    _listen()
+
+
+@functools.cache  # once, and for good: torch does not allow a hook to remove itself
+def _listen() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, *args: object) -> None:
+    if not WATCHES or torch.compiler.is_compiling():
+        return
+    for model, watches in list(WATCHES.items()):
+        for name, watch in list(watches.items()):
+            if watch.is_done:
+                del watches[name]
+            else:
+                watch.after_step(model, optimizer)
+
+
+def _trained(wrapper: Wrapper, adapter_name: str) -> list[nn.Parameter]:
+    return [parameter for parameter in wrapper.trainable_parameters(adapter_name) if parameter.requires_grad]
