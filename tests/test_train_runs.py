@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import minipeft
 from minipeft.files.format import open_adapter
 from minipeft.training.distributed import accelerator
-from minipeft.training.distributed.accelerator import check_processes, must_use_cpu
+from minipeft.training.distributed.launch import check_processes, must_use_cpu
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.lock import RunLock
 

@@ -13,8 +13,8 @@ data:
 - ``chat``: transformers' assistant mask is empty without ``{% generation %}``, and wrong if offsets are trimmed.
 - ``encoding``: TRL encodes inside its trainer; datasets' hash of a tokenizer depends on the path it was loaded from.
 - ``examples``: the fingerprints of datasets are of paths, not of content.
-- ``packing``: TRL packs a copy, 1,000 rows at a time, inside its trainer; transformers passes position ids on to the mask in
-  most families, and says nothing in the others.
+- ``packing``: TRL packs a copy, 1,000 rows at a time, inside its trainer.
+- ``apart``: transformers passes position ids on to the mask in most families, and says nothing in the others.
 - ``collate``: transformers' collators need a pad token or mask real eos; accelerate repeats examples in uneven shares.
 - ``order``: samplers resume from a generator's state; transformers' groups by length put neighbours in sequence.
 - ``stream``: datasets loses its shuffle buffer on resuming, and torchdata with it or else reads all rows again.
@@ -24,8 +24,8 @@ distributed:
 - ``ranks``: accelerate gathers, but has no error and no signal that stops all processes; transformers' is inside its trainer.
 - ``sharding``: accelerate's FSDP2 silently becomes DDP on a CPU.
 - ``deepspeed``: what DeepSpeed's configuration may not contradict is known only here.
-- ``accelerator``: accelerate leaves out a tracker that is not installed, and runs fp16 on a CPU as float32; with it or
-  torchrun, fewer processes than asked for may train together, and neither says so.
+- ``launch``: with accelerate or torchrun, fewer processes than asked for may train together, and neither says so.
+- ``accelerator``: accelerate leaves out a tracker that is not installed, and runs fp16 on a CPU as float32.
 
 runs:
 - ``checkpoints``, ``complete``: transformers' and accelerate's latest checkpoint may be half written.

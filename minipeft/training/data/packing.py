@@ -1,35 +1,22 @@
 """Exact packing: examples share a row, and each of them is computed as if it were alone.
 
 A row says how long its documents are (`Example.documents`). `collate` makes position ids of that which restart at each
-document, and passes no attention mask. transformers then keeps attention within a document. Whether a model does so, its
-family does not tell; the model itself is tried (`why_not_apart`).
+document, and passes no attention mask. transformers then keeps attention within a document; `apart` checks that it does.
 """
 
 from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from minipeft.training.data.collate import Example, Ints, collate, model_inputs
+from minipeft.training.data.collate import Example, Ints
 from minipeft.training.data.encoding import IGNORED
 from minipeft.training.data.examples import Examples
-
-LENGTHS = ((5, 7), (8, 2))  # of the documents in two rows: the second row needs padding
-# Of the largest logit, what the first document of a row may change in the second. Masked attention changes no bit;
-# a grouped product of experts may round differently.
-LEAK = {torch.float32: 1e-5}
-HALF_LEAK = 4e-3
-# Of what plain packing changes, the difference from each document alone. Only rounding is left.
-SHARE = {torch.float32: 1e-3}
-HALF_SHARE = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,50 +107,3 @@ def joined(examples: Sequence[Example]) -> Example:
         each[:1] = IGNORED
     documents = tuple(len(example.input_ids) for example in examples)
     return Example(np.concatenate([example.input_ids for example in examples]), np.concatenate(labels), documents)
-
-
-@torch.no_grad()
-def why_not_apart(model: Any) -> str | None:
-    """Run short documents packed and alone; None if the logits agree, else what is wrong, as the end of a sentence."""
-    was_training = model.training
-    model.eval()
-    try:
-        leak, packed, plain, dtype = _measured(model)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return f"cannot compute packed documents ({' '.join(str(error).split())[:100]})"
-    finally:
-        model.train(was_training)
-    if leak <= LEAK.get(dtype, HALF_LEAK) and packed <= SHARE.get(dtype, HALF_SHARE) * plain:
-        return None
-    return f"mixes packed documents (their logits differ by {packed:.1e} from those of each alone)"
-
-
-def _measured(model: Any) -> tuple[float, float, float, torch.dtype]:
-    """What documents change in the one behind them, as a share of the largest logit; how far packed and plainly
-    joined documents are from each alone; and the type of the logits."""
-    size = model.config.get_text_config().vocab_size
-    numbers = iter(range(1000))
-    rows = [[_document(numbers, length, size) for length in lengths] for lengths in LENGTHS]
-    together = [joined(row) for row in rows]
-    others = [joined([_document(numbers, len(first.input_ids), size), second]) for first, second in rows]
-    alone = [torch.cat([_logits(model, [document])[0] for document in row]) for row in rows]
-    packed, plain = _logits(model, together), _logits(model, [Example(*row[:2]) for row in together])
-    changes = zip((packed - _logits(model, others)).abs(), LENGTHS, strict=True)
-    leak = max(float(row[first : first + second].max()) for row, (first, second) in changes)
-    return leak / float(packed.abs().max()), _difference(packed, alone), _difference(plain, alone), packed.dtype
-
-
-def _document(numbers: Iterator[int], length: int, vocabulary: int) -> Example:
-    ids = np.array([(37 * next(numbers) + 11) % vocabulary for _ in range(length)], np.int32)
-    return Example(ids, ids)
-
-
-def _logits(model: Any, examples: list[Example]) -> Tensor:
-    batch = {name: tensor.to(model.device) for name, tensor in collate(examples, 0).items()}
-    logits: Tensor = model(**model_inputs(batch)).logits
-    return logits
-
-
-def _difference(logits: Tensor, alone: list[Tensor]) -> float:
-    """The largest difference of any token's logits."""
-    return max(float((row[: len(own)] - own).abs().max()) for row, own in zip(logits, alone, strict=True))

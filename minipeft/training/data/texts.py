@@ -12,9 +12,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from minipeft.errors import ConfigError, DataError, shown
+from minipeft.training.data.apart import why_not_apart
 from minipeft.training.data.encoding import Encoder, Encoding, check_fit
 from minipeft.training.data.examples import Examples, encode
-from minipeft.training.data.packing import Packed, pack, why_not_apart
+from minipeft.training.data.packing import Packed, pack
 from minipeft.training.data.sources import Source, held_out_split, open_source
 
 _log = logging.getLogger("minipeft")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minipeft.errors import CheckpointError, MinipeftError, StateError
-from minipeft.training.distributed.accelerator import restarts
+from minipeft.training.distributed.launch import restarts
 from minipeft.training.distributed.ranks import agree, rank_and_world_size
 from minipeft.training.runs.checkpoints import Checkpoints, complete_folders
 from minipeft.training.runs.lock import RunLock
