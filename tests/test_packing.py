@@ -15,11 +15,12 @@ from tiny_models import adapted, disturb, foreign_code, gpt2, llama
 
 import minipeft
 from minipeft.errors import ConfigError
+from minipeft.training.data.apart import why_not_apart
 from minipeft.training.data.collate import Example, collate, eval_batches, model_inputs
 from minipeft.training.data.encoding import IGNORED, Encoding
 from minipeft.training.data.examples import encode
 from minipeft.training.data.order import UpdateOrder
-from minipeft.training.data.packing import best_fit, joined, pack, why_not_apart
+from minipeft.training.data.packing import best_fit, joined, pack
 from minipeft.training.data.sources import open_source
 from minipeft.training.data.texts import read_texts
 from minipeft.training.updates import loss_sum
