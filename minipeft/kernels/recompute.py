@@ -6,7 +6,7 @@ marks its output here lets the adapter keep the module's input, and recompute th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.kernels.transformed import is_transformed
+from minipeft.wrapper_names import modules_in
 
 _ATTRIBUTE = "_minipeft_source"
 # What a function gives, and what turns the gradient of that into those of the inputs.
@@ -21,14 +22,11 @@ WithBack: TypeAlias = "tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]"
 
 
 class Function(Protocol):
-    """A module, or what a module computes without being one: making a module takes as long as several products."""
+    """A module, or what computes by the modules in its attributes: making a module takes as long as several products."""
 
     @property
     def forward(self) -> Any:
         """The function."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What it multiplies by."""
 
 
 class Again:
@@ -54,12 +52,13 @@ class Again:
     def is_whole(self) -> bool:
         """Whether the module's parameters are plain.
 
-        FSDP2 may have sharded them again since the module was called. The first FSDP has other tensors in their places: in
-        the backward pass as attributes, and then there are no parameters.
+        FSDP2 may have sharded them again since the module was called. The first FSDP has other tensors in their places, and
+        in the backward pass as attributes.
         """
         parts = [self.module] if isinstance(self.module, nn.Module) else vars(self.module).values()
-        replaced = any(type(value) is Tensor for part in parts for value in vars(part).values())
-        return not replaced and all(type(parameter) is nn.Parameter for parameter in self.module.parameters())
+        modules = [module for part in parts for module in modules_in(part)]
+        held = [value for module in modules for value in (*module._parameters.values(), *vars(module).values())]
+        return all(type(value) is nn.Parameter for value in held if isinstance(value, Tensor))
 
 
 class Source(NamedTuple):

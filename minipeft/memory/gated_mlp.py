@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,6 @@ class GatedProduct:
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         return self.forward(gate, up)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the activation."""
-        return self.act.parameters()
 
 
 class SiluProduct(GatedProduct):

@@ -6,7 +6,6 @@ It rounds once, where the composed one rounds twice: in half precision the two m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +29,6 @@ class RmsNorm:
                 return self.forward(x)
         weight: Tensor = self.norm.weight  # type: ignore[assignment]
         return F.rms_norm(x, weight.shape, weight, float(self.norm.variance_epsilon))  # type: ignore[arg-type]
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The norm's weight."""
-        return self.norm.parameters()
 
 
 def kernel_of(norm: nn.Module, x: Tensor) -> RmsNorm | None:
