@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minipeft.cli.output import bytes_in, in_units, print_json, print_table
+from minipeft.cli.output import print_json, print_table
+from minipeft.cli.sizes import bytes_in, in_units
 from minipeft.errors import ConfigError
 
 if TYPE_CHECKING:
