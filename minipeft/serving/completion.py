@@ -79,10 +79,13 @@ def _several(prompt: Any) -> tuple[Any, ...]:
 
 
 def _is_text(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and value.encode() is not None
+        value.encode()
     except UnicodeEncodeError:  # half of a character
         return False
+    return True
 
 
 def _is_prompt(value: Any) -> bool:
