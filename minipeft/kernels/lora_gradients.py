@@ -56,10 +56,6 @@ def gradients(
     return (None if dx is None else dx.view(shape),), dA, dB
 
 
-def _wants_x(ctx: Any) -> bool:
-    return any(ctx.needs_input_grad[KEPT:]) if ctx.goes_through else bool(ctx.needs_input_grad[0])
-
-
 def _in_slices(
     dy: Tensor, kept: Kept, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
 ) -> Gradients:
@@ -96,7 +92,7 @@ def _in_slices(
 
 def _multiplier(rows: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> tuple[Tensor | None, bool]:
     """What dy is multiplied by to give dx, if that is needed, and whether it is W + s B A instead of W."""
-    if not _wants_x(ctx):
+    if not (any(ctx.needs_input_grad[KEPT:]) if ctx.goes_through else ctx.needs_input_grad[0]):
         return None, False
     W = held_or_made(weight, rows.dtype)
     if ctx.mask is not None or not merged_weight.pays(rows, W):
