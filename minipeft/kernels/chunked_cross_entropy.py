@@ -116,11 +116,12 @@ def _summed(
         if rows_changed is not None and added is not None:
             logs.index_add_(1, rows_changed, matmul.linear(x, added).to(exact))
         torch.log_softmax(logs, 1, out=logs)
-        total -= logs.gather(1, target).sum(dtype=torch.float64)
+        of_target = logs.gather(1, target)
+        total -= of_target.sum(dtype=torch.float64)
         if gradient is None and of_change is None:
             continue
-        probabilities = logs.exp_()
-        probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1))
+        probabilities = head.exp(logs, rounded=rows_changed is None)
+        probabilities.scatter_(1, target, of_target.expm1_().to(probabilities.dtype))
         of_rows = None if rows_changed is None else probabilities[:, rows_changed]
         if gradient is not None:
             gradient[some] = head.back(probabilities)
@@ -155,12 +156,18 @@ class _Head:
         made = matmul.linear(x, self.weight, self.bias, room=room)
         return made if self.wide is None else self.wide[: len(x)].copy_(made)
 
+    def exp(self, logs: Tensor, *, rounded: bool) -> Tensor:
+        """The exponentials in memory of the logits; they may be rounded to the dtype of the weight where that spares a pass."""
+        if rounded and logs.is_cuda and self.wide is not None and self.room is not None:
+            return torch.exp(logs, out=self.room[: len(logs)])
+        return logs.exp_()
+
     def back(self, gradient: Tensor) -> Tensor:
         """The gradient of the rows, shape (rows, features), from that of their logits."""
         if self.by_float32:
             y = self.weight.new_empty(len(gradient), self.weight.shape[1])
             return matmul.in_float32(gradient, self.weight.t(), None, y)
-        if self.wide is not None and self.room is not None:
+        if self.room is not None and gradient.dtype is not self.room.dtype:
             gradient = self.room[: len(gradient)].copy_(gradient)
         return matmul.linear(gradient, self.weight.t())
 
