@@ -116,8 +116,7 @@ def _summed(
         if rows_changed is not None and added is not None:
             logs.index_add_(1, rows_changed, matmul.linear(x, added).to(exact))
         torch.log_softmax(logs, 1, out=logs)
-        of_target = logs.gather(1, target)
-        total -= of_target.sum(dtype=torch.float64)
+        total -= (of_target := logs.gather(1, target)).sum(dtype=torch.float64)
         if gradient is None and of_change is None:
             continue
         probabilities = head.exp(logs, rounded=rows_changed is None)
