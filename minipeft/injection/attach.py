@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 from torch import nn
@@ -16,6 +16,7 @@ from minipeft.injection.build import Parts
 from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkpoints_train
 from minipeft.injection.fresh_parts import ORIGINS
 from minipeft.injection.module_tree import outside_adapters, wrappers
+from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
 from minipeft.injection.row_order import mark_rows
@@ -25,6 +26,7 @@ from minipeft.injection.state import (
     check_not_running,
     parameters_at,
     places_in,
+    places_that_train,
     put_to_rest,
 )
 from minipeft.injection.without_gradient import watch_gradients
@@ -46,29 +48,33 @@ def attach(
         if first:
             model.__dict__[STATE] = state
             model.__dict__[ORIGINS] = plan.origins
-            state.buffers = buffer_samples(base_modules(model))
         outside = list(outside_adapters(model))  # one walk for all that follows
-        _note(state, plan, adapter_name, [module for _, module in outside if isinstance(module, Wrapper)], trainable)
-        state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
+        modules = base_modules(model)
         if first:
-            _freeze(outside)
-            _wake(state, (adapter_name,), (), ())
+            _freeze(modules.values())
+            state.buffers = buffer_samples(modules)
+            state.switch.active = (adapter_name,)
             let_checkpoints_train(outside, state.switch)
-        hold_norms(model)
+        here = [module for _, module in outside if isinstance(module, Wrapper)]
+        _note(state, plan, adapter_name, here, trainable=trainable, acts=first)
+        state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
+        _hold_norms(state, modules, outside)
     if trainable:
         watch_gradients(model, adapter_name)
 
 
-def _note(state: AdapterState, plan: Plan, adapter_name: str, here: list[Wrapper], trainable: bool) -> None:
-    """Take a new adapter into the state of its model, which has these wrappers; its parameters are at rest then."""
+def _note(
+    state: AdapterState, plan: Plan, adapter_name: str, here: list[Wrapper], *, trainable: bool, acts: bool
+) -> None:
+    """Take a new adapter into the state of its model, which has these wrappers; unless it acts and trains, it is at rest then."""
     state.configs[adapter_name] = plan.config
     state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
     for wrapper in here:
         if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.parts:
             follow_loads(wrapper)
     state.places[adapter_name] = [place for wrapper in here for place in places_in(wrapper, adapter_name)]
-    resting = put_to_rest(state.places[adapter_name])
-    state.resting[adapter_name] = resting if trainable else set()
+    trained = (places_that_train if acts and trainable else put_to_rest)(state.places[adapter_name])
+    state.resting[adapter_name] = trained if trainable else set()
     state.unwatched.add(adapter_name)
     if trainable:
         state.switch.trainable.add(adapter_name)
@@ -84,9 +90,8 @@ def _mix(model: nn.Module, mixin: type[nn.Module]) -> None:
         ) from None
 
 
-def _freeze(outside: list[tuple[str, nn.Module]]) -> None:
-    """Train nothing of the base; the adapter's own parameters are at rest already."""
-    for _, module in outside:
+def _freeze(base: Iterable[nn.Module]) -> None:
+    for module in base:
         for parameter in module._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -94,8 +99,14 @@ def _freeze(outside: list[tuple[str, nn.Module]]) -> None:
 
 def hold_norms(model: nn.Module) -> None:
     """Hold the running statistics still that no file will hold, see `minipeft.injection.base_state`."""
-    state: AdapterState = model.__dict__[STATE]
-    state.held |= hold_still(model, state.switch.trainable)
+    _hold_norms(model.__dict__[STATE], base_modules(model), outside_adapters(model))
+
+
+def _hold_norms(
+    state: AdapterState, modules: Mapping[str, nn.Module], outside: Iterable[tuple[str, nn.Module]]
+) -> None:
+    saved = [(name, module) for name, module in outside if isinstance(module, SavedModule)]
+    state.held |= hold_still(modules, saved, state.switch.trainable)
 
 
 def switch_to(model: nn.Module, names: tuple[str, ...], *, frozen: bool = False) -> None:

@@ -9,12 +9,11 @@ the new data goes into `modules_to_save`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.wrapper import innermost
 
@@ -37,17 +36,20 @@ def _collect(module: nn.Module, name: str, found: dict[int, tuple[str, nn.Module
                 _collect(child, f"{name}.{attribute}" if name else attribute, found)
 
 
-def hold_still(model: nn.Module, trainable: Collection[str]) -> set[str]:
+def hold_still(
+    modules: Mapping[str, nn.Module], saved: Iterable[tuple[str, SavedModule]], trainable: Collection[str]
+) -> set[str]:
     """Put the norms whose running statistics no file will hold into evaluation mode.
 
-    These are the frozen norms of the base, and those in trained copies of adapters that do not train.
+    These are the frozen norms among a model's `base_modules`, and those in trained copies, which are in the wrappers
+    `saved`, of adapters that do not train.
 
     Returns:
         The names of those that were in training mode, as they are without adapters.
     """
-    found = [(name, module) for name, module in base_modules(model).items() if _has_statistics(module)]
+    found = [(name, module) for name, module in modules.items() if _has_statistics(module)]
     norms = [(name, norm) for name, norm in found if not any(p.requires_grad for p in norm.parameters(recurse=False))]
-    for path, copy in _idle_copies(model, trainable):
+    for path, copy in _idle_copies(saved, trainable):
         norms += [(f"{path}.{name}".rstrip("."), m) for name, m in copy.named_modules() if _has_statistics(m)]
     held = [(name, norm) for name, norm in norms if norm.training]
     for _, norm in held:
@@ -68,10 +70,12 @@ def _has_statistics(module: nn.Module) -> bool:
     return bool(buffers) and any(name in buffers and buffers[name] is not None for name in names)
 
 
-def _idle_copies(model: nn.Module, trainable: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+def _idle_copies(
+    saved: Iterable[tuple[str, SavedModule]], trainable: Collection[str]
+) -> Iterator[tuple[str, nn.Module]]:
     """(name, trained copy) of those whose statistics do not train."""
-    for path, wrapper in wrappers(model):
-        for name, copy in wrapper.adapters.items() if isinstance(wrapper, SavedModule) else ():
+    for path, wrapper in saved:
+        for name, copy in wrapper.adapters.items():
             if name not in trainable or wrapper.only is not None:
                 yield path, copy
 

@@ -111,9 +111,14 @@ def parameters_at(places: Iterable[Place]) -> Iterator[nn.Parameter]:
             yield parameter
 
 
+def places_that_train(places: Iterable[Place]) -> set[Place]:
+    """Those whose parameter requires a gradient."""
+    return {place for place in places if (p := place[0]._parameters.get(place[1])) is not None and p.requires_grad}
+
+
 def put_to_rest(places: Iterable[Place]) -> set[Place]:
     """Let no parameter there require a gradient any more; returns the places of those that did."""
-    trained = {place for place in places if (p := place[0]._parameters.get(place[1])) is not None and p.requires_grad}
+    trained = places_that_train(places)
     for parameter in parameters_at(trained):
         parameter.requires_grad_(False)
     return trained
