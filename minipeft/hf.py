@@ -16,11 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from minipeft import step_hooks
 from minipeft.errors import LeanError, MinipeftError, StateError, shown
 from minipeft.files.restore import restore_adapters
+from minipeft.integrations.trainer_checkpoint import RECORD, restore_best, resume, save_schedules, save_whole_adapters
 from minipeft.integrations.trl import arguments_for_trl
 from minipeft.memory.chunked_loss import took_logits
 from minipeft.merging.training_guard import check_training
 from minipeft.model import AdaptedModel
-from minipeft.trainer_checkpoint import RECORD, restore_best, resume, save_schedules, save_whole_adapters
 from minipeft.type_names import is_from
 
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("injection",),
     ("files", "quantization", "memory"),
     ("merging", "combining", "step_hooks", "readers"),
-    ("model", "trainer_checkpoint", "integrations", "diagnosis", "planning", "learning"),
+    ("model", "integrations", "diagnosis", "planning", "learning"),
     ("api", "hf", "training", "testing", "cli", "serving"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
