@@ -27,6 +27,7 @@ from minipeft.errors import (
 from minipeft.files.hotswap import hotswap_adapter
 from minipeft.files.load import load_config
 from minipeft.injection.many_adapters import per_adapter_loss
+from minipeft.injection.step_hooks import after_step, extra_loss
 from minipeft.layers.base import LayerOps
 from minipeft.memory.lean import lean, unlean
 from minipeft.merging.from_disk.merge import merge_from_disk
@@ -47,7 +48,6 @@ from minipeft.planning.suggest import suggest as suggested
 from minipeft.quantization.dequantize import dequantize
 from minipeft.quantization.quantize import quantize
 from minipeft.registry import register_adapter, register_layer, register_method, register_targets
-from minipeft.step_hooks import after_step, extra_loss
 
 
 def get_lora_model(

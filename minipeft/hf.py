@@ -13,9 +13,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minipeft import step_hooks
 from minipeft.errors import LeanError, MinipeftError, StateError, shown
 from minipeft.files.restore import restore_adapters
+from minipeft.injection import step_hooks
 from minipeft.integrations.trainer_checkpoint import RECORD, restore_best, resume, save_schedules, save_whole_adapters
 from minipeft.integrations.trl import arguments_for_trl
 from minipeft.memory.chunked_loss import took_logits

@@ -16,8 +16,8 @@ from transformers import Trainer
 import minipeft
 from minipeft import AdaLoraConfig, CheckpointError, LoraConfig, StateError, get_adapter_model
 from minipeft.hf import AdapterTrainer
+from minipeft.injection.step_hooks import has_schedule, schedule_state
 from minipeft.integrations.trainer_checkpoint import SCHEDULE_FILE
-from minipeft.step_hooks import has_schedule, schedule_state
 
 SCHEDULE = {"total_step": 8, "tinit": 1, "tfinal": 3, "deltaT": 2, "init_r": 4, "target_r": 1, "orth_reg_weight": 0.3}
 

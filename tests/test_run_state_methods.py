@@ -159,11 +159,11 @@ def test_a_schedule_that_does_not_fit_is_refused_and_nothing_has_changed(change,
     run = Run(METHODS["adalora"])
     run.steps(0, 1)
     before = copy.deepcopy([run.model.state_dict(), run.optimizer.state_dict()])
-    means = {k: t.clone() for k, t in minipeft.step_hooks.schedule_state(run.model, "default").items()}
+    means = {k: t.clone() for k, t in minipeft.injection.step_hooks.schedule_state(run.model, "default").items()}
     with pytest.raises(CheckpointError, match=said):
         run.state.restore(folder)
     assert str(before) == str([run.model.state_dict(), run.optimizer.state_dict()])
-    now = minipeft.step_hooks.schedule_state(run.model, "default")
+    now = minipeft.injection.step_hooks.schedule_state(run.model, "default")
     assert means.keys() == now.keys()
     assert all(torch.equal(means[key], now[key]) for key in means)
 
@@ -172,6 +172,6 @@ def test_a_method_that_keeps_no_state_takes_none(tmp_path):
     torch.manual_seed(0)
     model = minipeft.get_lora_model(gpt2(), minipeft.LoraConfig(r=2, target_modules=["c_attn"]))
     path = "transformer.h.0.attn.c_attn"
-    minipeft.step_hooks.check_schedule_state(model, "default", None)
+    minipeft.injection.step_hooks.check_schedule_state(model, "default", None)
     with pytest.raises(CheckpointError, match="has no training state, but the checkpoint has 'left'"):
-        minipeft.step_hooks.check_schedule_state(model, "default", {f"{path}/left": torch.ones(2)})
+        minipeft.injection.step_hooks.check_schedule_state(model, "default", {f"{path}/left": torch.ones(2)})

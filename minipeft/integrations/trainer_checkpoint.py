@@ -10,19 +10,19 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from minipeft import step_hooks
 from minipeft.errors import CheckpointError, all_or_nothing, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.restore import restore_adapters
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import SavableModel, directory_of
 from minipeft.files.tensor_file import open_tensors
+from minipeft.injection import step_hooks
 
 RECORD = "minipeft"  # our place in trainer_state.json, among the states of callbacks
 TRAINER_STATE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULE_FILE = "adapter_schedule.safetensors"
-Schedules = Mapping[str, Mapping[str, Tensor] | None]  # by adapter, see `minipeft.step_hooks.schedule_state`
+Schedules = Mapping[str, Mapping[str, Tensor] | None]  # by adapter, see `minipeft.injection.step_hooks.schedule_state`
 
 
 def save_whole_adapters(model: SavableModel, root: Path) -> None:

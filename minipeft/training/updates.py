@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from minipeft.errors import StateError
+from minipeft.injection.step_hooks import after_step, extra_loss, has_schedule, refuse_idle_layers
 from minipeft.merging.training_guard import check_training
-from minipeft.step_hooks import after_step, extra_loss, has_schedule, refuse_idle_layers
 from minipeft.training.data.collate import Batch, Store, eval_batches, model_inputs
 from minipeft.training.data.order import Update
 from minipeft.training.distributed.ranks import summed

@@ -25,8 +25,8 @@ from minipeft.files.lost_state import warn_of_lost_state
 from minipeft.files.model_card import write_card
 from minipeft.files.reading import reading
 from minipeft.files.save import file_config, save_adapter
+from minipeft.injection.step_hooks import load_schedule_state, schedule_state
 from minipeft.model import AdaptedModel
-from minipeft.step_hooks import load_schedule_state, schedule_state
 from minipeft.training.distributed.ranks import agree, rank_and_world_size
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.optimizer_state import load_exactly, sharded_like

@@ -19,8 +19,8 @@ from minipeft.files.format import open_adapter
 from minipeft.files.reading import read_limited
 from minipeft.files.save import file_config
 from minipeft.files.tensor_file import open_tensors
+from minipeft.injection.step_hooks import check_schedule_state
 from minipeft.options import integer
-from minipeft.step_hooks import check_schedule_state
 from minipeft.training.distributed.ranks import rank_and_world_size
 from minipeft.training.runs.checkpoints import verify
 from minipeft.training.runs.optimizer_state import check_alike, optimizer_from_plain

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from minipeft.errors import CheckpointError
 from minipeft.files.base_samples import base_samples
 from minipeft.files.save import file_config, save_adapter
+from minipeft.injection.step_hooks import schedule_state
 from minipeft.model import AdaptedModel
-from minipeft.step_hooks import schedule_state
 from minipeft.training.distributed.ranks import rank_and_world_size
 from minipeft.training.runs.optimizer_state import named_groups, optimizer_to_plain
 from minipeft.training.runs.plain import checked_json, to_plain
