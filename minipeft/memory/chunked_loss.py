@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.class_swap import SameFunction
+from minipeft.class_swap import SameFunction, plain_class
 from minipeft.errors import LeanError
+from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import innermost
 from minipeft.kernels import glibc
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 from minipeft.kernels.transformed import is_compiled, is_transformed
-from minipeft.transformers_model import CACHES
+from minipeft.layers.base import layer_ops
+from minipeft.layers.quantized import QuantizedLinearOps
+from minipeft.transformers_model import CACHES, output_head
 
 _log = logging.getLogger("minipeft")
 
@@ -102,6 +105,35 @@ class LeanLoss:
             )
 
 
+def check_loss(model: nn.Module) -> None:
+    """Raise LeanError if a model's loss cannot be computed in chunks."""
+    why = _why_whole(model)
+    if why is not None:
+        raise LeanError(
+            f"{type(model).__name__}: the loss cannot be computed in chunks, since {why}; pass chunked_loss=False."
+        )
+
+
+def _why_whole(model: nn.Module) -> str | None:
+    """Why a model's loss needs all logits at once, if it does."""
+    head, loss = output_head(model), getattr(model, "loss_function", None)
+    if head is None:
+        return "it has no output head"
+    if _changed_rows(head) is None:
+        return "its output head is adapted"
+    if plain_class(type(head.base_layer if isinstance(head, AdaptedLayer) else head)) is not nn.Linear:
+        return "its output head is not a plain linear layer"
+    if isinstance(layer_ops(innermost(head)), QuantizedLinearOps):
+        return "its output head is quantized"
+    if not _is_frozen(head):
+        return "its output head trains"
+    if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        return "its loss is not transformers' ForCausalLMLoss"
+    if any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in (head, innermost(head))):
+        return "its output head is patched or hooked"
+    return None
+
+
 def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Pre-hook of the model: decides whether this call's loss is computed in chunks. An export has the whole logits."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
@@ -124,10 +156,10 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _still_fits(model: nn.Module, head: nn.Module) -> bool:
     """False for a head that trains by now, or whose adapter does more than change rows: it needs whole logits."""
     same = model.get_output_embeddings() is head and isinstance(head, PassesThrough)  # type: ignore[operator]
-    return same and is_frozen(head) and _changed_rows(head) is not None
+    return same and _is_frozen(head) and _changed_rows(head) is not None
 
 
-def is_frozen(head: nn.Module) -> bool:
+def _is_frozen(head: nn.Module) -> bool:
     """Whether nothing but adapters trains in the head."""
     base = getattr(head, "base_layer", head)
     return not any(p.requires_grad for p in base.parameters())

@@ -14,15 +14,13 @@ from torch import nn
 
 from minipeft.class_swap import SameFunction, mixed_class, original_class, plain_class
 from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown, told
-from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.wrapper import Wrapper, innermost
+from minipeft.injection.wrapper import Wrapper
 from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels import glibc, matmul
 from minipeft.layers.base import is_plain_linear, layer_ops
-from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.memory import rms_norm, sample_slices, token_tiles
 from minipeft.memory.chains import CHAINS, Chains
-from minipeft.memory.chunked_loss import LeanLoss, PassesThrough, after_forward, before_forward, is_frozen
+from minipeft.memory.chunked_loss import LeanLoss, PassesThrough, after_forward, before_forward, check_loss
 from minipeft.memory.gated_mlp import gated_mixin
 from minipeft.memory.modules import (
     TANH_GELUS,
@@ -54,9 +52,7 @@ MAPPED_BLOCKS, MAPPED_GROUPS = 2**22, 2**20
 class LeanState:
     """What `unlean` must undo: plain data in the model's __dict__, so copies and pickles carry it."""
 
-    mixed: list[tuple[nn.Module, type[nn.Module]]] = field(
-        default_factory=list
-    )  # modules, and what they were mixed with
+    mixed: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # (module, what it was mixed with)
     blocks: list[nn.Module] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     chunked_loss: bool = False
@@ -103,7 +99,7 @@ def lean(
     _check_checkpointing(checkpointing)
     unlean(model)
     if chunked_loss:
-        _check_loss(model)
+        check_loss(model)
     probe = Probe(model, with_labels=chunked_loss)
     state = LeanState()
     model.__dict__[STATE] = state
@@ -271,27 +267,6 @@ def _recompute_mlps(model: nn.Module, state: LeanState, blocks: list[nn.Module],
 
 def _is_mlp(name: str, module: nn.Module) -> bool:
     return any(module.children()) and bool(MLP.search(name) or MLP.search(type(module).__name__))
-
-
-def _check_loss(model: nn.Module) -> None:
-    head, why = output_head(model), None
-    loss = getattr(model, "loss_function", None)
-    rows_only = isinstance(head, AdaptedLayer) and head.changed_rows() is not None
-    if head is None or plain_class(type(head.base_layer if rows_only else head)) is not nn.Linear:
-        why = "its output head is not a plain linear layer" if head is not None else "it has no output head"
-        why = "its output head is adapted" if isinstance(head, AdaptedLayer) and not rows_only else why
-    elif isinstance(layer_ops(innermost(head)), QuantizedLinearOps):
-        why = "its output head is quantized"
-    elif not is_frozen(head):
-        why = "its output head trains"
-    elif getattr(loss, "__name__", "") != "ForCausalLMLoss":
-        why = "its loss is not transformers' ForCausalLMLoss"
-    elif any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in (head, innermost(head))):
-        why = "its output head is patched or hooked"
-    if why is not None:
-        raise LeanError(
-            f"{type(model).__name__}: the loss cannot be computed in chunks, since {why}; pass chunked_loss=False."
-        )
 
 
 def _chunk_loss(model: nn.Module, state: LeanState, *, trims: bool) -> None:
