@@ -66,22 +66,16 @@ def fit(place: Place, config: AdapterConfig, setup: Setup, memory: int, adapt: A
     """
     tried: list[Estimate] = []
     for quantize in dict.fromkeys((setup.quantize, setup.quantize or "nf4")):
-        found, can_be_lean = [], False
-        for name in WAYS:
-            if name is None and can_be_lean:
-                break
-            way = replace(setup, training="lean" if name else "lora", checkpointing=name, quantize=quantize)
-            try:
-                planner = Planner(place, config, way, adapt)
-            except LeanError:
-                continue  # the model's blocks have no feed-forward part, or cannot be recomputed at all
-            smallest, can_be_lean = planner.estimate(1), True
+        found: list[Proposal] = []
+        for planner in _planners(place, config, setup, quantize, adapt):
+            smallest = planner.estimate(1)
             tried.append(smallest)
             if smallest.memory["weights"] > USABLE * memory:
                 break  # whatever is recomputed
-            again = _recomputed(name, list(recomputable_blocks(planner.model)))
-            for estimate in _largest(planner, smallest, memory):
-                found.append(Proposal(estimate, math.ceil(setup.batch / estimate.setup.batch), again))
+            largest = _largest(planner, smallest, memory)
+            if largest is not None:
+                accumulation = math.ceil(setup.batch / largest.setup.batch)
+                found.append(Proposal(largest, accumulation, _recomputed(planner)))
             if found and found[-1].accumulation == 1:
                 break  # what comes now is slower and helps nothing
         if found:
@@ -89,30 +83,52 @@ def fit(place: Place, config: AdapterConfig, setup: Setup, memory: int, adapt: A
     raise ConfigError(_why_nothing(setup, memory, min(tried, key=lambda estimate: estimate.peak)))
 
 
-def _largest(planner: Planner, smallest: Estimate, memory: int) -> Iterator[Estimate]:
-    """The largest batch that fits: a half, a quarter, ... of the one that is wanted."""
+def _planners(
+    place: Place, config: AdapterConfig, setup: Setup, quantize: str | None, adapt: Adapt
+) -> Iterator[Planner]:
+    """One for each of `WAYS` that the model allows; plain LoRA only if it allows no other."""
+    can_be_lean = False
+    for way in WAYS:
+        if way is None and can_be_lean:
+            return
+        try:
+            own = replace(setup, training="lean" if way else "lora", checkpointing=way, quantize=quantize)
+            planner = Planner(place, config, own, adapt)
+        except LeanError:
+            continue  # the model's blocks have no feed-forward part, or cannot be recomputed at all
+        can_be_lean = True
+        yield planner
+
+
+def _largest(planner: Planner, smallest: Estimate, memory: int) -> Estimate | None:
+    """The largest batch that fits: all of the one that is wanted, a half, a quarter, ...; None if not even one row does."""
     batch = planner.setup.batch
     while batch > 1:
         estimate = planner.estimate(batch)
         if estimate.peak <= USABLE * memory:
-            yield estimate
-            return
+            return estimate
         # Memory grows with the batch in a straight line, so most sizes need no look.
         room = (USABLE * memory - smallest.peak) / max(1, estimate.peak - smallest.peak) * (batch - 1) + 1
         batch = batch // 2
         while batch > max(1.0, 1.1 * room):
             batch //= 2
-    if smallest.peak <= USABLE * memory:
-        yield smallest
+    return smallest if smallest.peak <= USABLE * memory else None
 
 
-def _recomputed(way: str | None, blocks: list[nn.Module]) -> float:
+def _recomputed(planner: Planner) -> float:
     """Of all blocks, how many more forward passes a step takes."""
-    if not blocks or way in ("none", None):
+    blocks = list(recomputable_blocks(planner.model))
+    if not blocks:
         return 0.0
-    if way == "mlp":
-        return _share_of_mlp(blocks[0])
-    return {"last": 1 / len(blocks), "block": 1.0, "sqrt": 2.0 - 1 / math.sqrt(len(blocks))}[way]
+    shares: dict[object, float] = {
+        None: 0.0,
+        "none": 0.0,
+        "last": 1 / len(blocks),
+        "mlp": _share_of_mlp(blocks[0]),
+        "block": 1.0,
+        "sqrt": 2.0 - 1 / math.sqrt(len(blocks)),
+    }
+    return shares[planner.setup.checkpointing]
 
 
 def _share_of_mlp(block: nn.Module) -> float:
