@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,17 +77,9 @@ def _note(model: nn.Module, quantizer: QuantizedLinearOps, kind: str) -> None:
 
 
 def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candidate, LayerOps]]:
+    """The layers to quantize, with their ops."""
     found, index = candidates(model), TensorIndex(model)
-    head, new = output_head(model), find_origins(model).fresh
-    skipped: set[int] = set()
-    for entry in [skip_modules] if isinstance(skip_modules, str) else skip_modules:
-        hits = [c.module for c in found.values() if any(is_suffix(entry, name) for name in c.names)]
-        if not hits:
-            raise TargetError(
-                f"skip_modules: {entry!r} matches no module of {type(model).__name__}"
-                f"{hint(entry, {name.rpartition('.')[2] for name in found})}."
-            )
-        skipped |= {id(module) for hit in hits for module in hit.modules()}
+    head, new, skipped = output_head(model), find_origins(model).fresh, _skipped(model, found, skip_modules)
     chosen = []
     for name, candidate in found.items():
         layer, ops = candidate.base, layer_ops(candidate.base)
@@ -108,6 +100,20 @@ def _chosen(model: nn.Module, skip_modules: Sequence[str]) -> list[tuple[Candida
     if not chosen:
         raise TargetError(f"quantize: {type(model).__name__} has no linear layer to quantize.")
     return chosen
+
+
+def _skipped(model: nn.Module, found: Mapping[str, Candidate], skip_modules: Sequence[str]) -> set[int]:
+    """The ids of the modules that `skip_modules` leaves in float."""
+    skipped: set[int] = set()
+    for entry in [skip_modules] if isinstance(skip_modules, str) else skip_modules:
+        hits = [c.module for c in found.values() if any(is_suffix(entry, name) for name in c.names)]
+        if not hits:
+            raise TargetError(
+                f"skip_modules: {entry!r} matches no module of {type(model).__name__}"
+                f"{hint(entry, {name.rpartition('.')[2] for name in found})}."
+            )
+        skipped |= {id(module) for hit in hits for module in hit.modules()}
+    return skipped
 
 
 def _replacement(candidate: Candidate, ops: LayerOps, quantizer: QuantizedLinearOps, kind: str) -> nn.Module:
