@@ -35,10 +35,10 @@ class _KnownNames(type):
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in options:
             if name not in known:
-                of_peft = (
-                    ", which is PEFT's and not implemented for this method" if name in OPTIONS else hint(name, known)
-                )
-                raise ConfigError(f"{cls.__name__} has no option {name!r}{of_peft}; known: {', '.join(known)}.")
+                why = hint(name, known)
+                if name in OPTIONS:
+                    why = ", which is PEFT's and not implemented for this method"
+                raise ConfigError(f"{cls.__name__} has no option {name!r}{why}; known: {', '.join(known)}.")
         return super().__call__(*args, **options)
 
 
@@ -71,9 +71,8 @@ class AdapterConfig(metaclass=_KnownNames):
     not_in_files: ClassVar[frozenset[str]] = frozenset()  # options below that PEFT's class of this method lacks
     null_in_files: ClassVar[frozenset[str]] = frozenset()  # numbers that act in training only; null is the default
     empty_in_files: ClassVar[frozenset[str]] = frozenset({"target_modules"})  # options of which [] does not mean None
-    pattern_options: ClassVar[
-        Mapping[str, str]
-    ] = {}  # table from name patterns to values -> the option it sets per module
+    # Table from name patterns to values -> the option it sets per module
+    pattern_options: ClassVar[Mapping[str, str]] = {}
 
     target_modules: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None

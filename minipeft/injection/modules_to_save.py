@@ -93,7 +93,7 @@ class SavedModule(Wrapper):
 
 
 def trained_copy(
-    original: nn.Module, only: tuple[str, ...] | None, tied_to: nn.Module | None = None, *, on_meta: bool = False
+    original: nn.Module, only: tuple[str, ...] | None, tied_to: nn.Module | None, *, on_meta: bool
 ) -> nn.Module:
     """A copy of a module to train for one adapter.
 

@@ -49,8 +49,8 @@ class Rows:
         names: Sequence[str],
         known: Sequence[str],
         device: torch.device,
-        times: int = 1,
-        keeps: bool = False,
+        times: int,
+        keeps: bool,
     ) -> None:
         self.model, self.switch, self.names = model, switch, tuple(names)
         self.uses = tuple(dict.fromkeys(names))

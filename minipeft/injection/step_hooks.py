@@ -33,7 +33,7 @@ def after_step(model: nn.Module, step: int) -> None:
             skips it, but not repeated.
 
     Raises:
-        ConfigError: `model` is no module, or `step` no number of a step.
+        ConfigError: `model` is not a module, or `step` is not the number of a step.
         StateError: the model has no adapter, a gradient that is needed is missing, or the step is repeated.
     """
     checked_module("model", model)
@@ -49,7 +49,7 @@ def extra_loss(model: nn.Module) -> Tensor:
     step, add it once; `minipeft.hf.AdapterTrainer` and `Updater` do so themselves.
 
     Raises:
-        ConfigError: `model` is no module.
+        ConfigError: `model` is not a module.
         StateError: the model has no adapter.
     """
     parameters = checked_module("model", model).parameters()

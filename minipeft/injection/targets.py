@@ -21,7 +21,7 @@ EXPERT_LAYERS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 
 
 def select_targets(
-    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool
 ) -> list[str]:
     """Names of the modules to adapt, in the model's order.
 
@@ -66,7 +66,7 @@ def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
 
 
 def select_saved(
-    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool
 ) -> list[str]:
     """Names of the modules to train in full: those of ``modules_to_save``, and the head of a classification task.
 
@@ -104,7 +104,7 @@ def _called(name: str, found: dict[str, Candidate]) -> list[str]:
 
 
 def select_parameters(
-    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool = True
+    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool
 ) -> dict[str, list[str]]:
     """Bare parameters to adapt: module name -> names of its own, in its order; raises TargetError if an entry matches none."""
     wanted, names = set(config.target_parameters or ()), []

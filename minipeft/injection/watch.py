@@ -75,9 +75,9 @@ def idle_layers(model: nn.Module, names: tuple[str, ...], seen: Pass) -> list[st
     """
     here = [(path, wrapper) for path, wrapper in wrappers(model) if any(name in wrapper.adapters for name in names)]
     unused = [(path, wrapper) for path, wrapper in here if not seen.used(wrapper)]
-    acting = (
-        {id(p) for _, wrapper in here if seen.used(wrapper) for p in wrapper.adapters.parameters()} if unused else ()
-    )
+    if not unused:
+        return []
+    acting = {id(p) for _, wrapper in here if seen.used(wrapper) for p in wrapper.adapters.parameters()}
     return [
         path
         for path, wrapper in unused

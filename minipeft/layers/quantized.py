@@ -99,11 +99,11 @@ class QuantizedLinearOps(LayerOps):
         source: Any = getattr(base, "source_cls", nn.Linear)
         transposed = any(ops.fan_in_fan_out for _, ops in registry.layer_candidates(source))
         with torch.device("meta"):  # no memory and no random numbers for values that are replaced at once
-            layer: nn.Module = (
-                source(out_features, in_features)
-                if transposed
-                else nn.Linear(in_features, out_features, bias is not None)
-            )
+            layer: nn.Module
+            if transposed:
+                layer = source(out_features, in_features)
+            else:
+                layer = nn.Linear(in_features, out_features, bias is not None)
         stored = weight.t() if transposed else weight
         layer.weight = nn.Parameter(stored.clone(memory_format=torch.contiguous_format), False)
         if bias is not None:

@@ -150,7 +150,7 @@ def unlean(model: nn.Module) -> None:
     """Undo `lean` exactly; does nothing if it was not called.
 
     Raises:
-        ConfigError: `model` is no module.
+        ConfigError: `model` is not a module.
     """
     state: LeanState | None = checked_module("model", model).__dict__.get(STATE)
     if state is not None:

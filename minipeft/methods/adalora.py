@@ -52,7 +52,10 @@ class AdaLora(Adapter):
         std = 0.02 if config.init_lora_weights else 1.0
         for factor in (self.lora_A, self.lora_B):
             nn.init.normal_(factor, std=std)
-        nn.init.zeros_(self.lora_E) if config.init_lora_weights else nn.init.normal_(self.lora_E)
+        if config.init_lora_weights:
+            nn.init.zeros_(self.lora_E)
+        else:
+            nn.init.normal_(self.lora_E)
         # The training state: the last step `after_step` was called for; which components were left by the last
         # allocation, shape (r,); and the running means of each parameter's sensitivity and uncertainty, by its name.
         self.step = -1

@@ -237,12 +237,10 @@ class Lora(Adapter):
 
     def check_room(self, rank: int) -> None:
         if rank < self.rank or (rank > self.rank and self.num_experts > 1):
-            why = (
-                ""
-                if self.num_experts == 1
-                else f" of {self.num_experts} experts in one parameter, which stays as it is"
+            stays = f" of {self.num_experts} experts in one parameter, which stays as it is"
+            raise ConfigError(
+                f"max_rank={rank} for an adapter of rank {self.rank}{stays if self.num_experts > 1 else ''}."
             )
-            raise ConfigError(f"max_rank={rank} for an adapter of rank {self.rank}{why}.")
 
     @torch.no_grad()
     def room_for(self, rank: int) -> None:

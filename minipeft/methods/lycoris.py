@@ -46,18 +46,14 @@ class LycorisConfig(AdapterConfig):
         alpha("alpha", self.alpha)
         number("rank_dropout", self.rank_dropout, at_least=0, below=1)
         number("module_dropout", self.module_dropout, at_least=0, below=1)
-        self._set(
-            "rank_pattern", pattern_table("rank_pattern", {} if self.rank_pattern is None else self.rank_pattern, rank)
-        )
-        self._set(
-            "alpha_pattern",
-            pattern_table("alpha_pattern", {} if self.alpha_pattern is None else self.alpha_pattern, alpha),
-        )
+        for name, check in (("rank_pattern", rank), ("alpha_pattern", alpha)):
+            given = getattr(self, name)
+            self._set(name, pattern_table(name, {} if given is None else given, check))
         flag("use_effective_conv2d", self.use_effective_conv2d)
 
 
 def features_and_kernel(base: nn.Module, ops: LayerOps) -> tuple[int, tuple[int, ...]]:
-    """How many input features a layer has, and the size of its kernel; () if it is no convolution."""
+    """How many input features a layer has, and the size of its kernel; () if it is not a convolution."""
     _, features, *kernel = ops.factor_shapes(base, 1)[0]
     return features, tuple(kernel)
 

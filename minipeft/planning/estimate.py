@@ -148,9 +148,8 @@ class Planner:
         with quiet(), sized_for(setup.device):
             found, left_out = peak_of_step(self.model, self.hollow, setup.batch, setup.length)
         holes = HOLES[setup.device] * (found["activations"] + found["temporary"])
-        found["overhead"] = (
-            RUNTIME[setup.device] + int(holes) + (QUANTIZED if setup.quantize and setup.device == "cpu" else 0)
-        )
+        quantized = QUANTIZED if setup.quantize and setup.device == "cpu" else 0
+        found["overhead"] = RUNTIME[setup.device] + int(holes) + quantized
         parameters = list(self.model.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         return Estimate(

@@ -68,7 +68,7 @@ class Ledger:
                 self.note(tensor)
                 self.alive[tensor.untyped_storage()._cdata].use = use
 
-    def peak(self, since: int = 0) -> Counter[str]:
+    def peak(self, since: int) -> Counter[str]:
         """Bytes by use when they were most, from this place of the log on."""
         most, total, end = -1, 0, 0
         for place, (_, change) in enumerate(self.log, 1):

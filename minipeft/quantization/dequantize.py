@@ -23,7 +23,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     Conv1D again, so transformers can save the model.
 
     Raises:
-        ConfigError: `model` is no module.
+        ConfigError: `model` is not a module.
         StateError: the model has adapters (merge or unload them first).
         MergeError: hooks or a patched forward on a quantized layer would be lost.
     """

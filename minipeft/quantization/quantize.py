@@ -38,7 +38,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
         skip_modules: names, or dotted ends of names, of more modules to leave in float with everything in them.
 
     Raises:
-        ConfigError: `model` is no module, there is no such kind, or its package is missing.
+        ConfigError: `model` is not a module, there is no such kind, or its package is missing.
         StateError: the model has adapters.
         TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantize.
     """

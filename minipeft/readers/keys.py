@@ -55,7 +55,7 @@ class Key:
         return any(is_suffix(head, self.module) for head in HEADS)
 
 
-def taken_apart(text: str, *, bias: bool = False) -> Key:
+def taken_apart(text: str, *, bias: bool) -> Key:
     """The parts of a key; `bias` says that the adapter trains biases of modules that are not adapted."""
     name = text
     while name.startswith(PREFIX):  # a wrapper around a wrapper doubles it

@@ -35,12 +35,8 @@ class Layer:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN."""
-        return {key: told(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
-
-
-def told(value: float) -> float | str:
-    """A number, or what it is called if it is not finite."""
-    return value if math.isfinite(value) else str(value)
+        values = asdict(self).items()
+        return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in values}
 
 
 def layers_of_file(contents: Contents, values: Mapping[str, Tensor], samples: Mapping[str, list[float]]) -> list[Layer]:

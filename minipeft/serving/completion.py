@@ -96,7 +96,7 @@ def _is_ids(value: Any) -> bool:
     return _is_list(value, int, lambda token: type(token) is int)
 
 
-def _is_list(value: Any, kind: type, check: Callable[[Any], bool] = lambda _: True) -> bool:
+def _is_list(value: Any, kind: type, check: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, kind) and check(item) for item in value)
 
 

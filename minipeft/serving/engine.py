@@ -170,7 +170,10 @@ class Engine:
                 _fail(row, error)
         else:
             for row, token, sound in zip(rows, tokens, finite, strict=True):
-                self._give(row, token) if sound else _fail(row, _not_finite(row))
+                if sound:
+                    self._give(row, token)
+                else:
+                    _fail(row, RequestError(f"{row.model or 'the base'!r} gives values that are not finite."))
         self.batch.keep([row for row in self.batch.rows if not row.over])
 
     def _give(self, row: Answer, token: int) -> None:
@@ -179,10 +182,6 @@ class Engine:
         if token in self.ends or len(row.tokens) == row.max_tokens:
             row.over = True
             row.deliver("stop" if token in self.ends else "length")
-
-
-def _not_finite(row: Answer) -> RequestError:
-    return RequestError(f"{row.model or 'the base'!r} gives values that are not finite.")
 
 
 def _fail(answer: Answer, error: Exception) -> None:

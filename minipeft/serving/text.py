@@ -20,9 +20,8 @@ class Text:
         self.tokenizer, self.stops = tokenizer, stops
         self.tokens: list[int] = []
         self.stopped = False
-        self._start = self._read = (
-            0  # tokens before `_read` are text; decoding from `_start` gives the space before a word
-        )
+        # Tokens before `_read` are text; decoding from `_start` gives the space before a word.
+        self._start = self._read = 0
         self._held = ""  # may be the start of a stop string
 
     def add(self, token: int) -> str:

@@ -24,6 +24,7 @@ from minipeft.errors import StateError
 from minipeft.injection.step_hooks import after_step, extra_loss, has_schedule, refuse_idle_layers
 from minipeft.merging.training_guard import check_training
 from minipeft.training.data.collate import Batch, Store, eval_batches, model_inputs
+from minipeft.training.data.encoding import IGNORED
 from minipeft.training.data.order import Update
 from minipeft.training.distributed.ranks import summed
 
@@ -46,7 +47,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     else:
         logits = model(**inputs).logits
     logits = logits[:, :-1].float()
-    return F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="sum")
+    return F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="sum")
 
 
 class Updater:
