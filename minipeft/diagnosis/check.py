@@ -15,8 +15,6 @@ from minipeft.diagnosis.trial import Trial, try_batch
 from minipeft.diagnosis.view import Part, View
 from minipeft.errors import shown
 
-IGNORED = -100  # the label that the loss leaves out
-
 
 @dataclass
 class Setup:

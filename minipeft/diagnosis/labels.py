@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minipeft.diagnosis.check import IGNORED, Seen, Setup, check
+from minipeft.diagnosis.check import Seen, Setup, check
 from minipeft.diagnosis.trial import forward, left_alone, logits_of
 
+IGNORED = -100  # the label that the loss leaves out
 SHIFTED, ALIGNED = 0.9, 0.5  # share of labels that are the next token, and that are the token itself
 LEAK, HALF_LEAK = 1e-5, 4e-3  # of the largest logit: what rounding explains
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,12 +142,3 @@ def principal_angles(one: Tensor, two: Tensor) -> tuple[float, ...]:
     sines = torch.linalg.svdvals(two - one @ overlap).clamp(0, 1).flip(0)[: len(cosines)]
     angles = torch.where(cosines**2 < 0.5, torch.acos(cosines), torch.asin(sines))
     return tuple(float(angle) for angle in torch.rad2deg(angles))
-
-
-def summed_by_block(layers: Mapping[str, float]) -> dict[str, float]:
-    """The norm of all layers that have the same first number in their names, by that number, in the order of the layers."""
-    squares: dict[str, float] = {}
-    for name, norm in layers.items():
-        block = next((word for word in name.split(".") if word.isdigit()), "-")
-        squares[block] = squares.get(block, 0.0) + norm * norm
-    return {block: math.sqrt(square) for block, square in squares.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError
 from minipeft.files.file_names import CONFIG_FILE
 from minipeft.files.reading import read_limited, reading
-from minipeft.planning.adapter_diff import summed_by_block
 from minipeft.readers.layers import Layer
 from minipeft.readers.summary import summary
 
@@ -144,5 +143,14 @@ def _smoothed(curve: Curve) -> Curve:
 
 
 def _draw_updates(axes: Any, run: RunLog, colour: str) -> None:
-    blocks = summed_by_block({layer.module: layer.norm for layer in run.layers})
+    blocks = _summed_by_block({layer.module: layer.norm for layer in run.layers})
     axes.plot(list(blocks), list(blocks.values()), "o-", color=colour, ms=4, label=run.name)
+
+
+def _summed_by_block(layers: Mapping[str, float]) -> dict[str, float]:
+    """The norm of all layers that have the same first number in their names, by that number, in the order of the layers."""
+    squares: dict[str, float] = {}
+    for name, norm in layers.items():
+        block = next((word for word in name.split(".") if word.isdigit()), "-")
+        squares[block] = squares.get(block, 0.0) + norm * norm
+    return {block: math.sqrt(square) for block, square in squares.items()}

@@ -1,4 +1,4 @@
-"""What the rules ask of an adapter; each answers with what it found, as the start of a sentence, or None."""
+"""What the rules of several readers ask of an adapter; each answers with what it found, as the start of a sentence, or None."""
 
 from __future__ import annotations
 
@@ -49,11 +49,6 @@ def lacks(*options: str) -> Applies:
 def holds(*kinds: Kind, but: tuple[str, ...] = ()) -> Applies:
     """The file holds tensors of these kinds, under keys that do not end with one of `but`."""
     return lambda c: one_of([key.text for key in c.of(*kinds) if not key.text.endswith(but or ("\0",))])
-
-
-def holds_head(contents: Contents) -> str | None:
-    """An output head is adapted."""
-    return one_of(sorted({key.module for key in contents.of(Kind.FACTOR) if key.is_head}), " (an output head)")
 
 
 def without_prefix(contents: Contents) -> str | None:
@@ -128,24 +123,6 @@ def alpha_over_r(contents: Contents, module: str) -> float:
     return alpha / r if known else math.nan
 
 
-def mixed_ranks(contents: Contents) -> str | None:
-    """Some layer has another rank than the top-level option says."""
-    r = contents.config.get("r", 8)
-    names = [module for module in contents.layers if rank_in_file(contents, module) not in (None, r)]
-    return one_of(names, f" of another rank than r = {r}") if contents.is_plain_lora else None
-
-
-def rank_above(limit: int) -> Applies:
-    """Some rank is larger than this."""
-
-    def applies(contents: Contents) -> str | None:
-        ranks = [rank for rank in (rank_in_file(contents, module) for module in contents.layers) if rank]
-        most = max([*ranks, *[r for r in [contents.config.get("r")] if isinstance(r, int)]], default=0)
-        return f"rank {most}" if most > limit else None
-
-    return applies
-
-
 def more_than_matrices(contents: Contents) -> str | None:
     """A factor has more than two dimensions, as for a convolution."""
     keys = [key.text for key in contents.of(Kind.FACTOR) if len(contents.weights.shapes[key.text]) != 2]
@@ -174,18 +151,3 @@ def kept_start(contents: Contents) -> str | None:
 def file_is_not(name: str) -> Applies:
     """The weights are in another file than the one that is read."""
     return lambda c: None if c.weights.path.name == name else c.weights.path.name
-
-
-def without_siblings(stacked: tuple[str, ...], needed: tuple[str, ...]) -> Applies:
-    """One of the `stacked` layers is adapted, and one of those `needed` next to it is not; the names end in these."""
-
-    def applies(contents: Contents) -> str | None:
-        names = contents.layers.keys()
-        for module in names:
-            parent, dot, last = module.rpartition(".")
-            missing = [name for name in needed if f"{parent}{dot}{name}" not in names] if last in stacked else []
-            if missing:
-                return f"{module} without {missing[0]}"
-        return None
-
-    return applies

@@ -43,6 +43,11 @@ def of_images(contents: Contents) -> str | None:
     return next((module for module in contents.layers if module.startswith("model.language_model.")), None)
 
 
+def holds_head(contents: Contents) -> str | None:
+    """An output head is adapted."""
+    return facts.one_of(sorted({key.module for key in contents.of(Kind.FACTOR) if key.is_head}), " (an output head)")
+
+
 RULES = (
     *plain_lora(SCRIPT, SCRIPT, "lora_alpha"),
     Rule("dora", facts.holds(Kind.MAGNITUDE), NO, UNEXPECTED, SCRIPT, MERGE),
@@ -62,6 +67,6 @@ RULES = (
          "is left out: it is not in the language model's file, the only one that an adapter is for", SCRIPT, MERGE),
     Rule("wrapper", of_images, NOTE, "has the name of a model with images, which older scripts refuse", SCRIPT, CONVERT),
     Rule("wrappers", facts.with_wrappers, NO, "is not a name there", SCRIPT, SAVE_AGAIN),
-    Rule("head", facts.holds_head, NOTE, "is refused if the base ties it to its embedding", f"{SCRIPT} (modify_tensors)",
+    Rule("head", holds_head, NOTE, "is refused if the base ties it to its embedding", f"{SCRIPT} (modify_tensors)",
          f"{CONVERT} --drop head"),
 )  # fmt: skip

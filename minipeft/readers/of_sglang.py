@@ -54,11 +54,33 @@ def added_tokens(contents: Contents) -> str | None:
     return "added_tokens.json" if os.path.isfile(contents.directory / "added_tokens.json") else None
 
 
+def mixed_ranks(contents: Contents) -> str | None:
+    """Some layer has another rank than the top-level option says."""
+    r = contents.config.get("r", 8)
+    names = [module for module in contents.layers if facts.rank_in_file(contents, module) not in (None, r)]
+    return facts.one_of(names, f" of another rank than r = {r}") if contents.is_plain_lora else None
+
+
+def without_siblings(stacked: tuple[str, ...], needed: tuple[str, ...]) -> facts.Applies:
+    """One of the `stacked` layers is adapted, and one of those `needed` next to it is not; the names end in these."""
+
+    def applies(contents: Contents) -> str | None:
+        names = contents.layers.keys()
+        for module in names:
+            parent, dot, last = module.rpartition(".")
+            missing = [name for name in needed if f"{parent}{dot}{name}" not in names] if last in stacked else []
+            if missing:
+                return f"{module} without {missing[0]}"
+        return None
+
+    return applies
+
+
 RULES = (
     *plain_lora(ADAPTER, CONFIG),
     Rule("dora", facts.is_set("use_dora"), NO, "is refused", MANAGER, MERGE),
     Rule("targets", pattern_targets, NO, "is refused: a list of names is needed", TARGETS, CONVERT),
-    Rule("ranks", facts.mixed_ranks, NO, "does not fit its buffer", POOL, CONVERT),
+    Rule("ranks", mixed_ranks, NO, "does not fit its buffer", POOL, CONVERT),
     Rule("scaling", facts.scaled_otherwise(facts.alpha_over_r), PARTLY, "reads lora_alpha / r only", ADAPTER, CONVERT),
     Rule("start", facts.holds(Kind.START), NO, "takes the place of the factor itself", POOL, CONVERT),
     Rule("bias", facts.holds(Kind.BIAS, Kind.MAGNITUDE), NO, "takes the place of a factor", POOL, "minipeft merge"),
@@ -68,13 +90,13 @@ RULES = (
     Rule("outside", outside_layers, PARTLY, SILENTLY, ADAPTER, MERGE),
     Rule("vision", vision_layers, NO, "would be taken for a layer of the language model, as only its number is read", ADAPTER,
          MERGE),
-    Rule("stacked", facts.without_siblings(("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")), NO, "cannot be stacked",
+    Rule("stacked", without_siblings(("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")), NO, "cannot be stacked",
          f"{ADAPTER}.normalize_qkv_proj", MERGE),
-    Rule("gate", facts.without_siblings(("up_proj",), ("gate_proj",)), NOTE, "is refused for models that have one",
+    Rule("gate", without_siblings(("up_proj",), ("gate_proj",)), NOTE, "is refused for models that have one",
          f"{ADAPTER}.normalize_gate_up_proj", MERGE),
     Rule("experts", facts.experts, NO, "has another layout there: one update an expert", POOL, CONVERT),
     Rule("matrices", facts.more_than_matrices, NO, "has no LoRA layer there", POOL, MERGE),
-    Rule("mla", facts.without_siblings(("kv_a_proj_with_mqa",), ("q_a_proj",)), NO, "has no buffer",
+    Rule("mla", without_siblings(("kv_a_proj_with_mqa",), ("q_a_proj",)), NO, "has no buffer",
          f"{ADAPTER}.normalize_fused_qkv_a_proj", MERGE),
     Rule("added_tokens", added_tokens, NOTE, "makes it refuse the adapter if it names a token beyond the base's vocabulary",
          MANAGER, "take the file out if the base has these tokens, else minipeft merge"),

@@ -37,6 +37,17 @@ def scaling(contents: Contents, module: str) -> float:
     return facts.alpha_over_r(contents, module) * (math.sqrt(r) if isinstance(r, int) and 0 < r <= MAX_NUMBER else 1)
 
 
+def rank_above(limit: int) -> facts.Applies:
+    """Some rank is larger than this."""
+
+    def applies(contents: Contents) -> str | None:
+        ranks = [rank for rank in (facts.rank_in_file(contents, module) for module in contents.layers) if rank]
+        most = max([*ranks, *[r for r in [contents.config.get("r")] if isinstance(r, int)]], default=0)
+        return f"rank {most}" if most > limit else None
+
+    return applies
+
+
 RULES = (
     *plain_lora(LOADING, HELPER),
     Rule("dora", facts.is_set("use_dora"), NO, "is refused", HELPER, MERGE),
@@ -58,8 +69,8 @@ RULES = (
     Rule("vision", facts.vision, PARTLY,
          "is left out, unless the server has --enable-tower-connector-lora and the model supports that",
          f"{MANAGER} (_maybe_init_mm)", MERGE),
-    Rule("largest rank", facts.rank_above(LARGEST_RANK), NO, f"is above {LARGEST_RANK}, the largest --max-lora-rank",
+    Rule("largest rank", rank_above(LARGEST_RANK), NO, f"is above {LARGEST_RANK}, the largest --max-lora-rank",
          f"vllm/config/lora.py (MaxLoRARanks), {VERSION}", MERGE),
-    Rule("max rank", facts.rank_above(MAX_RANK), NOTE,
+    Rule("max rank", rank_above(MAX_RANK), NOTE,
          f"is above the default of {MAX_RANK}: start the server with --max-lora-rank", HELPER),
 )  # fmt: skip

@@ -16,7 +16,6 @@ from minipeft.config import AdapterConfig
 from minipeft.errors import ContractError, TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import adapted_layers
-from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.model import AdaptedModel, get_adapter_model
@@ -25,7 +24,6 @@ from minipeft.testing.examples import Call, Example, Make, example_like, example
 SIZES, SQUARE = (16, 8), (16, 16)
 MOVED = 0.3  # standard deviation of an imitated training: large, so that a wrong update cannot pass for rounding
 ROUNDINGS = {torch.float64: 32, torch.float32: 32, torch.bfloat16: 8}  # tolerance in units of the dtype's own rounding
-OWN_NOISE = 0.05  # how far a layer may be from its own weight's output, as a fraction of it: int8 rounds its input
 
 
 class Holder(nn.Module):
@@ -38,27 +36,6 @@ class Holder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(self.layer, x)
-
-
-class Stubborn(Holder):
-    """A holder whose layer cannot be wrapped, so that an injection fails after all before it was done."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.layer.forward = self.layer.forward  # so the wrapper is a new object, which has to be assigned
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Wrapper):
-            raise MemoryError("a part of the model that cannot be replaced")
-        super().__setattr__(name, value)
-
-
-class Pair(nn.Module):
-    """Two holders, in the order of injection."""
-
-    def __init__(self, first: Holder, second: Holder) -> None:
-        super().__init__()
-        self.first, self.second = first, second
 
 
 @dataclass(frozen=True)

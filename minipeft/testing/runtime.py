@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.errors import MinipeftError, TargetError
+from minipeft.injection.wrapper import Wrapper
 from minipeft.model import get_adapter_model
 from minipeft.testing.behaviour import loss, weighted_sum
-from minipeft.testing.case import Case, Pair, Stubborn, fingerprint, move
+from minipeft.testing.case import Case, Holder, fingerprint, move
 
 
 def copies(case: Case) -> str | None:
@@ -118,6 +119,27 @@ def disabled(case: Case) -> str | None:
     if not torch.equal(model(x), expected) or [p.requires_grad for p in model.parameters()] != trains:
         raise case.fail("disabled", "switched on again, it is not what it was")
     return None
+
+
+class Stubborn(Holder):
+    """A holder whose layer cannot be wrapped, so that an injection fails after all before it was done."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.layer.forward = self.layer.forward  # so the wrapper is a new object, which has to be assigned
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Wrapper):
+            raise MemoryError("a part of the model that cannot be replaced")
+        super().__setattr__(name, value)
+
+
+class Pair(nn.Module):
+    """Two holders, in the order of injection."""
+
+    def __init__(self, first: Holder, second: Holder) -> None:
+        super().__init__()
+        self.first, self.second = first, second
 
 
 def failed_injection(case: Case) -> str | None:
