@@ -112,10 +112,10 @@ def find_fresh_parts(
     if task and origins.unknown:
         fresh |= {name for name in _beside_base_model(model, found, free, origins.unknown) if not within(name, fresh)}
     parts = [name for name in found if name in fresh]
-    if task or config.bias == "all":
+    if task or config.bias == "all" or not parts:
         return FreshParts(tuple(parts))
-    targets = set(select_targets(model, config, found, every_pattern=False)) if parts else set()
-    targets |= set(select_parameters(model, config, found, every_pattern=False)) if parts else set()
+    targets = set(select_targets(model, config, found, every_pattern=False))
+    targets |= set(select_parameters(model, config, found, every_pattern=False))
     trained = tuple(name for name in parts if any(within(target, {name}) for target in targets))
     return FreshParts(trained, tuple(name for name in parts if name not in trained))
 

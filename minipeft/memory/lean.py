@@ -203,19 +203,22 @@ def _swap_modules(model: nn.Module, state: LeanState, *, fast_linear: bool) -> N
             _mix(module, gated, state)
         elif is_rotary_attention(module):
             _mix(module, FastRotary, state)
-        if any(p.requires_grad for p in module.parameters()):
-            continue  # trained itself
-        if type(module).__name__ in TANH_GELUS:
-            _mix(module, FusedGelu, state)
-        elif type(module) is nn.LayerNorm or is_rms_norm(module) or is_cheap_activation(module):
-            if is_rms_norm(module) and rms_norm.is_plain(module):
-                module.__dict__[rms_norm.KERNEL] = True
-            _mix(module, Recomputed, state)
-        elif fast_linear and id(module) not in adapted:
-            ops = layer_ops(module)
-            if ops is not None and (ops.is_quantized or (matmul.may_beat_torch() and is_plain_linear(ops, module))):
-                _mix(module, FastLinear, state)
-                module.__dict__["lean_ops"] = ops
+        if not any(p.requires_grad for p in module.parameters()):
+            _swap_frozen(module, state, fast_linear=fast_linear and id(module) not in adapted)
+
+
+def _swap_frozen(module: nn.Module, state: LeanState, *, fast_linear: bool) -> None:
+    """Swap a module in which nothing trains, if it is a norm, an activation or a linear layer."""
+    if type(module).__name__ in TANH_GELUS:
+        _mix(module, FusedGelu, state)
+    elif type(module) is nn.LayerNorm or is_rms_norm(module) or is_cheap_activation(module):
+        if is_rms_norm(module) and rms_norm.is_plain(module):
+            module.__dict__[rms_norm.KERNEL] = True
+        _mix(module, Recomputed, state)
+    elif fast_linear and (ops := layer_ops(module)) is not None:
+        if ops.is_quantized or (matmul.may_beat_torch() and is_plain_linear(ops, module)):
+            _mix(module, FastLinear, state)
+            module.__dict__["lean_ops"] = ops
 
 
 def _mix(module: nn.Module, mixin: type[nn.Module], state: LeanState) -> None:
