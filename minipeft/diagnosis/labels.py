@@ -93,19 +93,17 @@ def packing_leaks(setup: Setup) -> Iterator[Seen]:
     later = ((positions == 0).cumsum(1) > 1).to(ids.device)
     if not bool(later.any()) or setup.batch is None:
         return
-    vocabulary = int(ids.max()) + 1
+    changed = torch.where(later, ids, (ids + 1) % (int(ids.max()) + 1))
     batch = {name: value for name, value in setup.batch.items() if name != "labels"}
-    with left_alone(setup.view):
-        both = []
-        for rows in (ids, torch.where(later, ids, (ids + 1) % vocabulary)):
-            with torch.no_grad():
-                both.append(
-                    logits_of(forward(setup.view, {**batch, "input_ids": rows}, training=bool(setup.view.learning)))
-                )
-    if both[0] is None or both[1] is None:
+    training = bool(setup.view.learning)
+    with left_alone(setup.view), torch.no_grad():
+        own, other = (
+            logits_of(forward(setup.view, {**batch, "input_ids": rows}, training=training)) for rows in (ids, changed)
+        )
+    if own is None or other is None:
         return
-    change = float((both[0] - both[1]).abs().amax(-1)[later.to(both[0].device)].max() / both[0].abs().max())
-    if change > (LEAK if both[0].dtype in (torch.float32, torch.float64) else HALF_LEAK):
+    change = float((own - other).abs().amax(-1)[later.to(own.device)].max() / own.abs().max())
+    if change > (LEAK if own.dtype in (torch.float32, torch.float64) else HALF_LEAK):
         has_mask = "attention_mask" in batch
         yield Seen(
             "batch['position_ids']",

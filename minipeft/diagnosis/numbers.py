@@ -1,4 +1,4 @@
-"""NaN and infinity: where they are first."""
+"""Where NaN or infinity comes up first."""
 
 from __future__ import annotations
 

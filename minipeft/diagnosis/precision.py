@@ -35,13 +35,9 @@ def float16(setup: Setup) -> Iterable[Seen]:
 def lost_to_rounding(setup: Setup) -> Iterator[Seen]:
     """Most values of a bfloat16 factor are too large to be changed by one step."""
     rates = setup.rates if setup.is_adam else {}
-    lost = {}
-    for part in setup.view.training:
-        for parameter in part.trained:
-            if parameter.dtype == torch.bfloat16 and not parameter.is_meta and id(parameter) in rates:
-                share = float((parameter.detach().abs() * HALF_SPACING > rates[id(parameter)]).float().mean())
-                if share > LOST:
-                    lost[part.layer, part.adapter] = part, share, rates[id(parameter)]
+    trained = [(part, p, rates[id(p)]) for part in setup.view.training for p in part.trained if id(p) in rates]
+    shares = [(part, _lost(p, rate), rate) for part, p, rate in trained if p.dtype == torch.bfloat16 and not p.is_meta]
+    lost = {(part.layer, part.adapter): (part, share, rate) for part, share, rate in shares if share > LOST}
     if lost:
         _, share, rate = max(lost.values(), key=lambda found: found[1])
         yield from about(
@@ -49,6 +45,11 @@ def lost_to_rounding(setup: Setup) -> Iterator[Seen]:
             f"at learning rate {rate:g} a step leaves up to {share:.0%} of a factor's bfloat16 values unchanged.",
             TO_FLOAT,
         )
+
+
+def _lost(parameter: nn.Parameter, rate: float) -> float:
+    """The share of a parameter's values that a change by the rate is too small for."""
+    return float((parameter.detach().abs() * HALF_SPACING > rate).float().mean())
 
 
 @check("mixed-devices", "The forward pass fails there.", stops=True)

@@ -1,4 +1,4 @@
-"""What an adapted model of minipeft's and one of PEFT's have in common, as far as a diagnosis looks at it."""
+"""One view of an adapted model, whether minipeft or PEFT adapted it, with all that a diagnosis looks at."""
 
 from __future__ import annotations
 

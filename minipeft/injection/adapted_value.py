@@ -1,4 +1,4 @@
-"""What code gets that reads ``layer.weight`` or ``layer.bias`` of an adapted layer instead of calling it: the adapted value.
+"""The value that code gets if it reads ``layer.weight`` or ``layer.bias`` of an adapted layer instead of calling it.
 
 Mamba's kernels, WavLM's attention and fused losses multiply by a layer's weight themselves. Some code only looks at its
 dtype or shape, so the value is computed when something needs it, and not before.

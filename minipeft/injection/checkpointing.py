@@ -1,4 +1,4 @@
-"""Gradient checkpointing of transformers' models: trains whatever a model's input is, and each row's own adapter.
+"""Gradient checkpointing of transformers' models: adapters get a gradient whatever the model's input is, by row too.
 
 The reentrant one gives no gradient to what a block holds if no tensor that the block is called with requires one.
 transformers makes the embeddings of token ids require one; the first blocks of vision and audio models stay without, and

@@ -1,10 +1,10 @@
 """``W + s B A`` in the place of a parameter that its module multiplies by, such as the fused experts of a mixture.
 
 The module's own code runs, whichever it is: transformers' experts have three implementations (a loop, ``batched_mm``,
-``grouped_mm``), which the user may change at any time, and each class its own loop. What gets in the way of a product is
-torch's protocol for tensor-like objects: each product that `RULES` knows is computed as ``x W + s (x A) B``, so
-that nothing as large as W is made. Any other use of the weight forms it, as an `AdaptedValue`. A compiler follows the same
-rules while it traces (`TracedWeight`).
+``grouped_mm``), which the user may change at any time, and each class its own loop. Torch's protocol for tensor-like
+objects hands over each product: those that `RULES` knows are computed as ``x W + s (x A) B``, so that nothing as large as
+W is made. Any other use of the weight forms it, as an `AdaptedValue`. A compiler follows the same rules while it traces
+(`TracedWeight`).
 """
 
 from __future__ import annotations

@@ -71,11 +71,15 @@ def owners(index: TensorIndex, found: dict[str, Candidate], base: nn.Module) -> 
         twin = other._parameters.get("weight")
         if twin is None or twin.shape != weight.shape or any(other is module for _, module in holders):
             continue
-        if hides_ties(base) or hides_ties(other):
-            with present(base), present(other):
-                if torch.equal(base.get_parameter("weight").cpu(), other.get_parameter("weight").cpu()):
-                    holders.append((f"{name}.weight", other))
+        if (hides_ties(base) or hides_ties(other)) and _same_values(base, other):
+            holders.append((f"{name}.weight", other))
     return holders
+
+
+def _same_values(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers, which may be offloaded, have equal weights."""
+    with present(one), present(other):
+        return torch.equal(one.get_parameter("weight").cpu(), other.get_parameter("weight").cpu())
 
 
 def _check_alike(first: AdapterSite, second: AdapterSite) -> None:

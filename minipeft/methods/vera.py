@@ -84,7 +84,7 @@ class Projections(nn.Module):
             self.register_buffer(name, factor.to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As ever; ``to_empty`` of a model built on the meta device gives memory without values."""
+        """Torch's own; after ``to_empty`` of a model built on the meta device, the memory has no values."""
         self.is_empty = self.is_empty or any(factor.is_meta for factor in self.buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

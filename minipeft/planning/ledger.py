@@ -24,7 +24,7 @@ class Memory:
 
 @dataclass(eq=False)
 class Ledger:
-    """The memory that was made since, and in which order it was made and freed."""
+    """The memory that was made, and the order in which it was made and freed."""
 
     use: str = "weights"  # of what is made next
     words: int | None = None  # arrays whose last dimension this is hold logits
