@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minipeft.errors import StateError, TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers
+from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.functional import is_finite
 from minipeft.methods.base import Adapter
 
@@ -57,29 +58,35 @@ def sources(model: nn.Module, weights: Mapping[str, float], *, different_targets
     found: dict[str, list[Update]] = {}
     followed: dict[frozenset[int], str] = {}  # the parameters of an adapter -> a layer that shares it
     for path, wrapper in wrappers(model):
-        here = [name for name in weights if name in wrapper.adapters]
-        if here and not isinstance(wrapper, AdaptedLayer):
-            raise StateError(
-                f"{path}: adapter {here[0]!r} trains this module in full, and a low-rank adapter cannot hold a sum of such "
-                "modules. Leave it out, or train it without modules_to_save and bias='all'."
-            )
-        if not here or not isinstance(wrapper, AdaptedLayer):
-            continue
-        updates = [Update(name, weights[name], wrapper.adapter(name), wrapper) for name in here]
-        for update in updates:
-            _check(path, update)
-        following = [update for update in updates if update.name in wrapper.tied_adapters]
+        updates = _updates(path, wrapper, weights)
+        following = [update for update in updates if update.name in update.layer.tied_adapters]
         followed |= {parameters_of(update.adapter): path for update in following}
-        if not following:
-            found[path] = updates
-        elif len(following) < len(updates):
+        if following and len(following) < len(updates):
             raise _unevenly_tied(path, following, updates)
+        if updates and not following:
+            found[path] = updates
     for path, updates in found.items():
         leading = [update for update in updates if parameters_of(update.adapter) in followed]
         if leading and len(leading) < len(updates):
             raise _unevenly_tied(path, leading, updates)
     _check_targets(found, weights, different_targets)
     return found
+
+
+def _updates(path: str, wrapper: Wrapper, weights: Mapping[str, float]) -> list[Update]:
+    """The updates of these adapters on one layer, each checked."""
+    here = [name for name in weights if name in wrapper.adapters]
+    if not here:
+        return []
+    if not isinstance(wrapper, AdaptedLayer):
+        raise StateError(
+            f"{path}: adapter {here[0]!r} trains this module in full, and a low-rank adapter cannot hold a sum of such "
+            "modules. Leave it out, or train it without modules_to_save and bias='all'."
+        )
+    updates = [Update(name, weights[name], wrapper.adapter(name), wrapper) for name in here]
+    for update in updates:
+        _check(path, update)
+    return updates
 
 
 def parameters_of(adapter: Adapter) -> frozenset[int]:
