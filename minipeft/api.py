@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from minipeft.combining.report import CombineReport
-from minipeft.config import AdapterConfig, config_of_peft
+from minipeft.config import AdapterConfig, checked_config, config_of_peft
 from minipeft.diagnosis.check import Finding
 from minipeft.diagnosis.diagnose import diagnose
 from minipeft.errors import (
@@ -91,11 +91,9 @@ def estimate(
     Raises:
         MinipeftError: there is no such model, or it cannot be trained so.
     """
-    config = LoraConfig(r=8, target_modules="all-linear") if config is None else config_of_peft(config)
-    if not isinstance(config, AdapterConfig):
-        raise ConfigError(f"config must be the configuration of a method, such as LoraConfig, not {config!r:.100}.")
+    own = checked_config(LoraConfig(r=8, target_modules="all-linear") if config is None else config)
     setup = Setup(training, checkpointing, dtype, quantize, batch, length, device)
-    return Planner(model, config, setup, get_adapter_model).estimate()
+    return Planner(model, own, setup, get_adapter_model).estimate()
 
 
 def suggest(model: Any, *, tokens: int | None = None, text: str | Path | None = None, length: int = 512) -> Suggestion:

@@ -224,6 +224,14 @@ class AdapterConfig(metaclass=_KnownNames):
         return cls(**values)
 
 
+def checked_config(config: object) -> AdapterConfig:
+    """The configuration of a method, minipeft's or PEFT's; raises ConfigError if it is anything else."""
+    own = config_of_peft(config)
+    if not isinstance(own, AdapterConfig) or not hasattr(type(own), "method"):
+        raise ConfigError(f"config must be the configuration of a method, such as LoraConfig, not {own!r:.100}.")
+    return own
+
+
 def config_of_peft(config: object) -> object:
     """What a configuration object of PEFT's says, as one of minipeft's; anything else as it is.
 

@@ -16,8 +16,8 @@ from minipeft import registry
 from minipeft.class_swap import reduced
 from minipeft.combining.model import CombinableModel
 from minipeft.combining.other_names import OtherNames
-from minipeft.config import AdapterConfig, config_of_peft
-from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
+from minipeft.config import AdapterConfig, checked_config
+from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.foreign_options import check_options
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
@@ -131,11 +131,9 @@ def load_adapter(
 
 
 def _plan(model: nn.Module, config: object) -> Plan:
-    config = config_of_peft(config)
-    if not isinstance(config, AdapterConfig) or not hasattr(type(config), "method"):
-        raise ConfigError(f"config must be the configuration of a method, such as LoraConfig, not {config!r:.100}.")
+    own = checked_config(config)
     _check_adaptable(model)
-    plan = plan_injection(model, config)
+    plan = plan_injection(model, own)
     check_loaded(model, plan, may_be_empty=True)
     return plan
 
