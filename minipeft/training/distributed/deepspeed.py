@@ -61,10 +61,13 @@ def configure(accelerator: Accelerator, micro_batch: int, clip: float) -> None:
     for name in ("optimizer", "scheduler"):
         if name in config:
             raise ConfigError(f"DeepSpeed's configuration has its own {name}; leave it out, the run has one.")
-    meant = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": clip}
-    meant |= {"train_batch_size": micro_batch * accelerator.num_processes}
-    meant |= {"gradient_accumulation_steps": 1}  # the Updater accumulates
-    meant |= {"zero_force_ds_cpu_optimizer": False}  # torch's AdamW is enough
+    meant = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_clipping": clip,
+        "train_batch_size": micro_batch * accelerator.num_processes,
+        "gradient_accumulation_steps": 1,  # the Updater accumulates
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is enough
+    }
     for name, value in meant.items():
         if config.get(name, "auto") not in ("auto", value):
             raise ConfigError(
