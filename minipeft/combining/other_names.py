@@ -57,13 +57,8 @@ class OtherNames(CombinableModel):
         """Transformers' verb: the active adapters act again."""
         self._state.switch.turn(True)
 
-    def disable_adapter_layers(self) -> None:
-        """PEFT's name for `disable_adapters`."""
-        self.disable_adapters()
-
-    def enable_adapter_layers(self) -> None:
-        """PEFT's name for `enable_adapters`."""
-        self.enable_adapters()
+    # PEFT's names for the two.
+    disable_adapter_layers, enable_adapter_layers = disable_adapters, enable_adapters
 
     def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Tensor]:
         """Transformers' verb: an adapter's live tensors (None: the active one's), with their keys in a file less its prefix.
