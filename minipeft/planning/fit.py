@@ -120,14 +120,8 @@ def _recomputed(planner: Planner) -> float:
     blocks = list(recomputable_blocks(planner.model))
     if not blocks:
         return 0.0
-    shares: dict[object, float] = {
-        None: 0.0,
-        "none": 0.0,
-        "last": 1 / len(blocks),
-        "mlp": _share_of_mlp(blocks[0]),
-        "block": 1.0,
-        "sqrt": 2.0 - 1 / math.sqrt(len(blocks)),
-    }
+    shares: dict[object, float] = {"last": 1 / len(blocks), "mlp": _share_of_mlp(blocks[0]), "block": 1.0}
+    shares |= {"sqrt": 2.0 - 1 / math.sqrt(len(blocks)), "none": 0.0, None: 0.0}
     return shares[planner.setup.checkpointing]
 
 

@@ -130,13 +130,7 @@ class Case:
             raise self.fail(check, f"{what} is off by {off:.2g} of its largest value, where {allowed:.2g} is rounding")
 
 
-def case_of(
-    method: str,
-    layer: str,
-    ops: LayerOps | None,
-    make: Make | None,
-    options: Mapping[str, Any],
-) -> Case:
+def case_of(method: str, layer: str, ops: LayerOps | None, make: Make | None, options: Mapping[str, Any]) -> Case:
     """Put a case together; without `ops` they are those that accept the layer that `make` makes.
 
     Raises:
