@@ -25,16 +25,35 @@ from minipeft.type_names import is_from
 
 
 class _AfterStep(TrainerCallback):
-    """Calls `minipeft.after_step` when the optimizer has stepped and the gradients are still there."""
+    """Calls `minipeft.after_step` when the optimizer has stepped and the gradients are still there.
+
+    It also checks that the adapters that learn are in the optimizer, again whenever a callback has chosen others.
+    """
 
     def __init__(self, trainer: AdapterTrainerMixin) -> None:
         self.trainer = trainer
+        self.wrapped: tuple[str, ...] = ()  # the adapters that learned when DDP, if any, wrapped the model
+        self.checked: tuple[str, ...] = ()
 
     def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.trainer._check_schedule()
         adapted = self.trainer._adapted()
         if adapted is not None and optimizer is not None:
             check_training(adapted, optimizer)
+            self.wrapped = self.checked = adapted._state.switch.learning
+
+    def on_step_begin(self, args: Any, *others: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        adapted = self.trainer._adapted()
+        if adapted is None or optimizer is None or adapted._state.switch.learning == self.checked:
+            return
+        check_training(adapted, optimizer)
+        self.checked = adapted._state.switch.learning
+        late = [name for name in self.checked if name not in self.wrapped]
+        if late and args.world_size > 1:
+            raise StateError(
+                f"adapter {shown(late)} did not train when DDP wrapped the model, so its gradients would not be averaged over "
+                f"the processes. Call model.train_adapters({late}) before training."
+            )
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._after_step()

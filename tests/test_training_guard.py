@@ -1,13 +1,16 @@
 """Training that would teach an adapter nothing is named: it is merged, not in the optimizer, or gets no gradient."""
 
+import contextlib
+import itertools
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_models import adapted, bert_classifier, gpt2, token_ids
+from tiny_models import adapted, bert_classifier, foreign_code, gpt2, token_ids
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from minipeft import LoraConfig, StateError, get_lora_model, load_adapter
 from minipeft.hf import AdapterTrainer
@@ -117,6 +120,59 @@ def test_the_trainer_refuses_both_before_the_first_step(fault, tmp_path):
     trainer = AdapterTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
     with pytest.raises(StateError, match="optimizer has none" if fault == "optimizer" else "is merged"):
         trainer.train()
+
+
+class Chooses(TrainerCallback):
+    """Lets another adapter act after each step."""
+
+    def __init__(self, model, names):
+        self.model, self.names = model, itertools.cycle(names)
+
+    def on_step_end(self, *args, **kwargs):
+        self.model.set_adapter(next(self.names))
+
+
+def choosing_trainer(folder, both):
+    """A Trainer of a model with two adapters, of which a callback chooses one after each step, and its optimizer."""
+    model = adapted(gpt2())
+    model.add_adapter("second", LoraConfig(r=2))
+    parameters = [p for name in ("default", "second")[: 1 + both] for p in model.adapter_parameters(name)]
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    arguments = TrainingArguments(
+        str(folder), max_steps=3, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    data = [{"input_ids": ids, "labels": ids} for ids in token_ids()]
+    schedule, choice = torch.optim.lr_scheduler.ConstantLR(optimizer), Chooses(model, ["second", "default"])
+    optimizers = optimizer, schedule
+    return AdapterTrainer(model, arguments, train_dataset=data, optimizers=optimizers, callbacks=[choice])
+
+
+def test_an_adapter_that_a_callback_chooses_must_be_in_the_optimizer(tmp_path):
+    with foreign_code(), pytest.raises(StateError, match="optimizer has none .*'second'"):
+        choosing_trainer(tmp_path, both=False).train()
+    with foreign_code():
+        choosing_trainer(tmp_path, both=True).train()
+
+
+@pytest.mark.parametrize("from_the_start", [False, True])
+def test_an_adapter_that_is_chosen_after_ddp_wrapped_the_model_is_refused(from_the_start, tmp_path):
+    trainer = choosing_trainer(tmp_path, both=True)
+    if from_the_start:
+        trainer.model.train_adapters(["default", "second"])
+    call, several = trainer.callback_handler.callbacks[-1], SimpleNamespace(world_size=2)
+    call.on_train_begin(several, None, None, optimizer=trainer.optimizer)
+    trainer.model.set_adapter("second")
+    with contextlib.nullcontext() if from_the_start else pytest.raises(StateError, match="'second' did not train when"):
+        call.on_step_begin(several, None, None, optimizer=trainer.optimizer)
+
+
+def test_an_adapter_that_trains_besides_the_active_one_must_be_in_the_optimizer():
+    model = adapted(gpt2())
+    model.add_adapter("second", LoraConfig(r=2))
+    model.train_adapters(["second"])
+    check_training(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1))
+    with pytest.raises(StateError, match="optimizer has none .*'second'"):
+        check_training(model, torch.optim.SGD(model.adapter_parameters("default"), 0.1))
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

@@ -40,7 +40,7 @@ def message(names: Sequence[str]) -> str:
 
 
 def check_training(model: nn.Module, optimizer: Optimizer) -> None:
-    """Check that training can teach the active adapters of a model something.
+    """Check that training can teach the active adapters of a model, and those of `train_adapters`, something.
 
     Args:
         model: on its device, not wrapped and not sharded; without adapters all is well.
@@ -55,7 +55,7 @@ def check_training(model: nn.Module, optimizer: Optimizer) -> None:
     if names := merged_in_training(model):
         raise StateError(message(names))
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name in state.switch.active:
+    for name in dict.fromkeys((*state.switch.active, *state.switch.also_trained)):
         own = [p for _, wrapper in wrappers(model) for p in wrapper.trainable_parameters(name) if p.requires_grad]
         if own and held.isdisjoint(map(id, own)):
             raise StateError(
