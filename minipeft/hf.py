@@ -63,7 +63,8 @@ class AdapterTrainerMixin:
     """Lets a Trainer read adapters back. It comes before the Trainer: ``class MyTrainer(AdapterTrainerMixin, SFTTrainer)``.
 
     ``train(resume_from_checkpoint=...)`` continues with the values, optimizer, data order and dropout of the interrupted
-    run, bit for bit on the same kind of device, and refuses a checkpoint of another base, configuration or set of adapters.
+    run, bit for bit on the same kind of device with as many processes, and refuses a checkpoint of another base, configuration
+    or set of adapters.
     ``load_best_model_at_end=True`` restores the best adapter's values. Every checkpoint holds every adapter of the model.
     A model that is not adapted is left to the Trainer.
 
@@ -174,7 +175,7 @@ class AdapterTrainerMixin:
         parent: Any = super()
         adapted = self._adapted()
         if adapted is not None:
-            attributes = {"active_adapters": adapted.active_adapters}
+            attributes = {"active_adapters": adapted.active_adapters, "processes": self.args.world_size}
             self.state.stateful_callbacks[RECORD] = {"args": {}, "attributes": attributes}
         if self.is_fsdp_enabled:
             # To record the best checkpoint, each process of Trainer looks for its folder. A sharded state makes that later, so
@@ -202,7 +203,7 @@ class AdapterTrainerMixin:
         if adapted is None:
             parent._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         else:
-            resume(adapted, Path(resume_from_checkpoint))
+            resume(adapted, Path(resume_from_checkpoint), self.args.world_size)
 
     def _load_best_model(self) -> None:
         parent: Any = super()

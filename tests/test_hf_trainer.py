@@ -212,6 +212,14 @@ def test_a_checkpoint_without_optimizer_brings_the_values_back(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_another_number_of_processes_is_said(checkpoint):
+    path = checkpoint / "trainer_state.json"
+    path.write_text(path.read_text("utf-8").replace('"processes": 1', '"processes": 2'), "utf-8")
+    trainer = AdapterTrainer(adapted(), arguments(checkpoint.parent, max_steps=2), train_dataset=DATA)
+    with pytest.warns(UserWarning, match="run in 2 processes, and this one has 1: random numbers start anew"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     trained(AdapterTrainer(adapted(), arguments(tmp_path, max_steps=2), train_dataset=DATA))
@@ -346,7 +354,7 @@ def test_every_adapter_is_in_every_checkpoint_and_the_active_one_trains(tmp_path
 def test_the_optimizer_of_one_adapter_does_not_go_on_with_another(tmp_path):
     trained(AdapterTrainer(two_adapters(), arguments(tmp_path, max_steps=2), train_dataset=DATA))
     record = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["stateful_callbacks"]
-    assert record["minipeft"]["attributes"] == {"active_adapters": ["second"]}
+    assert record["minipeft"]["attributes"] == {"active_adapters": ["second"], "processes": 1}
     trainer = AdapterTrainer(two_adapters("default"), arguments(tmp_path), train_dataset=DATA)
     with pytest.raises(CheckpointError, match=r"'second' was active there, and here it is 'default'; .*set_adapter\("):
         trainer.train(resume_from_checkpoint=True)

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -45,13 +46,14 @@ def save_schedules(model: SavableModel, root: Path) -> None:
 
 
 @all_or_nothing
-def resume(model: SavableModel, checkpoint: Path) -> None:
-    """Continue from a checkpoint: the values of all adapters and the states of their schedules.
+def resume(model: SavableModel, checkpoint: Path, processes: int) -> None:
+    """Continue from a checkpoint, in so many processes: the values of all adapters and the states of their schedules.
 
     Raises:
         CheckpointError: other adapters are active, or a file does not fit the model or is damaged.
     """
-    _check_active(model, checkpoint)
+    record = _record(checkpoint)
+    _check_active(model, checkpoint, record.get("active_adapters"))
     schedules = _read_schedules(model, checkpoint)
     restore_adapters(model, checkpoint)
     _load_schedules(model, schedules)
@@ -59,6 +61,13 @@ def resume(model: SavableModel, checkpoint: Path) -> None:
         warnings.warn(
             f"{checkpoint} holds no optimizer, as save_only_model=True leaves it: the adapters go on from their values, but the "
             "optimizer, learning rate and random numbers start anew.",
+            stacklevel=2,
+        )
+    before = record.get("processes", processes)
+    if before != processes:
+        warnings.warn(
+            f"{checkpoint} is of a run in {before} processes, and this one has {processes}: random numbers start anew, and "
+            "examples are left out or repeated if an update has another number of them.",
             stacklevel=2,
         )
 
@@ -92,11 +101,16 @@ def _load_schedules(model: SavableModel, schedules: Schedules) -> None:
         step_hooks.load_schedule_state(model, name, state)
 
 
-def _check_active(model: SavableModel, checkpoint: Path) -> None:
-    """Refuse to resume with other active adapters: the optimizer's state belongs to those that trained."""
+def _record(checkpoint: Path) -> dict[str, Any]:
+    """What `AdapterTrainerMixin` has noted in a checkpoint; empty if it is another Trainer's."""
     path = checkpoint / TRAINER_STATE
-    record = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {}) if path.exists() else {}
-    active = record.get(RECORD, {}).get("attributes", {}).get("active_adapters")
+    callbacks = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {}) if path.exists() else {}
+    record: dict[str, Any] = callbacks.get(RECORD, {}).get("attributes", {})
+    return record
+
+
+def _check_active(model: SavableModel, checkpoint: Path, active: list[str] | None) -> None:
+    """Refuse to resume with other active adapters: the optimizer's state belongs to those that trained."""
     if active is None or not set(active) <= model._state.configs.keys():
         return  # unknown, or refused with a better message when the adapters are restored
     here = list(model._state.switch.active)
