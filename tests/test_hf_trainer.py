@@ -251,6 +251,21 @@ def merged(model):
     return model
 
 
+@pytest.mark.parametrize("left", [None, '{"epoch": 0.25, "glo'])
+def test_a_checkpoint_whose_saving_was_cut_off_is_not_resumed(left, checkpoint):
+    """Trainer writes trainer_state.json last; what is saved before it may be missing, too."""
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        (checkpoint / name).unlink()
+    if left is not None:
+        (checkpoint / "trainer_state.json").write_text(left, "utf-8")
+    model = disturb(adapted())
+    before = state_digest(model)
+    trainer = AdapterTrainer(model, arguments(checkpoint.parent), train_dataset=DATA)
+    with pytest.raises(CheckpointError, match=r"saving it was cut off|trainer_state.json cannot be read"):
+        trainer.train(resume_from_checkpoint=True)
+    assert state_digest(model) == before
+
+
 def test_a_checkpoint_without_adapter_or_of_a_whole_model_is_not_resumed(tmp_path):
     gpt2().save_pretrained(tmp_path / "whole")
     trainer = AdapterTrainer(adapted(), arguments(tmp_path), train_dataset=DATA)

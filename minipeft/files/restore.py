@@ -35,7 +35,7 @@ def restore_adapters(model: nn.Module, directory: str | Path) -> None:
     live = _checked(model)
     root, wanted = as_path(directory, "directory"), live._state.configs
     with reading(root):
-        found = _adapters_in(root)
+        found = adapters_in(root)
         if found != wanted.keys():
             raise CheckpointError(
                 f"{root} holds the adapters {shown(sorted(found))}, and the model has {shown(sorted(wanted))}."
@@ -70,7 +70,8 @@ def _write(model: SavableModel, values: Mapping[str, Mapping[str, Tensor]]) -> N
     model._state.switch.changes += 1
 
 
-def _adapters_in(root: Path) -> set[str]:
+def adapters_in(root: Path) -> set[str]:
+    """Names of the adapters that a directory holds; raises CheckpointError if it is none."""
     if not os.path.isdir(root):
         raise CheckpointError(f"{root} is not a directory, so there is no adapter to restore.")
     folders = {path.name: path for path in root.iterdir() if path.is_dir()}

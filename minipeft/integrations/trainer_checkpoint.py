@@ -13,7 +13,8 @@ from torch import Tensor
 
 from minipeft.errors import CheckpointError, all_or_nothing, shown
 from minipeft.files.atomic import write_files
-from minipeft.files.restore import restore_adapters
+from minipeft.files.reading import reading
+from minipeft.files.restore import adapters_in, restore_adapters
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import SavableModel, directory_of
 from minipeft.files.tensor_file import open_tensors
@@ -50,7 +51,7 @@ def resume(model: SavableModel, checkpoint: Path, processes: int) -> None:
     """Continue from a checkpoint, in so many processes: the values of all adapters and the states of their schedules.
 
     Raises:
-        CheckpointError: other adapters are active, or a file does not fit the model or is damaged.
+        CheckpointError: saving it was cut off, other adapters are active, or a file does not fit the model or is damaged.
     """
     record = _record(checkpoint)
     _check_active(model, checkpoint, record.get("active_adapters"))
@@ -102,9 +103,15 @@ def _load_schedules(model: SavableModel, schedules: Schedules) -> None:
 
 
 def _record(checkpoint: Path) -> dict[str, Any]:
-    """What `AdapterTrainerMixin` has noted in a checkpoint; empty if it is another Trainer's."""
+    """What `AdapterTrainerMixin` has noted in a checkpoint; empty if it is another Trainer's or holds no adapter."""
     path = checkpoint / TRAINER_STATE
-    callbacks = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {}) if path.exists() else {}
+    if adapters_in(checkpoint) and not path.exists():
+        raise CheckpointError(
+            f"{checkpoint} has no {TRAINER_STATE}, which a Trainer writes last: saving it was cut off. Delete it, and resume "
+            "from the checkpoint before it."
+        )
+    with reading(path):
+        callbacks = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {}) if path.exists() else {}
     record: dict[str, Any] = callbacks.get(RECORD, {}).get("attributes", {})
     return record
 
