@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 import warm
-from tiny_models import gpt2
+from tiny_models import gpt2, token_ids
 from tiny_rows import Rows
 from torch import nn
 
@@ -48,6 +48,7 @@ def mean_loss(model, examples):
     return total / tokens
 
 
+DRAWN = [{"freeze_lora_A": True}, {"init_lora_weights": "pissa_niter_2"}]
 FEW = [(1e6, 6, False), (1e6, 4, True), (0.05, 4, False), (0.05, 1, True)]
 
 
@@ -198,22 +199,45 @@ def test_a_loss_that_depends_on_no_adapter_is_said():
         updater_of(model, loss=loss)(UpdateOrder(Rows(), 8, seed=0)[0])
 
 
+def drawn_differently(accelerator, **options):
+    """What a model computes once an Updater has it; each process drew the adapter's random values from another seed."""
+    torch.manual_seed(accelerator.process_index)
+    model = minipeft.get_lora_model(gpt2(), LoraConfig(r=2, **options)).train()
+    updater_of(model, accelerator)(UpdateOrder(Rows(), 8, seed=0)[0])
+    with torch.no_grad():
+        return model.eval()(token_ids()).logits
+
+
 def main(directory):
     """One of two processes; only the second has too little memory."""
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
+    drawn = [drawn_differently(accelerator, **options) for options in DRAWN]
     loss = no_room_for(1) if rank == 1 else no_room_for(99)
     found = updater_of(adapted().train(), accelerator, micro_batch=4, auto_batch=True, loss=loss)
     order = UpdateOrder(Rows(), 8, seed=0)
     losses = [found(order[number]) for number in range(3)]
-    torch.save([losses, found.micro_batch, [p.detach() for p in found.parameters]], directory / f"{rank}.pt")
+    torch.save([losses, found.micro_batch, [p.detach() for p in found.parameters], drawn], directory / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_where_one_of_two_processes_runs_out_of_memory_both_halve_their_batches(tmp_path):
-    """And a process that dies of it ends the run within the time-out here, instead of hanging."""
-    warm.ranks(tmp_path, main, tmp_path, ACCELERATE_USE_CPU="true")
-    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in "01")
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes found; one that dies of its memory ends the run within the time-out, instead of hanging."""
+    directory = tmp_path_factory.mktemp("ranks")
+    warm.ranks(directory, main, directory, ACCELERATE_USE_CPU="true")
+    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in "01"]
+
+
+def test_what_an_adapter_draws_at_random_is_the_same_in_all_processes(ranks):
+    """Also what does not train: a frozen A, and the start that PiSSA's update is counted from."""
+    one, other = (rank[3] for rank in ranks)
+    assert len(one) == len(DRAWN)
+    assert all(map(torch.equal, one, other))
+
+
+def test_where_one_of_two_processes_runs_out_of_memory_both_halve_their_batches(ranks):
+    one, other = ranks
     plain = updater_of(adapted().train(), micro_batch=1)
     order = UpdateOrder(Rows(), 8, seed=0)
     assert one[0] == other[0] == pytest.approx([plain(order[number]) for number in range(3)], rel=1e-6)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from minipeft.errors import StateError
+from minipeft.injection.module_tree import wrappers
 from minipeft.injection.step_hooks import after_step, extra_loss, has_schedule, refuse_idle_layers
 from minipeft.merging.training_guard import check_training
 from minipeft.training.data.collate import Batch, Store, eval_batches, model_inputs
@@ -104,8 +105,7 @@ class Updater:
             for index, parameter in enumerate(self.parameters):
                 parameter.register_hook(partial(self._reach, index))  # type: ignore[no-untyped-call]
         elif accelerator.num_processes > 1 and not self.sharded:
-            for parameter in self.parameters:
-                dist.broadcast(parameter.data, 0)
+            _take_from_first(model, self.parameters)
 
     def __call__(self, update: Update) -> float:
         """Make an update and return its mean loss in nats per token, without the method's extra loss.
@@ -210,6 +210,16 @@ class Updater:
                 f"DeepSpeed has gradient_clipping {clip} and gradient_accumulation_steps {passes}; they must be "
                 f"{self.clip} and 1, as minipeft accumulates itself."
             )
+
+
+@torch.no_grad()
+def _take_from_first(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Give every process the first one's values of what trains, and of what else adapters hold, such as a random factor."""
+    held = [t for _, wrapper in wrappers(model) for t in (*wrapper.adapters.parameters(), *wrapper.adapters.buffers())]
+    for tensor in {id(tensor): tensor for tensor in (*parameters, *held)}.values():
+        value = tensor.contiguous()
+        dist.broadcast(value, 0)
+        tensor.copy_(value)
 
 
 @torch.no_grad()
