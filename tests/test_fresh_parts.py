@@ -228,9 +228,11 @@ def test_a_trained_head_in_the_checkpoint_is_not_new(made, tmp_path):
     assert not any("pooler" in key for key in load_file(tmp_path / "adapter" / WEIGHTS_FILE))
 
 
-def test_a_file_of_peft_that_lacks_a_new_layer_is_named(made, tmp_path):
+@pytest.mark.parametrize("targets", [["query_proj"], ["query_proj", "pooler.dense"]])
+def test_a_file_of_peft_that_lacks_a_new_layer_is_named(made, tmp_path, targets):
+    """An update of a layer does not bring the layer either."""
     with foreign_code():
-        config = peft.LoraConfig(r=4, target_modules=["query_proj"], task_type="SEQ_CLS")
+        config = peft.LoraConfig(r=4, target_modules=targets, task_type="SEQ_CLS")
         peft.get_peft_model(made("deberta", 1), config).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"does not bring .*pooler\.dense\.weight"):
         load_adapter(made("deberta", 2), tmp_path)

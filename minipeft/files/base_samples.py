@@ -198,12 +198,16 @@ def _of_unsure_origin(model: nn.Module, taken: Collection[int]) -> Iterator[tupl
             yield name, parameter
 
 
-def warn_of_missing_parts(file: AdapterFile, plan: Plan, frozen: Iterable[str]) -> None:
+def warn_of_missing_parts(model: nn.Module, file: AdapterFile, plan: Plan, frozen: Iterable[str]) -> None:
     """Warn about weights that were drawn at random when this base was loaded, and of which the file says nothing.
 
-    `frozen` are the names of `planned_frozen_weights`.
+    An adapted layer is one of them, if the file has no sample of it: PEFT's brings its update alone. `frozen` are the names
+    of `planned_frozen_weights`.
     """
-    lacking = [name for name in frozen if name in plan.origins.fresh and name not in file.base]
+    known = tables(model)  # whose new rows have a place of their own
+    unseen = [site for site in plan.adapters if site.name not in file.base and site.name not in known]
+    updated = [f"{site.name}.{own}" for site in unseen for own, _ in site.candidate.base.named_parameters()]
+    lacking = [name for name in (*frozen, *updated) if name in plan.origins.fresh and name not in file.base]
     if lacking:
         warnings.warn(
             f"{file.path.parent} does not bring {shown(lacking)}, which this base's checkpoint lacks too: they were drawn "

@@ -99,7 +99,7 @@ def load_parts(
     file = todays_layout(file, plan)
     with reading(directory):
         values = read_values(file, expected, strict=strict)
-    warn_of_missing_parts(file, plan, frozen)
+    warn_of_missing_parts(model, file, plan, frozen)
     if bookkeeping := file.config.other_keys.keys() - KEPT:
         logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
     values.update(new_rows.values)
