@@ -149,3 +149,65 @@ def test_an_ordinary_call_is_not_taken_for_a_traced_one():
     with forward_ad.dual_level():
         function(batch(2))
     assert seen == [(False, False), (True, True), (True, True)]
+
+
+class ReadsIt(nn.Module):
+    """Reads weights instead of calling layers: those of an attention, of a layer, of a table, and a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.layer, self.table = nn.MultiheadAttention(8, 2), nn.Linear(8, 8), nn.Embedding(5, 8)
+        self.inner = nn.Bilinear(8, 8, 8)
+
+    def forward(self, x):
+        y = self.attention(x, x, x, need_weights=False)[0]
+        return nn.functional.linear(self.inner(y, y), self.layer.weight, self.layer.bias) @ self.table.weight.t()
+
+
+READ = {
+    "lora": minipeft.LoraConfig(
+        r=2, target_modules=["attention", "layer", "table"], target_parameters=["inner.weight"]
+    ),
+    "dora": minipeft.LoraConfig(r=2, use_dora=True, target_modules=["layer", "table"]),
+    "loha": minipeft.LoHaConfig(r=2, target_modules=["attention", "layer", "table"]),
+    "trained": minipeft.LoraConfig(r=2, target_modules=["attention"], modules_to_save=["layer", "table"]),
+}
+
+
+def exported(model, x):
+    return torch.export.export(model, (x,)).module()(x)
+
+
+def traced(model, x):
+    with torch.no_grad():
+        return torch.jit.trace(model, (x,))(x)
+
+
+def called_with_tensors(model, x):
+    return torch.func.functional_call(model, {name: p * 1 for name, p in model.named_parameters()}, (x,))
+
+
+@pytest.mark.parametrize(
+    ("run", "method"),
+    [(exported, "lora"), (traced, "lora"), (traced, "trained"), *((called_with_tensors, method) for method in READ)],
+)
+def test_weights_that_are_read_have_the_adapter_in_them(run, method):
+    torch.manual_seed(0)
+    model = disturb(minipeft.get_adapter_model(ReadsIt(), READ[method])).eval()
+    x = torch.randn(3, 2, 8)
+    torch.testing.assert_close(run(model, x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_the_tensors_in_the_place_of_parameters():
+    """And where they cannot, since the backward pass would read others, that is an error."""
+    torch.manual_seed(0)
+    model, x = disturb(minipeft.get_adapter_model(ReadsIt(), READ["lora"])), torch.randn(3, 2, 8)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(model(x).square().sum(), [model.get_parameter(name) for name in names])
+    tensors = {name: model.get_parameter(name).detach().clone().requires_grad_() for name in names}
+    found = torch.autograd.grad(torch.func.functional_call(model, tensors, (x,)).square().sum(), [*tensors.values()])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    parameters = {name: nn.Parameter(value.detach()) for name, value in tensors.items()}
+    loss = torch.func.functional_call(model, parameters, (x,)).square().sum()
+    with pytest.raises(minipeft.MinipeftError, match="Give functional_call tensors"):
+        loss.backward()

@@ -50,13 +50,17 @@ class AdaptedLayer(Wrapper):
     def __getattr__(self, name: str) -> Any:
         """The base layer's attribute; its weight and bias with the acting adapters folded in."""
         value = super().__getattr__(name)
-        if type(value) is not nn.Parameter or "stored" not in self.__dict__:
+        if (type(value) is not nn.Parameter and not self.stands_in(name, value)) or "stored" not in self.__dict__:
             return value
         rows = None if self.ops.is_quantized else self.mixed_rows()
         if rows is not None:
             return adapted_value(value, functools.partial(rows.refuse, self, "is read, not called"), ())
         names = self.acting() if not self.ops.is_quantized else ()
         return self.read(name, value, names) if names else value
+
+    def stands_in(self, name: str, value: Any) -> bool:
+        """Whether this is a tensor in a parameter's place, as `functional_call`, `torch.export` and FSDP put there."""
+        return isinstance(value, Tensor) and self.owner._parameters.get(name) is value
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if HOOK in self._modules["base_layer"].__dict__:  # accelerate's, which may offload the weight
@@ -115,7 +119,7 @@ class AdaptedLayer(Wrapper):
             return self.ops.call(self.base_layer, x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
 
-    def read(self, name: str, own: nn.Parameter, names: tuple[str, ...]) -> Tensor:
+    def read(self, name: str, own: Tensor, names: tuple[str, ...]) -> Tensor:
         """The weight or bias `own`, called `name`, with these adapters folded in; another parameter as it is."""
         adapters = [self.adapter(each) for each in names]
         is_bias = own is self.ops.read_bias(self.base_layer)
@@ -124,7 +128,15 @@ class AdaptedLayer(Wrapper):
         if not is_bias and (self.stored is None or self.stored.name != name):
             return own
 
+        parameters = [p for adapter in adapters for p in adapter.parameters()]
+
         def compute() -> Tensor:
+            now = [p for adapter in adapters for p in adapter.parameters()]
+            if any(p is not then for p, then in zip(now, parameters, strict=False)):
+                raise StateError(
+                    f"the {name} of a {type(self.owner).__name__} was read with other parameters than the adapter has now, in the "
+                    "backward pass. Give functional_call tensors, such as p * 1, in place of each nn.Parameter p."
+                )
             self.switch.note_read(self)
             with present(self.owner):
                 device = self.ops.read_weight(self.base_layer).device.type
@@ -136,7 +148,10 @@ class AdaptedLayer(Wrapper):
             assert self.stored is not None
             return self.stored.from_canonical(weight, own)
 
-        return adapted_value(own, compute, [p for adapter in adapters for p in adapter.parameters()])
+        # What stands in for a parameter is gone in the backward pass, so that cannot compute the value again.
+        if not all(isinstance(p, nn.Parameter) for p in (own, *parameters)):
+            return compute()
+        return adapted_value(own, compute, parameters)
 
     def folded(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Canonical weight (out, in) and bias (out,) with these adapters folded in, in float32 or float64.
@@ -192,7 +207,7 @@ class AdaptedLayer(Wrapper):
         return f"merged={list(self.merged)}" if self.merged else ""
 
 
-def _sum_of_biases(own: nn.Parameter, adapters: Sequence[Adapter]) -> Tensor:
+def _sum_of_biases(own: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """The bias with what additive adapters add to it; cheap, so computed at once. `own` if they add nothing."""
     start = bias = own.to(accumulation_dtype(own))
     for adapter in adapters:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from minipeft.injection.adapted_layer import AdaptedLayer
@@ -29,6 +31,9 @@ class AdaptedWeight(AdaptedLayer):
             weights = self.adapted_weights()
             if not weights:
                 return self.base_layer(*args, **kwargs)
+            if torch.jit.is_tracing():  # which `functional_call` refuses
+                with _in_place(self.owner, self.ops.parameter, *weights.values()):
+                    return self.base_layer(*args, **kwargs)
             return functional_call(self.base_layer, weights, args, kwargs)
 
     def adapted_weights(self) -> dict[str, Tensor]:
@@ -65,3 +70,13 @@ class AdaptedWeight(AdaptedLayer):
             for name in names:
                 y = self.adapters[name](owner, self.ops, x, y)
         return self.ops.from_call(owner, y)
+
+
+@contextlib.contextmanager
+def _in_place(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Within the context a module has this tensor in the place of its parameter."""
+    own, owner._parameters[name] = owner._parameters[name], value
+    try:
+        yield
+    finally:
+        owner._parameters[name] = own

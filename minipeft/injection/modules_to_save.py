@@ -42,7 +42,7 @@ class SavedModule(Wrapper):
             refuse = functools.partial(rows.refuse, self, "is read, not called")
             return adapted_value(value, refuse, ()) if isinstance(value, nn.Parameter) else value
         value = getattr(self.current(), name)
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, Tensor):
             self.switch.note_read(self)
         return value
 
