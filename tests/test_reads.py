@@ -69,6 +69,15 @@ def test_a_weight_that_is_read_acts_and_trains_as_the_called_layer_does(method):
         )
 
 
+@pytest.mark.parametrize("method", ["lora", "oft"])
+def test_a_base_weight_that_is_unfrozen_and_read_gets_its_gradient(method):
+    model = reader(method)
+    own = model.read.base_layer.weight.requires_grad_()
+    (wanted,) = torch.autograd.grad(model.read(torch.tanh(model.called(X))).square().sum(), own)
+    (found,) = torch.autograd.grad(model(X).square().sum(), own)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("options", [{"bias": "lora_only"}, {"lora_bias": True}])
 def test_so_does_a_trained_bias(options):
     model = reader(**options)

@@ -95,20 +95,21 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, compute: Compute, kind: type[AdaptedValue], *parameters: Tensor) -> Tensor:
         ctx.compute = compute
-        ctx.save_for_backward(*parameters)
+        ctx.save_for_backward(own if own.requires_grad else None, *parameters)
         return kind(own, compute)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parameters = ctx.saved_tensors
-        needed = [p for p, needs in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needs]
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        needed = [p for p, needs_it in zip(ctx.saved_tensors, needs, strict=True) if needs_it]
         with torch.enable_grad():
             value = ctx.compute()
         if not value.requires_grad:  # a bias that the adapters turn out to leave alone
-            return (None,) * (3 + len(parameters))
+            return (None,) * (2 + len(needs))
         grads = iter(torch.autograd.grad(value, needed, grad, allow_unused=True))
-        return None, None, None, *(next(grads) if needs else None for needs in ctx.needs_input_grad[3:])
+        of_own, *of_parameters = (next(grads) if needs_it else None for needs_it in needs)
+        return of_own, None, None, *of_parameters
 
 
 def adapted_value(
@@ -120,7 +121,7 @@ def adapted_value(
     """
     if is_transformed():
         return compute()
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+    if torch.is_grad_enabled() and any(p.requires_grad for p in (own, *parameters)):
         value: Tensor = _Read.apply(own, compute, kind, *parameters)  # type: ignore[no-untyped-call,unused-ignore]
         return value
     return kind(own, compute)
