@@ -336,6 +336,21 @@ def test_a_failing_call_leaves_the_head_as_it_was():
     assert model(input_ids=IDS).logits.shape[-1] == VOCABULARY
 
 
+@pytest.mark.parametrize("where", ["transformer.ln_f", "lm_head"])
+def test_ctrl_c_within_a_training_step_leaves_the_head_as_it_was(where):
+    model = lean(in_training())
+    expected = model.eval()(input_ids=IDS).logits
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = model.get_submodule(where).register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):  # torch calls no hook of the model then
+        model.train()(input_ids=IDS, labels=LABELS)
+    hook.remove()
+    assert torch.equal(model.eval()(input_ids=IDS).logits, expected)
+
+
 @pytest.mark.parametrize("checkpointing", ["last", "mlp", "block", "sqrt"])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_torch_func_gives_the_gradients_of_a_model_that_recomputes(make, checkpointing):

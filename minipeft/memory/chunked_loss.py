@@ -138,6 +138,8 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Pre-hook of the model: decides whether this call's loss is computed in chunks. An export has the whole logits."""
     loss: LeanLoss = model._loss_function  # type: ignore[assignment]
     loss.took_logits = False
+    if getattr(loss.head, "passing", None) is not None:  # torch calls no hook after a call that Ctrl-C has ended
+        loss.head.passing = None  # type: ignore[assignment]
     if not (model.training and torch.is_grad_enabled()):
         return None
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
