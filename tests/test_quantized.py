@@ -456,6 +456,27 @@ def test_a_quantized_layer_is_not_trained_in_full(kind):
         minipeft.get_lora_model(model, LoraConfig(modules_to_save=["h.0.mlp"]))
 
 
+def float8():
+    model = nn.Sequential(nn.Linear(64, 64))
+    with foreign_code():
+        torchao.quantize_(model, torchao.Float8WeightOnlyConfig())
+    return model[0]
+
+
+def cast_to_float8():
+    """As transformers' layers of finegrained FP8 hold their weight."""
+    layer = nn.Linear(64, 64)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), False)
+    return layer
+
+
+@pytest.mark.parametrize("make", [dynamic, float8, cast_to_float8])
+def test_a_layer_that_is_quantized_in_an_unknown_way_is_not_trained_in_full_either(make):
+    model = nn.ModuleDict({"adapted": nn.Linear(4, 4), "saved": nn.Sequential(make())})
+    with pytest.raises(TargetError, match="saved holds a quantized Linear, which cannot be trained in full"):
+        minipeft.get_lora_model(model, LoraConfig(target_modules=["adapted"], modules_to_save=["saved"]))
+
+
 @every_kind
 def test_the_biases_of_quantized_layers_train(kind):
     model = minipeft.get_lora_model(minipeft.quantize(gpt2(), kind).train(), LoraConfig(bias="all"))

@@ -35,6 +35,7 @@ from minipeft.injection.tied_sites import (
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.offloaded import is_absent, offloads
 from minipeft.transformers_model import model_type
+from minipeft.type_names import is_from
 from minipeft.wrapper_names import FIXED_PARAMETERS, wrapper_class
 
 
@@ -184,7 +185,7 @@ def _check_saveable(site: SavedSite) -> None:
         )
     for inner in base.modules() if site.only is None else ():
         ops = layer_ops(inner)
-        if ops is not None and ops.is_quantized:
+        if (ops is not None and ops.is_quantized) or any(map(_holds_codes, inner._parameters.values())):
             raise TargetError(
                 f"{site.name} holds a quantized {type(inner).__name__}, which cannot be trained in full. "
                 "Keep it out of the quantization, or adapt it."
@@ -193,6 +194,13 @@ def _check_saveable(site: SavedSite) -> None:
         raise TargetError(f"{site.name}: adapted already, so it cannot also be trained in full.")
     if isinstance(module, SavedModule) and module.only != site.only:
         raise TargetError(f"{site.name}: another adapter trains {module.only or 'all of it'} here.")
+
+
+def _holds_codes(parameter: nn.Parameter | None) -> bool:
+    """Whether a parameter looks like a float one and is quantized, so that no gradient reaches it."""
+    if parameter is None:
+        return False
+    return is_from(type(parameter), "torchao") or (parameter.is_floating_point() and parameter.itemsize == 1)  # float8
 
 
 def check_loaded(model: nn.Module, plan: Plan, *, may_be_empty: bool) -> None:
