@@ -385,6 +385,30 @@ def test_unlean_brings_everything_back(checkpointing):
     unlean(model)  # nothing to do
 
 
+@pytest.mark.parametrize("cause", ["refused", "interrupted"])
+def test_a_call_that_fails_leaves_the_model_as_lean_as_it_was(cause, monkeypatch):
+    model = lean(in_training(), "block")
+    expected = loss_and_gradients(model)
+    before, kept = list(map(type, model.modules())), bytes_kept(model, input_ids=IDS, labels=LABELS)
+    if cause == "refused":
+        model.lm_head.register_forward_hook(lambda *args: None)
+        with pytest.raises(LeanError, match="hooked.*Nothing was changed"):
+            lean(model, "sqrt")
+        model.lm_head._forward_hooks.clear()
+    else:
+        monkeypatch.setattr(Probe, "compare", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            lean(model, "sqrt")
+    assert list(map(type, model.modules())) == before
+    assert bytes_kept(model, input_ids=IDS, labels=LABELS) == kept
+    assert_same_learning(loss_and_gradients(model), expected)
+    fresh = in_training()
+    unlean(model)
+    assert list(map(type, model.modules())) == list(map(type, fresh.modules()))
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
 def test_a_loss_function_of_ones_own_comes_back():
     from transformers.loss.loss_utils import ForCausalLMLoss
 

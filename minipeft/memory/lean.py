@@ -14,6 +14,7 @@ from torch import nn
 
 from minipeft.class_swap import SameFunction, mixed_class, original_class, plain_class
 from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown, told
+from minipeft.injection.rollback import unchanged_on_error
 from minipeft.injection.wrapper import Wrapper
 from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels import glibc, matmul
@@ -97,31 +98,34 @@ def lean(
         raise StateError(f"{wrapping} wraps the model; call lean() on the model itself, then wrap it.")
     flags(chunked_loss=chunked_loss, fast_linear=fast_linear)
     _check_checkpointing(checkpointing)
+    before = model.__dict__.get(STATE)
+    with unchanged_on_error(model, *([before] if before is not None else [])):
+        state = _replace(model, checkpointing, chunked_loss=chunked_loss, fast_linear=fast_linear)
+    if checkpointing not in (None, "none", "last", "mlp") and next(model.parameters()).device.type == "cpu":
+        glibc.map_large_arrays(MAPPED_BLOCKS if checkpointing == "block" else MAPPED_GROUPS)
+    logger.info("lean: %s", describe(state))
+    return model
+
+
+def _replace(model: nn.Module, checkpointing: str | int | None, *, chunked_loss: bool, fast_linear: bool) -> LeanState:
+    """Undo an earlier `lean`, do what these options ask for, and prove it; raises a LeanError in the middle of that."""
     unlean(model)
     if chunked_loss:
         check_loss(model)
     probe = Probe(model, with_labels=chunked_loss)
     state = LeanState()
     model.__dict__[STATE] = state
-    try:
-        _swap_modules(model, state, fast_linear=fast_linear)
-        _recompute(model, state, checkpointing)
-        if chunked_loss:
-            _chunk_loss(model, state, trims=checkpointing not in FOR_SPEED)
-        probe.compare(model)
-        if checkpointing is None and not all(sample_slices.runs_in_slices(block) for block in state.blocks):
-            _keep_blocks(state)
-        _compare_in_pieces(model, state, probe)
-    except BaseException:
-        unlean(model)
-        raise
+    _swap_modules(model, state, fast_linear=fast_linear)
+    _recompute(model, state, checkpointing)
+    if chunked_loss:
+        _chunk_loss(model, state, trims=checkpointing not in FOR_SPEED)
+    probe.compare(model)
+    if checkpointing is None and not all(sample_slices.runs_in_slices(block) for block in state.blocks):
+        _keep_blocks(state)
+    _compare_in_pieces(model, state, probe)
     if not (state.mixed or state.blocks or state.chunked_loss):
-        unlean(model)
         raise LeanError(f"there is nothing in {type(model).__name__} that lean() could improve with these options.")
-    if checkpointing not in (None, "none", "last", "mlp") and next(model.parameters()).device.type == "cpu":
-        glibc.map_large_arrays(MAPPED_BLOCKS if checkpointing == "block" else MAPPED_GROUPS)
-    logger.info("lean: %s", describe(state))
-    return model
+    return state
 
 
 def _compare_in_pieces(model: nn.Module, state: LeanState, probe: Probe) -> None:
@@ -181,7 +185,7 @@ def _keep_blocks(state: LeanState) -> None:
             block.__class__ = original_class(RecomputedBlock, type(block))
         for name in ("recomputes", "trims", "_gradient_checkpointing_func", sample_slices.ROWS, CHAINS):
             block.__dict__.pop(name, None)
-    state.blocks.clear()
+    state.blocks = []  # the list itself stays for `unchanged_on_error`
 
 
 def describe(state: LeanState) -> str:
