@@ -19,7 +19,7 @@ from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, sta
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, MinipeftError, StateError, get_lora_model, load_adapter
-from minipeft.files.tensor_file import open_tensors
+from minipeft.files.tensor_file import TensorFile, open_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
@@ -417,6 +417,22 @@ def test_a_pair_of_two_saves_is_not_read(tmp_path, saved):
     adapted(lora_alpha=32).save_pretrained(other)
     (saved / CONFIG).write_bytes((other / CONFIG).read_bytes())
     refused(saved, "come from different saves")
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_fc"]])
+def test_a_save_between_the_header_and_the_tensors_of_a_file_is_noticed(tmp_path, monkeypatch, targets):
+    adapted(target_modules=["c_attn"]).save_pretrained(tmp_path)
+    real = TensorFile.read
+
+    def read(file, *args, **options):
+        adapted(seed=3, lora_alpha=64, target_modules=targets).save_pretrained(tmp_path)
+        return real(file, *args, **options)
+
+    monkeypatch.setattr(TensorFile, "read", read)
+    model = gpt2()
+    with pytest.raises(CheckpointError, match="changed while it was being read"):  # else new values, and the old alpha
+        load_adapter(model, tmp_path)
+    assert type(model) is type(gpt2())
 
 
 def test_provenance_may_be_edited_by_hand(saved):

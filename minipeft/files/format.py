@@ -78,7 +78,7 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
         part = only_part(source_of(weights, modules), known)
         logger.info("%s: read as a file of %s.", weights.path, known.name)
         config = config_from_dict(part.values, f"{weights.path}")
-        return AdapterFile(weights.path, part.entries, {}, config=config, base={})
+        return AdapterFile(weights.path, part.entries, {}, config=config, base={}, state=weights.state)
     own = _own(weights)
     saved = own.get("config")
     if values is not None:
@@ -100,7 +100,8 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
     if "scaling" in own:
         weights, asked = with_own_scaling(weights, values, own["scaling"])
         config = config_from_dict(asked, f"{directory / CONFIG_FILE}")
-    return AdapterFile(weights.path, weights.entries, weights.metadata, config, base, kept, bool(own), values)
+    here = weights.path, weights.entries, weights.metadata
+    return AdapterFile(*here, config, base, kept, bool(own), values, state=weights.state)
 
 
 def source_of(

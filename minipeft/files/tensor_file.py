@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ class TensorFile:
     path: Path
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    _: KW_ONLY
+    state: tuple[int, ...] | None = None  # of the file when its header was read, see `_state_of`; None: not known
 
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -73,13 +75,15 @@ class TensorFile:
             CheckpointError: the file is damaged or has changed; or `finite` is True and it holds NaN or infinity.
         """
         try:
-            before = _state_of(self.path)
+            before = self.state or _state_of(self.path)
             # Not mapped: each tensor has memory of its own, since the file may be removed while its tensors are in use.
             with safe_open(self.path, "pt", backend="pread") as file:
                 tensors = {key: _read(file, self.entries[key]) for key in (self.entries if keys is None else keys)}
             changed = before != _state_of(self.path)
         except Exception as error:  # the library's and the system's
-            raise unreadable(self.path, error) from None
+            if not _was_replaced(self.path, self.state):
+                raise unreadable(self.path, error) from None
+            tensors, changed = {}, True
         if changed or any(tensor.shape != self.shapes[key] for key, tensor in tensors.items()):
             raise CheckpointError(f"{self.path} changed while it was being read.")
         broken = [key for key, t in tensors.items() if finite and t.is_floating_point() and not is_finite(t)]
@@ -106,6 +110,14 @@ def _state_of(path: Path) -> tuple[int, ...]:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
+def _was_replaced(path: Path, before: tuple[int, ...] | None) -> bool:
+    """Whether another file is there by now."""
+    try:
+        return before is not None and before != _state_of(path)
+    except OSError:
+        return False
+
+
 def open_tensors(path: Path) -> TensorFile:
     """Read the header of a safetensors file.
 
@@ -115,6 +127,7 @@ def open_tensors(path: Path) -> TensorFile:
     if not os.path.isfile(path):  # a FIFO would block for ever
         raise CheckpointError(f"{path} is not a plain file, or cannot be seen.")
     try:
+        state = _state_of(path)
         _check_header_length(path)
         with safe_open(path, "pt") as file:
             slices = {key: file.get_slice(key) for key in sorted(file.keys())}
@@ -126,7 +139,7 @@ def open_tensors(path: Path) -> TensorFile:
         raise unreadable(path, error) from None
     if any(len(entry.shape) > MAX_DIMENSIONS for entry in entries.values()):
         raise damaged(path, f"a tensor of more than {MAX_DIMENSIONS} dimensions")
-    return TensorFile(path, entries, metadata)
+    return TensorFile(path, entries, metadata, state=state)
 
 
 def _check_header_length(path: Path) -> None:
