@@ -18,6 +18,7 @@ from minipeft import (
     LoraConfig,
     MergeError,
     OFTConfig,
+    StateError,
     TargetError,
     TrainableTokensConfig,
     VeraConfig,
@@ -178,6 +179,30 @@ def test_an_adapted_model_can_be_offloaded_and_saved(tmp_path):
     files = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("before", "after")]
     assert files[0] == files[1]
     assert torch.allclose(output(model), expected, atol=1e-6)
+
+
+VERBS = {
+    "hotswap": lambda model, folder: model.hotswap_adapter(folder),
+    "prepare_hotswap": lambda model, folder: model.prepare_hotswap(4),
+    "combine": lambda model, folder: model.add_weighted_adapter(["default", "more"], [1.0, 1.0], "sum", "cat"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_the_values_of_an_offloaded_adapter_are_not_replaced_in_vain(how, verb, tmp_path):
+    disturb(get_lora_model(llama(), LoraConfig(r=2)), seed=5).save_pretrained(tmp_path / "other")
+    model = get_lora_model(llama(), LoraConfig(r=2))
+    model.add_adapter("more", LoraConfig(r=2))
+    OFFLOAD[how](disturb(model.eval()), tmp_path)
+    expected = output(model)
+    with pytest.raises(StateError, match="accelerate offloads this adapter.*Nothing was changed"):
+        VERBS[verb](model, tmp_path / "other")
+    assert torch.equal(output(model), expected)
+    model = get_lora_model(OFFLOAD[how](llama(), tmp_path / "base"), LoraConfig(r=2))
+    model.add_adapter("more", LoraConfig(r=2))
+    VERBS[verb](model, tmp_path / "other")  # as the error advises
+    assert torch.equal(output(model.eval()), output(llama())) is (verb != "hotswap")
 
 
 def test_checkpointing_and_a_second_adapter_on_an_offloaded_base(tmp_path):

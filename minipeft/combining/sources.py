@@ -14,6 +14,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.functional import is_finite
+from minipeft.layers.offloaded import check_not_offloaded
 from minipeft.methods.base import Adapter
 
 
@@ -52,7 +53,7 @@ def sources(model: nn.Module, weights: Mapping[str, float], *, different_targets
     `weights`: adapter name -> its weight in the sum.
 
     Raises:
-        StateError: an adapter does more than add to weights, or a value is not finite.
+        StateError: an adapter does more than add to weights, a value is not finite, or accelerate offloads it.
         TargetError: the adapters are on different layers.
     """
     found: dict[str, list[Update]] = {}
@@ -109,6 +110,7 @@ def _check(path: str, update: Update) -> None:
             f"{path}: adapter {update.name!r} trains rows of tokens here, which a low-rank adapter cannot hold. Leave it "
             "out, or train it without trainable_token_indices."
         )
+    check_not_offloaded(path, adapter)
     if not all(map(is_finite, adapter.parameters())):
         raise StateError(f"{path}: adapter {update.name!r} has values that are not finite.")
     if adapter.stacked_factors() is None and not adapter.adds(layer.ops.read_weight(layer.base_layer).detach()):

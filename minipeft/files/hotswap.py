@@ -26,6 +26,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Wrapper
 from minipeft.interrupts import interrupts_deferred
+from minipeft.layers.offloaded import check_not_offloaded
 from minipeft.methods.base import Adapter
 from minipeft.methods.swapping import copy_tensors, unlike
 from minipeft.options import flags
@@ -51,7 +52,8 @@ class HotswapModel(SavableModel):
 
         Raises:
             ConfigError: an adapter here has a larger rank already, or its rank cannot change.
-            StateError: there is no such adapter; or it has gradients, which have the old shape, or it is sharded.
+            StateError: there is no such adapter; or it has gradients, which have the old shape, or it is sharded or
+                offloaded.
         """
         checked_rank("max_rank", max_rank)
         names = list(self._state.configs) if adapter_name is None else [adapter_name]
@@ -90,7 +92,7 @@ class HotswapModel(SavableModel):
         Raises:
             CheckpointError: the file is damaged, for another base, or does not fit the adapter: it has another method, a
                 larger rank than there is room for, or adapts what the adapter does not. The old weights go on acting.
-            StateError: there is no such adapter, or one is merged into the base.
+            StateError: there is no such adapter, one is merged into the base, or accelerate offloads this one.
         """
         check_options("hotswap_adapter", others)
         self._check_known([adapter_name])
@@ -107,6 +109,8 @@ class HotswapModel(SavableModel):
             left = _left(self, adapter_name, pairs)
         except ConfigError as error:
             raise CheckpointError(f"{path} does not fit adapter {adapter_name!r}: {error}") from None
+        for name, _, part in _parts(self, adapter_name):
+            check_not_offloaded(name, part)
         with interrupts_deferred(), torch.no_grad():
             for _, _, here, there in pairs:
                 _give(here, there)
@@ -140,6 +144,7 @@ def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Wrapper, 
 
 def _check_room(path: str, adapter: Adapter, max_rank: int) -> None:
     """Raises a `StateError` if an adapter cannot change its shape now, a `ConfigError` if never to this rank."""
+    check_not_offloaded(path, adapter)
     for name, parameter in adapter.named_parameters():
         if type(parameter) is not nn.Parameter:
             raise StateError(f"{path}: {name} is sharded over processes, and cannot change its shape.")

@@ -85,6 +85,15 @@ def each_value(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Itera
             yield key, tensor
 
 
+def check_not_offloaded(name: str, part: nn.Module) -> None:
+    """Raise StateError if a part of an adapter is offloaded: between calls its values cannot be read or written in place."""
+    if any(map(offloads, part.modules())):
+        raise StateError(
+            f"{name}: accelerate offloads this adapter, so its values are not here to be read or replaced. Offload the base "
+            "before adapting it; adapters then stay where they are."
+        )
+
+
 def on_device_of(module: nn.Module, x: Any) -> Any:
     """An input, on the device where accelerate runs this module."""
     device = next((d for hook in _hooks(module) if (d := getattr(hook, "execution_device", None)) is not None), None)
