@@ -205,6 +205,22 @@ def test_the_values_of_an_offloaded_adapter_are_not_replaced_in_vain(how, verb, 
     assert torch.equal(output(model.eval()), output(llama())) is (verb != "hotswap")
 
 
+@pytest.mark.parametrize("offloaded_first", [True, False])
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_accelerate_s_hooks_come_off_an_adapted_model(how, offloaded_first, tmp_path):
+    config = LoraConfig(r=2, modules_to_save=["norm"])
+    model = OFFLOAD[how](llama(), tmp_path) if offloaded_first else llama()
+    model = disturb(get_lora_model(model, config)).eval()
+    if not offloaded_first:
+        OFFLOAD[how](model, tmp_path)
+    expected = output(model)
+    with foreign_code():
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(output(model), expected)
+    assert not torch.equal(output(model.unload()), expected)
+
+
 def test_checkpointing_and_a_second_adapter_on_an_offloaded_base(tmp_path):
     model = get_lora_model(on_disk(llama(), tmp_path), LoraConfig(r=2, use_dora=True)).train()
     model.add_adapter("more", LoraConfig(r=2))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minipeft.injection.adapted_value import adapted_value
 from minipeft.injection.rows import Rows, as_mask, rows_now, taken
-from minipeft.injection.wrapper import Switch, Wrapper
+from minipeft.injection.wrapper import OF_ACCELERATE, Switch, Wrapper
 from minipeft.layers.offloaded import all_present, without_offloading
 from minipeft.wrapper_names import unwrapped_name
 
@@ -34,7 +34,7 @@ class SavedModule(Wrapper):
     def __getattr__(self, name: str) -> Any:
         """An attribute of the module that is called now: code that reads a weight gets the trained one."""
         here = self.__dict__.get("_modules", {})
-        if name in here or "base_layer" not in here or "switch" not in self.__dict__:
+        if name in here or name in OF_ACCELERATE or "base_layer" not in here or "switch" not in self.__dict__:
             return super().__getattr__(name)
         rows = self.mixed_rows()
         if rows is not None:

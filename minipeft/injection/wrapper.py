@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from minipeft.injection.adapted_value import AdaptedValue
 from minipeft.injection.rows import Rows, rows_now
+from minipeft.layers.offloaded import HOOK
+
+# What accelerate adds to a layer and takes off again. On a wrapper it would look for the layer's weights there.
+OF_ACCELERATE = (HOOK, "_old_forward")
 
 
 class Switch:
@@ -147,7 +151,8 @@ class Wrapper(nn.Module):
         modules = self.__dict__.get("_modules", {})
         if name in modules:
             return modules[name]
-        special = name.startswith("__")  # such as the __deepcopy__ of a parametrized layer, which would copy that alone
+        # Also the __deepcopy__ of a parametrized layer, which would copy that alone.
+        special = name in OF_ACCELERATE or name.startswith("__")
         if special or "base_layer" not in modules:  # still being built, or being unpickled
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(modules["base_layer"], name)
