@@ -94,6 +94,7 @@ def test_all_linear_leaves_the_head_out_also_a_classifier_without_a_task():
         ),
         ({"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": "layers"}, "check layers_pattern"),
         ({"modules_to_save": ["head"]}, r"modules_to_save: 'head' matches no module .*\(closest: 'lm_head'"),
+        ({"modules_to_save": ["act"]}, "modules_to_save: 'act' is a NewGELUActivation without parameters"),
         ({"modules_to_save": ["c_attn"]}, "leaves no module"),
         ({"rank_pattern": {"c_atn": 4}}, "rank_pattern: c_atn"),
         ({"rank_pattern": {"c_proj": 4}}, "'rank_pattern: c_proj' matches none of the 2 targeted modules"),

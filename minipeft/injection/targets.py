@@ -71,7 +71,7 @@ def select_saved(
     """Names of the modules to train in full: those of ``modules_to_save``, and the head of a classification task.
 
     Raises:
-        TargetError: an entry matches no module, or the task's head is missing.
+        TargetError: an entry matches no module, or none that holds anything to train, or the task's head is missing.
     """
     of_task = HEADS_OF_TASK.get(config.task_type or "", ())
     wanted = {*(config.modules_to_save or ()), *of_task}
@@ -85,6 +85,8 @@ def select_saved(
     if unused and every_pattern:
         first_unused = next(entry for entry in config.modules_to_save or () if entry in unused)
         raise TargetError(_no_match("modules_to_save", first_unused, list(found), model))
+    if every_pattern:
+        _check_can_change(wanted.difference(of_task), hits, found)
     chosen = {first for first, entries in hits.items() if entries}
     if of_task and not chosen and every_pattern:
         raise TargetError(
@@ -93,6 +95,18 @@ def select_saved(
         )
     outermost = [name for name in found if name in chosen and not within(name.rpartition(".")[0], chosen)]
     return [each for name in outermost for each in _called(name, found)]
+
+
+def _check_can_change(wanted: set[str], hits: dict[str, set[str]], found: dict[str, Candidate]) -> None:
+    """Refuse an entry of ``modules_to_save`` that matches only modules without parameters and running statistics."""
+    for entry in sorted(wanted):
+        bases = [found[first].base for first, entries in hits.items() if entry in entries]
+        statistics = (name for base in bases for name, _ in base.named_buffers() if name.endswith("running_mean"))
+        if not any(any(True for _ in base.parameters()) for base in bases) and not any(statistics):
+            raise TargetError(
+                f"modules_to_save: {entry!r} is a {type(bases[0]).__name__} without parameters, so there is nothing to train. "
+                "Leave it out."
+            )
 
 
 def _called(name: str, found: dict[str, Candidate]) -> list[str]:
