@@ -11,6 +11,7 @@ and loss_curves.png.
 import argparse
 import gzip
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,6 +122,8 @@ def flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=count, default=64, help="tokens of a row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("train_many_output"))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        parser.error("all adapters train in one process here: start it by python, not by accelerate launch")
     return parser.parse_args(argv)
 
 

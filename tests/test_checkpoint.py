@@ -786,6 +786,15 @@ def test_a_path_that_cannot_be_a_folder_is_an_error(tmp_path, name):
         adapted().save_pretrained(tmp_path / name)
 
 
+def test_a_folder_of_a_file_s_name_is_found_before_other_files_are_replaced(saved):
+    (saved / CONFIG).unlink()
+    (saved / CONFIG).mkdir()
+    before = (saved / WEIGHTS).read_bytes()
+    with pytest.raises(CheckpointError, match=f"{CONFIG} is a folder; there must be a file"):
+        adapted(seed=2).save_pretrained(saved)
+    assert (saved / WEIGHTS).read_bytes() == before
+
+
 def test_shared_and_transposed_parameters_are_saved(tmp_path):
     model = adapted(target_modules=["c_attn"])
     first, second = (model.transformer.h[i].attn.c_attn.adapters["default"] for i in (0, 1))

@@ -69,6 +69,13 @@ def test_a_flag_of_a_sweep_that_cannot_be_is_said_before_anything_is_loaded(flag
     assert words in capsys.readouterr().err
 
 
+def test_a_sweep_is_not_trained_in_each_of_two_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "train_many.py"))["main"]([])
+    assert "start it by python, not by accelerate launch" in capsys.readouterr().err
+
+
 def test_a_place_that_cannot_be_written_is_found_before_a_sweep_trains(tmp_path):
     (tmp_path / "file").touch()
     flags = ["--ranks", "2", "--learning_rates", "1e-3", "--output_dir", str(tmp_path / "file")]

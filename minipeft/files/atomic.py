@@ -45,6 +45,8 @@ def write_files(directory: Path, files: Mapping[str, bytes | Pieces]) -> None:
             raise CheckpointError(f"{directory}: {needed:,} bytes are needed and {free:,} are free.")
         for name, payload in files.items():
             target = _target(directory, name)
+            if target.is_dir():  # which renaming would find after it has replaced other files
+                raise CheckpointError(f"{target} is a folder; there must be a file of this name, or nothing.")
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary[target] = hidden_beside(target, "tmp")
             write_and_sync(temporary[target], payload)
