@@ -100,7 +100,8 @@ def read_value(value: object, default: object, *, null_is_default: bool) -> obje
         return False if is_empty(value) or (value == 0 and isinstance(value, int | float)) else value
     if isinstance(default, int | float):
         return default if value is None and null_is_default else value
-    return default if is_empty(value) else value
+    is_no = value is False and not isinstance(default, str)  # such as "modules_to_save": false
+    return default if is_no or is_empty(value) else value
 
 
 def other_keys(values: Mapping[str, Any], known: Collection[str], method: str) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def test_null_and_empty_values_are_read_as_peft_reads_them(method, tmp_path):
     [
         {"fan_in_fan_out": None},
         {"modules_to_save": []},
+        {"modules_to_save": False, "exclude_modules": False, "layers_pattern": False, "target_parameters": False},
         {"exclude_modules": []},
         {"exclude_modules": ""},
         {"layers_to_transform": []},
