@@ -240,7 +240,8 @@ class Verbs(RuleBasedStateMachine):
     def outputs_are_the_same(self):
         if not hasattr(self, "dense"):
             return
-        torch.testing.assert_close(self.model(IDS), self.dense.output(), atol=1e-8, rtol=1e-8)
+        with torch.set_grad_enabled(not self.dense.merged):  # training while one of several is merged is a warning
+            torch.testing.assert_close(self.model(IDS), self.dense.output(), atol=1e-8, rtol=1e-8)
         assert list(self.model.adapter_configs) == list(self.dense.updates)
         assert self.model.active_adapters == self.dense.active
         status = {row.adapter: row for row in self.model.adapter_status()}
