@@ -790,7 +790,7 @@ def test_a_folder_of_a_file_s_name_is_found_before_other_files_are_replaced(save
     (saved / CONFIG).unlink()
     (saved / CONFIG).mkdir()
     before = (saved / WEIGHTS).read_bytes()
-    with pytest.raises(CheckpointError, match=f"{CONFIG} is a folder; there must be a file"):
+    with pytest.raises(CheckpointError, match=f"{CONFIG} cannot be written, since it is a folder"):
         adapted(seed=2).save_pretrained(saved)
     assert (saved / WEIGHTS).read_bytes() == before
 

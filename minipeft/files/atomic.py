@@ -46,7 +46,7 @@ def write_files(directory: Path, files: Mapping[str, bytes | Pieces]) -> None:
         for name, payload in files.items():
             target = _target(directory, name)
             if target.is_dir():  # which renaming would find after it has replaced other files
-                raise CheckpointError(f"{target} is a folder; there must be a file of this name, or nothing.")
+                raise CheckpointError(f"{target} cannot be written, since it is a folder; all files are unchanged.")
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary[target] = hidden_beside(target, "tmp")
             write_and_sync(temporary[target], payload)
