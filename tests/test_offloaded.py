@@ -170,6 +170,15 @@ def test_a_resized_vocabulary_is_saved_from_an_offloaded_base(how, tmp_path):
     assert torch.equal(saved["base_model.model.lm_head.weight"], whole.lm_head.weight)
 
 
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_the_same_parameters_train_on_an_offloaded_base(how, tmp_path):
+    """Copies that train a bias hold the weight of an offloaded layer as well."""
+    config = LoraConfig(r=2, bias="all", modules_to_save=["ln_f"])
+    whole, offloaded = get_lora_model(gpt2(), config), get_lora_model(OFFLOAD[how](gpt2(), tmp_path), config)
+    names, found = ({name for name, p in model.named_parameters() if p.requires_grad} for model in (whole, offloaded))
+    assert found == names
+
+
 def test_an_adapted_model_can_be_offloaded_and_saved(tmp_path):
     model = disturb(get_lora_model(llama(), LoraConfig(r=2, use_dora=True, modules_to_save=["norm"])))
     expected = output(model)

@@ -49,15 +49,15 @@ def attach(
             model.__dict__[STATE] = state
             model.__dict__[ORIGINS] = plan.origins
         outside = list(outside_adapters(model))  # one walk for all that follows
-        modules = base_modules(model)
-        if first:
-            _freeze(modules.values())
-            state.buffers = buffer_samples(modules)
-            state.switch.active = (adapter_name,)
-            let_checkpoints_train(outside, state.switch)
         here = [module for _, module in outside if isinstance(module, Wrapper)]
         _note(state, plan, adapter_name, here, trainable=trainable, acts=first)
         state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
+        modules = base_modules(model)
+        if first:
+            _freeze(outside, parameters_at(state.resting[adapter_name]))
+            state.buffers = buffer_samples(modules)
+            state.switch.active = (adapter_name,)
+            let_checkpoints_train(outside, state.switch)
         _hold_norms(state, modules, outside)
     if trainable:
         watch_gradients(model, adapter_name)
@@ -90,10 +90,12 @@ def _mix(model: nn.Module, mixin: type[nn.Module]) -> None:
         ) from None
 
 
-def _freeze(base: Iterable[nn.Module]) -> None:
-    for module in base:
+def _freeze(outside: list[tuple[str, nn.Module]], training: Iterable[nn.Parameter]) -> None:
+    """Train nothing of the base, nor of trained copies what is not `training`: of an offloaded module they hold all."""
+    kept = set(map(id, training))
+    for _, module in outside:
         for parameter in module._parameters.values():
-            if parameter is not None:
+            if parameter is not None and id(parameter) not in kept:
                 parameter.requires_grad_(False)
 
 
