@@ -204,6 +204,8 @@ def warn_of_missing_parts(model: nn.Module, file: AdapterFile, plan: Plan, froze
     An adapted layer is one of them, if the file has no sample of it: PEFT's brings its update alone. `frozen` are the names
     of `planned_frozen_weights`.
     """
+    if not plan.origins.fresh:
+        return
     known = tables(model)  # whose new rows have a place of their own
     unseen = [site for site in plan.adapters if site.name not in file.base and site.name not in known]
     updated = [f"{site.name}.{own}" for site in unseen for own, _ in site.candidate.base.named_parameters()]

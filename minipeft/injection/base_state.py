@@ -47,10 +47,10 @@ def hold_still(
     Returns:
         The names of those that were in training mode, as they are without adapters.
     """
-    found = [(name, module) for name, module in modules.items() if _has_statistics(module)]
+    found = [(name, module) for name, module in modules.items() if has_statistics(module)]
     norms = [(name, norm) for name, norm in found if not any(p.requires_grad for p in norm.parameters(recurse=False))]
     for path, copy in _idle_copies(saved, trainable):
-        norms += [(f"{path}.{name}".rstrip("."), m) for name, m in copy.named_modules() if _has_statistics(m)]
+        norms += [(f"{path}.{name}".rstrip("."), m) for name, m in copy.named_modules() if has_statistics(m)]
     held = [(name, norm) for name, norm in norms if norm.training]
     for _, norm in held:
         norm.training = False
@@ -64,7 +64,7 @@ def let_go(model: nn.Module, held: Collection[str]) -> None:
             module.training = True
 
 
-def _has_statistics(module: nn.Module) -> bool:
+def has_statistics(module: nn.Module) -> bool:
     """Whether it is a norm that keeps running statistics: torch's kinds, and those of others that name them alike."""
     names, buffers = ("running_mean", "running_var"), module._buffers  # which has no get() in a scripted module
     return bool(buffers) and any(name in buffers and buffers[name] is not None for name in names)

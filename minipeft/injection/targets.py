@@ -11,6 +11,7 @@ from minipeft import registry
 from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
 from minipeft.errors import TargetError, hint, nearest, shown
 from minipeft.injection.all_linear import all_linear, layers_left_out, of_text
+from minipeft.injection.base_state import has_statistics
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.patterns import endings, full_matches, is_suffix
@@ -101,8 +102,7 @@ def _check_can_change(wanted: set[str], hits: dict[str, set[str]], found: dict[s
     """Refuse an entry of ``modules_to_save`` that matches only modules without parameters and running statistics."""
     for entry in sorted(wanted):
         bases = [found[first].base for first, entries in hits.items() if entry in entries]
-        statistics = (name for base in bases for name, _ in base.named_buffers() if name.endswith("running_mean"))
-        if not any(any(True for _ in base.parameters()) for base in bases) and not any(statistics):
+        if not any(any(True for _ in base.parameters()) or any(map(has_statistics, base.modules())) for base in bases):
             raise TargetError(
                 f"modules_to_save: {entry!r} is a {type(bases[0]).__name__} without parameters, so there is nothing to train. "
                 "Leave it out."
