@@ -29,7 +29,7 @@ ROOT = "base_model."  # what PEFT's wrapper adds to every key of a file
 PREFIX = f"{ROOT}model."  # and to every key of a module
 _SURE = "|".join(sorted(set(ATTRIBUTES.values()) - {"module"}))
 # As a part of a name or of a regular expression for names; not a name by itself.
-_PART = re.compile(rf"(?<![A-Za-z0-9_])(?:{_SURE})\\?\.|(?<=[A-Za-z0-9_])\\?\.(?:{_SURE})$")
+_PART = re.compile(rf"(?<![A-Za-z0-9_])(?:{_SURE})\\?\.|(?<=[A-Za-z0-9_])\\?\.(?:{_SURE})$", re.MULTILINE)
 
 
 def unwrapped_name(name: str) -> str:

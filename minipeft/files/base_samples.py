@@ -19,8 +19,8 @@ from minipeft.files.format import AdapterFile, is_sample
 from minipeft.files.resized_vocabulary import base_rows, tables
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import Parts
-from minipeft.injection.fresh_parts import base_parameters, find_origins
-from minipeft.injection.module_tree import adapted_layers, candidates, wrappers
+from minipeft.injection.fresh_parts import Origins, base_parameters, find_origins
+from minipeft.injection.module_tree import Candidate, adapted_layers, candidates, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.state import STATE, AdapterState
@@ -127,7 +127,7 @@ def _numbers(picked: Mapping[str, Tensor | None]) -> dict[str, list[float]]:
     for group in groups.values():
         rows.update(zip(group, torch.stack(list(group.values())).tolist(), strict=True))
     rounded = {name: [float(f"{value:.6g}") for value in rows.get(name, ())] for name in picked}
-    return {name: row if all(map(is_sample, row)) else [] for name, row in rounded.items()}  # JSON has no NaN
+    return {name: row if is_sample(row) else [] for name, row in rounded.items()}  # JSON has no NaN
 
 
 def check_samples(file: AdapterFile, here: Mapping[str, list[float]], *, exact: bool = False, advice: str = "") -> None:
@@ -140,7 +140,7 @@ def check_samples(file: AdapterFile, here: Mapping[str, list[float]], *, exact: 
     """
     for name, values in here.items():
         saved = file.base.get(name)
-        if saved and values and not _alike(saved, values, exact):
+        if saved and values and saved != values and not _alike(saved, values, exact):
             raise CheckpointError(
                 f"{file.path} was trained on another base: the weights of {printable(name, 200)} differ (first {saved[0]:g} there, "
                 f"{values[0]:g} here).{advice}"
@@ -170,25 +170,30 @@ def frozen_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, n
             taken.update(map(id, parameters_in(base)))
         elif isinstance(wrapper, SavedModule) and adapter_name in wrapper.adapters:
             taken |= _saved(base, wrapper.only)
-    return ((name, p) for name, p in _of_unsure_origin(model, taken) if not p.requires_grad)
+    found = candidates(model)
+    unsure = _of_unsure_origin(model, taken, found, find_origins(model, found))
+    return ((name, p) for name, p in unsure if not p.requires_grad)
 
 
-def planned_frozen_weights(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Parameter]]:
-    """What `frozen_weights` will return once a plan is carried out."""
+def planned_frozen_weights(
+    model: nn.Module, plan: Plan, found: Mapping[str, Candidate]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """What `frozen_weights` will return once a plan is carried out in a model with these `candidates`."""
     taken = {id(parameter) for site in plan.adapters for parameter in parameters_in(site.candidate.base)}
     for site in plan.saved:
         taken |= _saved(site.candidate.base, site.only)
-    return _of_unsure_origin(model, taken)
+    return _of_unsure_origin(model, taken, found, plan.origins)
 
 
 def _saved(base: nn.Module, only: Collection[str] | None) -> set[int]:
     return {id(parameter) for name, parameter in base.named_parameters() if only is None or name in only}
 
 
-def _of_unsure_origin(model: nn.Module, taken: Collection[int]) -> Iterator[tuple[str, nn.Parameter]]:
+def _of_unsure_origin(
+    model: nn.Module, taken: Collection[int], found: Mapping[str, Candidate], origins: Origins
+) -> Iterator[tuple[str, nn.Parameter]]:
     """Weights of layers without children: a bare one next to them, such as a mask token, often acts in training only."""
-    found = candidates(model)
-    origins, known = find_origins(model, found), tables(model)
+    known = tables(model)
     # The rows of a resized vocabulary have a place of their own in a file.
     resized = {id(table.weight) for name, table in known.items() if len(table.weight) != base_rows(model, name, table)}
     for name, owner, parameter in base_parameters(model, found):

@@ -166,14 +166,12 @@ def _is_own(own: Any) -> bool:
     rows, kept = own.get("base", {}).values(), own.get("kept", [])
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
         return False
-    return own.get("version", VERSION) == VERSION and all(
-        isinstance(row, list) and all(map(is_sample, row)) for row in rows
-    )
+    return own.get("version", VERSION) == VERSION and all(map(is_sample, rows))
 
 
-def is_sample(value: Any) -> bool:
-    """Whether a value can stand for a base weight in a file: a finite number no larger than a float32."""
-    return isinstance(value, (int, float)) and abs(value) < 1e39
+def is_sample(row: Any) -> bool:
+    """Whether a value can stand for base weights in a file: a list of finite numbers no larger than a float32."""
+    return isinstance(row, list) and {int, float}.issuperset(map(type, row)) and all(abs(v) < 1e39 for v in row)
 
 
 def own_metadata(

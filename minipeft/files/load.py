@@ -27,6 +27,7 @@ from minipeft.files.peft_extras import as_peft_reads
 from minipeft.files.reading import reading
 from minipeft.injection.build import Parts, build
 from minipeft.injection.build_from_file import build_from
+from minipeft.injection.module_tree import candidates
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.methods.base import Adapter
@@ -76,15 +77,16 @@ def load_parts(
     Raises:
         MinipeftError: see `minipeft.load_adapter`.
     """
+    found = candidates(model)
     with reading(directory):
         file = open_adapter(directory, lambda _: [name for name, _ in named_modules(model) if name])
-        file = as_peft_reads(in_names_of(model, file, key_mapping, strict=strict), model)
+        file = as_peft_reads(in_names_of(model, file, key_mapping, strict=strict, found=found), model)
         new_rows = find_new_rows(file, model)
-    plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False)
+    plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False, found=found)
     kept = set(file.kept)
     plan = replace(plan, saved=tuple(replace(site, trains=site.name not in kept) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
-    shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan))
+    shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan, found))
     sampled = [(name, weight) for name, weight in frozen.items() if name in file.base]
     tensors = shapes.file_tensors(plan)
     expected = Expected(

@@ -93,11 +93,13 @@ class TensorFile:
 
 
 def _read(file: Any, entry: Entry) -> Tensor:
+    if entry.function is None:
+        tensor: Tensor = file.get_tensor(entry.sources[0])
+        return tensor
     stored = {source: file.get_tensor(source) for source in dict.fromkeys(entry.sources)}
     made = _made(entry, [stored[source] for source in entry.sources]).contiguous()
     whole = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
-    is_part = entry.function is not None and made.untyped_storage().data_ptr() in whole
-    return made.clone() if is_part else made  # a part does not keep all of it
+    return made.clone() if made.untyped_storage().data_ptr() in whole else made  # a part does not keep all of it
 
 
 def _made(entry: Entry, sources: list[Tensor]) -> Tensor:

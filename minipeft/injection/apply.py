@@ -7,7 +7,7 @@ no walk over the model finds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,9 @@ from minipeft.injection.wrapper import Switch, Wrapper
 from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
 
-TIED_TO_THE_OBJECT = ("forward", "_compiled_call_impl")  # of an instance: they call the object that they were made for
+TIED_TO_THE_OBJECT = frozenset(
+    {"forward", "_compiled_call_impl"}
+)  # of an instance: they call the object that they were made for
 
 
 def put(wrap: Callable[[nn.Module], Wrapper], module: nn.Module, places: tuple[tuple[nn.Module, str], ...]) -> Wrapper:
@@ -38,7 +40,7 @@ def put(wrap: Callable[[nn.Module], Wrapper], module: nn.Module, places: tuple[t
         module: to wrap; it may be a wrapper itself.
         places: (parent, attribute) that refer to it.
     """
-    if any(name in vars(module) for name in TIED_TO_THE_OBJECT):
+    if not TIED_TO_THE_OBJECT.isdisjoint(vars(module)):
         wrapper = wrap(module)
         wrapper.is_the_module = False
         for parent, attribute in places:
@@ -98,19 +100,23 @@ def discard(model: nn.Module, adapter_name: str) -> None:
     """Remove one adapter; a wrapper left without adapters is replaced by its base layer."""
     for _, wrapper in list(wrappers_of(model, adapter_name)):
         wrapper.drop(adapter_name)
-    _unwrap(model, lambda wrapper: wrapper.base_layer if not wrapper.adapters else wrapper)
+    outside = list(outside_adapters(model))
+    _unwrap(outside, lambda wrapper: wrapper.base_layer if not wrapper.adapters else wrapper)
 
 
-def eject(model: nn.Module, *, keep_trained: bool) -> None:
-    """Put every base layer back in its place; with `keep_trained`, a module trained in full keeps its trained values."""
+def eject(outside: Iterable[tuple[str, nn.Module]], *, keep_trained: bool) -> None:
+    """Put every base layer among a model's `outside_adapters` back in its place.
+
+    With `keep_trained`, a module trained in full keeps its trained values.
+    """
     _unwrap(
-        model,
+        outside,
         lambda wrapper: wrapper.current() if keep_trained and isinstance(wrapper, SavedModule) else wrapper.base_layer,
     )
 
 
-def _unwrap(model: nn.Module, replacement: Callable[[Wrapper], nn.Module]) -> None:
-    for _, parent in list(outside_adapters(model)):
+def _unwrap(outside: Iterable[tuple[str, nn.Module]], replacement: Callable[[Wrapper], nn.Module]) -> None:
+    for _, parent in outside:
         for attribute, child in list(parent._modules.items()):
             left: nn.Module | None = child
             while isinstance(left, Wrapper) and (inner := replacement(left)) is not left:

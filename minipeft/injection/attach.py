@@ -40,9 +40,10 @@ def attach(
     """Put built parts into a model; the first time, also freeze its base and add the adapter verbs to its class."""
     first = STATE not in model.__dict__
     state: AdapterState = AdapterState() if first else model.__dict__[STATE]
-    with unchanged_on_error(model, state, state.switch):
+    before = list(outside_adapters(model))
+    with unchanged_on_error(model, state, state.switch, outside=before):
         if first:
-            state.trained_before = frozenset(name for name, p in named_parameters(model) if p.requires_grad)
+            state.trained_before = _trained(before)
             _mix(model, mixin)
         apply(plan, parts, adapter_name, state.switch)
         if first:
@@ -54,7 +55,7 @@ def attach(
         state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
         modules = base_modules(model)
         if first:
-            _freeze(outside, parameters_at(state.resting[adapter_name]))
+            _freeze(outside, parameters_at(state.resting[adapter_name]) if plan.saved else ())
             state.buffers = buffer_samples(modules)
             state.switch.active = (adapter_name,)
             let_checkpoints_train(outside, state.switch)
@@ -78,6 +79,16 @@ def _note(
     state.unwatched.add(adapter_name)
     if trainable:
         state.switch.trainable.add(adapter_name)
+
+
+def _trained(modules: Iterable[tuple[str, nn.Module]]) -> frozenset[str]:
+    """Full names of the parameters of these modules that require gradients."""
+    return frozenset(
+        f"{name}.{own}" if name else own
+        for name, module in modules
+        for own, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    )
 
 
 def _mix(model: nn.Module, mixin: type[nn.Module]) -> None:
@@ -194,10 +205,11 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
     """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
     state: AdapterState = model.__dict__[STATE]
     check_not_running(state)
-    with unchanged_on_error(model, state, state.switch):
-        eject(model, keep_trained=keep_trained)
+    outside = list(outside_adapters(model))
+    with unchanged_on_error(model, state, state.switch, outside=outside):
+        leave_checkpoints_alone(outside)
+        eject(outside, keep_trained=keep_trained)
         state.switch.trainable = set()
-        leave_checkpoints_alone(model)
         del model.__dict__[STATE]
         model.__dict__.pop(ORIGINS, None)
         let_go(model, state.held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -51,15 +51,12 @@ def _is_whole(site: AdapterSite, adapter: Adapter, brought: Collection[int]) -> 
     return all(id(value) in brought for module in modules_in(adapter) for value in _tensors_in(module))
 
 
-def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
+def _tensors_in(module: nn.Module) -> list[Tensor]:
     """All that the module itself refers to, as parameters, buffers or anything else, in lists and dictionaries too."""
-    for value in vars(module).values():
-        if type(value) in SCALARS:
-            continue
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, CONTAINERS) and value:  # most are empty
-            yield from (t for t in (value.values() if isinstance(value, dict) else value) if isinstance(t, Tensor))
+    own = [value for value in vars(module).values() if type(value) not in SCALARS]
+    tables = [value for value in own if isinstance(value, CONTAINERS) and value]  # most are empty
+    held = [item for table in tables for item in (table.values() if isinstance(table, dict) else table)]
+    return [value for value in (*own, *held) if isinstance(value, Tensor)]
 
 
 def _materialise(site: AdapterSite, adapter: Adapter, keys: Mapping[int, str], values: dict[str, Tensor]) -> None:

@@ -37,9 +37,9 @@ def let_checkpoints_train(outside: Iterable[tuple[str, nn.Module]], switch: Swit
             setattr(module, FUNCTION, functools.partial(_checkpoint, function, switch))
 
 
-def leave_checkpoints_alone(model: nn.Module) -> None:
+def leave_checkpoints_alone(outside: Iterable[tuple[str, nn.Module]]) -> None:
     """Undo `let_checkpoints_train`."""
-    for _, module in outside_adapters(model):
+    for _, module in outside:
         function = vars(module).get(FUNCTION)
         if isinstance(function, functools.partial) and function.func is _checkpoint:
             setattr(module, FUNCTION, function.args[0])

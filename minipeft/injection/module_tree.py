@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,8 @@ def outside_adapters(model: nn.Module, *, remove_duplicate: bool = True) -> Iter
 
 def _children_but_adapters(module: nn.Module, name: str) -> list[tuple[str, str, nn.Module]]:
     if isinstance(module, AdaptedLayer):
-        return [(f"{name}.base_layer" if name else "base_layer", "base_layer", module.base_layer)]
+        base: Any = module._modules["base_layer"]  # in less time than by its property
+        return [(f"{name}.base_layer" if name else "base_layer", "base_layer", base)]
     return named_children(module, name)
 
 
@@ -143,11 +144,8 @@ class TensorIndex:
                 if parameter is not None:
                     entry = module, name, parameter_name, parameter
                     self._by_storage.setdefault(_storage(parameter), []).append(entry)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether two parameters lie in the same memory."""
-        return any(len(entries) > 1 for entries in self._by_storage.values())
+        # Whether two parameters lie in the same memory, as in few models.
+        self.is_shared = any(len(entries) > 1 for entries in self._by_storage.values())
 
     def owners(self, tensor: Tensor) -> list[tuple[str, nn.Module]]:
         """(parameter name, module) of every parameter that is `tensor` or occupies exactly the same memory."""

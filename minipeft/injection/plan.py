@@ -50,7 +50,9 @@ class Plan:
     origins: Origins = field(default_factory=Origins)
 
 
-def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True) -> Plan:
+def plan(
+    model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True, found: dict[str, Candidate] | None = None
+) -> Plan:
     """Find what a configuration selects in a model and which classes adapt it; the model is only read.
 
     Args:
@@ -58,13 +60,14 @@ def plan(model: nn.Module, config: AdapterConfig, *, every_pattern: bool = True)
         config: what to adapt and how.
         every_pattern: insist that each pattern and per-module option matches something. An adapter file says by its
             tensors what it adapts, so its patterns need not all match.
+        found: the model's `candidates`, if they have been found already.
 
     Raises:
         TargetError: a pattern or per-module option matches nothing, or a selected module cannot be adapted.
         RegistryError: the method is unknown.
     """
     config = config.for_model_type(model_type(model))
-    found = candidates(model)
+    found = candidates(model) if found is None else found
     origins = find_origins(model, found)
     _check_no_peft(found)
     # A file names all that it brings, so nothing is added to it.

@@ -17,13 +17,15 @@ from minipeft.interrupts import interrupts_deferred
 CONTAINERS = {dict, OrderedDict, set}
 
 
-def unchanged_on_error(model: nn.Module, *others: object) -> AbstractContextManager[None]:
+def unchanged_on_error(
+    model: nn.Module, *others: object, outside: Iterable[tuple[str, nn.Module]] | None = None
+) -> AbstractContextManager[None]:
     """If the block raises anything, the model is what it was: the same objects, of the same classes, with the same flags.
 
     Values of tensors are not kept, so the block must not write any. `others` are plain objects that the block changes
-    too.
+    too. `outside` are the model's `outside_adapters`, if they have been found already.
     """
-    modules = [module for _, module in outside_adapters(model)]
+    modules = [module for _, module in (outside_adapters(model) if outside is None else outside)]
     tensors = [
         t for module in modules for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
     ]

@@ -110,14 +110,18 @@ def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> boo
     """
     told, adapted, media, text = False, list[tuple[str, Wrapper]](), set[str](), set[str]()
     of_text, language = main_input_name(model) == "input_ids", text_part(model)
+    kinds: dict[type, tuple[bool, bool]] = {}  # whether a module of this type takes media, and text
     for path, module in outside:
         if isinstance(module, Wrapper):
             adapted.append((path, module))
             continue
         told |= says_order(module)
-        if path and of_text and media_input(module) is not None:
+        if (kind := type(module)) not in kinds:
+            kinds[kind] = of_text and media_input(module) is not None, takes_text(module)
+        for_media, for_text = kinds[kind]
+        if path and for_media:
             media.add(path)
-        elif path and (takes_text(module) or module is language):
+        elif path and (for_text or module is language):
             text.add(path)
     several = of_text and takes_media(model) and language is not None and language is not model
     base = base_prefix(model)

@@ -77,7 +77,7 @@ def low_rank_product(up: Tensor, down: Tensor, *, column_major: bool = False) ->
 
 def low_rank_bound(up: Tensor, down: Tensor) -> float:
     """An upper bound of the values of ``up @ down``, from one pass over the factors; inf or NaN if they are not finite."""
-    return len(down) * largest(up) * largest(down)
+    return down.shape[0] * largest(up) * largest(down)
 
 
 def largest(tensor: Tensor) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minipeft.class_swap import plain_class
@@ -25,11 +24,10 @@ class LinearOps(LayerOps):
     def read_weight(self, base: Any) -> Tensor:
         return base.weight
 
-    @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        base.weight.copy_(weight)
+        base.weight.detach().copy_(weight)
         if bias is not None:
-            base.bias.copy_(bias)
+            base.bias.detach().copy_(bias)
         return base
 
     def accepts(self, base: Any) -> bool:

@@ -14,11 +14,11 @@ from minipeft.kernels.functional import is_finite
 
 
 def tied_layers(
-    layer: AdaptedLayer, names: tuple[str, ...], others: Iterable[AdaptedLayer]
+    layer: AdaptedLayer, names: tuple[str, ...], others: Sequence[AdaptedLayer]
 ) -> tuple[AdaptedLayer, ...]:
     """The other layers that share the weight and these adapters, so merging into one layer merges into all."""
     weight = layer.owner._parameters.get("weight")
-    if weight is None:
+    if weight is None or not others:
         return ()
     return tuple(
         other
@@ -45,8 +45,10 @@ def shared_parameters(
 
     Raises MergeError if there are some and `untie` is False.
     """
+    shared: dict[str, nn.Parameter] = {}
+    if not index.is_shared:  # as in most models
+        return shared
     pointers = {tensor.data_ptr() for tensor in written}
-    shared = {}
     for name, parameter in owners[0]._parameters.items():
         if parameter is None or parameter.data_ptr() not in pointers:
             continue

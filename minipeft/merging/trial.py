@@ -51,7 +51,7 @@ def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> No
     """
     base = layer.base_layer
     registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops == layer.ops), type(base))
-    attached = "forward" in vars(base) or any(getattr(base, hooks) for hooks in HOOKS)
+    attached = "forward" in vars(base) or bool(base._forward_hooks or base._forward_pre_hooks)
     own_forward = _forward(type(base)) is not _forward(registered)
     if isinstance(layer.ops, UncalledOps) or layer.ops.is_quantized or not (own_forward or attached):
         return  # a weight that is read is the merged one at every call; a quantized layer with hooks is refused elsewhere

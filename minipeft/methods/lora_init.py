@@ -6,6 +6,7 @@ float64 for a float64 weight.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -22,7 +23,7 @@ GAIN = nn.init.calculate_gain("leaky_relu", math.sqrt(5))
 KEPT = "_kept"  # ends the value in a file that brings the starting factors along
 
 
-@dataclass(frozen=True)
+@dataclass
 class Start:
     """What a start fills in, and what it may go by."""
 
@@ -181,10 +182,13 @@ class Chosen:
         (init.fill_embedding if is_embedding and init.fill_embedding else init.fill)(start)
 
 
+_plain = functools.cache(Chosen)
+
+
 def chosen_init(value: object) -> Chosen:
     """Look up a value of ``init_lora_weights``; raises ConfigError if there is no such start."""
     if isinstance(value, bool):  # asked twice for each layer
-        return Chosen(INITS[value])
+        return _plain(INITS[value])
     if isinstance(value, str):
         if value in NOT_HERE:
             raise ConfigError(

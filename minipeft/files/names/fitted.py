@@ -20,7 +20,7 @@ from minipeft.files.names.other_class import OtherClass
 from minipeft.files.names.places import Places, Reading, is_shared
 from minipeft.files.names.translated_config import translated_config
 from minipeft.files.names.wrapper_parts import plain_name
-from minipeft.injection.module_tree import candidates
+from minipeft.injection.module_tree import Candidate, candidates
 from minipeft.patterns import MAX_EXPRESSIONS, SECONDS_PER_OPTION, compiled
 from minipeft.wrapper_names import PREFIX
 
@@ -33,7 +33,12 @@ _ADAPTER = re.compile(r"(.+?)\.((?:hada|ia3|lokr|lora|oft|vera)_.*|base_layer\..
 
 
 def in_names_of(
-    model: nn.Module, file: AdapterFile, key_mapping: Mapping[str, str] | None = None, *, strict: bool = True
+    model: nn.Module,
+    file: AdapterFile,
+    key_mapping: Mapping[str, str] | None = None,
+    *,
+    strict: bool = True,
+    found: dict[str, Candidate] | None = None,
 ) -> AdapterFile:
     """The file under the model's names, its configuration too; as it is if its own names have places, or none do.
 
@@ -48,13 +53,14 @@ def in_names_of(
         file: unread.
         key_mapping: regular expressions and replacements to apply first, as PEFT's.
         strict: False: some keys may be without a place.
+        found: the model's `candidates`, if they have been found already.
 
     Raises:
         CheckpointError: the names may be read in two ways, or `key_mapping` leaves a key without a place, or gives two
             keys one place; or the experts do not fit.
         ConfigError: `key_mapping` is not a table, or takes too long.
     """
-    found = candidates(model)
+    found = candidates(model) if found is None else found
     file = fused_experts(file, model, found)
     places = Places(model, file.config, found)
     hopeless = len(file.shapes) > MAX_TENSORS * len(places.modules) or any(len(key) > MAX_NAME for key in file.shapes)
