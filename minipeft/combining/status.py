@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers
-from minipeft.injection.state import STATE, AdapterState, places_in
+from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.layers.uncalled import UncalledOps
 
@@ -150,7 +150,7 @@ def _trains(state: AdapterState, wrapper: Wrapper, name: str) -> bool | None:
     if name in state.switch.active:
         train = [parameter.requires_grad for parameter in wrapper.trainable_parameters(name)]
     else:
-        train = [place in state.resting[name] for place in places_in(wrapper, name)]
+        train = [place in state.resting[name] for place in wrapper.places(name)]
     return _all_or_some(train)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,7 +172,9 @@ def _is_own(own: Any) -> bool:
 
 def is_sample(row: Any) -> bool:
     """Whether a value can stand for base weights in a file: a list of finite numbers no larger than a float32."""
-    return isinstance(row, list) and {int, float}.issuperset(map(type, row)) and all(abs(v) < 1e39 for v in row)
+    if not isinstance(row, list) or not {int, float}.issuperset(map(type, row)):
+        return False
+    return max(map(abs, row), default=0) < 1e39 and not math.isnan(sum(row))  # `max` alone may pass over a NaN
 
 
 def own_metadata(

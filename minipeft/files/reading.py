@@ -75,10 +75,10 @@ def read_object(path: Path) -> dict[str, Any]:
 def parse(payload: bytes) -> Any:
     """The value of a JSON text; raises ValueError or RecursionError if it is not valid or not strict."""
     value = json.loads(payload.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse)
-    level = [value] if isinstance(value, dict | list) else []
+    level = [value] if type(value) in (dict, list) else []
     for _ in range(MAX_DEPTH):  # code that reads the value later may recurse into it
-        level = [item for inner in level for item in (inner.values() if isinstance(inner, dict) else inner)]
-        level = [item for item in level if isinstance(item, dict | list)]
+        level = [item for inner in level for item in (inner.values() if type(inner) is dict else inner)]
+        level = [item for item in level if type(item) in (dict, list)]
     if level:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return value

@@ -14,12 +14,12 @@ from minipeft.injection.adapted_value import adapted_value
 from minipeft.injection.layer_by_row import run_by_row
 from minipeft.injection.rows import BASE, CURRENT, in_backward, rows_now
 from minipeft.injection.stored_weight import Stored, stored_weight
-from minipeft.injection.wrapper import Switch, Wrapper, innermost
+from minipeft.injection.wrapper import Place, Switch, Wrapper, innermost
 from minipeft.kernels.functional import accumulation_dtype
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import HOOK, on_device_of, present
 from minipeft.methods.base import Adapter
-from minipeft.wrapper_names import parameters_in
+from minipeft.wrapper_names import modules_in, parameters_in
 
 
 class AdaptedLayer(Wrapper):
@@ -194,8 +194,13 @@ class AdaptedLayer(Wrapper):
             self.tied_adapters = (self.tied_adapters - {old}) | {new}
 
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        if self.owns(adapter_name):
-            yield from parameters_in(self.adapter(adapter_name))
+        return parameters_in(self.adapter(adapter_name)) if self.owns(adapter_name) else iter(())
+
+    def places(self, adapter_name: str) -> list[Place]:
+        if not self.owns(adapter_name):
+            return []
+        adapter = self.adapter(adapter_name)
+        return [(m, name) for m in modules_in(adapter) for name, p in m._parameters.items() if p is not None]
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         if not self.owns(adapter_name):

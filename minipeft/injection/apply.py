@@ -72,28 +72,34 @@ def _become(module: nn.Module, other: nn.Module) -> None:
     object.__setattr__(module, "__dict__", state)
 
 
-def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> None:
-    """Put the built parts of a plan in place. `minipeft.injection.attach` takes it back if it fails half way."""
+def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> bool:
+    """Put the built parts of a plan in place. `minipeft.injection.attach` takes it back if it fails half way.
+
+    Returns whether the model's modules changed, besides those in the adapters on adapted layers.
+    """
+    changed = bool(plan.prepared or plan.saved)
     for prepared, base in plan.prepared:
         prepared.prepare(base)
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
         kind: type[AdaptedLayer] = AdaptedWeight if isinstance(site.ops, UncalledOps) else AdaptedLayer
         wrap = partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
         wrapper = _wrapper_at(site.candidate, site.ops, wrap)
+        changed |= not wrapper.parts
         wrapper.parts[adapter_name] = adapter
         if site.tied_to is not None:
             wrapper.tied_adapters.add(adapter_name)
     for saved, module in zip(plan.saved, parts.copies, strict=True):
         wrapper = _wrapper_at(saved.candidate, None, partial(SavedModule, switch=switch, only=saved.only))
         wrapper.parts[adapter_name] = module
+    return changed
 
 
 def _wrapper_at(candidate: Candidate, ops: LayerOps | None, wrap: Callable[[nn.Module], Wrapper]) -> Wrapper:
     """The wrapper with these ops in a module's place, which is put there if there is none."""
     parent, attribute = candidate.places[0]
-    occupant = getattr(parent, attribute)
-    here = next((wrapper for wrapper in occupants(occupant) if getattr(wrapper, "ops", None) == ops), None)
-    return put(wrap, occupant, candidate.places) if here is None else here
+    occupant: Any = parent._modules[attribute]
+    here = [wrapper for wrapper in occupants(occupant) if getattr(wrapper, "ops", None) == ops]
+    return here[0] if here else put(wrap, occupant, candidate.places)
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:

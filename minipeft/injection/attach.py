@@ -25,7 +25,6 @@ from minipeft.injection.state import (
     AdapterState,
     check_not_running,
     parameters_at,
-    places_in,
     places_that_train,
     put_to_rest,
 )
@@ -45,21 +44,22 @@ def attach(
         if first:
             state.trained_before = _trained(before)
             _mix(model, mixin)
-        apply(plan, parts, adapter_name, state.switch)
+        changed = apply(plan, parts, adapter_name, state.switch) or first
         if first:
             model.__dict__[STATE] = state
             model.__dict__[ORIGINS] = plan.origins
-        outside = list(outside_adapters(model))  # one walk for all that follows
+        outside = list(outside_adapters(model)) if changed else before  # one walk for all that follows
         here = [module for _, module in outside if isinstance(module, Wrapper)]
         _note(state, plan, adapter_name, here, trainable=trainable, acts=first)
-        state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
-        modules = base_modules(model)
+        modules = base_modules(model) if changed else {}
         if first:
             _freeze(outside, parameters_at(state.resting[adapter_name]) if plan.saved else ())
             state.buffers = buffer_samples(modules)
             state.switch.active = (adapter_name,)
             let_checkpoints_train(outside, state.switch)
-        _hold_norms(state, modules, outside)
+        if changed:  # what was there before is known
+            state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
+            _hold_norms(state, modules, outside)
     if trainable:
         watch_gradients(model, adapter_name)
 
@@ -73,7 +73,7 @@ def _note(
     for wrapper in here:
         if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.parts:
             follow_loads(wrapper)
-    state.places[adapter_name] = [place for wrapper in here for place in places_in(wrapper, adapter_name)]
+    state.places[adapter_name] = [place for wrapper in here for place in wrapper.places(adapter_name)]
     trained = (places_that_train if acts and trainable else put_to_rest)(state.places[adapter_name])
     state.resting[adapter_name] = trained if trainable else set()
     state.unwatched.add(adapter_name)

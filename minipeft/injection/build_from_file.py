@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from minipeft.wrapper_names import modules_in, parameters_in
 
 CONTAINERS = (dict, list, tuple)
 SCALARS = {bool, float, int, str, type(None)}
+EMPTYABLE = {dict, list, tuple, set, OrderedDict}  # most that a module has are empty
 
 
 def build_from(plan: Plan, shapes: Parts, tensors: Mapping[str, Tensor], values: dict[str, Tensor]) -> Parts:
@@ -46,15 +48,15 @@ def _is_whole(site: AdapterSite, adapter: Adapter, brought: Collection[int]) -> 
     base = site.candidate.base
     if site.tied_to is not None:
         return False
-    if site.ops.is_quantized or not any(True for _ in parameters_in(base)):  # which do not say its dtype and its device
+    if site.ops.is_quantized or next(parameters_in(base), None) is None:  # which do not say its dtype and its device
         return False
     return all(id(value) in brought for module in modules_in(adapter) for value in _tensors_in(module))
 
 
 def _tensors_in(module: nn.Module) -> list[Tensor]:
     """All that the module itself refers to, as parameters, buffers or anything else, in lists and dictionaries too."""
-    own = [value for value in vars(module).values() if type(value) not in SCALARS]
-    tables = [value for value in own if isinstance(value, CONTAINERS) and value]  # most are empty
+    own = [v for v in vars(module).values() if type(v) not in SCALARS and (type(v) not in EMPTYABLE or v)]
+    tables = [value for value in own if isinstance(value, CONTAINERS)]
     held = [item for table in tables for item in (table.values() if isinstance(table, dict) else table)]
     return [value for value in (*own, *held) if isinstance(value, Tensor)]
 

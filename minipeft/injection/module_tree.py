@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -134,12 +134,12 @@ def adapters_of(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
 class TensorIndex:
     """Which parameters of a model lie where in memory, so that ties are found without comparing every pair.
 
-    Without those of adapters, which own theirs.
+    Without those of adapters, which own theirs. `outside` are the model's `outside_adapters`, if they have been found already.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, outside: Iterable[tuple[str, nn.Module]] | None = None) -> None:
         self._by_storage: dict[tuple[torch.device, int], list[tuple[nn.Module, str, str, nn.Parameter]]] = {}
-        for name, module in outside_adapters(model):
+        for name, module in outside_adapters(model) if outside is None else outside:
             for parameter_name, parameter in module._parameters.items():
                 if parameter is not None:
                     entry = module, name, parameter_name, parameter

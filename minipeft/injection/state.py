@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from minipeft.config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, hint, shown, told
 from minipeft.injection.rows import BASE
-from minipeft.injection.wrapper import Switch, Wrapper
-from minipeft.wrapper_names import modules_in
+from minipeft.injection.wrapper import Place, Switch
 
-# A parameter of an adapter by the module that has it and its name there, so that switching visits these and nothing else.
-# Not as an object: moving, sharding or loading a model may put other objects in their places.
-Place = tuple[nn.Module, str]
 STATE = "_minipeft"  # the state's name in the model's __dict__, which is copied and pickled with the model
 
 
@@ -92,15 +88,6 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
             f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name. To give it the "
             "values of a file, call hotswap_adapter()."
         )
-
-
-def places_in(wrapper: Wrapper, adapter_name: str) -> list[Place]:
-    """Where the parameters are that training this adapter changes in one wrapper."""
-    part = wrapper.parts.get(adapter_name)
-    if part is None:
-        return []
-    own = set(map(id, wrapper.trainable_parameters(adapter_name)))
-    return [(module, name) for module in modules_in(part) for name, p in module._parameters.items() if id(p) in own]
 
 
 def parameters_at(places: Iterable[Place]) -> Iterator[nn.Parameter]:

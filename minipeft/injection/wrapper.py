@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from minipeft.injection.adapted_value import AdaptedValue
 from minipeft.injection.rows import Rows, rows_now
 from minipeft.layers.offloaded import HOOK
+from minipeft.wrapper_names import modules_in
 
 # What accelerate adds to a layer and takes off again. On a wrapper it would look for the layer's weights there.
 OF_ACCELERATE = (HOOK, "_old_forward")
+# A parameter of an adapter by the module that has it and its name there, so that switching visits these and nothing else.
+# Not as an object: moving, sharding or loading a model may put other objects in their places.
+Place = tuple[nn.Module, str]
 
 
 class Switch:
@@ -124,6 +128,13 @@ class Wrapper(nn.Module):
         """The parameters that training this adapter changes."""
         if adapter_name in self.adapters:
             yield from self.adapters[adapter_name].parameters()
+
+    def places(self, adapter_name: str) -> list[Place]:
+        """Where the `trainable_parameters` of this adapter are."""
+        if (part := self.parts.get(adapter_name)) is None:
+            return []
+        own = set(map(id, self.trainable_parameters(adapter_name)))
+        return [(module, name) for module in modules_in(part) for name, p in module._parameters.items() if id(p) in own]
 
     def mixed_rows(self) -> Rows | None:
         """The rows of the batch that runs now, if they use different adapters of this module."""

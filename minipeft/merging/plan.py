@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import MergeError
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.module_tree import TensorIndex, adapted_layers
+from minipeft.injection.module_tree import TensorIndex, outside_adapters
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_bound
 from minipeft.layers.offloaded import offloads
 from minipeft.merging.steps import AddInPlace, Replace, Step, Write
@@ -42,8 +42,9 @@ def plan_merge(model: nn.Module, names: tuple[str, ...], options: Options) -> li
     """
     if options.dequantize:
         check_replaceable(model)
-    index, steps, done = TensorIndex(model), list[Step](), set[AdaptedLayer]()
-    layers = list(adapted_layers(model))
+    outside = list(outside_adapters(model))
+    index, steps, done = TensorIndex(model, outside), list[Step](), set[AdaptedLayer]()
+    layers = [(path, layer) for path, layer in outside if isinstance(layer, AdaptedLayer)]
     may_be_tied = [layer for _, layer in layers if adapts_tied_layers(layer, names)]
     for path, layer in layers:
         here = tuple([name for name in names if name in layer.parts])

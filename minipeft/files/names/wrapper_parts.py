@@ -39,7 +39,7 @@ def without_adapter_name(file: File, expected: Collection[str], in_full: Sequenc
         in_full: modules that are saved in full; a script may give these their own names, which are all that PEFT reads.
     """
     bare = {key: short for key in file.shapes if key not in expected and (short := _bare(key)) in expected}
-    file = file.renamed(lambda key: bare.get(key, key))
+    file = file.renamed(lambda key: bare.get(key, key)) if bare else file
     others = [key for key in file.shapes if key not in expected]
     # In such a state all tensors of a method have the name, and only biases, which are the base's, do not.
     copies = tuple(f"{PREFIX}{name}." for name in in_full)
