@@ -33,9 +33,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import minipeft
-from minipeft import registry
+from minipeft.config.options import integer
 from minipeft.files.hub import create_repo
-from minipeft.options import integer
+from minipeft.registry import registry
 from minipeft.training import optimizers, report
 from minipeft.training.base_model import DTYPES, load_base
 from minipeft.training.data.encoding import Encoding

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from minipeft.combining.report import CombineReport
-from minipeft.config import AdapterConfig, checked_config, config_of_peft
+from minipeft.config.adapter_config import AdapterConfig, checked_config, config_of_peft
 from minipeft.diagnosis.check import Finding
 from minipeft.diagnosis.diagnose import diagnose
 from minipeft.errors import (
@@ -47,7 +47,7 @@ from minipeft.planning.suggest import Suggestion
 from minipeft.planning.suggest import suggest as suggested
 from minipeft.quantization.dequantize import dequantize
 from minipeft.quantization.quantize import quantize
-from minipeft.registry import register_adapter, register_layer, register_method, register_targets
+from minipeft.registry.registry import register_adapter, register_layer, register_method, register_targets
 
 
 def get_lora_model(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from minipeft.ecosystem.type_names import is_from
 from minipeft.errors import LeanError, MinipeftError, StateError, shown
 from minipeft.files.restore import restore_adapters
 from minipeft.injection import step_hooks
@@ -21,7 +22,6 @@ from minipeft.integrations.trl import arguments_for_trl
 from minipeft.memory.chunked_loss import took_logits
 from minipeft.merging.training_guard import check_training
 from minipeft.model import AdaptedModel
-from minipeft.type_names import is_from
 
 
 class _AfterStep(TrainerCallback):

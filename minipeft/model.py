@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from minipeft import registry
-from minipeft.class_swap import reduced
 from minipeft.combining.model import CombinableModel
 from minipeft.combining.other_names import OtherNames
-from minipeft.config import AdapterConfig, checked_config
+from minipeft.config.adapter_config import AdapterConfig, checked_config
+from minipeft.config.options import checked_module, flag, flags
+from minipeft.ecosystem.transformers_model import mark_untied, says_tied, wrapping_class
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.foreign_options import check_options
 from minipeft.files.hotswap import HotswapModel
@@ -24,7 +24,6 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.files.trl_guard import TrainedAlone
-from minipeft.garbage import no_collection
 from minipeft.injection.attach import attach, detach, remove, switch_to
 from minipeft.injection.build import build
 from minipeft.injection.many_adapters import ManyAdapters
@@ -37,9 +36,10 @@ from minipeft.injection.state import active_without, check_name, names_given
 from minipeft.layers.bitsandbytes_4bit import number_of_values
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
-from minipeft.options import checked_module, flag, flags
+from minipeft.python.class_swap import reduced
+from minipeft.python.garbage import no_collection
 from minipeft.quantization.dequantize import dequantize as make_float
-from minipeft.transformers_model import mark_untied, says_tied, wrapping_class
+from minipeft.registry import registry
 
 
 @all_or_nothing

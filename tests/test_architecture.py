@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minipeft"
 # The rooms of the package, one line a floor, the lowest first: a room imports from floors below it and from itself.
 FLOORS = (
-    ("errors", "class_swap", "garbage", "interrupts", "type_names", "wrapper_names"),
-    ("kernels", "contract", "patterns", "peft_options", "transformers_model"),
-    ("registry", "options"),
+    ("errors", "python"),
+    ("ecosystem",),
+    ("kernels", "registry"),
     ("layers", "config"),
     ("methods",),
     ("injection",),

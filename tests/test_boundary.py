@@ -23,9 +23,9 @@ from minipeft import (
     get_lora_model,
     load_adapter,
 )
+from minipeft.config.patterns import first_keys
 from minipeft.errors import MAX_MESSAGE, printable, shown, told
 from minipeft.files.reading import reading
-from minipeft.patterns import first_keys
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 needs_a_user = pytest.mark.skipif(os.getuid() == 0, reason="root may read and write everything")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipeft import ConfigError, LoraConfig, MinipeftError
-from minipeft.config import config_from_dict
+from minipeft.config.adapter_config import config_from_dict
 
 NAN, INF = float("nan"), float("inf")
 

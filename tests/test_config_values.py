@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from minipeft import ConfigError, LoraConfig, registry
-from minipeft.config import config_from_dict
+from minipeft import ConfigError, LoraConfig
+from minipeft.config.adapter_config import config_from_dict
+from minipeft.registry import registry
 from minipeft.testing.examples import options_of
 
 HUGE = 10**5000  # more digits than Python writes out

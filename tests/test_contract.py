@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from minipeft import Adapter, AdapterConfig, ConfigError, ContractError, LayerOps, RegistryError, TargetError, registry
+from minipeft import Adapter, AdapterConfig, ConfigError, ContractError, LayerOps, RegistryError, TargetError
 from minipeft.layers.embedding import EmbeddingOps
 from minipeft.layers.linear import Conv1DOps, LinearOps
 from minipeft.methods.lora import Lora, LoraConfig
+from minipeft.registry import registry
 from minipeft.testing import check_layer, check_method, check_pair, examples, register_example, register_options
 from minipeft.testing.checks import CHECKS
 

@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from minipeft import LoraConfig, get_lora_model, lean
+from minipeft.ecosystem.wrapper_names import unwrapped_name
 from minipeft.kernels import lora_linear as fused
 from minipeft.kernels import recompute
-from minipeft.wrapper_names import unwrapped_name
 
 WORLD = 2
 LAYERS = 8  # adapted ones in the tiny GPT-2: four a block

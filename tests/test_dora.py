@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import minipeft
 from minipeft import LoraConfig, get_lora_model
-from minipeft.config import config_from_dict
+from minipeft.config.adapter_config import config_from_dict
 from minipeft.methods import dora
 from minipeft.methods.dora import Dora, row_norms
 

@@ -9,7 +9,8 @@ import torch
 from tiny_models import foreign_code
 from transformers import AutoModelForCausalLM
 
-from minipeft import ConfigError, registry
+from minipeft import ConfigError
+from minipeft.registry import registry
 
 with foreign_code():
     import peft

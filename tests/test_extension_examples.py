@@ -8,10 +8,11 @@ import pytest
 from torch import nn
 
 import minipeft
-from minipeft import registry, testing
+from minipeft import testing
 from minipeft.layers.embedding import EmbeddingOps
 from minipeft.layers.linear import Conv1DOps, LinearOps
 from minipeft.methods.lora import Lora
+from minipeft.registry import registry
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ALL_PASSED = f"{len(testing.CHECKS)} of {len(testing.CHECKS)} checks passed"

@@ -13,7 +13,8 @@ from tiny_models import adapted, disturb, foreign_code, gpt2, llama, token_ids
 from torch import nn
 
 import minipeft
-from minipeft import LoraConfig, get_adapter_model, get_lora_model, load_adapter, registry
+from minipeft import LoraConfig, get_adapter_model, get_lora_model, load_adapter
+from minipeft.registry import registry
 from minipeft.testing import check_pair
 from minipeft.testing.behaviour import weighted_sum
 from minipeft.testing.case import case_of

@@ -12,7 +12,8 @@ from tiny_models import adapted, disturb, foreign_code, llama, token_ids
 from torch._dynamo.utils import counters
 
 import minipeft
-from minipeft import LoraConfig, get_adapter_model, lean, load_adapter, registry
+from minipeft import LoraConfig, get_adapter_model, lean, load_adapter
+from minipeft.registry import registry
 
 pytestmark = on_device
 BACKEND = "inductor" if DEVICE.type == "cuda" else "aot_eager"  # a GPU is for what inductor makes

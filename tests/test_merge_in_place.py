@@ -21,10 +21,8 @@ from minipeft import (
     get_adapter_model,
     get_lora_model,
     register_method,
-    registry,
 )
 from minipeft.injection.module_tree import adapted_layers
-from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels.functional import largest, low_rank_bound, low_rank_product
 from minipeft.layers.linear import LinearOps
 from minipeft.merging import merge as merging
@@ -32,6 +30,8 @@ from minipeft.merging import rounding
 from minipeft.merging.rounding import add_product
 from minipeft.merging.steps import Step, Write
 from minipeft.methods.lora import Lora
+from minipeft.python.interrupts import interrupts_deferred
+from minipeft.registry import registry
 
 WIDE = 96  # no other tensor of the model below has 96 x 96 values
 

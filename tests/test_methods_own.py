@@ -12,12 +12,13 @@ from tiny_models import disturb, foreign_code, gpt2, llama, logits
 from torch import nn
 
 import minipeft
-from minipeft import ConfigError, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, TargetError, VeraConfig, registry
+from minipeft import ConfigError, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, TargetError, VeraConfig
 from minipeft import get_adapter_model as adapt
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.methods import ia3
 from minipeft.methods.lokr import factorise
 from minipeft.methods.oft import _series
+from minipeft.registry import registry
 
 with foreign_code():
     peft = pytest.importorskip("peft")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_models import disturb, foreign_code, logits
 
 import minipeft
-from minipeft.peft_options import WITHOUT_EFFECT, asks_nothing
+from minipeft.ecosystem.peft_options import WITHOUT_EFFECT, asks_nothing
 
 peft = pytest.importorskip("peft")
 every_case = pytest.mark.parametrize("case", CASES)

@@ -23,7 +23,8 @@ from torch import nn
 torch.set_num_threads(1)
 torch.manual_seed(0)
 import minipeft
-from minipeft import LoraConfig, get_adapter_model, load_adapter, registry
+from minipeft import LoraConfig, get_adapter_model, load_adapter
+from minipeft.registry import registry
 from minipeft.testing import check_layer, check_method, check_pair, register_example, report
 
 def int8(in_features, out_features):
@@ -56,7 +57,8 @@ print(json.dumps(said))
 """
 LOAD = """
 import json, sys, warnings
-from minipeft import RegistryError, load_adapter, registry
+from minipeft import RegistryError, load_adapter
+from minipeft.registry import registry
 from torch import nn
 before = {"methods": registry.method_names(), "layers": list(registry.layers()), "lora": registry.method_class("lora")}
 def net():

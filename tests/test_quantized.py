@@ -14,14 +14,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import minipeft
-from minipeft import ConfigError, LoraConfig, MergeError, RegistryError, StateError, TargetError, registry
+from minipeft import ConfigError, LoraConfig, MergeError, RegistryError, StateError, TargetError
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import layer_ops
 from minipeft.layers.bitsandbytes_4bit import _warn_of_misreading, reads_back
 from minipeft.layers.linear import LinearOps
 from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.memory.probe import HALF_TOLERANCE, TOLERANCE, _tolerance
-from minipeft.registry import layer_type_names
+from minipeft.registry import registry
+from minipeft.registry.registry import layer_type_names
 
 with foreign_code():
     bnb = pytest.importorskip("bitsandbytes")

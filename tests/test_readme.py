@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import foreign_code
 
-from minipeft import registry
 from minipeft.injection import default_targets as families
+from minipeft.registry import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -25,7 +25,7 @@ import minipeft
 from minipeft import LoraConfig, StateError, TrainableTokensConfig, get_adapter_model, get_lora_model, load_adapter
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.adapted_value import AdaptedValue
-from minipeft.registry import method_class, method_names
+from minipeft.registry.registry import method_class, method_names
 from minipeft.testing.examples import options_of
 
 

@@ -11,10 +11,11 @@ from tiny_models import gpt2
 from torch import nn
 
 import minipeft
-from minipeft import Adapter, LoraConfig, RegistryError, get_lora_model, registry
+from minipeft import Adapter, LoraConfig, RegistryError, get_lora_model
 from minipeft.layers.base import layer_ops
 from minipeft.layers.linear import LinearOps
 from minipeft.methods.lora import Lora
+from minipeft.registry import registry
 
 
 @pytest.fixture(autouse=True)

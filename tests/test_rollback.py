@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.utils import prune
 
 from minipeft import LoraConfig, TargetError, get_lora_model, lean, load_adapter, unlean
-from minipeft.class_swap import plain_class
 from minipeft.files import restore
 from minipeft.injection import attach as verbs
 from minipeft.injection import rollback
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.merging import merge
 from minipeft.merging.unmerge import Undo
+from minipeft.python.class_swap import plain_class
 
 
 def everything(model):

@@ -12,6 +12,7 @@ from tiny_models import gpt2, llama, token_ids
 
 import minipeft
 from minipeft import AdaLoraConfig, CheckpointError
+from minipeft.registry import registry
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.run_state import TrainingState
 
@@ -64,7 +65,7 @@ class Run:
 
 def test_every_method_is_among_them():
     tried = {config.adapter_method for config in METHODS.values()}
-    classes = {name: minipeft.registry.method_class(name) for name in minipeft.registry.method_names()}
+    classes = {name: registry.method_class(name) for name in registry.method_names()}
     assert tried == {name for name, cls in classes.items() if cls.__module__.startswith("minipeft.")}
     assert {name.split()[0] for name in CASES} <= tried
 

@@ -25,13 +25,13 @@ from minipeft import (
     get_lora_model,
     load_adapter,
     register_method,
-    registry,
 )
 from minipeft.files import save
 from minipeft.files.tensor_bytes import DTYPES, file_of
 from minipeft.files.tensor_file import TensorFile
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.methods.lora import Lora
+from minipeft.registry import registry
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG = LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights=False)

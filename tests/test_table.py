@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from minipeft import MinipeftError, StateError, TargetError, registry
+from minipeft import MinipeftError, StateError, TargetError
 from minipeft.layers.embedding import EmbeddingOps
 from minipeft.layers.linear import Conv1DOps, LinearOps
 from minipeft.methods.lora import Lora
+from minipeft.registry import registry
 from minipeft.testing import table
 from minipeft.testing.table import BEGIN, END, code_lines, main, refusals, with_table
 

@@ -5,7 +5,8 @@ import torch
 from tiny_models import gpt2, gpt2_classifier, llama, logits, state_digest, t5
 from torch import nn
 
-from minipeft import ConfigError, LoraConfig, StateError, TargetError, get_lora_model, load_adapter, patterns
+from minipeft import ConfigError, LoraConfig, StateError, TargetError, get_lora_model, load_adapter
+from minipeft.config import patterns
 from minipeft.injection import apply as injection
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import adapted_layers, wrappers

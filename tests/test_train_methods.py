@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 from accelerate.state import AcceleratorState
 
-from minipeft import registry
+from minipeft.registry import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = gzip.decompress((ROOT / "examples/assets/corpus/code-train.txt.gz").read_bytes()).decode()

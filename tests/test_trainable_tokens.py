@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-import minipeft
 from minipeft import LoraConfig, TrainableTokensConfig, get_adapter_model, get_lora_model, load_adapter
 from minipeft.errors import CheckpointError, ConfigError, MergeError, TargetError
+from minipeft.registry import registry
 from minipeft.training.lora_plus import lora_plus_groups
 
 TOKENS = [7, 3, 98]
@@ -434,4 +434,4 @@ def test_an_adapter_that_has_not_moved_a_row_is_reported_as_idle(tmp_path):
 def test_random_rows_are_there_on_request():
     model = get_adapter_model(gpt2(), TrainableTokensConfig(token_indices=TOKENS, init_weights=False))
     assert not torch.allclose(logits(model), logits(gpt2()))
-    assert minipeft.registry.method_class("trainable_tokens") is type(model.lm_head.adapters["default"])
+    assert registry.method_class("trainable_tokens") is type(model.lm_head.adapters["default"])

@@ -9,7 +9,7 @@ import torch
 from rotation import often
 from tiny_models import foreign_code
 
-from minipeft import registry
+from minipeft.registry import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples" / "tutorial"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tiny_models import disturb, foreign_code, gpt2, gpt2_classifier, llama, logits, state_digest
 
 import minipeft
-from minipeft.config import config_from_dict
-from minipeft.peft_options import OPTIONS
+from minipeft.config.adapter_config import config_from_dict
+from minipeft.ecosystem.peft_options import OPTIONS
 
 with foreign_code():
     peft = pytest.importorskip("peft")

@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from minipeft import LoraConfig, TargetError, get_lora_model, load_adapter
+from minipeft.ecosystem.wrapper_names import named_modules, named_parameters, unwrapped_name
 from minipeft.injection.module_tree import candidates, wrappers
 from minipeft.training.runs.optimizer_state import named_groups
-from minipeft.wrapper_names import named_modules, named_parameters, unwrapped_name
 
 WEIGHTS = "adapter_model.safetensors"
 X = torch.arange(24).reshape(2, 12)

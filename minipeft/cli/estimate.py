@@ -43,7 +43,7 @@ def estimate(
         raise ConfigError("--fit chooses how to train; leave out --training and --checkpointing.")
     import torch  # late, since --help must not wait for it
 
-    from minipeft.config import config_from_dict
+    from minipeft.config.adapter_config import config_from_dict
     from minipeft.model import get_adapter_model
     from minipeft.planning.estimate import Planner, Setup
     from minipeft.planning.fit import fit

@@ -11,12 +11,12 @@ from minipeft.combining.report import CombineReport
 from minipeft.combining.scale import rescale
 from minipeft.combining.status import Status, adapter_status, layer_status
 from minipeft.combining.weighted import add_weighted
+from minipeft.config.options import flags, number
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown, told
 from minipeft.files.save_pretrained import SavableModel
 from minipeft.injection.attach import rename
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import check_name
-from minipeft.options import flags, number
 
 logger = logging.getLogger("minipeft")
 FAR = 0.1  # relative error from which a combination that is meant as a sum is worth a warning

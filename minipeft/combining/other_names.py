@@ -8,10 +8,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from minipeft.combining.model import CombinableModel
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
 from minipeft.injection.own_methods import Configurations
-from minipeft.wrapper_names import PREFIX
 
 
 class OtherNames(CombinableModel):

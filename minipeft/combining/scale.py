@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from minipeft.config.patterns import first_keys
 from minipeft.errors import StateError, TargetError, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers_of
 from minipeft.injection.state import STATE
-from minipeft.interrupts import interrupts_deferred
-from minipeft.patterns import first_keys
+from minipeft.python.interrupts import interrupts_deferred
 
 
 def rescale(model: nn.Module, adapter_name: str, scale: float, pattern: str | None) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft import registry
 from minipeft.combining.combination import Combination, measured, summed_bias
 from minipeft.combining.products import padded
 from minipeft.combining.report import CombineReport
 from minipeft.combining.sources import Update, sources, widest
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.options import rank as checked_rank
 from minipeft.errors import TargetError, shown
 from minipeft.injection.attach import attach
 from minipeft.injection.build import build
@@ -24,7 +24,7 @@ from minipeft.injection.state import STATE, AdapterState
 from minipeft.kernels.full_precision import full_precision
 from minipeft.kernels.functional import is_finite
 from minipeft.kernels.generators import generators_kept
-from minipeft.options import rank as checked_rank
+from minipeft.registry import registry
 
 METHOD = "lora"
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")

@@ -9,12 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from minipeft.diagnosis.check import Seen, Setup, about, check
-from minipeft.errors import shown
-from minipeft.files.format import open_adapter, open_weights
-from minipeft.files.names.fitted import in_names_of
-from minipeft.files.peft_extras import as_peft_reads
-from minipeft.injection.fresh_parts import ORIGINS
-from minipeft.transformers_model import (
+from minipeft.ecosystem.transformers_model import (
     computed_parameters,
     input_embedding,
     is_from_checkpoint,
@@ -22,7 +17,12 @@ from minipeft.transformers_model import (
     output_head,
     says_tied,
 )
-from minipeft.wrapper_names import named_modules
+from minipeft.ecosystem.wrapper_names import named_modules
+from minipeft.errors import shown
+from minipeft.files.format import open_adapter, open_weights
+from minipeft.files.names.fitted import in_names_of
+from minipeft.files.peft_extras import as_peft_reads
+from minipeft.injection.fresh_parts import ORIGINS
 
 
 @check("head-untrained", "It is random, and stays so: whoever loads the base again gets another one.")

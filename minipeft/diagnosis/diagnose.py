@@ -15,9 +15,9 @@ from minipeft.diagnosis.check import Check, Finding, Setup
 from minipeft.diagnosis.our_view import our_view
 from minipeft.diagnosis.peft_view import has_peft_layers, peft_view
 from minipeft.diagnosis.view import View
+from minipeft.ecosystem.wrapper_names import unwrapped
 from minipeft.errors import ConfigError, DataError
 from minipeft.injection.state import STATE
-from minipeft.wrapper_names import unwrapped
 
 GROUPS = (numbers, base, acting, learning, rates, precision, labels, vocabulary)
 CHECKS: tuple[Check, ...] = tuple(

@@ -8,8 +8,8 @@ from torch import nn
 
 from minipeft.diagnosis.check import Seen, Setup, about, check
 from minipeft.diagnosis.view import Part, by_adapter
+from minipeft.ecosystem.type_names import is_from
 from minipeft.errors import shown
-from minipeft.type_names import is_from
 
 CUT = "None of the inputs have requires_grad=True"  # what `torch.utils.checkpoint` warns of
 MAKE = "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)  # after adapting"

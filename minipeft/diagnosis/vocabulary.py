@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from minipeft.diagnosis.check import Seen, Setup, check
+from minipeft.ecosystem.transformers_model import input_embedding
 from minipeft.errors import shown
 from minipeft.files.base_checkpoint import stored_rows
-from minipeft.transformers_model import input_embedding
 
 # How the chat formats in use mark a turn: ChatML, Llama 3, Llama 2 and Mistral, Gemma, Phi, Zephyr.
 MARKS = ("<|im_start|>", "<|start_header_id|>", "[INST]", "<start_of_turn>", "<|user|>", "<|assistant|>")

@@ -11,11 +11,11 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from minipeft.ecosystem.transformers_model import name_or_path
 from minipeft.errors import CheckpointError
 from minipeft.files.hub import is_hub_id
 from minipeft.files.reading import MAX_CONFIG_BYTES, read_limited
 from minipeft.files.tensor_file import MAX_HEADER_BYTES, open_tensors
-from minipeft.transformers_model import name_or_path
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.wrapper_names import parameters_in
 from minipeft.errors import CheckpointError, printable, shown
 from minipeft.files.format import AdapterFile, is_sample
 from minipeft.files.resized_vocabulary import base_rows, tables
@@ -27,7 +28,6 @@ from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import each_value, present
-from minipeft.wrapper_names import parameters_in
 
 SAMPLES = 8
 # Allowed difference of two samples, as a fraction of their norm, if one is quantized: 4 bits cost about 0.1, and an

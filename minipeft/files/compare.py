@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import config_from_dict
+from minipeft.config.adapter_config import config_from_dict
+from minipeft.ecosystem.wrapper_names import named_parameters, unwrapped_name
 from minipeft.errors import CheckpointError, nearest, printable, shown, told
 from minipeft.files.base_samples import check_samples
 from minipeft.files.format import DTYPES, FLOATS, PROVENANCE, AdapterFile
 from minipeft.files.new_rows import resize_hint
 from minipeft.files.not_an_adapter import tensors_named
 from minipeft.files.peft_extras import check_extras, find_copies, find_repeats
-from minipeft.wrapper_names import named_parameters, unwrapped_name
 
 
 @dataclass(frozen=True)

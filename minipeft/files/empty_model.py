@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from minipeft.ecosystem.transformers_model import input_embedding, output_head
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import ConfigError, MergeError, MinipeftError, told
 from minipeft.files.format import AdapterFile
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.reading import reading
 from minipeft.files.resized_vocabulary import OPTION
-from minipeft.transformers_model import input_embedding, output_head
-from minipeft.wrapper_names import PREFIX
 
 # The auto class for a task whose head a checkpoint of another task lacks.
 HEADS = {

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from minipeft.config import AdapterConfig, config_from_dict
+from minipeft.config.adapter_config import AdapterConfig, config_from_dict
+from minipeft.ecosystem.peft_options import asks_nothing
 from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.formats.diffusers import DIFFUSERS
@@ -31,7 +32,6 @@ from minipeft.files.not_an_adapter import config_named, folder_named, layout_nam
 from minipeft.files.reading import check_inside, parse, read_object, reading
 from minipeft.files.scaling_in_B import with_own_scaling
 from minipeft.files.tensor_file import TensorFile, damaged, open_tensors
-from minipeft.peft_options import asks_nothing
 
 logger = logging.getLogger("minipeft")
 VERSION = 1

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from minipeft.config.options import flags
+from minipeft.config.options import rank as checked_rank
+from minipeft.ecosystem.wrapper_names import unwrapped
 from minipeft.errors import CheckpointError, ConfigError, StateError, all_or_nothing
 from minipeft.files.foreign_options import check_options
 from minipeft.files.hub import adapter_directory
@@ -25,13 +28,10 @@ from minipeft.injection.module_tree import occupants, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Wrapper
-from minipeft.interrupts import interrupts_deferred
 from minipeft.layers.offloaded import check_not_offloaded
 from minipeft.methods.base import Adapter
 from minipeft.methods.swapping import copy_tensors, unlike
-from minipeft.options import flags
-from minipeft.options import rank as checked_rank
-from minipeft.wrapper_names import unwrapped
+from minipeft.python.interrupts import interrupts_deferred
 
 Pairs = list[tuple[str, Wrapper, nn.Module, nn.Module]]  # name, where it is, what is there, what comes
 

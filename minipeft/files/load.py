@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from minipeft import registry
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.peft_options import KEPT
+from minipeft.ecosystem.wrapper_names import PREFIX, named_modules
 from minipeft.errors import shown
 from minipeft.files.base_samples import planned_frozen_weights, planned_samples, warn_of_missing_parts
 from minipeft.files.compare import Expected, read_values
@@ -31,8 +32,7 @@ from minipeft.injection.module_tree import candidates
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.methods.base import Adapter
-from minipeft.peft_options import KEPT
-from minipeft.wrapper_names import PREFIX, named_modules
+from minipeft.registry import registry
 
 logger = logging.getLogger("minipeft")
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.patterns import is_suffix
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.format import FLOATS, AdapterFile
 from minipeft.files.resized_vocabulary import OPTION, ROWS, ids_by_name, tables
 from minipeft.injection.module_tree import outside_adapters
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import values_of
-from minipeft.patterns import is_suffix
-from minipeft.wrapper_names import PREFIX
 
 # In PEFT's files the keys of a base table have these in them, if rows of it train or it has a trained copy.
 INFIXES = (".token_adapter.base_layer", ".original_module")

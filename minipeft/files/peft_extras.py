@@ -15,15 +15,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import HEADS_OF_TASK, AdapterConfig
+from minipeft.config.adapter_config import HEADS_OF_TASK, AdapterConfig
+from minipeft.config.patterns import is_suffix
+from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, named_parameters
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
 from minipeft.injection.module_tree import Candidate, candidates, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.targets import within
 from minipeft.layers.offloaded import values_of
-from minipeft.patterns import is_suffix
-from minipeft.wrapper_names import PREFIX, ROOT, named_parameters
 
 # The factors of a head that is tied to an embedding -> those of the embedding, of which each is the transpose.
 TRANSPOSED = {".lora_A.weight": ".lora_embedding_B", ".lora_B.weight": ".lora_embedding_A"}

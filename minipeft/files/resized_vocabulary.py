@@ -14,6 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minipeft.config.patterns import is_suffix
+from minipeft.ecosystem.transformers_model import (
+    input_embedding,
+    is_from_checkpoint,
+    name_or_path,
+    output_head,
+    vocabulary_size,
+)
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import ConfigError, told
 from minipeft.files.base_checkpoint import base_config, stored_rows
 from minipeft.injection.adapted_layer import AdaptedLayer
@@ -21,9 +30,6 @@ from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import values_of
-from minipeft.patterns import is_suffix
-from minipeft.transformers_model import input_embedding, is_from_checkpoint, name_or_path, output_head, vocabulary_size
-from minipeft.wrapper_names import PREFIX
 
 OPTION, ROWS = "trainable_token_indices", "token_adapter.trainable_tokens_delta"
 

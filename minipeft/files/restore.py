@@ -19,7 +19,7 @@ from minipeft.files.reading import as_path, reading
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
-from minipeft.interrupts import interrupts_deferred
+from minipeft.python.interrupts import interrupts_deferred
 
 
 @all_or_nothing

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft import registry
-from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
+from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
+from minipeft.config.patterns import endings, full_matches, matching
+from minipeft.ecosystem.transformers_model import name_or_path
+from minipeft.ecosystem.wrapper_names import PREFIX, unwrapped_name
 from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.atomic import Pieces, write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -28,9 +30,7 @@ from minipeft.injection.build import shared_tensors
 from minipeft.injection.module_tree import adapted_layers, candidates, layers_of, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.kernels.functional import is_finite
-from minipeft.patterns import endings, full_matches, matching
-from minipeft.transformers_model import name_or_path
-from minipeft.wrapper_names import PREFIX, unwrapped_name
+from minipeft.registry import registry
 
 MATRIX = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
+from minipeft.config.options import flags
 from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
@@ -25,12 +26,11 @@ from minipeft.files.save import adapter_tensors, file_config, save_adapter, tens
 from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_outer_save, check_trainer, save_base_for_pipeline
-from minipeft.garbage import no_collection
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import STATE, AdapterState, names_given
 from minipeft.injection.watch import idle_message
 from minipeft.layers.offloaded import values_of
-from minipeft.options import flags
+from minipeft.python.garbage import no_collection
 
 DEFAULT = "default"
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.config import AdapterConfig, config_from_dict
+from minipeft.config.adapter_config import AdapterConfig, config_from_dict
+from minipeft.ecosystem.type_names import is_from
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.files.tensor_file import TensorFile, damaged
-from minipeft.type_names import is_from
-from minipeft.wrapper_names import PREFIX
 
 SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
 ENDS = (".lora_B.weight", ".lora_B.bias", ".lora_embedding_B")

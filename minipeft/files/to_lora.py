@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError
 from minipeft.files.save import file_config
 from minipeft.injection.module_tree import layers_of, wrappers
-from minipeft.wrapper_names import PREFIX
 
 # What a plain LoRA configuration takes over from that of another method, besides `AdapterConfig`'s own options.
 KEPT = {"lora_dropout", "trainable_token_indices", "ensure_weight_tying"}

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.type_names import is_from
 from minipeft.errors import StateError
 from minipeft.files.trainer_guard import callers
-from minipeft.type_names import is_from
 
 # Of the largest logit, what a text may change in the next. Masked attention changes no bit; a grouped product of experts
 # may round differently.

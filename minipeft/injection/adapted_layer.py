@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.wrapper_names import modules_in, parameters_in
 from minipeft.errors import StateError
 from minipeft.injection.adapted_value import adapted_value
 from minipeft.injection.layer_by_row import run_by_row
@@ -19,7 +20,6 @@ from minipeft.kernels.functional import accumulation_dtype
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import HOOK, on_device_of, present
 from minipeft.methods.base import Adapter
-from minipeft.wrapper_names import modules_in, parameters_in
 
 
 class AdaptedLayer(Wrapper):

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from minipeft import registry
+from minipeft.ecosystem.transformers_model import has_other_output, knows_its_head, output_head, text_part
 from minipeft.errors import TargetError
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import FLOAT_DTYPES, layer_ops
-from minipeft.transformers_model import has_other_output, knows_its_head, output_head, text_part
+from minipeft.registry import registry
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs")
 KINDS = 8  # that a warning names

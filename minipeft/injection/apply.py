@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.class_swap import mixed_class, mixins_of
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.adapted_weight import AdaptedWeight
 from minipeft.injection.build import Parts
@@ -23,6 +22,7 @@ from minipeft.injection.plan import Plan
 from minipeft.injection.wrapper import Switch, Wrapper
 from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
+from minipeft.python.class_swap import mixed_class, mixins_of
 
 TIED_TO_THE_OBJECT = frozenset(
     {"forward", "_compiled_call_impl"}

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from minipeft.class_swap import mixed_class, original_class
+from minipeft.ecosystem.wrapper_names import named_parameters
 from minipeft.errors import StateError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.apply import apply, discard, eject, follow_loads
@@ -30,7 +30,7 @@ from minipeft.injection.state import (
 )
 from minipeft.injection.without_gradient import watch_gradients
 from minipeft.injection.wrapper import Wrapper, replace_key
-from minipeft.wrapper_names import named_parameters
+from minipeft.python.class_swap import mixed_class, original_class
 
 
 def attach(

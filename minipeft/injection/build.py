@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from minipeft.config.options import flag
+from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, parameters_in
 from minipeft.errors import TargetError, told_error
 from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
@@ -16,8 +18,6 @@ from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.kernels.full_precision import full_precision
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
-from minipeft.options import flag
-from minipeft.wrapper_names import PREFIX, ROOT, parameters_in
 
 HALF = frozenset({torch.bfloat16, torch.float16})
 Shape = tuple[torch.Size, torch.dtype]

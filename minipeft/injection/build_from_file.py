@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.wrapper_names import modules_in, parameters_in
 from minipeft.injection.build import Parts, build, shared_tensors
 from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
-from minipeft.wrapper_names import modules_in, parameters_in
 
 CONTAINERS = (dict, list, tuple)
 SCALARS = {bool, float, int, str, type(None)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from minipeft.registry import register_targets
+from minipeft.registry.registry import register_targets
 
 DEFAULTS: tuple[tuple[Sequence[str] | str, str], ...] = (
     (["c_attn"], "gpt2 gpt-sw3 gpt_bigcode openai-gpt decision_transformer imagegpt"),

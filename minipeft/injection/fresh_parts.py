@@ -13,12 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from minipeft.config import HEADS_OF_TASK, AdapterConfig
-from minipeft.errors import shown
-from minipeft.injection.module_tree import Candidate, candidates, is_callable
-from minipeft.injection.targets import select_parameters, select_saved, select_targets, within
-from minipeft.layers.offloaded import offloads
-from minipeft.transformers_model import (
+from minipeft.config.adapter_config import HEADS_OF_TASK, AdapterConfig
+from minipeft.ecosystem.transformers_model import (
     base_model,
     computed_parameters,
     input_embedding,
@@ -26,7 +22,11 @@ from minipeft.transformers_model import (
     loadable_parts,
     output_head,
 )
-from minipeft.wrapper_names import named_modules
+from minipeft.ecosystem.wrapper_names import named_modules
+from minipeft.errors import shown
+from minipeft.injection.module_tree import Candidate, candidates, is_callable
+from minipeft.injection.targets import select_parameters, select_saved, select_targets, within
+from minipeft.layers.offloaded import offloads
 
 ORIGINS = "_minipeft_origins"  # their name in an adapted model's __dict__, which is copied and pickled with the model
 

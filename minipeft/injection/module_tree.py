@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.wrapper_names import named_children, named_modules, wrapper_class
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.methods.base import Adapter
-from minipeft.wrapper_names import named_children, named_modules, wrapper_class
 
 
 class Candidate(NamedTuple):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.wrapper_names import unwrapped_name
 from minipeft.injection.adapted_value import adapted_value
 from minipeft.injection.rows import Rows, as_mask, rows_now, taken
 from minipeft.injection.wrapper import OF_ACCELERATE, Switch, Wrapper
 from minipeft.layers.offloaded import all_present, without_offloading
-from minipeft.wrapper_names import unwrapped_name
 
 
 class SavedModule(Wrapper):

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.transformers_model import input_embedding, output_head
+from minipeft.ecosystem.type_names import is_from
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.injection.attach import hold_norms
 from minipeft.injection.checkpointing import training_setter
@@ -24,8 +26,6 @@ from minipeft.injection.rows_of_call import note_length, rows_acting, rows_of_ca
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.watch import watched_call
 from minipeft.injection.wrapper import innermost
-from minipeft.transformers_model import input_embedding, output_head
-from minipeft.type_names import is_from
 
 
 class Configurations(dict[str, AdapterConfig]):

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.transformers_model import model_type
+from minipeft.ecosystem.type_names import is_from
+from minipeft.ecosystem.wrapper_names import FIXED_PARAMETERS, wrapper_class
 from minipeft.errors import TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.fresh_parts import (
@@ -34,9 +37,6 @@ from minipeft.injection.tied_sites import (
 )
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.offloaded import is_absent, offloads
-from minipeft.transformers_model import model_type
-from minipeft.type_names import is_from
-from minipeft.wrapper_names import FIXED_PARAMETERS, wrapper_class
 
 
 @dataclass(frozen=True)

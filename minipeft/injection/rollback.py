@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import outside_adapters
-from minipeft.interrupts import interrupts_deferred
+from minipeft.python.interrupts import interrupts_deferred
 
 CONTAINERS = {dict, OrderedDict, set}
 

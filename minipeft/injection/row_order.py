@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from minipeft.errors import StateError
-from minipeft.injection.module_tree import outside_adapters, wrappers
-from minipeft.injection.rows import MEDIA_OF_BATCH, Rows, acting
-from minipeft.injection.targets import within
-from minipeft.injection.wrapper import Wrapper
-from minipeft.kernels.generators import generators_kept
-from minipeft.transformers_model import (
+from minipeft.ecosystem.transformers_model import (
     CACHES,
     base_prefix,
     main_input_name,
@@ -31,6 +25,12 @@ from minipeft.transformers_model import (
     takes_text,
     text_part,
 )
+from minipeft.errors import StateError
+from minipeft.injection.module_tree import outside_adapters, wrappers
+from minipeft.injection.rows import MEDIA_OF_BATCH, Rows, acting
+from minipeft.injection.targets import within
+from minipeft.injection.wrapper import Wrapper
+from minipeft.kernels.generators import generators_kept
 
 BY_POSITION = {"cache_position"}  # arguments of transformers' models without a dimension of rows
 EXPERTS = {"expert", "experts"}  # what models call the list of them

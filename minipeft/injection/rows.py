@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import StateError
-from minipeft.wrapper_names import named_modules
 
 BASE = "__base__"  # PEFT's word for a row without an adapter
 Selector = slice | Tensor

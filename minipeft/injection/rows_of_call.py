@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.transformers_model import main_input_name, same_media_in_rows
 from minipeft.errors import ConfigError, StateError, hint, shown, told
 from minipeft.injection.rows import BASE, Rows, acting
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.kernels.functional import tensors_in
-from minipeft.transformers_model import main_input_name, same_media_in_rows
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from minipeft import registry
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.type_names import qualified
 from minipeft.errors import TargetError, shown
 from minipeft.injection.module_tree import Candidate, is_callable, occupants
 from minipeft.injection.modules_to_save import SavedModule
@@ -17,7 +17,7 @@ from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
-from minipeft.type_names import qualified
+from minipeft.registry import registry
 
 
 @dataclass(frozen=True)

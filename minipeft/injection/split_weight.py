@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from minipeft.ecosystem.transformers_model import GROUPED_PRODUCT
 from minipeft.injection.adapted_value import AdaptedValue, adapted_value
 from minipeft.kernels import low_rank_groups, low_rank_sum
 from minipeft.kernels.frozen_linear import is_frozen_product
 from minipeft.kernels.low_rank_sum import LowRankSum
 from minipeft.kernels.transformed import is_compiled
-from minipeft.transformers_model import GROUPED_PRODUCT
 
 SAID_FROM = 2**26  # bytes kept for the backward pass
 

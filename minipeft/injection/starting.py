@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.config.patterns import endings
+from minipeft.ecosystem.wrapper_names import parameters_in
 from minipeft.errors import StateError, shown
 from minipeft.injection.base_state import base_modules, buffer_samples
 from minipeft.injection.build import Parts, build
@@ -21,8 +23,6 @@ from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.injection.state import STATE, AdapterState
-from minipeft.patterns import endings
-from minipeft.wrapper_names import parameters_in
 
 
 def await_values(model: nn.Module, adapter_name: str, parts: Parts) -> None:

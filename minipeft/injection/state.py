@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, hint, shown, told
 from minipeft.injection.rows import BASE
 from minipeft.injection.wrapper import Place, Switch

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft import registry
+from minipeft.config.options import checked_module, integer
+from minipeft.ecosystem.wrapper_names import ATTRIBUTES, unwrapped_name
 from minipeft.errors import CheckpointError, StateError, shown
 from minipeft.injection.module_tree import adapters_of
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.watch import idle_message
 from minipeft.methods.base import Adapter
-from minipeft.options import checked_module, integer
-from minipeft.wrapper_names import ATTRIBUTES, unwrapped_name
+from minipeft.registry import registry
 
 
 def after_step(model: nn.Module, step: int) -> None:

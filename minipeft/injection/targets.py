@@ -7,15 +7,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from minipeft import registry
-from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
+from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
+from minipeft.config.patterns import endings, full_matches, is_suffix
+from minipeft.ecosystem.transformers_model import model_type
 from minipeft.errors import TargetError, hint, nearest, shown
 from minipeft.injection.all_linear import all_linear, layers_left_out, of_text
 from minipeft.injection.base_state import has_statistics
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import LayerOps, layer_ops
-from minipeft.patterns import endings, full_matches, is_suffix
-from minipeft.transformers_model import model_type
+from minipeft.registry import registry
 
 # What the linear layers of an expert are called where experts are modules, as in transformers 4.
 EXPERT_LAYERS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.transformers_model import input_embedding
 from minipeft.errors import TargetError, shown
 from minipeft.injection.module_tree import Candidate, TensorIndex
 from minipeft.injection.modules_to_save import copy_tensors
@@ -18,7 +19,6 @@ from minipeft.injection.sites import AdapterSite, SavedSite, module_sites, ops_f
 from minipeft.injection.targets import within
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import hides_ties, present
-from minipeft.transformers_model import input_embedding
 
 
 def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[AdapterSite]) -> list[AdapterSite]:

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from minipeft.ecosystem.transformers_model import gives_media
 from minipeft.errors import StateError, shown
 from minipeft.injection.module_tree import outside_adapters, wrappers, wrappers_of
 from minipeft.injection.rows import MEDIA_OF_BATCH, rows_now
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
-from minipeft.transformers_model import gives_media
 
 CHOICES = (nn.ModuleList, nn.ModuleDict)  # whoever holds one may call some of its modules and not others
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.wrapper_names import modules_in
 from minipeft.injection.adapted_value import AdaptedValue
 from minipeft.injection.rows import Rows, rows_now
 from minipeft.layers.offloaded import HOOK
-from minipeft.wrapper_names import modules_in
 
 # What accelerate adds to a layer and takes off again. On a wrapper it would look for the layer's weights there.
 OF_ACCELERATE = (HOOK, "_old_forward")

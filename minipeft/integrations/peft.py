@@ -18,7 +18,8 @@ from peft.tuners.lora.layer import Linear, dispatch_default
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files.restore import restore_adapter
 from minipeft.files.save import file_config
@@ -28,7 +29,6 @@ from minipeft.integrations.peft_tensors import Holder
 from minipeft.kernels.frozen_linear import can_fuse
 from minipeft.kernels.lora_linear import lora_linear
 from minipeft.merging.mergeable_model import MergeableModel
-from minipeft.wrapper_names import PREFIX
 
 
 class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]

@@ -9,10 +9,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from minipeft.ecosystem.wrapper_names import wrapper_class
 from minipeft.errors import ConfigError, StateError
 from minipeft.files.save import named_tensors, tensors_from_state
 from minipeft.merging.mergeable_model import MergeableModel
-from minipeft.wrapper_names import wrapper_class
 
 
 class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]

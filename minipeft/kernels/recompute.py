@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.wrapper_names import modules_in
 from minipeft.kernels.transformed import is_transformed
-from minipeft.wrapper_names import modules_in
 
 _ATTRIBUTE = "_minipeft_source"
 # What a function gives, and what turns the gradient of that into those of the inputs.

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.class_swap import plain_class
 from minipeft.layers.uncalled import UncalledOps
-from minipeft.registry import register_layer
+from minipeft.python.class_swap import plain_class
+from minipeft.registry.registry import register_layer
 
 
 @register_layer(nn.MultiheadAttention)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft import registry
-from minipeft.class_swap import plain_class
 from minipeft.errors import StateError
 from minipeft.kernels.frozen_linear import Weight, lean_linear
+from minipeft.python.class_swap import plain_class
+from minipeft.registry import registry
 
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 

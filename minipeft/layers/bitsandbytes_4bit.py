@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minipeft.layers.base import runs_only
 from minipeft.layers.quantized import QuantizedLinearOps, with_bias
-from minipeft.registry import register_layer
+from minipeft.registry.registry import register_layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that it dequantizes to
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.layers.base import runs_only
 from minipeft.layers.quantized import QuantizedLinearOps, with_bias
-from minipeft.registry import register_layer
+from minipeft.registry.registry import register_layer
 
 OUTLIER = 6.0  # input features beyond it stay in half precision; the paper's threshold, and transformers'
 

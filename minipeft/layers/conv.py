@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.class_swap import plain_class
 from minipeft.errors import TargetError
 from minipeft.layers.base import LayerOps, has_plain_weight
-from minipeft.registry import register_layer
+from minipeft.python.class_swap import plain_class
+from minipeft.registry.registry import register_layer
 
 FORWARDS = frozenset({nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward})
 POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

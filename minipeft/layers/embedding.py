@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.layers.base import LayerOps, has_plain_weight
-from minipeft.registry import register_layer
+from minipeft.registry.registry import register_layer
 
 
 @register_layer(nn.Embedding)

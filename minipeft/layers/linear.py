@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.class_swap import plain_class
+from minipeft.ecosystem.transformers_model import has_other_output
 from minipeft.layers.base import LayerOps, has_plain_weight, runs_only
-from minipeft.registry import register_layer
-from minipeft.transformers_model import has_other_output
+from minipeft.python.class_swap import plain_class
+from minipeft.registry.registry import register_layer
 
 
 @register_layer(nn.Linear)

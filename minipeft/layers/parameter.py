@@ -12,7 +12,7 @@ from minipeft.kernels.functional import split_columns, split_rows
 from minipeft.kernels.low_rank_sum import LowRankSum
 from minipeft.layers.base import FLOAT_DTYPES
 from minipeft.layers.uncalled import UncalledOps
-from minipeft.registry import register_layer
+from minipeft.registry.registry import register_layer
 
 
 @register_layer(nn.Parameter)

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft import registry
 from minipeft.kernels.frozen_linear import Weight, can_fuse, frozen_linear
 from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps, layer_ops
+from minipeft.registry import registry
 
 
 class QuantizedLinearOps(LayerOps):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.layers.base import runs_only
 from minipeft.layers.quantized import QuantizedLinearOps, with_bias
-from minipeft.registry import register_layer
+from minipeft.registry.registry import register_layer
 
 
 @register_layer(nn.Linear, weight="torchao.quantization.Int8Tensor")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.class_swap import SameFunction, plain_class
+from minipeft.ecosystem.transformers_model import CACHES, output_head
 from minipeft.errors import LeanError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import innermost
@@ -24,7 +24,7 @@ from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
 from minipeft.kernels.transformed import is_compiled, is_transformed
 from minipeft.layers.base import layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
-from minipeft.transformers_model import CACHES, output_head
+from minipeft.python.class_swap import SameFunction, plain_class
 
 _log = logging.getLogger("minipeft")
 

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.class_swap import SameFunction, plain_class
 from minipeft.kernels import recompute
 from minipeft.kernels.generators import generators_kept
 from minipeft.kernels.keeps_inputs import keeping_inputs
 from minipeft.kernels.transformed import is_transformed
 from minipeft.memory.modules import is_cheap_activation, learns
+from minipeft.python.class_swap import SameFunction, plain_class
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from minipeft.class_swap import SameFunction, mixed_class, original_class, plain_class
+from minipeft.config.options import checked_module, flags
+from minipeft.ecosystem.transformers_model import output_head, recomputable_blocks, wrapping_class
 from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown, told
 from minipeft.injection.rollback import unchanged_on_error
 from minipeft.injection.wrapper import Wrapper
-from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels import glibc, matmul
 from minipeft.layers.base import is_plain_linear, layer_ops
 from minipeft.memory import rms_norm, sample_slices, token_tiles
@@ -36,8 +36,8 @@ from minipeft.memory.modules import (
 )
 from minipeft.memory.probe import Probe
 from minipeft.memory.rotary import FastRotary, is_rotary_attention
-from minipeft.options import checked_module, flags
-from minipeft.transformers_model import output_head, recomputable_blocks, wrapping_class
+from minipeft.python.class_swap import SameFunction, mixed_class, original_class, plain_class
+from minipeft.python.interrupts import interrupts_deferred
 
 logger = logging.getLogger("minipeft")
 Model = TypeVar("Model", bound=nn.Module)

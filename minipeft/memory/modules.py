@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minipeft.class_swap import SameFunction
+from minipeft.ecosystem.transformers_model import without_cache
 from minipeft.injection.checkpointing import switch_of, with_adapters_kept
 from minipeft.injection.rows import in_backward
 from minipeft.injection.wrapper import Switch
@@ -22,7 +22,7 @@ from minipeft.layers.base import LayerOps
 from minipeft.memory import sample_slices, token_tiles
 from minipeft.memory.chains import CHAINS, Chains
 from minipeft.memory.rms_norm import kernel_of
-from minipeft.transformers_model import without_cache
+from minipeft.python.class_swap import SameFunction
 
 # Activations that transformers composes of single operations, each of which keeps an array for the backward pass.
 TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.transformers_model import main_input_name, media_input
 from minipeft.errors import LeanError
-from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels.full_precision import full_precision
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
-from minipeft.transformers_model import main_input_name, media_input
+from minipeft.python.interrupts import interrupts_deferred
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; half precision:
 HALF_TOLERANCE = 5e-2  # or as much as one rounding of the embeddings changes, see `_rounded_once_more`

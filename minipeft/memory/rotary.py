@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.class_swap import SameFunction, plain_class
 from minipeft.kernels.rotary import by_torch, rotary
 from minipeft.kernels.transformed import is_transformed
 from minipeft.memory.modules import learns
+from minipeft.python.class_swap import SameFunction, plain_class
 
 NAME = "apply_rotary_pos_emb"  # by which transformers' attention modules call it, a function of their file
 

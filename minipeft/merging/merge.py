@@ -11,11 +11,11 @@ from torch import nn
 
 from minipeft.errors import MergeError
 from minipeft.injection.module_tree import adapted_layers
-from minipeft.interrupts import interrupts_deferred
 from minipeft.kernels.full_precision import full_precision
 from minipeft.merging.plan import Options, plan_merge
 from minipeft.merging.report import MergeReport
 from minipeft.merging.steps import AddInPlace, Step
+from minipeft.python.interrupts import interrupts_deferred
 
 logger = logging.getLogger("minipeft")
 Progress = Callable[[list[Step]], Iterable[Step]]

@@ -6,17 +6,17 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from minipeft.config.options import flags
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.save_pretrained import SavableModel
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import STATE, check_not_running, names_given
-from minipeft.interrupts import interrupts_deferred
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
 from minipeft.merging.training_guard import watch
-from minipeft.options import flags
+from minipeft.python.interrupts import interrupts_deferred
 
 
 class MergeableModel(SavableModel):

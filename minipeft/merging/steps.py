@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.transformers_model import mark_as_loaded, mark_untied
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.kernels.functional import accumulation_dtype, is_finite, low_rank_product
@@ -15,7 +16,6 @@ from minipeft.merging.report import relative_error
 from minipeft.merging.rounding import add_product, rounded
 from minipeft.merging.unmerge import Undo, original_of, total_delta
 from minipeft.quantization.dequantize import output_error
-from minipeft.transformers_model import mark_as_loaded, mark_untied
 
 
 @dataclass

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minipeft import registry
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.rollback import unchanged_afterwards
@@ -17,6 +16,7 @@ from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import HOOK
 from minipeft.layers.uncalled import UncalledOps
+from minipeft.registry import registry
 
 TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")

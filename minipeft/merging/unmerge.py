@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.transformers_model import mark_tied
 from minipeft.errors import MergeError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.kernels.functional import accumulation_dtype, is_column_major
 from minipeft.merging.rounding import rounded
 from minipeft.methods.base import Adapter
-from minipeft.transformers_model import mark_tied
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 FEW = 1 / 16  # of the elements; more of them take as much memory as a copy

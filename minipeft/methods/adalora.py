@@ -18,7 +18,7 @@ from minipeft.methods.adalora_config import RANKS_SUFFIX, AdaLoraConfig
 from minipeft.methods.base import Adapter
 from minipeft.methods.low_rank import low_rank_forward
 from minipeft.methods.swapping import copy_tensors, unlike
-from minipeft.registry import register_method
+from minipeft.registry.registry import register_method
 
 MEANS = ("sensitivity", "uncertainty")
 PROGRESS = frozenset({"step", "left", "seen"})  # of a schedule: not what an adapter computes

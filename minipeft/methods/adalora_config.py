@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.options import flag, integer, number, one_of
 from minipeft.errors import ConfigError, told
-from minipeft.options import flag, integer, number, one_of
-from minipeft.registry import register_targets
+from minipeft.registry.registry import register_targets
 
 MAX_RANK, MAX_STEPS = 2**16, 2**53
 RANKS_SUFFIX = ".lora_E"  # ends the keys of rank_pattern

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
 from minipeft.errors import CheckpointError, shown
 from minipeft.kernels.functional import is_column_major, low_rank_product
 from minipeft.layers.base import LayerOps

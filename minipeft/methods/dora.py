@@ -19,7 +19,7 @@ from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps
 from minipeft.methods.lora import Lora
 from minipeft.methods.lora_config import LoraConfig
-from minipeft.registry import register_method
+from minipeft.registry.registry import register_method
 
 # Values per block of a weight: to square on a CPU, to multiply there, and on devices where each call costs more.
 CACHED, MULTIPLIED, WIDENED = 2**17, 2**20, 2**24

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.options import flag, names_or_regex
+from minipeft.config.patterns import endings, full_matches, matching
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
-from minipeft.options import flag, names_or_regex
-from minipeft.patterns import endings, full_matches, matching
-from minipeft.registry import default_targets, register_method, register_targets
+from minipeft.registry.registry import default_targets, register_method, register_targets
 
 # Target modules and which of them are feedforward modules, by model_type, as in PEFT: keys, values, and the way out of
 # the feedforward block.

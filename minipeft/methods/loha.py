@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from minipeft.config.options import flag
 from minipeft.layers.base import LayerOps
 from minipeft.methods.low_rank import low_rank_forward
 from minipeft.methods.lycoris import Lycoris, LycorisConfig, core_shape, features_and_kernel, through_core
-from minipeft.options import flag
-from minipeft.registry import register_method
+from minipeft.registry.registry import register_method
 
 
 @dataclass(frozen=True, kw_only=True)

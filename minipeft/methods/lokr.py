@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from minipeft.config.options import flag, integer, one_of
 from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.lycoris import Lycoris, LycorisConfig, core_shape, features_and_kernel, through_core
-from minipeft.options import flag, integer, one_of
-from minipeft.registry import register_method
+from minipeft.registry.registry import register_method
 
 
 @dataclass(frozen=True, kw_only=True)

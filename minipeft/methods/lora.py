@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
 from minipeft.errors import ConfigError, MergeError, StateError
 from minipeft.kernels.functional import (
     is_column_major,
@@ -26,7 +26,7 @@ from minipeft.methods.lora_config import LoraConfig
 from minipeft.methods.lora_init import Start, chosen_init
 from minipeft.methods.low_rank import low_rank_forward
 from minipeft.methods.swapping import copy_tensors, unlike
-from minipeft.registry import register_method
+from minipeft.registry.registry import register_method
 
 FACTORS = {"lora_A": 0, "lora_B": 1, "initial_A": 0, "initial_B": 1}  # by name: the dimension that the rank is
 TAKEN = frozenset({*FACTORS, "held", "scaling", "rank", "dropout"})  # what differs between adapters of one shape

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.options import alpha, flag, names, number, one_of, pattern_table, rank
 from minipeft.errors import ConfigError
 from minipeft.kernels.functional import lora_scaling
 from minipeft.methods.lora_init import KEPT, chosen_init, start_of_file
 from minipeft.methods.trainable_tokens import token_option, tokens_beside
-from minipeft.options import alpha, flag, names, number, one_of, pattern_table, rank
 
 
 @dataclass(frozen=True, kw_only=True)

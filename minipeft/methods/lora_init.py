@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minipeft.config.options import one_of
 from minipeft.errors import ConfigError
 from minipeft.kernels.functional import accumulation_dtype
-from minipeft.options import one_of
 
 GAIN = nn.init.calculate_gain("leaky_relu", math.sqrt(5))
 KEPT = "_kept"  # ends the value in a file that brings the starting factors along

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.options import alpha, flag, number, pattern_table, rank
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
-from minipeft.options import alpha, flag, number, pattern_table, rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.options import flag, integer, number, one_of
 from minipeft.errors import ConfigError, TargetError
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.base import Adapter
-from minipeft.options import flag, integer, number, one_of
-from minipeft.registry import register_method
+from minipeft.registry.registry import register_method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.options import flag, integer
+from minipeft.ecosystem.transformers_model import input_embedding
+from minipeft.ecosystem.wrapper_names import named_modules, unwrapped_name
 from minipeft.errors import ConfigError, TargetError, told
 from minipeft.kernels.functional import whole
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
 from minipeft.methods.swapping import copy_tensors, unlike
-from minipeft.options import flag, integer
-from minipeft.registry import register_method
-from minipeft.transformers_model import input_embedding
-from minipeft.wrapper_names import named_modules, unwrapped_name
+from minipeft.registry.registry import register_method
 
 MAX_TABLES = 100  # a model has one or two, some a few more; each is looked for in all its modules
 

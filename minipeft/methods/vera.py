@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.options import flag, integer, number, one_of
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.base import Adapter
 from minipeft.methods.low_rank import low_rank_forward
-from minipeft.options import flag, integer, number, one_of
-from minipeft.registry import register_method, register_targets
+from minipeft.registry.registry import register_method, register_targets
 
 register_targets("phi", ["q_proj", "v_proj"], method="vera")  # PEFT's default, which differs from LoRA's
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.class_swap import plain_class
+from minipeft.config.options import one_of
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError, told, told_error
 from minipeft.files.empty_model import without_weights
 from minipeft.files.file_names import CONFIG_FILE
 from minipeft.files.model_card import is_repo_id
 from minipeft.files.reading import reading
 from minipeft.injection.wrapper import Wrapper
-from minipeft.options import one_of
 from minipeft.planning.hollow import Hollow
+from minipeft.python.class_swap import plain_class
 from minipeft.quantization.quantize import quantize as quantized
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.config import HEADS_OF_TASK, AdapterConfig
+from minipeft.config.adapter_config import HEADS_OF_TASK, AdapterConfig
+from minipeft.config.options import integer, one_of
 from minipeft.errors import ConfigError, LeanError, shown
 from minipeft.files.save import adapter_tensors
 from minipeft.files.tensor_bytes import header_of
 from minipeft.layers.bitsandbytes_4bit import number_of_values
 from minipeft.memory.lean import lean
-from minipeft.options import integer, one_of
 from minipeft.planning.base import DTYPES, Place, base_model, quiet
 from minipeft.planning.hollow import Hollow
 from minipeft.planning.step import peak_of_step, reads_text_alone, remarks_on, sized_for

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.transformers_model import recomputable_blocks
 from minipeft.errors import ConfigError, LeanError
 from minipeft.planning.base import Place
 from minipeft.planning.estimate import Adapt, Estimate, Planner, Setup
-from minipeft.transformers_model import recomputable_blocks
 
 USABLE = 0.9  # of the memory: the estimate is that exact, and others need some, too
 # Ways of checkpointing, each of which takes less memory than the one before; None: plain LoRA, for models that cannot be

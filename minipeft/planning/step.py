@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.transformers_model import main_input_name, vocabulary_size
 from minipeft.errors import ConfigError, MinipeftError, told_error
 from minipeft.kernels import matmul
 from minipeft.kernels.chunked_cross_entropy import CHUNK_BYTES
@@ -22,7 +23,6 @@ from minipeft.kernels.lora_gradients import SLICE
 from minipeft.memory.sample_slices import DEFAULT_ROWS
 from minipeft.planning.hollow import Hollow
 from minipeft.planning.ledger import Ledger
-from minipeft.transformers_model import main_input_name, vocabulary_size
 
 # Models that learn one label per text or picture, or one per token, by the ending of their class's name.
 ONE_LABEL = ("ForSequenceClassification", "ForImageClassification")

@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig, config_from_dict
+from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig, config_from_dict
+from minipeft.config.options import integer
+from minipeft.ecosystem.transformers_model import model_type, text_part
 from minipeft.errors import ConfigError, DataError, told, told_error
 from minipeft.files.reading import read_text
-from minipeft.options import integer
 from minipeft.planning.base import Place, base_model
 from minipeft.planning.estimate import Adapt, task_type
 from minipeft.planning.hollow import Hollow
-from minipeft.transformers_model import model_type, text_part
 
 ARTICLE = "LoRA Without Regret"
 OPTIONS = ("r", "lora_alpha", "target_modules", "task_type")  # of the configuration

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from minipeft.config.options import checked_module
+from minipeft.ecosystem.transformers_model import forget_quantization, mark_as_loaded
 from minipeft.errors import MergeError, StateError, all_or_nothing
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import candidates
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import layer_ops
-from minipeft.options import checked_module
-from minipeft.transformers_model import forget_quantization, mark_as_loaded
 
 
 @all_or_nothing

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft import registry
+from minipeft.config.options import checked_module
+from minipeft.config.patterns import is_suffix
+from minipeft.ecosystem.transformers_model import mark_as_loaded, output_head
 from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing, hint, shown, told
 from minipeft.injection.all_linear import HEAD_NAMES
 from minipeft.injection.fresh_parts import find_origins
@@ -17,9 +19,7 @@ from minipeft.injection.module_tree import Candidate, TensorIndex, candidates
 from minipeft.injection.wrapper import Wrapper
 from minipeft.layers.base import LayerOps, is_plain_linear, layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
-from minipeft.options import checked_module
-from minipeft.patterns import is_suffix
-from minipeft.transformers_model import mark_as_loaded, output_head
+from minipeft.registry import registry
 
 
 @all_or_nothing

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minipeft.config.patterns import first_keys, full_matches, matching
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.formats.known import pickles_in
 from minipeft.files.not_an_adapter import folder_named, local_names
 from minipeft.files.reading import read_object, reading
 from minipeft.files.tensor_file import TensorFile, open_tensors
-from minipeft.patterns import first_keys, full_matches, matching
 from minipeft.readers.keys import Key, Kind, taken_apart
 
 MLX_FILE, DIFFUSERS_FILE = "adapters.safetensors", "pytorch_lora_weights.safetensors"

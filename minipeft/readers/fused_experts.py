@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from minipeft.config.patterns import first_keys
 from minipeft.errors import CheckpointError
 from minipeft.files.base_checkpoint import CONFIG, cached
 from minipeft.files.reading import read_object
-from minipeft.patterns import first_keys
 from minipeft.readers.contents import Contents
 from minipeft.readers.facts import one_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from minipeft.patterns import is_suffix
-from minipeft.wrapper_names import PREFIX
+from minipeft.config.patterns import is_suffix
+from minipeft.ecosystem.wrapper_names import PREFIX
 
 HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier", "qa_outputs")
 

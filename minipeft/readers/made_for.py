@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from minipeft.config import config_from_dict
+from minipeft.config.adapter_config import config_from_dict
+from minipeft.config.patterns import matching
+from minipeft.ecosystem.wrapper_names import PREFIX, unwrapped_name
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.base_checkpoint import CONFIG, cached
@@ -21,7 +23,6 @@ from minipeft.files.format import NAMES, open_adapter
 from minipeft.files.names.to_old import with_old_names
 from minipeft.files.reading import read_object, reading
 from minipeft.files.tensor_file import Entry, TensorFile
-from minipeft.patterns import matching
 from minipeft.readers.contents import Contents, read_contents
 from minipeft.readers.fused_experts import as_parameters
 from minipeft.readers.keys import Kind
@@ -29,7 +30,6 @@ from minipeft.readers.names import Part, Reader
 from minipeft.readers.plain import Pair, alike, check_method, pairs_of
 from minipeft.readers.rules import Takes, answer
 from minipeft.readers.written import Made, factors, renamed_for, write_diffusers, write_mlx, write_peft
-from minipeft.wrapper_names import PREFIX, unwrapped_name
 
 # Readers of everything that PEFT writes; for the others an adapter becomes plain LoRA.
 WHOLE = (Reader.PEFT, Reader.TRANSFORMERS)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from minipeft.config.patterns import endings
 from minipeft.errors import MinipeftError, shown
 from minipeft.files.format import AdapterFile, open_adapter
-from minipeft.patterns import endings
 from minipeft.readers import facts
 from minipeft.readers.contents import Contents, read_contents
 from minipeft.readers.keys import Kind

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from minipeft.ecosystem.transformers_model import CACHES
 from minipeft.errors import StateError
 from minipeft.injection.rows import Rows, numbers
 from minipeft.injection.rows_of_call import rows_acting, rows_of_call
 from minipeft.model import AdaptedModel
-from minipeft.transformers_model import CACHES
 
 
 class Row(Protocol):

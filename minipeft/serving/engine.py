@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minipeft.config.options import integer
 from minipeft.errors import MinipeftError, RequestError
 from minipeft.injection.rows import BASE
-from minipeft.options import integer
 from minipeft.serving.adapters import Adapters
 from minipeft.serving.batch import Batch
 from minipeft.serving.choice import choose

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft import registry
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
 from minipeft.errors import ContractError, TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.model import AdaptedModel, get_adapter_model
+from minipeft.registry import registry
 from minipeft.testing.examples import Call, Example, Make, example_like, example_of, options_of
 
 SIZES, SQUARE = (16, 8), (16, 16)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minipeft import registry
 from minipeft.errors import ConfigError, ContractError, RegistryError, TargetError, hint, shown
 from minipeft.kernels.generators import generators_kept
 from minipeft.model import get_adapter_model
+from minipeft.registry import registry
 from minipeft.testing.case import Case, case_of, fingerprint, layers_of
 from minipeft.testing.checks import CHECKS
 from minipeft.testing.examples import Make

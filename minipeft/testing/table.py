@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft import registry
 from minipeft.errors import MinipeftError, StateError
+from minipeft.registry import registry
 from minipeft.testing.report import refusal
 
 BEGIN, END = "<!-- python -m minipeft.testing.table -->", "<!-- end of the table -->"

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from minipeft.config.options import number
 from minipeft.errors import StateError, shown
 from minipeft.injection.module_tree import adapted_layers
-from minipeft.options import number
 
 # PEFT's file keys of a pair of factors (down, up), for any method.
 PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))

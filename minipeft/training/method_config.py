@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from minipeft import registry
-from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
+from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
 from minipeft.errors import ConfigError
+from minipeft.registry import registry
 
 # The names that methods use for a shared option. Of those that a method has, the first counts.
 NAMES: dict[str, tuple[str, ...]]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from minipeft.config import config_from_dict
+from minipeft.config.adapter_config import config_from_dict
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE

@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minipeft.config.patterns import first_keys
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Format, Module, Part, Source, numbers, part, rank_of
 from minipeft.files.reading import parse
 from minipeft.files.tensor_file import TensorFile
-from minipeft.patterns import first_keys
 
 WEIGHTS_FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minipeft.config.patterns import endings
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, shown, told
 from minipeft.files.tensor_file import Entry, TensorFile
-from minipeft.patterns import endings
-from minipeft.wrapper_names import PREFIX
 
 NEEDED = {"LORA": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})}
 

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from minipeft.config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
+from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
+from minipeft.config.patterns import by_shorter_key, endings, first_keys, full_matches, matching
 from minipeft.files.names.fused_pair import FusedPair
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import layer_ops
-from minipeft.patterns import by_shorter_key, endings, first_keys, full_matches, matching
 
 TABLES = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 

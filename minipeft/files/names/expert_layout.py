@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, printable, told
 from minipeft.files.format import AdapterFile
 from minipeft.injection.plan import Plan
 from minipeft.layers.uncalled import UncalledOps
-from minipeft.wrapper_names import PREFIX
 
 GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
 _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(\.?dev)?.*", re.DOTALL)

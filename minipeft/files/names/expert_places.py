@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from minipeft.ecosystem.transformers_model import model_type
 from minipeft.errors import CheckpointError, shown, told
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import layer_ops
-from minipeft.transformers_model import model_type
 
 MAX_NAME = 500  # characters; the tables' expressions are made for the names of models
 # Of a name: what stands before its last number, the number, and what stands behind it.

@@ -15,6 +15,8 @@ from itertools import zip_longest
 
 from torch import Tensor, nn
 
+from minipeft.config.patterns import endings
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, printable, shown
 from minipeft.files.format import AdapterFile
 from minipeft.files.names.expert_config import with_parameters
@@ -23,8 +25,6 @@ from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
 from minipeft.files.tensor_file import Entry
 from minipeft.injection.module_tree import Candidate
 from minipeft.injection.targets import select_parameters, selected_names
-from minipeft.patterns import endings
-from minipeft.wrapper_names import PREFIX
 
 FACTORS = ("lora_A", "lora_B")
 ADVICE = (

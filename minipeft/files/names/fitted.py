@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from minipeft.config.patterns import MAX_EXPRESSIONS, SECONDS_PER_OPTION, compiled
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, ConfigError, told, told_error
 from minipeft.files.format import AdapterFile
 from minipeft.files.names.expert_places import tables
@@ -21,8 +23,6 @@ from minipeft.files.names.places import Places, Reading, is_shared
 from minipeft.files.names.translated_config import translated_config
 from minipeft.files.names.wrapper_parts import plain_name
 from minipeft.injection.module_tree import Candidate, candidates
-from minipeft.patterns import MAX_EXPRESSIONS, SECONDS_PER_OPTION, compiled
-from minipeft.wrapper_names import PREFIX
 
 logger = logging.getLogger("minipeft")
 TABLES = "transformers' tables of renamed weights"

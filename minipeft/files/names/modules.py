@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.patterns import endings
 from minipeft.files.names.places import Place, Places
 from minipeft.injection.module_tree import Candidate
-from minipeft.patterns import endings
 
 
 class ModuleNames:

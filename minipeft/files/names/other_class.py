@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from minipeft.config.patterns import endings
+from minipeft.ecosystem.transformers_model import loadable_parts
 from minipeft.errors import CheckpointError, printable, told
 from minipeft.files.names.places import Places, Reading
 from minipeft.files.tensor_file import TensorFile
-from minipeft.patterns import endings
-from minipeft.transformers_model import loadable_parts
 
 MAX_PARTS = 64  # of a name in a file
 MAX_MODULES = 64  # that end alike: a name that fits more says nothing

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, unwrapped_name
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import layer_ops
-from minipeft.wrapper_names import PREFIX, ROOT, unwrapped_name
 
 # What PEFT puts between a module's name and the tensor's: the module was wrapped for an adapter, or trained in full.
 INFIXES = frozenset({"base_layer", "modules_to_save", "original_module"})

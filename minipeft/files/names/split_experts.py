@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.patterns import by_shorter_key, endings
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, printable
 from minipeft.kernels.functional import split_columns, split_rows
-from minipeft.patterns import by_shorter_key, endings
-from minipeft.wrapper_names import PREFIX
 
 _KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.lora_(A|B)\.weight")
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.config import ALL_LINEAR, AdapterConfig
+from minipeft.config.adapter_config import ALL_LINEAR, AdapterConfig
+from minipeft.config.patterns import endings
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, printable, shown
 from minipeft.files.format import AdapterFile
 from minipeft.files.names.expert_config import TABLES
@@ -27,8 +29,6 @@ from minipeft.files.names.translated_config import translated_config
 from minipeft.injection.module_tree import Candidate, candidates
 from minipeft.injection.targets import selected_names
 from minipeft.layers.base import layer_ops
-from minipeft.patterns import endings
-from minipeft.wrapper_names import PREFIX
 
 _A = ".lora_A.weight"
 # Modules that CLIP, SigLIP and their relatives had around their layers in transformers 4.

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from minipeft.config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.patterns import first_keys, full_matches, matching
 from minipeft.errors import TargetError
 from minipeft.files.names.modules import ModuleNames
 from minipeft.injection.module_tree import Candidate
 from minipeft.injection.targets import select_parameters, select_saved, select_targets
-from minipeft.patterns import first_keys, full_matches, matching
 
 # Options that select modules, with a rule of their own below.
 SELECTING = frozenset({"target_modules", "exclude_modules", "modules_to_save"})

@@ -8,8 +8,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TypeVar
 
+from minipeft.ecosystem.wrapper_names import ATTRIBUTES, PREFIX, unwrapped_name
 from minipeft.files.tensor_file import TensorFile
-from minipeft.wrapper_names import ATTRIBUTES, PREFIX, unwrapped_name
 
 logger = logging.getLogger("minipeft")
 File = TypeVar("File", bound=TensorFile)

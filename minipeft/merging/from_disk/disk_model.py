@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.transformers_model import input_embedding, output_head
 from minipeft.layers.offloaded import HOOK
 from minipeft.merging.from_disk.base import Base
 from minipeft.merging.from_disk.names import Group, Renamed, find_groups
 from minipeft.merging.from_disk.stored import same_bytes
-from minipeft.transformers_model import input_embedding, output_head
 
 Places = list[tuple[str, nn.Module, str]]  # name of a parameter, its owner, and its name there
 Read = Callable[[], Tensor]

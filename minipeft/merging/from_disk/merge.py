@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from minipeft import registry
+from minipeft.ecosystem.transformers_model import says_tied
 from minipeft.errors import MergeError, all_or_nothing, shown
 from minipeft.files.empty_model import empty_model
 from minipeft.files.format import config_in, open_adapter
@@ -35,7 +35,7 @@ from minipeft.merging.from_disk.shards import ShardWriter, open_shards
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.plan import Options, plan_step
 from minipeft.merging.report import MergeReport
-from minipeft.transformers_model import says_tied
+from minipeft.registry import registry
 
 logger = logging.getLogger("minipeft")
 NAME = "default"

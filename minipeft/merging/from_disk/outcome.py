@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minipeft.ecosystem.transformers_model import mark_untied, says_tied
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, adapted_layers, wrappers_of
@@ -17,7 +18,6 @@ from minipeft.layers.uncalled import UncalledOps
 from minipeft.merging.from_disk.disk_model import DiskModel
 from minipeft.merging.plan import writes_bias
 from minipeft.merging.tied_weights import adapts_tied_layers, check_trained_copies, shared_parameters, tied_layers
-from minipeft.transformers_model import mark_untied, says_tied
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from minipeft.config.options import one_of
 from minipeft.errors import ConfigError, DataError
-from minipeft.options import one_of
 from minipeft.training.data.chat import ChatTemplate
 from minipeft.training.data.rows import check_row
 

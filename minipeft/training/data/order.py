@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minipeft.config.options import integer
 from minipeft.errors import DataError
-from minipeft.options import integer
 from minipeft.training.data.collate import Batch, Ints, Store, collated, pieces
 
 BUCKET = 16  # updates

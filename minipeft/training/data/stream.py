@@ -17,8 +17,8 @@ import numpy as np
 from datasets import IterableDataset  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
+from minipeft.config.options import integer
 from minipeft.errors import DataError, StateError, all_or_nothing
-from minipeft.options import integer
 from minipeft.training.data.collate import Example, Ints, Store
 from minipeft.training.data.encoding import Encoded, Encoder, Encoding, Fate, padding_id
 from minipeft.training.data.examples import Examples

@@ -8,9 +8,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from minipeft.ecosystem.transformers_model import recomputable_blocks
 from minipeft.errors import StateError
 from minipeft.files.base_samples import remember_base
-from minipeft.transformers_model import recomputable_blocks
 
 
 def shard(model: nn.Module, device: torch.device | str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from minipeft.config.options import integer
 from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.base_samples import base_samples
 from minipeft.files.compare import Expected, read_values
@@ -20,7 +21,6 @@ from minipeft.files.reading import read_limited
 from minipeft.files.save import file_config
 from minipeft.files.tensor_file import open_tensors
 from minipeft.injection.step_hooks import check_schedule_state
-from minipeft.options import integer
 from minipeft.training.distributed.ranks import rank_and_world_size
 from minipeft.training.runs.checkpoints import verify
 from minipeft.training.runs.optimizer_state import check_alike, optimizer_from_plain

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.wrapper_names import ATTRIBUTES, unwrapped
+from minipeft.ecosystem.wrapper_names import ATTRIBUTES, unwrapped
 
 # Modules around a model: adapt what is inside, then wrap it.
 WRAPPING = {*ATTRIBUTES, "PeftModel"}

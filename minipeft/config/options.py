@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from minipeft.config.patterns import check_table, compiled
+from minipeft.ecosystem.wrapper_names import unwrapped_name
 from minipeft.errors import ConfigError, hint, shown, told
-from minipeft.patterns import check_table, compiled
-from minipeft.wrapper_names import unwrapped_name
 
 MAX_RANK = 2**16
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 from torch import nn
 from typing_extensions import Self
 
-from minipeft import registry
+from minipeft.config.options import flag, layer_indices, names, names_or_regex, one_of
+from minipeft.config.patterns import first_keys
+from minipeft.ecosystem.peft_options import OPTIONS, WITHOUT_EFFECT, checked_other_keys, other_keys, read_value
 from minipeft.errors import ConfigError, PeftOnlyError, hint, shown, told
-from minipeft.options import flag, layer_indices, names, names_or_regex, one_of
-from minipeft.patterns import first_keys
-from minipeft.peft_options import OPTIONS, WITHOUT_EFFECT, checked_other_keys, other_keys, read_value
+from minipeft.registry import registry
 
 ALL_LINEAR = "all-linear"
 ALL_LINEAR_TEXT = "all-linear-text"

@@ -1,0 +1,1 @@
+"""Which class adapts which layer, and what a class must have to be registered."""
