@@ -17,10 +17,10 @@ from minipeft.ecosystem.type_names import is_from
 from minipeft.errors import LeanError, MinipeftError, StateError, shown
 from minipeft.files.restore import restore_adapters
 from minipeft.injection import step_hooks
+from minipeft.injection.training_guard import check_training
 from minipeft.integrations.trainer_checkpoint import RECORD, restore_best, resume, save_schedules, save_whole_adapters
 from minipeft.integrations.trl import arguments_for_trl
 from minipeft.memory.chunked_loss import took_logits
-from minipeft.merging.training_guard import check_training
 from minipeft.model import AdaptedModel
 
 

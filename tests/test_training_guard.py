@@ -14,8 +14,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from minipeft import LoraConfig, StateError, get_lora_model, load_adapter
 from minipeft.hf import AdapterTrainer
+from minipeft.injection.training_guard import check_training
 from minipeft.injection.without_gradient import WATCHES
-from minipeft.merging.training_guard import check_training
 from minipeft.testing.case import fingerprint
 from minipeft.training.updates import Updater
 

@@ -13,9 +13,9 @@ from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import STATE, check_not_running, names_given
+from minipeft.injection.training_guard import watch
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
-from minipeft.merging.training_guard import watch
 from minipeft.python.interrupts import interrupts_deferred
 
 

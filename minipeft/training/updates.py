@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from minipeft.errors import StateError
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.step_hooks import after_step, extra_loss, has_schedule, refuse_idle_layers
-from minipeft.merging.training_guard import check_training
+from minipeft.injection.training_guard import check_training
 from minipeft.training.data.collate import Batch, Store, eval_batches, model_inputs
 from minipeft.training.data.encoding import IGNORED
 from minipeft.training.data.order import Update
