@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.combining.combination import Combination, measured, summed_bias
-from minipeft.combining.products import padded
 from minipeft.combining.report import CombineReport
 from minipeft.combining.sources import Update, sources, widest
 from minipeft.config.adapter_config import AdapterConfig
@@ -24,6 +23,7 @@ from minipeft.injection.state import STATE, AdapterState
 from minipeft.kernels.full_precision import full_precision
 from minipeft.kernels.functional import is_finite
 from minipeft.kernels.generators import generators_kept
+from minipeft.kernels.products import padded
 from minipeft.registry import registry
 
 METHOD = "lora"

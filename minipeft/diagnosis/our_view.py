@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from minipeft.combining.products import product_norm
 from minipeft.diagnosis.view import Part, View, unknown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.fresh_parts import base_parameters
@@ -16,6 +15,7 @@ from minipeft.injection.module_tree import candidates, wrappers
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.watch import idle_layers
 from minipeft.injection.wrapper import innermost
+from minipeft.kernels.products import product_norm
 from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
 

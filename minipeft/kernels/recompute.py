@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from minipeft.ecosystem.wrapper_names import modules_in
 from minipeft.kernels.transformed import is_transformed
 
 _ATTRIBUTE = "_minipeft_source"
@@ -56,7 +55,7 @@ class Again:
         in the backward pass as attributes.
         """
         parts = [self.module] if isinstance(self.module, nn.Module) else vars(self.module).values()
-        modules = [module for part in parts for module in modules_in(part)]
+        modules = [module for part in parts for module in part.modules()]
         held = [value for module in modules for value in (*module._parameters.values(), *vars(module).values())]
         return all(type(value) is nn.Parameter for value in held if isinstance(value, Tensor))
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.combining.products import Factors, product_norm
 from minipeft.errors import CheckpointError
+from minipeft.kernels.products import Factors, product_norm
 from minipeft.readers.contents import read_contents
 from minipeft.readers.plain import pairs_of
 
