@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.combining.report import CombineReport
 from minipeft.config.adapter_config import AdapterConfig, checked_config, config_of_peft
 from minipeft.diagnosis.check import Finding
 from minipeft.diagnosis.diagnose import diagnose
@@ -30,6 +29,7 @@ from minipeft.injection.many_adapters import per_adapter_loss
 from minipeft.injection.step_hooks import after_step, extra_loss
 from minipeft.layers.base import LayerOps
 from minipeft.memory.lean import lean, unlean
+from minipeft.merging.combining.report import CombineReport
 from minipeft.merging.from_disk.merge import merge_from_disk
 from minipeft.merging.report import MergeReport
 from minipeft.methods.adalora_config import AdaLoraConfig

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from minipeft.combining.model import CombinableModel
-from minipeft.combining.other_names import OtherNames
 from minipeft.config.adapter_config import AdapterConfig, checked_config
 from minipeft.config.options import checked_module, flag, flags
 from minipeft.ecosystem.transformers_model import mark_untied, says_tied, wrapping_class
@@ -28,12 +26,14 @@ from minipeft.injection.attach import attach, detach, remove, switch_to
 from minipeft.injection.build import build
 from minipeft.injection.many_adapters import ManyAdapters
 from minipeft.injection.module_tree import adapted_places
+from minipeft.injection.other_names import OtherNames
 from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.starting import await_values, stop_waiting
 from minipeft.injection.state import active_without, check_name, names_given
 from minipeft.layers.bitsandbytes_4bit import number_of_values
+from minipeft.merging.combining.model import CombinableModel
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
 from minipeft.python.class_swap import reduced

@@ -21,7 +21,7 @@ FLOORS = (
     ("methods",),
     ("injection",),
     ("files", "quantization", "memory"),
-    ("merging", "combining", "readers"),
+    ("merging", "readers"),
     ("model", "integrations", "diagnosis", "planning", "learning"),
     ("api", "hf", "training", "testing", "cli", "serving"),
 )

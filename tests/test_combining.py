@@ -217,9 +217,9 @@ def test_nothing_as_large_as_a_weight_is_made_where_factors_suffice():
                     largest = max(largest, tensor.numel())
             return made
 
-    from minipeft.combining.combination import Combination
-    from minipeft.combining.sources import sources
-    from minipeft.combining.weighted import _combined
+    from minipeft.merging.combining.combination import Combination
+    from minipeft.merging.combining.sources import sources
+    from minipeft.merging.combining.weighted import _combined
 
     for kind in ("cat", "linear", "svd"):
         options = {"adapters": {"a": 1.0} if kind == "linear" else {"a": 1.0, "b": 2.0}}
@@ -558,7 +558,7 @@ def test_values_that_are_not_finite_are_named():
 
 @pytest.mark.parametrize("step", ["plan", "build", "attach", "measured"])
 def test_ctrl_c_at_any_step_leaves_the_model_as_it_was(step, monkeypatch):
-    from minipeft.combining import weighted
+    from minipeft.merging.combining import weighted
 
     for late in (False, True):
         model = pair()

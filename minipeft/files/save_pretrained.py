@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import CommitInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from minipeft.config.options import flags
+from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
@@ -27,7 +28,7 @@ from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import check_outer_save, check_trainer, save_base_for_pipeline
 from minipeft.injection.starting import check_started
-from minipeft.injection.state import STATE, AdapterState, names_given
+from minipeft.injection.state import WithAdapters, names_given
 from minipeft.injection.watch import idle_message
 from minipeft.layers.offloaded import values_of
 from minipeft.python.garbage import no_collection
@@ -40,12 +41,8 @@ def directory_of(root: Path, adapter_name: str) -> Path:
     return root if adapter_name == DEFAULT else root / adapter_name
 
 
-class SavableModel(nn.Module):
+class SavableModel(WithAdapters):
     """The part of `minipeft.AdaptedModel` that writes files."""
-
-    @property
-    def _state(self) -> AdapterState:
-        return cast(AdapterState, self.__dict__[STATE])
 
     def adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """The live tensors of one adapter (None: of the only one) under the keys they have in a file."""
@@ -55,6 +52,19 @@ class SavableModel(nn.Module):
         name = known[0] if adapter_name is None else adapter_name
         self._check_known([name])
         return adapter_tensors(self, name)
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Tensor]:
+        """Transformers' verb: an adapter's live tensors (None: the active one's), with their keys in a file less its prefix.
+
+        Raises:
+            StateError: there is no such adapter.
+            ConfigError: a `state_dict` is given, which `save_pretrained` takes.
+        """
+        if state_dict is not None:
+            raise ConfigError("get_adapter_state_dict gives the live tensors; pass state_dict to save_pretrained().")
+        name = next(iter(self._state.switch.active), None) if adapter_name is None else adapter_name
+        tensors = self.adapter_state_dict(name)
+        return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Torch's own; refused if it is for a whole model around this one, which is about to be saved to be loaded again.
@@ -239,10 +249,3 @@ class SavableModel(nn.Module):
         names: list[Any] = named or list(self._state.configs if selected is None else names_given(selected))
         self._check_known(names)
         return names
-
-    def _check_known(self, names: Sequence[str]) -> None:
-        self._state.check_known(names)
-        if not names or len(set(names)) != len(names):
-            raise StateError(
-                f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter()."
-            )

@@ -13,7 +13,7 @@ from minipeft.errors import ConfigError, StateError, all_or_nothing
 from minipeft.injection.attach import train_also
 from minipeft.injection.rows import BASE, numbers, taken
 from minipeft.injection.rows_of_call import names_of_rows, rows_acting, rows_of_call
-from minipeft.injection.state import STATE, AdapterState, names_given, parameters_at
+from minipeft.injection.state import WithAdapters, names_given, parameters_at
 
 
 class Generate:
@@ -29,7 +29,7 @@ class Generate:
         return _by_row(model, super(ManyAdapters, model).generate)  # type: ignore[misc]
 
 
-class ManyAdapters(nn.Module):
+class ManyAdapters(WithAdapters):
     """The part of `minipeft.AdaptedModel` for batches whose rows use different adapters."""
 
     generate = Generate()
@@ -54,20 +54,18 @@ class ManyAdapters(nn.Module):
             StateError: the name is unknown, or the adapter was made or loaded not to train.
         """
         self._check_trainable((adapter_name,))
-        state: AdapterState = self.__dict__[STATE]
-        resting = state.resting[adapter_name]
+        resting = self._state.resting[adapter_name]
         places = [
             place
-            for place in state.places[adapter_name]
+            for place in self._state.places[adapter_name]
             if place in resting or any(p.requires_grad for p in parameters_at([place]))
         ]
         return list({id(parameter): parameter for parameter in parameters_at(places)}.values())
 
     def _check_trainable(self, names: Sequence[str]) -> None:
-        state: AdapterState = self.__dict__[STATE]
-        state.check_known(names)
+        self._state.check_known(names)
         for name in names:
-            if name not in state.switch.trainable:
+            if name not in self._state.switch.trainable:
                 raise StateError(
                     f"adapter {name!r} was made or loaded not to train; load it with is_trainable=True, or leave "
                     "inference_mode out of its configuration."

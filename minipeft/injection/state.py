@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -54,6 +54,21 @@ class AdapterState:
         """Raise StateError if an adapter is merged, or counts as merged within `disable_adapter`."""
         if merged := self.merged or self.set_aside:
             raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
+
+
+class WithAdapters(nn.Module):
+    """What every part of `minipeft.AdaptedModel` builds on: the state of its adapters."""
+
+    @property
+    def _state(self) -> AdapterState:
+        return cast(AdapterState, self.__dict__[STATE])
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        self._state.check_known(names)
+        if not names or len(set(names)) != len(names):
+            raise StateError(
+                f"adapter names must be given once each, and at least one: {shown(names)}; to switch all off use disable_adapter()."
+            )
 
 
 def names_given(value: Any) -> tuple[Any, ...]:

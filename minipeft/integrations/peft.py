@@ -23,12 +23,11 @@ from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files.restore import restore_adapter
 from minipeft.files.save import file_config
-from minipeft.files.save_pretrained import DEFAULT
+from minipeft.files.save_pretrained import DEFAULT, SavableModel
 from minipeft.injection.module_tree import wrappers
 from minipeft.integrations.peft_tensors import Holder
 from minipeft.kernels.frozen_linear import can_fuse
 from minipeft.kernels.lora_linear import lora_linear
-from minipeft.merging.mergeable_model import MergeableModel
 
 
 class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
@@ -41,7 +40,7 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
     _is_prompt_learning = False
     prefix = "adapters."  # a part of the name of every adapter's parameter
 
-    def __init__(self, model: MergeableModel) -> None:
+    def __init__(self, model: SavableModel) -> None:
         nn.Module.__init__(self)
         self.base_model = Holder(model)
         self._configs: dict[str, tuple[AdapterConfig, Any]] = {}
@@ -163,13 +162,13 @@ for _name in set(dir(peft.PeftModel)) - set(dir(nn.Module)) - set(vars(AdaptedPe
         setattr(AdaptedPeftModel, _name, _passed_on(_name))
 
 
-def as_peft_model(model: MergeableModel) -> AdaptedPeftModel:
+def as_peft_model(model: SavableModel) -> AdaptedPeftModel:
     """The adapted model inside a `peft.PeftModel`, for TRL and whatever else asks for one; nothing is copied.
 
     Raises:
         ConfigError: the model is not adapted.
     """
-    if not isinstance(model, MergeableModel):
+    if not isinstance(model, SavableModel):
         raise ConfigError(
             f"as_peft_model takes a model that minipeft has adapted, not {type(model).__name__}; "
             "call get_lora_model(model, LoraConfig(...)) first."

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from minipeft.ecosystem.wrapper_names import wrapper_class
 from minipeft.errors import ConfigError, StateError
 from minipeft.files.save import named_tensors, tensors_from_state
-from minipeft.merging.mergeable_model import MergeableModel
+from minipeft.files.save_pretrained import SavableModel
 
 
 class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
@@ -22,7 +22,7 @@ class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
     by which FSDP saves, find ours.
     """
 
-    def __init__(self, model: MergeableModel) -> None:
+    def __init__(self, model: SavableModel) -> None:
         nn.Module.__init__(self)
         self.model = model
 

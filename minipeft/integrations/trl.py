@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from minipeft.errors import StateError, shown
-from minipeft.merging.mergeable_model import MergeableModel
+from minipeft.files.save_pretrained import SavableModel
 
 WITHOUT_REFERENCE = frozenset({"SFTTrainer", "RewardTrainer"})  # these train an adapted model as it is
 
@@ -26,7 +26,7 @@ def arguments_for_trl(trainer: type, args: tuple[Any, ...], kwargs: dict[str, An
     given = inspect.signature(trainer).bind_partial(*args, **kwargs).arguments
     given = {**given, **given.pop("kwargs", {})}
     model = given.get("model")
-    if not isinstance(model, nn.Module) or not isinstance(model, MergeableModel):
+    if not isinstance(model, nn.Module) or not isinstance(model, SavableModel):
         return given
     if given.get("ref_model") is not None:
         raise StateError("ref_model is not needed: the reference is the adapter as it is now. Leave ref_model out.")

@@ -1,1 +1,1 @@
-"""Folding adapters into base weights, and back."""
+"""Folding adapters: into base weights and back, in memory and on disk, and several into one."""

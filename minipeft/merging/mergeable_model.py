@@ -8,18 +8,17 @@ from typing import Any
 
 from minipeft.config.options import flags
 from minipeft.errors import StateError, all_or_nothing, shown
-from minipeft.files.save_pretrained import SavableModel
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.starting import check_started
-from minipeft.injection.state import STATE, check_not_running, names_given
+from minipeft.injection.state import STATE, WithAdapters, check_not_running, names_given
 from minipeft.injection.training_guard import watch
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
 from minipeft.python.interrupts import interrupts_deferred
 
 
-class MergeableModel(SavableModel):
+class MergeableModel(WithAdapters):
     """The part of `minipeft.AdaptedModel` that folds adapters into base weights and takes them out again."""
 
     @all_or_nothing

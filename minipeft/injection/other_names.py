@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from torch import Tensor
 from typing_extensions import Self
 
-from minipeft.combining.model import CombinableModel
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.ecosystem.wrapper_names import PREFIX
-from minipeft.errors import ConfigError, StateError, all_or_nothing, shown
+from minipeft.errors import StateError, all_or_nothing, shown
+from minipeft.injection.manageable_model import ManageableModel
 from minipeft.injection.own_methods import Configurations
 
 
-class OtherNames(CombinableModel):
+class OtherNames(ManageableModel):
     """The part of `minipeft.AdaptedModel` with names from PEFT and transformers."""
 
     @property
@@ -59,19 +57,6 @@ class OtherNames(CombinableModel):
 
     # PEFT's names for the two.
     disable_adapter_layers, enable_adapter_layers = disable_adapters, enable_adapters
-
-    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Tensor]:
-        """Transformers' verb: an adapter's live tensors (None: the active one's), with their keys in a file less its prefix.
-
-        Raises:
-            StateError: there is no such adapter.
-            ConfigError: a `state_dict` is given, which `save_pretrained` takes.
-        """
-        if state_dict is not None:
-            raise ConfigError("get_adapter_state_dict gives the live tensors; pass state_dict to save_pretrained().")
-        name = next(iter(self._state.switch.active), None) if adapter_name is None else adapter_name
-        tensors = self.adapter_state_dict(name)
-        return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
     def get_layer_status(self) -> NoReturn:
         """PEFT's, with other rows than ours.

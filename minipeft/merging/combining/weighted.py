@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.combining.combination import Combination, measured, summed_bias
-from minipeft.combining.report import CombineReport
-from minipeft.combining.sources import Update, sources, widest
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.config.options import rank as checked_rank
 from minipeft.errors import TargetError, shown
@@ -24,6 +21,9 @@ from minipeft.kernels.full_precision import full_precision
 from minipeft.kernels.functional import is_finite
 from minipeft.kernels.generators import generators_kept
 from minipeft.kernels.products import padded
+from minipeft.merging.combining.combination import Combination, measured, summed_bias
+from minipeft.merging.combining.report import CombineReport
+from minipeft.merging.combining.sources import Update, sources, widest
 from minipeft.registry import registry
 
 METHOD = "lora"
@@ -36,7 +36,7 @@ Values = dict[str, tuple[Tensor, Tensor, "Tensor | None"]]
 def add_weighted(
     model: nn.Module, weights: Mapping[str, float], adapter_name: str, how: Combination, *, different_targets: bool
 ) -> CombineReport:
-    """See `minipeft.combining.model.CombinableModel.add_weighted_adapter`. Until all values are there, the model is only read."""
+    """See `minipeft.merging.combining.model.CombinableModel.add_weighted_adapter`. Until all values are there, the model is only read."""
     found = sources(model, weights, different_targets=different_targets)
     values, report = _combined(found, how)
     state: AdapterState = model.__dict__[STATE]

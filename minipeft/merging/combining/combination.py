@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minipeft.combining.sources import Update
-from minipeft.combining.task_arithmetic import ELECTS, PRUNED, weighted_sum
 from minipeft.config.options import number, one_of, rank
 from minipeft.errors import ConfigError, TargetError, shown
 from minipeft.kernels.products import Factors, clamped, joined, product_norm, truncated, truncated_matrix
+from minipeft.merging.combining.sources import Update
+from minipeft.merging.combining.task_arithmetic import ELECTS, PRUNED, weighted_sum
 
 TYPES = ("linear", "cat", "svd", *(f"{scheme}{end}" for end in ("", "_svd") for scheme in PRUNED))
 DRIVERS = (None, "gesvd", "gesvdj", "gesvda")

@@ -16,7 +16,7 @@ from minipeft.python.interrupts import interrupts_deferred
 
 
 def rescale(model: nn.Module, adapter_name: str, scale: float, pattern: str | None) -> None:
-    """See `minipeft.combining.model.CombinableModel.set_scale`.
+    """See `minipeft.injection.manageable_model.ManageableModel.set_scale`.
 
     Raises:
         TargetError: the pattern matches no layer of the adapter.

@@ -1,0 +1,63 @@
+"""The verbs of an adapted model that manage its adapters: names, strength, status."""
+
+from __future__ import annotations
+
+from minipeft.config.options import number
+from minipeft.errors import ConfigError, StateError, all_or_nothing, told
+from minipeft.injection.attach import rename
+from minipeft.injection.scale import rescale
+from minipeft.injection.state import WithAdapters, check_name
+from minipeft.injection.status import Status, adapter_status, layer_status
+
+
+class ManageableModel(WithAdapters):
+    """The part of `minipeft.AdaptedModel` that manages its adapters."""
+
+    @all_or_nothing
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name. It stays active, merged and in training if it is, and keeps its place.
+
+        Raises:
+            ConfigError: the new name is not allowed, see `minipeft.injection.state.check_name`.
+            StateError: the old name is unknown, or the new one is taken.
+        """
+        self._check_known([old])
+        if new != old:
+            check_name(new, self._state.configs)
+            rename(self, old, new)
+
+    def adapter_status(self) -> Status:
+        """A row for each adapter: method, rank, strength, active, merged, trainable, dtype, device. A table if printed."""
+        return adapter_status(self)
+
+    def layer_status(self) -> Status:
+        """As `adapter_status`, with a row for each adapter on each layer."""
+        return layer_status(self)
+
+    @all_or_nothing
+    def set_scale(self, adapter_name: str, scale: float, pattern: str | None = None) -> None:
+        """Let an adapter act with this multiple of its update, at once and until further notice; 1 is the adapter itself.
+
+        Merging folds that in. A file holds the adapter at full strength, and saving it warns about that;
+        ``save_pretrained(convert_to_lora=True)`` writes the scale into the factors.
+
+        Args:
+            adapter_name: which adapter.
+            scale: any number; 0 is off, a negative one subtracts.
+            pattern: a regular expression for the whole name of a layer or its end after a dot, as in ``rank_pattern``:
+                only those layers. None: all of them, whatever was set before.
+
+        Raises:
+            StateError: the name is unknown or merged, or the effect of the adapter is not an update times a number, as
+                with DoRA, OFT and (IA)^3.
+            TargetError: the pattern matches no layer.
+        """
+        self._check_known([adapter_name])
+        number("scale", scale)
+        if pattern is not None and not (isinstance(pattern, str) and pattern):
+            raise ConfigError(
+                f"pattern must be a regular expression for names of layers, or None, not {told(pattern)}."
+            )
+        if adapter_name in (*self._state.merged, *self._state.set_aside):
+            raise StateError(f"adapter {adapter_name!r} is merged into the base; call unmerge_adapter() first.")
+        rescale(self, adapter_name, scale, pattern)
