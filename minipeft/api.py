@@ -28,7 +28,9 @@ from minipeft.files.load import load_config
 from minipeft.injection.many_adapters import per_adapter_loss
 from minipeft.injection.step_hooks import after_step, extra_loss
 from minipeft.layers.base import LayerOps
+from minipeft.memory.dequantize import dequantize
 from minipeft.memory.lean import lean, unlean
+from minipeft.memory.quantize import quantize
 from minipeft.merging.combining.report import CombineReport
 from minipeft.merging.from_disk.merge import merge_from_disk
 from minipeft.merging.report import MergeReport
@@ -45,8 +47,6 @@ from minipeft.model import AdaptedModel, get_adapter_model, load_adapter
 from minipeft.planning.estimate import Estimate, Planner, Setup
 from minipeft.planning.suggest import Suggestion
 from minipeft.planning.suggest import suggest as suggested
-from minipeft.quantization.dequantize import dequantize
-from minipeft.quantization.quantize import quantize
 from minipeft.registry.registry import register_adapter, register_layer, register_method, register_targets
 
 

@@ -33,12 +33,12 @@ from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.starting import await_values, stop_waiting
 from minipeft.injection.state import active_without, check_name, names_given
 from minipeft.layers.bitsandbytes_4bit import number_of_values
+from minipeft.memory.dequantize import dequantize as make_float
 from minipeft.merging.combining.model import CombinableModel
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
 from minipeft.python.class_swap import reduced
 from minipeft.python.garbage import no_collection
-from minipeft.quantization.dequantize import dequantize as make_float
 from minipeft.registry import registry
 
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("layers", "config"),
     ("methods",),
     ("injection",),
-    ("files", "quantization", "memory"),
+    ("files", "memory"),
     ("merging", "readers"),
     ("model", "integrations", "diagnosis", "planning", "learning"),
     ("api", "hf", "training", "testing", "cli", "serving"),

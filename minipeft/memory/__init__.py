@@ -1,1 +1,1 @@
-"""Training in less memory: minipeft.lean and what it puts in place."""
+"""Less memory: minipeft.lean and what it puts in place, and quantized bases."""

@@ -13,11 +13,11 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import TensorIndex, outside_adapters
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_bound
 from minipeft.layers.offloaded import offloads
+from minipeft.memory.dequantize import check_replaceable, float_dtype
 from minipeft.merging.steps import AddInPlace, Replace, Step, Write
 from minipeft.merging.tied_weights import adapts_tied_layers, shared_parameters, tied_layers
 from minipeft.merging.trial import check_by_trial, check_order, check_stored
 from minipeft.methods.base import Adapter
-from minipeft.quantization.dequantize import check_replaceable, dtype_of_replacement
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def plan_step(
             "without offloading to merge, or keep the adapter unmerged."
         )
     written = [] if ops.is_quantized else _written(layer, names, index)
-    dtype = written[0].dtype if written else dtype_of_replacement(path, layer, model, options.dequantize)
+    dtype = written[0].dtype if written else _dtype_of_replacement(path, layer, model, options.dequantize)
     for holder in (layer, *tied):
         check_stored(path, holder, written if holder is layer else written[:1])
         check_order(path, holder, names, permanent=not options.undoable)
@@ -92,6 +92,20 @@ def plan_step(
     step = Write(*common)
     step.merged()  # raises now what `apply` would raise, since what that writes could not be taken back
     return step
+
+
+def _dtype_of_replacement(path: str, layer: AdaptedLayer, model: nn.Module, dequantize: bool) -> torch.dtype:
+    """The dtype a merged weight is rounded to for the float layer that replaces a quantized one.
+
+    Raises:
+        MergeError: `dequantize` is False.
+    """
+    if not dequantize:
+        raise MergeError(
+            f"{path}: {type(layer.base_layer).__name__} is quantized, and rounding to its few values would lose most of an update. "
+            "Keep the adapter unmerged, or pass dequantize=True for float layers."
+        )
+    return float_dtype(model)
 
 
 def _written(layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex) -> list[Tensor]:

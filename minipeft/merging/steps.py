@@ -14,8 +14,8 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.kernels.functional import accumulation_dtype, is_finite, low_rank_product
 from minipeft.merging.report import relative_error
 from minipeft.merging.rounding import add_product, rounded
+from minipeft.merging.trial import output_error
 from minipeft.merging.unmerge import Undo, original_of, total_delta
-from minipeft.quantization.dequantize import output_error
 
 
 @dataclass
@@ -168,7 +168,8 @@ class Replace(Step):
         self.relative_error = relative_error(ops.read_weight(base).detach(), new, change)
         replacement = ops.write_weight(base, new, bias)
         mark_as_loaded(replacement, base)
-        self.output_error = output_error(self.layer, self.names, replacement)
+        dtype = next(replacement.parameters()).dtype
+        self.output_error = output_error(self.layer, self.names, lambda x: replacement(x.to(dtype)))
         self.layer.put_base(replacement)
 
     def take_back(self) -> None:

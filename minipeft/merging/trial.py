@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +59,7 @@ def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> No
         return  # a weight that is read is the merged one at every call; a quantized layer with hooks is refused elsewhere
     what = "has hooks or a patched forward" if attached else "has a forward of its own"
     try:
-        error = _output_error(layer, names)
+        error = output_error(layer, names, functools.partial(_with_merged_weight, layer, names))
     except Exception as raised:
         raise MergeError(
             f"{path}: {type(base).__name__} {what}, and trying the merge on a random input failed "
@@ -70,20 +72,29 @@ def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> No
         )
 
 
-def _output_error(layer: AdaptedLayer, names: tuple[str, ...]) -> float:
-    base, ops = layer.base_layer, layer.ops
-    parts = [part for module in (base, *map(layer.adapter, names)) for part in module.modules()]
+def output_error(layer: AdaptedLayer, names: tuple[str, ...], merged: Callable[[Tensor], Tensor]) -> float:
+    """The largest difference between the outputs of `merged` and of a layer with these adapters, as a share of the largest output.
+
+    Both get the same random input, in eval mode, without advancing torch's random generator.
+    """
+    parts = [part for module in (layer.base_layer, *map(layer.adapter, names)) for part in module.modules()]
     with unchanged_afterwards(*parts):
         for part in parts:
             part.training = False
         with generators_kept():
-            x = ops.example_input(base)
+            x = layer.ops.example_input(layer.base_layer)
         expected = layer.run_with(names, x)
-        bare = _without_hooks(base)
-        written = ops.write_weight(bare, *layer.folded(names))
-        # Called as the layer itself: a patched forward may hold the module that it was made for.
-        merged = functional_call(base, dict(written.named_parameters()), (x,)) if written is bare else written(x)
-    return float((merged - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        found = merged(x).to(expected.dtype)
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def _with_merged_weight(layer: AdaptedLayer, names: tuple[str, ...], x: Tensor) -> Tensor:
+    base = layer.base_layer
+    bare = _without_hooks(base)
+    written = layer.ops.write_weight(bare, *layer.folded(names))
+    # Called as the layer itself: a patched forward may hold the module that it was made for.
+    result: Tensor = functional_call(base, dict(written.named_parameters()), (x,)) if written is bare else written(x)
+    return result
 
 
 def _without_hooks(base: nn.Module) -> nn.Module:

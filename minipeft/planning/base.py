@@ -19,9 +19,9 @@ from minipeft.files.file_names import CONFIG_FILE
 from minipeft.files.model_card import is_repo_id
 from minipeft.files.reading import reading
 from minipeft.injection.wrapper import Wrapper
+from minipeft.memory.quantize import quantize as quantized
 from minipeft.planning.hollow import Hollow
 from minipeft.python.class_swap import plain_class
-from minipeft.quantization.quantize import quantize as quantized
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LAYERS = 10_000

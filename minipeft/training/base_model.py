@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minipeft.errors import ConfigError
-from minipeft.quantization.quantize import quantize
+from minipeft.memory.quantize import quantize
 
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
 

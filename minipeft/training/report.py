@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from minipeft.errors import MinipeftError, StateError
+from minipeft.memory.dequantize import float_dtype
 from minipeft.model import AdaptedModel, load_adapter
-from minipeft.quantization.dequantize import float_dtype
 from minipeft.training.data.collate import Store
 
 TOLERANCES = {"reloaded": 1e-6, "merged": 1e-5}  # as shares of the largest logit

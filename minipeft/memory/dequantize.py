@@ -1,4 +1,4 @@
-"""From quantized layers to float layers: in a whole model, and what it costs in one layer."""
+"""From quantized layers to float layers, in a whole model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from torch import nn
 from minipeft.config.options import checked_module
 from minipeft.ecosystem.transformers_model import forget_quantization, mark_as_loaded
 from minipeft.errors import MergeError, StateError, all_or_nothing
-from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import candidates
-from minipeft.kernels.generators import generators_kept
 from minipeft.layers.base import layer_ops
 
 
@@ -73,38 +71,3 @@ def float_dtype(model: nn.Module) -> torch.dtype:
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and "adapters" not in name.split("."):
             return parameter.dtype
     return torch.get_default_dtype()
-
-
-def dtype_of_replacement(path: str, layer: AdaptedLayer, model: nn.Module, dequantize: bool) -> torch.dtype:
-    """The dtype a merged weight is rounded to for the float layer that replaces a quantized one.
-
-    Raises:
-        MergeError: `dequantize` is False.
-    """
-    if not dequantize:
-        raise MergeError(
-            f"{path}: {type(layer.base_layer).__name__} is quantized, and rounding to its few values would lose most of an update. "
-            "Keep the adapter unmerged, or pass dequantize=True for float layers."
-        )
-    return float_dtype(model)
-
-
-def output_error(layer: AdaptedLayer, names: tuple[str, ...], replacement: nn.Module) -> float:
-    """The largest difference between the outputs of a replacement and of a layer with these adapters, as a share of the largest output.
-
-    Both get the same random input, in eval mode, without advancing torch's random generator.
-    """
-    base, ops = layer.base_layer, layer.ops
-    modules = [base, *map(layer.adapter, names)]
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        with generators_kept():
-            x = ops.example_input(base)
-        y = layer.run_with(names, x)
-        merged = replacement(x.to(next(replacement.parameters()).dtype)).to(y.dtype)
-    finally:
-        for part, mode in modes:
-            part.training = mode
-    return float((merged - y).abs().max() / y.abs().max().clamp_min(1e-12))

@@ -1,1 +1,0 @@
-"""Quantized bases: making them, and making them float again."""
