@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minipeft.ecosystem.type_names import is_from
+from minipeft.ecosystem.packages import is_from
 from minipeft.errors import LeanError, MinipeftError, StateError, shown
 from minipeft.files.restore import restore_adapters
 from minipeft.injection import step_hooks

@@ -8,7 +8,7 @@ from torch import nn
 
 from minipeft.diagnosis.check import Seen, Setup, about, check
 from minipeft.diagnosis.view import Part, by_adapter
-from minipeft.ecosystem.type_names import is_from
+from minipeft.ecosystem.packages import is_from
 from minipeft.errors import shown
 
 CUT = "None of the inputs have requires_grad=True"  # what `torch.utils.checkpoint` warns of

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import AdapterConfig, config_from_dict
-from minipeft.ecosystem.type_names import is_from
+from minipeft.ecosystem.packages import is_from
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.files.tensor_file import TensorFile, damaged
 

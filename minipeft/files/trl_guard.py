@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.ecosystem.type_names import is_from
+from minipeft.ecosystem.packages import is_from
 from minipeft.errors import StateError
 from minipeft.files.trainer_guard import callers
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.packages import is_from
 from minipeft.ecosystem.transformers_model import input_embedding, output_head
-from minipeft.ecosystem.type_names import is_from
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.injection.attach import hold_norms
 from minipeft.injection.checkpointing import training_setter

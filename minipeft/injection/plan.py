@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.packages import is_from
 from minipeft.ecosystem.transformers_model import model_type
-from minipeft.ecosystem.type_names import is_from
 from minipeft.ecosystem.wrapper_names import FIXED_PARAMETERS, wrapper_class
 from minipeft.errors import TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.ecosystem.type_names import qualified
 from minipeft.errors import TargetError, shown
 from minipeft.injection.module_tree import Candidate, is_callable, occupants
 from minipeft.injection.modules_to_save import SavedModule
@@ -18,6 +17,7 @@ from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.methods.base import Adapter
 from minipeft.registry import registry
+from minipeft.registry.type_names import qualified
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from minipeft.ecosystem.type_names import qualified, settled
 from minipeft.errors import RegistryError, hint, shown, told
 from minipeft.registry.contract import breach
+from minipeft.registry.type_names import qualified, settled
 
 Class = TypeVar("Class", bound=type[Any])
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.ecosystem.type_names import qualified
 from minipeft.errors import TargetError
 from minipeft.layers.base import LayerOps
 from minipeft.layers.quantized import QuantizedLinearOps
 from minipeft.registry import registry
+from minipeft.registry.type_names import qualified
 
 Make = Callable[[int, int], nn.Module]
 Call = Callable[[nn.Module, Tensor], Tensor]

@@ -15,8 +15,3 @@ def settled(name: str) -> str:
     module, _, attribute = name.rpartition(".")
     target = getattr(sys.modules.get(module), attribute, None)
     return qualified(target) if isinstance(target, type) else name
-
-
-def is_from(cls: type, package: str) -> bool:
-    """Whether a class or one that it derives from is a package's."""
-    return any(base.__module__.partition(".")[0] == package for base in cls.__mro__)
