@@ -32,7 +32,7 @@ from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.starting import await_values, stop_waiting
 from minipeft.injection.state import active_without, check_name, names_given
-from minipeft.layers.bitsandbytes_4bit import number_of_values
+from minipeft.injection.status import parameter_counts
 from minipeft.memory.dequantize import dequantize as make_float
 from minipeft.merging.combining.model import CombinableModel
 from minipeft.merging.mergeable_model import MergeableModel
@@ -170,8 +170,7 @@ class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, OtherNames, Combinabl
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, including adapters; shared parameters count once."""
-        counts = [(number_of_values(parameter), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
+        return parameter_counts(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the two counts and their ratio in percent."""

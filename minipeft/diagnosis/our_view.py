@@ -17,7 +17,6 @@ from minipeft.injection.watch import idle_layers
 from minipeft.injection.wrapper import innermost
 from minipeft.kernels.products import product_norm
 from minipeft.layers.offloaded import present
-from minipeft.methods.base import Adapter
 
 
 def our_view(model: nn.Module, root: nn.Module) -> View:
@@ -70,22 +69,24 @@ def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part
         pair=pair,
         dropout=float(getattr(adapter, "dropout", 0.0)),
         drops=adapter.training,
-        is_zero=functools.partial(_is_zero, wrapper, adapter) if there else unknown,
-        update_norm=functools.partial(_update_norm, wrapper, adapter) if there else unknown,
+        is_zero=functools.partial(_is_zero, wrapper, name) if there else unknown,
+        update_norm=functools.partial(_update_norm, wrapper, name) if there else unknown,
         weight_norm=functools.cache(functools.partial(_weight_norm, wrapper)),
     )
 
 
-def _is_zero(layer: AdaptedLayer, adapter: Adapter) -> bool | None:
+def _is_zero(layer: AdaptedLayer, name: str) -> bool | None:
+    adapter = layer.adapter(name)
     rows = adapter.changed_rows()
     if rows is not None:
         return not bool(rows[1].any())
     if not adapter.overrides("factors"):
-        return None if (delta := _delta(layer, adapter)) is None else not bool(delta.any())
+        return None if (delta := _delta(layer, name)) is None else not bool(delta.any())
     return not all(bool(factor.any()) for factor in adapter.stacked_factors() or ())
 
 
-def _delta(layer: AdaptedLayer, adapter: Adapter) -> Tensor | None:
+def _delta(layer: AdaptedLayer, name: str) -> Tensor | None:
+    adapter = layer.adapter(name)
     if not adapter.overrides("delta"):
         return None
     with torch.no_grad(), present(layer.owner):
@@ -93,10 +94,10 @@ def _delta(layer: AdaptedLayer, adapter: Adapter) -> Tensor | None:
 
 
 @torch.no_grad()
-def _update_norm(layer: AdaptedLayer, adapter: Adapter) -> float | None:
-    factors = adapter.stacked_factors()
+def _update_norm(layer: AdaptedLayer, name: str) -> float | None:
+    factors = layer.adapter(name).stacked_factors()
     if factors is None:
-        delta = _delta(layer, adapter)
+        delta = _delta(layer, name)
         return None if delta is None else float(delta.norm())
     up, down = (factor.double() for factor in factors)
     return product_norm([(up, down)], [1.0])

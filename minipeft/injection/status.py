@@ -1,4 +1,4 @@
-"""What adapters a model has and what each of them does: rows for a program, a table when printed."""
+"""What adapters a model has, how much of it trains, and what each adapter does: rows for a program, a table when printed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import Wrapper, innermost
+from minipeft.layers.bitsandbytes_4bit import number_of_values
 from minipeft.layers.uncalled import UncalledOps
 
 
@@ -97,6 +98,12 @@ def _told(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) numbers of parameters; shared ones count once, and quantized ones by the values that they stand for."""
+    counts = [(number_of_values(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
 
 
 def layer_status(model: nn.Module) -> Status:

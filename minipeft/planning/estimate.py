@@ -14,7 +14,7 @@ from minipeft.config.options import integer, one_of
 from minipeft.errors import ConfigError, LeanError, shown
 from minipeft.files.save import adapter_tensors
 from minipeft.files.tensor_bytes import header_of
-from minipeft.layers.bitsandbytes_4bit import number_of_values
+from minipeft.injection.status import parameter_counts
 from minipeft.memory.lean import lean
 from minipeft.planning.base import DTYPES, Place, base_model, quiet
 from minipeft.planning.hollow import Hollow
@@ -150,12 +150,11 @@ class Planner:
         holes = HOLES[setup.device] * (found["activations"] + found["temporary"])
         quantized = QUANTIZED if setup.quantize and setup.device == "cpu" else 0
         found["overhead"] = RUNTIME[setup.device] + int(holes) + quantized
-        parameters = list(self.model.parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        trainable, parameters = parameter_counts(self.model)
         return Estimate(
             type(self.model).__name__,
             setup,
-            sum(number_of_values(p) for p in parameters),
+            parameters,
             trainable,
             0 if setup.training == "full" else self._file_bytes(),
             {item: found[item] for item in ITEMS},
