@@ -12,6 +12,7 @@ from torch import nn
 
 import minipeft
 from minipeft import Adapter, LoraConfig, RegistryError, get_lora_model
+from minipeft.config.adapter_config import config_from_dict
 from minipeft.layers.base import layer_ops
 from minipeft.layers.linear import LinearOps
 from minipeft.methods.lora import Lora
@@ -267,6 +268,13 @@ def test_a_plugin_loads_at_the_first_injection_and_its_method_works(plugin_folde
     config = sys.modules["good_plugin"].GoodConfig(r=2, target_modules=["first"])
     model = minipeft.get_adapter_model(Block(), config)
     assert type(model.first.adapters["default"]).__name__ == "Good"
+
+
+def test_a_plugin_loads_when_a_file_asks_for_its_method(plugin_folder):
+    plugin(plugin_folder, "good_plugin", "Good", "good")
+    config = config_from_dict({**LoraConfig(r=2).to_dict(), "peft_type": "GOOD"})
+    assert type(config) is sys.modules["good_plugin"].GoodConfig
+    assert config.r == 2
 
 
 def test_a_broken_plugin_is_named_and_takes_nothing_down(plugin_folder):

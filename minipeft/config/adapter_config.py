@@ -255,6 +255,16 @@ def config_of_peft(config: object) -> object:
     return dataclasses.replace(own, inference_mode=bool(said.get("inference_mode")))
 
 
+def config_class(method: str) -> type[Any]:
+    """The configuration's class of a method, which may be a plugin's.
+
+    Raises:
+        RegistryError: the method is unknown.
+    """
+    registry.load_plugins()
+    return registry.method_class(method).config_class
+
+
 def config_from_dict(
     values: Mapping[str, Any], where: str = "adapter_config.json", *, live: bool = False
 ) -> AdapterConfig:
@@ -268,7 +278,8 @@ def config_from_dict(
     Raises:
         ConfigError: a value is not allowed, or a key asks for something that is not implemented.
     """
-    classes = {name: registry.method_class(name).config_class for name in registry.method_names()}
+    registry.load_plugins()
+    classes = {name: config_class(name) for name in registry.method_names()}
     # A variant, as DoRA is one of LoRA, stands in files as the method whose options choose it.
     known_types = {name.upper(): cls for name, cls in classes.items() if cls.method == name}
     peft_type = values.get("peft_type")

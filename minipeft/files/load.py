@@ -32,7 +32,6 @@ from minipeft.injection.module_tree import candidates
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.methods.base import Adapter
-from minipeft.registry import registry
 
 logger = logging.getLogger("minipeft")
 
@@ -54,7 +53,6 @@ def load_config(
         CheckpointError: there is no adapter, or its files are damaged.
         ConfigError: it asks for something that is not implemented.
     """
-    registry.load_plugins()
     path = adapter_directory(
         directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )

@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 
-from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
+from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig, config_class
 from minipeft.errors import ConfigError
-from minipeft.registry import registry
 
 # The names that methods use for a shared option. Of those that a method has, the first counts.
 NAMES: dict[str, tuple[str, ...]]
@@ -41,8 +40,7 @@ def method_config(
         ConfigError: the method does not have an option, or a value is not allowed.
         RegistryError: the method is unknown.
     """
-    registry.load_plugins()
-    cls = registry.method_class(method).config_class
+    cls = config_class(method)
     known = {field.name for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {"target_modules": _targets(target_modules), "task_type": "CAUSAL_LM"}
     if "total_step" in known:

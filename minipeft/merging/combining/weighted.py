@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.adapter_config import AdapterConfig, config_class
 from minipeft.config.options import rank as checked_rank
 from minipeft.errors import TargetError, shown
 from minipeft.injection.attach import attach
@@ -24,7 +24,6 @@ from minipeft.kernels.products import padded
 from minipeft.merging.combining.combination import Combination, measured, summed_bias
 from minipeft.merging.combining.report import CombineReport
 from minipeft.merging.combining.sources import Update, sources, widest
-from minipeft.registry import registry
 
 METHOD = "lora"
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
@@ -95,7 +94,7 @@ def _config(
         names = [path for path, updates in found.items() if updates[0].layer.targeted]
         parameters = [entry for config in configs.values() for entry in config.target_parameters or ()]
         options = {"target_modules": names, "target_parameters": list(dict.fromkeys(parameters)) or None}
-    cls = registry.method_class(METHOD).config_class
+    cls = config_class(METHOD)
     known = {f.name for f in fields(first)}
     kept = {
         name: getattr(first, name) for name in ("lora_dropout", "task_type", "base_model_name_or_path") if name in known

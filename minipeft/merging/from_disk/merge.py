@@ -35,7 +35,6 @@ from minipeft.merging.from_disk.shards import ShardWriter, open_shards
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.plan import Options, plan_step
 from minipeft.merging.report import MergeReport
-from minipeft.registry import registry
 
 logger = logging.getLogger("minipeft")
 NAME = "default"
@@ -104,7 +103,6 @@ def merge_from_disk(
         MergeError: the base is quantized, or the adapter cannot be merged into it.
         MinipeftError: the adapter does not fit the base, see `load_adapter`.
     """
-    registry.load_plugins()
     place = as_path(out, "out")
     adapter_folder = adapter_directory(adapter, token=token, local_files_only=local_files_only)
     base_folder = base_directory(base, revision=revision, token=token, local_files_only=local_files_only)
