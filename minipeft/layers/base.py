@@ -156,6 +156,13 @@ def layer_ops(base: nn.Module) -> LayerOps | None:
     return next((ops for _, ops in registry.layer_candidates(type(base)) if ops.accepts(base)), None)
 
 
+def has_own_forward(ops: LayerOps, base: nn.Module) -> bool:
+    """Whether the layer's class has another ``forward`` than the type that these ops are registered for."""
+    own: Any = type(base)
+    registered: Any = next((kind for kind, known in registry.layer_candidates(own) if known == ops), own)
+    return own.forward is not registered.forward
+
+
 def runs_only(base: nn.Module, forward: object) -> bool:
     """Whether calling the module runs this ``forward`` of its class and no hook."""
     hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks

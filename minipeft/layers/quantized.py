@@ -116,6 +116,13 @@ class QuantizedLinearOps(LayerOps):
         return torch.randn(4, self.shape(base)[1], dtype=dtype, device=next(base.parameters()).device)
 
 
+def quantizers() -> dict[str, QuantizedLinearOps]:
+    """The kinds of quantized layers that can be made, plugins' included, and the ops that make them."""
+    registry.load_plugins()
+    known = [ops for ops in registry.layers().values() if isinstance(ops, QuantizedLinearOps)]
+    return {kind: ops for ops in known for kind in ops.kinds}
+
+
 def with_bias(layer: nn.Module, bias: Tensor | None) -> nn.Module:
     """A layer that was made on the meta device, with a frozen copy of this bias, if any."""
     if bias is not None:

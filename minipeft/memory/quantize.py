@@ -18,8 +18,7 @@ from minipeft.injection.fresh_parts import find_origins
 from minipeft.injection.module_tree import Candidate, TensorIndex, candidates
 from minipeft.injection.wrapper import Wrapper
 from minipeft.layers.base import LayerOps, is_plain_linear, layer_ops
-from minipeft.layers.quantized import QuantizedLinearOps
-from minipeft.registry import registry
+from minipeft.layers.quantized import QuantizedLinearOps, quantizers
 
 
 @all_or_nothing
@@ -43,21 +42,17 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
         TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantize.
     """
     checked_module("model", model)
-    registry.load_plugins()
-    known = [ops for ops in registry.layers().values() if isinstance(ops, QuantizedLinearOps)]
-    quantizers = {name: ops for ops in known for name in ops.kinds}
-    if not isinstance(kind, str) or kind not in quantizers:
-        raise ConfigError(
-            f"quantize: no kind {told(kind)}{hint(str(kind), quantizers)}; there are: {shown(quantizers)}."
-        )
+    known = quantizers()
+    if not isinstance(kind, str) or kind not in known:
+        raise ConfigError(f"quantize: no kind {told(kind)}{hint(str(kind), known)}; there are: {shown(known)}.")
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise StateError("quantize: this model has adapters; quantize it first, then adapt it.")
     chosen = _chosen(model, skip_modules)
-    replacements = [(candidate, _replacement(candidate, ops, quantizers[kind], kind)) for candidate, ops in chosen]
+    replacements = [(candidate, _replacement(candidate, ops, known[kind], kind)) for candidate, ops in chosen]
     for candidate, layer in replacements:
         for parent, attribute in candidate.places:
             setattr(parent, attribute, layer)
-    _note(model, quantizers[kind], kind)
+    _note(model, known[kind], kind)
     return model
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 from collections.abc import Callable
 
 import torch
@@ -15,14 +14,12 @@ from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.rollback import unchanged_afterwards
 from minipeft.kernels.generators import generators_kept
-from minipeft.layers.base import LayerOps
+from minipeft.layers.base import LayerOps, has_own_forward
 from minipeft.layers.offloaded import HOOK
 from minipeft.layers.uncalled import UncalledOps
-from minipeft.registry import registry
 
 TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_forward = operator.attrgetter("forward")
 
 
 def check_stored(path: str, layer: AdaptedLayer, written: list[Tensor]) -> None:
@@ -52,11 +49,11 @@ def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> No
     the layer's weights stay as they are.
     """
     base = layer.base_layer
-    registered = next((cls for cls, ops in registry.layer_candidates(type(base)) if ops == layer.ops), type(base))
     attached = "forward" in vars(base) or bool(base._forward_hooks or base._forward_pre_hooks)
-    own_forward = _forward(type(base)) is not _forward(registered)
-    if isinstance(layer.ops, UncalledOps) or layer.ops.is_quantized or not (own_forward or attached):
+    if isinstance(layer.ops, UncalledOps) or layer.ops.is_quantized:
         return  # a weight that is read is the merged one at every call; a quantized layer with hooks is refused elsewhere
+    if not attached and not has_own_forward(layer.ops, base):
+        return
     what = "has hooks or a patched forward" if attached else "has a forward of its own"
     try:
         error = output_error(layer, names, functools.partial(_with_merged_weight, layer, names))
