@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import minipeft
-from minipeft.readers.contents import read_contents
-from minipeft.readers.names import Reader
-from minipeft.readers.rules import answer
+from minipeft.files.readers.contents import read_contents
+from minipeft.files.readers.names import Reader
+from minipeft.files.readers.rules import answer
 from minipeft.testing.table import with_table
 
 BEGIN, END = "<!-- python -m tests.readers_table -->", "<!-- end of the readers -->"

@@ -15,14 +15,13 @@ PACKAGE = ROOT / "minipeft"
 # The rooms of the package, one line a floor, the lowest first: a room imports from floors below it and from itself.
 FLOORS = (
     ("errors", "python"),
-    ("ecosystem",),
-    ("kernels", "registry"),
+    ("ecosystem", "kernels", "registry"),
     ("layers", "config"),
     ("methods",),
     ("injection",),
     ("files", "memory"),
-    ("merging", "readers"),
-    ("model", "integrations", "diagnosis", "planning", "learning"),
+    ("merging", "integrations", "diagnosis", "learning"),
+    ("model", "planning"),
     ("api", "hf", "training", "testing", "cli", "serving"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

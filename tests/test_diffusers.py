@@ -9,8 +9,8 @@ from tiny_models import foreign_code
 
 import minipeft
 from minipeft.files.formats.convert import convert
-from minipeft.readers.made_for import made_for
-from minipeft.readers.names import Reader
+from minipeft.files.readers.made_for import made_for
+from minipeft.files.readers.names import Reader
 
 with foreign_code():
     diffusers = pytest.importorskip("diffusers")

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import minipeft
 from minipeft.cli.main import app
 from minipeft.errors import MinipeftError
-from minipeft.readers.made_for import made_for
-from minipeft.readers.names import Reader
+from minipeft.files.readers.made_for import made_for
+from minipeft.files.readers.names import Reader
 
 pytest.importorskip("transformers.conversion_mapping")
 COMMON = ("mixtral", "qwen2_moe", "deepseek_v3")

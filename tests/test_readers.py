@@ -19,11 +19,11 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3MoeConfig
 
 import minipeft
 from minipeft.errors import CheckpointError
-from minipeft.readers.contents import read_contents
-from minipeft.readers.made_for import made_for
-from minipeft.readers.names import Part, Reader
-from minipeft.readers.rules import Takes, answer, rules_of
-from minipeft.readers.summary import summary
+from minipeft.files.readers.contents import read_contents
+from minipeft.files.readers.made_for import made_for
+from minipeft.files.readers.names import Part, Reader
+from minipeft.files.readers.rules import Takes, answer, rules_of
+from minipeft.files.readers.summary import summary
 
 with foreign_code():
     peft = pytest.importorskip("peft")

@@ -12,9 +12,9 @@ from minipeft.errors import CheckpointError, ConfigError, DataError
 from minipeft.files.empty_model import GENERATING, HEADS
 from minipeft.files.format import AdapterFile, open_adapter
 from minipeft.files.hub import adapter_directory, base_directory
+from minipeft.files.readers.tries import any_batch, base_model
 from minipeft.files.reading import read_text, reading
 from minipeft.model import AdaptedModel, load_adapter
-from minipeft.readers.tries import any_batch, base_model
 
 LONGEST = 512  # tokens of a text
 CLASSIFIERS = (".classifier.", ".score.")

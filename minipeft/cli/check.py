@@ -9,11 +9,11 @@ import typer
 
 from minipeft.cli.output import print_json, print_table
 from minipeft.errors import ConfigError
-from minipeft.readers.names import Reader
+from minipeft.files.readers.names import Reader
 
 if TYPE_CHECKING:
-    from minipeft.readers.rules import Answer
-    from minipeft.readers.tries import Tried
+    from minipeft.files.readers.rules import Answer
+    from minipeft.files.readers.tries import Tried
 
 
 def check(
@@ -29,8 +29,8 @@ def check(
     """
     if really != (base is not None):
         raise ConfigError("--try and --base go together: the adapter is tried on that base model.")
-    from minipeft.readers.contents import read_contents  # torch comes with it, and --help must not wait for that
-    from minipeft.readers.rules import Takes, answer
+    from minipeft.files.readers.contents import read_contents  # torch comes with it, and --help must not wait for that
+    from minipeft.files.readers.rules import Takes, answer
 
     contents = read_contents(directory)
     answers = [answer(contents, reader) for reader in readers or Reader]
@@ -48,8 +48,8 @@ def check(
 
 
 def _tried(answers: list[Answer], directory: Path, base: Path) -> dict[Reader, Tried]:
+    from minipeft.files.readers.tries import base_model, outputs, tried
     from minipeft.model import load_adapter
-    from minipeft.readers.tries import base_model, outputs, tried
 
     ours = outputs(load_adapter(base_model(base), directory))
     return {given.reader: tried(given.reader, base, directory, ours) for given in answers}

@@ -9,10 +9,10 @@ import typer
 
 from minipeft.cli.output import print_json
 from minipeft.errors import ConfigError
-from minipeft.readers.names import Part, Reader
+from minipeft.files.readers.names import Part, Reader
 
 if TYPE_CHECKING:
-    from minipeft.readers.written import Made
+    from minipeft.files.readers.written import Made
 
 
 def convert(
@@ -44,7 +44,7 @@ def convert(
     if reader is not None:
         if out is None:
             raise ConfigError("--for needs a directory to write to (OUT).")
-        from minipeft.readers.made_for import made_for  # torch comes with it, and --help must not wait for that
+        from minipeft.files.readers.made_for import made_for  # torch comes with it, and --help must not wait for that
 
         _print(reader, out, made_for(reader, place, out, _parts(drop), base=base, old_names=old_names), json)
         return

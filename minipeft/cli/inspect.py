@@ -12,8 +12,8 @@ import typer
 from minipeft.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from minipeft.readers.layers import Layer
-    from minipeft.readers.summary import Summary
+    from minipeft.files.readers.layers import Layer
+    from minipeft.files.readers.summary import Summary
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer and key.")] = False,
 ) -> None:
     """Show an adapter's configuration, the sizes of its updates, and what is unusual. It needs no base model."""
-    from minipeft.readers.summary import summary  # torch comes with it, and --help must not wait for that
+    from minipeft.files.readers.summary import summary  # torch comes with it, and --help must not wait for that
 
     found = summary(directory)
     if json:

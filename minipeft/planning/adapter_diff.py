@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError
+from minipeft.files.readers.contents import read_contents
+from minipeft.files.readers.plain import pairs_of
 from minipeft.kernels.products import Factors, product_norm
-from minipeft.readers.contents import read_contents
-from minipeft.readers.plain import pairs_of
 
 TINY = 1e-10  # singular values below this share of the largest are rounding
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from minipeft.errors import CheckpointError, ConfigError, MinipeftError
 from minipeft.files.file_names import CONFIG_FILE
+from minipeft.files.readers.layers import Layer
+from minipeft.files.readers.summary import summary
 from minipeft.files.reading import read_limited, reading
-from minipeft.readers.layers import Layer
-from minipeft.readers.summary import summary
 
 METRICS, STATE = "metrics.jsonl", "trainer_state.json"  # of examples/train.py, and of transformers' Trainer
 MAX_BYTES = 2**28

@@ -9,9 +9,9 @@ from typing import Any
 from minipeft.config.patterns import first_keys
 from minipeft.errors import CheckpointError
 from minipeft.files.base_checkpoint import CONFIG, cached
+from minipeft.files.readers.contents import Contents
+from minipeft.files.readers.facts import one_of
 from minipeft.files.reading import read_object
-from minipeft.readers.contents import Contents
-from minipeft.readers.facts import one_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 OPTIONS = ("lora_dropout", "use_dora", "lora_bias")  # that PEFT refuses for parameters

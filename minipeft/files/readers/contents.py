@@ -15,9 +15,9 @@ from minipeft.errors import CheckpointError, shown
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.formats.known import pickles_in
 from minipeft.files.not_an_adapter import folder_named, local_names
+from minipeft.files.readers.keys import Key, Kind, taken_apart
 from minipeft.files.reading import read_object, reading
 from minipeft.files.tensor_file import TensorFile, open_tensors
-from minipeft.readers.keys import Key, Kind, taken_apart
 
 MLX_FILE, DIFFUSERS_FILE = "adapters.safetensors", "pytorch_lora_weights.safetensors"
 FILES = (WEIGHTS_FILE, MLX_FILE, DIFFUSERS_FILE)

@@ -21,15 +21,15 @@ from minipeft.files.empty_model import empty_model
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.files.format import NAMES, open_adapter
 from minipeft.files.names.to_old import with_old_names
+from minipeft.files.readers.contents import Contents, read_contents
+from minipeft.files.readers.fused_experts import as_parameters
+from minipeft.files.readers.keys import Kind
+from minipeft.files.readers.names import Part, Reader
+from minipeft.files.readers.plain import Pair, alike, check_method, pairs_of
+from minipeft.files.readers.rules import Takes, answer
+from minipeft.files.readers.written import Made, factors, renamed_for, write_diffusers, write_mlx, write_peft
 from minipeft.files.reading import read_object, reading
 from minipeft.files.tensor_file import Entry, TensorFile
-from minipeft.readers.contents import Contents, read_contents
-from minipeft.readers.fused_experts import as_parameters
-from minipeft.readers.keys import Kind
-from minipeft.readers.names import Part, Reader
-from minipeft.readers.plain import Pair, alike, check_method, pairs_of
-from minipeft.readers.rules import Takes, answer
-from minipeft.readers.written import Made, factors, renamed_for, write_diffusers, write_mlx, write_peft
 
 # Readers of everything that PEFT writes; for the others an adapter becomes plain LoRA.
 WHOLE = (Reader.PEFT, Reader.TRANSFORMERS)

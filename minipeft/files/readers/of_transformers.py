@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from minipeft.readers import facts
-from minipeft.readers.keys import Kind
-from minipeft.readers.of_peft import EXPERTS, FORMAT, SILENT
-from minipeft.readers.rules import CONVERT, NO, PARTLY, Rule
+from minipeft.files.readers import facts
+from minipeft.files.readers.keys import Kind
+from minipeft.files.readers.of_peft import EXPERTS, FORMAT, SILENT
+from minipeft.files.readers.rules import CONVERT, NO, PARTLY, Rule
 
 LOADING = "transformers/integrations/peft.py (load_adapter), transformers 5.23.0"
 

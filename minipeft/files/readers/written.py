@@ -12,10 +12,10 @@ from torch import Tensor
 
 from minipeft.errors import CheckpointError
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.readers.contents import DIFFUSERS_FILE, MLX_FILE
+from minipeft.files.readers.names import Reader
+from minipeft.files.readers.plain import Pair
 from minipeft.files.save import config_text
-from minipeft.readers.contents import DIFFUSERS_FILE, MLX_FILE
-from minipeft.readers.names import Reader
-from minipeft.readers.plain import Pair
 
 # Start of a name in transformers 5 -> its start there. vLLM maps the names of transformers itself, and SGLang looks at the
 # number of the layer only.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 
 from minipeft.ecosystem.wrapper_names import PREFIX, unwrapped_name
 from minipeft.errors import shown, told
-from minipeft.readers.contents import MAX_NUMBER, Contents
-from minipeft.readers.keys import Kind
+from minipeft.files.readers.contents import MAX_NUMBER, Contents
+from minipeft.files.readers.keys import Kind
 
 Applies = Callable[[Contents], str | None]
 VISION = {"visual", "vision_tower", "vision_model", "audio_tower"}  # in names of what is not the language model

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from minipeft.files.file_names import WEIGHTS_FILE
-from minipeft.readers import facts
-from minipeft.readers.fused_experts import refused_for_experts, taken_for_experts
-from minipeft.readers.rules import CONVERT, MERGE, NO, PARTLY, SAVE_AGAIN, SILENTLY, Rule
+from minipeft.files.readers import facts
+from minipeft.files.readers.fused_experts import refused_for_experts, taken_for_experts
+from minipeft.files.readers.rules import CONVERT, MERGE, NO, PARTLY, SAVE_AGAIN, SILENTLY, Rule
 
 METHODS = frozenset(
     "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "  # noqa: SIM905

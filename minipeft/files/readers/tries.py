@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import CheckpointError, ConfigError, told_error
+from minipeft.files.readers.names import Reader
 from minipeft.files.reading import read_object, reading
-from minipeft.readers.names import Reader
 
 EQUAL = 1e-4  # allowed difference of two outputs, over the largest of them
 SCRIPT = "convert_lora_to_gguf.py"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, shown
-from minipeft.readers.contents import Contents
-from minipeft.readers.keys import Kind
+from minipeft.files.readers.contents import Contents
+from minipeft.files.readers.keys import Kind
 
 # PEFT adds it to AdaLoRA's divisor.
 EPSILON = 1e-5

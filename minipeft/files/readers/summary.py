@@ -12,10 +12,10 @@ from torch import Tensor
 from minipeft.config.patterns import endings
 from minipeft.errors import MinipeftError, shown
 from minipeft.files.format import AdapterFile, open_adapter
-from minipeft.readers import facts
-from minipeft.readers.contents import Contents, read_contents
-from minipeft.readers.keys import Kind
-from minipeft.readers.layers import Layer, layers_of_file
+from minipeft.files.readers import facts
+from minipeft.files.readers.contents import Contents, read_contents
+from minipeft.files.readers.keys import Kind
+from minipeft.files.readers.layers import Layer, layers_of_file
 
 LARGE = 1e3  # of a value; factors that train well stay far below
 STRONG = 1.0  # of an update's norm over its weight's

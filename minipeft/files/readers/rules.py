@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from minipeft.files.file_names import WEIGHTS_FILE
-from minipeft.readers import facts
-from minipeft.readers.contents import Contents
-from minipeft.readers.names import Reader
+from minipeft.files.readers import facts
+from minipeft.files.readers.contents import Contents
+from minipeft.files.readers.names import Reader
 
 
 class Takes(str, enum.Enum):
@@ -89,7 +89,7 @@ def plain_lora(loading: str, configuration: str, *options: str) -> tuple[Rule, .
 @functools.cache
 def rules_of(reader: Reader) -> Sequence[Rule]:
     """The rules of one reader, which has a module of its own in this package."""
-    module = importlib.import_module(f"minipeft.readers.of_{reader.value.replace('.', '_')}")
+    module = importlib.import_module(f"minipeft.files.readers.of_{reader.value.replace('.', '_')}")
     return [replace(rule, fix=rule.fix.replace("READER", reader.value)) for rule in module.RULES]
 
 

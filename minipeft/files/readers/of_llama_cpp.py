@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from minipeft.readers import facts
-from minipeft.readers.contents import MAX_NUMBER, Contents
-from minipeft.readers.keys import Kind
-from minipeft.readers.rules import (
+from minipeft.files.readers import facts
+from minipeft.files.readers.contents import MAX_NUMBER, Contents
+from minipeft.files.readers.keys import Kind
+from minipeft.files.readers.rules import (
     CONVERT,
     MERGE,
     NO,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError
-from minipeft.readers.contents import Contents
-from minipeft.readers.facts import rank_in_file
-from minipeft.readers.plain import Pair, pair_of
+from minipeft.files.readers.contents import Contents
+from minipeft.files.readers.facts import rank_in_file
+from minipeft.files.readers.plain import Pair, pair_of
 
 
 @dataclass(frozen=True)

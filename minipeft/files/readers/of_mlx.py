@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from minipeft.readers import facts
-from minipeft.readers.contents import MLX_FILE, Contents
-from minipeft.readers.rules import CONVERT, NO, Rule
+from minipeft.files.readers import facts
+from minipeft.files.readers.contents import MLX_FILE, Contents
+from minipeft.files.readers.rules import CONVERT, NO, Rule
 
 LOADING = "mlx_lm/tuner/utils.py (load_adapters), mlx-lm 0.32.2"
 LEAVES = (".lora_a", ".lora_b", ".m")
