@@ -12,7 +12,7 @@ from minipeft.diagnosis.view import Part, View, unknown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.fresh_parts import base_parameters
 from minipeft.injection.module_tree import candidates, wrappers
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import AdapterState, state_of
 from minipeft.injection.watch import idle_layers
 from minipeft.injection.wrapper import innermost
 from minipeft.kernels.products import product_norm
@@ -21,7 +21,7 @@ from minipeft.layers.offloaded import present
 
 def our_view(model: nn.Module, root: nn.Module) -> View:
     """The view of `root`, which holds the adapters, called as `model`."""
-    state: AdapterState = root.__dict__[STATE]
+    state = state_of(root)
     base = {name: parameter for name, _, parameter in base_parameters(root, candidates(root))}
     return View(
         model,

@@ -24,7 +24,7 @@ from minipeft.injection.fresh_parts import Origins, base_parameters, find_origin
 from minipeft.injection.module_tree import Candidate, adapted_layers, candidates, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import state_of
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import each_value, present
@@ -48,7 +48,7 @@ def base_samples(
         brought: of a table, by its name, the rows that the file brings: those that train, and those that the base lacks.
     """
     rows = brought or {}
-    remembered = model.__dict__[STATE].samples.get(adapter_name, {})
+    remembered = state_of(model).samples.get(adapter_name, {})
     layers = [(name, layer) for name, layer in adapted_layers(model) if layer.owns(adapter_name) and not layer.merged]
     adapted = _samples(
         (
@@ -67,7 +67,7 @@ def base_samples(
 
 def remember_base(model: nn.Module) -> None:
     """Take samples of an adapted model's base while this process has whole weights, before they are sharded."""
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     state.samples = {name: base_samples(model, name) for name in state.configs}
 
 

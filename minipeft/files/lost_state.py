@@ -9,12 +9,12 @@ from torch import nn
 from minipeft.errors import shown
 from minipeft.injection.base_state import base_modules, buffer_samples, changed_buffers
 from minipeft.injection.module_tree import adapters_of
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import state_of
 
 
 def warn_of_lost_state(model: nn.Module) -> None:
     """Warn about parameters of the base that were unfrozen by hand, buffers that changed, and adapted layers that are gone."""
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     here = set(map(id, model.modules()))
     for adapter_name, places in state.places.items():
         parts = {id(module) for module, _ in places}

@@ -27,6 +27,7 @@ from minipeft.injection.state import (
     parameters_at,
     places_that_train,
     put_to_rest,
+    state_of,
 )
 from minipeft.injection.without_gradient import watch_gradients
 from minipeft.injection.wrapper import Wrapper, replace_key
@@ -38,7 +39,7 @@ def attach(
 ) -> None:
     """Put built parts into a model; the first time, also freeze its base and add the adapter verbs to its class."""
     first = STATE not in model.__dict__
-    state: AdapterState = AdapterState() if first else model.__dict__[STATE]
+    state = AdapterState() if first else state_of(model)
     before = list(outside_adapters(model))
     with unchanged_on_error(model, state, state.switch, outside=before):
         if first:
@@ -112,7 +113,7 @@ def _freeze(outside: list[tuple[str, nn.Module]], training: Iterable[nn.Paramete
 
 def hold_norms(model: nn.Module) -> None:
     """Hold the running statistics still that no file will hold, see `minipeft.injection.base_state`."""
-    _hold_norms(model.__dict__[STATE], base_modules(model), outside_adapters(model))
+    _hold_norms(state_of(model), base_modules(model), outside_adapters(model))
 
 
 def _hold_norms(
@@ -128,14 +129,14 @@ def switch_to(model: nn.Module, names: tuple[str, ...], *, frozen: bool = False)
     The parameters of an idle adapter must not require gradients, or DDP would wait for them; they do again when it
     acts. Only adapters that train, and start or stop acting, have their parameters visited.
     """
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     also = tuple(name for name in state.switch.also_trained if not (frozen and name in names))
     _wake(state, names, also, names if frozen else ())
 
 
 def train_also(model: nn.Module, names: tuple[str, ...]) -> None:
     """Let the parameters of these adapters require gradients, besides those of the active ones."""
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     _wake(state, state.switch.active, names, tuple(name for name in state.switch.frozen if name not in names))
 
 
@@ -159,7 +160,7 @@ def _parameters(state: AdapterState, names: Collection[str]) -> list[nn.Paramete
 
 def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ...]) -> None:
     """Remove adapters, and what the model knows of them; afterwards exactly the adapters `active`, which stay, act."""
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     for name in adapter_names:
         check_not_running(state, name)
     switch = state.switch
@@ -179,7 +180,7 @@ def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ..
 
 def rename(model: nn.Module, old: str, new: str) -> None:
     """Give an adapter another name, in the same place among the others; merged or not, it acts as before."""
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
 
     def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(new if name == old else name for name in names)
@@ -203,7 +204,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
 
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
     """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     check_not_running(state)
     outside = list(outside_adapters(model))
     with unchanged_on_error(model, state, state.switch, outside=outside):

@@ -23,7 +23,7 @@ from minipeft.injection.module_tree import wrappers
 from minipeft.injection.row_order import learn_order
 from minipeft.injection.rows import Rows, rows_now
 from minipeft.injection.rows_of_call import note_length, rows_acting, rows_of_call
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import STATE, AdapterState, state_of
 from minipeft.injection.watch import watched_call
 from minipeft.injection.wrapper import innermost
 
@@ -112,7 +112,7 @@ class OwnMethods(nn.Module):
         return watched_call(self, super().__call__, args, kwargs)
 
     def _learn_order(self, rows: Rows, args: Any, kwargs: Any) -> None:
-        switch = self.__dict__[STATE].switch
+        switch = state_of(self).switch
         matters = len(rows.uses) > 1 and (rows.length == len(rows.names) or switch.order_told)
         if matters and not switch.order_known:
             switch.order_known = learn_order(self, rows, super().__call__, args, kwargs)
@@ -129,7 +129,7 @@ class OwnMethods(nn.Module):
         with rows_acting(self, rows_of_call(self, kwargs.pop("adapter_names"), args, kwargs)):
             yield
         if torch.is_grad_enabled():
-            self.__dict__[STATE].switch.trained_by_row = True
+            state_of(self).switch.trained_by_row = True
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter of this name, as torch has it; for an adapted layer that of its base layer, as tying weights wants."""

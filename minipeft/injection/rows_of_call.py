@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from minipeft.ecosystem.transformers_model import main_input_name, same_media_in_rows
 from minipeft.errors import ConfigError, StateError, hint, shown, told
 from minipeft.injection.rows import BASE, Rows, acting
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import state_of
 from minipeft.kernels.functional import tensors_in
 
 
 @contextlib.contextmanager
 def rows_acting(model: nn.Module, rows: Rows) -> Iterator[None]:
     """Within the context these rows act in this thread, and no adapter of theirs can be deleted or merged."""
-    switch = model.__dict__[STATE].switch
+    switch = state_of(model).switch
     switch.running.append(rows.adapters)
     try:
         with acting(rows):
@@ -55,7 +55,7 @@ def rows_of_call(
         ConfigError: it is not a list of names, or not one for each row.
         StateError: a name is unknown, an adapter is merged, or would not train though it is to.
     """
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     names = names_of_rows(adapter_names)
     known = (*state.configs, BASE)
     for name in dict.fromkeys(names):

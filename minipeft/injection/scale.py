@@ -11,7 +11,7 @@ from minipeft.config.patterns import first_keys
 from minipeft.errors import StateError, TargetError, hint, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers_of
-from minipeft.injection.state import STATE
+from minipeft.injection.state import state_of
 from minipeft.python.interrupts import interrupts_deferred
 
 
@@ -44,7 +44,7 @@ def rescale(model: nn.Module, adapter_name: str, scale: float, pattern: str | No
     with interrupts_deferred():
         for adapter in follow:  # the chosen ones, and those of layers tied to them
             adapter.rescale(scale)
-        model.__dict__[STATE].switch.changes += 1
+        state_of(model).switch.changes += 1
 
 
 def _matching(pattern: str, paths: Sequence[str]) -> list[str]:

@@ -22,14 +22,14 @@ from minipeft.injection.module_tree import occupants
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.sites import AdapterSite, SavedSite
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import STATE, AdapterState, state_of
 
 
 def await_values(model: nn.Module, adapter_name: str, parts: Parts) -> None:
     """Let a new adapter wait for the values of the model, if it was made without any."""
     modules: list[nn.Module] = [*parts.adapters, *parts.copies]
     if any(parameter.is_meta for module in modules for parameter in parameters_in(module)):
-        state: AdapterState = model.__dict__[STATE]
+        state = state_of(model)
         state.unstarted.add(adapter_name)
         if _after_load not in model._load_state_dict_post_hooks.values():
             model.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]

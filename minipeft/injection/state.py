@@ -56,12 +56,17 @@ class AdapterState:
             raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
 
 
+def state_of(model: nn.Module) -> AdapterState:
+    """The state of an adapted model."""
+    return cast(AdapterState, model.__dict__[STATE])
+
+
 class WithAdapters(nn.Module):
     """What every part of `minipeft.AdaptedModel` builds on: the state of its adapters."""
 
     @property
     def _state(self) -> AdapterState:
-        return cast(AdapterState, self.__dict__[STATE])
+        return state_of(self)
 
     def _check_known(self, names: Sequence[str]) -> None:
         self._state.check_known(names)

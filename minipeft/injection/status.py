@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import AdapterState, state_of
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.layers.bitsandbytes_4bit import number_of_values
 from minipeft.layers.uncalled import UncalledOps
@@ -108,7 +108,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def layer_status(model: nn.Module) -> Status:
     """A row for each adapter on each layer, in the model's order."""
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     rows = [_row(state, path, w, name) for path, w in wrappers(model) for name in state.configs if name in w.adapters]
     return Status(rows, state.switch.enabled)
 
@@ -116,7 +116,7 @@ def layer_status(model: nn.Module) -> Status:
 def adapter_status(model: nn.Module) -> Status:
     """A row for each adapter."""
     layers = layer_status(model)
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     rows: dict[str, list[LayerStatus]] = {name: [] for name in state.configs}
     for row in layers:
         rows[row.adapter].append(row)

@@ -13,7 +13,7 @@ from minipeft.config.options import checked_module, integer
 from minipeft.ecosystem.wrapper_names import ATTRIBUTES, unwrapped_name
 from minipeft.errors import CheckpointError, StateError, shown
 from minipeft.injection.module_tree import adapters_of
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import STATE, state_of
 from minipeft.injection.watch import idle_message
 from minipeft.methods.base import Adapter
 from minipeft.registry import registry
@@ -74,7 +74,7 @@ def refuse_idle_layers(model: nn.Module) -> None:
     adapted = _adapted(model)
     if adapted is None:
         return
-    state: AdapterState = adapted.__dict__[STATE]
+    state = state_of(adapted)
     state.refuses_idle = True
     for name in state.switch.active:
         if name in state.idle:
@@ -143,7 +143,7 @@ def _training(model: nn.Module) -> Iterator[tuple[type[Adapter], dict[str, Adapt
     adapted = _adapted(model)
     if adapted is None:
         raise StateError(f"{type(model).__name__} has no adapter; get_adapter_model gives it one.")
-    state: AdapterState = adapted.__dict__[STATE]
+    state = state_of(adapted)
     for name in state.switch.learning if state.switch.enabled else ():
         config = state.configs[name]
         yield registry.method_class(config.adapter_method), adapters_of(adapted, name), config

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from minipeft.errors import StateError, shown
 from minipeft.injection.module_tree import adapted_layers, wrappers
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import STATE, AdapterState, state_of
 from minipeft.kernels.functional import tensors_in
 
 
@@ -27,7 +27,7 @@ def watch(model: nn.Module, merged: bool) -> None:
 
 def merged_in_training(model: nn.Module) -> Sequence[str]:
     """The merged adapters of an adapted model whose parameters are meant to train."""
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     return [name for name in state.merged if name in state.switch.trainable and _requires_grad(model, name)]
 
 

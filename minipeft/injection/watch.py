@@ -21,7 +21,7 @@ from minipeft.errors import StateError, shown
 from minipeft.injection.module_tree import outside_adapters, wrappers, wrappers_of
 from minipeft.injection.rows import MEDIA_OF_BATCH, rows_now
 from minipeft.injection.starting import check_started
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import state_of
 from minipeft.injection.wrapper import Switch, Wrapper, innermost
 
 CHOICES = (nn.ModuleList, nn.ModuleDict)  # whoever holds one may call some of its modules and not others
@@ -108,7 +108,7 @@ def watched_call(model: nn.Module, call: Callable[..., Any], args: tuple[Any, ..
     Raises:
         StateError: there are some, and the state says that it is an error; or an adapter has no values yet.
     """
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     rows = rows_now(state.switch)
     acting = state.switch.active if rows is None else rows.adapters
     names = tuple(name for name in acting if name in state.unwatched)
@@ -142,7 +142,7 @@ def idle_message(names: tuple[str, ...], idle: list[str]) -> str:
 
 
 def _say_dropout(model: nn.Module, names: tuple[str, ...], seen: Pass) -> None:
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     for name in names if model.training else ():
         config = vars(state.configs[name])
         options = [option for option, value in config.items() if option.endswith("dropout") and value]

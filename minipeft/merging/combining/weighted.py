@@ -16,7 +16,7 @@ from minipeft.errors import TargetError, shown
 from minipeft.injection.attach import attach
 from minipeft.injection.build import build
 from minipeft.injection.plan import plan
-from minipeft.injection.state import STATE, AdapterState
+from minipeft.injection.state import state_of
 from minipeft.kernels.full_precision import full_precision
 from minipeft.kernels.functional import is_finite
 from minipeft.kernels.generators import generators_kept
@@ -38,7 +38,7 @@ def add_weighted(
     """See `minipeft.merging.combining.model.CombinableModel.add_weighted_adapter`. Until all values are there, the model is only read."""
     found = sources(model, weights, different_targets=different_targets)
     values, report = _combined(found, how)
-    state: AdapterState = model.__dict__[STATE]
+    state = state_of(model)
     configs = {name: state.configs[name] for name in weights}
     made = plan(model, _config(found, configs, values, report.rank), every_pattern=False)
     # A suffix in a list of names may fit more modules than the one it was taken from.
