@@ -20,10 +20,11 @@ from minipeft.files.foreign_options import check_options
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
-from minipeft.files.save_pretrained import DEFAULT
+from minipeft.files.save_pretrained import DEFAULT, SavableModel
 from minipeft.files.trl_guard import TrainedAlone
 from minipeft.injection.attach import attach, detach, remove, switch_to
 from minipeft.injection.build import build
+from minipeft.injection.manageable_model import ManageableModel
 from minipeft.injection.many_adapters import ManyAdapters
 from minipeft.injection.module_tree import adapted_places
 from minipeft.injection.other_names import OtherNames
@@ -34,7 +35,7 @@ from minipeft.injection.starting import await_values, stop_waiting
 from minipeft.injection.state import active_without, check_name, names_given
 from minipeft.injection.status import parameter_counts
 from minipeft.memory.dequantize import dequantize as make_float
-from minipeft.merging.combining.model import CombinableModel
+from minipeft.merging.combining.combinable_model import CombinableModel
 from minipeft.merging.mergeable_model import MergeableModel
 from minipeft.merging.tied_weights import check_trained_copies, cut_remaining_ties
 from minipeft.python.class_swap import reduced
@@ -155,7 +156,17 @@ class _Names(list[str]):
         return self
 
 
-class AdaptedModel(OwnMethods, TrainedAlone, ManyAdapters, OtherNames, CombinableModel, HotswapModel, MergeableModel):
+class AdaptedModel(
+    OwnMethods,
+    TrainedAlone,
+    ManyAdapters,
+    OtherNames,
+    ManageableModel,
+    SavableModel,
+    HotswapModel,
+    MergeableModel,
+    CombinableModel,
+):
     """The adapter verbs of an adapted model; a mixin that `minipeft.injection.attach` puts in front of the model's class."""
 
     @property

@@ -21,12 +21,13 @@ from minipeft.errors import CheckpointError, ConfigError, StateError, all_or_not
 from minipeft.files.foreign_options import check_options
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts
-from minipeft.files.save_pretrained import DEFAULT, SavableModel
+from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import Parts
 from minipeft.injection.module_tree import occupants, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
+from minipeft.injection.state import WithAdapters
 from minipeft.injection.wrapper import Wrapper
 from minipeft.layers.offloaded import check_not_offloaded
 from minipeft.methods.base import Adapter
@@ -36,7 +37,7 @@ from minipeft.python.interrupts import interrupts_deferred
 Pairs = list[tuple[str, Wrapper, nn.Module, nn.Module]]  # name, where it is, what is there, what comes
 
 
-class HotswapModel(SavableModel):
+class HotswapModel(WithAdapters):
     """The part of `minipeft.AdaptedModel` that replaces the weights of a live adapter."""
 
     @all_or_nothing

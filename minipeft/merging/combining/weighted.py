@@ -35,7 +35,10 @@ Values = dict[str, tuple[Tensor, Tensor, "Tensor | None"]]
 def add_weighted(
     model: nn.Module, weights: Mapping[str, float], adapter_name: str, how: Combination, *, different_targets: bool
 ) -> CombineReport:
-    """See `minipeft.merging.combining.model.CombinableModel.add_weighted_adapter`. Until all values are there, the model is only read."""
+    """See `minipeft.merging.combining.combinable_model.CombinableModel.add_weighted_adapter`.
+
+    Until all values are there, the model is only read.
+    """
     found = sources(model, weights, different_targets=different_targets)
     values, report = _combined(found, how)
     state = state_of(model)
