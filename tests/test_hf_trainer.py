@@ -3,6 +3,8 @@
 import copy
 import functools
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import safetensors.torch
 import tiny_models
 import torch
 from datasets import Dataset
+from deaths import die_before
 from rotation import thinned
 from tiny_models import bert_classifier, disturb, foreign_code, gpt2, llama, logits, state_digest, token_ids
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -264,6 +267,85 @@ def test_a_checkpoint_whose_saving_was_cut_off_is_not_resumed(left, checkpoint):
     with pytest.raises(CheckpointError, match=r"saving it was cut off|trainer_state.json cannot be read"):
         trainer.train(resume_from_checkpoint=True)
     assert state_digest(model) == before
+
+
+def raiser(error):
+    def act(*args):
+        raise error
+
+    return act
+
+
+def inside_peft(model, *args, **options):
+    pytest.importorskip("peft")
+    from minipeft.integrations.peft import as_peft_model
+
+    return Trainer(as_peft_model(model), *args, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(AdapterTrainer, "saving it was cut off"), (inside_peft, "trainer_state.json")]
+)
+@pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_a_save_over_an_older_checkpoint_that_is_cut_off_is_not_resumed(make, said, method, tmp_path, monkeypatch):
+    """Else the new run's adapter would go on with the older one's optimizer and place in the data."""
+    trained(make(adapted(), arguments(tmp_path, max_steps=2), train_dataset=DATA))
+    trainer = make(adapted(seed=5), arguments(tmp_path, max_steps=2), train_dataset=DATA)
+    monkeypatch.setattr(trainer, method, raiser(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        trained(trainer)
+    with pytest.raises((CheckpointError, FileNotFoundError), match=said):
+        trained(make(adapted(seed=5), arguments(tmp_path), train_dataset=DATA), resume_from_checkpoint=True)
+    trained(make(adapted(seed=5), arguments(tmp_path, max_steps=2), train_dataset=DATA))  # a repeat makes it whole
+    trained(make(adapted(seed=5), arguments(tmp_path), train_dataset=DATA), resume_from_checkpoint=True)
+
+
+def bytes_of(folder):
+    return {name: (folder / name).read_bytes() for name in files(folder) if not Path(name).name.startswith(".")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [AdapterTrainer, inside_peft])
+def test_a_save_over_an_older_checkpoint_that_is_killed_anywhere_is_not_resumed(make, tmp_path, monkeypatch):
+    """Before each change of a file: what tells a checkpoint complete is there only with all files of one run."""
+    folder, save = tmp_path / "checkpoint-2", torch.save
+
+    def is_change(event, args):
+        writes = event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+        return (writes or event in {"os.rename", "os.remove"}) and str(folder) in str(args[0])
+
+    def audited(value, path, **options):  # torch writes without Python's knowledge
+        sys.audit("open", path, "w", os.O_WRONLY)
+        save(value, path, **options)
+
+    def run(seed):
+        trained(make(adapted(seed=seed), arguments(tmp_path, max_steps=2), train_dataset=DATA))
+        return bytes_of(folder)
+
+    monkeypatch.setattr(torch, "save", audited)
+    whole = [run(5), run(3)]
+    for number in range(1, 99):
+        with foreign_code():
+            child = os.fork()
+        if child == 0:
+            die_before(number, is_change)
+            run(5)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            break
+        assert (folder / "trainer_state.json").exists() <= (bytes_of(folder) in whole), number
+        assert run(3) == whole[1]  # a repeat succeeds
+        assert files(folder) == set(whole[1])
+    assert number > 12
+
+
+def test_values_alone_saved_over_an_older_checkpoint_do_not_go_on_with_its_optimizer(tmp_path):
+    trained(AdapterTrainer(adapted(), arguments(tmp_path, max_steps=2), train_dataset=DATA))
+    options = {"max_steps": 2, "save_only_model": True}
+    trained(AdapterTrainer(adapted(seed=5), arguments(tmp_path, **options), train_dataset=DATA))
+    trainer = AdapterTrainer(adapted(seed=5), arguments(tmp_path), train_dataset=DATA)
+    with pytest.warns(UserWarning, match="holds no optimizer"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_without_adapter_or_of_a_whole_model_is_not_resumed(tmp_path):

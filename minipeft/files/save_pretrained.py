@@ -26,7 +26,7 @@ from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
 from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.to_lora import as_lora
-from minipeft.files.trainer_guard import check_outer_save, check_trainer, save_base_for_pipeline
+from minipeft.files.trainer_guard import begin_checkpoint, check_outer_save, check_trainer, save_base_for_pipeline
 from minipeft.injection.starting import check_started
 from minipeft.injection.state import WithAdapters, names_given
 from minipeft.injection.watch import idle_message
@@ -223,6 +223,7 @@ class SavableModel(WithAdapters):
         tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
         check_size(options or {}, tensors := values_of(self, tensors))
         with writing(root):
+            begin_checkpoint(root)
             self._write_adapter(directory_of(root, name), name, tensors, config)
 
     def _file_config(self, name: str) -> dict[str, Any]:

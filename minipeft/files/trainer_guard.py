@@ -20,6 +20,7 @@ from torch import nn
 
 from minipeft.errors import StateError
 
+TRAINER_STATE, OPTIMIZER_FILE, SCHEDULE_FILE = "trainer_state.json", "optimizer.pt", "adapter_schedule.safetensors"
 logger = logging.getLogger("minipeft")
 
 
@@ -39,6 +40,17 @@ def check_trainer() -> None:
     for trainer in callers("_save_checkpoint"):
         if _is_plain(trainer):
             _say_no_resume(type(trainer).__name__)
+
+
+def begin_checkpoint(folder: Path) -> None:
+    """If a Trainer is saving a checkpoint over an older one, remove what tells that one complete, and its training states.
+
+    Trainer writes ``trainer_state.json`` last, and so says that the rest belongs together. Of the random states each process
+    writes its own, perhaps before this.
+    """
+    if any(_is_trainer(trainer) for trainer in callers("_save_checkpoint")):
+        for name in (TRAINER_STATE, OPTIMIZER_FILE, "scheduler.pt", "scaler.pt", SCHEDULE_FILE):
+            (folder / name).unlink(missing_ok=True)
 
 
 def check_outer_save(inner: nn.Module) -> None:
@@ -67,13 +79,16 @@ def callers(method: str) -> Iterator[Any]:
         frame = frame.f_back
 
 
+def _is_trainer(caller: Any) -> bool:
+    return any((c.__module__, c.__name__) == ("transformers.trainer", "Trainer") for c in type(caller).__mro__)
+
+
 def _is_plain(trainer: Any) -> bool:
     """Whether this is a Trainer that cannot read an adapter back; FSDP and DeepSpeed have their own checkpoints.
 
     What it trains may tell it how: a `peft.PeftModel` around our model, with the adapter "default", where Trainer looks.
     """
-    is_trainer = any((c.__module__, c.__name__) == ("transformers.trainer", "Trainer") for c in type(trainer).__mro__)
-    if not is_trainer or getattr(trainer, "restores_adapters", False):
+    if not _is_trainer(trainer) or getattr(trainer, "restores_adapters", False):
         return False
     model = trainer.model
     if getattr(model, "restores_adapters", False) and list(model.active_adapters) == ["default"]:

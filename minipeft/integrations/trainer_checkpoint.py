@@ -18,12 +18,10 @@ from minipeft.files.restore import adapters_in, restore_adapters
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import SavableModel, directory_of
 from minipeft.files.tensor_file import open_tensors
+from minipeft.files.trainer_guard import OPTIMIZER_FILE, SCHEDULE_FILE, TRAINER_STATE
 from minipeft.injection import step_hooks
 
 RECORD = "minipeft"  # our place in trainer_state.json, among the states of callbacks
-TRAINER_STATE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.pt"
-SCHEDULE_FILE = "adapter_schedule.safetensors"
 Schedules = Mapping[str, Mapping[str, Tensor] | None]  # by adapter, see `minipeft.injection.step_hooks.schedule_state`
 
 
