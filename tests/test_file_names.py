@@ -322,6 +322,18 @@ def test_what_wrappers_and_other_classes_add_is_left_out(case, tmp_path):
     check_loads(base, directory, output(model), tmp_path, by_peft=False, again=again)
 
 
+@pytest.mark.parametrize(
+    "case", ["ddp", "compile", "ddp and compile", "doubled", "tripled", "lightning", "value head", "inside"]
+)
+def test_what_wrappers_add_to_the_factors_that_all_layers_of_vera_share_is_left_out(case, tmp_path):
+    rename = {**WRAPPED, "inside": replaced(("base_model.", "base_model._orig_mod."))}[case]
+    base = llama()
+    model = adapted(base, peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    directory = write(model, tmp_path / "file", rename)
+    assert sum(key.endswith(("vera_A", "vera_B")) for key in load_file(directory / "adapter_model.safetensors")) == 2
+    check_loads(base, directory, output(model), tmp_path, by_peft=False, again=case == "ddp")
+
+
 NAMED = replaced((".lora_A.", ".lora_A.default."), (".lora_B.", ".lora_B.default."))
 PARTLY_NAMED = {
     "head under its own name": (NAMED, {"modules_to_save": ["lm_head"]}),

@@ -19,10 +19,10 @@ from minipeft.files.names.expert_places import tables
 from minipeft.files.names.experts import fused_experts
 from minipeft.files.names.modules import names_in_file
 from minipeft.files.names.other_class import OtherClass
-from minipeft.files.names.places import Places, Reading, is_shared
+from minipeft.files.names.places import Places, Reading
 from minipeft.files.names.translated_config import translated_config
-from minipeft.files.names.wrapper_parts import plain_name
-from minipeft.injection.module_tree import Candidate, candidates
+from minipeft.files.names.wrapper_parts import plain_name, shared_key
+from minipeft.injection.module_tree import candidates
 
 logger = logging.getLogger("minipeft")
 TABLES = "transformers' tables of renamed weights"
@@ -66,7 +66,8 @@ def in_names_of(
     hopeless = len(file.shapes) > MAX_TENSORS * len(places.modules) or any(len(key) > MAX_NAME for key in file.shapes)
     if key_mapping is None and (all(map(places.takes, file.shapes)) or hopeless):
         return file
-    plain = {key: plain_name(key) for key in file.shapes if not is_shared(key)}
+    file = file.renamed(lambda key: key if places.takes(key) else shared_key(key) or key)
+    plain = {key: plain_name(key) for key in file.shapes if shared_key(key) != key}
     if key_mapping is not None:
         reading: Reading | None = _by_user(file, places, plain, key_mapping, strict)
     else:

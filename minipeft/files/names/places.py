@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import nn
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, unwrapped_name
+from minipeft.ecosystem.wrapper_names import PREFIX, unwrapped_name
+from minipeft.files.names.wrapper_parts import shared_key
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import layer_ops
 
@@ -42,7 +43,7 @@ class Places:
         if key.startswith(PREFIX):
             name = key.removeprefix(PREFIX)
             return self.place(name) is not None or self.place(unwrapped_name(name)) is not None
-        return is_shared(key)
+        return shared_key(key) == key
 
     def place(self, name: str) -> Place | None:
         """Where a name without prefix belongs: the innermost module that it names, if that can have such a tensor."""
@@ -74,11 +75,6 @@ class Places:
         if kind not in self._adaptable:
             self._adaptable[kind] = layer_ops(module) is not None
         return self._adaptable[kind] or not self._parameters.isdisjoint(module._parameters)
-
-
-def is_shared(key: str) -> bool:
-    """Whether this is the key of a tensor that all layers share: ``base_model.vera_A``, perhaps with the adapter's name."""
-    return key.startswith(ROOT) and not key.startswith(PREFIX) and key.count(".") <= 2
 
 
 def _owns(module: nn.Module, tail: str) -> bool:

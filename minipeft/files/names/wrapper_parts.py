@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TypeVar
 
-from minipeft.ecosystem.wrapper_names import ATTRIBUTES, PREFIX, unwrapped_name
+from minipeft.ecosystem.wrapper_names import ATTRIBUTES, PREFIX, ROOT, unwrapped_name
 from minipeft.files.tensor_file import TensorFile
 
 logger = logging.getLogger("minipeft")
@@ -25,6 +25,17 @@ def plain_name(key: str) -> str:
     parts, wrappers = name.split("."), set(ATTRIBUTES.values())
     start = next((n for n, part in enumerate(parts) if part not in wrappers), 0)
     return unwrapped_name(".".join(parts[start:]))
+
+
+def shared_key(key: str) -> str | None:
+    """The key that a tensor has in PEFT's files if all layers share it, as ``base_model.vera_A``; None for a layer's own.
+
+    The adapter's name may follow.
+    """
+    _, root, name = f".{key}".rpartition(f".{ROOT}")
+    name = plain_name(name)
+    own = root and name.count(".") <= 1 and not name.startswith(PREFIX.removeprefix(ROOT))
+    return f"{ROOT}{name}" if own else None
 
 
 def without_adapter_name(file: File, expected: Collection[str], in_full: Sequence[str] = ()) -> File:
