@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from old_experts import FAMILIES, logits, mixture, old_file
 from safetensors.torch import load_file, save_file
-from test_file_names import OLD, clip, made, output
+from test_file_names import OLD, TEXT, VISION, clip, made, output
 from tiny_models import adapted as adapted_model
 from tiny_models import llama
 from typer.testing import CliRunner
@@ -57,6 +57,41 @@ def test_the_towers_of_clip_have_no_second_tower_inside(tmp_path):
     targets = ["text_model.encoder.layers.0.self_attn.q_proj", "vision_model.encoder.layers.1.mlp.fc1"]
     model = minipeft.get_lora_model(base, minipeft.LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
     assert converted(model, tmp_path)[0] == model.adapter_state_dict().keys()
+
+
+VISION_OF_4_57 = "vision_model.encoder.layers.1.mlp.fc1"
+OF_4_57 = {  # a name of today -> that in the class of transformers 4.57
+    "AltCLIPModel": {
+        "text_model.roberta.encoder.layers.0.attention.self.query": "text_model.roberta.encoder.layer.0.attention.self.query",
+        VISION_OF_4_57: VISION_OF_4_57,
+    },
+    "AltCLIPTextModel": {"roberta.encoder.layers.0.output.dense": "roberta.encoder.layer.0.output.dense"},
+    "AltCLIPVisionModel": {"encoder.layers.1.mlp.fc1": VISION_OF_4_57},
+    "MLCDVisionModel": {"encoder.layers.1.mlp.fc1": VISION_OF_4_57},
+    "ViTMSNForImageClassification": {
+        "vit.layers.0.attention.q_proj": "vit.encoder.layer.0.attention.attention.query",
+        "vit.layers.1.mlp.fc1": "vit.encoder.layer.1.intermediate.dense",
+        "classifier": "classifier",
+    },
+    "ViTMSNModel": {"layers.0.attention.q_proj": "encoder.layer.0.attention.attention.query"},
+}
+
+
+@pytest.mark.parametrize("name", OF_4_57)
+def test_where_the_tables_lead_elsewhere_the_names_are_those_of_the_class_then(name, tmp_path):
+    cls, text = getattr(tf, name), {**TEXT, "project_dim": 16, "pad_token_id": 1}
+    options = {"text_config": text, "vision_config": VISION} if name == "AltCLIPModel" else {**VISION}
+    base = made(cls, cls.config_class(**(text if name == "AltCLIPTextModel" else options)))
+    base_in(tmp_path, base)
+    config = minipeft.LoraConfig(r=2, init_lora_weights=False, target_modules=list(OF_4_57[name]))
+    model = minipeft.get_lora_model(base, config)
+    keys, old = converted(model, tmp_path)
+    assert keys == {f"base_model.model.{n}.lora_{f}.weight" for n in OF_4_57[name].values() for f in "AB"}
+    no_table = {"key_mapping": {r"encoder\.layer\.": "encoder.layers."}} if name == "AltCLIPTextModel" else {}
+    again = minipeft.load_adapter(made(cls, base.config), old, **no_table).adapter_state_dict()
+    state = model.adapter_state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
 @pytest.mark.parametrize(

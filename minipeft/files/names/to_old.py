@@ -35,6 +35,14 @@ _A = ".lora_A.weight"
 _DROPPED = ("text_model", "vision_model")
 _EXPERT = re.compile(r"(.+)\.0\.([^.]+)\.weight")  # greedy: the index of the expert is the last number
 
+# Classes for which the tables of transformers 5.24 do not lead back to the names that 4.57 had: those, and what they were.
+_CORRECTED = {
+    "AltCLIPModel": (r"^vision_model\.encoder\.layer\.", "vision_model.encoder.layers."),
+    "AltCLIPTextModel": (r"^roberta\.encoder\.layers\.", "roberta.encoder.layer."),
+    "MLCDVisionModel": (r"^(?!vision_model\.)", "vision_model."),
+    "ViTMSNForImageClassification": (r"^encoder\.", "vit.encoder."),
+}
+
 
 @dataclass(frozen=True)
 class OldNames:
@@ -78,6 +86,8 @@ def old_names(model: nn.Module) -> OldNames:
                     raise CheckpointError(f"{name} had {shown(words)} for {own}, and other experts had {experts[own]}.")
             elif len(keys) == 1 and keys[0].endswith(f".{own}"):
                 modules.setdefault(name, keys[0].removesuffix(f".{own}"))
+    wrong, right = next((_CORRECTED[c.__name__] for c in type(model).__mro__ if c.__name__ in _CORRECTED), ("^", ""))
+    modules = {name: re.sub(wrong, right, old) for name, old in modules.items()}
     weights = {name: c.base._parameters.get("weight") for name, c in found.items() if layer_ops(c.base) is None}
     routers = {name for name, weight in weights.items() if weight is not None and weight.ndim == 2}
     return OldNames(found, modules, experts, frozenset(routers & modules.keys()))
