@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING
 
-from minipeft.errors import PeftNameError
+from minipeft.errors import PeftAttributeError, PeftNameError
 
 if TYPE_CHECKING:
     from minipeft.api import *  # noqa: F403
@@ -41,7 +42,10 @@ def __getattr__(name: str) -> object:
         instead = OF_PEFT.get("AutoPeftModel" if name.startswith("AutoPeftModel") else name)
         if instead is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-        raise PeftNameError(f"minipeft has no {name}, which is PEFT's; {instead}.") from None
+        # ``from minipeft import name`` looks it up by this function, and would take an AttributeError for "try a submodule".
+        is_import = sys._getframe(1).f_code.co_name == "_handle_fromlist"
+        error = PeftNameError if is_import else PeftAttributeError
+        raise error(f"minipeft has no {name}, which is PEFT's; {instead}.") from None
 
 
 def __dir__() -> list[str]:

@@ -48,6 +48,10 @@ class PeftNameError(MinipeftError, ImportError):
     """A name of PEFT's was imported from minipeft, which has another one for it, or needs none."""
 
 
+class PeftAttributeError(MinipeftError, AttributeError):
+    """The same where the name is looked up in the module; for ``hasattr`` it is not there."""
+
+
 class CheckpointError(MinipeftError, ValueError):
     """An adapter file or a run's directory cannot be read, written or locked, or belongs to another model or run."""
 

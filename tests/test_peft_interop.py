@@ -785,6 +785,9 @@ def test_a_name_of_peft_that_is_imported_from_minipeft_is_answered_with_ours(nam
     with pytest.raises(minipeft.MinipeftError, match=f"minipeft has no {name}, which is PEFT's; ") as caught:
         exec(f"from minipeft import {name}")
     assert isinstance(caught.value, ImportError)
+    assert not hasattr(minipeft, name)
+    with pytest.raises(AttributeError, match=f"minipeft has no {name}, which is PEFT's; "):
+        getattr(minipeft, name)
     for ours in re.findall(r"use (?:model\.)?(\w+)", str(caught.value)):
         assert hasattr(minipeft, ours) or hasattr(minipeft.AdaptedModel, ours)
     with pytest.raises(ImportError, match="cannot import name 'get_peft_modle'"):
