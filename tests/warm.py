@@ -113,6 +113,8 @@ def _run(files, environment, target, args):
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment)
+    # As in any program. Else a lock, such as tqdm's, has a name that is left over if the process is killed.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     gc.freeze()  # else the first collection looks through all that the server has imported, and copies its pages
     target(*args)
