@@ -1,15 +1,19 @@
-"""Errors: one family, whose messages say what is wrong, where, what is allowed and the nearest fix."""
+"""Errors: one family, whose messages say what is wrong, where, what is allowed and the nearest fix; and warnings."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 UNCHANGED = "Nothing was changed."
+# What stands between a user's line and a warning: minipeft, and what calls models for others.
+PASSED_THROUGH = {"accelerate", "contextlib", "importlib", "minipeft", "peft", "torch", "transformers", "trl"}
 MAX_MESSAGE, MAX_ITEM = 2000, 200  # characters
 
 
@@ -102,6 +106,15 @@ class ContractError(MinipeftError, AssertionError):
     def __str__(self) -> str:
         where = " on ".join(part for part in (self.method, self.layer) if part)
         return f"{where} fails {self.check!r}: {self.reason}"
+
+
+def warn(message: str) -> None:
+    """Warn, by the line of the user's program that led here."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in PASSED_THROUGH:
+        frame = frame.f_back
+    place = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
+    warnings.warn_explicit(message, UserWarning, *place, registry=frame.f_globals.setdefault("__warningregistry__", {}))
 
 
 def all_or_nothing(verb: Callable[P, R]) -> Callable[P, R]:

@@ -1,10 +1,12 @@
 """What a file, a folder or a name can do wrong ends in one of our errors, soon, and in a short message."""
 
 import contextlib
+import inspect
 import json
 import os
 import struct
 import time
+import warnings
 
 import pytest
 import regex
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import adapted, gpt2, llama
 from torch import nn
+from torch.nn.utils import prune
 
 from minipeft import (
     CheckpointError,
@@ -267,6 +270,84 @@ def test_a_message_is_short_and_has_no_control_characters(folder):
     with pytest.warns(UserWarning, match="does not fit") as warned:
         load_adapter(gpt2(), folder, strict=False)
     assert all(len(str(w.message)) < MAX_MESSAGE and str(w.message).isprintable() for w in warned)
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    return model
+
+
+def pruned():
+    model = llama()
+    prune.identity(model.model.layers[0].mlp.gate_proj, "weight")
+    return model
+
+
+def with_nan(model):
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    return model
+
+
+class Idle(nn.Sequential):
+    def forward(self, x):
+        return self[0](x)
+
+
+LINES = {  # what is made first, and a call on that in a folder with an adapter that was never trained
+    "get_lora_model, tied": (
+        tied,
+        lambda m, folder: get_lora_model(m, LoraConfig(r=2, target_modules=["0"])),
+        "shares its weight",
+    ),
+    "get_lora_model, all-linear": (
+        pruned,
+        lambda m, folder: get_lora_model(m, LoraConfig(r=2, target_modules="all-linear")),
+        "leaves out",
+    ),
+    "add_adapter": (
+        lambda: get_lora_model(pruned(), LoraConfig(r=2, target_modules=["q_proj"])),
+        lambda m, folder: m.add_adapter("other", LoraConfig(r=2, target_modules="all-linear")),
+        "leaves out",
+    ),
+    "load_adapter, untrained": (gpt2, lambda m, folder: load_adapter(m, folder), "every update is zero"),
+    "the same, as a method": (adapted, lambda m, folder: m.load_adapter(folder, "other"), "every update is zero"),
+    "load_adapter, in part": (
+        llama,
+        lambda m, folder: load_adapter(m, folder / "part", strict=False),
+        "the rest was loaded",
+    ),
+    "save_pretrained": (lambda: with_nan(adapted()), lambda m, folder: m.save_pretrained(folder), "is saved, but"),
+    "set_scale": (
+        lambda: adapted(modules_to_save=["lm_head"]),
+        lambda m, folder: m.set_scale("default", 0.5),
+        "stay at full strength",
+    ),
+    "a call": (
+        lambda: get_lora_model(Idle(nn.Linear(6, 6), nn.Linear(6, 6)), LoraConfig(r=2, target_modules=["0", "1"])),
+        lambda m, folder: m(torch.ones(1, 6)),
+        "does nothing there",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_warning_carries_the_line_of_the_user(case, tmp_path):
+    make, call, said = LINES[case]
+    adapted(scale=0).save_pretrained(tmp_path)
+    adapted_llama = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted_llama.save_pretrained(tmp_path / "part")
+    values = load_file(tmp_path / "part" / WEIGHTS)
+    save_file(dict(list(values.items())[1:]), tmp_path / "part" / WEIGHTS, metadata={"format": "pt"})
+    model = make()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(model, tmp_path)
+    (place,) = [(w.filename, w.lineno) for w in caught if said in str(w.message)]
+    lines = call.__code__.co_firstlineno + len(inspect.getsource(call).splitlines())
+    assert place[0] == __file__
+    assert call.__code__.co_firstlineno <= place[1] < lines
 
 
 def test_values_are_shown_in_short():

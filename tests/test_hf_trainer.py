@@ -344,8 +344,9 @@ def test_values_alone_saved_over_an_older_checkpoint_do_not_go_on_with_its_optim
     options = {"max_steps": 2, "save_only_model": True}
     trained(AdapterTrainer(adapted(seed=5), arguments(tmp_path, **options), train_dataset=DATA))
     trainer = AdapterTrainer(adapted(seed=5), arguments(tmp_path), train_dataset=DATA)
-    with pytest.warns(UserWarning, match="holds no optimizer"):
+    with pytest.warns(UserWarning, match="holds no optimizer") as said:
         trainer.train(resume_from_checkpoint=True)
+    assert said[0].filename == __file__
 
 
 def test_a_checkpoint_without_adapter_or_of_a_whole_model_is_not_resumed(tmp_path):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.ecosystem.wrapper_names import parameters_in
-from minipeft.errors import CheckpointError, printable, shown
+from minipeft.errors import CheckpointError, printable, shown, warn
 from minipeft.files.format import AdapterFile, is_sample
 from minipeft.files.resized_vocabulary import base_rows, tables
 from minipeft.injection.adapted_layer import AdaptedLayer
@@ -216,8 +215,7 @@ def warn_of_missing_parts(model: nn.Module, file: AdapterFile, plan: Plan, froze
     updated = [f"{site.name}.{own}" for site in unseen for own, _ in site.candidate.base.named_parameters()]
     lacking = [name for name in (*frozen, *updated) if name in plan.origins.fresh and name not in file.base]
     if lacking:
-        warnings.warn(
+        warn(
             f"{file.path.parent} does not bring {shown(lacking)}, which this base's checkpoint lacks too: they were drawn "
-            "at random when it was loaded, so results may differ from those in training.",
-            stacklevel=4,
+            "at random when it was loaded, so results may differ from those in training."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.config.adapter_config import config_from_dict
 from minipeft.ecosystem.wrapper_names import named_parameters, unwrapped_name
-from minipeft.errors import CheckpointError, nearest, printable, shown, told
+from minipeft.errors import CheckpointError, nearest, printable, shown, told, warn
 from minipeft.files.base_samples import check_samples
 from minipeft.files.format import DTYPES, FLOATS, PROVENANCE, AdapterFile
 from minipeft.files.new_rows import resize_hint
@@ -124,7 +123,7 @@ def _compare_keys(file: AdapterFile, expected: Expected, unexpected: list[str], 
     message = f"{file.path} does not fit this model: {said}{_closest(unexpected, missing)}"
     if strict:
         raise CheckpointError(f"{message}.")
-    warnings.warn(f"{message}; the rest was loaded.", stacklevel=6)
+    warn(f"{message}; the rest was loaded.")
 
 
 def _closest(unexpected: list[str], missing: list[str]) -> str:

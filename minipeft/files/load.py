@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
@@ -15,7 +14,7 @@ from torch import nn
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.peft_options import KEPT
 from minipeft.ecosystem.wrapper_names import PREFIX, named_modules
-from minipeft.errors import shown
+from minipeft.errors import shown, warn
 from minipeft.files.base_samples import planned_frozen_weights, planned_samples, warn_of_missing_parts
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import AdapterFile, open_adapter
@@ -130,9 +129,7 @@ def _as_tied(file: AdapterFile, config: AdapterConfig, model: nn.Module) -> Adap
 def warn_if_idle(directory: Path, parts: Parts) -> None:
     """Warn about an adapter that is loaded to be used and leaves the model as it is."""
     if not parts.copies and all(map(_is_zero, parts.adapters)):
-        warnings.warn(
-            f"{directory}: every update is zero, so this adapter changes nothing; was it ever trained?", stacklevel=4
-        )
+        warn(f"{directory}: every update is zero, so this adapter changes nothing; was it ever trained?")
 
 
 def _is_zero(adapter: Adapter) -> bool:

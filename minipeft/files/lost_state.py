@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
-from minipeft.errors import shown
+from minipeft.errors import shown, warn
 from minipeft.injection.base_state import base_modules, buffer_samples, changed_buffers
 from minipeft.injection.module_tree import adapters_of
 from minipeft.injection.state import state_of
@@ -19,10 +17,9 @@ def warn_of_lost_state(model: nn.Module) -> None:
     for adapter_name, places in state.places.items():
         parts = {id(module) for module, _ in places}
         if gone := len(parts - here):
-            warnings.warn(
+            warn(
                 f"{gone} of the {len(parts)} parts of adapter {adapter_name!r} are no longer in the model, since layers were replaced "
-                "or removed after adapting. Its file lacks them, and fits only a model without these layers.",
-                stacklevel=3,
+                "or removed after adapting. Its file lacks them, and fits only a model without these layers."
             )
     modules = base_modules(model)
     unfrozen = [
@@ -44,17 +41,15 @@ def warn_of_scale(model: nn.Module, adapter_name: str) -> None:
         path: adapter.strength for path, adapter in adapters_of(model, adapter_name).items() if adapter.strength != 1
     }
     if scales:
-        warnings.warn(
+        warn(
             f"saving adapter {adapter_name!r}: set_scale lets it act with {shown(sorted(set(scales.values())), 3)} of its "
-            f"update on {shown(scales, 2)}, and the file holds it at full strength. convert_to_lora=True saves it as it acts.",
-            stacklevel=3,
+            f"update on {shown(scales, 2)}, and the file holds it at full strength. convert_to_lora=True saves it as it acts."
         )
 
 
 def _warn(names: list[str], fact: str) -> None:
     modules = sorted({name.rpartition(".")[0] for name in names} - {""})
-    warnings.warn(
+    warn(
         f"{shown(names)} {fact}. That is no part of the adapter, so its file does not hold it. To train and save these "
-        f"modules too, name them in modules_to_save: {shown(modules)}.",
-        stacklevel=3,
+        f"modules too, name them in modules_to_save: {shown(modules)}."
     )

@@ -7,7 +7,6 @@ whole tables. `minipeft.files.new_rows` reads either.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from minipeft.ecosystem.transformers_model import (
     vocabulary_size,
 )
 from minipeft.ecosystem.wrapper_names import PREFIX
-from minipeft.errors import ConfigError, told
+from minipeft.errors import ConfigError, told, warn
 from minipeft.files.base_checkpoint import base_config, stored_rows
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import outside_adapters, wrappers
@@ -131,10 +130,9 @@ def with_tables(
 
 
 def _warn_of_rows(fact: str, base_size: int, table: Table) -> None:
-    warnings.warn(
+    warn(
         f"{fact}, and this adapter's file cannot hold them: give them an adapter of their own, "
-        f"TrainableTokensConfig(token_indices=list(range({base_size}, {len(table.weight)}))).",
-        stacklevel=5,
+        f"TrainableTokensConfig(token_indices=list(range({base_size}, {len(table.weight)})))."
     )
 
 

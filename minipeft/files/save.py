@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterC
 from minipeft.config.patterns import endings, full_matches, matching
 from minipeft.ecosystem.transformers_model import name_or_path
 from minipeft.ecosystem.wrapper_names import PREFIX, unwrapped_name
-from minipeft.errors import CheckpointError, ConfigError, shown, told
+from minipeft.errors import CheckpointError, ConfigError, shown, told, warn
 from minipeft.files.atomic import Pieces, write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import own_metadata
@@ -257,4 +256,4 @@ def warn_if_unreadable(directory: Path, tensors: Mapping[str, Tensor], weights: 
     }
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
-        warnings.warn(f"{directory} is saved, but cannot be loaded again: {'; '.join(found)}.", stacklevel=6)
+        warn(f"{directory} is saved, but cannot be loaded again: {'; '.join(found)}.")

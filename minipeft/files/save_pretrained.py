@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from minipeft.config.options import flags
 from minipeft.ecosystem.wrapper_names import PREFIX
-from minipeft.errors import ConfigError, StateError, shown
+from minipeft.errors import ConfigError, StateError, shown, warn
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
 from minipeft.files.foreign_options import check_options, check_size
@@ -130,9 +129,7 @@ class SavableModel(WithAdapters):
         with no_collection():
             for name in names if is_main_process else ():
                 if name in self._state.idle:
-                    warnings.warn(
-                        f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}", stacklevel=2
-                    )
+                    warn(f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}")
                 if convert_to_lora:
                     tensors, config = as_lora(self, self._state.configs[name], name)
                 else:

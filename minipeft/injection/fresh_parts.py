@@ -7,7 +7,6 @@ what it was loaded with, its weights are of unknown origin, and `minipeft.files.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from minipeft.ecosystem.transformers_model import (
     output_head,
 )
 from minipeft.ecosystem.wrapper_names import named_modules
-from minipeft.errors import shown
+from minipeft.errors import shown, warn
 from minipeft.injection.module_tree import Candidate, candidates, is_callable
 from minipeft.injection.targets import select_parameters, select_saved, select_targets, within
 from minipeft.layers.offloaded import offloads
@@ -185,8 +184,7 @@ def warn_of_fresh_parts(
         (bare, "is neither trained nor saved, as a parameter next to child modules"),
     ):
         if names:
-            warnings.warn(
+            warn(
                 f"{shown(names)}: not in the checkpoint of this {type(model).__name__}, so drawn at random when it was "
-                f"loaded; it {fate}.",
-                stacklevel=5,
+                f"loaded; it {fate}."
             )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import nn
 
 from minipeft.config.patterns import first_keys
-from minipeft.errors import StateError, TargetError, hint, shown
+from minipeft.errors import StateError, TargetError, hint, shown, warn
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers_of
 from minipeft.injection.state import state_of
@@ -36,10 +35,9 @@ def rescale(model: nn.Module, adapter_name: str, scale: float, pattern: str | No
     follow = [part for part in parts.values() if any(id(parameter) in same for parameter in part.parameters())]
     rest = [path for path in here if path not in own and (path not in parts or here[path].owns(adapter_name))]
     if rest:
-        warnings.warn(
+        warn(
             f"set_scale: adapter {adapter_name!r} trains {shown(rest)} by values and not by an update, so those stay at full "
-            "strength.",
-            stacklevel=4,
+            "strength."
         )
     with interrupts_deferred():
         for adapter in follow:  # the chosen ones, and those of layers tied to them

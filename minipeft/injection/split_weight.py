@@ -9,7 +9,6 @@ W is made. Any other use of the weight forms it, as an `AdaptedValue`. A compile
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import isgetsetdescriptor
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from minipeft.ecosystem.transformers_model import GROUPED_PRODUCT
+from minipeft.errors import warn
 from minipeft.injection.adapted_value import AdaptedValue, adapted_value
 from minipeft.kernels import low_rank_groups, low_rank_sum
 from minipeft.kernels.frozen_linear import is_frozen_product
@@ -105,7 +105,7 @@ def formed(parts: LowRankSum, picks: Tensor | None, origin: Origin, learns: bool
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler may call it while it traces
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+    warn(text)
 
 
 # Rules: arguments as those of the function; NotImplemented leaves the call to torch.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
 from minipeft.config.patterns import endings, full_matches, is_suffix
 from minipeft.ecosystem.transformers_model import model_type
-from minipeft.errors import TargetError, hint, nearest, shown
+from minipeft.errors import TargetError, hint, nearest, shown, warn
 from minipeft.injection.all_linear import all_linear, layers_left_out, of_text
 from minipeft.injection.base_state import has_statistics
 from minipeft.injection.module_tree import Candidate
@@ -43,7 +42,7 @@ def select_targets(
             adapted = select_parameters(model, config, found, every_pattern=False)
             if unadapted := {name: why for name, why in left_out.items() if name not in adapted}:
                 said = layers_left_out(unadapted, found)
-                warnings.warn(f"target_modules='all-linear' leaves out {said}.", stacklevel=6)
+                warn(f"target_modules='all-linear' leaves out {said}.")
     else:
         patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from torch import nn
 
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.transformers_model import input_embedding
-from minipeft.errors import TargetError, shown
+from minipeft.errors import TargetError, shown, warn
 from minipeft.injection.module_tree import Candidate, TensorIndex
 from minipeft.injection.modules_to_save import copy_tensors
 from minipeft.injection.sites import AdapterSite, SavedSite, module_sites, ops_for
@@ -181,10 +180,9 @@ def warn_of_tied_layers(model: nn.Module, sites: Sequence[AdapterSite], saved: S
         owners = index.owners(weight) if weight is not None else []
         tied = [other for other, module in owners if type(module) is type(base) and id(module) not in reached]
         if tied:
-            warnings.warn(
+            warn(
                 f"{name} shares its weight with {shown(tied)}, which the {part} does not reach; {verb} those too if the "
-                "model calls them.",
-                stacklevel=5,
+                "model calls them."
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minipeft.errors import StateError, shown
+from minipeft.errors import StateError, shown, warn
 from minipeft.injection.module_tree import adapted_layers, wrappers
 from minipeft.injection.state import STATE, AdapterState, state_of
 from minipeft.kernels.functional import tensors_in
@@ -75,7 +74,7 @@ def _warn_once(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any)
     names = merged_in_training(model)
     if names:
         watch(model, merged=False)
-        warnings.warn(message(names), stacklevel=1)  # between here and the caller there are torch's frames only
+        warn(message(names))
 
 
 def _requires_grad(model: nn.Module, name: str) -> bool:

@@ -7,7 +7,6 @@ is not a fault: the module around it does not run either. What is wrong is said 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from minipeft.ecosystem.transformers_model import gives_media
-from minipeft.errors import StateError, shown
+from minipeft.errors import StateError, shown, warn
 from minipeft.injection.module_tree import outside_adapters, wrappers, wrappers_of
 from minipeft.injection.rows import MEDIA_OF_BATCH, rows_now
 from minipeft.injection.starting import check_started
@@ -129,7 +128,7 @@ def watched_call(model: nn.Module, call: Callable[..., Any], args: tuple[Any, ..
         state.idle.update(dict.fromkeys(names, idle))
         if state.refuses_idle:
             raise StateError(idle_message(names, idle))
-        warnings.warn(idle_message(names, idle), stacklevel=3)
+        warn(idle_message(names, idle))
     return output
 
 
@@ -149,8 +148,7 @@ def _say_dropout(model: nn.Module, names: tuple[str, ...], seen: Pass) -> None:
         read_only = seen.read - seen.called if options else ()
         read = [path for path, wrapper in wrappers_of(model, name) if id(wrapper) in read_only]
         if read:
-            warnings.warn(
+            warn(
                 f"{shown(read)}: the model reads this weight instead of calling the layer, and {shown(options)} of "
-                f"adapter {name!r} acts on calls only; there the adapter trains without dropout.",
-                stacklevel=4,
+                f"adapter {name!r} acts on calls only; there the adapter trains without dropout."
             )

@@ -7,7 +7,6 @@ it. Between one batch and the next that can be right, as for an expert that no t
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Mapping
 
@@ -16,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minipeft.errors import shown
+from minipeft.errors import shown, warn
 from minipeft.injection.module_tree import wrappers_of
 from minipeft.injection.state import STATE, AdapterState
 from minipeft.injection.wrapper import Wrapper
@@ -60,11 +59,10 @@ class GradientWatch:
         said = state.idle.get(self.name, ())
         named = [path for path in layers if path in self.without and path not in said]
         if named and len(self.without) < len(layers):  # without any, something else has the gradients, as shards do
-            warnings.warn(
+            warn(
                 f"{shown(named)}: no gradient came to adapter {self.name!r} there in {STEPS} steps of the optimizer, so it "
                 "learns nothing. The model does not run this layer, cuts its gradient (torch.no_grad, detach), or the loss "
-                "does not depend on it; leave it out of the targets (exclude_modules), or let the loss depend on it.",
-                stacklevel=5,
+                "does not depend on it; leave it out of the targets (exclude_modules), or let the loss depend on it."
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from minipeft.errors import CheckpointError, all_or_nothing, shown
+from minipeft.errors import CheckpointError, all_or_nothing, shown, warn
 from minipeft.files.atomic import write_files
 from minipeft.files.reading import reading
 from minipeft.files.restore import adapters_in, restore_adapters
@@ -57,17 +56,15 @@ def resume(model: SavableModel, checkpoint: Path, processes: int) -> None:
     restore_adapters(model, checkpoint)
     _load_schedules(model, schedules)
     if not (checkpoint / OPTIMIZER_FILE).exists():
-        warnings.warn(
+        warn(
             f"{checkpoint} holds no optimizer, as save_only_model=True leaves it: the adapters go on from their values, but the "
-            "optimizer, learning rate and random numbers start anew.",
-            stacklevel=2,
+            "optimizer, learning rate and random numbers start anew."
         )
     before = record.get("processes", processes)
     if before != processes:
-        warnings.warn(
+        warn(
             f"{checkpoint} is of a run in {before} processes, and this one has {processes}: random numbers start anew, and "
-            "examples are left out or repeated if an update has another number of them.",
-            stacklevel=2,
+            "examples are left out or repeated if an update has another number of them."
         )
 
 

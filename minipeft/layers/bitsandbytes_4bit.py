@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.errors import warn
 from minipeft.layers.base import runs_only
 from minipeft.layers.quantized import QuantizedLinearOps, with_bias
 from minipeft.registry.registry import register_layer
@@ -114,11 +114,10 @@ def reads_back(in_features: int, blocksize: int, quant_type: str, dtype: torch.d
 
 @functools.lru_cache(maxsize=1024)
 def _warn_of_misreading(in_features: int, blocksize: int) -> None:
-    warnings.warn(
+    warn(
         f"bitsandbytes misreads 4-bit layers with {in_features} input features in blocks of {blocksize} on this processor: "
         "the base is not what it was quantized from, and differs from the same base on a GPU. Layers made by "
-        "minipeft.quantize are read correctly.",
-        stacklevel=2,
+        "minipeft.quantize are read correctly."
     )
 
 

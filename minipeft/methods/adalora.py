@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from minipeft.errors import CheckpointError, StateError, shown
+from minipeft.errors import CheckpointError, StateError, shown, warn
 from minipeft.kernels.functional import lora_factors
 from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps
@@ -144,10 +143,9 @@ class AdaLora(Adapter):
         now = float(self.lora_E.detach().sum()) if passes & (passes + 1) == 0 else last
         self.seen = (passes + 1, changes + (now != last), now)
         if now != last and changes + 1 == UNSCHEDULED_CHANGES:
-            warnings.warn(
+            warn(
                 "AdaLoRA trains, and nobody calls minipeft.after_step: no rank is removed, and without "
-                "minipeft.extra_loss nothing keeps P and Q orthogonal. minipeft.hf.AdapterTrainer does both.",
-                stacklevel=2,
+                "minipeft.extra_loss nothing keeps P and Q orthogonal. minipeft.hf.AdapterTrainer does both."
             )
 
     def misfit(self, other: Self) -> str:

@@ -22,13 +22,12 @@ import importlib.metadata
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from minipeft.errors import RegistryError, hint, shown, told
+from minipeft.errors import RegistryError, hint, shown, told, warn
 from minipeft.registry.contract import breach
 from minipeft.registry.type_names import qualified, settled
 
@@ -287,4 +286,4 @@ def load_plugins() -> None:
         except (Exception, SystemExit) as error:  # whatever a plugin raises must not take the host down
             _tables = before
             said = f"minipeft plugin {entry.name!r} ({entry.value}) failed to load and is left out: {error!r}"
-            warnings.warn(said, stacklevel=2)
+            warn(said)

@@ -22,7 +22,7 @@ from minipeft.files.names.other_class import OtherClass
 from minipeft.files.names.places import Places, Reading
 from minipeft.files.names.translated_config import translated_config
 from minipeft.files.names.wrapper_parts import plain_name, shared_key
-from minipeft.injection.module_tree import candidates
+from minipeft.injection.module_tree import Candidate, candidates
 
 logger = logging.getLogger("minipeft")
 TABLES = "transformers' tables of renamed weights"

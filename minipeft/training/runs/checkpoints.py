@@ -13,13 +13,12 @@ import re
 import shutil
 import socket
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minipeft.errors import CheckpointError, ConfigError, all_or_nothing, shown
+from minipeft.errors import CheckpointError, ConfigError, all_or_nothing, shown, warn
 from minipeft.files.atomic import alive, hidden_beside, sync_folder
 from minipeft.training.runs.complete import described, fault, seal
 
@@ -47,7 +46,7 @@ class Checkpoints:
         newest = max(complete, default=-1)
         broken = [path.name for step, path in step_folders(self.folder).items() if step > newest]
         if broken:
-            warnings.warn(f"{self.folder}: {shown(sorted(broken))} is not complete and was passed over.", stacklevel=2)
+            warn(f"{self.folder}: {shown(sorted(broken))} is not complete and was passed over.")
         return complete.get(newest)
 
     @all_or_nothing
@@ -127,7 +126,7 @@ class Checkpoints:
                 os.rename(path, trash)
                 shutil.rmtree(trash)
             except OSError as error:
-                warnings.warn(f"{path} could not be removed ({error.strerror or error}).", stacklevel=4)
+                warn(f"{path} could not be removed ({error.strerror or error}).")
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from minipeft.config.options import integer
-from minipeft.errors import CheckpointError, ConfigError, shown, told
+from minipeft.errors import CheckpointError, ConfigError, shown, told, warn
 from minipeft.files.base_samples import base_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -116,7 +115,7 @@ def _compare_runs(live: Live, folder: Path, state: Mapping[str, Any], may_differ
     then, now = state["versions"], versions()
     others = [f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
     if others:
-        warnings.warn(f"{folder}: {'; '.join(others)}; the same numbers are not promised.", stacklevel=5)
+        warn(f"{folder}: {'; '.join(others)}; the same numbers are not promised.")
 
 
 def config_differences(
