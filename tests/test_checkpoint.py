@@ -19,6 +19,7 @@ from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, sta
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, MinipeftError, StateError, get_lora_model, load_adapter
+from minipeft.files import atomic
 from minipeft.files.tensor_file import TensorFile, open_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -694,15 +695,16 @@ def killed_while_saving(model, folder, name, count):
     [
         ("fsync", 1, False),
         ("fsync", 2, False),
+        ("fsync", 3, False),
         ("replace", 1, False),
         ("replace", 2, True),
-        ("fsync", 3, True),
         ("replace", 3, True),
+        ("fsync", 4, True),
     ],
 )
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_save_that_is_killed_leaves_the_old_or_the_new_adapter(tmp_path, name, count, is_new, fresh):
-    """Killed before each step: the files' fsyncs, the two renames (weights first), the folder's fsync, the card."""
+    """Killed before each step: the files' fsyncs, the three renames (weights first), the folder's fsync."""
     folder = tmp_path / "adapter"
     old, new = adapted(), adapted(seed=2, lora_alpha=32)
     if not fresh:
@@ -717,6 +719,25 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new_adapter(tmp_path, name,
     new.save_pretrained(folder)  # the next save heals the pair and clears what the killed one left
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
     assert torch.equal(logits(load_adapter(gpt2(), folder)), logits(new))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "README.md"])
+def test_a_save_without_room_for_one_of_its_files_changes_none(tmp_path, monkeypatch, name):
+    adapted().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = atomic.write_and_sync
+
+    def full(path, payload):
+        if path.name.startswith(f".{name}."):
+            raise OSError(28, "No space left on device")
+        write(path, payload)
+
+    monkeypatch.setattr(atomic, "write_and_sync", full)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written \(No space left on device\); its files are unchanged"
+    ):
+        adapted(seed=2, lora_alpha=32).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_files_have_the_mode_of_any_file_and_links_within_the_folder_stay_links(tmp_path):

@@ -74,10 +74,10 @@ def _is_ours(card: Path) -> bool:
         return False
 
 
-def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> None:
-    """Write ``README.md`` unless there is one that somebody wrote. A local path of the base is not published in it."""
+def card_to_write(directory: Path, config: Mapping[str, Any], parameters: int) -> dict[str, bytes]:
+    """``README.md``, by its name; nothing if there is one that somebody wrote. A local path of the base is not in it."""
     if os.path.exists(directory / CARD_FILE) and not _is_ours(directory / CARD_FILE):
-        return
+        return {}
     method = str(config["peft_type"]).lower()
     data = ModelCardData(**_facts(config))
     options = "\n".join(
@@ -90,4 +90,4 @@ def write_card(directory: Path, config: Mapping[str, Any], parameters: int) -> N
         f"| option | value |\n|---|---|\n{options}\n\n"
         '```python\nimport minipeft\n\nmodel = minipeft.load_adapter(base_model, "path/to/this/directory")\n```\n'
     )
-    write_files(directory, {CARD_FILE: str(card).encode("utf-8")})
+    return {CARD_FILE: str(card).encode("utf-8")}

@@ -174,8 +174,9 @@ def save_adapter(
     base: Mapping[str, Any],
     kept: Sequence[str] = (),
     scaling: Mapping[str, Any] | None = None,
+    card: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the two files of an adapter, both or neither (see `minipeft.files.atomic`).
+    """Write the files of an adapter, all or none (see `minipeft.files.atomic`).
 
     Args:
         directory: created if it does not exist.
@@ -184,6 +185,7 @@ def save_adapter(
         base: as `minipeft.files.base_samples.base_samples` returns it.
         kept: modules that are saved and do not train, see `minipeft.injection.fresh_parts`.
         scaling: the options that the user gave for what is now in B, see `minipeft.files.scaling_in_B`.
+        card: the model card by its name, if one is to be written.
 
     Raises:
         CheckpointError: the directory cannot be written, or holds a whole model; or a tensor has no values here.
@@ -194,7 +196,7 @@ def save_adapter(
     weights = file_of(written, own_metadata(config, base, kept, directory, scaling))
     text = config_text(config)
     warn_if_unreadable(directory, written, weights, text)
-    write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text})
+    write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text, **(card or {})})
 
 
 def config_text(config: Mapping[str, Any]) -> bytes:

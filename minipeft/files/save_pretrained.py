@@ -18,7 +18,7 @@ from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
 from minipeft.files.foreign_options import check_options, check_size
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
-from minipeft.files.model_card import public_base, update_card, write_card
+from minipeft.files.model_card import card_to_write, public_base, update_card
 from minipeft.files.peft_extras import followers, with_repeats
 from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
@@ -237,8 +237,8 @@ class SavableModel(WithAdapters):
             base_samples(self, name, brought_rows(config)),
             self._state.kept.get(name, ()),
             scaling,
+            card_to_write(directory, config, sum(tensor.numel() for tensor in tensors.values())),
         )
-        write_card(directory, config, sum(tensor.numel() for tensor in tensors.values()))
 
     def _all_or(self, adapter_name: str | bool | None, selected: Sequence[str] | None = None) -> list[str]:
         if adapter_name is not None and selected is not None:

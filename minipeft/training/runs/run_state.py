@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.base_samples import base_samples
 from minipeft.files.lost_state import warn_of_lost_state
-from minipeft.files.model_card import write_card
+from minipeft.files.model_card import card_to_write
 from minipeft.files.reading import reading
 from minipeft.files.save import file_config, save_adapter
 from minipeft.injection.step_hooks import load_schedule_state, schedule_state
@@ -108,8 +108,9 @@ class TrainingState:
             config = file_config(model, model.adapter_configs[name], name)
             try:
                 warn_of_lost_state(model)
-                save_adapter(Path(directory), adapter.tensors, config, base_samples(model, name))
-                write_card(Path(directory), config, sum(tensor.numel() for tensor in adapter.tensors.values()))
+                count = sum(tensor.numel() for tensor in adapter.tensors.values())
+                card = card_to_write(Path(directory), config, count)
+                save_adapter(Path(directory), adapter.tensors, config, base_samples(model, name), card=card)
             except Exception as caught:
                 error = caught
         agree(error)
