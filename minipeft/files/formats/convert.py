@@ -101,7 +101,7 @@ def _convert(
 def _as_peft(part: Part, path: Path) -> dict[str, bytes]:
     config = config_from_dict(part.values, f"{path}").to_dict()
     weights = safetensors.torch.save(TensorFile(path, part.entries, {}).read(), {"format": "pt"})
-    return {WEIGHTS_FILE: weights, CONFIG_FILE: config_text(config)}
+    return {CONFIG_FILE: config_text(config), WEIGHTS_FILE: weights}  # last what makes a folder one that is in use
 
 
 def _same_kind(weights: TensorFile, directory: Path, out: Path | None, pickle: Path | None) -> Path:
@@ -117,10 +117,11 @@ def _same_kind(weights: TensorFile, directory: Path, out: Path | None, pickle: P
     weights.read()  # refuses NaN and infinity
     target = directory if out is None else out
     _check_free(target)
-    files = {WEIGHTS_FILE: weights.path.read_bytes()}
+    files = {}
     if out is not None:
         with (directory / CONFIG_FILE).open("rb") as file:
             files[CONFIG_FILE] = file.read(MAX_CONFIG_BYTES)
+    files[WEIGHTS_FILE] = weights.path.read_bytes()
     with writing(target):
         write_files(target, files)
     return target

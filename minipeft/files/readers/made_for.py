@@ -18,7 +18,7 @@ from minipeft.errors import CheckpointError, shown
 from minipeft.files.atomic import write_files
 from minipeft.files.base_checkpoint import CONFIG, cached
 from minipeft.files.empty_model import empty_model
-from minipeft.files.file_names import WEIGHTS_FILE
+from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import NAMES, open_adapter
 from minipeft.files.names.to_old import with_old_names
 from minipeft.files.readers.contents import Contents, read_contents
@@ -28,7 +28,7 @@ from minipeft.files.readers.names import Part, Reader
 from minipeft.files.readers.plain import Pair, alike, check_method, pairs_of
 from minipeft.files.readers.rules import Takes, answer
 from minipeft.files.readers.written import Made, factors, renamed_for, write_diffusers, write_mlx, write_peft
-from minipeft.files.reading import read_object, reading
+from minipeft.files.reading import read_object, reading, writing
 from minipeft.files.tensor_file import Entry, TensorFile
 
 # Readers of everything that PEFT writes; for the others an adapter becomes plain LoRA.
@@ -88,8 +88,13 @@ def _check_place(directory: Path, out: Path) -> None:
     with reading(out):
         if out.resolve() == directory.resolve():
             raise CheckpointError(f"{out} is the adapter itself; name another directory for the new one.")
-        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        # What is hidden, and a configuration alone, may be what a killed process left.
+        if os.path.lexists(out) and not (out.is_dir() and all(_is_free(path.name) for path in out.iterdir())):
             raise CheckpointError(f"{out} is in use; name a new or an empty directory.")
+
+
+def _is_free(name: str) -> bool:
+    return name.startswith(".") or name == CONFIG_FILE
 
 
 def _without(contents: Contents, drop: Collection[Part], made: Made) -> Contents:
@@ -231,7 +236,7 @@ def _plain_config(contents: Contents, pairs: Mapping[str, Pair], reader: Reader)
 
 def _check(reader: Reader, made: Made) -> None:
     """Ask the rules about what is going to be written."""
-    with TemporaryDirectory() as place:
+    with writing("the temporary folder"), TemporaryDirectory() as place:
         for name, payload in made.files.items():
             (Path(place) / name).write_bytes(payload)
         found = answer(read_contents(Path(place)), reader)

@@ -42,7 +42,7 @@ COMPONENTS = {
 class Made:
     """What was done to make an adapter that a reader takes."""
 
-    files: dict[str, bytes] = field(default_factory=dict)  # by name
+    files: dict[str, bytes] = field(default_factory=dict)  # by name, the weights last
     done: list[str] = field(default_factory=list)  # what was changed, a sentence each
     dropped: list[str] = field(default_factory=list)  # keys that were left out, because that was asked for
 
@@ -58,8 +58,8 @@ def factors(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Tensor]:
 
 def write_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], made: Made) -> None:
     """PEFT's two files."""
-    made.files[WEIGHTS_FILE] = _saved(tensors)
     made.files[CONFIG_FILE] = config_text(config)
+    made.files[WEIGHTS_FILE] = _saved(tensors)
 
 
 def write_mlx(pairs: Mapping[str, Pair], made: Made) -> None:
@@ -71,9 +71,9 @@ def write_mlx(pairs: Mapping[str, Pair], made: Made) -> None:
     tensors = {f"{module}.lora_a": pair.down.T for module, pair in pairs.items()}
     tensors |= {f"{module}.lora_b": pair.up.T for module, pair in pairs.items()}
     own = {"rank": first.rank, "scale": first.scaling, "dropout": 0.0, "keys": sorted(pairs)}
-    made.files[MLX_FILE] = _saved(tensors)
     # The keys are whole names, so that the number of layers decides nothing.
     made.files[CONFIG_FILE] = config_text({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": own})
+    made.files[MLX_FILE] = _saved(tensors)
 
 
 def renamed_for(reader: Reader, module: str) -> str:
