@@ -33,7 +33,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import minipeft
+from minipeft import registry
 from minipeft.config.options import integer
+from minipeft.files.atomic import write_files
 from minipeft.files.hub import create_repo
 from minipeft.registry import registry
 from minipeft.training import optimizers, report
@@ -356,7 +358,7 @@ class Run:
         folder = self.args.output_dir
         self.metrics = Metrics(folder if self.accelerator.is_main_process else None, done)
         if self.accelerator.is_main_process:
-            (folder / "train_config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+            write_files(folder, {"train_config.yaml": yaml.safe_dump(settings, sort_keys=False).encode("utf-8")})
         if self.args.log_with:
             self.accelerator.init_trackers("minipeft", settings)
         interrupt = Interrupt()
