@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import minipeft
-from minipeft import registry
 from minipeft.config.options import integer
 from minipeft.files.atomic import write_files
 from minipeft.files.hub import create_repo

@@ -10,14 +10,15 @@ import pytest
 import torch
 from deaths import EXIT_CODE, die_before
 from foreign_files import mlx
-from minipeft.readers.made_for import made_for
-from minipeft.readers.names import Reader
 from safetensors.torch import load_file
 from tiny_models import adapted, disturb, foreign_code, llama
 
 from minipeft import CheckpointError, LoraConfig, get_lora_model, merge_from_disk
 from minipeft.files.formats.convert import convert
-from minipeft.learning.exercises import Progress, copy_to
+from minipeft.files.readers.made_for import made_for
+from minipeft.files.readers.names import Reader
+from minipeft.learning.attempt import attempt
+from minipeft.learning.exercises import EXERCISES, ORIGINALS, Progress, copy_to
 
 REFUSED = 3  # the exit code of a child whose call raised CheckpointError
 SIZES = [0, 10, 300, 2000, 10_000]  # bytes of one file
@@ -182,9 +183,14 @@ def test_what_a_killed_conversion_left_does_not_stop_the_next(tmp_path):
         act()
 
 
-def test_a_conversion_without_room_for_its_own_trial_says_so(tmp_path, monkeypatch):
-    act = convert_for(Reader.VLLM)(tmp_path)
+@pytest.mark.parametrize("case", ["convert", "push", "learn"])
+def test_what_finds_no_temporary_folder_says_so(case, tmp_path, monkeypatch):
+    call = {
+        "convert": convert_for(Reader.VLLM)(tmp_path),
+        "push": lambda: adapted().push_to_hub("owner/name"),
+        "learn": lambda: attempt(ORIGINALS / EXERCISES[0].file, EXERCISES[0], 60),
+    }[case]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     with pytest.raises(CheckpointError, match="the temporary folder cannot be written"):
-        act()
+        call()
     assert not (tmp_path / "out").exists()

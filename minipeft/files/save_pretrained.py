@@ -184,7 +184,7 @@ class SavableModel(WithAdapters):
         check_options("push_to_hub", others)
         names = self._all_or(adapter_name)
         warn_of_lost_state(self)
-        with tempfile.TemporaryDirectory() as folder:
+        with writing("the temporary folder"), tempfile.TemporaryDirectory() as folder:
             for name in names:
                 warn_of_scale(self, name)
                 tensors, config = self._as_it_is(name)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import minipeft
 from minipeft.errors import ExerciseError, printable, told_error
-from minipeft.files.reading import read_text
+from minipeft.files.reading import read_text, writing
 from minipeft.learning.exercises import Exercise
 from minipeft.learning.law import Result
 
@@ -48,7 +48,7 @@ def attempt(path: Path, exercise: Exercise, seconds: float) -> Attempt:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         raise ExerciseError(f"{path.name}{line} is not Python: {told_error(error)}") from None
-    with tempfile.TemporaryDirectory() as folder:
+    with writing("the temporary folder"), tempfile.TemporaryDirectory() as folder:
         result, output = Path(folder) / "result.json", Path(folder) / "output"
         code = _run([str(path), exercise.number, str(result)], output, path.name, seconds)
         printed = _end_of(output)
