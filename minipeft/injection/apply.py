@@ -97,7 +97,7 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> bool:
 def _wrapper_at(candidate: Candidate, ops: LayerOps | None, wrap: Callable[[nn.Module], Wrapper]) -> Wrapper:
     """The wrapper with these ops in a module's place, which is put there if there is none."""
     parent, attribute = candidate.places[0]
-    occupant: Any = parent._modules[attribute]
+    occupant: Any = getattr(parent, attribute)  # of a parent that is a wrapper by now, its base layer has it
     here = [wrapper for wrapper in occupants(occupant) if getattr(wrapper, "ops", None) == ops]
     return here[0] if here else put(wrap, occupant, candidate.places)
 
