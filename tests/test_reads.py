@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tiny_models import disturb, foreign_code, gpt2, llama, logits
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import (
     FuyuConfig,
     FuyuForCausalLM,
@@ -313,6 +314,28 @@ def test_ties_are_made_between_the_layers_own_weights():
     plain = nn.Linear(32, 100, bias=False)
     with pytest.raises(TypeError, match="Parameter or None expected"):
         plain.weight = model.lm_head.weight
+
+
+def test_what_is_made_of_an_adapted_weight_is_not_assigned_to_the_base():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    nn.init.normal_(net[1].running_mean)
+    model = disturb(get_lora_model(net, LoraConfig(r=2, target_modules=["0"]))).eval()
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    model[0].weight = nn.Parameter(
+        model[0].base_layer.weight.detach().clone()
+    )  # as tying does: nobody has read the adapted one
+    expected = model(x)
+    with pytest.raises(StateError, match="a new weight was assigned to an adapted Conv2d"):
+        fuse_conv_bn_eval(model[0], model[1])
+    with pytest.raises(StateError, match="act twice on what fuse_conv_bn_eval or torchao's quantize_ makes of it"):
+        model[0].weight = nn.Parameter(model[0].weight.detach() + 0)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    with model.disable_adapter():
+        model[0].weight = nn.Parameter(model[0].weight.detach() + 0)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(fuse_conv_bn_eval(merged[0], merged[1])(x), merged(x))
 
 
 class Alias(nn.Module):

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.ecosystem.wrapper_names import modules_in, parameters_in
-from minipeft.errors import StateError
-from minipeft.injection.adapted_value import adapted_value
+from minipeft.errors import UNCHANGED, StateError
+from minipeft.injection.adapted_value import AdaptedValue, adapted_value
 from minipeft.injection.layer_by_row import run_by_row
 from minipeft.injection.rows import BASE, CURRENT, in_backward, rows_now
 from minipeft.injection.stored_weight import Stored, stored_weight
 from minipeft.injection.wrapper import Place, Switch, Wrapper, innermost
 from minipeft.kernels.functional import accumulation_dtype
+from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import HOOK, on_device_of, present
 from minipeft.methods.base import Adapter
@@ -36,6 +37,7 @@ class AdaptedLayer(Wrapper):
     undo: Any
     tied_adapters: set[str]
     stored: Stored | None
+    computed: bool  # whether something has computed with the adapted weight that it read
 
     def __init__(self, base_layer: nn.Module, switch: Switch, ops: LayerOps, targeted: bool = True) -> None:
         super().__init__(base_layer, switch)
@@ -45,6 +47,7 @@ class AdaptedLayer(Wrapper):
         own["merged"] = ()
         own["undo"] = None
         own["tied_adapters"] = set()
+        own["computed"] = False
         own["stored"] = None if ops.is_quantized else stored_weight(ops.read_weight(owner), owner)
 
     def __getattr__(self, name: str) -> Any:
@@ -57,6 +60,16 @@ class AdaptedLayer(Wrapper):
             return adapted_value(value, functools.partial(rows.refuse, self, "is read, not called"), ())
         names = self.acting() if not self.ops.is_quantized else ()
         return self.read(name, value, names) if names else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another parameter goes to the base layer, as tying means it, unless it may be made of the adapted one."""
+        if isinstance(value, nn.Parameter) and self.computed and isinstance(getattr(self, name, None), AdaptedValue):
+            raise StateError(
+                f"a new {name} was assigned to an adapted {type(self.owner).__name__}. Reading gives the adapted {name} and "
+                "assigning changes the base layer's, so an adapter would act twice on what fuse_conv_bn_eval or torchao's quantize_ "
+                f"makes of it. Call merge_and_unload() first, or assign to its base_layer. {UNCHANGED}"
+            )
+        super().__setattr__(name, value)
 
     def stands_in(self, name: str, value: Any) -> bool:
         """Whether this is a tensor in a parameter's place, as `functional_call`, `torch.export` and FSDP put there."""
@@ -138,6 +151,8 @@ class AdaptedLayer(Wrapper):
                     "backward pass. Give functional_call tensors, such as p * 1, in place of each nn.Parameter p."
                 )
             self.switch.note_read(self)
+            if not is_transformed():
+                vars(self)["computed"] = True
             with present(self.owner):
                 device = self.ops.read_weight(self.base_layer).device.type
                 with torch.autocast(device, enabled=False):
