@@ -57,6 +57,18 @@ def test_a_traced_model_computes_the_same_on_any_batch(method, traced, called):
             torch.testing.assert_close(trace(batch(rows)), model(batch(rows)))
 
 
+class Attending(nn.Module):
+    """Attention, whose weights are read and not called, and a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
+
 class ByRow(nn.Module):
     """The net, with a batch of three rows that have an adapter each, one of them none."""
 
@@ -88,6 +100,25 @@ def test_a_trace_of_several_adapters_writes_into_no_tensor(mode):
     called = {node.kind() for node in trace.inlined_graph.nodes()}
     assert "aten::bmm" in called
     assert not [name for name in called if name.startswith("aten::") and name.endswith(("_", "mT"))]
+
+
+@every_method
+def test_a_symbolic_trace_has_each_adapted_layer_as_one_call(method):
+    model = net(method)
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3"]
+    torch.testing.assert_close(graph(batch(7)), model(batch(7)), rtol=0, atol=0)
+
+
+def test_so_has_one_of_attention_and_of_a_trained_copy():
+    torch.manual_seed(0)
+    config = minipeft.LoraConfig(r=2, target_modules=["attention"], modules_to_save=["out"])
+    model = disturb(minipeft.get_lora_model(Attending(), config)).eval()
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    graph = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+    with model.disable_adapter():
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
 
 
 def by_differences(model, x, direction):

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from minipeft.ecosystem.wrapper_names import modules_in, parameters_in
 from minipeft.errors import UNCHANGED, StateError
@@ -76,6 +77,8 @@ class AdaptedLayer(Wrapper):
         return isinstance(value, Tensor) and self.owner._parameters.get(name) is value
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(x, Proxy):
+            return self.as_one_node(x, *args, **kwargs)
         if HOOK in self._modules["base_layer"].__dict__:  # accelerate's, which may offload the weight
             with present(self.owner):
                 return self.run(on_device_of(self.owner, x), *args, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx import Proxy
 
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.split_weight import Origin, split_weight
@@ -27,6 +28,8 @@ class AdaptedWeight(AdaptedLayer):
     ops: UncalledOps
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], Proxy):
+            return self.as_one_node(*args, **kwargs)
         with present(self.owner):
             weights = self.adapted_weights()
             if not weights:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from minipeft.ecosystem.wrapper_names import unwrapped_name
 from minipeft.injection.adapted_value import adapted_value
@@ -47,6 +48,8 @@ class SavedModule(Wrapper):
         return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], Proxy):
+            return self.as_one_node(*args, **kwargs)
         rows = self.mixed_rows()
         return self.current()(*args, **kwargs) if rows is None else self._by_row(rows, *args, **kwargs)
 

@@ -146,6 +146,10 @@ class Wrapper(nn.Module):
             return rows if any(name in here for name in rows.known) else None
         return rows if rows.only(here) is None else None
 
+    def as_one_node(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call of this module in a graph of ``torch.fx.symbolic_trace``, which does not look into torch's own layers either."""
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *args), kwargs)
+
     def put_base(self, base_layer: nn.Module) -> None:
         """Stand in the place of this one from now on."""
         self._modules["base_layer"] = base_layer
