@@ -307,12 +307,13 @@ class AdaptedModel(
         untied, was_tied = check_trained_copies(self, names), says_tied(self)
         progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
         merged = names if adapter_names is not None else tuple(dict.fromkeys((*self._state.merged, *names)))
-        self._merge(merged, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
-        if untied:
-            mark_untied(self)
-        self._state.switch.active, self._state.switch.enabled = names, True
-        detach(self, AdaptedModel, keep_trained=True)
-        stop_waiting(self)
+        with no_collection():
+            self._merge(merged, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
+            if untied:
+                mark_untied(self)
+            self._state.switch.active, self._state.switch.enabled = names, True
+            detach(self, AdaptedModel, keep_trained=True)
+            stop_waiting(self)
         if was_tied and not says_tied(self):
             cut_remaining_ties(self)
         return make_float(self) if dequantize else self

@@ -12,7 +12,7 @@ def no_collection() -> Iterator[None]:
     """Pause the garbage collector within the block.
 
     It looks at all objects again each time their number has grown by a quarter. With 11,200 layers that takes half of the
-    time of adapting a model, and a third of the time of loading or saving an adapter.
+    time of adapting a model, and a third of the time of loading, saving or merging an adapter.
     """
     if not gc.isenabled():
         yield
