@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minipeft.ecosystem.wrapper_names import parameters_in
 from minipeft.errors import CheckpointError, printable, shown, warn
-from minipeft.files.format import AdapterFile, is_sample
+from minipeft.files.format import LARGEST, AdapterFile
 from minipeft.files.resized_vocabulary import base_rows, tables
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import Parts
@@ -124,9 +124,10 @@ def _numbers(picked: Mapping[str, Tensor | None]) -> dict[str, list[float]]:
             groups.setdefault((values.device, values.dtype), {})[name] = values
     rows: dict[str, list[float]] = {}
     for group in groups.values():
-        rows.update(zip(group, torch.stack(list(group.values())).tolist(), strict=True))
-    rounded = {name: [float(f"{value:.6g}") for value in rows.get(name, ())] for name in picked}
-    return {name: row if is_sample(row) else [] for name, row in rounded.items()}  # JSON has no NaN
+        stack = torch.stack(list(group.values()))
+        sound = (stack.abs() < LARGEST).all(1).tolist()  # JSON has no NaN
+        rows.update((name, row) for name, row, good in zip(group, stack.tolist(), sound, strict=True) if good)
+    return {name: [float(f"{value:.6g}") for value in rows.get(name, ())] for name in picked}
 
 
 def check_samples(file: AdapterFile, here: Mapping[str, list[float]], *, exact: bool = False, advice: str = "") -> None:

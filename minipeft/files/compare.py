@@ -100,17 +100,18 @@ def _compare_shapes(file: AdapterFile, expected: Expected) -> None:
         hint = max(resize_hint(expected.model, there, here) for _, there, here in wrong[:3])
         raise CheckpointError(f"{misfit}: {'; '.join(said)}{more}. Is it for another base?{hint}")
     for key in common:
-        _compare_dtype(file, key, expected.tensors[key].dtype, exact=expected.exact)
+        if DTYPES[file.dtypes[key]] != expected.tensors[key].dtype:
+            _check_conversion(file, key, expected.tensors[key].dtype, exact=expected.exact)
 
 
-def _compare_dtype(file: AdapterFile, key: str, here: torch.dtype, *, exact: bool) -> None:
+def _check_conversion(file: AdapterFile, key: str, here: torch.dtype, *, exact: bool) -> None:
     """Values are converted between floating point types, unless `exact`; a counter (BatchNorm has one) is an integer."""
     there = DTYPES[file.dtypes[key]]
     if here.is_floating_point and not there.is_floating_point:
         raise CheckpointError(
             f"{file.path}: {key!r} is {file.dtypes[key]}; adapters are floating point ({', '.join(FLOATS)})."
         )
-    if there != here and (exact or not here.is_floating_point):
+    if exact or not here.is_floating_point:
         raise CheckpointError(f"{file.path}: {key} is {there} there and {here} here.")
 
 

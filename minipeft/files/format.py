@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES = {**FLOATS, **INTEGERS, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST = 1e39  # more than any float32
 # Keys that say where a file comes from, not what its tensors mean.
 PROVENANCE = {"base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping"}
 
@@ -167,14 +167,12 @@ def _is_own(own: Any) -> bool:
     rows, kept = own.get("base", {}).values(), own.get("kept", [])
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
         return False
-    return own.get("version", VERSION) == VERSION and all(map(is_sample, rows))
+    return own.get("version", VERSION) == VERSION and all(map(_is_sample, rows))
 
 
-def is_sample(row: Any) -> bool:
-    """Whether a value can stand for base weights in a file: a list of finite numbers no larger than a float32."""
-    if not isinstance(row, list) or not {int, float}.issuperset(map(type, row)):
-        return False
-    return max(map(abs, row), default=0) < 1e39 and not math.isnan(sum(row))  # `max` alone may pass over a NaN
+def _is_sample(row: Any) -> bool:
+    """Whether a value of JSON, which has no NaN, can stand for base weights: a list of numbers no larger than a float32."""
+    return isinstance(row, list) and {int, float}.issuperset(map(type, row)) and max(map(abs, row), default=0) < LARGEST
 
 
 def own_metadata(

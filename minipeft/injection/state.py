@@ -125,9 +125,12 @@ def places_that_train(places: Iterable[Place]) -> set[Place]:
 
 def put_to_rest(places: Iterable[Place]) -> set[Place]:
     """Let no parameter there require a gradient any more; returns the places of those that did."""
-    trained = places_that_train(places)
-    for parameter in parameters_at(trained):
-        parameter.requires_grad_(False)
+    trained: set[Place] = set()
+    for module, name in places:
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            trained.add((module, name))
     return trained
 
 

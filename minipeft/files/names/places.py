@@ -69,12 +69,12 @@ class Places:
         return not _owns(self.modules[place.module], tail)
 
     def _can_have(self, module: nn.Module, tail: str) -> bool:
-        if tail.split(".", 1)[0] in INFIXES or _owns(module, tail):
-            return True
         kind = type(module)
         if kind not in self._adaptable:
             self._adaptable[kind] = layer_ops(module) is not None
-        return self._adaptable[kind] or not self._parameters.isdisjoint(module._parameters)
+        if self._adaptable[kind] or tail.split(".", 1)[0] in INFIXES or _owns(module, tail):
+            return True
+        return not self._parameters.isdisjoint(module._parameters)
 
 
 def _owns(module: nn.Module, tail: str) -> bool:
