@@ -349,6 +349,18 @@ def test_values_alone_saved_over_an_older_checkpoint_do_not_go_on_with_its_optim
     assert said[0].filename == __file__
 
 
+@pytest.mark.parametrize("kind", [AdapterTrainer, Trainer])
+def test_a_trainer_that_saves_the_adapter_once_more_into_its_checkpoint_keeps_that_whole(kind, tmp_path):
+    class SavesAgain(kind):
+        def _save_checkpoint(self, *args, **options):
+            super()._save_checkpoint(*args, **options)
+            self.model.save_pretrained(tmp_path / "checkpoint-2")
+
+    trained(SavesAgain(adapted(), arguments(tmp_path, max_steps=2), train_dataset=DATA))
+    assert {"trainer_state.json", "optimizer.pt", "scheduler.pt"} <= files(tmp_path / "checkpoint-2")
+    trained(AdapterTrainer(adapted(), arguments(tmp_path), train_dataset=DATA), resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_without_adapter_or_of_a_whole_model_is_not_resumed(tmp_path):
     gpt2().save_pretrained(tmp_path / "whole")
     trainer = AdapterTrainer(adapted(), arguments(tmp_path), train_dataset=DATA)

@@ -20,6 +20,7 @@ from torch import nn
 
 from minipeft.errors import StateError
 
+TRAINER = "transformers.trainer"
 TRAINER_STATE, OPTIMIZER_FILE, SCHEDULE_FILE = "trainer_state.json", "optimizer.pt", "adapter_schedule.safetensors"
 logger = logging.getLogger("minipeft")
 
@@ -46,9 +47,9 @@ def begin_checkpoint(folder: Path) -> None:
     """If a Trainer is saving a checkpoint over an older one, remove what tells that one complete, and its training states.
 
     Trainer writes ``trainer_state.json`` last, and so says that the rest belongs together. Of the random states each process
-    writes its own, perhaps before this.
+    writes its own, perhaps before this. Only within Trainer's own method: a subclass may save the adapter once more after it.
     """
-    if any(_is_trainer(trainer) for trainer in callers("_save_checkpoint")):
+    if next(callers("_save_checkpoint", TRAINER), None) is not None:
         for name in (TRAINER_STATE, OPTIMIZER_FILE, "scheduler.pt", "scaler.pt", SCHEDULE_FILE):
             (folder / name).unlink(missing_ok=True)
 
@@ -70,17 +71,17 @@ def check_outer_save(inner: nn.Module) -> None:
             )
 
 
-def callers(method: str) -> Iterator[Any]:
-    """The objects whose method of this name is at work, the innermost first."""
+def callers(method: str, module: str | None = None) -> Iterator[Any]:
+    """The objects whose method of this name, as written in this module, is at work, the innermost first."""
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == method:
+        if frame.f_code.co_name == method and module in (None, frame.f_globals.get("__name__")):
             yield frame.f_locals.get("self")
         frame = frame.f_back
 
 
 def _is_trainer(caller: Any) -> bool:
-    return any((c.__module__, c.__name__) == ("transformers.trainer", "Trainer") for c in type(caller).__mro__)
+    return any((c.__module__, c.__name__) == (TRAINER, "Trainer") for c in type(caller).__mro__)
 
 
 def _is_plain(trainer: Any) -> bool:
