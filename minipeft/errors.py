@@ -113,7 +113,9 @@ def warn(message: str) -> None:
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in PASSED_THROUGH:
         frame = frame.f_back
-    place = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
+    # Python's own name for code without one, such as that of `exec`; with None it would drop the warning.
+    module = frame.f_globals.get("__name__") or "<string>"
+    place = frame.f_code.co_filename, frame.f_lineno, module
     warnings.warn_explicit(message, UserWarning, *place, registry=frame.f_globals.setdefault("__warningregistry__", {}))
 
 

@@ -350,6 +350,12 @@ def test_a_warning_carries_the_line_of_the_user(case, tmp_path):
     assert call.__code__.co_firstlineno <= place[1] < lines
 
 
+def test_code_run_by_exec_without_a_module_name_is_warned_too():
+    names = {"get_lora_model": get_lora_model, "config": LoraConfig(r=2, target_modules=["0"]), "model": tied()}
+    with pytest.warns(UserWarning, match="shares its weight"):
+        exec("get_lora_model(model, config)", names)
+
+
 def test_values_are_shown_in_short():
     assert shown(["a\x1b"]) == "'a\\x1b'"
     assert len(shown(["x" * 10**6] * 9)) < 1100
