@@ -280,6 +280,20 @@ def test_an_untied_layer_gets_its_trained_bias_back():
     assert model.get_parameter("1.weight") is model.get_parameter("0.weight")
 
 
+def test_a_layer_that_shares_its_bias_alone_gets_its_weight_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].bias = model[0].bias
+    get_lora_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, bias="lora_only"))
+    disturb(model)
+    before = bits(model)
+    model.merge_adapter(untie=True)
+    assert not same(model, before)
+    model.unmerge_adapter()
+    assert same(model, before)
+    assert model.get_parameter("1.bias") is model.get_parameter("0.bias")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("act", ["merge_adapter", "merge_and_unload"])

@@ -138,7 +138,8 @@ class Write(Step):
         new, bias, update, change = self.merged()
         if self.reported:
             self.relative_error = relative_error(weight, new, change)
-        if not self.shared:
+        untied = {self.layer.owner._parameters[name].data_ptr() for name in self.shared}  # type: ignore[union-attr]
+        if weight.data_ptr() not in untied:  # perhaps the bias alone is shared
             adapters = tuple(map(self.layer.adapter, self.names))
             undo.original = original_of(weight, new, update, adapters, may_copy=self.undoable)
         self.layer.put_base(ops.write_weight(base, new, bias))
