@@ -316,6 +316,14 @@ def test_ties_are_made_between_the_layers_own_weights():
         plain.weight = model.lm_head.weight
 
 
+def test_a_tie_that_is_there_may_be_made_again_after_the_adapted_weight_was_read():
+    """As ``tie_weights`` of transformers does."""
+    model = get_lora_model(llama(tie_word_embeddings=True), LoraConfig(r=2, target_modules=["lm_head"]))
+    (model.lm_head.weight * 1).sum()  # as a fused loss reads it
+    model.tie_weights()
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.weight
+
+
 def test_what_is_made_of_an_adapted_weight_is_not_assigned_to_the_base():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))

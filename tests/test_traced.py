@@ -121,6 +121,27 @@ def test_so_has_one_of_attention_and_of_a_trained_copy():
         torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
 
 
+class Reading(nn.Sequential):
+    """Uses the weight of a layer without calling that."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self[0].weight)
+
+
+def test_a_symbolic_trace_of_a_weight_that_is_read_is_refused_while_an_adapter_acts_on_it():
+    model = minipeft.get_lora_model(
+        Reading(nn.Linear(16, 8)), minipeft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    with pytest.raises(
+        minipeft.StateError, match=r"symbolic_trace: .* the weight of an adapted Linear .*merge_and_unload"
+    ):
+        torch.fx.symbolic_trace(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(batch(3)), model(batch(3)), rtol=0, atol=0)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(torch.fx.symbolic_trace(merged)(batch(3)), merged(batch(3)), rtol=0, atol=0)
+
+
 def by_differences(model, x, direction):
     """The derivative along a direction in float64, from two values."""
     exact, step = model.double(), 1e-5

@@ -55,7 +55,7 @@ class AdaptedLayer(Wrapper):
         """The base layer's attribute; its weight and bias with the acting adapters folded in."""
         value = super().__getattr__(name)
         if (type(value) is not nn.Parameter and not self.stands_in(name, value)) or "stored" not in self.__dict__:
-            return value
+            return self.traced(name, value) if isinstance(value, Proxy) else value
         rows = None if self.ops.is_quantized else self.mixed_rows()
         if rows is not None:
             return adapted_value(value, functools.partial(rows.refuse, self, "is read, not called"), ())
@@ -64,13 +64,23 @@ class AdaptedLayer(Wrapper):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Another parameter goes to the base layer, as tying means it, unless it may be made of the adapted one."""
-        if isinstance(value, nn.Parameter) and self.computed and isinstance(getattr(self, name, None), AdaptedValue):
+        made = isinstance(value, nn.Parameter) and self.computed and value is not self.owner._parameters.get(name)
+        if made and isinstance(getattr(self, name, None), AdaptedValue):
             raise StateError(
                 f"a new {name} was assigned to an adapted {type(self.owner).__name__}. Reading gives the adapted {name} and "
                 "assigning changes the base layer's, so an adapter would act twice on what fuse_conv_bn_eval or torchao's quantize_ "
                 f"makes of it. Call merge_and_unload() first, or assign to its base_layer. {UNCHANGED}"
             )
         super().__setattr__(name, value)
+
+    def traced(self, name: str, proxy: Proxy) -> Proxy:
+        """The base layer's parameter in a graph of ``torch.fx.symbolic_trace``; raises StateError if an adapter acts on it."""
+        if not self.ops.is_quantized and self.acting():
+            raise StateError(
+                f"torch.fx.symbolic_trace: the model reads the {name} of an adapted {type(self.owner).__name__} instead of calling the "
+                "layer, and the graph would hold the base's alone. Call merge_and_unload() first, or use torch.export."
+            )
+        return proxy
 
     def stands_in(self, name: str, value: Any) -> bool:
         """Whether this is a tensor in a parameter's place, as `functional_call`, `torch.export` and FSDP put there."""
