@@ -7,6 +7,7 @@ import torch
 from tiny_layers import LAYERS, OneLayer, adapted_layer, canonical_weight, conv1d, example
 from tiny_models import disturb, foreign_code, gpt2, llama, logits, token_ids
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import minipeft
@@ -382,3 +383,32 @@ def test_forward_mode_holds_the_norm_fixed_as_the_gradient_does():
     _, found = torch.func.jvp(loss, (values,), (along,))
     gradient = torch.func.grad(loss)(values)
     torch.testing.assert_close(found, sum((gradient[name] * v).sum() for name, v in along.items()))
+
+
+def normed(layer):
+    with foreign_code():  # torch says that its older norm is deprecated
+        nn.utils.weight_norm(layer)
+
+
+HOOKS = {
+    "weight_norm": normed,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 4),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_weight_that_a_hook_computes_is_normed_as_it_is_in_this_call(hook, dropout):
+    _, model = with_dora("linear", lora_dropout=dropout)
+    base, lora = model.layer.base_layer, model.layer.adapters["default"]
+    HOOKS[hook](base)
+    x, dense = example(base)
+    with torch.no_grad():
+        model(x)
+        next(p for name, p in base.named_parameters() if name in ("weight_v", "weight_orig")).add_(torch.randn(()))
+        if dropout:  # what is called next is what is called after that
+            first, second = ((torch.manual_seed(0), model(x))[1] for _ in range(2))
+            torch.testing.assert_close(first, second, rtol=0, atol=0) if hook != "spectral_norm" else None
+        y = model.eval()(x)
+        torch.testing.assert_close(y, formula(base, lora, dense))

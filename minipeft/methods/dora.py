@@ -54,14 +54,15 @@ class Dora(Lora):
         )
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
-        c = self.scale(ops.read_weight(base))
         if self.training and self.dropout and not self.is_embedding:
-            return self.with_bias(base, ops, self._dropped(base, ops, x, y, c))
+            return self.with_bias(base, ops, self._dropped(base, ops, x, y))
         y = self.low_rank(base, ops, x, y)
+        c = self.scale(ops.read_weight(base))  # after the call, in which a hook such as prune's may compute the weight
         return self.with_bias(base, ops, _scaled(base, ops, y, y, c, whole=True))
 
-    def _dropped(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None, c: Tensor) -> Tensor:
+    def _dropped(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         own = ops.call(base, x)
+        c = self.scale(ops.read_weight(base))
         x = F.dropout(x, self.dropout)
         lora_A, lora_B = self.pair()
         h = ops.project_in(base, x, lora_A.to(x.dtype)) * self.factor
