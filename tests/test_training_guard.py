@@ -231,3 +231,59 @@ def test_each_adapter_is_watched_while_it_trains_and_no_longer():
     model.set_adapter("second")
     assert [step for step, *_ in steps_of(model, 12)] == [10]
     assert not WATCHES[model]
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, image=None):
+        return (self.head(self.body(x)),)
+
+
+def headed():
+    return get_lora_model(Headed(), LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])).train()
+
+
+def first_warnings(model):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        for _ in range(2):
+            model(torch.randn(3, 4))[0].sum().backward()
+            optimizer.step()
+    return [str(warning.message) for warning in caught if warning.filename == __file__]
+
+
+@pytest.mark.parametrize("kind", ["torchao", "bitsandbytes"])
+def test_a_trained_copy_that_is_quantized_after_adapting_is_named_at_the_first_step(kind):
+    with foreign_code():
+        package = pytest.importorskip("torchao.quantization" if kind == "torchao" else kind)
+    model = headed()
+    if kind == "torchao":
+        package.quantize_(model, package.Int8WeightOnlyConfig())
+    else:  # as its own way of quantizing a model does
+        model.head.adapters["default"] = package.nn.Linear8bitLt(4, 4, has_fp16_weights=False)
+    (said,) = first_warnings(model)
+    assert said.startswith("'head': what adapter 'default' trains there was quantized after adapting")
+
+
+@pytest.mark.parametrize("layer", ["body", "head"])
+def test_a_layer_that_is_frozen_after_adapting_is_named_at_the_first_step(layer):
+    model = headed()
+    for parameter in model.get_submodule(layer).parameters():
+        parameter.requires_grad_(False)
+    (said,) = first_warnings(model)
+    assert said.startswith(
+        f"'{layer}': adapter 'default' learns nothing there, since something has set requires_grad=False"
+    )
+    for parameter in model.adapter_parameters("default"):  # as it says
+        parameter.requires_grad_(True)
+    assert all(p.requires_grad for p in model.get_submodule(f"{layer}.adapters").parameters())
+
+
+def test_a_factor_that_is_frozen_on_purpose_is_not_named():
+    model = headed()
+    model.body.adapters["default"].lora_A.requires_grad_(False)
+    assert first_warnings(model) == []

@@ -1,7 +1,8 @@
-"""Naming adapters that learn nothing: in ten steps of the optimizer, no gradient has come to them.
+"""Naming adapters that learn nothing: frozen or quantized since, or in ten steps of the optimizer no gradient has come to them.
 
-The model may compute the layer under `torch.no_grad`, use its output for nothing that the loss depends on, or never run
-it. Between one batch and the next that can be right, as for an expert that no token chose; ten steps long it rarely is.
+The first is said at the first step. As to the second, the model may compute the layer under `torch.no_grad`, use its output for
+nothing that the loss depends on, or never run it. Between one batch and the next that can be right, as for an expert that no token
+chose; ten steps long it rarely is.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class GradientWatch:
     def __init__(self, adapter_name: str) -> None:
         self.name = adapter_name
         self.steps = 0
+        self.has_looked = False  # at what requires a gradient
         self.without: set[str] = set()  # names of the layers that got no gradient in any of these steps
         self.others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # which train something else
         self.is_done = False
@@ -44,7 +46,11 @@ class GradientWatch:
         elif self.name in state.switch.learning and optimizer not in self.others:
             layers = {path: _trained(wrapper, self.name) for path, wrapper in wrappers_of(model, self.name)}
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            if held.issuperset(id(parameter) for own in layers.values() for parameter in own):
+            trained = {id(parameter) for own in layers.values() for parameter in own}
+            if not self.has_looked and not held.isdisjoint(trained):
+                self.has_looked = True
+                _say_frozen(model, state, self.name)
+            if held.issuperset(trained):
                 self._note_step(layers, state)
             else:
                 self.others.add(optimizer)
@@ -89,6 +95,36 @@ def _after_step(optimizer: Optimizer, *args: object) -> None:
                 del watches[name]
             else:
                 watch.after_step(model, optimizer)
+
+
+def _say_frozen(model: nn.Module, state: AdapterState, adapter_name: str) -> None:
+    """Warn about layers where something has frozen the adapter since it was made, or quantized what it trains."""
+    frozen, quantized = [], []
+    for path, wrapper in wrappers_of(model, adapter_name):
+        own = list(wrapper.trainable_parameters(adapter_name))
+        if path in state.kept[adapter_name]:  # a copy that is saved and does not train
+            continue
+        if any(_is_quantized(parameter) for parameter in own):
+            quantized.append(path)
+        elif own and not any(parameter.requires_grad for parameter in own):
+            frozen.append(path)
+    if quantized:
+        warn(
+            f"{shown(quantized)}: what adapter {adapter_name!r} trains there was quantized after adapting, so it can neither "
+            "learn nor be saved. Quantize the base first and adapt it then, or let the quantization pass over the adapters."
+        )
+    if frozen:
+        warn(
+            f"{shown(frozen)}: adapter {adapter_name!r} learns nothing there, since something has set requires_grad=False after "
+            f"adapting. If it is to learn: for p in model.adapter_parameters({adapter_name!r}): p.requires_grad_(True), and "
+            "then make the optimizer."
+        )
+
+
+def _is_quantized(parameter: nn.Parameter) -> bool:
+    """Whether it holds codes: integers, or a class of torchao's, bitsandbytes' or the like that requires no gradient."""
+    is_torchs = type(parameter).__module__.partition(".")[0] == "torch"
+    return not parameter.requires_grad and not (is_torchs and parameter.is_floating_point())
 
 
 def _trained(wrapper: Wrapper, adapter_name: str) -> list[nn.Parameter]:
