@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny_models import disturb, foreign_code, gpt2, llama, logits
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from transformers import (
     FuyuConfig,
     FuyuForCausalLM,
@@ -344,6 +344,39 @@ def test_what_is_made_of_an_adapted_weight_is_not_assigned_to_the_base():
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     merged = model.merge_and_unload()
     torch.testing.assert_close(fuse_conv_bn_eval(merged[0], merged[1])(x), merged(x))
+
+
+def test_what_is_made_of_a_trained_copy_is_not_assigned_to_the_original():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model = disturb(get_lora_model(net, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))).eval()
+    x, original = torch.randn(2, 3), model[1].base_layer.weight
+    expected = model(x)
+    with pytest.raises(StateError, match="a new weight was assigned to a Linear of which an adapter trains a copy"):
+        model[1].weight = nn.Parameter(model[1].weight.detach() * 2)
+    with pytest.raises(StateError, match="a new weight was assigned"):
+        fuse_linear_bn_eval(model[1], nn.BatchNorm1d(2).eval())
+    model[1].weight = original  # which changes nothing
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    with model.disable_adapter():
+        model[1].weight = nn.Parameter(original.detach() * 2)
+        torch.testing.assert_close(model[1](x), F.linear(x, 2 * original, model[1].bias))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert not hasattr(model, "tie_weights")
+
+
+def test_a_copied_head_is_tied_in_the_original_and_goes_on_training():
+    model = get_lora_model(
+        llama(tie_word_embeddings=True),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
+    )
+    disturb(model)
+    copies = [model.lm_head.weight, model.model.embed_tokens.weight]
+    model.model.embed_tokens.base_layer.weight = tied = nn.Parameter(torch.zeros(100, 32), False)  # as loading may do
+    model.tie_weights()
+    assert model.lm_head.base_layer.weight is tied
+    assert model.lm_head.weight is copies[0]
+    assert model.model.embed_tokens.weight is copies[1]
 
 
 class Alias(nn.Module):

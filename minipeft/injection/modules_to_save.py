@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from minipeft.ecosystem.wrapper_names import unwrapped_name
+from minipeft.errors import UNCHANGED, StateError
 from minipeft.injection.adapted_value import adapted_value
 from minipeft.injection.rows import Rows, as_mask, rows_now, taken
 from minipeft.injection.wrapper import OF_ACCELERATE, Switch, Wrapper
@@ -46,6 +47,23 @@ class SavedModule(Wrapper):
         if isinstance(value, Tensor):
             self.switch.note_read(self)
         return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another parameter or layer goes to the original, as tying means it, unless a copy is read and called instead."""
+        here = self.__dict__.get("_modules", {})
+        if isinstance(value, nn.Parameter | nn.Module) and "base_layer" in here:
+            own = getattr(here["base_layer"], name, None)
+            if (
+                isinstance(own, nn.Parameter | nn.Module)
+                and own is not value
+                and self.current() is not here["base_layer"]
+            ):
+                raise StateError(
+                    f"a new {name} was assigned to a {type(here['base_layer']).__name__} of which an adapter trains a copy. Reading "
+                    f"gives the copy's {name}, and assigning would change the original's, without effect. Assign to the layer's "
+                    f"adapters[name] or its base_layer. {UNCHANGED}"
+                )
+        super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Proxy):

@@ -138,6 +138,11 @@ class OwnMethods(nn.Module):
             return super().get_parameter(target)
 
     @property
+    def tie_weights(self) -> Any:
+        """Transformers' method, which ties what the base owns; a model that lacks it lacks it here, too."""
+        return _without_adapters(self, super().tie_weights)  # type: ignore[misc]
+
+    @property
     def _set_gradient_checkpointing(self) -> Any:
         """What transformers has under this name; a model that lacks it lacks it here, too."""
         return training_setter(self, super()._set_gradient_checkpointing)  # type: ignore[misc]
@@ -184,6 +189,16 @@ class OwnMethods(nn.Module):
         _check_replaceable(self, output_head(self), new_embeddings)
         parent: Any = super()
         return parent.set_output_embeddings(new_embeddings, *args, **kwargs)
+
+
+def _without_adapters(model: nn.Module, method: Any) -> Any:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        state = model.__dict__.get(STATE)
+        with state.switch.off() if state is not None else contextlib.nullcontext():
+            return method(*args, **kwargs)
+
+    return call
 
 
 def _init_of_plain(plain: type[nn.Module]) -> Any:
