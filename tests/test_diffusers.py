@@ -164,6 +164,21 @@ def test_every_verb_of_diffusers_is_ours_or_names_ours():
         model.fuse_qkv_projections()
 
 
+def test_a_pipeline_unloads_what_is_adapted_and_has_its_base_again():
+    pipe = pipeline()
+    expected, ids = output(pipe.unet), torch.arange(5)[None]
+    words = pipe.text_encoder(ids)[0]
+    model = adapted(pipe)
+    config = minipeft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"])
+    text = minipeft.get_lora_model(pipe.text_encoder, config)
+    assert not torch.equal(text(ids)[0], words)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=0)
+    torch.testing.assert_close(text(ids)[0], words, rtol=0, atol=0)
+    assert not any("adapters" in name for part in (model, text) for name in part.state_dict())
+    assert not isinstance(text, minipeft.AdaptedModel)
+
+
 def is_from_diffusers(cls, verb):
     owner = next(base for base in cls.__mro__ if verb in vars(base))
     return owner is PeftAdapterMixin

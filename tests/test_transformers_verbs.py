@@ -168,7 +168,6 @@ class Denoiser(torch.nn.Module):
         ("enable_lora", r"enable_adapters\(\)"),
         ("disable_lora", r"disable_adapters\(\)"),
         ("delete_adapters", "delete_adapter"),
-        ("unload_lora", r"unload\(\)"),
         ("save_lora_adapter", "save_pretrained"),
         ("fuse_qkv_projections", r"merge_and_unload\(\)"),
     ],
@@ -180,6 +179,23 @@ def test_a_verb_of_diffusers_that_would_do_nothing_names_ours(verb, ours):
     with pytest.raises(StateError, match=ours):
         getattr(model, verb)()
     getattr(model.unload(), verb)()
+
+
+@pytest.mark.parametrize("verb", ["unload_lora", "peft_config"])
+def test_what_a_pipeline_of_diffusers_calls_to_unload_gives_the_base_back(verb):
+    """unload_lora of its own models; of a text encoder it deletes peft_config and then sets _hf_peft_config_loaded."""
+    plain, x = Denoiser(), torch.ones(1, 4)
+    expected, kept = plain(x), set(plain.state_dict())
+    model = get_lora_model(plain, LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    assert not torch.equal(model(x), expected)
+    if verb == "unload_lora":
+        model.unload_lora()
+    else:
+        del model.peft_config
+        model._hf_peft_config_loaded = None
+    assert type(model) is Denoiser
+    assert set(model.state_dict()) == kept
+    assert torch.equal(model(x), expected)
 
 
 def test_a_scale_for_the_layers_of_peft_is_refused():

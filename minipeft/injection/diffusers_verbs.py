@@ -1,7 +1,8 @@
 """diffusers' verbs for LoRA on an adapted model: refused, since they look for PEFT's layers, find none, and do nothing.
 
 So does the ``scale`` in the keyword arguments for the attention, which ``pipe(..., cross_attention_kwargs={"scale": 0.5})``
-passes on. And ``fuse_qkv_projections`` makes one layer of three from the base's weights alone.
+passes on. And ``fuse_qkv_projections`` makes one layer of three from the base's weights alone. But ``unload_lora``, which a pipeline's
+``unload_lora_weights`` calls, means our `unload`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ VERBS = {
     "enable_lora": "enable_adapters()",
     "disable_lora": "disable_adapters(), or disable_adapter() for a while",
     "delete_adapters": "delete_adapter(name)",
-    "unload_lora": "unload()",
     "save_lora_adapter": "save_pretrained(folder)",
 }
 NOT_PEFTS = "knows PEFT's layers alone, and minipeft adapted this"
-FUSING = "fuse_qkv_projections"
+FUSING, UNLOADING = "fuse_qkv_projections", "unload_lora"
 FOR_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
@@ -36,6 +36,8 @@ def refuse_diffusers_verbs(cls: type[nn.Module]) -> None:
     for verb, message in messages.items():
         if hasattr(cls, verb):
             setattr(cls, verb, _refused(cls, verb, message))
+    if hasattr(cls, UNLOADING):
+        setattr(cls, UNLOADING, _unloading(cls))
     cls.forward = _without_scale(cls)
 
 
@@ -43,6 +45,16 @@ def _refused(cls: type[nn.Module], verb: str, message: str) -> Any:
     @functools.wraps(getattr(cls, verb))
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise StateError(f"{verb}() of diffusers {message}")
+
+    return method
+
+
+def _unloading(cls: type[nn.Module]) -> Any:
+    @functools.wraps(getattr(cls, UNLOADING))
+    def method(self: Any) -> None:
+        """Give the base back, as `unload` does, and let diffusers do the rest."""
+        self.unload()
+        getattr(self, UNLOADING)()  # the base's own
 
     return method
 

@@ -20,6 +20,12 @@ class OtherNames(ManageableModel):
         """PEFT's name for `adapter_configs`; PEFT itself would write its own configuration into it."""
         return Configurations(self._state.configs)
 
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        """Diffusers' way to unload a text encoder, in a pipeline's ``unload_lora_weights``."""
+        model: Any = self
+        model.unload()
+
     @property
     def active_adapter(self) -> str | list[str]:
         """`active_adapters` as PEFT's attribute has it: the name alone if there is only one."""
