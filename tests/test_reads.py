@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tiny_models import disturb, foreign_code, gpt2, llama, logits
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from transformers import (
     FuyuConfig,
@@ -377,6 +378,23 @@ def test_a_copied_head_is_tied_in_the_original_and_goes_on_training():
     assert model.lm_head.base_layer.weight is tied
     assert model.lm_head.weight is copies[0]
     assert model.model.embed_tokens.weight is copies[1]
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("place", [0, 1], ids=["adapted", "copied"])
+def test_pruning_a_wrapper_is_refused_and_its_base_layer_can_be_pruned(place, name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model = disturb(get_lora_model(net, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])))
+    before, x = set(model.state_dict()), torch.randn(2, 3)
+    expected = model(x)
+    with pytest.raises(StateError, match=f"{name}_orig cannot be a parameter of an adapted Linear.*base_layer"):
+        prune.l1_unstructured(model[place], name, 1)
+    assert set(model.state_dict()) == before
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    layer = model[0].base_layer if place == 0 else model[1].adapters["default"]
+    prune.l1_unstructured(layer, name, 1)
+    assert not torch.equal(model(x), expected)
 
 
 class Alias(nn.Module):

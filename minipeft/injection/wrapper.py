@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.ecosystem.wrapper_names import modules_in
+from minipeft.errors import UNCHANGED, StateError
 from minipeft.injection.adapted_value import AdaptedValue
 from minipeft.injection.rows import Rows, rows_now
 from minipeft.layers.offloaded import HOOK
@@ -179,6 +180,13 @@ class Wrapper(nn.Module):
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse it, as pruning does it: nothing would use the parameter here."""
+        raise StateError(
+            f"{name} cannot be a parameter of an adapted {type(innermost(self)).__name__} itself. What prunes a layer takes its "
+            f"base_layer instead, or what trains in full, which is adapters[name] of the layer. {UNCHANGED}"
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Also accept the keys of the plain base model: ``c_attn.weight`` for ``c_attn.base_layer.weight``."""
