@@ -380,6 +380,21 @@ def test_a_copied_head_is_tied_in_the_original_and_goes_on_training():
     assert model.model.embed_tokens.weight is copies[1]
 
 
+def test_a_bias_that_is_taken_away_is_gone_and_a_plain_tensor_is_refused_as_torch_does():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model = disturb(get_lora_model(net, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])))
+    x, bias = torch.randn(2, 3), model[0].bias
+    expected = model[0](x) - bias
+    model[0].bias = None
+    assert model[0].base_layer.bias is None
+    torch.testing.assert_close(model[0](x), expected)
+    with pytest.raises(TypeError, match="cannot assign"):
+        model[0].weight = torch.zeros(3, 3)
+    with pytest.raises(StateError, match="a new bias was assigned"):
+        model[1].bias = None
+
+
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize("place", [0, 1], ids=["adapted", "copied"])
 def test_pruning_a_wrapper_is_refused_and_its_base_layer_can_be_pruned(place, name):

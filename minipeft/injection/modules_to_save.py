@@ -51,13 +51,10 @@ class SavedModule(Wrapper):
     def __setattr__(self, name: str, value: Any) -> None:
         """Another parameter or layer goes to the original, as tying means it, unless a copy is read and called instead."""
         here = self.__dict__.get("_modules", {})
-        if isinstance(value, nn.Parameter | nn.Module) and "base_layer" in here:
+        if (value is None or isinstance(value, nn.Parameter | nn.Module)) and "base_layer" in here:
             own = getattr(here["base_layer"], name, None)
-            if (
-                isinstance(own, nn.Parameter | nn.Module)
-                and own is not value
-                and self.current() is not here["base_layer"]
-            ):
+            is_its_own = isinstance(own, nn.Parameter | nn.Module) and own is not value
+            if is_its_own and self.current() is not here["base_layer"]:
                 raise StateError(
                     f"a new {name} was assigned to a {type(here['base_layer']).__name__} of which an adapter trains a copy. Reading "
                     f"gives the copy's {name}, and assigning would change the original's, without effect. Assign to the layer's "

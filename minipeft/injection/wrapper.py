@@ -176,8 +176,11 @@ class Wrapper(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, AdaptedValue):  # as tying weights assigns what it has read
             value = value.own
-        if isinstance(value, nn.Parameter):
-            setattr(self.base_layer, name, value)
+        modules = self.__dict__.get("_modules", {})
+        is_tensor = value is None or isinstance(value, Tensor)  # asked first, since it is cheap
+        owns = is_tensor and "base_layer" in modules and name in innermost(self)._parameters
+        if owns or (is_tensor and isinstance(value, nn.Parameter)):
+            setattr(self.base_layer, name, value)  # also None, and torch's refusal of a plain tensor
         else:
             super().__setattr__(name, value)
 
