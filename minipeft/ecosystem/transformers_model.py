@@ -51,12 +51,7 @@ OTHER_OUTPUT = frozenset({"DeepseekV4GroupedLinear", "Llama4Router", "PhimoeTopK
 
 def has_other_output(layer: nn.Module) -> bool:
     """Whether a linear layer, by its class, returns something else than ``W x + b``."""
-    return _has_other_output(type(layer))  # type: ignore[arg-type]
-
-
-@functools.lru_cache(4096)  # asked for each layer
-def _has_other_output(kind: type) -> bool:
-    return any(cls.__name__ in OTHER_OUTPUT for cls in kind.__mro__)
+    return not OTHER_OUTPUT.isdisjoint([cls.__name__ for cls in type(layer).__mro__])
 
 
 def model_type(model: nn.Module) -> str | None:
