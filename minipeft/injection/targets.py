@@ -42,7 +42,7 @@ def select_targets(
             adapted = select_parameters(model, config, found, every_pattern=False)
             if unadapted := {name: why for name, why in left_out.items() if name not in adapted}:
                 said = layers_left_out(unadapted, found)
-                warn(f"target_modules='all-linear' leaves out {said}.")
+                warn(f"target_modules='all-linear' leaves out {said}.", ours=True)
     else:
         patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)

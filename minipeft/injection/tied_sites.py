@@ -182,7 +182,8 @@ def warn_of_tied_layers(model: nn.Module, sites: Sequence[AdapterSite], saved: S
         if tied:
             warn(
                 f"{name} shares its weight with {shown(tied)}, which the {part} does not reach; {verb} those too if the "
-                "model calls them."
+                "model calls them.",
+                ours=True,
             )
 
 

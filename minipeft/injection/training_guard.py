@@ -74,7 +74,7 @@ def _warn_once(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any)
     names = merged_in_training(model)
     if names:
         watch(model, merged=False)
-        warn(message(names))
+        warn(message(names), ours=True)
 
 
 def _requires_grad(model: nn.Module, name: str) -> bool:
