@@ -111,7 +111,7 @@ class ContractError(MinipeftError, AssertionError):
 def warn(message: str, *, ours: bool = False) -> None:
     """Warn, by the line of the user's program that led here.
 
-    `ours`: by minipeft's own line. What an adapter leaves out is found by those who look for warnings of minipeft's files.
+    `ours`: by minipeft's own line, where a filter for minipeft's files finds what an adapter leaves out.
     """
     if ours:
         warnings.warn(message, stacklevel=2)

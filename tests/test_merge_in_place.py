@@ -265,25 +265,8 @@ def test_what_a_parent_says_of_its_merge_is_forgotten_with_the_merge():
     assert torch.equal(made[-1].delta(layer.weight), torch.ones(6, 4))
 
 
-def test_an_untied_layer_gets_its_trained_bias_back():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    model[1].weight = model[0].weight
-    with pytest.warns(UserWarning, match="shares its weight with '1.weight'"):
-        get_lora_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, bias="lora_only"))
-    disturb(model)
-    before = bits(model)
-    model.merge_adapter(untie=True)
-    assert not same(model, before)
-    model.unmerge_adapter()
-    assert same(model, before)
-    assert model.get_parameter("1.weight") is model.get_parameter("0.weight")
-
-
-def test_a_layer_that_shares_its_bias_alone_gets_its_weight_back():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    model[1].bias = model[0].bias
+def merge_and_undo(model):
+    """Adapt a model, and hold its bits against what a merge that cuts its ties, and is undone, leaves of them."""
     get_lora_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, bias="lora_only"))
     disturb(model)
     before = bits(model)
@@ -291,6 +274,22 @@ def test_a_layer_that_shares_its_bias_alone_gets_its_weight_back():
     assert not same(model, before)
     model.unmerge_adapter()
     assert same(model, before)
+
+
+def test_an_untied_layer_gets_its_trained_bias_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    with pytest.warns(UserWarning, match="shares its weight with '1.weight'"):
+        merge_and_undo(model)
+    assert model.get_parameter("1.weight") is model.get_parameter("0.weight")
+
+
+def test_a_layer_that_shares_its_bias_alone_gets_its_weight_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].bias = model[0].bias
+    merge_and_undo(model)
     assert model.get_parameter("1.bias") is model.get_parameter("0.bias")
 
 

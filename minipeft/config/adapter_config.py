@@ -279,7 +279,7 @@ def config_from_dict(
         ConfigError: a value is not allowed, or a key asks for something that is not implemented.
     """
     registry.load_plugins()
-    classes = {name: config_class(name) for name in registry.method_names()}
+    classes = {name: registry.method_class(name).config_class for name in registry.method_names()}
     # A variant, as DoRA is one of LoRA, stands in files as the method whose options choose it.
     known_types = {name.upper(): cls for name, cls in classes.items() if cls.method == name}
     peft_type = values.get("peft_type")

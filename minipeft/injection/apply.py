@@ -24,9 +24,8 @@ from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.python.class_swap import mixed_class, mixins_of
 
-TIED_TO_THE_OBJECT = frozenset(
-    {"forward", "_compiled_call_impl"}
-)  # of an instance: they call the object that they were made for
+# Of an instance: they call the object that they were made for.
+TIED_TO_THE_OBJECT = frozenset({"forward", "_compiled_call_impl"})
 
 
 def put(wrap: Callable[[nn.Module], Wrapper], module: nn.Module, places: tuple[tuple[nn.Module, str], ...]) -> Wrapper:

@@ -133,9 +133,8 @@ class OwnMethods(nn.Module):
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter of this name, as torch has it; for an adapted layer that of its base layer, as tying weights wants."""
-        state = self.__dict__.get(STATE)
-        with state.switch.off() if state is not None else contextlib.nullcontext():
-            return super().get_parameter(target)
+        parameter: nn.Parameter = _without_adapters(self, super().get_parameter)(target)
+        return parameter
 
     @property
     def tie_weights(self) -> Any:
