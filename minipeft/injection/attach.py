@@ -40,8 +40,9 @@ def attach(
     """Put built parts into a model; the first time, also freeze its base and add the adapter verbs to its class."""
     first = STATE not in model.__dict__
     state = AdapterState() if first else state_of(model)
-    before = list(outside_adapters(model))
-    with unchanged_on_error(model, state, state.switch, outside=before):
+    before = plan.outside
+    inside_layers = bool(plan.prepared)  # of those adapted already
+    with unchanged_on_error(model, state, state.switch, outside=before, inside_layers=inside_layers):
         if first:
             state.trained_before = _trained(before)
             _mix(model, mixin)
@@ -49,7 +50,7 @@ def attach(
         if first:
             model.__dict__[STATE] = state
             model.__dict__[ORIGINS] = plan.origins
-        outside = list(outside_adapters(model)) if changed else before  # one walk for all that follows
+        outside = tuple(outside_adapters(model)) if changed else before  # one walk for all that follows
         here = [module for _, module in outside if isinstance(module, Wrapper)]
         _note(state, plan, adapter_name, here, trainable=trainable, acts=first)
         modules = base_modules(model) if changed else {}
@@ -102,7 +103,7 @@ def _mix(model: nn.Module, mixin: type[nn.Module]) -> None:
         ) from None
 
 
-def _freeze(outside: list[tuple[str, nn.Module]], training: Iterable[nn.Parameter]) -> None:
+def _freeze(outside: Iterable[tuple[str, nn.Module]], training: Iterable[nn.Parameter]) -> None:
     """Train nothing of the base, nor of trained copies what is not `training`: of an offloaded module they hold all."""
     kept = set(map(id, training))
     for _, module in outside:
@@ -207,7 +208,7 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
     state = state_of(model)
     check_not_running(state)
     outside = list(outside_adapters(model))
-    with unchanged_on_error(model, state, state.switch, outside=outside):
+    with unchanged_on_error(model, state, state.switch, outside=outside, inside_layers=False):
         leave_checkpoints_alone(outside)
         eject(outside, keep_trained=keep_trained)
         state.switch.trainable = set()
@@ -215,5 +216,6 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
         model.__dict__.pop(ORIGINS, None)
         let_go(model, state.held)
         for name, parameter in named_parameters(model):
-            parameter.requires_grad_(name in state.trained_before)
+            if parameter.requires_grad is not (trained := name in state.trained_before):
+                parameter.requires_grad_(trained)
         model.__class__ = original_class(mixin, type(model))

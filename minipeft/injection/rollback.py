@@ -18,19 +18,31 @@ CONTAINERS = {dict, OrderedDict, set}
 
 
 def unchanged_on_error(
-    model: nn.Module, *others: object, outside: Iterable[tuple[str, nn.Module]] | None = None
+    model: nn.Module,
+    *others: object,
+    outside: Iterable[tuple[str, nn.Module]] | None = None,
+    inside_layers: bool = True,
 ) -> AbstractContextManager[None]:
     """If the block raises anything, the model is what it was: the same objects, of the same classes, with the same flags.
 
-    Values of tensors are not kept, so the block must not write any. `others` are plain objects that the block changes
-    too. `outside` are the model's `outside_adapters`, if they have been found already.
+    Values of tensors are not kept, so the block must not write any.
+
+    Args:
+        model: what the block changes.
+        others: plain objects that it changes too.
+        outside: the model's `outside_adapters`, if they have been found already.
+        inside_layers: whether it changes more than the flags of the base layers in adapted layers.
     """
     modules = [module for _, module in (outside_adapters(model) if outside is None else outside)]
     tensors = [
         t for module in modules for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
     ]
+    adapted = [module for module in modules if isinstance(module, AdaptedLayer)]
     # Of adapters only their dictionary changes, never what is in one.
-    tables = [module.parts for module in modules if isinstance(module, AdaptedLayer)]
+    tables = [layer.parts for layer in adapted]
+    if not inside_layers:
+        inner = {id(layer.base_layer) for layer in adapted} - set(map(id, adapted))
+        modules = [module for module in modules if id(module) not in inner]
     return _put_back_on_error([*modules, *others], tensors, tables)
 
 

@@ -85,8 +85,9 @@ def largest(tensor: Tensor) -> float:
     if tensor.numel() == 0:
         return 0.0
     # Much slower against the memory order.
-    low, high = torch.aminmax(tensor.t() if is_column_major(tensor) else tensor)
-    return max(-float(low), float(high))
+    in_order = tensor.is_contiguous() or not is_column_major(tensor)
+    low, high = torch.aminmax(tensor if in_order else tensor.t())
+    return max(-low.item(), high.item())
 
 
 def is_column_major(weight: Tensor) -> bool:

@@ -45,7 +45,7 @@ def plan_merge(model: nn.Module, names: tuple[str, ...], options: Options) -> li
     outside = list(outside_adapters(model))
     index, steps, done = TensorIndex(model, outside), list[Step](), set[AdaptedLayer]()
     layers = [(path, layer) for path, layer in outside if isinstance(layer, AdaptedLayer)]
-    may_be_tied = [layer for _, layer in layers if adapts_tied_layers(layer, names)]
+    may_be_tied = [layer for _, layer in layers if adapts_tied_layers(layer, names)] if index.is_shared else []
     for path, layer in layers:
         here = tuple([name for name in names if name in layer.parts])
         if here and not layer.merged and layer not in done:
@@ -111,7 +111,7 @@ def _dtype_of_replacement(path: str, layer: AdaptedLayer, model: nn.Module, dequ
 def _written(layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex) -> list[Tensor]:
     """The tensors of the base layer that a merge writes: its weight, and its bias unless that stays the same."""
     weight, bias = layer.ops.read_weight(layer.base_layer).detach(), layer.ops.read_bias(layer.base_layer)
-    if bias is None or not writes_bias(map(layer.adapter, names), bias.detach()):
+    if bias is None or not writes_bias(map(layer.adapter, names), bias):
         return [weight]
     if index.also_used_by(bias, layer.owner):  # then it matters, and is worth merging once to tell
         merged = layer.folded(names)[1]
@@ -135,25 +135,32 @@ def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) 
 
     None if it might, if a value is not finite, or if the update has no such factors; then only the merged weight tells.
     """
-    pairs = [layer.adapter(name).factors() for name in names]
-    dtype = accumulation_dtype(weight)
-    known = [pair for pair in pairs if pair is not None]
-    usable = all(torch.promote_types(x.dtype, dtype) == dtype and x.device == weight.device for p in known for x in p)
-    if len(known) < len(pairs) or not usable:
+    dtype, bound, ups, downs = accumulation_dtype(weight), 0.0, list[Tensor](), list[Tensor]()
+    for name in names:
+        pair = layer.adapter(name).factors()
+        if pair is None:
+            return None
+        up, down = pair
+        if not (_fits(up, dtype, weight.device) and _fits(down, dtype, weight.device)):
+            return None
+        bound += low_rank_bound(up, down)
+        ups.append(up)
+        downs.append(down)
+    if not bound + largest(weight) <= torch.finfo(weight.dtype).max / 2:  # also if it is NaN
         return None
-    bound = largest(weight) + sum(low_rank_bound(up, down) for up, down in known)
-    if not bound <= torch.finfo(weight.dtype).max / 2:  # also if it is NaN
-        return None
-    up, down = known[0]
-    if len(known) > 1:
-        up, down = torch.cat([up for up, _ in known], 1), torch.cat([down for _, down in known], 0)
+    if len(ups) > 1:
+        up, down = torch.cat(ups, 1), torch.cat(downs)
     return up.to(dtype), down.to(dtype)
+
+
+def _fits(factor: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    narrower = factor.dtype == dtype or torch.promote_types(factor.dtype, dtype) == dtype
+    return narrower and factor.device == device
 
 
 def _holds(owner: nn.Module, weight: Tensor) -> bool:
     """Whether the canonical weight is a view of the layer's own parameter, so that adding to it changes the layer."""
-    return any(
-        own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel() and own.dtype == weight.dtype
-        for own in owner._parameters.values()
-        if own is not None
-    )
+    for own in owner._parameters.values():
+        if own is not None and own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel():
+            return own.dtype == weight.dtype
+    return False

@@ -52,11 +52,10 @@ class Step(ABC):
         if self.shared:
             self.undo.retie = mark_untied(self.model)
         self.write()
-        self.mark()
 
     @abstractmethod
     def write(self) -> None:
-        """Write the merged weight."""
+        """Write the merged weight and `mark`."""
 
     @abstractmethod
     def take_back(self) -> None:
@@ -145,6 +144,7 @@ class Write(Step):
         self.layer.put_base(ops.write_weight(base, new, bias))
         if self.layer.base_layer is not base:
             undo.original = None
+        self.mark()
 
     def take_back(self) -> None:
         undo, weight = self.undo, None
@@ -172,6 +172,7 @@ class Replace(Step):
         dtype = next(replacement.parameters()).dtype
         self.output_error = output_error(self.layer, self.names, lambda x: replacement(x.to(dtype)))
         self.layer.put_base(replacement)
+        self.mark()
 
     def take_back(self) -> None:
         self.undo.restore(self.model, self.layer, None)

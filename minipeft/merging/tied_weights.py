@@ -17,8 +17,10 @@ def tied_layers(
     layer: AdaptedLayer, names: tuple[str, ...], others: Sequence[AdaptedLayer]
 ) -> tuple[AdaptedLayer, ...]:
     """The other layers that share the weight and these adapters, so merging into one layer merges into all."""
+    if not others:
+        return ()
     weight = layer.owner._parameters.get("weight")
-    if weight is None or not others:
+    if weight is None:
         return ()
     return tuple(
         other
