@@ -163,6 +163,8 @@ def _alike(saved: list[float], here: list[float], exact: bool) -> bool:
 
 def frozen_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
     """The weights to sample for an adapter, by full name: frozen, not in its file, and not known to be the checkpoint's."""
+    if find_origins(model).all_known:
+        return iter(())
     taken: set[int] = set()
     for _, wrapper in wrappers(model):
         base = innermost(wrapper)
@@ -179,6 +181,8 @@ def planned_frozen_weights(
     model: nn.Module, plan: Plan, found: Mapping[str, Candidate]
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """What `frozen_weights` will return once a plan is carried out in a model with these `candidates`."""
+    if plan.origins.all_known:
+        return iter(())
     taken = {id(parameter) for site in plan.adapters for parameter in parameters_in(site.candidate.base)}
     for site in plan.saved:
         taken |= _saved(site.candidate.base, site.only)

@@ -37,6 +37,11 @@ class Origins:
     fresh: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
 
+    @property
+    def all_known(self) -> bool:
+        """Whether every parameter is the checkpoint's."""
+        return not self.fresh and not self.unknown
+
 
 @dataclass(frozen=True)
 class FreshParts:

@@ -21,7 +21,7 @@ from minipeft.injection.fresh_parts import (
     warn_of_fresh_parts,
     with_fresh_parts,
 )
-from minipeft.injection.module_tree import Candidate, candidates, is_callable, outside_adapters, own_bias
+from minipeft.injection.module_tree import Candidate, TensorIndex, candidates, is_callable, outside_adapters, own_bias
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.sites import AdapterSite, SavedSite, check_alone, module_sites, parameter_sites
 from minipeft.injection.targets import select_parameters, select_saved, select_targets, to_prepare
@@ -48,6 +48,7 @@ class Plan:
     saved: tuple[SavedSite, ...]
     prepared: tuple[tuple[LayerOps, nn.Module], ...] = ()  # layers, adapted or not, that need `LayerOps.prepare`
     origins: Origins = field(default_factory=Origins)
+    outside: tuple[tuple[str, nn.Module], ...] = ()  # the model's `outside_adapters`
 
 
 def plan(
@@ -91,10 +92,11 @@ def plan(
     saved = with_one_copy_of_tied(saved)
     for site in saved:
         _check_saveable(site)
-    warn_of_tied_layers(model, sites, saved)
+    outside = tuple(outside_adapters(model))
+    warn_of_tied_layers(TensorIndex(model, outside), sites, saved)
     if every_pattern:
         warn_of_fresh_parts(model, config, found, fresh, origins)
-    return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins)
+    return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins, outside)
 
 
 def _check_no_peft(found: Mapping[str, Candidate]) -> None:

@@ -164,9 +164,8 @@ def with_one_copy_of_tied(saved: Sequence[SavedSite]) -> list[SavedSite]:
     return complete
 
 
-def warn_of_tied_layers(model: nn.Module, sites: Sequence[AdapterSite], saved: Sequence[SavedSite]) -> None:
+def warn_of_tied_layers(index: TensorIndex, sites: Sequence[AdapterSite], saved: Sequence[SavedSite]) -> None:
     """Warn if another layer of the same type shares a trained weight: the model may call that layer instead."""
-    index = TensorIndex(model)
     if not index.is_shared:
         return
     reached = {id(site.candidate.base) for site in sites}
