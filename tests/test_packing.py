@@ -119,6 +119,20 @@ def test_the_probe_tells_them_apart_in_half_precision(name, implementation):
     assert (why_not_apart(model) is None) == (name != "mamba")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_small_leak_is_not_taken_for_rounding(dtype):
+    class Leaking(type(llama())):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + 1e-4 * output.logits.cumsum(1)
+            return output
+
+    model = llama().to(dtype)
+    assert why_not_apart(model) is None
+    model.__class__ = Leaking
+    assert "mixes packed documents" in why_not_apart(model)
+
+
 def test_a_model_without_position_ids_is_found():
     class Plain(type(gpt2())):
         def forward(self, input_ids, attention_mask=None):

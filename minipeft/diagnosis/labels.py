@@ -9,10 +9,10 @@ from torch import Tensor
 
 from minipeft.diagnosis.check import Seen, Setup, check
 from minipeft.diagnosis.trial import forward, left_alone, logits_of
+from minipeft.kernels.packed_documents import rounding_leak
 
 IGNORED = -100  # the label that the loss leaves out
 SHIFTED, ALIGNED = 0.9, 0.5  # share of labels that are the next token, and that are the token itself
-LEAK, HALF_LEAK = 1e-5, 4e-3  # of the largest logit: what rounding explains
 
 
 @check("labels-all-ignored", "The loss is the mean of nothing, NaN or zero, and nothing is learnt.")
@@ -103,7 +103,7 @@ def packing_leaks(setup: Setup) -> Iterator[Seen]:
     if own is None or other is None:
         return
     change = float((own - other).abs().amax(-1)[later.to(own.device)].max() / own.abs().max())
-    if change > (LEAK if own.dtype in (torch.float32, torch.float64) else HALF_LEAK):
+    if change > rounding_leak(own.dtype):
         has_mask = "attention_mask" in batch
         yield Seen(
             "batch['position_ids']",

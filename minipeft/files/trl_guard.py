@@ -18,11 +18,7 @@ from torch import Tensor, nn
 from minipeft.ecosystem.packages import is_from
 from minipeft.errors import StateError
 from minipeft.files.trainer_guard import callers
-
-# Of the largest logit, what a text may change in the next. Masked attention changes no bit; a grouped product of experts
-# may round differently.
-LEAK = {torch.float32: 1e-5}
-HALF_LEAK = 4e-3
+from minipeft.kernels.packed_documents import rounding_leak
 
 
 class _Dtype:
@@ -74,7 +70,7 @@ def _check_packing(trainer: Any, model: nn.Module) -> None:
     finally:
         model.train(was_training)
     leak = float((some - others).abs().max() / some.abs().max())
-    if leak > LEAK.get(some.dtype, HALF_LEAK):
+    if leak > rounding_leak(some.dtype):
         raise StateError(
             f"{type(model).__name__} lets packed texts attend to each other (one changes the logits of the next by {leak:.1e} of "
             "the largest). Train it with packing=False and padding_free=False."

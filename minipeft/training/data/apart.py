@@ -9,17 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minipeft.kernels.packed_documents import rounding_leak, rounding_share
 from minipeft.training.data.collate import Example, collate, model_inputs
 from minipeft.training.data.packing import joined
 
 LENGTHS = ((5, 7), (8, 2))  # of the documents in two rows: the second row needs padding
-# Of the largest logit, what the first document of a row may change in the second. Masked attention changes no bit;
-# a grouped product of experts may round differently.
-LEAK = {torch.float32: 1e-5}
-HALF_LEAK = 4e-3
-# Of what plain packing changes, the difference from each document alone. Only rounding is left.
-SHARE = {torch.float32: 1e-3}
-HALF_SHARE = 0.2
 
 
 @torch.no_grad()
@@ -33,7 +27,7 @@ def why_not_apart(model: Any) -> str | None:
         return f"cannot compute packed documents ({' '.join(str(error).split())[:100]})"
     finally:
         model.train(was_training)
-    if leak <= LEAK.get(dtype, HALF_LEAK) and packed <= SHARE.get(dtype, HALF_SHARE) * plain:
+    if leak <= rounding_leak(dtype) and packed <= rounding_share(dtype) * plain:
         return None
     return f"mixes packed documents (their logits differ by {packed:.1e} from those of each alone)"
 
