@@ -52,6 +52,8 @@ def convert(place: str | Path, out: str | Path | None = None, base: str | Path |
         path = _weights(source)
         if path.suffix == ".safetensors":
             return _convert(open_tensors(path), path.parent, target, modules)
+        if target is None:
+            _check_free(path.parent)  # before another process is started in vain
         with tempfile.TemporaryDirectory() as folder:
             inner = Path(folder) / WEIGHTS_FILE
             write_safetensors(path, inner)
