@@ -4,6 +4,7 @@ import json
 
 import torch
 import transformers
+from fast_copy import Template
 from safetensors.torch import save_file
 from tiny_models import foreign_code
 from torch import nn
@@ -88,7 +89,17 @@ FAMILIES = {
 }
 
 
-def made(model_class, config):
+_models = {}
+
+
+def copied(key, model_class, make_config):
+    """A model, always the same; copied, as making one takes ten times as long."""
+    if key not in _models:
+        _models[key] = Template(_new(model_class, make_config()))
+    return _models[key].copy()
+
+
+def _new(model_class, config):
     """A model whose parameters all matter."""
     with foreign_code(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -99,10 +110,14 @@ def made(model_class, config):
     return model.eval()
 
 
+def made(model_class, config):
+    return copied((model_class, config.to_json_string(use_diff=False)), model_class, lambda: config)
+
+
 def mixture(family, **more):
     name, sizes, _, _ = FAMILIES[family]
     model_class = getattr(transformers, name)
-    return made(model_class, model_class.config_class(**(SIZES | sizes | more)))
+    return copied((family, repr(more)), model_class, lambda: model_class.config_class(**(SIZES | sizes | more)))
 
 
 class OldFile:

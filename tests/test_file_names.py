@@ -4,6 +4,7 @@ The oracle is PEFT: the logits of the model that it adapted, and of the model th
 """
 
 import copy
+import functools
 import json
 import logging
 
@@ -22,7 +23,7 @@ with foreign_code():
     peft = pytest.importorskip("peft")
 
 PREFIX = "base_model.model."
-_models = {}
+ATTENTION = ("q_proj", "v_proj")
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -50,25 +51,31 @@ QWEN_IDS = {"image_token_id": 99, "video_token_id": 98, "vision_start_token_id":
 
 
 def made(cls, config):
-    """A model, always the same; copied, as making one takes ten times as long."""
-    key = (cls, config.to_json_string(use_diff=False))
-    if key not in _models:
-        torch.manual_seed(0)
-        with foreign_code():
-            model = cls(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape), alpha=0.05)
-        _models[key] = Template(model)
-    return _models[key].copy()
+    """A model, always the same."""
+    torch.manual_seed(0)
+    with foreign_code():
+        model = cls(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.05)
+    return model
 
 
-def llava(cls=tf.LlavaForConditionalGeneration):
+def copied(make):
+    """Makes the model once, and copies it at each call: a fifth of the time."""
+    template = functools.cache(lambda: Template(make()))
+    return lambda: template().copy()
+
+
+@copied
+def llava():
     vision = {"model_type": "clip_vision_model", "projection_dim": 16, **VISION}
     text = {"model_type": "llama", **TEXT}
-    return made(cls, tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=99, image_seq_length=4))
+    config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=99, image_seq_length=4)
+    return made(tf.LlavaForConditionalGeneration, config)
 
 
+@copied
 def paligemma():
     vision = {"model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 32, **VISION}
     text = {"model_type": "gemma", "head_dim": 8, **TEXT}
@@ -78,6 +85,7 @@ def paligemma():
     )
 
 
+@copied
 def gemma3():
     text = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, **TEXT}
     ids = {"mm_tokens_per_image": 4, "image_token_index": 99, "boi_token_index": 97, "eoi_token_index": 96}
@@ -85,18 +93,21 @@ def gemma3():
     return made(tf.Gemma3ForConditionalGeneration, config)
 
 
+@copied
 def qwen25_vl():
     vision = {**QWEN, "intermediate_size": 48, "window_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": [1]}
     config = tf.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config={**vision}, **QWEN_IDS)
     return made(tf.Qwen2_5_VLForConditionalGeneration, config)
 
 
+@copied
 def qwen2_vl():
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
     config = tf.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_IDS)
     return made(tf.Qwen2VLForConditionalGeneration, config)
 
 
+@copied
 def mllama():
     text = {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": ROPE}
     vision = {
@@ -109,6 +120,7 @@ def mllama():
     return made(tf.MllamaForConditionalGeneration, config)
 
 
+@copied
 def nemotron_h():
     sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_attention_heads": 4}
     mamba = {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 4}
@@ -116,10 +128,12 @@ def nemotron_h():
     return made(tf.NemotronHForCausalLM, tf.NemotronHConfig(**sizes, **mamba, **layers))
 
 
-def vit(cls=tf.ViTForImageClassification):
-    return made(cls, tf.ViTConfig(**VISION, num_labels=3))
+@copied
+def vit():
+    return made(tf.ViTForImageClassification, tf.ViTConfig(**VISION, num_labels=3))
 
 
+@copied
 def clip():
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     text |= {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
@@ -128,6 +142,7 @@ def clip():
     return made(tf.CLIPModel, config)
 
 
+@copied
 def clip_vision():
     return made(tf.CLIPVisionModel, tf.CLIPVisionConfig(**VISION))
 
@@ -165,13 +180,20 @@ def moved(model):
 
 
 def adapted(base, config):
+    """PEFT's model, made of this one, and moved."""
     with foreign_code():
-        return moved(peft.get_peft_model(copy.deepcopy(base), config))
+        return moved(peft.get_peft_model(base, config))
 
 
 def lora(targets=("q_proj", "v_proj"), **options):
     targets = targets if isinstance(targets, str) else list(targets)
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
+
+
+@functools.cache
+def trained(build, targets=ATTENTION):
+    """PEFT's LoRA of a model that `build` makes. It is shared: only its output and its file are wanted."""
+    return adapted(build(), lora(targets))
 
 
 def write(model, directory, rename=None, **edit):
@@ -209,22 +231,22 @@ def replaced(*pairs):
     return rename
 
 
-def check_loads(base, directory, want, tmp_path, by_peft=True, again=True, **options):
+def check_loads(build, directory, want, tmp_path, by_peft=True, again=True, **options):
     """It loads to the output that PEFT had, and what we save `again` has the model's names, for PEFT too."""
     if by_peft:
         with foreign_code():
-            theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), directory)
+            theirs = peft.PeftModel.from_pretrained(build(), directory)
         torch.testing.assert_close(output(theirs), want, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(output(base), want, atol=1e-4)
-    model = minipeft.load_adapter(copy.deepcopy(base), directory, **options)
+    assert not torch.allclose(output(build()), want, atol=1e-4)
+    model = minipeft.load_adapter(build(), directory, **options)
     torch.testing.assert_close(output(model), want, atol=1e-5, rtol=1e-5)
     if not again:
         return model
     model.save_pretrained(tmp_path / "again")
-    again = minipeft.load_adapter(copy.deepcopy(base), tmp_path / "again")
+    again = minipeft.load_adapter(build(), tmp_path / "again")
     torch.testing.assert_close(output(again), want, atol=1e-5, rtol=1e-5)
     with foreign_code():
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again")
+        theirs = peft.PeftModel.from_pretrained(build(), tmp_path / "again")
     torch.testing.assert_close(output(theirs), want, atol=1e-5, rtol=1e-5)
     return model
 
@@ -250,7 +272,6 @@ VIT_OF_4 = replaced(
     ("attention.v_proj", "attention.attention.value"),
     ("vit.layers.", "vit.encoder.layer."),
 )
-ATTENTION = ("q_proj", "v_proj")
 # PEFT reads the files of these, and silently leaves the tensors out: it does not translate them.
 NOT_PEFT = {"llava everything", "qwen2.5-vl", "qwen2-vl", "clip vision"}
 OLD = {
@@ -282,12 +303,11 @@ OLD = {
 @pytest.mark.parametrize("case", OLD)
 def test_names_of_older_transformers_are_read(case, tmp_path, caplog):
     build, targets, rename, edit = OLD[case]
-    base = build()
-    model = adapted(base, lora(targets))
+    model = adapted(build(), lora(targets))
     directory = write(model, tmp_path / "old", rename, **edit)
     caplog.set_level(logging.INFO, "minipeft")
     # PEFT does not translate targets.
-    check_loads(base, directory, output(model), tmp_path, by_peft=not edit and case not in NOT_PEFT)
+    check_loads(build, directory, output(model), tmp_path, by_peft=not edit and case not in NOT_PEFT)
     assert sum("were renamed" in message for message in caplog.messages) == 1
 
 
@@ -315,11 +335,10 @@ WRAPPED = {
 
 @pytest.mark.parametrize("case", WRAPPED)
 def test_what_wrappers_and_other_classes_add_is_left_out(case, tmp_path):
-    base = llama()
-    model = adapted(base, lora(("q_proj", "down_proj")))
+    model = trained(llama, ("q_proj", "down_proj"))
     directory = write(model, tmp_path / "file", WRAPPED[case])
     again = case in ("ddp", "of a multimodal model")  # of the others, the model would be the same
-    check_loads(base, directory, output(model), tmp_path, by_peft=False, again=again)
+    check_loads(llama, directory, output(model), tmp_path, by_peft=False, again=again)
 
 
 @pytest.mark.parametrize(
@@ -327,11 +346,10 @@ def test_what_wrappers_and_other_classes_add_is_left_out(case, tmp_path):
 )
 def test_what_wrappers_add_to_the_factors_that_all_layers_of_vera_share_is_left_out(case, tmp_path):
     rename = {**WRAPPED, "inside": replaced(("base_model.", "base_model._orig_mod."))}[case]
-    base = llama()
-    model = adapted(base, peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model = adapted(llama(), peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     directory = write(model, tmp_path / "file", rename)
     assert sum(key.endswith(("vera_A", "vera_B")) for key in load_file(directory / "adapter_model.safetensors")) == 2
-    check_loads(base, directory, output(model), tmp_path, by_peft=False, again=case == "ddp")
+    check_loads(llama, directory, output(model), tmp_path, by_peft=False, again=case == "ddp")
 
 
 NAMED = replaced((".lora_A.", ".lora_A.default."), (".lora_B.", ".lora_B.default."))
@@ -348,10 +366,9 @@ PARTLY_NAMED = {
 @pytest.mark.parametrize("case", PARTLY_NAMED)
 def test_what_scripts_name_in_part_is_read_as_peft_reads_it(case, tmp_path):
     rename, options = PARTLY_NAMED[case]
-    base = llama()
-    model = adapted(base, lora(("q_proj", "down_proj"), **options))
+    model = adapted(llama(), lora(("q_proj", "down_proj"), **options))
     directory = write(model, tmp_path / "file", rename)
-    check_loads(base, directory, output(model), tmp_path)
+    check_loads(llama, directory, output(model), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -408,19 +425,17 @@ def text_logits(model):
 @pytest.mark.parametrize("targets", [ATTENTION, r"(.*\.)?layers\.1\..*(k_proj|up_proj)"], ids=["list", "regex"])
 def test_a_text_models_adapter_fits_the_multimodal_model_and_back(case, targets, tmp_path):
     build, cls = PARTS[case]
-    whole = build()
-    text = text_of(whole, cls)
-    model = adapted(text, lora(targets))
+    model = adapted(text_of(build(), cls), lora(targets))
     write(model, tmp_path / "text")
-    loaded = minipeft.load_adapter(copy.deepcopy(whole), tmp_path / "text")
+    loaded = minipeft.load_adapter(build(), tmp_path / "text")
     want = text_logits(model)
     torch.testing.assert_close(text_logits(loaded), want, atol=1e-5, rtol=1e-5)
     assert not any("vision" in name or "visual" in name for name, _ in adapted_names(loaded))
     loaded.save_pretrained(tmp_path / "whole")
     with foreign_code():
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(whole), tmp_path / "whole")
+        theirs = peft.PeftModel.from_pretrained(build(), tmp_path / "whole")
     torch.testing.assert_close(text_logits(theirs), want, atol=1e-5, rtol=1e-5)
-    back = minipeft.load_adapter(copy.deepcopy(text), tmp_path / "whole")
+    back = minipeft.load_adapter(text_of(build(), cls), tmp_path / "whole")
     torch.testing.assert_close(text_logits(back), want, atol=1e-5, rtol=1e-5)
 
 
@@ -428,11 +443,13 @@ def adapted_names(model):
     return [(name, m) for name, m in model.named_modules() if type(m).__name__ == "AdaptedLayer"]
 
 
+@copied
 def qwen3_moe():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
     return made(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**TEXT, **experts))
 
 
+@copied
 def classifier():
     return made(tf.LlamaForSequenceClassification, tf.LlamaConfig(**TEXT, num_labels=3))
 
@@ -460,30 +477,27 @@ OPTIONS = {
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options_that_name_modules_follow_the_names(case, tmp_path):
     build, options, edit = OPTIONS[case]
-    base = build()
-    model = adapted(base, lora(["q_proj"], **options))
+    model = adapted(build(), lora(["q_proj"], **options))
     directory = write(model, tmp_path / "old", renamed(("model.", "backbone.")), **edit)
-    loaded = minipeft.load_adapter(copy.deepcopy(base), directory)
+    loaded = minipeft.load_adapter(build(), directory)
     torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
     with foreign_code():
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again")
+        theirs = peft.PeftModel.from_pretrained(build(), tmp_path / "again")
     torch.testing.assert_close(output(theirs), output(model), atol=1e-5, rtol=1e-5)
 
 
 def test_the_ranks_that_adalora_left_follow_the_names(tmp_path):
-    base, kept = llama(), [True, False, True, True]
+    kept = [True, False, True, True]
     ranks = {f"model.layers.{n}.self_attn.q_proj.lora_E": kept for n in range(2)}
     sizes = {"init_r": 4, "target_r": 2, "total_step": 10, "rank_pattern": ranks}
-    model = moved(
-        minipeft.get_adapter_model(copy.deepcopy(base), minipeft.AdaLoraConfig(target_modules=["q_proj"], **sizes))
-    )
+    model = moved(minipeft.get_adapter_model(llama(), minipeft.AdaLoraConfig(target_modules=["q_proj"], **sizes)))
     model.save_pretrained(tmp_path)
     rename = renamed(("model.", "backbone."))
     edited(tmp_path, lambda tensors: {rename(key): tensor for key, tensor in tensors.items()})
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace("model.layers", "backbone.layers"))
-    torch.testing.assert_close(output(minipeft.load_adapter(base, tmp_path)), output(model))
+    torch.testing.assert_close(output(minipeft.load_adapter(llama(), tmp_path)), output(model))
 
 
 METHODS = {
@@ -558,41 +572,39 @@ SAVED_AGAIN = (
 def test_every_methods_file_is_read_under_old_names_and_its_state_with_the_adapters_name(case, tmp_path):
     """The state is what a script writes that saves PEFT's state_dict() itself."""
     config, edit = METHODS[case]
-    base = llava()
     with foreign_code():
-        model = adapted(base, config())
+        model = adapted(llava(), config())
     want = output(model)
     directory = write(model, tmp_path / "old", BEFORE_4_52, **edit)
-    check_loads(base, directory, want, tmp_path, by_peft=False, again=case in SAVED_AGAIN)
+    check_loads(llava, directory, want, tmp_path, by_peft=False, again=case in SAVED_AGAIN)
     directory = write(model, tmp_path / "file")
     own = {id(p) for p in model.parameters() if p.requires_grad}
     state = {
         k: t for k, t in model.state_dict(keep_vars=True).items() if id(t) in own or k.startswith("base_model.vera_")
     }
     save_file({k: t.detach().clone() for k, t in state.items()}, directory / "adapter_model.safetensors")
-    model = minipeft.load_adapter(copy.deepcopy(base), directory)
+    model = minipeft.load_adapter(llava(), directory)
     torch.testing.assert_close(output(model), want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_whole_state_with_the_base_in_it_is_read(tmp_path):
-    base = llama()
-    model = adapted(base, lora(modules_to_save=["lm_head"]))
+    model = adapted(llama(), lora(modules_to_save=["lm_head"]))
     directory = write(model, tmp_path / "file")
     state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
     save_file(state, directory / "adapter_model.safetensors")
-    loaded = minipeft.load_adapter(copy.deepcopy(base), directory)
+    loaded = minipeft.load_adapter(llama(), directory)
     torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
     state[PREFIX + "model.layers.0.mlp.up_proj.weight"] += 1
     save_file(state, directory / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="differs from this model's"):
-        minipeft.load_adapter(base, directory)
+        minipeft.load_adapter(llama(), directory)
 
 
 def test_two_readings_are_refused_with_both_and_key_mapping_decides(tmp_path):
     tower, model = clip_vision(), clip()
     model.vision_model.load_state_dict(tower.state_dict())
-    trained = adapted(tower, lora())
-    directory = write(trained, tmp_path / "tower")
+    of_tower = adapted(tower, lora())
+    directory = write(of_tower, tmp_path / "tower")
     before = state_digest(model)
     with pytest.raises(CheckpointError) as error:
         minipeft.load_adapter(model, directory)
@@ -604,7 +616,7 @@ def test_two_readings_are_refused_with_both_and_key_mapping_decides(tmp_path):
     names = [name for name, _ in adapted_names(loaded)]
     assert names
     assert all(name.startswith("vision_model.") for name in names)
-    torch.testing.assert_close(output(loaded.vision_model), output(trained), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output(loaded.vision_model), output(of_tower), atol=1e-5, rtol=1e-5)
 
 
 def test_shapes_tell_two_readings_apart(tmp_path):
@@ -618,18 +630,16 @@ def test_shapes_tell_two_readings_apart(tmp_path):
 
 
 def test_key_mapping_is_pefts(tmp_path):
-    base = llama()
-    model = adapted(base, lora())
-    directory = write(model, tmp_path / "odd", replaced(("model.layers.", "decoder.blocks.")))
+    model = trained(llama)
     mapping = {r"^decoder\.blocks\.(\d+)": r"model.layers.\1", "layers": "never reached"}
     directory = write(model, tmp_path / "odd", renamed(("model.layers.", "decoder.blocks.")))
     with pytest.raises(CheckpointError, match="none of its 8 keys is expected"):
-        minipeft.load_adapter(copy.deepcopy(base), directory)
+        minipeft.load_adapter(llama(), directory)
     with foreign_code():
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), directory, key_mapping=mapping)
+        theirs = peft.PeftModel.from_pretrained(llama(), directory, key_mapping=mapping)
     torch.testing.assert_close(output(theirs), output(model), atol=1e-5, rtol=1e-5)
-    check_loads(base, directory, output(model), tmp_path, by_peft=False, key_mapping=mapping)
-    first = minipeft.get_adapter_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"]))
+    check_loads(llama, directory, output(model), tmp_path, by_peft=False, key_mapping=mapping)
+    first = minipeft.get_adapter_model(llama(), LoraConfig(target_modules=["q_proj"]))
     first.load_adapter(directory, "other", key_mapping=mapping)
     first.set_adapter("other")
     torch.testing.assert_close(output(first), output(model), atol=1e-5, rtol=1e-5)
@@ -655,7 +665,7 @@ def test_a_hostile_key_mapping_is_refused_and_changes_nothing(case, tmp_path, mo
     mapping, said = HOSTILE[case]
     monkeypatch.setattr("minipeft.files.names.fitted.SECONDS_PER_OPTION", 0.2)
     base = llama()
-    directory = write(adapted(base, lora()), tmp_path / "file")
+    directory = write(trained(llama), tmp_path / "file")
     before = state_digest(base)
     with pytest.raises(MinipeftError, match=said) as error:
         minipeft.load_adapter(base, directory, key_mapping=mapping)
@@ -684,7 +694,7 @@ MISFITS = {
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_translated_file_is_compared_as_strictly_as_any(case, tmp_path):
     base = llava()
-    model = adapted(base, lora(r".*language_model.*\.(q_proj|v_proj)"))
+    model = trained(llava, r".*language_model.*\.(q_proj|v_proj)")
     directory = edited(write(model, tmp_path / "old", BEFORE_4_52), MISFITS[case])
     before = state_digest(base)
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -695,7 +705,7 @@ def test_a_translated_file_is_compared_as_strictly_as_any(case, tmp_path):
 
 def test_strict_false_reads_what_fits_under_old_names(tmp_path):
     base = llava()
-    model = adapted(base, lora(r".*language_model.*\.(q_proj|v_proj)"))
+    model = trained(llava, r".*language_model.*\.(q_proj|v_proj)")
     directory = edited(write(model, tmp_path / "old", BEFORE_4_52), MISFITS["one more"])
     with pytest.warns(UserWarning, match=r"unexpected .*layers\.7"):
         loaded = minipeft.load_adapter(base, directory, strict=False)
@@ -754,7 +764,7 @@ def test_names_of_transformers_5_fit_a_model_of_4(tmp_path):
 
     torch.manual_seed(0)
     base, x = Old(), torch.randn(2, 32)
-    model = adapted(base, lora(["query", "value"]))
+    model = adapted(copy.deepcopy(base), lora(["query", "value"]))
     new = ((".attention.attention.query.", ".attention.q_proj."), (".attention.attention.value.", ".attention.v_proj."))
     rename = replaced(*new, ("encoder.layer.", "layers."))
     directory = write(model, tmp_path / "new", rename, target_modules=["q_proj", "v_proj"])
@@ -781,7 +791,7 @@ def test_a_resized_vocabulary_is_read_under_old_names(tmp_path):
         base.resize_token_embeddings(104)
     base.eval()
     with foreign_code():
-        model = adapted(base, lora())
+        model = adapted(copy.deepcopy(base), lora())
         model.save_pretrained(tmp_path / "old", save_embedding_layers=True)
     directory = edited(tmp_path / "old", lambda t: {BEFORE_4_52(key): value for key, value in t.items()})
     tables = load_file(directory / "adapter_model.safetensors")
@@ -795,7 +805,7 @@ def test_a_resized_vocabulary_is_read_under_old_names(tmp_path):
 
 def test_an_adapter_in_a_subfolder_is_read_under_old_names(tmp_path):
     base = llava()
-    model = adapted(base, lora())
+    model = trained(llava)
     write(model, tmp_path / "parent" / "inner", BEFORE_4_52)
     loaded = minipeft.load_adapter(base, tmp_path / "parent", subfolder="inner")
     torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
@@ -803,7 +813,7 @@ def test_an_adapter_in_a_subfolder_is_read_under_old_names(tmp_path):
 
 def test_a_second_adapter_is_read_under_old_names(tmp_path):
     base = llava()
-    model = adapted(base, lora())
+    model = trained(llava)
     directory = write(model, tmp_path / "old", BEFORE_4_52)
     both = minipeft.get_adapter_model(base, LoraConfig(target_modules=["q_proj"]))
     both.load_adapter(directory, "second")
@@ -813,9 +823,9 @@ def test_a_second_adapter_is_read_under_old_names(tmp_path):
 
 def test_a_quantized_base_is_no_hindrance(tmp_path):
     base = llava()
-    model = adapted(base, lora())
+    model = trained(llava)
     directory = write(model, tmp_path / "old", BEFORE_4_52)
-    quantized = minipeft.quantize(copy.deepcopy(base), "int8")
+    quantized = minipeft.quantize(base, "int8")
     own = minipeft.load_adapter(copy.deepcopy(quantized), write(model, tmp_path / "own"))
     torch.testing.assert_close(output(minipeft.load_adapter(quantized, directory)), output(own))
 
@@ -823,7 +833,7 @@ def test_a_quantized_base_is_no_hindrance(tmp_path):
 @pytest.mark.slow
 def test_many_keys_without_a_place_take_no_time(tmp_path):
     base = llava()
-    directory = write(adapted(base, lora()), tmp_path / "old", BEFORE_4_52)
+    directory = write(trained(llava), tmp_path / "old", BEFORE_4_52)
     junk = {f"{PREFIX}language_model.model.layers.{n}.x.q_proj.lora_A.weight": torch.ones(1) for n in range(20_000)}
     junk |= {"a." * 900 + "q_proj.lora_A.weight": torch.ones(1), "." * 1900: torch.ones(1)}
     edited(directory, lambda tensors: {**tensors, **junk})

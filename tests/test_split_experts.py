@@ -1,11 +1,13 @@
 """LoRA of fused experts without W + BA: against W + BA in float64, against PEFT, and what is made and kept."""
 
 import copy
+import functools
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fast_copy import Template
 from kept_bytes import bytes_kept
 from rotation import rotated, thinned
 from tiny_models import disturb, foreign_code, logits, token_ids
@@ -74,11 +76,17 @@ EVERY_KIND_AND_WAY = [("mixtral", way) for way in IMPLEMENTATIONS] + [
 ]
 
 
-def moe(kind, way="eager", dtype=torch.float32):
+@functools.cache
+def template(kind):
     cls, config, options = MODELS[kind]
     with foreign_code(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = disturb(cls(config(**SIZES, **options)), scale=0.1).to(dtype)
+        return Template(disturb(cls(config(**SIZES, **options)), scale=0.1))
+
+
+def moe(kind, way="eager", dtype=torch.float32):
+    model = template(kind).copy().to(dtype)
+    with foreign_code():
         model.set_experts_implementation(way)
     return model.train()
 
