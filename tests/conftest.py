@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import types
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -148,6 +149,8 @@ def offline():
         patch.setattr(guards, "profile_guard_manager", lambda *arguments: 0.0)
         # Looking for pages to give back takes milliseconds in a heap like this, at each block that is computed again.
         patch.setattr(glibc, "trim", functools.wraps(glibc.trim)(lambda device_type: None))
+        with contextlib.suppress(ImportError):  # each run of transformers' Trainer has it collect all garbage first
+            patch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
         with contextlib.suppress(ImportError):  # half the time that PEFT takes to save an adapter goes into its README
             patch.setattr("peft.PeftModel.create_or_update_model_card", lambda self, directory: None)
         yield

@@ -1,6 +1,7 @@
 """The order of a training run: updates, what each process does of them, streams, and exact resumption."""
 
 import copy
+import functools
 import itertools
 import json
 from collections import Counter
@@ -28,8 +29,9 @@ from minipeft.training.data.stream import StreamOrder
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+@functools.cache
 def store(count, seed=0, longest=20):
-    """Examples whose first token is their number; some labels are masked."""
+    """Examples whose first token is their number; some labels are masked. They are shared: nothing writes into them."""
     generator, examples = np.random.default_rng(seed), []
     for number in range(count):
         ids = generator.integers(1, 100, generator.integers(2, longest)).astype(np.int32)
