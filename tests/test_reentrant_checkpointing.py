@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers as tf
+from fast_copy import Template
 from tiny_models import gpt2, llama, t5
 from torch import nn
 
@@ -173,9 +174,15 @@ def in_turn(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+@functools.cache
+def gradients_of_passes_in_turn():
+    """Without checkpointing; they are only read."""
+    return in_turn(two_adapters("none"))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_passes_with_different_adapters_each_find_their_own_in_one_backward_pass(way):
-    expected, found = in_turn(two_adapters("none")), in_turn(two_adapters(way))
+    expected, found = gradients_of_passes_in_turn(), in_turn(two_adapters(way))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -191,12 +198,19 @@ CHANGES = {
 }
 
 
-def adapted_llama(way):
+@functools.cache
+def template(checkpointing=None):
     torch.manual_seed(0)
     model = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     model.add_adapter("other", model.adapter_configs["default"])
+    return Template(model if checkpointing is None else lean(model.train(), checkpointing))
+
+
+def adapted_llama(way):
+    """Always the same, and copied, since `lean` takes long to try a batch."""
     if way.startswith("lean"):
-        return lean(model.train(), way.split()[1])
+        return template(way.split()[1]).copy().train()
+    model = template().copy()
     enable(model, use_reentrant=way == "reentrant")
     return model.train()
 
