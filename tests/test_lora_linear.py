@@ -434,7 +434,7 @@ def test_a_layer_drops_in_training_only_and_anew_in_every_call():
     model.train()
     assert not torch.equal(model(x), model(x))
     with torch.no_grad():
-        mean = sum(model(x) for _ in range(2000)) / 2000
+        mean = sum(model(x.repeat(40, 1, 1)).mean(0) for _ in range(50)) / 50  # each row of each call drops its own
     torch.testing.assert_close(mean, expected, atol=0.1, rtol=0)
 
 
