@@ -15,8 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import adapted_copy as adapted
-from tiny_models import disturb, foreign_code, gpt2, llama, logits, state_digest
+from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, state_digest
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, MinipeftError, StateError, get_lora_model, load_adapter

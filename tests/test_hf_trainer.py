@@ -47,7 +47,7 @@ def arguments(folder, **options):
     return TrainingArguments(folder, **{**OPTIONS, **options})
 
 
-adapted = functools.partial(tiny_models.adapted_copy, scale=0, lora_dropout=0.2)
+adapted = functools.partial(tiny_models.adapted, scale=0, lora_dropout=0.2)
 
 
 def trained(trainer, **options):

@@ -145,16 +145,6 @@ def adapted(model=None, seed=1, scale=0.1, adapter_name="default", **options):
     return disturb(get_lora_model(model, LoraConfig(**{"r": 4, **options}), adapter_name), seed, scale)
 
 
-def adapted_copy(model=None, **options):
-    """`adapted`, whose GPT-2 is made once for each set of options and then copied: a tenth of the time."""
-    if model is not None:
-        return adapted(model, **options)
-    key = "adapted", repr(sorted(options.items()))
-    if key not in _models:
-        _models[key] = Template(adapted(**options))
-    return _models[key].copy()
-
-
 def token_ids(rows=2, length=12, seed=2):
     return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
