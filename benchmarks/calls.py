@@ -21,16 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SUBJECTS_HERE = (FROZEN, FULL, PEFT, CORE, LEAN_NONE, LEAN)
 NARROW: dict[str, dict[str, Any]] = {
-    "GPT-2 124M": {"n_embd": 64, "n_layer": 12, "n_head": 4, "vocab_size": 128},
+    "GPT-2 124M": {"n_embd": 64, "n_head": 4, "vocab_size": 128},
     "Llama 134M": {
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 12,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 128,
     },
 }
+LAYERS = {"GPT-2 124M": "n_layer", "Llama 134M": "num_hidden_layers"}
 
 
 class Counted(TorchDispatchMode):
@@ -53,7 +53,8 @@ def operations(step: Callable[[], Tensor]) -> list[float]:
 
 def calls_part(options: Options) -> Iterator[Rows | None]:
     for name, make in MODELS.items():
-        sizes = NARROW[name] | {"bos_token_id": 0, "eos_token_id": 0}
+        blocks = 6 if options.quick else 12
+        sizes = NARROW[name] | {LAYERS[name]: blocks, "bos_token_id": 0, "eos_token_id": 0}
 
         def narrow(sizes: dict[str, Any] = sizes, make: Callable[..., nn.Module] = make) -> nn.Module:
             return make(**sizes, use_cache=False)
@@ -61,7 +62,7 @@ def calls_part(options: Options) -> Iterator[Rows | None]:
         with tempfile.TemporaryDirectory() as folder, quietly():
             adapter, base = save_adapter(narrow(), Path(folder)), options.place(narrow())
             models = {subject: SUBJECTS[subject](copy.deepcopy(base), adapter).train() for subject in SUBJECTS_HERE}
-        yield measured(f"{name.split()[0]} of 12 narrow blocks, 2x8 tokens", models, options)
+        yield measured(f"{name.split()[0]} of {blocks} narrow blocks, 2x8 tokens", models, options)
 
 
 def measured(case: str, models: dict[str, nn.Module], options: Options) -> Rows | None:

@@ -27,9 +27,8 @@ RANK = 8
 
 def many_part(options: Options) -> Iterator[Rows | None]:
     for name, base, targets in bases(options):
-        for count, length in ((8, 64), (64, 8)):
-            few = (4, 8) if options.quick else (count, length)
-            yield from serving(options, name, base, targets, *few)
+        for count, length in ((4, 8),) if options.quick else ((8, 64), (64, 8)):
+            yield from serving(options, name, base, targets, count, length)
         yield training(options, name, base, targets, 3 if options.quick else 8)
 
 

@@ -39,7 +39,7 @@ TOLERANCE = 1e-3  # relative, of the loss and of the length of every gradient
 def llama(quick: bool) -> LlamaForCausalLM:
     """A Llama of GPT-2's size, 12 layers of width 768, with random weights; PEFT has no LoHa for GPT-2's layers."""
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     vocabulary = 101 if quick else 32_000
     return LlamaForCausalLM(

@@ -94,7 +94,8 @@ def test_the_benchmark_of_calls_counts_fewer_than_peft_makes(main, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_benchmark_for_a_gpu_is_tried_out_on_a_cpu(main, tmp_path, capsys):
+def test_the_benchmark_for_a_gpu_is_tried_out_on_a_cpu(main, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(main("gpu").__globals__, "gc", Mock())  # it collects garbage after each subject
     main("gpu")(["--quick", "--base", "bf16", "--output", str(tmp_path)])
     found = {(row["subject"], row["peer_name"]): float(row["ratio"]) for row in read(tmp_path / "gpu_step.csv")}
     subjects = ["full fine-tuning", "PEFT", "minipeft", "minipeft, lean", "PEFT, autocast"]
