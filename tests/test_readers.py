@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import readers_table
 import torch
+from fast_copy import Template
 from method_cases import CASES, ours
 from safetensors.torch import load_file, save_file
 from test_peft_interop import CASES as LORA
@@ -28,6 +29,7 @@ from minipeft.files.readers.summary import summary
 with foreign_code():
     peft = pytest.importorskip("peft")
 
+INSTALLED = (Reader.PEFT, Reader.TRANSFORMERS)
 SERVERS = (Reader.VLLM, Reader.SGLANG, Reader.LLAMA_CPP)
 QV = {"target_modules": ["q_proj", "v_proj"]}
 PATTERNS = {
@@ -77,6 +79,13 @@ def read_by(reader, model, directory):
         return model.eval()
 
 
+def check_all_for_real(model, factory, directory):
+    """What the rules say of a saved adapter is what happens with each reader that is installed."""
+    expected = logits(model)
+    for reader in INSTALLED:
+        check_for_real(reader, factory, expected, directory)
+
+
 def check_for_real(reader, factory, expected, directory):
     """What the rules say of an adapter is what happens."""
     given = answer(read_contents(directory), reader).takes
@@ -84,10 +93,10 @@ def check_for_real(reader, factory, expected, directory):
         with foreign_code():
             found = logits(read_by(reader, factory(), directory))
     except Exception:
-        assert given is Takes.NO
+        assert given is Takes.NO, reader
         return
     same = torch.allclose(found, expected, atol=1e-5)
-    assert given is (Takes.YES if same else Takes.PARTLY)
+    assert given is (Takes.YES if same else Takes.PARTLY), reader
 
 
 def edited(directory, key=None, config=None):
@@ -98,43 +107,39 @@ def edited(directory, key=None, config=None):
     path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
 
 
-both = pytest.mark.parametrize("reader", [Reader.PEFT, Reader.TRANSFORMERS])
+both = pytest.mark.parametrize("reader", INSTALLED)
 
 
-@both
 @pytest.mark.parametrize("case", CASES)
-def test_the_rules_are_right_about_every_method(reader, case, tmp_path):
+def test_the_rules_are_right_about_every_method(case, tmp_path):
     model = disturb(ours(case))
     model.save_pretrained(tmp_path)
-    check_for_real(reader, CASES[case][1], logits(model), tmp_path)
+    check_all_for_real(model, CASES[case][1], tmp_path)
 
 
-@both
 @pytest.mark.parametrize("case", OPTIONS)
-def test_the_rules_are_right_about_every_option(reader, case, tmp_path):
+def test_the_rules_are_right_about_every_option(case, tmp_path):
     model = adapted(llama(), **OPTIONS[case])
     model.save_pretrained(tmp_path)
-    check_for_real(reader, llama, logits(model), tmp_path)
+    check_all_for_real(model, llama, tmp_path)
 
 
-@both
 @pytest.mark.parametrize(
     "case", ["gpt2 conv1d", "gpt2 bias all", "gpt2 modules_to_save", "bert classifier", "llama tied"]
 )
-def test_the_rules_are_right_about_other_models(reader, case, tmp_path):
+def test_the_rules_are_right_about_other_models(case, tmp_path):
     factory, options = LORA[case]
     model = adapted(factory(), **options)
     model.save_pretrained(tmp_path)
-    check_for_real(reader, factory, logits(model), tmp_path)
+    check_all_for_real(model, factory, tmp_path)
 
 
-@both
 @pytest.mark.parametrize("case", [*KEYS, *CONFIGS])
-def test_the_rules_are_right_about_files_that_were_changed(reader, case, tmp_path):
+def test_the_rules_are_right_about_files_that_were_changed(case, tmp_path):
     model = adapted(llama(), **QV)
     model.save_pretrained(tmp_path)
     edited(tmp_path, KEYS.get(case), CONFIGS.get(case))
-    check_for_real(reader, llama, logits(model), tmp_path)
+    check_all_for_real(model, llama, tmp_path)
 
 
 def rules_that_apply(reader, directory):
@@ -248,10 +253,17 @@ def test_an_option_of_save_pretrained_that_a_fix_names_makes_the_adapter_readabl
     assert answer(read_contents(tmp_path / "out"), Reader.TRANSFORMERS).takes is Takes.YES
 
 
+def copied(factory):
+    """The same model at each call, made once."""
+    template = functools.cache(lambda: Template(factory()))
+    return lambda: template().copy()
+
+
 FOLDED = ["plain", "rslora and patterns", "regex", "one layer", "start", "embedding", "head"]
 
 
-def deepseek(seed=0):
+@copied
+def deepseek():
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -266,7 +278,7 @@ def deepseek(seed=0):
         "v_head_dim": 8,
     }
     moe = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = DeepseekV3Config(**sizes, **heads, **moe, kv_lora_rank=8, q_lora_rank=None, num_hidden_layers=2)
     return DeepseekV3ForCausalLM(config).eval()
 
@@ -314,20 +326,19 @@ def test_which_base_an_adapter_is_for_decides_about_names_of_experts(tmp_path):
     assert "experts" in rules_that_apply(Reader.PEFT, tmp_path)
 
 
-@pytest.mark.parametrize("reader", SERVERS)
 @pytest.mark.parametrize("case", FOLDED)
-def test_an_adapter_made_for_a_server_has_the_same_effect(reader, case, tmp_path):
+def test_an_adapter_made_for_a_server_has_the_same_effect(case, tmp_path):
     model = adapted(llama(), **OPTIONS[case])
     model.save_pretrained(tmp_path / "it")
-    made_for(reader, tmp_path / "it", tmp_path / "out")
-    assert answer(read_contents(tmp_path / "out"), reader).takes is Takes.YES
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert not {"use_rslora", "rank_pattern", "alpha_pattern"} & config.keys()
-    torch.testing.assert_close(
-        logits(read_by(Reader.PEFT, llama(), tmp_path / "out")), logits(model), atol=1e-5, rtol=0
-    )
-    again = minipeft.load_adapter(llama(), tmp_path / "out")
-    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
+    expected = logits(model)
+    for reader in SERVERS:
+        out = tmp_path / reader.name
+        made_for(reader, tmp_path / "it", out)
+        assert asked(reader, out).takes is Takes.YES, reader
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert not {"use_rslora", "rank_pattern", "alpha_pattern"} & config.keys(), reader
+        for again in (read_by(Reader.PEFT, llama(), out), minipeft.load_adapter(llama(), out)):
+            torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=0)
 
 
 def test_adalora_is_low_rank_and_can_be_made_plain(tmp_path):
@@ -519,9 +530,13 @@ def test_odd_values_are_answered_or_refused_in_one_sentence(option, tmp_path):
     adapted(llama(), **QV).save_pretrained(tmp_path)
     for value in ODD:
         edited(tmp_path, config={option: value})
-        for asks in (summary, *(functools.partial(asked, reader) for reader in Reader)):
-            with contextlib.suppress(minipeft.MinipeftError):
-                asks(tmp_path)
+        with contextlib.suppress(minipeft.MinipeftError):
+            summary(tmp_path)
+        with contextlib.suppress(minipeft.MinipeftError):
+            contents = read_contents(tmp_path)
+            for reader in Reader:
+                with contextlib.suppress(minipeft.MinipeftError):
+                    answer(contents, reader)
 
 
 def asked(reader, directory):
@@ -529,10 +544,9 @@ def asked(reader, directory):
 
 
 def test_many_keys_are_answered_in_linear_time(tmp_path):
-    name = "base_model.model.model.layers.{}.experts.{}.up_proj.lora_{}.weight"
-    tensors = {name.format(n // 100, n % 100, "AB"[n % 2]): torch.zeros(1, 1) for n in range(20_000)}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors]
+    names = [f"model.layers.{n // 100}.experts.{n % 100}.up_proj" for n in range(4_000)]
+    keys = [f"base_model.model.{name}.lora_{factor}.weight" for name in names for factor in "AB"]
+    save_file({key: torch.zeros(1, 1) for key in keys}, tmp_path / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
         "r": 1,
@@ -540,12 +554,12 @@ def test_many_keys_are_answered_in_linear_time(tmp_path):
         "target_modules": names,
         "rank_pattern": dict.fromkeys(names, 1),
     }
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config)[: 2**20])
-    start = time.monotonic()
-    with contextlib.suppress(minipeft.MinipeftError):
-        for reader in Reader:
-            asked(reader, tmp_path)
-    assert time.monotonic() - start < 20
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    contents = read_contents(tmp_path)
+    for reader in Reader:
+        answer(contents, reader)
+    assert time.process_time() - start < 4  # some seven times as long as it takes
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (4,), (3, 32), (0, 32), (4, 32, 1, 1)])
@@ -563,6 +577,7 @@ def test_factors_of_odd_shapes_are_answered_or_refused(shape, tmp_path):
             made_for(Reader.VLLM, tmp_path / "it", tmp_path / "out")
 
 
+@copied
 def mixture():
     config = Qwen3MoeConfig(
         num_hidden_layers=2,
