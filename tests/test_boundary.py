@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import os
+import shutil
 import struct
 import time
 import warnings
@@ -33,9 +34,17 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 needs_a_user = pytest.mark.skipif(os.getuid() == 0, reason="root may read and write everything")
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    adapted().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    adapted().save_pretrained(tmp_path)
+def folder(saved, tmp_path):
+    """A copy of an adapter, which a test may change."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 

@@ -137,13 +137,29 @@ def everything(run):
     return repr(plain) + "".join(f"{name} {tensor.tolist()}" for name, tensor in sorted(tensors.items()))
 
 
-@pytest.fixture
-def saved(tmp_path):
+def run_in(directory):
     """A checkpoint after three steps, the run that made it, and the run directory."""
     seed_all(3)
     run = Run(net())
     run.steps(3)
-    return run.state.save(Checkpoints(tmp_path), 3, {"epoch": 0, "batch": 3}), run, tmp_path
+    return run.state.save(Checkpoints(directory), 3, {"epoch": 0, "batch": 3}), run, directory
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return run_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return run_in(tmp_path_factory.mktemp("kept"))[-1]
+
+
+@pytest.fixture
+def folder(kept, tmp_path):
+    """A copy of such a checkpoint, which a test may change."""
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    return Checkpoints(tmp_path).latest()
 
 
 def change(folder, name, payload):
@@ -426,8 +442,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_and_nothing_has_changed(case, saved):
-    folder = saved[0]
+def test_what_does_not_fit_is_refused_and_nothing_has_changed(case, folder):
     make, message = REFUSED[case]
     run = make()
     before = everything(run)
@@ -444,8 +459,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetens
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "nonsense", "empty object"])
-def test_a_damaged_file_is_refused_and_nothing_has_changed(name, damage, saved):
-    folder, _, _ = saved
+def test_a_damaged_file_is_refused_and_nothing_has_changed(name, damage, folder):
     path = folder / name
     content = path.read_bytes()
     if damage == "gone":
@@ -494,8 +508,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_state_is_refused_and_nothing_has_changed(edit, saved):
-    folder, _, _ = saved
+def test_an_edited_state_is_refused_and_nothing_has_changed(edit, folder):
     folder = change_state(folder, **EDITS[edit](json.loads((folder / "state.json").read_text())))
     run = Run(net())
     before = everything(run)
@@ -504,8 +517,7 @@ def test_an_edited_state_is_refused_and_nothing_has_changed(edit, saved):
     assert everything(run) == before
 
 
-def test_moments_of_another_shape_are_refused_and_nothing_has_changed(saved):
-    folder, _, _ = saved
+def test_moments_of_another_shape_are_refused_and_nothing_has_changed(folder):
     tensors = safetensors.torch.load_file(folder / "optimizer.safetensors")
     tensors = {name: torch.zeros(3, 3) if name.endswith("exp_avg") else t.clone() for name, t in tensors.items()}
     folder = change(folder, "optimizer.safetensors", safetensors.torch.save(tensors))
@@ -518,8 +530,7 @@ def test_moments_of_another_shape_are_refused_and_nothing_has_changed(saved):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("step", ["load_exactly", "load_schedule_state", "set_rng_state"])
-def test_a_restore_that_breaks_off_puts_everything_back(step, error, saved, monkeypatch):
-    folder, _, _ = saved
+def test_a_restore_that_breaks_off_puts_everything_back(step, error, folder, monkeypatch):
     run, real = Run(net()), getattr(run_state, step)
     run.steps(1)
     before, calls = everything(run), []
@@ -538,8 +549,7 @@ def test_a_restore_that_breaks_off_puts_everything_back(step, error, saved, monk
     assert everything(run) != before
 
 
-def test_a_position_that_is_none_is_refused_and_nothing_has_changed(saved):
-    folder, _, _ = saved
+def test_a_position_that_is_none_is_refused_and_nothing_has_changed(folder):
     run = Run(net())
     before = everything(run)
     with pytest.raises(CheckpointError, match="position in .* cannot be read"):
@@ -547,8 +557,7 @@ def test_a_position_that_is_none_is_refused_and_nothing_has_changed(saved):
     assert everything(run) == before
 
 
-def test_random_states_of_another_shape_are_refused_and_nothing_has_changed(saved):
-    folder, _, _ = saved
+def test_random_states_of_another_shape_are_refused_and_nothing_has_changed(folder):
     states = safetensors.torch.load_file(folder / "rng.safetensors")
     states["rank0.python"] = states["rank0.python"][1:]
     folder = change(folder, "rng.safetensors", safetensors.torch.save({k: v.clone() for k, v in states.items()}))
@@ -574,8 +583,7 @@ def test_another_number_of_processes_is_refused_unless_it_is_allowed(saved):
     assert repr(random_before) == repr(rng_state())
 
 
-def test_another_configuration_is_refused_with_its_differences(saved):
-    folder, _, _ = saved
+def test_another_configuration_is_refused_with_its_differences(folder):
     other = copy.deepcopy(CONFIG) | {"output_dir": "there", "learning_rate": 0.02, "new": True}
     other["data"]["seed"] = 2
     run = Run(net(), config=other)
@@ -589,14 +597,14 @@ def test_another_configuration_is_refused_with_its_differences(saved):
     run.state.restore(folder, may_differ=("output_dir", "data", "learning_rate", "new"))
 
 
-def test_another_version_of_torch_is_told_of(saved):
-    folder = change_state(saved[0], versions={"python": platform.python_version(), "torch": "1.0"})
+def test_another_version_of_torch_is_told_of(folder):
+    folder = change_state(folder, versions={"python": platform.python_version(), "torch": "1.0"})
     with pytest.warns(UserWarning, match="torch 1.0 then, .*; the same numbers are not promised"):
         Run(net()).state.restore(folder)
 
 
-def test_another_format_is_refused(saved):
-    folder = change_state(saved[0], format=2)
+def test_another_format_is_refused(folder):
+    folder = change_state(folder, format=2)
     with pytest.raises(CheckpointError, match="format 2, and this version reads 1"):
         Run(net()).state.restore(folder)
 

@@ -413,11 +413,11 @@ def example():
 class Site:
     """A server in a thread of its own, and a client of it."""
 
-    def __init__(self, example, root, *flags):
-        args = example.flags(["--model", str(TINY), "--adapters", str(root), *flags])
+    def __init__(self, example, base, root):
+        args = example.flags(["--model", str(base), "--adapters", str(root)])
         with foreign_code():
             self.server = example.build(args)
-        self.engine, self.root = self.server.engine, root
+        self.engine, self.base, self.root = self.server.engine, base, root
         self.engine.start()
         self.loop, self.port = asyncio.new_event_loop(), None
         self.runner = example.web.AppRunner(example.make_app(self.server), handler_cancellation=True)
@@ -470,16 +470,15 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(example, tmp_path_factory):
+def site(example, small_base, tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
 
     def make():
         with foreign_code():
-            return tf.AutoModelForCausalLM.from_pretrained(TINY)
+            return tf.AutoModelForCausalLM.from_pretrained(small_base)
 
-    site = Site(
-        example, saved(make, root, {"french": LoraConfig(r=4, init_lora_weights=False), "short.v1": METHODS["d"]})
-    )
+    saved(make, root, {"french": LoraConfig(r=4, init_lora_weights=False), "short.v1": METHODS["d"]})
+    site = Site(example, small_base, root)
     yield site
     site.close()
 
@@ -488,7 +487,7 @@ def site(example, tmp_path_factory):
 def expected(site):
     """The ids and text that `generate` and the tokenizer give for a prompt with an adapter."""
     with foreign_code():
-        model, tokenizer = tf.AutoModelForCausalLM.from_pretrained(TINY), site.server.tokenizer
+        model, tokenizer = tf.AutoModelForCausalLM.from_pretrained(site.base), site.server.tokenizer
 
     def compute(name, prompt, count):
         ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
@@ -744,7 +743,7 @@ def test_requests_beyond_the_queue_are_answered_429(site, monkeypatch):
 
 
 def test_shutting_down_finishes_what_runs_and_refuses_what_is_new(example, site):
-    other = Site(example, site.root)
+    other = Site(example, site.base, site.root)
     try:
         with other.response(
             {"model": "french", "prompt": "x", "max_tokens": 100, "stream": True, "seed": 0}
@@ -768,7 +767,7 @@ def test_sigterm_ends_the_program_with_0(site):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--model", TINY, "--adapters", site.root, "--port", str(port)]
+    words = ["--model", site.base, "--adapters", site.root, "--port", str(port)]
     process = subprocess.Popen([sys.executable, EXAMPLES / "serve_many.py", *words])
     url = f"http://127.0.0.1:{port}/v1/completions"
     while process.poll() is None:
