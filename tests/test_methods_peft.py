@@ -42,12 +42,6 @@ def test_the_start_is_exactly_the_base(case):
 
 
 @every_case
-def test_as_many_parameters_train_as_in_peft(case):
-    trainable, _ = ours(case).get_nb_trainable_parameters()
-    assert trainable == sum(p.numel() for p in theirs(case).parameters() if p.requires_grad)
-
-
-@every_case
 def test_a_file_of_ours_is_read_by_peft_and_back_with_the_same_outputs(case, tmp_path):
     model = disturb(ours(case))
     expected = logits(model)
@@ -62,7 +56,7 @@ def test_a_file_of_ours_is_read_by_peft_and_back_with_the_same_outputs(case, tmp
 
 
 @every_case
-def test_a_file_of_peft_is_read_by_us_with_the_same_outputs_and_gradients(case, tmp_path):
+def test_a_file_of_peft_is_read_by_us_with_the_same_outputs_gradients_and_merged_weights(case, tmp_path):
     reference = disturb(theirs(case))
     save_theirs(reference, tmp_path)
     model = minipeft.load_adapter(CASES[case][1](), tmp_path, is_trainable=True)
@@ -74,12 +68,21 @@ def test_a_file_of_peft_is_read_by_us_with_the_same_outputs_and_gradients(case, 
     for key, tensor in live.items():
         torch.testing.assert_close(tensor.grad, expected[key], rtol=1e-4, atol=1e-6, msg=key)
         assert expected[key].abs().max() > 0, key
+    merged = model.merge_and_unload().state_dict()
+    with foreign_code():
+        expected_merged = reference.merge_and_unload().state_dict()
+    assert merged.keys() == expected_merged.keys()
+    for key, tensor in expected_merged.items():
+        torch.testing.assert_close(merged[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
 
 
 @every_case
-def test_a_config_of_ours_has_the_keys_of_peft(case, tmp_path):
-    ours(case).save_pretrained(tmp_path / "ours")
-    save_theirs(theirs(case), tmp_path / "theirs")
+def test_as_many_parameters_train_as_in_peft_and_the_config_has_its_keys(case, tmp_path):
+    model, reference = ours(case), theirs(case)
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert trainable == sum(p.numel() for p in reference.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path / "ours")
+    save_theirs(reference, tmp_path / "theirs")
     found, expected = (
         json.loads((tmp_path / which / "adapter_config.json").read_text()) for which in ("ours", "theirs")
     )
@@ -94,15 +97,3 @@ def test_a_config_of_ours_has_the_keys_of_peft(case, tmp_path):
         values.pop("base_model_name_or_path")
     for key in found:
         assert found[key] == expected[key], key
-
-
-@every_case
-def test_merged_weights_are_those_of_peft(case, tmp_path):
-    reference = disturb(theirs(case))
-    save_theirs(reference, tmp_path)
-    merged = minipeft.load_adapter(CASES[case][1](), tmp_path).merge_and_unload()
-    with foreign_code():
-        expected = reference.merge_and_unload()
-    assert merged.state_dict().keys() == expected.state_dict().keys()
-    for key, tensor in expected.state_dict().items():
-        torch.testing.assert_close(merged.state_dict()[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
