@@ -1,7 +1,6 @@
 """QLoRA end to end: models that transformers quantized, files to and from PEFT on the same base, and a training run."""
 
 import copy
-import functools
 import gzip
 import logging
 from pathlib import Path
@@ -48,17 +47,13 @@ def loaded(tmp_path_factory):
     """A function: the model of a family as transformers loads it from a directory, quantized; a new one at each call."""
     made = {}
 
-    @functools.cache
-    def first(family, loading, **options):
+    def load(family, loading, **options):
         if family not in made:
             made[family] = tmp_path_factory.mktemp(family)
             {"gpt2": gpt2, "llama": llama}[family]().save_pretrained(made[family])
-        config = BitsAndBytesConfig(**LOADING[loading])
-        return AutoModelForCausalLM.from_pretrained(made[family], quantization_config=config, **options)
-
-    def load(*asked, **options):
         with foreign_code():
-            return copy.deepcopy(first(*asked, **options))
+            config = BitsAndBytesConfig(**LOADING[loading])
+            return AutoModelForCausalLM.from_pretrained(made[family], quantization_config=config, **options)
 
     return load
 
