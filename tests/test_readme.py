@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 TRANSLATIONS = ROOT / "docs" / "zh-TW"  # their code is that of the English pages, see test_docs_site.py
-TINY = ROOT / "examples/assets/tiny"
 TRAINING = "# ... train it with what you train models with ..."
 TRAINED = "[p.data.add_(0.01) for p in model.parameters() if p.requires_grad]"
 
@@ -27,16 +26,16 @@ def python_blocks(page):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(small_base, tmp_path_factory):
     """The hub's models that the pages name -> a small local one of the same family."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     llama = tmp_path_factory.mktemp("models") / "llama"
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer = AutoTokenizer.from_pretrained(small_base)
     LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(llama)
     tokenizer.save_pretrained(llama)
-    return {"openai-community/gpt2": str(TINY), "meta-llama/Llama-3.2-1B": str(llama)}
+    return {"openai-community/gpt2": str(small_base), "meta-llama/Llama-3.2-1B": str(llama)}
 
 
 def run_page(page, folder, models):
@@ -91,7 +90,7 @@ def test_the_code_of_the_readme_runs(namespace):
     assert (namespace["folder"] / "my-adapter" / "adapter_model.safetensors").exists()
 
 
-def test_the_method_of_the_readme_keeps_what_it_promises(namespace, tmp_path):
+def test_the_method_of_the_readme_keeps_what_it_promises(namespace, small_base, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from minipeft import load_adapter
@@ -103,7 +102,7 @@ def test_the_method_of_the_readme_keeps_what_it_promises(namespace, tmp_path):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         expected = model(ids).logits
         model.save_pretrained(tmp_path)
-        loaded = load_adapter(AutoModelForCausalLM.from_pretrained(TINY), tmp_path)
+        loaded = load_adapter(AutoModelForCausalLM.from_pretrained(small_base), tmp_path)
         assert torch.equal(loaded(ids).logits, expected)
         torch._dynamo.reset()
         block, x = loaded.transformer.h[0], torch.randn(1, 12, loaded.config.n_embd)
