@@ -1,6 +1,5 @@
 """AdaLoRA in `Updater`: its own loss counts once an update, and its ranks go, on any number of processes."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +58,13 @@ def by_hand(model):
     return losses, left
 
 
+@pytest.fixture(scope="module")
+def expected():
+    """The model that was trained by hand, its losses, and its ranks after each step; to read."""
+    reference = scheduled()
+    return reference, *by_hand(reference)
+
+
 def assert_alike(model, reference):
     expected = reference.adapter_state_dict()
     for key, tensor in model.adapter_state_dict().items():
@@ -66,10 +72,8 @@ def assert_alike(model, reference):
 
 
 @pytest.mark.parametrize("micro_batch", [7, 2])
-def test_updates_are_the_loop_written_by_hand(micro_batch):
-    model = scheduled()
-    reference = copy.deepcopy(model)
-    losses, left = by_hand(reference)
+def test_updates_are_the_loop_written_by_hand(micro_batch, expected):
+    model, (reference, losses, left) = scheduled(), expected
     update, order, found = updater_of(model, micro_batch=micro_batch, clip=0.5), UpdateOrder(Rows(), 7, seed=0), []
     for number in range(STEPS):
         assert update(order[number]) == pytest.approx(losses[number], rel=1e-5)
@@ -79,15 +83,13 @@ def test_updates_are_the_loop_written_by_hand(micro_batch):
     assert_alike(model, reference)
 
 
-def test_where_memory_runs_out_it_is_still_counted_once(capsys):
+def test_where_memory_runs_out_it_is_still_counted_once(capsys, expected):
     model = scheduled()
-    reference = copy.deepcopy(model)
-    by_hand(reference)
     update = updater_of(model, micro_batch=4, clip=0.5, auto_batch=True, loss=no_room_for(1))
     for number in range(STEPS):
         update(UpdateOrder(Rows(), 7, seed=0)[number])
     assert update.micro_batch == 1
-    assert_alike(model, reference)
+    assert_alike(model, expected[0])
 
 
 def test_a_skipped_step_is_left_out():
@@ -114,10 +116,9 @@ def main(directory):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_are_one(tmp_path, expected):
     warm.ranks(tmp_path, main, tmp_path, ACCELERATE_USE_CPU="true")
-    reference = scheduled()
-    losses, _ = by_hand(reference)
+    reference, losses, _ = expected
     for rank in "01":
         found, state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found == pytest.approx(losses, rel=1e-5)
