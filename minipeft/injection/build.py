@@ -16,10 +16,10 @@ from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.kernels.full_precision import full_precision
+from minipeft.kernels.functional import HALF
 from minipeft.layers.offloaded import HOOK, present
 from minipeft.methods.base import Adapter
 
-HALF = frozenset({torch.bfloat16, torch.float16})
 Shape = tuple[torch.Size, torch.dtype]
 
 

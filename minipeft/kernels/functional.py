@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HALF = frozenset({torch.bfloat16, torch.float16})
+
 
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     """``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rank-stabilised LoRA (Kalajdzievski, 2023, arXiv:2312.03732)."""
@@ -85,9 +87,8 @@ def largest(tensor: Tensor) -> float:
     if tensor.numel() == 0:
         return 0.0
     # Much slower against the memory order.
-    in_order = tensor.is_contiguous() or not is_column_major(tensor)
-    low, high = torch.aminmax(tensor if in_order else tensor.t())
-    return max(-low.item(), high.item())
+    low, high = torch.aminmax(tensor.t() if is_column_major(tensor) else tensor)
+    return max(-float(low), float(high))
 
 
 def is_column_major(weight: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-HALF = frozenset({torch.bfloat16, torch.float16})
+from minipeft.kernels.functional import HALF
 
 
 def rounding_leak(dtype: torch.dtype) -> float:

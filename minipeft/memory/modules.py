@@ -16,6 +16,7 @@ from minipeft.injection.rows import in_backward
 from minipeft.injection.wrapper import Switch
 from minipeft.kernels import glibc, recompute
 from minipeft.kernels.frozen_linear import lean_linear
+from minipeft.kernels.functional import HALF
 from minipeft.kernels.keeps_inputs import keeping_inputs
 from minipeft.kernels.transformed import is_traced, is_transformed
 from minipeft.layers.base import LayerOps
@@ -29,8 +30,6 @@ TANH_GELUS = {"NewGELUActivation", "FastGELUActivation"}
 # Cheap functions of one tensor that depend on nothing that changes within a step.
 CHEAP = {"GELUActivation", "GELUTanh", "SiLUActivation", "QuickGELUActivation", "ReLUSquaredActivation"}
 CHEAP_TYPES = (nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid)
-HALF = (torch.float16, torch.bfloat16)
-
 FUSED_GELU = nn.GELU(approximate="tanh")
 
 
