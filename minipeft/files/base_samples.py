@@ -163,7 +163,8 @@ def _alike(saved: list[float], here: list[float], exact: bool) -> bool:
 
 def frozen_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
     """The weights to sample for an adapter, by full name: frozen, not in its file, and not known to be the checkpoint's."""
-    if find_origins(model).all_known:
+    origins = find_origins(model)
+    if origins.all_known:
         return iter(())
     taken: set[int] = set()
     for _, wrapper in wrappers(model):
@@ -172,8 +173,7 @@ def frozen_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, n
             taken.update(map(id, parameters_in(base)))
         elif isinstance(wrapper, SavedModule) and adapter_name in wrapper.adapters:
             taken |= _saved(base, wrapper.only)
-    found = candidates(model)
-    unsure = _of_unsure_origin(model, taken, found, find_origins(model, found))
+    unsure = _of_unsure_origin(model, taken, candidates(model), origins)
     return ((name, p) for name, p in unsure if not p.requires_grad)
 
 

@@ -41,8 +41,7 @@ def attach(
     first = STATE not in model.__dict__
     state = AdapterState() if first else state_of(model)
     before = plan.outside
-    inside_layers = bool(plan.prepared)  # of those adapted already
-    with unchanged_on_error(model, state, state.switch, outside=before, inside_layers=inside_layers):
+    with unchanged_on_error(model, state, state.switch, outside=before, inside_layers=bool(plan.prepared)):
         if first:
             state.trained_before = _trained(before)
             _mix(model, mixin)

@@ -39,7 +39,7 @@ class Origins:
 
     @property
     def all_known(self) -> bool:
-        """Whether every parameter is the checkpoint's."""
+        """Whether no parameter is new or may be."""
         return not self.fresh and not self.unknown
 
 

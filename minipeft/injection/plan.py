@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -46,9 +46,9 @@ class Plan:
     config: AdapterConfig
     adapters: tuple[AdapterSite, ...]
     saved: tuple[SavedSite, ...]
-    prepared: tuple[tuple[LayerOps, nn.Module], ...] = ()  # layers, adapted or not, that need `LayerOps.prepare`
-    origins: Origins = field(default_factory=Origins)
-    outside: tuple[tuple[str, nn.Module], ...] = ()  # the model's `outside_adapters`
+    prepared: tuple[tuple[LayerOps, nn.Module], ...]  # layers, adapted or not, that need `LayerOps.prepare`
+    origins: Origins
+    outside: tuple[tuple[str, nn.Module], ...]  # the model's `outside_adapters`
 
 
 def plan(

@@ -154,13 +154,13 @@ def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) 
 
 
 def _fits(factor: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    narrower = factor.dtype == dtype or torch.promote_types(factor.dtype, dtype) == dtype
-    return narrower and factor.device == device
+    return torch.promote_types(factor.dtype, dtype) == dtype and factor.device == device
 
 
 def _holds(owner: nn.Module, weight: Tensor) -> bool:
     """Whether the canonical weight is a view of the layer's own parameter, so that adding to it changes the layer."""
-    for own in owner._parameters.values():
-        if own is not None and own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel():
-            return own.dtype == weight.dtype
-    return False
+    return any(
+        own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel() and own.dtype == weight.dtype
+        for own in owner._parameters.values()
+        if own is not None
+    )

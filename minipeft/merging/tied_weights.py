@@ -17,9 +17,7 @@ def tied_layers(
     layer: AdaptedLayer, names: tuple[str, ...], others: Sequence[AdaptedLayer]
 ) -> tuple[AdaptedLayer, ...]:
     """The other layers that share the weight and these adapters, so merging into one layer merges into all."""
-    if not others:
-        return ()
-    weight = layer.owner._parameters.get("weight")
+    weight = layer.owner._parameters.get("weight") if others else None
     if weight is None:
         return ()
     return tuple(
