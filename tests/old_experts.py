@@ -92,10 +92,11 @@ FAMILIES = {
 _models = {}
 
 
-def copied(key, model_class, make_config):
+def made(model_class, config):
     """A model, always the same; copied, as making one takes ten times as long."""
+    key = model_class, config.to_json_string(use_diff=False)
     if key not in _models:
-        _models[key] = Template(_new(model_class, make_config()))
+        _models[key] = Template(_new(model_class, config))
     return _models[key].copy()
 
 
@@ -110,14 +111,10 @@ def _new(model_class, config):
     return model.eval()
 
 
-def made(model_class, config):
-    return copied((model_class, config.to_json_string(use_diff=False)), model_class, lambda: config)
-
-
 def mixture(family, **more):
     name, sizes, _, _ = FAMILIES[family]
     model_class = getattr(transformers, name)
-    return copied((family, repr(more)), model_class, lambda: model_class.config_class(**(SIZES | sizes | more)))
+    return made(model_class, model_class.config_class(**(SIZES | sizes | more)))
 
 
 class OldFile:

@@ -32,12 +32,6 @@ def uncompiled(monkeypatch):
 
 
 @pytest.fixture
-def one_check(monkeypatch):
-    """The first check alone, where it is not the checks that a test is about."""
-    monkeypatch.setattr("minipeft.testing.report.CHECKS", CHECKS[:1])
-
-
-@pytest.fixture
 def isolated():
     """What a test registers is gone after it."""
     with registry.isolated():
@@ -677,7 +671,7 @@ class SpecialOps(LinearOps):
     """Nothing of its own."""
 
 
-@pytest.mark.usefixtures("one_check")
+@pytest.mark.usefixtures("uncompiled")
 def test_an_example_that_other_ops_accept_is_refused(isolated):
     registry.register_layer(Special)(SpecialOps)
     with pytest.raises(TargetError, match="the example is a Linear, which is adapted by LinearOps, not by SpecialOps"):
@@ -697,7 +691,7 @@ def call_twice(layer, x):
     return layer(x) + layer(x)
 
 
-@pytest.mark.usefixtures("one_check")
+@pytest.mark.usefixtures("uncompiled")
 def test_options_without_a_default_can_be_registered(isolated, monkeypatch):
     monkeypatch.setattr(examples, "_options", dict(examples._options))
     registry.register_method("trial")(NeedsAnOption)
@@ -721,7 +715,7 @@ class NeedsAnOption(Trial):
     config_class = SizedConfig
 
 
-@pytest.mark.usefixtures("one_check")
+@pytest.mark.usefixtures("uncompiled")
 def test_a_subclass_that_its_base_serves_is_tried_with_an_instance_of_it():
     assert check_pair("lora", Special, make=Special).served
     with pytest.raises(RegistryError, match=r"no LayerOps are registered for .*Special' itself.*pass make="):
@@ -737,7 +731,7 @@ def norm(in_features, out_features):
     return nn.LayerNorm(in_features)
 
 
-@pytest.mark.usefixtures("one_check")
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", ["torch.nn.Linear", "torch.nn.modules.linear.Linear"])
 def test_a_layer_type_may_be_given_by_any_of_its_dotted_names(name):
     assert check_pair("lora", name).layer == "torch.nn.modules.linear.Linear"

@@ -11,7 +11,7 @@ import logging
 import pytest
 import torch
 import transformers as tf
-from fast_copy import Template
+from fast_copy import copied
 from rotation import often
 from safetensors.torch import load_file, save_file
 from tiny_models import foreign_code, llama, state_digest, token_ids
@@ -59,12 +59,6 @@ def made(cls, config):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.05)
     return model
-
-
-def copied(make):
-    """Makes the model once, and copies it at each call: a fifth of the time."""
-    template = functools.cache(lambda: Template(make()))
-    return lambda: template().copy()
 
 
 @copied

@@ -1,7 +1,6 @@
 """Who reads an adapter: the rules tried for real where the reader is installed, and on files as their sources describe them."""
 
 import contextlib
-import functools
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import readers_table
 import torch
-from fast_copy import Template
+from fast_copy import copied
 from method_cases import CASES, ours
 from safetensors.torch import load_file, save_file
 from test_peft_interop import CASES as LORA
@@ -251,12 +250,6 @@ def test_an_option_of_save_pretrained_that_a_fix_names_makes_the_adapter_readabl
     }
     model.save_pretrained(tmp_path / "out", **{option: True})
     assert answer(read_contents(tmp_path / "out"), Reader.TRANSFORMERS).takes is Takes.YES
-
-
-def copied(factory):
-    """The same model at each call, made once."""
-    template = functools.cache(lambda: Template(factory()))
-    return lambda: template().copy()
 
 
 FOLDED = ["plain", "rslora and patterns", "regex", "one layer", "start", "embedding", "head"]

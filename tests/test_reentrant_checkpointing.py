@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers as tf
-from fast_copy import Template
+from fast_copy import copied
 from tiny_models import gpt2, llama, t5
 from torch import nn
 
@@ -198,19 +198,19 @@ CHANGES = {
 }
 
 
-@functools.cache
-def template(checkpointing=None):
+@copied
+def two_adapters_on_llama(checkpointing=None):
     torch.manual_seed(0)
     model = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     model.add_adapter("other", model.adapter_configs["default"])
-    return Template(model if checkpointing is None else lean(model.train(), checkpointing))
+    return model if checkpointing is None else lean(model.train(), checkpointing)
 
 
 def adapted_llama(way):
     """Always the same, and copied, since `lean` takes long to try a batch."""
     if way.startswith("lean"):
-        return template(way.split()[1]).copy().train()
-    model = template().copy()
+        return two_adapters_on_llama(way.split()[1]).train()
+    model = two_adapters_on_llama()
     enable(model, use_reentrant=way == "reentrant")
     return model.train()
 

@@ -1,13 +1,12 @@
 """LoRA of fused experts without W + BA: against W + BA in float64, against PEFT, and what is made and kept."""
 
 import copy
-import functools
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fast_copy import Template
+from fast_copy import copied
 from kept_bytes import bytes_kept
 from rotation import rotated, thinned
 from tiny_models import disturb, foreign_code, logits, token_ids
@@ -76,16 +75,16 @@ EVERY_KIND_AND_WAY = [("mixtral", way) for way in IMPLEMENTATIONS] + [
 ]
 
 
-@functools.cache
-def template(kind):
+@copied
+def plain(kind):
     cls, config, options = MODELS[kind]
     with foreign_code(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Template(disturb(cls(config(**SIZES, **options)), scale=0.1))
+        return disturb(cls(config(**SIZES, **options)), scale=0.1)
 
 
 def moe(kind, way="eager", dtype=torch.float32):
-    model = template(kind).copy().to(dtype)
+    model = plain(kind).to(dtype)
     with foreign_code():
         model.set_experts_implementation(way)
     return model.train()
