@@ -1,6 +1,7 @@
 """Layers that the base's checkpoint lacks: a new head is drawn at random, so the adapter's file has to bring it."""
 
 import copy
+import functools
 import json
 
 import peft
@@ -111,18 +112,22 @@ FAMILIES = {
 everywhere = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture
-def made(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """Makes a model with a new head from the checkpoint of a family, another head for each seed."""
 
+    @functools.cache
+    def checkpoint(family):
+        stored, config, *_ = FAMILIES[family]
+        torch.manual_seed(0)
+        stored(config).save_pretrained(folder := tmp_path_factory.mktemp("base"))
+        return folder
+
     def make(family, seed):
-        stored, config, cls, _, _ = FAMILIES[family]
         with foreign_code(), torch.random.fork_rng():
-            if not (tmp_path / "base").exists():
-                torch.manual_seed(0)
-                stored(config).save_pretrained(tmp_path / "base")
+            folder = checkpoint(family)
             torch.manual_seed(seed)
-            return cls.from_pretrained(tmp_path / "base", num_labels=3).eval()
+            return FAMILIES[family][2].from_pretrained(folder, num_labels=3).eval()
 
     return make
 

@@ -8,10 +8,12 @@ import copy
 import functools
 import json
 import re
+import shutil
 
 import pytest
 import torch
 import transformers
+from fast_copy import Template
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     bert_classifier,
@@ -138,12 +140,17 @@ def ours(case):
     return minipeft.get_lora_model(factory(), minipeft.LoraConfig(**options))
 
 
-def theirs(case, adapter_name="default", **more):
-    """PEFT's model of a case; its configuration object is PEFT's to change, so it gets a copy."""
+@functools.cache
+def template(case):
+    """PEFT's model of a case, made once to be copied; its configuration object is PEFT's to change, so it gets a copy."""
     factory, options = CASES[case]
+    torch.manual_seed(0)
     with foreign_code():
-        config = peft.LoraConfig(**copy.deepcopy(options), **more)
-        return peft.get_peft_model(factory(), config, adapter_name=adapter_name)
+        return Template(peft.get_peft_model(factory(), peft.LoraConfig(**copy.deepcopy(options))))
+
+
+def theirs(case):
+    return template(case).copy()
 
 
 def their_logits(model, ids=None):
@@ -261,13 +268,12 @@ def test_training_steps_give_the_losses_of_peft(case, steps, tmp_path):
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case not in ("gpt2 embedding", "llama tied", "t5 shared embedding")]
 )
-def test_merged_logits_equal_those_of_peft_and_the_unmerged(case, tmp_path):
+def test_merged_logits_equal_those_of_peft_and_the_unmerged(case, files_of):
     factory, _ = CASES[case]
-    reference = disturb(theirs(case))
-    save_theirs(reference, tmp_path)
-    model = minipeft.load_adapter(factory(), tmp_path)
+    directory, expected = files_of("theirs", case)
+    model = minipeft.load_adapter(factory(), directory)
     unmerged = logits(model)
-    assert_close(unmerged, their_logits(reference))
+    assert_close(unmerged, expected)
     model.merge_adapter()
     assert_close(logits(model), unmerged)
     model.unmerge_adapter()
@@ -276,7 +282,7 @@ def test_merged_logits_equal_those_of_peft_and_the_unmerged(case, tmp_path):
     assert type(merged) is type(factory())
     assert_close(logits(merged), unmerged)
     with foreign_code():
-        assert_close(logits(merged), logits(reference.merge_and_unload()))
+        assert_close(logits(merged), logits(disturb(theirs(case)).eval().merge_and_unload()))
 
 
 @every_case
@@ -322,7 +328,10 @@ def test_our_configuration_file_means_the_same_to_peft(case, files_of):
 
 
 def test_an_adapter_of_another_name_stands_in_a_directory_of_that_name(tmp_path):
-    reference = disturb(theirs("gpt2 conv1d", adapter_name="other"))
+    factory, options = CASES["gpt2 conv1d"]
+    with foreign_code():
+        config = peft.LoraConfig(**copy.deepcopy(options))
+        reference = disturb(peft.get_peft_model(factory(), config, adapter_name="other"))
     save_theirs(reference, tmp_path / "theirs")
     model = minipeft.load_adapter(gpt2(), tmp_path / "theirs" / "other", adapter_name="other")
     assert_close(logits(model), their_logits(reference))
@@ -523,14 +532,13 @@ def test_a_config_of_four_keys_is_enough(tmp_path):
         "gpt2 bias lora_only",
     ],
 )
-def test_transformers_loads_our_files_into_a_plain_model(case, tmp_path):
+def test_transformers_loads_our_files_into_a_plain_model(case, files_of):
     factory, _ = CASES[case]
-    model = disturb(ours(case))
-    model.save_pretrained(tmp_path)
+    directory, expected = files_of("ours", case)
     plain = factory()
     with foreign_code():
-        plain.load_adapter(str(tmp_path))
-    assert_close(logits(plain.eval()), logits(model))
+        plain.load_adapter(str(directory))
+    assert_close(logits(plain.eval()), expected)
 
 
 @pytest.mark.parametrize(
@@ -732,8 +740,8 @@ def test_another_method_of_peft_is_refused_by_name(tmp_path):
         ("peft_type", "A_METHOD_TO_COME"),
     ],
 )
-def test_a_key_that_asks_for_something_unknown_is_refused_by_name(key, value, tmp_path):
-    save_theirs(theirs("gpt2 conv1d"), tmp_path)
+def test_a_key_that_asks_for_something_unknown_is_refused_by_name(key, value, files_of, tmp_path):
+    shutil.copytree(files_of("theirs", "gpt2 conv1d")[0], tmp_path, dirs_exist_ok=True)
     path = tmp_path / "adapter_config.json"
     values = json.loads(path.read_text())
     if key == "lora_alhpa":
