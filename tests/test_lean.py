@@ -232,6 +232,7 @@ def a_plain_call(model, mode):
 MODES = ["evaluation", "evaluation with gradients", "training mode without gradients"]
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize(
     ("mode", "checkpointing", "make", "dtype"),
     rotated(MODES, ["last", "mlp", "block"], [gpt2, llama], [torch.float32, torch.bfloat16]),

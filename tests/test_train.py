@@ -42,7 +42,7 @@ RESULTS |= {
 }
 
 
-QUICK_LENGTH = 64
+QUICK_LENGTH = 40
 ON_CPU = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -66,7 +66,7 @@ def losses_of(directory: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> tuple[Path, Warm]:
-    """One quick run as the README starts it, but for the new interpreters, and with blocks half as long."""
+    """One quick run as the README starts it, but for the new interpreters, and with blocks of a third."""
     directory = tmp_path_factory.mktemp("quick") / "new" / "directory"
     words = [SCRIPT, "--quick", "--max_length", QUICK_LENGTH, "--output_dir", directory]
     process = Warm(directory.parents[1], warm.launch, *words, **ON_CPU)
