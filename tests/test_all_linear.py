@@ -1,10 +1,11 @@
-"""``target_modules="all-linear"`` names in one warning what it leaves out, and why."""
+"""What ``target_modules="all-linear"`` leaves out, and a list that names parts of experts, is named in one warning with the reason."""
 
 import copy
 import warnings
 
 import pytest
 import torch
+from old_experts import mixture
 from tiny_models import foreign_code, gpt2, gpt2_classifier, llama
 from torch import nn
 from torch.nn.utils import prune
@@ -119,6 +120,32 @@ def test_fused_experts_are_named_unless_they_are_adapted():
     assert "2 MixtralExperts (fused; target_parameters can name gate_up_proj and down_proj)" in messages[0]
     names = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
     assert said(model, LoraConfig(r=2, target_modules="all-linear", target_parameters=names))[0] == []
+
+
+EXPERTS_LEFT_OUT = {
+    "a name of the shared experts": ("qwen2_moe", {"target_modules": ["q_proj", "gate_proj"]}, 2),
+    "a name of a dense layer": ("deepseek_v3", {"target_modules": ["o_proj", "down_proj"]}, 1),
+    "a regular expression": ("qwen2_moe", {"target_modules": r".*\.(q_proj|down_proj)"}, 2),
+    "one layer": ("qwen2_moe", {"target_modules": ["down_proj"], "layers_to_transform": [1]}, 1),
+    "longer names": ("qwen2_moe", {"target_modules": ["q_proj", "shared_expert.down_proj"]}, 0),
+    "a longer expression": ("qwen2_moe", {"target_modules": r".*\.shared_expert\.\w+_proj"}, 0),
+    "excluded": ("qwen2_moe", {"target_modules": ["down_proj"], "exclude_modules": ["experts"]}, 0),
+    "another layer": ("deepseek_v3", {"target_modules": ["down_proj"], "layers_to_transform": [0]}, 0),
+    "adapted": ("qwen2_moe", {"target_modules": ["down_proj"], "target_parameters": ["experts.down_proj"]}, 0),
+    "attention": ("qwen2_moe", {"target_modules": ["q_proj", "v_proj"]}, 0),
+    "defaults": ("qwen2_moe", {}, 0),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS_LEFT_OUT)
+def test_experts_whose_parts_a_pattern_names_are_named_unless_that_is_said(case):
+    family, options, count = EXPERTS_LEFT_OUT[case]
+    messages = said(mixture(family), LoraConfig(r=2, **options))[0]
+    assert len(messages) == bool(count)
+    if count:
+        kind = {"qwen2_moe": "Qwen2MoeExperts", "deepseek_v3": "DeepseekV3Experts"}[family]
+        assert f"{count} {kind} (fused; target_parameters can name gate_up_proj and down_proj)" in messages[0]
+        assert "exclude_modules=['experts']" in messages[0]
 
 
 def test_what_is_left_out_on_purpose_is_not_named():

@@ -281,6 +281,7 @@ EXPERTS = {
     "no mapping": {"task_type": "CAUSAL_LM", "rank_pattern": {"shared_experts.up_proj": 2}, "use_rslora": True},
     "dropout": {"lora_dropout": 0.1},
     "gate alone": {"target_modules": ["gate_proj"]},
+    "experts excluded": {"exclude_modules": ["experts"]},
 }
 
 
@@ -289,7 +290,13 @@ EXPERTS = {
 def test_layers_named_as_the_experts_of_transformers_4_are_found_and_converted(reader, case, tmp_path):
     """PEFT takes targets such as ``gate_proj`` for the fused experts, and leaves dense layers and shared experts out."""
     options = {"target_modules": ["gate_proj", "up_proj", "down_proj", "o_proj"]} | EXPERTS[case]
-    model = adapted(deepseek(), **options).eval()
+    said = (
+        contextlib.nullcontext()
+        if "exclude_modules" in options
+        else pytest.warns(UserWarning, match="parts of experts")
+    )
+    with said:
+        model = adapted(deepseek(), **options).eval()
     model.save_pretrained(tmp_path / "it")
     check_for_real(reader, deepseek, logits(model), tmp_path / "it")
     assert rules_that_apply(reader, tmp_path / "it") & {"experts", "experts refused"}
@@ -303,7 +310,7 @@ def test_layers_named_as_the_experts_of_transformers_4_are_found_and_converted(r
 
 @both
 def test_dora_of_layers_named_as_experts_is_not_promised(reader, tmp_path):
-    model = adapted(deepseek(), target_modules=["gate_proj", "up_proj"], use_dora=True)
+    model = adapted(deepseek(), target_modules=["gate_proj", "up_proj"], exclude_modules=["experts"], use_dora=True)
     model.save_pretrained(tmp_path / "it")
     check_for_real(reader, deepseek, logits(model), tmp_path / "it")
     with pytest.raises(CheckpointError, match="minipeft merge"):

@@ -75,11 +75,19 @@ def _why_left_out(candidate: Candidate) -> str | None:
         return None  # it goes with its parent
     if _is_linear(base) and layer_ops(base) is None:
         return _weight_of(base)
-    fused = [name for name, own in base._parameters.items() if own is not None and own.ndim >= 2]
-    kind = type(base).__name__.lower()
-    if fused and any(word in kind for word in ("expert", "router")):
-        return f"{'fused; ' if 'expert' in kind else ''}target_parameters can name {' and '.join(fused)}"
-    return None
+    if "router" in type(base).__name__.lower() and (own := _matrices(base)):
+        return f"target_parameters can name {' and '.join(own)}"
+    return why_experts_are_left_out(base)
+
+
+def why_experts_are_left_out(base: nn.Module) -> str | None:
+    """The reason for a module that holds the experts of a mixture in parameters of its own; None for any other module."""
+    own = _matrices(base) if "expert" in type(base).__name__.lower() else []
+    return f"fused; target_parameters can name {' and '.join(own)}" if own else None
+
+
+def _matrices(base: nn.Module) -> list[str]:
+    return [name for name, own in base._parameters.items() if own is not None and own.ndim >= 2]
 
 
 def _is_linear(base: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF
 from minipeft.config.patterns import endings, full_matches, is_suffix
 from minipeft.ecosystem.transformers_model import model_type
 from minipeft.errors import TargetError, hint, nearest, shown, warn
-from minipeft.injection.all_linear import all_linear, layers_left_out, of_text
+from minipeft.injection.all_linear import all_linear, layers_left_out, of_text, why_experts_are_left_out
 from minipeft.injection.base_state import has_statistics
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import LayerOps, layer_ops
@@ -46,11 +46,39 @@ def select_targets(
     else:
         patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
+        if every_pattern and chosen and config.target_modules is not None:
+            _warn_of_experts(model, config, {name: found[names[name]] for name in eligible}, found)
     chosen = _in_layers(config, chosen, every_pattern)
     if not chosen and not config.target_parameters:
         given = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
         raise TargetError(f"target_modules {given!r} leaves no module of {type(model).__name__} to adapt{why}.")
     return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
+
+
+def _warn_of_experts(
+    model: nn.Module, config: AdapterConfig, eligible: Mapping[str, Candidate], found: dict[str, Candidate]
+) -> None:
+    """Warn about fused experts whose parts have names that ``target_modules`` selects, and that nothing adapts.
+
+    The shared experts and dense layers of a mixture have such names, and would be all that is adapted.
+    """
+    adapted = select_parameters(model, config, found, every_pattern=False)
+    left_out = {}
+    for name, candidate in eligible.items():
+        reason = why_experts_are_left_out(candidate.base)
+        if reason is None or candidate.names[0] in adapted:
+            continue
+        parts = [f"{name}.{part}" for part in candidate.base._parameters]
+        parts += [f"{name}.0.{part}" for part in EXPERT_LAYERS]
+        if selected_names(config, parts):
+            left_out[candidate.names[0]] = reason
+    if left_out:
+        exclude = sorted({name.rpartition(".")[2] for name in left_out})
+        warn(
+            f"target_modules names parts of experts too, and leaves out {layers_left_out(left_out, found)}. "
+            f"If that is meant, say exclude_modules={exclude}, or give longer names of the layers to adapt.",
+            ours=True,
+        )
 
 
 def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
