@@ -22,7 +22,7 @@ from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
 from minipeft.injection.module_tree import Candidate, candidates, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.injection.targets import within
+from minipeft.injection.targets import select_targets, within
 from minipeft.layers.offloaded import values_of
 
 # The factors of a head that is tied to an embedding -> those of the embedding, of which each is the transpose.
@@ -180,12 +180,27 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def as_peft_reads(file: AdapterFile, model: nn.Module) -> AdapterFile:
-    """A file whose `modules_to_save` names every module that PEFT would train; a file of ours as it is."""
+    """A file whose options name all that they mean to PEFT; a file of ours as it is.
+
+    `modules_to_save` then names every module that PEFT would train, and `target_modules` nothing where PEFT knows no default
+    modules for the model's family, as for GPT-OSS, and adapted the `target_parameters` alone.
+    """
     config = file.config
+    if file.is_own:
+        return file
+    if config.target_parameters and config.target_modules is None and not _brings_defaults(file, model):
+        config = replace(config, target_modules=())
     entries = (*(config.modules_to_save or ()), *HEADS_OF_TASK.get(config.task_type or "", ()))
-    more = [] if file.is_own or not entries else _strays(candidates(model), entries)
-    entries = (*(config.modules_to_save or ()), *more)
-    return replace(file, config=replace(config, modules_to_save=entries)) if more else file
+    if more := _strays(candidates(model), entries) if entries else ():
+        config = replace(config, modules_to_save=(*(config.modules_to_save or ()), *more))
+    return replace(file, config=config)
+
+
+def _brings_defaults(file: AdapterFile, model: nn.Module) -> bool:
+    """Whether it has a key of a layer that is adapted by default."""
+    names = select_targets(model, file.config, candidates(model), every_pattern=False)
+    prefixes = tuple(f"{PREFIX}{name}." for name in names)
+    return any(key.startswith(prefixes) for key in file.shapes)
 
 
 def for_peft(model: nn.Module, entries: Sequence[str], saved: Sequence[str]) -> list[str]:
