@@ -21,7 +21,6 @@ from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import shown
 from minipeft.files.format import open_adapter, open_weights
 from minipeft.files.names.fitted import in_names_of
-from minipeft.files.peft_extras import as_peft_reads
 from minipeft.injection.fresh_parts import ORIGINS
 
 
@@ -143,7 +142,7 @@ def _keys_of_file(setup: Setup, directory: Path) -> set[str]:
         return set(open_weights(directory).shapes)
     root = setup.view.root
     file = open_adapter(directory, lambda _: [name for name, _ in named_modules(root) if name])
-    return set(as_peft_reads(in_names_of(root, file, None, strict=False), root).shapes)
+    return set(in_names_of(root, file, None, strict=False).shapes)
 
 
 def _keys(setup: Setup) -> set[str]:

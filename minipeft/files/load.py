@@ -13,7 +13,7 @@ from torch import nn
 
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.peft_options import KEPT
-from minipeft.ecosystem.wrapper_names import PREFIX, named_modules
+from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import shown, warn
 from minipeft.files.base_samples import planned_frozen_weights, planned_samples, warn_of_missing_parts
 from minipeft.files.compare import Expected, read_values
@@ -23,7 +23,7 @@ from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
-from minipeft.files.peft_extras import as_peft_reads
+from minipeft.files.peft_extras import as_peft_reads, has_keys_of
 from minipeft.files.reading import reading
 from minipeft.injection.build import Parts, build
 from minipeft.injection.build_from_file import build_from
@@ -77,7 +77,7 @@ def load_parts(
     found = candidates(model)
     with reading(directory):
         file = open_adapter(directory, lambda _: [name for name, _ in named_modules(model) if name])
-        file = as_peft_reads(in_names_of(model, file, key_mapping, strict=strict, found=found), model)
+        file = as_peft_reads(in_names_of(model, file, key_mapping, strict=strict, found=found), model, found)
         new_rows = find_new_rows(file, model)
     plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False, found=found)
     kept = set(file.kept)
@@ -119,8 +119,7 @@ def _as_tied(file: AdapterFile, config: AdapterConfig, model: nn.Module) -> Adap
     if file.is_own or not config.ensure_weight_tying:
         return config
     names = _tied(plan_injection(model, config, every_pattern=False))
-    prefixes = tuple(f"{PREFIX}{name}." for name in names)
-    if any(key.startswith(prefixes) for key in file.shapes):
+    if has_keys_of(file, names):
         return config
     option: dict[str, Any] = {"ensure_weight_tying": False}
     return replace(config, **option)

@@ -9,7 +9,7 @@ name ends with the entry: ``classifier`` takes DistilBERT's ``pre_classifier`` a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -179,7 +179,7 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def as_peft_reads(file: AdapterFile, model: nn.Module) -> AdapterFile:
+def as_peft_reads(file: AdapterFile, model: nn.Module, found: dict[str, Candidate]) -> AdapterFile:
     """A file whose options name all that they mean to PEFT; a file of ours as it is.
 
     `modules_to_save` then names every module that PEFT would train, and `target_modules` nothing where PEFT knows no default
@@ -188,19 +188,21 @@ def as_peft_reads(file: AdapterFile, model: nn.Module) -> AdapterFile:
     config = file.config
     if file.is_own:
         return file
-    if config.target_parameters and config.target_modules is None and not _brings_defaults(file, model):
-        config = replace(config, target_modules=())
+    if config.target_parameters and config.target_modules is None:
+        defaults = select_targets(model, config, found, every_pattern=False)
+        if not has_keys_of(file, defaults):
+            config = replace(config, target_modules=())
     entries = (*(config.modules_to_save or ()), *HEADS_OF_TASK.get(config.task_type or "", ()))
-    if more := _strays(candidates(model), entries) if entries else ():
+    if more := _strays(found, entries) if entries else ():
         config = replace(config, modules_to_save=(*(config.modules_to_save or ()), *more))
-    return replace(file, config=config)
+    return file if config is file.config else replace(file, config=config)
 
 
-def _brings_defaults(file: AdapterFile, model: nn.Module) -> bool:
-    """Whether it has a key of a layer that is adapted by default."""
-    names = select_targets(model, file.config, candidates(model), every_pattern=False)
-    prefixes = tuple(f"{PREFIX}{name}." for name in names)
-    return any(key.startswith(prefixes) for key in file.shapes)
+def has_keys_of(file: AdapterFile, names: Collection[str]) -> bool:
+    """Whether it has a tensor of one of these modules, or of one inside of them."""
+    roots = set(names)
+    keys = (key.removeprefix(PREFIX) for key in file.shapes if key.startswith(PREFIX))
+    return any(within(key.rpartition(".")[0], roots) for key in keys)
 
 
 def for_peft(model: nn.Module, entries: Sequence[str], saved: Sequence[str]) -> list[str]:

@@ -47,7 +47,7 @@ def select_targets(
         patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
         chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
         if every_pattern and chosen and config.target_modules is not None:
-            _warn_of_experts(model, config, {name: found[names[name]] for name in eligible}, found)
+            _warn_of_experts(model, config, eligible, found)
     chosen = _in_layers(config, chosen, every_pattern)
     if not chosen and not config.target_parameters:
         given = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
@@ -56,22 +56,22 @@ def select_targets(
 
 
 def _warn_of_experts(
-    model: nn.Module, config: AdapterConfig, eligible: Mapping[str, Candidate], found: dict[str, Candidate]
+    model: nn.Module, config: AdapterConfig, eligible: Iterable[str], found: dict[str, Candidate]
 ) -> None:
     """Warn about fused experts whose parts have names that ``target_modules`` selects, and that nothing adapts.
 
     The shared experts and dense layers of a mixture have such names, and would be all that is adapted.
     """
-    adapted = select_parameters(model, config, found, every_pattern=False)
+    reasons = {first: why for first, c in found.items() if (why := why_experts_are_left_out(c.base)) is not None}
+    if not reasons:
+        return
+    adapted, allowed = select_parameters(model, config, found, every_pattern=False), set(eligible)
     left_out = {}
-    for name, candidate in eligible.items():
-        reason = why_experts_are_left_out(candidate.base)
-        if reason is None or candidate.names[0] in adapted:
-            continue
-        parts = [f"{name}.{part}" for part in candidate.base._parameters]
-        parts += [f"{name}.0.{part}" for part in EXPERT_LAYERS]
-        if selected_names(config, parts):
-            left_out[candidate.names[0]] = reason
+    for first, why in reasons.items():
+        parts = [*found[first].base._parameters, *(f"0.{part}" for part in EXPERT_LAYERS)]
+        names = [f"{name}.{part}" for name in allowed.intersection(found[first].known_as) for part in parts]
+        if first not in adapted and selected_names(config, names):
+            left_out[first] = why
     if left_out:
         exclude = sorted({name.rpartition(".")[2] for name in left_out})
         warn(
