@@ -117,6 +117,12 @@ def mixture(family, **more):
     return made(model_class, model_class.config_class(**(SIZES | sizes | more)))
 
 
+def gpt_oss(**more):
+    """Its experts were fused in transformers 4, too."""
+    sizes = {"intermediate_size": 12, "num_local_experts": 4, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    return made(transformers.GptOssForCausalLM, transformers.GptOssConfig(**(SIZES | sizes | more)))
+
+
 class OldFile:
     """The tensors of an adapter file, and the update of each parameter of today's model in float64."""
 

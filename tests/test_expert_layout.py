@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-import transformers
-from old_experts import SIZES, logits, made, mixture
+from old_experts import gpt_oss, logits, mixture
 from rotation import thinned
 from safetensors.torch import load_file, save_file
 
@@ -14,16 +13,6 @@ from minipeft import CheckpointError, load_adapter
 
 PREFIX = "base_model.model.model.layers"
 R, ALPHA = 3, 5
-
-
-def gpt_oss(**more):
-    sizes = SIZES | {
-        "intermediate_size": 12,
-        "num_local_experts": 4,
-        "head_dim": 8,
-        "layer_types": ["full_attention"] * 2,
-    }
-    return made(transformers.GptOssForCausalLM, transformers.GptOssConfig(**(sizes | more)))
 
 
 MODELS = {

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from old_experts import mixture
+from old_experts import gpt_oss, mixture
 from tiny_models import disturb, foreign_code, llama, logits, state_digest, token_ids
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -17,14 +17,7 @@ from minipeft.injection.adapted_weight import AdaptedWeight
 
 with foreign_code():
     peft = pytest.importorskip("peft")
-    from transformers import (
-        GptOssConfig,
-        GptOssForCausalLM,
-        MixtralConfig,
-        MixtralForCausalLM,
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-    )
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 EXPERTS, IN, OUT = 3, 5, 7
 
@@ -255,20 +248,12 @@ def moe(kind):
     return disturb(model, scale=0.1).eval()
 
 
-def gpt_oss():
-    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 2}
-    with foreign_code():
-        torch.manual_seed(0)
-        return disturb(GptOssForCausalLM(GptOssConfig(**sizes, pad_token_id=None)), scale=0.1)
-
-
 MOE = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "mixtral"])
 def test_peft_adapts_parameters_alone_where_it_knows_no_default_modules(family, tmp_path):
-    """Its file then says null for target_modules, which for other families means the default ones."""
+    """Its file then says null, or has an empty list, for target_modules; null means the default ones for other families."""
     options = {"r": 2, "target_parameters": ["experts.down_proj"]}
     base = gpt_oss if family == "gpt_oss" else functools.partial(mixture, family)
     with foreign_code():

@@ -13,7 +13,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from fast_copy import Template
+from fast_copy import copied
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     bert_classifier,
@@ -140,17 +140,13 @@ def ours(case):
     return minipeft.get_lora_model(factory(), minipeft.LoraConfig(**options))
 
 
-@functools.cache
-def template(case):
-    """PEFT's model of a case, made once to be copied; its configuration object is PEFT's to change, so it gets a copy."""
+@copied
+def theirs(case, adapter_name="default"):
+    """PEFT's model of a case; its configuration object is PEFT's to change, so it gets a copy."""
     factory, options = CASES[case]
-    torch.manual_seed(0)
-    with foreign_code():
-        return Template(peft.get_peft_model(factory(), peft.LoraConfig(**copy.deepcopy(options))))
-
-
-def theirs(case):
-    return template(case).copy()
+    with foreign_code(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return peft.get_peft_model(factory(), peft.LoraConfig(**copy.deepcopy(options)), adapter_name=adapter_name)
 
 
 def their_logits(model, ids=None):
@@ -328,10 +324,7 @@ def test_our_configuration_file_means_the_same_to_peft(case, files_of):
 
 
 def test_an_adapter_of_another_name_stands_in_a_directory_of_that_name(tmp_path):
-    factory, options = CASES["gpt2 conv1d"]
-    with foreign_code():
-        config = peft.LoraConfig(**copy.deepcopy(options))
-        reference = disturb(peft.get_peft_model(factory(), config, adapter_name="other"))
+    reference = disturb(theirs("gpt2 conv1d", "other"))
     save_theirs(reference, tmp_path / "theirs")
     model = minipeft.load_adapter(gpt2(), tmp_path / "theirs" / "other", adapter_name="other")
     assert_close(logits(model), their_logits(reference))

@@ -66,7 +66,7 @@ def losses_of(directory: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> tuple[Path, Warm]:
-    """One quick run as the README starts it, but for the new interpreters, and with blocks of a third."""
+    """One quick run as the README starts it, but for the new interpreters, and with blocks a third as long."""
     directory = tmp_path_factory.mktemp("quick") / "new" / "directory"
     words = [SCRIPT, "--quick", "--max_length", QUICK_LENGTH, "--output_dir", directory]
     process = Warm(directory.parents[1], warm.launch, *words, **ON_CPU)
