@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from old_experts import mixture
+from old_experts import gpt_oss, mixture
 from tiny_models import foreign_code, gpt2, gpt2_classifier, llama
 from torch import nn
 from torch.nn.utils import prune
@@ -120,6 +120,36 @@ def test_fused_experts_are_named_unless_they_are_adapted():
     assert "2 MixtralExperts (fused; target_parameters can name gate_up_proj and down_proj)" in messages[0]
     names = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
     assert said(model, LoraConfig(r=2, target_modules="all-linear", target_parameters=names))[0] == []
+
+
+def packed(module, *names):
+    """Hold parameters as a quantizer does: integers that no adapter can change."""
+    for name in names:
+        setattr(module, name, nn.Parameter(getattr(module, name).detach().to(torch.uint8), requires_grad=False))
+    return module
+
+
+def test_no_bias_and_no_packed_parameter_of_experts_is_advised():
+    model = gpt_oss()
+    assert (
+        "2 GptOssExperts (fused; target_parameters can name gate_up_proj and down_proj)"
+        in said(copy.deepcopy(model))[0][0]
+    )
+    for layer in model.model.layers:
+        packed(layer.mlp.experts, "gate_up_proj", "down_proj")
+    (message,) = said(model)[0]
+    assert "2 GptOssExperts (fused; no weight that minipeft can read; see register_layer)" in message
+
+
+def test_no_packed_parameter_of_a_layer_is_advised():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+    model = nn.ModuleDict({"q": Packed()})
+    with pytest.raises(TargetError, match=r"no LayerOps for .*Packed; .* See register_layer\. Nothing"):
+        get_lora_model(model, LoraConfig(target_modules=["q"]))
 
 
 EXPERTS_LEFT_OUT = {

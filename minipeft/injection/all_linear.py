@@ -14,10 +14,12 @@ from minipeft.ecosystem.transformers_model import has_other_output, knows_its_he
 from minipeft.errors import TargetError
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import FLOAT_DTYPES, layer_ops
+from minipeft.layers.uncalled import matrices
 from minipeft.registry import registry
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs")
 KINDS = 8  # that a warning names
+UNREADABLE = "no weight that minipeft can read; see register_layer"
 
 
 def all_linear(
@@ -75,27 +77,29 @@ def _why_left_out(candidate: Candidate) -> str | None:
         return None  # it goes with its parent
     if _is_linear(base) and layer_ops(base) is None:
         return _weight_of(base)
-    if "router" in type(base).__name__.lower() and (own := _matrices(base)):
+    if "router" in type(base).__name__.lower() and (own := matrices(base)):
         return f"target_parameters can name {' and '.join(own)}"
     return why_experts_are_left_out(base)
 
 
 def why_experts_are_left_out(base: nn.Module) -> str | None:
-    """The reason for a module that holds the experts of a mixture in parameters of its own; None for any other module."""
-    own = _matrices(base) if "expert" in type(base).__name__.lower() else []
-    return f"fused; target_parameters can name {' and '.join(own)}" if own else None
+    """The reason for a module that holds the experts of a mixture in tensors of its own; None for any other module."""
+    if "expert" not in type(base).__name__.lower() or not _holds_matrices(base):
+        return None
+    own = matrices(base)
+    return f"fused; target_parameters can name {' and '.join(own)}" if own else f"fused; {UNREADABLE}"
 
 
-def _matrices(base: nn.Module) -> list[str]:
-    return [name for name, own in base._parameters.items() if own is not None and own.ndim >= 2]
+def _holds_matrices(base: nn.Module) -> bool:
+    own = (*base._parameters.values(), *base._buffers.values())
+    return any(tensor is not None and tensor.ndim >= 2 for tensor in own)
 
 
 def _is_linear(base: nn.Module) -> bool:
     """Whether a module is a linear layer by its type or its name, and has a weight."""
     known = any(ops.in_all_linear for _, ops in registry.layer_candidates(type(base)))
     named = "linear" in type(base).__name__.lower() and not base._modules
-    own = [t for t in (*base._parameters.values(), *base._buffers.values()) if t is not None]
-    return known or (named and any(tensor.ndim >= 2 for tensor in own))
+    return known or (named and _holds_matrices(base))
 
 
 def _weight_of(base: nn.Module) -> str:
@@ -103,7 +107,7 @@ def _weight_of(base: nn.Module) -> str:
     if parametrize.is_parametrized(base) or (weight is None and isinstance(vars(base).get("weight"), Tensor)):
         return "its weight is computed, by weight_norm, prune or the like"
     if weight is None:
-        return "no weight that minipeft can read; see register_layer"
+        return UNREADABLE
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}; see register_layer"
     if weight.dtype not in FLOAT_DTYPES:

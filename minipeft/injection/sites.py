@@ -14,7 +14,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.targets import within
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.base import LayerOps, layer_ops
-from minipeft.layers.uncalled import UncalledOps
+from minipeft.layers.uncalled import UncalledOps, matrices, parameter_ops
 from minipeft.methods.base import Adapter
 from minipeft.registry import registry
 from minipeft.registry.type_names import qualified
@@ -106,7 +106,7 @@ def _instead(name: str, base: nn.Module) -> str:
         if path and layer_ops(part) is not None:
             return f"Name a layer in it, such as {f'{name}.{path}'!r}, or see register_layer."
     last = name.rpartition(".")[2]
-    own = [f"{last}.{key}" for key, p in base._parameters.items() if p is not None and p.ndim in (2, 3)]
+    own = [f"{last}.{key}" for key in matrices(base)]
     return f"See register_layer{f'; target_parameters can name {shown(own)}' if own else ''}."
 
 
@@ -165,9 +165,7 @@ def parameter_sites(
 
 
 def _ops_of(name: str, base: nn.Module, parameter: str) -> LayerOps:
-    kinds = registry.layer_candidates(type(base._parameters[parameter]))
-    named = (type(ops)(parameter) for _, ops in kinds if isinstance(ops, UncalledOps))
-    ops = next((ops for ops in named if ops.accepts(base)), None)
+    ops = parameter_ops(base, parameter)
     if ops is None:
         raise TargetError(
             f"target_parameters: {name}.{parameter} is not a plain floating-point parameter of 2 or 3 dimensions."

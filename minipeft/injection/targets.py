@@ -14,6 +14,7 @@ from minipeft.injection.all_linear import all_linear, layers_left_out, of_text, 
 from minipeft.injection.base_state import has_statistics
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import LayerOps, layer_ops
+from minipeft.layers.uncalled import matrices
 from minipeft.registry import registry
 
 # What the linear layers of an expert are called where experts are modules, as in transformers 4.
@@ -212,10 +213,12 @@ def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind:
 
 def _bare_parameters(model: nn.Module, entry: str) -> list[str]:
     """The parameters that an entry of target_modules may mean: those of its name, or those of fused experts."""
-    shapes = {".".join(name.split(".")[-2:]): p.ndim for name, p in model.named_parameters()}
-    bare = {name: ndim for name, ndim in shapes.items() if ndim in (2, 3) and not name.endswith(".weight")}
-    fused = [name for name, ndim in bare.items() if ndim == 3 and entry.rpartition(".")[2] in EXPERT_LAYERS]
-    return [name for name in bare if is_suffix(entry, name)] or fused
+    own = [
+        (path.rpartition(".")[2], module, name) for path, module in model.named_modules() for name in matrices(module)
+    ]
+    shapes = {f"{last}.{name}": module._parameters[name].ndim for last, module, name in own if name != "weight"}
+    fused = [name for name, ndim in shapes.items() if ndim == 3 and entry.rpartition(".")[2] in EXPERT_LAYERS]
+    return [name for name in shapes if is_suffix(entry, name)] or fused
 
 
 def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minipeft.kernels.functional import accumulation_dtype
 from minipeft.kernels.low_rank_sum import LowRankSum
 from minipeft.layers.base import FLOAT_DTYPES, LayerOps
+from minipeft.registry import registry
 
 
 class UncalledOps(LayerOps):
@@ -58,3 +59,15 @@ class UncalledOps(LayerOps):
     def low_rank_sum(self, base: Any, factors: Sequence[tuple[Tensor, Tensor, float]]) -> LowRankSum | None:
         """The parameter plus the updates ``scaling * B A`` of these (A, B, scaling), not computed; None if it must be."""
         return None
+
+
+def parameter_ops(base: nn.Module, parameter: str) -> UncalledOps | None:
+    """The ops for a parameter of a module by itself; None if it is not a plain floating-point one of 2 or 3 dimensions."""
+    kinds = registry.layer_candidates(type(base._parameters[parameter]))
+    named = (type(ops)(parameter) for _, ops in kinds if isinstance(ops, UncalledOps))
+    return next((ops for ops in named if ops.accepts(base)), None)
+
+
+def matrices(base: nn.Module) -> list[str]:
+    """The parameters of a module that a user may want to name in ``target_parameters``; the biases of a stack look like one."""
+    return [name for name in base._parameters if not name.endswith("bias") and parameter_ops(base, name) is not None]
