@@ -1,8 +1,16 @@
-"""Which package a class is from."""
+"""Which package a class is from, or has changed a module."""
 
 from __future__ import annotations
+
+from torch import nn
 
 
 def is_from(cls: type, package: str) -> bool:
     """Whether a class or one that it derives from is a package's."""
     return any(base.__module__.partition(".")[0] == package for base in cls.__mro__)
+
+
+def is_compressed(module: nn.Module) -> bool:
+    """Whether compressed-tensors quantizes a module, or holds its parameters, of which it may hand out copies."""
+    table = type(module._parameters)
+    return "quantization_scheme" in vars(module) or (table is not dict and is_from(table, "compressed_tensors"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.ecosystem.packages import is_from
+from minipeft.ecosystem.packages import is_compressed, is_from
 from minipeft.ecosystem.transformers_model import model_type
 from minipeft.ecosystem.wrapper_names import FIXED_PARAMETERS, wrapper_class
 from minipeft.errors import TargetError, shown
@@ -70,7 +70,7 @@ def plan(
     config = config.for_model_type(model_type(model))
     found = candidates(model) if found is None else found
     origins = find_origins(model, found)
-    _check_no_peft(found)
+    _check_free(found)
     # A file names all that it brings, so nothing is added to it.
     fresh = find_fresh_parts(model, config, found, origins) if every_pattern else FreshParts()
     config = with_fresh_parts(config, fresh)
@@ -99,10 +99,17 @@ def plan(
     return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins, outside)
 
 
-def _check_no_peft(found: Mapping[str, Candidate]) -> None:
+def _check_free(found: Mapping[str, Candidate]) -> None:
+    """Raise TargetError if PEFT has adapted the model, or compressed-tensors has quantized it."""
     for name, candidate in found.items():
         if type(candidate.module).__module__.startswith("peft."):
             raise TargetError(f"{name}: PEFT has adapted this layer already; unload that adapter first.")
+        if is_compressed(candidate.base):
+            raise TargetError(
+                f"{name}: compressed-tensors holds this model's weights and rounds what its layers compute, so training and "
+                "merging would go wrong. Load the model with quantization_config=CompressedTensorsConfig(dequantize=True), which "
+                "takes as much memory as its first call would."
+            )
 
 
 def _check_not_wrapped(model: nn.Module, sites: Sequence[AdapterSite | SavedSite]) -> None:
