@@ -7,8 +7,8 @@ no walk over the model finds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -31,21 +31,22 @@ TIED_TO_THE_OBJECT = frozenset({"forward", "_compiled_call_impl"})
 def put(wrap: Callable[[nn.Module], Wrapper], module: nn.Module, places: tuple[tuple[nn.Module, str], ...]) -> Wrapper:
     """Make the wrapper of a module and put it in the module's place.
 
-    A module with a ``forward`` of its own, as accelerate's offloading gives it, stays what it is: the wrapper is a new
-    object, in these places.
+    A module with a ``forward`` of its own, as accelerate's offloading gives it, or of a class that Python does not let it
+    leave, stays what it is: the wrapper is a new object, in these places.
 
     Args:
         wrap: makes the wrapper of a base layer.
         module: to wrap; it may be a wrapper itself.
         places: (parent, attribute) that refer to it.
     """
-    if not TIED_TO_THE_OBJECT.isdisjoint(vars(module)):
+    cls: type = type(module)
+    if not TIED_TO_THE_OBJECT.isdisjoint(vars(module)) or not _may_become_wrapper(cls):
         wrapper = wrap(module)
         wrapper.is_the_module = False
         for parent, attribute in places:
             setattr(parent, attribute, wrapper)
         return wrapper
-    former = object.__new__(type(module))
+    former: nn.Module = object.__new__(cls)
     _become(former, module)
     _become(module, wrap(former))
     assert isinstance(module, Wrapper)
@@ -65,6 +66,16 @@ def take_out(wrapper: Wrapper, inner: nn.Module, places: tuple[tuple[nn.Module, 
             setattr(parent, attribute, inner)
 
 
+@functools.cache
+def _may_become_wrapper(cls: type) -> bool:
+    """Whether Python lets objects of this class change to that of a wrapper: not if they are laid out in another way."""
+    try:
+        object.__setattr__(object.__new__(cls), "__class__", Wrapper)
+    except TypeError:
+        return False
+    return True
+
+
 def _become(module: nn.Module, other: nn.Module) -> None:
     state: dict[str, Any] = vars(other)
     object.__setattr__(module, "__class__", type(other))  # not by torch's own, which looks for parameters first
@@ -81,14 +92,14 @@ def apply(plan: Plan, parts: Parts, adapter_name: str, switch: Switch) -> bool:
         prepared.prepare(base)
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
         kind: type[AdaptedLayer] = AdaptedWeight if isinstance(site.ops, UncalledOps) else AdaptedLayer
-        wrap = partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
+        wrap = functools.partial(kind, switch=switch, ops=site.ops, targeted=site.targeted)
         wrapper = _wrapper_at(site.candidate, site.ops, wrap)
         changed |= not wrapper.parts
         wrapper.parts[adapter_name] = adapter
         if site.tied_to is not None:
             wrapper.tied_adapters.add(adapter_name)
     for saved, module in zip(plan.saved, parts.copies, strict=True):
-        wrapper = _wrapper_at(saved.candidate, None, partial(SavedModule, switch=switch, only=saved.only))
+        wrapper = _wrapper_at(saved.candidate, None, functools.partial(SavedModule, switch=switch, only=saved.only))
         wrapper.parts[adapter_name] = module
     return changed
 

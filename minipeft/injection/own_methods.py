@@ -54,9 +54,9 @@ class OwnMethods(nn.Module):
         What is built from that class, as by its ``from_pretrained``, has no adapter: it is of the plain class.
         """
         super().__init_subclass__()
-        mixin, *others = cls.__bases__
-        if len(others) == 1 and issubclass(mixin, OwnMethods):  # `mixed_class`, and not the mixin itself
-            cls.__init__ = _init_of_plain(others[0])  # type: ignore[method-assign]
+        *first, plain = cls.__bases__
+        if first and issubclass(first[-1], OwnMethods):  # `mixed_class`, and not the mixin itself
+            cls.__init__ = _init_of_plain(plain)  # type: ignore[method-assign]
             if cls.forward is not nn.Module.forward:
                 cls.forward = _forward_by_row(cls)
             if is_from(cls, "diffusers"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import types
 from typing import Any
 
 from torch import nn
@@ -41,13 +42,27 @@ def mixed_class(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]
     """The subclass of a module class with a mixin; it keeps the name and module, which transformers relies on."""
     if (mixin, cls) not in _mixed:
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _mixed[mixin, cls] = type(cls.__name__, (mixin, cls), names)
+        _mixed[mixin, cls] = type(cls.__name__, (*_layout(cls), mixin, cls), names)
     return _mixed[mixin, cls]
+
+
+def _layout(cls: type) -> tuple[type, ...]:
+    """What a subclass of this class must begin with, so that Python lets objects change from one to the other.
+
+    Nothing for most. A class whose first base has no ``__dict__``, such as ``ABC`` or ``Generic``, adds it itself, and Python
+    takes only another class that adds it to the same base.
+    """
+    while cls.__base__ is not None and cls.__base__.__dictoffset__:
+        cls = cls.__base__
+    if cls.__base__ is object:
+        return ()
+    bases: tuple[Any, ...] = vars(cls).get("__orig_bases__", cls.__bases__)  # Generic[T], and not Generic alone
+    return (types.new_class("Layout", bases[:1]),)
 
 
 def original_class(mixin: type[nn.Module], cls: type) -> type[nn.Module]:
     """The class under a mixed one, even if something (FSDP2) has subclassed the mixed class again."""
-    return next(mixed.__bases__[1] for mixed in cls.__mro__ if mixed.__bases__[:1] == (mixin,))
+    return next(mixed.__bases__[-1] for mixed in cls.__mro__ if mixed.__bases__[-2:-1] == (mixin,))
 
 
 def reduced(mixin: type[nn.Module], model: nn.Module, plain: Any) -> Any:
@@ -59,7 +74,7 @@ def reduced(mixin: type[nn.Module], model: nn.Module, plain: Any) -> Any:
 
 def _parts(cls: type) -> Any:
     """A class that pickle can find, or a mixin and the parts of the class under it."""
-    return (cls.__bases__[0], _parts(cls.__bases__[1])) if cls in _mixed.values() else cls
+    return (cls.__bases__[-2], _parts(cls.__bases__[-1])) if cls in _mixed.values() else cls
 
 
 def _whole(parts: Any) -> type[nn.Module]:
