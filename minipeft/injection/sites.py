@@ -94,8 +94,7 @@ def ops_for(name: str, candidate: Candidate) -> LayerOps:
         holds = f", weight {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise TargetError(
             f"{name}: {kind} is registered, but this instance is refused (an unusual weight, or a layer that is read "
-            f"and not called, or returns something else than its product{holds}). Name its weight in target_parameters, or see "
-            "register_layer."
+            f"and not called, or returns something else than its product{holds}). {_instead(name, base)}"
         )
     raise TargetError(f"{name}: no LayerOps for {kind}; registered: {known}. {_instead(name, base)}")
 
