@@ -7,7 +7,16 @@ import torch
 from tiny_models import disturb, foreign_code, state_digest
 from torch import nn
 
-from minipeft import CheckpointError, ConfigError, LoraConfig, TargetError, get_lora_model, load_adapter
+from minipeft import (
+    CheckpointError,
+    ConfigError,
+    IA3Config,
+    LoraConfig,
+    TargetError,
+    get_adapter_model,
+    get_lora_model,
+    load_adapter,
+)
 from minipeft.layers.base import layer_ops
 
 with foreign_code():
@@ -216,3 +225,22 @@ def test_inputs_of_groups_cannot_be_scaled_in_the_weight():
     layer = LAYERS["2d groups"][0]()
     with pytest.raises(TargetError, match="groups=2: its input features cannot be scaled one by one"):
         layer_ops(layer).in_features(layer)
+
+
+@pytest.mark.parametrize("feedforward", [[], ["conv"]], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("name", ["2d stride, no bias", "2d pointwise", "3d"])
+def test_the_vectors_of_ia3_have_pefts_shape_in_both_directions(name, feedforward, tmp_path):
+    make, shape = LAYERS[name]
+    layer, x = make(), torch.randn(shape)
+    options = {"target_modules": ["conv"], "feedforward_modules": feedforward}
+    model = get_adapter_model(Net(layer), IA3Config(init_ia3_weights=False, **options))
+    model.save_pretrained(tmp_path / "ours")
+    with foreign_code():
+        loaded = peft.PeftModel.from_pretrained(Net(layer), tmp_path / "ours")
+        torch.testing.assert_close(loaded(x), model(x))
+        reference = disturb(peft.get_peft_model(Net(layer), peft.IA3Config(**options)))
+        reference.save_pretrained(tmp_path / "theirs")
+        expected = reference(x)
+    found = load_adapter(Net(layer), tmp_path / "theirs")
+    torch.testing.assert_close(found(x), expected)
+    torch.testing.assert_close(found.merge_and_unload()(x), expected)

@@ -107,8 +107,8 @@ class IA3Config(AdapterConfig):
 class IA3(Adapter):
     """y = l * (W x + b), or y = W (l * x) + b for a feedforward module; section 3.3 of arXiv:2205.05638.
 
-    `ia3_l` is (out, 1), or (1, in) for a feedforward module. The output is scaled with its bias, as in PEFT, and so is
-    the bias in a merge.
+    `ia3_l` is (out, 1), or (1, in) for a feedforward module; in a convolution (1, out, 1, ...) or (1, in, 1, ...). The output
+    is scaled with its bias, as in PEFT, and so is the bias in a merge.
     """
 
     config_class = IA3Config
@@ -116,8 +116,10 @@ class IA3(Adapter):
     def __init__(self, base: nn.Module, ops: LayerOps, config: IA3Config, shared: object | None) -> None:
         super().__init__(base, ops, config, shared)
         self.is_feedforward, self.is_embedding = config.is_feedforward, ops.is_embedding
-        shape = (1, ops.in_features(base)) if self.is_feedforward else (ops.shape(base)[0], 1)
-        self.ia3_l = nn.Parameter(ops.read_weight(base).new_ones(shape))
+        features = ops.in_features(base) if self.is_feedforward else ops.shape(base)[0]
+        scale = ops.per_feature(base, ops.read_weight(base).new_ones(features))
+        is_column = not self.is_feedforward and scale.ndim == 1
+        self.ia3_l = nn.Parameter(scale.unsqueeze(1 if is_column else 0))
         if not config.init_ia3_weights:
             nn.init.normal_(self.ia3_l)
 
@@ -135,10 +137,10 @@ class IA3(Adapter):
         return y
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scale = self.ia3_l.to(weight.dtype)
+        scale = self.ia3_l.flatten().to(weight.dtype)
         if self.is_feedforward:
-            return weight * scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1), bias
-        return weight * scale, None if bias is None else bias * scale.flatten().to(bias.dtype)
+            return weight * scale.repeat_interleave(weight.shape[1] // len(scale)), bias
+        return weight * scale.unsqueeze(1), None if bias is None else bias * scale.to(bias.dtype)
 
     @classmethod
     def file_options(cls, values: Mapping[str, Any], adapters: Mapping[str, Self], compact: bool) -> dict[str, Any]:
