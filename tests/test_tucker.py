@@ -7,7 +7,7 @@ import torch
 from tiny_models import disturb, foreign_code
 from torch import nn
 
-from minipeft import LoHaConfig, LoKrConfig, get_adapter_model, load_adapter
+from minipeft import CheckpointError, LoHaConfig, LoKrConfig, get_adapter_model, load_adapter
 
 with foreign_code():
     peft = pytest.importorskip("peft")
@@ -68,6 +68,16 @@ def test_files_are_those_of_peft_in_both_directions(name, method, core, tmp_path
     assert not torch.allclose(found(x), layer(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["1d", "1d pointwise"])
+def test_a_whole_factor_of_peft_that_is_joined_along_other_dimensions_is_refused(name, tmp_path):
+    layer = LAYERS[name][0]()
+    with foreign_code():
+        config = peft.LoKrConfig(**options("lokr whole", False))
+        peft.get_peft_model(Net(layer), config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="lokr_w2"):
+        load_adapter(Net(layer), tmp_path)
+
+
 def along(core, up, down):
     """rebuild_tucker of lycoris/functional/general.py, written out: out p, in q, position k."""
     return torch.einsum("ij...,ip,jq->pq...", core, up, down)
@@ -85,7 +95,7 @@ def test_the_update_is_that_of_lycoris(name):
         own = get_adapter_model(Net(layer), LoKrConfig(**options(method, core))).layer.adapter("default")
         p = dict(own.named_parameters())
         if method == "lokr whole":
-            right = p["lokr_w2"]
+            right = p["lokr_w2"].view(*p["lokr_w2"].shape[:2], *kernel)
         elif core:
             right = along(p["lokr_t2"].view(1, 1, *kernel), p["lokr_w2_a"], p["lokr_w2_b"])
         else:

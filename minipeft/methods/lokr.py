@@ -61,7 +61,8 @@ class LoKr(Lycoris):
     times `lokr_w2_b` (r, n), if the rank is less than half the size. l k is out_features, m n is in_features. The product
     is formed only for a merge, and for layers whose input is not a plain vector.
 
-    In a convolution m n is the number of channels, and each of D's columns is a whole kernel. With a core `lokr_t2`
+    In a convolution m n is the number of channels, and each of D's columns is a whole kernel. In one dimension a whole D is
+    (k, n, kernel, 1): PEFT's (k, n, kernel) has the same numbers, but PEFT joins the factors along other dimensions. With a core `lokr_t2`
     (r, r, *kernel), `lokr_w2_a` is (r, k) and `lokr_w2_b` (r, n), and the down projection is `through_core`.
     """
 
@@ -117,7 +118,7 @@ def _shapes(
     """The parameters of one of the two matrices, with their shapes; `columns` are kernels in a convolution."""
     name, r = f"lokr_w{which}", config.r
     if r >= max(rows, columns) / 2:
-        return {name: (rows, columns, *kernel)}
+        return {name: (rows, columns, *kernel, *(1,) * (len(kernel) == 1))}
     core = core_shape(config, kernel)
     if core is None:
         return {f"{name}_a": (rows, r), f"{name}_b": (r, columns * math.prod(kernel))}

@@ -118,9 +118,15 @@ def _core(source: Source, name: str, key: str, rank: int) -> Entry:
     shape = source.file.shapes[key]
     if len(shape) < 3 or shape[:2] != (rank, rank):
         raise CheckpointError(f"{source.file.path}: {name} has a core of {list(shape)}, and is of rank {rank}.")
-    if len(shape) > 3:
+    return _kernel(source, key)
+
+
+def _kernel(source: Source, key: str) -> Entry:
+    """A kernel of one dimension gets a second one, of size 1, as here; others stay."""
+    shape = source.file.shapes[key]
+    if len(shape) != 3:
         return source.file.entries[key]
-    return source.file.making(lambda core: core.unsqueeze(-1), [key], (*shape, 1))
+    return source.file.making(lambda kernel: kernel.unsqueeze(-1), [key], (*shape, 1))
 
 
 def _cores(modules: Ends, ends: set[str]) -> dict[str, Any]:
@@ -158,6 +164,8 @@ def _lokr(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Read:
         tensors = {end: source.file.entries[key] for end, key in ends.items() if end != "alpha"}
         if "lokr_t2" in ends:
             tensors["lokr_t2"] = _core(source, name, ends["lokr_t2"], rank)
+        if "lokr_w2" in ends:
+            tensors["lokr_w2"] = _kernel(source, ends["lokr_w2"])
         found[name] = Module(tensors, rank, alpha)
         left = rank if both and rank < max(shape.left) / 2 else None
         right = {rank if rank < max(shape.right[0], n) / 2 else None for n in shape.columns()}
