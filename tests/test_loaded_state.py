@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import disturb, gpt2, llama, logits, token_ids
+from tiny_models import disturb, gpt2, llama, logits, state_digest, token_ids
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import minipeft
-from minipeft import LoraConfig, TrainableTokensConfig, get_adapter_model
+from minipeft import LoraConfig, StateError, TrainableTokensConfig, get_adapter_model
 from minipeft.injection.module_tree import adapted_layers
 
 CONFIGS = {
@@ -102,6 +102,23 @@ def test_what_is_kept_while_another_adapter_is_merged_stays():
     model.merge_adapter(["default"])
     model.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("merged_there", [True, False])
+def test_a_state_that_was_taken_with_another_adapter_merged_is_refused(merged_there, tmp_path):
+    saved, model = disturb(made("lora", 0)), disturb(made("lora", 1))
+    (saved if merged_there else model).merge_adapter()
+    torch.save(saved.state_dict(), tmp_path / "state.pt")
+    before, state = state_digest(model), torch.load(tmp_path / "state.pt")
+    with pytest.raises(StateError, match="merged here. Call unmerge_adapter"):
+        model.load_state_dict(state)
+    assert state_digest(model) == before
+    with saved.disable_adapter():  # takes a merge back for its time
+        state = copy.deepcopy(saved.state_dict())
+    if not merged_there:
+        model.unmerge_adapter()
+    model.load_state_dict(state)
+    torch.testing.assert_close(logits(model), logits(saved), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["rows", "bias"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from typing_extensions import Self
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.packages import is_from
 from minipeft.ecosystem.transformers_model import input_embedding, output_head
-from minipeft.errors import StateError, all_or_nothing, shown
+from minipeft.errors import UNCHANGED, StateError, all_or_nothing, shown
 from minipeft.injection.attach import hold_norms
 from minipeft.injection.checkpointing import training_setter
 from minipeft.injection.diffusers_verbs import refuse_diffusers_verbs
@@ -26,6 +26,8 @@ from minipeft.injection.rows_of_call import note_length, rows_acting, rows_of_ca
 from minipeft.injection.state import STATE, AdapterState, state_of
 from minipeft.injection.watch import watched_call
 from minipeft.injection.wrapper import innermost
+
+MERGED = "merged_adapters"  # the key of the merged adapters' names in the metadata of a state
 
 
 class Configurations(dict[str, AdapterConfig]):
@@ -80,6 +82,32 @@ class OwnMethods(nn.Module):
             state.held = set()
             hold_norms(self)
         return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever, with metadata that say which adapters are merged into the base's values."""
+        values = super().state_dict(*args, **kwargs)
+        state: AdapterState | None = self.__dict__.get(STATE)
+        if state is not None and state.merged:
+            own = getattr(values, "_metadata", {}).get(kwargs.get("prefix", "")[:-1], {})
+            own[MERGED] = list(state.merged)
+        return values
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As ever, for a state that was taken with the same adapters merged as are merged here.
+
+        Raises:
+            StateError: it was taken with others, so an adapter would act twice, or not at all; nothing is changed.
+        """
+        state: AdapterState | None = self.__dict__.get(STATE)
+        metadata = getattr(state_dict, "_metadata", None)
+        if state is not None and metadata is not None:
+            there, here = metadata.get("", {}).get(MERGED, []), state.merged
+            if set(there) != set(here):
+                raise StateError(
+                    f"load_state_dict: {shown(there) or 'no adapter'} was merged when this state was taken, and "
+                    f"{shown(here) or 'no adapter'} is merged here. Call unmerge_adapter() before both. {UNCHANGED}"
+                )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own call. The first one with an adapter also finds out whether the adapter acts everywhere.
