@@ -190,6 +190,20 @@ def test_the_command_writes_them_and_says_what_it_needs(tmp_path):
     minipeft.load_adapter(llama(), out)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj"], ["v_proj"]], ids=str)
+def test_layers_that_were_one_matrix_then_are_refused(targets, tmp_path):
+    torch.manual_seed(0)
+    model = tf.NomicBertModel(
+        tf.NomicBertConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+        )
+    )
+    base_in(tmp_path, model)
+    with pytest.raises(MinipeftError, match="had no name in NomicBertModel of transformers 4"):
+        converted(adapted_model(model, target_modules=targets), tmp_path)
+    assert not (tmp_path / "old").exists()
+
+
 def test_an_adapter_of_another_base_is_refused_and_nothing_is_written(tmp_path):
     base_in(tmp_path, mixture("mixtral"))
     adapted_model(llama(), target_modules=["down_proj"]).save_pretrained(tmp_path / "new")

@@ -7,6 +7,7 @@ reads such a file is `minipeft.files.names.fitted`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,6 +89,9 @@ def old_names(model: nn.Module) -> OldNames:
                 modules.setdefault(name, keys[0].removesuffix(f".{own}"))
     wrong, right = next((_CORRECTED[c.__name__] for c in type(model).__mro__ if c.__name__ in _CORRECTED), ("^", ""))
     modules = {name: re.sub(wrong, right, old) for name, old in modules.items()}
+    # Layers that were one then, as q, k and v in one matrix, had no names of their own.
+    times = Counter(modules.values())
+    modules = {name: old for name, old in modules.items() if times[old] == 1}
     weights = {name: c.base._parameters.get("weight") for name, c in found.items() if layer_ops(c.base) is None}
     routers = {name for name, weight in weights.items() if weight is not None and weight.ndim == 2}
     return OldNames(found, modules, experts, frozenset(routers & modules.keys()))
