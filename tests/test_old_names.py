@@ -174,8 +174,10 @@ def test_the_interleaved_experts_of_gpt_oss_stay_together(tmp_path):
     base_in(tmp_path, base)
     options = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     model = minipeft.get_lora_model(base, minipeft.LoraConfig(r=2, init_lora_weights=False, **options))
-    keys, _ = converted(model, tmp_path)
+    keys, directory = converted(model, tmp_path)
     assert keys == model.adapter_state_dict().keys()
+    loaded = minipeft.load_adapter(made(tf.GptOssForCausalLM, tf.GptOssConfig(**sizes)), directory)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
 
 
 def test_the_command_writes_them_and_says_what_it_needs(tmp_path):

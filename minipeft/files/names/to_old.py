@@ -144,12 +144,8 @@ def with_old_names(
     tensors = {moved[key]: tensor for key, tensor in file.read().items()}
     before = set(tensors)
     tensors, options = split_experts(tensors, config, names.experts)
-    owners = {
-        names.modules[name]
-        for name, c in names.found.items()
-        if not c.base._parameters.keys().isdisjoint(names.experts)
-    }
-    wanted = {names.modules[name] for name in adapted} - owners
+    layers = {name for name in adapted if layer_ops(names.found[name].base) is not None}
+    wanted = {names.modules[name] for name in layers | (adapted & names.routers)}
     wanted |= {key.removeprefix(PREFIX).removesuffix(_A) for key in tensors.keys() - before if key.endswith(_A)}
     return tensors, {**values, **options, **_targets(config, wanted, names)}
 
