@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import adapted, foreign_code, gpt2, logits, refuses, state_digest
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, UMT5Config, UMT5ForConditionalGeneration
 
 from minipeft import MergeError
 
@@ -88,6 +88,30 @@ def test_a_tied_module_trained_in_full_survives_merging_saving_and_reloading(sav
     with foreign_code():
         merged.save_pretrained(tmp_path)
         reloaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(reloaded), logits(merged))
+
+
+def umt5():
+    """As Switch Transformers and UDOP, it scales what comes into the head, if its config says that this is tied."""
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 100}
+    torch.manual_seed(0)
+    return UMT5ForConditionalGeneration(UMT5Config(decoder_start_token_id=0, dropout_rate=0.0, **sizes)).eval()
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_untying_does_not_change_what_a_model_computes_by_its_config(options, tmp_path):
+    model = adapted(umt5(), **{"target_modules": ["wo"], **options})
+    expected = logits(model)
+    if "modules_to_save" not in options:
+        model.merge_adapter(untie=True)
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), expected)
+    merged = model.merge_and_unload(untie=True)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    with foreign_code():
+        merged.save_pretrained(tmp_path)
+        reloaded = UMT5ForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(reloaded), logits(merged))
 
 

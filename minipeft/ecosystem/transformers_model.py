@@ -235,11 +235,21 @@ def says_tied(model: nn.Module) -> bool:
 
 
 def mark_untied(model: nn.Module) -> bool:
-    """Record in the config that the output head has its own weight; returns whether the config said it was tied."""
-    said_tied = says_tied(model)
-    if said_tied:
+    """Record in the config that the output head has its own weight; returns whether it said otherwise.
+
+    A model that computes by it keeps its word. transformers loads it all the same, since the file has both weights.
+    """
+    changes = says_tied(model) and not _computes_by_tie(model)
+    if changes:
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    return said_tied
+    return changes
+
+
+def _computes_by_tie(model: nn.Module) -> bool:
+    """Whether `forward` asks the config if the head is tied: UMT5, Switch Transformers and UDOP then scale its input."""
+    own = (vars(cls).get("forward") for cls in type(model).__mro__)
+    codes = (getattr(inspect.unwrap(forward), "__code__", None) for forward in own if forward is not None)
+    return any("tie_word_embeddings" in code.co_names for code in codes if code is not None)
 
 
 def mark_tied(model: nn.Module) -> None:
