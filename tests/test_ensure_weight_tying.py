@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import disturb, foreign_code, gpt2, llama, logits, state_digest, token_ids
+from transformers import BertConfig, BertForMaskedLM
 
 import minipeft
 
@@ -25,6 +26,12 @@ CASES = {
     "nothing tied": {"target_modules": [Q]},
 }
 every_case = pytest.mark.parametrize("case", CASES)
+
+
+def bert_lm():
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(vocab_size=100, **small)).eval()
 
 
 def tied():
@@ -118,14 +125,16 @@ def test_a_repeat_that_differs_is_refused(tmp_path):
     assert state_digest(model) == before
 
 
-def test_where_peft_did_not_tie_nothing_is_tied(tmp_path):
-    """GPT-2 calls its table wte, which PEFT does not recognise."""
+@pytest.mark.parametrize(("factory", "target"), [(gpt2, "wte"), (bert_lm, "decoder")])
+def test_where_peft_did_not_tie_nothing_is_tied(factory, target, tmp_path):
+    """GPT-2 calls its table wte, and BERT its head decoder, which PEFT does not recognise."""
+    options = {"r": 4, "target_modules": ["c_attn" if factory is gpt2 else "query", target]}
     with foreign_code():
-        config = peft.LoraConfig(r=4, target_modules=["c_attn", "wte"], ensure_weight_tying=True)
-        reference = disturb(peft.get_peft_model(gpt2(), config)).eval()
+        config = peft.LoraConfig(ensure_weight_tying=True, **options)
+        reference = disturb(peft.get_peft_model(factory(), config)).eval()
     save_theirs(reference, tmp_path)
-    with foreign_code():  # the base's lm_head stays as it is, which minipeft warns about
-        model = minipeft.load_adapter(gpt2(), tmp_path)
+    with foreign_code():  # what is tied to it stays as it is, which minipeft warns about
+        model = minipeft.load_adapter(factory(), tmp_path)
     same(logits(model), logits(reference))
 
 

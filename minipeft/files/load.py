@@ -119,7 +119,7 @@ def _as_tied(file: AdapterFile, config: AdapterConfig, model: nn.Module) -> Adap
     if file.is_own or not config.ensure_weight_tying:
         return config
     names = _tied(plan_injection(model, config, every_pattern=False))
-    if has_keys_of(file, names):
+    if has_keys_of(file, names) and has_keys_of(file, names.values()):
         return config
     option: dict[str, Any] = {"ensure_weight_tying": False}
     return replace(config, **option)
