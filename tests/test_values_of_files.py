@@ -1,5 +1,6 @@
 """Values in adapter_config.json that ask for nothing, as PEFT and other tools write them; PEFT says what they mean."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import disturb, foreign_code, gpt2, gpt2_classifier, llama, logits, state_digest
+from torch import nn
 
 import minipeft
 from minipeft.config.adapter_config import config_from_dict
@@ -196,6 +198,34 @@ def test_other_keys_of_a_live_configuration_are_checked():
 def test_every_option_of_the_installed_peft_is_known():
     known = {f.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for f in dataclasses.fields(config)}
     assert known <= OPTIONS
+
+
+class FrozenNorm(nn.Module):
+    """As DETR's backbone has them: its weight and bias are buffers."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("weight", torch.rand(size) + 1)
+        self.register_buffer("bias", torch.randn(size))
+
+    def forward(self, x):
+        return x * self.weight + self.bias
+
+
+def test_buffers_that_are_called_bias_are_compared_with_those_of_the_base(tmp_path):
+    """With ``bias="all"`` PEFT writes them, too."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 5), FrozenNorm(5), nn.Linear(5, 4)), torch.randn(3, 6)
+    with foreign_code():
+        config = peft.LoraConfig(r=2, target_modules=["0"], bias="all")
+        adapted = disturb(peft.get_peft_model(copy.deepcopy(base), config)).eval()
+        adapted.save_pretrained(tmp_path)
+        expected = adapted(x)
+    assert "base_model.model.1.bias" in load_file(tmp_path / WEIGHTS)
+    torch.testing.assert_close(minipeft.load_adapter(copy.deepcopy(base), tmp_path)(x), expected)
+    base[1].bias += 1
+    with pytest.raises(minipeft.CheckpointError, match="brings its own 'base_model.model.1.bias'"):
+        minipeft.load_adapter(base, tmp_path)
 
 
 def test_an_entry_of_a_peft_file_takes_every_module_whose_name_ends_with_it(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minipeft.config.adapter_config import HEADS_OF_TASK, AdapterConfig
 from minipeft.config.patterns import is_suffix
-from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, named_parameters
+from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, named_modules, named_parameters
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
 from minipeft.injection.module_tree import Candidate, candidates, wrappers_of
@@ -75,7 +75,7 @@ def with_repeats(tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> di
 
 
 def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dict[str, Tensor]:
-    """Which of these keys copy a base parameter, such as an embedding table, by name and shape -> that parameter.
+    """Which of these keys copy a tensor of the base, such as an embedding table, by name and shape -> that tensor.
 
     Or they copy what the shapes of the file say, which is AdaLoRA's number of triplets.
     """
@@ -169,13 +169,17 @@ def _untied(key: str, tied: Mapping[str, str]) -> str:
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Base parameters under every key that PEFT may give them: with and without the infix of its wrappers."""
+    """Base parameters and buffers under every key that PEFT may give them: with and without the infix of its wrappers.
+
+    With ``bias="all"`` it writes the buffers called bias, too, which a frozen norm has (DETR's backbone).
+    """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in named_parameters(model, remove_duplicate=False):
-        plain = name.replace(".base_layer.", ".")
-        owner, _, last = plain.rpartition(".")
-        for infix in ("", "base_layer.", "token_adapter.base_layer.", "original_module."):
-            tensors[f"{PREFIX}{owner}.{infix}{last}" if owner else f"{PREFIX}{infix}{last}"] = parameter
+    for name, module in named_modules(model, remove_duplicate=False):
+        owner = f"{name}.".replace(".base_layer.", ".").lstrip(".")
+        for last, tensor in (*module._parameters.items(), *module._buffers.items()):
+            for infix in ("", "base_layer.", "token_adapter.base_layer.", "original_module."):
+                if tensor is not None:
+                    tensors[f"{PREFIX}{owner}{infix}{last}"] = tensor
     return tensors
 
 
