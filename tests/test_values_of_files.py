@@ -228,6 +228,37 @@ def test_buffers_that_are_called_bias_are_compared_with_those_of_the_base(tmp_pa
         minipeft.load_adapter(base, tmp_path)
 
 
+class Classifier(nn.Module):
+    """As RoBERTa's: its head has several layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.classifier = nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.classifier(self.body(x))
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "first"])
+def test_biases_inside_of_a_trained_module_are_read_under_each_of_their_names(adapter_name, tmp_path):
+    """With ``bias="all"`` PEFT writes them thrice: for the module, for the copy that trains, and for the original."""
+    torch.manual_seed(0)
+    base, x = Classifier(), torch.randn(3, 6)
+    with foreign_code():
+        config = peft.LoraConfig(r=2, target_modules=["body"], bias="all", modules_to_save=["classifier"])
+        adapted = disturb(peft.get_peft_model(copy.deepcopy(base), config, adapter_name)).eval()
+        adapted.save_pretrained(tmp_path)
+        expected = adapted(x)
+    folder = tmp_path if adapter_name == "default" else tmp_path / adapter_name
+    assert f"base_model.model.classifier.modules_to_save.{adapter_name}.2.bias" in load_file(folder / WEIGHTS)
+    torch.testing.assert_close(minipeft.load_adapter(copy.deepcopy(base), folder)(x), expected)
+    base.classifier[2].bias.data += 1
+    with pytest.raises(
+        minipeft.CheckpointError, match=r"brings its own 'base_model.model.classifier.original_module.2"
+    ):
+        minipeft.load_adapter(base, folder)
+
+
 def test_an_entry_of_a_peft_file_takes_every_module_whose_name_ends_with_it(tmp_path):
     config = peft.LoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["head"], task_type="CAUSAL_LM")
     with foreign_code():

@@ -31,6 +31,8 @@ TRANSPOSED = {".lora_A.weight": ".lora_embedding_B", ".lora_B.weight": ".lora_em
 # Buffers in a state that was saved without PEFT's filter, with or without the adapter's name behind them.
 _NAME = r"(\.[A-Za-z0-9_-]{1,64})?"
 _PROJECTION = re.compile(r".+\.(vera_[AB])" + _NAME)  # VeRA's shared matrices, again at each layer
+_IN_COPY = re.compile(r"\.modules_to_save\.[A-Za-z0-9_-]{1,64}(?=\.)")  # before a bias inside of a trained module
+_INFIX = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")  # of PEFT's wrappers
 _RANK = re.compile(r"(.+\.)ranknum" + _NAME)  # how many triplets of AdaLoRA a layer has
 
 
@@ -79,8 +81,8 @@ def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dic
 
     Or they copy what the shapes of the file say, which is AdaLoRA's number of triplets.
     """
-    base = _base_tensors(model) if keys else {}
-    found = {key: base[key] for key in keys if key in base and base[key].shape == file.shapes[key]}
+    base, plain = _base_tensors(model) if keys else {}, {key: _INFIX.sub("", key) for key in keys}
+    found = {key: base[name] for key, name in plain.items() if name in base and base[name].shape == file.shapes[key]}
     return {**values_of(model, found), **_ranks(file, keys)}
 
 
@@ -102,7 +104,8 @@ def find_repeats(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]
 
 
 def _renamed(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]) -> dict[str, str]:
-    plain = {key: _untied(key.replace(".modules_to_save.", "."), tied) for key in keys}
+    plain = {key: key.replace(".modules_to_save.", ".") for key in keys}
+    plain = {key: _untied(name if name in file.shapes else _IN_COPY.sub("", key), tied) for key, name in plain.items()}
     for key, other in plain.items():
         if other not in file.shapes:  # the factors of a head and of its embedding are each other's transpose
             plain[key] = _transposed(other)
@@ -169,17 +172,16 @@ def _untied(key: str, tied: Mapping[str, str]) -> str:
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Base parameters and buffers under every key that PEFT may give them: with and without the infix of its wrappers.
+    """Base parameters and buffers by the key that PEFT gives them, without the infixes of its wrappers.
 
     With ``bias="all"`` it writes the buffers called bias, too, which a frozen norm has (DETR's backbone).
     """
     tensors: dict[str, Tensor] = {}
     for name, module in named_modules(model, remove_duplicate=False):
-        owner = f"{name}.".replace(".base_layer.", ".").lstrip(".")
+        owner = _INFIX.sub("", f".{name}.").lstrip(".")
         for last, tensor in (*module._parameters.items(), *module._buffers.items()):
-            for infix in ("", "base_layer.", "token_adapter.base_layer.", "original_module."):
-                if tensor is not None:
-                    tensors[f"{PREFIX}{owner}{infix}{last}"] = tensor
+            if tensor is not None:
+                tensors[f"{PREFIX}{owner}{last}"] = tensor
     return tensors
 
 
