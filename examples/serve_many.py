@@ -235,11 +235,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = flags(argv)
     try:
         server = build(args)
-    except (MinipeftError, OSError) as error:
+    except (MinipeftError, OSError, ValueError) as error:  # transformers' too, of a folder without a tokenizer
         raise SystemExit(f"serve_many: {error}") from None
     server.engine.start()
     app = make_app(server)
-    web.run_app(app, host=args.host, port=args.port, shutdown_timeout=args.timeout, handler_cancellation=True)
+    try:
+        web.run_app(app, host=args.host, port=args.port, shutdown_timeout=args.timeout, handler_cancellation=True)
+    except (OSError, OverflowError) as error:  # of the host or the port
+        raise SystemExit(f"serve_many: {error}") from None
 
 
 if __name__ == "__main__":
