@@ -373,6 +373,15 @@ def test_overlapping_patterns_keep_their_order_through_a_file(tmp_path):
     assert_close(their_logits(load_theirs(gpt2(), tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("key", ["q_pro.", ".._proj", "._proj", ".*\\.q_pro."])
+def test_a_dot_that_ends_no_name_is_any_letter_as_in_peft(key, tmp_path):
+    options = {"r": 4, "target_modules": ["q_proj", "o_proj"], "alpha_pattern": {key: 80}, "rank_pattern": {key: 2}}
+    with foreign_code():
+        reference = disturb(peft.get_peft_model(llama(), peft.LoraConfig(**options)))
+    save_theirs(reference, tmp_path)
+    assert_close(logits(minipeft.load_adapter(llama(), tmp_path)), their_logits(reference))
+
+
 @pytest.mark.parametrize("factory", [bert_classifier, gpt2_classifier])
 def test_a_classifier_with_all_biases_trained_in_peft_is_read(factory, tmp_path):
     """PEFT then writes the head's bias three times: as itself, as modules_to_save.bias and as original_module.bias."""

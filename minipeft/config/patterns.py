@@ -19,8 +19,8 @@ MAX_EXPRESSIONS = 500  # in one table
 SECONDS_PER_OPTION = 2.0
 _RECURSION = regex.compile(r"(?<!\\)\(\?(?:R|[+-]?\d|&|P>)")
 _COUNTS = regex.compile(r"\{(\d*),?(\d*)\}")
-# One name or ending of names, perhaps anchored: '^model\\.layers\\.0\\.q_proj$', '.*\\.q_proj', 'q_proj'.
-_LITERAL = regex.compile(r"(\^|\.\*\\\.|)((?:[\w.-]|\\[.-])+?)(?:\$|\\Z|)")
+# One name or ending of names, perhaps anchored: '^model\\.layers\\.0\\.q_proj$', '.*\\.q_proj', 'q_proj'. In 'fc.' the dot is any letter.
+_LITERAL = regex.compile(r"(\^|\.\*\\\.|)((?:[\w-]|\\-)+(?:\\?\.(?:[\w-]|\\-)+)*)(?:\$|\\Z|)")
 
 
 def compiled(pattern: str, where: str) -> regex.Pattern[str]:
