@@ -6,7 +6,10 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from safetensors.torch import load_file, load_model, save_model
 from tiny_models import disturb, gpt2, llama, logits, state_digest, token_ids
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -104,21 +107,40 @@ def test_what_is_kept_while_another_adapter_is_merged_stays():
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("merged_there", [True, False])
-def test_a_state_that_was_taken_with_another_adapter_merged_is_refused(merged_there, tmp_path):
+def test_a_state_that_was_taken_with_another_adapter_merged_is_refused(merged_there, nested, tmp_path):
     saved, model = disturb(made("lora", 0)), disturb(made("lora", 1))
     (saved if merged_there else model).merge_adapter()
-    torch.save(saved.state_dict(), tmp_path / "state.pt")
-    before, state = state_digest(model), torch.load(tmp_path / "state.pt")
+    outer, other = (nn.ModuleDict({"inner": m}) if nested else m for m in (saved, model))
+    save_model(outer, tmp_path / "state.safetensors")  # which keeps no metadata
+    before, state = state_digest(model), load_file(tmp_path / "state.safetensors")
     with pytest.raises(StateError, match="merged here. Call unmerge_adapter"):
-        model.load_state_dict(state)
+        other.load_state_dict(state, strict=False)
     assert state_digest(model) == before
     with saved.disable_adapter():  # takes a merge back for its time
-        state = copy.deepcopy(saved.state_dict())
+        state = copy.deepcopy(outer.state_dict())
     if not merged_there:
         model.unmerge_adapter()
-    model.load_state_dict(state)
+    other.load_state_dict(state)
     torch.testing.assert_close(logits(model), logits(saved), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_accelerate_brings_back_a_state_only_if_the_same_is_merged(tmp_path):
+    saved = disturb(made("lora", 0))
+    expected = logits(saved)
+    saved.merge_adapter()
+    merged = logits(saved)
+    Accelerator(cpu=True).save_model(saved, tmp_path)
+    model = disturb(made("lora", 1))
+    with pytest.raises(StateError, match="'default' was merged when this state was taken, and none is merged here"):
+        load_model(model, tmp_path / "model.safetensors")
+    model.merge_adapter()
+    load_model(model, tmp_path / "model.safetensors")
+    assert torch.equal(logits(model), merged)
+    saved.unmerge_adapter()
+    assert torch.equal(logits(saved), expected)
 
 
 @pytest.mark.parametrize("kind", ["rows", "bias"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from minipeft.injection.state import STATE, AdapterState, state_of
 from minipeft.injection.watch import watched_call
 from minipeft.injection.wrapper import innermost
 
-MERGED = "merged_adapters"  # the key of the merged adapters' names in the metadata of a state
+MERGED = "merged_adapters"  # the key of the merged adapters' names, as codes, in a state
 
 
 class Configurations(dict[str, AdapterConfig]):
@@ -84,30 +84,32 @@ class OwnMethods(nn.Module):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As ever, with metadata that say which adapters are merged into the base's values."""
+        """As ever; while adapters are merged, one more tensor says which are in the base's values.
+
+        It is a tensor since metadata get lost in safetensors, as `accelerate.save_state` writes them.
+        """
         values = super().state_dict(*args, **kwargs)
         state: AdapterState | None = self.__dict__.get(STATE)
         if state is not None and state.merged:
-            own = getattr(values, "_metadata", {}).get(kwargs.get("prefix", "")[:-1], {})
-            own[MERGED] = list(state.merged)
+            values[kwargs.get("prefix", "") + MERGED] = torch.tensor(list(",".join(state.merged).encode()))
         return values
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """As ever, for a state that was taken with the same adapters merged as are merged here.
 
         Raises:
             StateError: it was taken with others, so an adapter would act twice, or not at all; nothing is changed.
         """
         state: AdapterState | None = self.__dict__.get(STATE)
-        metadata = getattr(state_dict, "_metadata", None)
-        if state is not None and metadata is not None:
-            there, here = metadata.get("", {}).get(MERGED, []), state.merged
-            if set(there) != set(here):
+        if state is not None:
+            codes = state_dict.pop(prefix + MERGED, None)
+            there = [] if codes is None else bytes(codes.int().tolist()).decode().split(",")
+            if set(there) != set(state.merged):
                 raise StateError(
-                    f"load_state_dict: {shown(there) or 'no adapter'} was merged when this state was taken, and "
-                    f"{shown(here) or 'no adapter'} is merged here. Call unmerge_adapter() before both. {UNCHANGED}"
+                    f"load_state_dict: {shown(there)} was merged when this state was taken, and "
+                    f"{shown(state.merged)} is merged here. Call unmerge_adapter() before both. {UNCHANGED}"
                 )
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own call. The first one with an adapter also finds out whether the adapter acts everywhere.
