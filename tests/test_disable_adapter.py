@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -164,3 +165,23 @@ def test_a_compiled_function_may_disable_adapters_in_its_one_graph():
     with torch.no_grad():
         found = torch.compile(change, fullgraph=True, backend="eager")(x)
         torch.testing.assert_close(found, change(x))
+
+
+@pytest.mark.parametrize("merged", [(), ("default",)])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_within_is_the_base_until_its_adapters_are_enabled(copied, merged):
+    model = two(merged=merged)
+    expected, acting = outputs(model, "default"), logits(model)
+    with model.disable_adapter():
+        other, base = copied(model), logits(model)
+    assert torch.equal(logits(model), acting)
+    assert torch.equal(logits(other), base)
+    with other.disable_adapter():
+        pass
+    assert torch.equal(logits(other), base)
+    other.set_adapter("default")
+    other.enable_adapters()
+    assert torch.equal(logits(other), expected)
+    other.merge_adapter()
+    other.unmerge_adapter()
+    assert torch.equal(logits(other), expected)

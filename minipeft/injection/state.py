@@ -38,6 +38,10 @@ class AdapterState:
     held: set[str] = field(default_factory=set)  # norms of the base that would be in training mode, see `hold_norms`
     buffers: dict[str, Tensor] = field(default_factory=dict)  # samples of the base's, as they were when it was adapted
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle, in which no context is open that would merge something again."""
+        return {**vars(self), "set_aside": (), "pauses": 0}
+
     @property
     def merged(self) -> tuple[str, ...]:
         """The adapters that are in the base weights."""

@@ -41,6 +41,10 @@ class Switch:
         self.order_told = False  # whether a module says if rows or positions come first
         self.trained_by_row = False  # the last call with gradients was such a one
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: no context and no call is open in it, so one that was made within `off` stays off."""
+        return {**vars(self), "stays_off": not self.enabled, "contexts_off": 0, "running": []}
+
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Within the context no adapter acts. Several may be open, and end in any order."""
