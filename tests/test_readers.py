@@ -608,6 +608,16 @@ def test_a_server_gets_experts_one_by_one(reader, tmp_path):
     torch.testing.assert_close(logits(minipeft.load_adapter(mixture(), tmp_path / "out")), logits(model))
 
 
+def test_square_experts_made_for_peft_are_read_again(tmp_path):
+    model = adapted(mixture(), **QV, target_parameters=["experts.gate_up_proj"])  # 2 x 16 features of 32
+    model.save_pretrained(tmp_path / "it")
+    made_for(Reader.PEFT, tmp_path / "it", tmp_path / "out")
+    torch.testing.assert_close(logits(minipeft.load_adapter(mixture(), tmp_path / "out")), logits(model))
+    with foreign_code():
+        reference = peft.PeftModel.from_pretrained(mixture(), tmp_path / "out")
+        torch.testing.assert_close(logits(reference), logits(model), rtol=0, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")  # of names that only one of the readers takes
 def test_the_page_has_the_table_of_the_rules():
     page = (Path(__file__).resolve().parents[1] / "docs" / "files.md").read_text("utf-8")
