@@ -301,6 +301,23 @@ def test_experts_of_transformers_are_adapted_as_in_peft(kind, targets, trained, 
     assert torch.allclose(logits(merged), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_experts_are_saved_as_plain_lora_at_the_strength_with_which_they_act(family, tmp_path):
+    base = gpt_oss if family == "gpt_oss" else functools.partial(mixture, family)
+    options = {**MOE, "r": 2, "rank_pattern": {"experts.down_proj": 3}, "use_rslora": True, "init_lora_weights": False}
+    model = get_lora_model(base(), LoraConfig(**options))
+    model.set_scale("default", 0.5)
+    expected = logits(model, token_ids() % 60)
+    model.save_pretrained(tmp_path, convert_to_lora=True)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (3, 3)
+    assert not saved.keys() & {"rank_pattern", "use_rslora"}
+    torch.testing.assert_close(logits(load_adapter(base(), tmp_path), token_ids() % 60), expected, rtol=0, atol=1e-4)
+    with foreign_code():
+        reference = peft.PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(logits(reference, token_ids() % 60), expected, rtol=0, atol=1e-4)
+
+
 def test_gradient_checkpointing_of_a_mixture_gives_the_same_gradients():
     gradients = []
     for checkpointed in (False, True):

@@ -16,7 +16,7 @@ from minipeft.files.save import file_config
 from minipeft.injection.module_tree import layers_of, wrappers
 
 # What a plain LoRA configuration takes over from that of another method, besides `AdapterConfig`'s own options.
-KEPT = {"lora_dropout", "trainable_token_indices", "ensure_weight_tying"}
+KEPT = {"lora_dropout", "target_parameters", "trainable_token_indices", "ensure_weight_tying"}
 
 
 @torch.no_grad()
@@ -38,8 +38,8 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
     layers = dict(layers_of(model, adapter_name))
     for path, layer in layers.items():
         adapter = layer.adapter(adapter_name)
-        factors = adapter.factors()
-        if factors is None:
+        factors = adapter.stacked_factors()
+        if factors is None or (adapter.factors() is None and len(factors[0]) == 1):  # a stack has no bias to train
             raise CheckpointError(
                 f"{path}: {type(adapter).__name__} is more than a low-rank update of the weight here, so it is not plain "
                 "LoRA. Save it as it is."
@@ -52,13 +52,14 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
         if path not in layers
         for key, tensor in wrapper.file_tensors(adapter_name).items()
     }
-    rank = max(len(down) for _, down, _ in pairs.values())
+    rank = max(down.shape[1] for _, down, _ in pairs.values())
     for name, (up, down, (first, second)) in pairs.items():  # a kernel's factors are kernels, too
-        missing = rank - len(down)
-        down = torch.cat([down.flatten(1), down.new_zeros(missing, down[0].numel())])
-        up = torch.cat([up.flatten(1), up.new_zeros(len(up), missing)], 1)
-        tensors[PREFIX + name.format("A")] = down.view(-1, *first[1:])
-        tensors[PREFIX + name.format("B")] = up.view(len(up), -1, *second[2:])
+        up, down = up.flatten(2), down.flatten(2)
+        missing = rank - down.shape[1]
+        down = torch.cat([down, down.new_zeros(len(down), missing, down.shape[2])], 1)
+        up = torch.cat([up, up.new_zeros(*up.shape[:2], missing)], 2).permute(1, 2, 0)  # as `split_columns` reads it
+        tensors[PREFIX + name.format("A")] = down.reshape(-1, *first[1:])
+        tensors[PREFIX + name.format("B")] = up.reshape(len(up), -1, *second[2:])
     kept = {f.name for f in dataclasses.fields(AdapterConfig)} | KEPT | {"auto_mapping"} | config.other_keys.keys()
     plain = {key: value for key, value in file_config(model, config, adapter_name).items() if key in kept}
     orientation = any(layer.ops.fan_in_fan_out for layer in layers.values())
