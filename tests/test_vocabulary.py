@@ -185,6 +185,28 @@ def tied_llama():
     return llama(tie_word_embeddings=True)
 
 
+@pytest.mark.parametrize("make", [gpt2, tied_llama])
+def test_new_rows_of_a_head_that_is_tied_to_a_trained_table_are_missed_when_saved(make, base, tmp_path):
+    options = {"target_modules": ["c_attn" if make is gpt2 else "q_proj"], "r": 4}
+    table = "wte" if make is gpt2 else "embed_tokens"
+    model = disturb(get_lora_model(resized(make, base), LoraConfig(**options, modules_to_save=[table])))
+    with pytest.warns(
+        UserWarning, match=r"lm_head is tied to .*its own new rows are in no file.*ensure_weight_tying=True"
+    ):
+        model.save_pretrained(tmp_path / "rows")
+    model.save_pretrained(tmp_path / "tables", save_embedding_layers=True)
+    assert_close(logits(load_adapter(resized(make, base), tmp_path / "tables")), logits(model))
+    with pytest.raises(MinipeftError):  # no file of ours trains a table and brings other rows for what is tied to it
+        load_adapter(resized(make, base, seed=6), tmp_path / "tables")
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(resized(make, base, seed=6), tmp_path / "tables")
+    assert_close(logits(theirs), logits(model))
+    config = LoraConfig(**options, modules_to_save=[table], ensure_weight_tying=True)
+    model = disturb(get_lora_model(resized(make, base), config))
+    model.save_pretrained(tmp_path / "both")
+    assert_close(logits(load_adapter(resized(make, base, seed=6), tmp_path / "both")), logits(model))
+
+
 @pytest.mark.parametrize("seed", [5, 6], ids=["the same rows", "other rows"])
 @pytest.mark.parametrize("make", [tied_llama])
 def test_a_resized_table_that_peft_trains_with_what_is_tied_to_it_is_read(make, seed, base, tmp_path):

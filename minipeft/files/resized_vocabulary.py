@@ -115,7 +115,11 @@ def with_tables(
     for name, table in tables(model).items():
         base_size = base_rows(model, name, table) or 0
         missing = sorted(set(range(base_size, len(table.weight))) - set(trained.get(name, ())))
-        if not missing or _copies(table, adapter_name) or set(missing) <= set(config.get("token_indices") or ()):
+        if not missing or set(missing) <= set(config.get("token_indices") or ()):
+            continue
+        if _copies(table.module, adapter_name):
+            if warn and (tied := _tied_apart(model, table, adapter_name)):
+                _warn_of_rows_apart(tied, name)
             continue
         if OPTION not in config or (name not in trained and _is_taken(model, table.weight, adapter_name)):
             if warn:
@@ -136,6 +140,13 @@ def _warn_of_rows(fact: str, base_size: int, table: Table) -> None:
     )
 
 
+def _warn_of_rows_apart(tied: str, name: str) -> None:
+    warn(
+        f"{tied} is tied to {name}, whose vocabulary was resized, and does not use the copy of it that trains, so its own new "
+        f"rows are in no file: train both, modules_to_save=[{name.rpartition('.')[2]!r}] with ensure_weight_tying=True."
+    )
+
+
 def brought_rows(config: Mapping[str, Any]) -> Mapping[str, Collection[int]]:
     """Of a configuration that `with_tables` returns, the rows of each table that the file brings, by the table's name."""
     option = config.get(OPTION)
@@ -150,9 +161,18 @@ def ids_by_name(model: nn.Module, option: Any) -> dict[str, list[int]]:
     return {names[0]: option} if option and names else {}
 
 
-def _copies(table: Table, adapter_name: str) -> bool:
+def _copies(module: nn.Module, adapter_name: str) -> bool:
     """Whether the adapter has a trained copy of the table, which brings all rows."""
-    return isinstance(table.module, SavedModule) and adapter_name in table.module.adapters
+    return isinstance(module, SavedModule) and adapter_name in module.adapters
+
+
+def _tied_apart(model: nn.Module, table: Table, adapter_name: str) -> str | None:
+    """The name of the head that is tied to a table, if the trained copy of the table is not its own."""
+    head = output_head(model)
+    if head is None or head is table.module or getattr(innermost(head), "weight", None) is not table.weight:
+        return None
+    name = next((name for name, module in outside_adapters(model) if module is head), None)
+    return None if _copies(head, adapter_name) else name
 
 
 def _is_taken(model: nn.Module, weight: Tensor, adapter_name: str) -> bool:
@@ -176,6 +196,8 @@ def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
                 raise ConfigError(
                     f"save_embedding_layers=True: rows of {name} train, and the file holds those; leave it at 'auto'."
                 )
-        if not _copies(table, adapter_name):
+        if not _copies(layer, adapter_name):
             whole[f"{PREFIX}{name}.{infix}weight"] = table.weight
+        elif tied := _tied_apart(model, table, adapter_name):
+            whole[f"{PREFIX}{tied}.weight"] = table.weight
     return whole
