@@ -3,7 +3,7 @@
 import copy
 import pickle
 from abc import ABC
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import pytest
 import torch
@@ -54,7 +54,43 @@ class Counting(nn.Linear):
         return super().forward(x)
 
 
-NETS = [AbstractNet, GenericNet, InterfaceNet]
+class Registered:
+    known: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, *, kind):
+        Registered.known[kind] = Registered.known[cls.__name__] = cls
+
+
+class RegisteredNet(nn.Sequential, Registered, kind="net"):
+    pass
+
+
+class Unique(type):
+    known: ClassVar[dict[str, type]] = {}
+
+    def __new__(mcs, name, bases, names):
+        if name in Unique.known:
+            raise ValueError(f"there are two classes {name}")
+        Unique.known[name] = super().__new__(mcs, name, bases, names)
+        return Unique.known[name]
+
+
+class UniqueNet(nn.Sequential, metaclass=Unique):
+    pass
+
+
+class Announced:
+    subclasses: ClassVar[list[type]] = []
+
+    def __init_subclass__(cls):
+        Announced.subclasses.append(cls)
+
+
+class AnnouncedNet(Announced, ABC, nn.Sequential):
+    pass
+
+
+NETS = [AbstractNet, GenericNet, InterfaceNet, RegisteredNet, UniqueNet, AnnouncedNet]
 LINEARS = [AbstractLinear, InterfaceLinear, Counting]
 CONFIG = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
 
@@ -76,6 +112,16 @@ def test_a_model_of_such_classes_is_adapted_copied_pickled_saved_and_given_back(
     torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), expected)
     unloaded = model.unload()
     assert [type(unloaded), type(unloaded[0]), type(unloaded[1])] == [net, SlotlessEmbedding, linear]
+
+
+def test_a_class_that_lists_its_subclasses_hears_of_none():
+    for net in (RegisteredNet, UniqueNet, AnnouncedNet):
+        get_lora_model(net(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+        nn.Module.__setattr__(module := net(nn.Linear(2, 2)), "__class__", mixed_class(Mixin, net))
+        assert isinstance(module, net)
+    assert Registered.known == {"net": RegisteredNet, "RegisteredNet": RegisteredNet}
+    assert Unique.known == {"UniqueNet": UniqueNet}
+    assert Announced.subclasses == [AnnouncedNet]
 
 
 def test_a_part_of_such_a_class_trains_in_full():

@@ -53,9 +53,9 @@ class OwnMethods(nn.Module):
     def __init_subclass__(cls) -> None:
         """The ``forward`` of an adapted class, called directly, takes ``adapter_names`` too; transformers' would ignore it.
 
-        What is built from that class, as by its ``from_pretrained``, has no adapter: it is of the plain class.
+        What is built from that class, as by its ``from_pretrained``, has no adapter: it is of the plain class. The plain
+        class's own ``__init_subclass__`` is not called, see `minipeft.python.class_swap.mixed_class`.
         """
-        super().__init_subclass__()
         *first, plain = cls.__bases__
         if first and issubclass(first[-1], OwnMethods):  # `mixed_class`, and not the mixin itself
             cls.__init__ = _init_of_plain(plain)  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import types
+from abc import ABCMeta
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,9 @@ _mixed: dict[tuple[type, type], type[nn.Module]] = {}
 
 class SameFunction(nn.Module):
     """Base of the mixins that change how a module computes but not what it computes."""
+
+    def __init_subclass__(cls) -> None:
+        """Nothing: a class that lists its subclasses hears of no mixed one."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(_mixin_of(type(self)), self, super().__reduce_ex__(protocol))
@@ -39,10 +43,15 @@ def _mixin_of(cls: type) -> type[nn.Module]:
 
 
 def mixed_class(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module class with a mixin; it keeps the name and module, which transformers relies on."""
+    """The subclass of a module class with a mixin; it keeps the name and module, which transformers relies on.
+
+    A metaclass of the user's own is not run, and the mixins keep an ``__init_subclass__`` from it: either may register or
+    refuse a class of the same name.
+    """
     if (mixin, cls) not in _mixed:
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _mixed[mixin, cls] = type(cls.__name__, (*_layout(cls), mixin, cls), names)
+        make: Any = ABCMeta if issubclass(type(cls), ABCMeta) else type
+        _mixed[mixin, cls] = make.__new__(type(cls), cls.__name__, (*_layout(cls), mixin, cls), names)
     return _mixed[mixin, cls]
 
 
