@@ -108,7 +108,7 @@ def _is_readable(weight: Tensor) -> bool:
     # Another type is a sharded weight, of which this process has one part. One byte holds less than half precision does, as
     # in a base that diffusers' layerwise casting stores in float8.
     whole = type(weight) in (Tensor, nn.Parameter) and weight.itemsize > 1
-    return whole and not weight.is_meta and weight.numel() > 0
+    return whole and weight.layout is torch.strided and not weight.is_meta and weight.numel() > 0
 
 
 @functools.lru_cache(256)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -110,6 +111,8 @@ def _weight_of(base: nn.Module) -> str:
         return UNREADABLE
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}; see register_layer"
+    if weight.layout is not torch.strided:
+        return f"its weight is {str(weight.layout).removeprefix('torch.')}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if has_other_output(base):

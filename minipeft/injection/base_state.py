@@ -90,8 +90,13 @@ def buffer_samples(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         f"{name}.{key}" if name else key: _sample(buffer)
         for name, module in modules.items()
         for key, buffer in module._buffers.items()
-        if type(buffer) is Tensor and not buffer.is_meta and key not in module._non_persistent_buffers_set
+        if buffer is not None and _is_dense(buffer) and key not in module._non_persistent_buffers_set
     }
+
+
+def _is_dense(buffer: Tensor) -> bool:
+    """Whether it has elements that can be picked: not those of a graph's sparse matrix."""
+    return type(buffer) is Tensor and buffer.layout is torch.strided and not buffer.is_meta
 
 
 def _sample(buffer: Tensor) -> Tensor:

@@ -168,12 +168,15 @@ def _joined(name: str, parameter: str) -> str:
 
 
 def _storage(tensor: Tensor) -> tuple[torch.device, int]:
-    # A tensor without memory of its own (on the meta device, or a wrapper such as torchao's) equals only itself.
-    return tensor.device, tensor.untyped_storage().data_ptr() if tensor.data_ptr() else id(tensor)
+    # A tensor without memory of its own (sparse, on the meta device, or a wrapper such as torchao's) equals only itself.
+    has_memory = tensor.layout is torch.strided and tensor.data_ptr()
+    return tensor.device, tensor.untyped_storage().data_ptr() if has_memory else id(tensor)
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors in the same storage have bytes in common."""
+    if one is other:
+        return True
     (start, end), (other_start, other_end) = _span(one), _span(other)
     return start < other_end and other_start < end
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.packages import is_compressed, is_from
@@ -100,8 +101,10 @@ def plan(
 
 
 def _check_free(found: Mapping[str, Candidate]) -> None:
-    """Raise TargetError if PEFT has adapted the model, or compressed-tensors has quantized it."""
+    """Raise TargetError if PEFT has adapted the model, compressed-tensors has quantized it, or a lazy layer has no shape yet."""
     for name, candidate in found.items():
+        if any(isinstance(parameter, UninitializedParameter) for parameter in candidate.base._parameters.values()):
+            raise TargetError(f"{name}: this lazy layer has no weight yet. Call the model once, then adapt it.")
         if type(candidate.module).__module__.startswith("peft."):
             raise TargetError(f"{name}: PEFT has adapted this layer already; unload that adapter first.")
         if is_compressed(candidate.base):

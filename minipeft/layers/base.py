@@ -174,6 +174,8 @@ def runs_only(base: nn.Module, forward: object) -> bool:
 
 
 def has_plain_weight(base: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether ``base.weight`` is an ordinary float parameter of this shape: not quantized, sharded, lazy or computed."""
+    """Whether ``base.weight`` is an ordinary float parameter of this shape: not quantized, sharded, sparse, lazy or computed."""
     weight = base._parameters.get("weight")
-    return type(weight) is nn.Parameter and weight.dtype in FLOAT_DTYPES and tuple(weight.shape) == shape
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
+        return False
+    return weight.dtype in FLOAT_DTYPES and tuple(weight.shape) == shape

@@ -30,7 +30,9 @@ class ParameterOps(UncalledOps):
 
     def accepts(self, base: Any) -> bool:
         parameter = base._parameters.get(self.parameter)
-        plain = type(parameter) is nn.Parameter and parameter.dtype in FLOAT_DTYPES
+        plain = (
+            type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.dtype in FLOAT_DTYPES
+        )
         return plain and parameter.ndim in (2, 3) and parameter.numel() > 0
 
     def shape(self, base: Any) -> tuple[int, int]:

@@ -70,4 +70,6 @@ def parameter_ops(base: nn.Module, parameter: str) -> UncalledOps | None:
 
 def matrices(base: nn.Module) -> list[str]:
     """The parameters of a module that a user may want to name in ``target_parameters``; the biases of a stack look like one."""
+    if isinstance(base, torch.jit.ScriptModule):
+        return []  # its parameters are not Python's to replace
     return [name for name in base._parameters if not name.endswith("bias") and parameter_ops(base, name) is not None]
