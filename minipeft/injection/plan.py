@@ -103,7 +103,7 @@ def plan(
 def _check_free(found: Mapping[str, Candidate]) -> None:
     """Raise TargetError if PEFT has adapted the model, compressed-tensors has quantized it, or a lazy layer has no shape yet."""
     for name, candidate in found.items():
-        if any(isinstance(parameter, UninitializedParameter) for parameter in candidate.base._parameters.values()):
+        if UninitializedParameter in map(type, candidate.base._parameters.values()):
             raise TargetError(f"{name}: this lazy layer has no weight yet. Call the model once, then adapt it.")
         if type(candidate.module).__module__.startswith("peft."):
             raise TargetError(f"{name}: PEFT has adapted this layer already; unload that adapter first.")
