@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = flags(argv)
     try:
         server = build(args)
-    except (MinipeftError, OSError, ValueError) as error:  # transformers' too, of a folder without a tokenizer
+    except (MinipeftError, OSError) as error:
         raise SystemExit(f"serve_many: {error}") from None
     server.engine.start()
     app = make_app(server)
