@@ -362,6 +362,19 @@ def test_a_server_that_cannot_start_says_why_in_one_line(example, tmp_path):
             example.main(["--model", str(TINY), "--adapters", str(tmp_path), *words])
 
 
+@pytest.mark.parametrize("damage", ["tokenizer", "weights", "type"])
+def test_a_base_that_cannot_be_served_is_named_in_one_line(damage, example, tmp_path):
+    shutil.copytree(TINY, base := tmp_path / "base")
+    file, content = {
+        "tokenizer": ("tokenizer.json", "{"),
+        "weights": ("model.safetensors", ""),
+        "type": ("config.json", '{"model_type": "nobody"}'),
+    }[damage]
+    (base / file).write_text(content)
+    with foreign_code(), pytest.raises(SystemExit, match=f"^serve_many: {base} cannot be read"):
+        example.main(["--model", str(base), "--adapters", str(tmp_path)])
+
+
 @pytest.mark.parametrize("option", ["max_rows", "max_waiting"])
 def test_an_engine_that_could_answer_nothing_is_refused(option, shared):
     for value in (0, -1, True, 1.5):
