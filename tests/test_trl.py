@@ -234,6 +234,8 @@ def test_what_trl_cannot_work_with_is_refused_before_training(folder, tmp_path):
     other = load_adapter(base(folder), folder / "adapter", "mine", is_trainable=True)
     with pytest.raises(StateError, match="'default'"):
         DPO(model=other, **arguments)
+    with pytest.raises(ConfigError, match=r"peft_config.*minipeft\.integrations\.peft\.config"):
+        DPO(model=base(folder), peft_config=LoraConfig(r=2), **arguments)
 
 
 @pytest.mark.parametrize("name", ["DPO", "KTO"])

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.errors import StateError, shown
+from minipeft.config.adapter_config import AdapterConfig
+from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files.save_pretrained import SavableModel
 
 WITHOUT_REFERENCE = frozenset({"SFTTrainer", "RewardTrainer"})  # these train an adapted model as it is
@@ -20,11 +21,18 @@ def arguments_for_trl(trainer: type, args: tuple[Any, ...], kwargs: dict[str, An
     So DPO, KTO, GRPO and RLOO take the adapter as it is now for their reference, where they would load the base again.
 
     Raises:
+        ConfigError: ``peft_config`` is one of ours, which TRL does not take.
         StateError: a reference model is passed along; the adapters do not have the names that TRL gives them; or PEFT is
             not installed and the trainer needs a reference.
     """
     given = inspect.signature(trainer).bind_partial(*args, **kwargs).arguments
     given = {**given, **given.pop("kwargs", {})}
+    config = given.get("peft_config")
+    if isinstance(config, AdapterConfig):
+        raise ConfigError(
+            f"peft_config: TRL takes PEFT's configurations, not minipeft's {type(config).__name__}. Adapt the model first and leave "
+            "peft_config out; for LoRA, minipeft.integrations.peft.config(...) makes one of PEFT's."
+        )
     model = given.get("model")
     if not isinstance(model, nn.Module) or not isinstance(model, SavableModel):
         return given
