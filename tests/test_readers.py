@@ -422,6 +422,13 @@ def test_other_methods_are_refused_with_the_reason(case, tmp_path):
         made_for(Reader.VLLM, tmp_path / "it", tmp_path / "out")
 
 
+def test_weights_without_a_configuration_are_not_called_another_method(tmp_path):
+    adapted(llama()).save_pretrained(tmp_path / "it")
+    (tmp_path / "it" / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match="it has no adapter_config.json"):
+        made_for(Reader.VLLM, tmp_path / "it", tmp_path / "out")
+
+
 def test_the_output_must_be_a_place_of_its_own(tmp_path):
     adapted(llama(), **QV).save_pretrained(tmp_path)
     (tmp_path / "full").mkdir()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, shown
+from minipeft.files.file_names import CONFIG_FILE
 from minipeft.files.readers.contents import Contents
 from minipeft.files.readers.keys import Kind
 
@@ -63,6 +64,11 @@ class Pair:
 def check_method(contents: Contents) -> None:
     """Raise CheckpointError if the method's updates are not of low rank, or not without the base."""
     method = contents.method
+    if not contents.config:
+        raise CheckpointError(
+            f"{contents.directory} cannot be made plain LoRA: it has no {CONFIG_FILE}, or an empty one, and that says how the "
+            "factors are scaled. Copy the file from where the adapter was saved."
+        )
     if method not in ("LORA", "ADALORA"):
         why = WHY_NOT.get(method, "minipeft does not know it as a low-rank method")
         raise CheckpointError(
