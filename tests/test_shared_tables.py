@@ -5,10 +5,9 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, disturb, foreign_code, logits, t5, token_ids
+from tiny_models import VOCABULARY, disturb, logits, saved_and_loaded, t5, token_ids
 from torch import nn
 from transformers import (
-    AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
     PegasusConfig,
@@ -94,10 +93,7 @@ def test_merged_saved_and_reloaded_it_is_the_same_model(family, saved, tmp_path)
     expected = logits(model)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
-    with foreign_code():
-        merged.save_pretrained(tmp_path)
-        reloaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(reloaded), logits(merged))
+    saved_and_loaded(merged, tmp_path)
     if saved == ("shared",):
         assert (
             len({id(p) for name, p in merged.named_parameters(remove_duplicate=False) if p.shape[0] == VOCABULARY}) == 1
@@ -124,7 +120,4 @@ def test_lora_on_some_of_the_tied_tables_survives_merging_saving_and_reloading(t
     expected = logits(model)
     merged = model.merge_and_unload(untie=True)
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
-    with foreign_code():
-        merged.save_pretrained(tmp_path)
-        reloaded = BartForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(reloaded), logits(merged))
+    saved_and_loaded(merged, tmp_path)

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from fast_copy import Template
 from transformers import (
     BertConfig,
@@ -155,6 +156,15 @@ def logits(model, ids=None):
     ids = token_ids() if ids is None else ids
     decoder = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     return model(input_ids=ids, **decoder).logits
+
+
+def saved_and_loaded(model, directory):
+    """The model that transformers saves in a directory and loads from it; it computes the same to the bit."""
+    with foreign_code():
+        model.save_pretrained(directory)
+        loaded = getattr(transformers, model.config.architectures[0]).from_pretrained(directory).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    return loaded
 
 
 def state_digest(model):

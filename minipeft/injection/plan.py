@@ -71,7 +71,7 @@ def plan(
     config = config.for_model_type(model_type(model))
     found = candidates(model) if found is None else found
     origins = find_origins(model, found)
-    _check_free(found)
+    _check_can_be_adapted(found)
     # A file names all that it brings, so nothing is added to it.
     fresh = find_fresh_parts(model, config, found, origins) if every_pattern else FreshParts()
     config = with_fresh_parts(config, fresh)
@@ -100,7 +100,7 @@ def plan(
     return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins, outside)
 
 
-def _check_free(found: Mapping[str, Candidate]) -> None:
+def _check_can_be_adapted(found: Mapping[str, Candidate]) -> None:
     """Raise TargetError if PEFT has adapted the model, compressed-tensors has quantized it, or a lazy layer has no shape yet."""
     for name, candidate in found.items():
         if UninitializedParameter in map(type, candidate.base._parameters.values()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +176,9 @@ def runs_only(base: nn.Module, forward: object) -> bool:
 def has_plain_weight(base: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether ``base.weight`` is an ordinary float parameter of this shape: not quantized, sharded, sparse, lazy or computed."""
     weight = base._parameters.get("weight")
-    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
-        return False
-    return weight.dtype in FLOAT_DTYPES and tuple(weight.shape) == shape
+    return is_plain(weight) and tuple(weight.shape) == shape
+
+
+def is_plain(parameter: object) -> TypeGuard[nn.Parameter]:
+    """Whether this is an ordinary dense float parameter."""
+    return type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.dtype in FLOAT_DTYPES

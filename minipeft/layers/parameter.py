@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minipeft.kernels.functional import split_columns, split_rows
 from minipeft.kernels.low_rank_sum import LowRankSum
-from minipeft.layers.base import FLOAT_DTYPES
+from minipeft.layers.base import is_plain
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.registry.registry import register_layer
 
@@ -30,10 +30,7 @@ class ParameterOps(UncalledOps):
 
     def accepts(self, base: Any) -> bool:
         parameter = base._parameters.get(self.parameter)
-        plain = (
-            type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.dtype in FLOAT_DTYPES
-        )
-        return plain and parameter.ndim in (2, 3) and parameter.numel() > 0
+        return is_plain(parameter) and parameter.ndim in (2, 3) and parameter.numel() > 0
 
     def shape(self, base: Any) -> tuple[int, int]:
         *stack, rows, columns = getattr(base, self.parameter).shape

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minipeft.kernels.functional import accumulation_dtype
 from minipeft.kernels.low_rank_sum import LowRankSum
-from minipeft.layers.base import FLOAT_DTYPES, LayerOps
+from minipeft.layers.base import LayerOps, is_plain
 from minipeft.registry import registry
 
 
@@ -29,7 +29,7 @@ class UncalledOps(LayerOps):
 
     def accepts(self, base: Any) -> bool:
         weight = getattr(base, self.parameter, None)
-        return type(weight) is nn.Parameter and weight.dtype in FLOAT_DTYPES and weight.ndim == 2
+        return is_plain(weight) and weight.ndim == 2
 
     def shape(self, base: Any) -> tuple[int, int]:
         out_features, in_features = getattr(base, self.parameter).shape

@@ -167,7 +167,7 @@ def _as_it_is(contents: Contents, values: Mapping[str, Tensor], made: Made) -> N
         raise CheckpointError(f"{contents.directory}: two of its keys would get the same name.")
     renamed = sum(key.text not in tensors for key in contents.keys)
     made.done += [f"{renamed} keys were renamed as PEFT writes them."] if renamed else []
-    # Nothing else says that square experts have the layout of PEFT's since then.
+    # PEFT changed the layout of experts in this version, and nothing else in the file tells which one square experts have.
     layout = {"peft_version": "0.19.1"} if "minipeft" in contents.weights.metadata else {}
     write_peft(tensors, {**layout, **contents.config}, made)
 
