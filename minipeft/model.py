@@ -19,7 +19,7 @@ from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.foreign_options import check_options
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
-from minipeft.files.load import load_parts, warn_if_idle
+from minipeft.files.load import load_parts, put_rows, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT, SavableModel
 from minipeft.files.trl_guard import TrainedAlone
 from minipeft.injection.attach import attach, detach, remove, switch_to
@@ -124,6 +124,7 @@ def load_adapter(
             model, path, strict=strict, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
         )
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
+        put_rows(parts.rows)
         if not is_trainable:
             warn_if_idle(path, parts)
     if adapted is None and not is_trainable:

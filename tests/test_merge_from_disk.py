@@ -257,6 +257,17 @@ def test_rows_of_a_resized_vocabulary_come_from_the_adapter(tmp_path, make):
     assert loaded(tmp_path / "out", type(make())).config.vocab_size == VOCABULARY + 4
 
 
+def test_rows_that_the_base_itself_has_to_take_are_refused(tmp_path):
+    base = saved(llama(), tmp_path / "base")
+    model = loaded(base, transformers.LlamaForCausalLM)
+    with foreign_code():
+        model.resize_token_embeddings(VOCABULARY + 4)
+    disturb(get_adapter_model(model, LoraConfig(r=4, target_modules=["lm_head"]))).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"brings rows .* of lm_head.* with all of its weights in memory"):
+        merge_from_disk(base, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_that_nobody_brings_are_named(tmp_path):
     base = saved(llama(), tmp_path / "base")
     model = loaded(base, transformers.LlamaForCausalLM)

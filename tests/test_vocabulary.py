@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -17,8 +18,9 @@ from test_hf_trainer import DATA, OPTIONS, trained
 from tiny_models import disturb, foreign_code, gpt2, llama, state_digest
 from transformers import TrainingArguments
 
+import minipeft
 from minipeft import IA3Config, LoraConfig, TrainableTokensConfig, get_adapter_model, get_lora_model, load_adapter
-from minipeft.errors import CheckpointError, ConfigError, MinipeftError
+from minipeft.errors import CheckpointError, ConfigError, MinipeftError, StateError
 from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.files.resized_vocabulary import base_vocabulary
 from minipeft.hf import AdapterTrainer, restore_adapters
@@ -67,7 +69,7 @@ def logits(model):
 
 
 def lora(make, model, **options):
-    return disturb(get_lora_model(model, LoraConfig(target_modules=TARGETS[make], r=4, **options)))
+    return disturb(get_lora_model(model, LoraConfig(**{"target_modules": TARGETS[make], "r": 4, **options})))
 
 
 def assert_close(left, right):
@@ -166,19 +168,18 @@ def test_what_peft_trains_of_a_resized_vocabulary_is_read(kind, seed, make, base
 
 
 @pytest.mark.parametrize("make", [gpt2])
-def test_other_new_rows_of_a_head_that_is_tied_to_a_trained_table_are_refused(make, tmp_path, base):
+@pytest.mark.parametrize("trained", ["wte", "lm_head"])
+def test_other_new_rows_of_what_is_tied_to_a_trained_table_go_into_the_base(trained, make, tmp_path, base):
     with foreign_code():
-        config = peft.LoraConfig(target_modules=TARGETS[make], r=4, modules_to_save=["wte"])
+        config = peft.LoraConfig(target_modules=TARGETS[make], r=4, modules_to_save=[trained])
         theirs = peft.get_peft_model(resized(make, base), config)
         disturb(theirs).save_pretrained(tmp_path / "theirs")
     assert_close(logits(load_adapter(resized(make, base), tmp_path / "theirs")), logits(theirs))
-    plain = resized(make, base, seed=6)
-    before = state_digest(plain)
-    with pytest.raises(
-        CheckpointError, match="other rows 100, 101, 102 for what it is tied to. Resize the base with the seed"
+    with pytest.warns(
+        UserWarning, match="rows 100, 101, 102 of transformer.wte, which resizing the base drew at random"
     ):
-        load_adapter(plain, tmp_path / "theirs")
-    assert state_digest(plain) == before
+        model = load_adapter(resized(make, base, seed=6), tmp_path / "theirs")
+    assert_close(logits(model), logits(theirs))
 
 
 def tied_llama():
@@ -186,25 +187,25 @@ def tied_llama():
 
 
 @pytest.mark.parametrize("make", [gpt2, tied_llama])
-def test_new_rows_of_a_head_that_is_tied_to_a_trained_table_are_missed_when_saved(make, base, tmp_path):
+@pytest.mark.parametrize("place", ["embedding", "head"])
+def test_new_rows_of_what_is_tied_to_a_trained_table_are_saved(place, make, base, tmp_path):
     options = {"target_modules": ["c_attn" if make is gpt2 else "q_proj"], "r": 4}
-    table = "wte" if make is gpt2 else "embed_tokens"
+    table = LAYERS[gpt2 if make is gpt2 else llama][place]
     model = disturb(get_lora_model(resized(make, base), LoraConfig(**options, modules_to_save=[table])))
-    with pytest.warns(
-        UserWarning, match=r"lm_head is tied to .*its own new rows are in no file.*ensure_weight_tying=True"
-    ):
-        model.save_pretrained(tmp_path / "rows")
-    model.save_pretrained(tmp_path / "tables", save_embedding_layers=True)
-    assert_close(logits(load_adapter(resized(make, base), tmp_path / "tables")), logits(model))
-    with pytest.raises(MinipeftError):  # no file of ours trains a table and brings other rows for what is tied to it
-        load_adapter(resized(make, base, seed=6), tmp_path / "tables")
+    model.save_pretrained(tmp_path / "rows")
+    assert_close(logits(read(resized(make, base, seed=6), tmp_path / "rows")), logits(model))
     with foreign_code():
-        theirs = peft.PeftModel.from_pretrained(resized(make, base, seed=6), tmp_path / "tables")
+        theirs = peft.PeftModel.from_pretrained(resized(make, base, seed=6), tmp_path / "rows")
     assert_close(logits(theirs), logits(model))
-    config = LoraConfig(**options, modules_to_save=[table], ensure_weight_tying=True)
+
+
+@pytest.mark.parametrize("make", [gpt2, tied_llama])
+def test_a_trained_table_brings_the_new_rows_of_what_uses_the_copy_too(make, base, tmp_path):
+    targets, table = (["c_attn"], "wte") if make is gpt2 else (["q_proj"], "embed_tokens")
+    config = LoraConfig(r=4, target_modules=targets, modules_to_save=[table], ensure_weight_tying=True)
     model = disturb(get_lora_model(resized(make, base), config))
-    model.save_pretrained(tmp_path / "both")
-    assert_close(logits(load_adapter(resized(make, base, seed=6), tmp_path / "both")), logits(model))
+    model.save_pretrained(tmp_path)
+    assert_close(logits(load_adapter(resized(make, base, seed=6), tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("seed", [5, 6], ids=["the same rows", "other rows"])
@@ -224,7 +225,8 @@ def test_a_trainer_resumes_with_a_resized_vocabulary_if_the_new_rows_are_the_sam
         arguments = TrainingArguments(tmp_path / "run", **{**OPTIONS, "max_steps": 4})
         return trained(AdapterTrainer(model, arguments, train_dataset=DATA), **options)
 
-    for options in ({}, {"trainable_token_indices": [7, 101] if make is gpt2 else {"embed_tokens": [7, 101]}}):
+    rows = {"trainable_token_indices": [7, 101] if make is gpt2 else {"embed_tokens": [7, 101]}}
+    for options in ({}, rows, {"target_modules": ["lm_head"]}):
         whole = lora(make, resized(make, base), **options)
         losses = run(whole)
         again = lora(make, resized(make, base), **options)
@@ -236,6 +238,19 @@ def test_a_trainer_resumes_with_a_resized_vocabulary_if_the_new_rows_are_the_sam
         with pytest.raises(CheckpointError, match="another base"):
             run(other, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
         assert state_digest(other) == before
+
+
+@pytest.mark.parametrize("make", [llama])
+@pytest.mark.parametrize("targets", [["v_proj", "q_proj"], ["lm_head", "q_proj"]], ids=str)
+def test_a_model_takes_up_what_peft_saved_of_it(targets, make, base, tmp_path):
+    with foreign_code():
+        theirs = peft.get_peft_model(resized(make, base), peft.LoraConfig(target_modules=targets, r=4))
+        disturb(theirs).save_pretrained(tmp_path)
+    model = lora(make, resized(make, base), target_modules=sorted(targets))
+    restore_adapters(model, tmp_path)
+    assert_close(logits(model), logits(theirs))
+    with pytest.raises(CheckpointError, match="differs from this model's"):
+        restore_adapters(lora(make, resized(make, base, seed=6), target_modules=targets), tmp_path)
 
 
 def test_whole_tables_are_saved_on_request_and_read_by_peft(make, base, tmp_path):
@@ -269,27 +284,115 @@ def test_whole_tables_of_a_model_that_names_none_are_refused(tmp_path):
     net.save_pretrained(tmp_path / "adapter")
 
 
-def test_a_file_that_cannot_hold_the_new_rows_says_so_and_a_second_adapter_can(tmp_path):
+METHODS = {
+    "on the tables": ("Lora", {"r": 4}, ["embedding", "head"]),
+    "on the head": ("Lora", {"r": 4}, ["head"]),
+    "on the head, with DoRA": ("Lora", {"r": 4, "use_dora": True}, ["head"]),
+    "on the embedding": ("Lora", {"r": 4}, ["embedding"]),
+    "IA3": ("IA3", {"feedforward_modules": []}, []),
+    "VeRA": ("Vera", {"r": 4}, []),
+    "one new row trains": ("TrainableTokens", {"token_indices": [101]}, ["embedding"]),
+}
+LAYERS = {gpt2: {"embedding": "wte", "head": "lm_head"}, llama: {"embedding": "embed_tokens", "head": "lm_head"}}
+
+
+def read(model, directory):
+    with pytest.warns(UserWarning, match=r"rows 10.* which resizing the base drew at random, have the adapter file's"):
+        return load_adapter(model, directory)
+
+
+def options_of(make, case):
+    method, options, tables = METHODS[case]
+    targets = [] if method == "TrainableTokens" else TARGETS[make]
+    return method, {**options, "target_modules": [*targets, *(LAYERS[make][each] for each in tables)]}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_a_base_gets_the_new_rows_of_a_table_where_the_adapter_has_no_room_for_them(case, make, base, tmp_path):
+    method, options = options_of(make, case)
+    model = disturb(get_adapter_model(resized(make, base), getattr(minipeft, f"{method}Config")(**options)))
+    model.save_pretrained(tmp_path / "ours")
+    again = read(resized(make, base, seed=6), tmp_path / "ours")
+    assert_close(logits(again), logits(model))
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(resized(make, base, seed=7), tmp_path / "ours").eval()
+    assert_close(logits(theirs), logits(model))
+    assert_close(logits(load_adapter(resized(make, base), tmp_path / "ours")), logits(model))
+    again.save_pretrained(tmp_path / "again")
+    first, second = (load_file(tmp_path / each / WEIGHTS_FILE) for each in ("ours", "again"))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        own = options.get("token_indices", ()) if len(tensor) == 103 else ()  # which the base does not need
+        places = [row for row in range(len(tensor)) if row not in own]
+        assert torch.equal(tensor[places], second[key][places])
+    expected = logits(model)
+    assert_close(logits(again.merge_and_unload(untie=True)), expected)
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_whole_tables_that_peft_writes_with_any_adapter_are_read(case, make, base, tmp_path):
+    method, options = options_of(make, case)
+    with foreign_code():
+        theirs = peft.get_peft_model(resized(make, base), getattr(peft, f"{method}Config")(**options))
+        disturb(theirs).save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load_adapter(resized(make, base, seed=6), tmp_path)
+    lacking = [str(each.message) for each in caught if "brings nothing of rows 100 to 102 of" in str(each.message)]
+    tables = METHODS[case][2]
+    assert len(lacking) == (
+        make is llama and len(tables) == 1
+    )  # PEFT writes the table that is adapted and not the other
+    if lacking:
+        with foreign_code():
+            theirs = peft.PeftModel.from_pretrained(resized(make, base, seed=6), tmp_path).eval()
+    assert_close(logits(model), logits(theirs))
+
+
+def test_rows_for_the_base_are_refused_where_others_use_it_or_it_is_not_in_memory(make, base, tmp_path):
+    adapted = lora(make, resized(make, base))
+    adapted.save_pretrained(tmp_path / "other")
+    model = disturb(get_lora_model(resized(make, base), LoraConfig(target_modules=["lm_head"], r=4)))
+    model.save_pretrained(tmp_path / "head")
+    busy = load_adapter(resized(make, base, seed=6), tmp_path / "other")
+    before = state_digest(busy)
+    with pytest.raises(CheckpointError, match=r"brings rows 100, 101, 102 of .* Load this adapter before its other"):
+        busy.load_adapter(tmp_path / "head", "second")
+    assert state_digest(busy) == before
+    same = load_adapter(resized(make, base), tmp_path / "other")
+    same.load_adapter(tmp_path / "head", "second")
+    offloaded = accelerate.cpu_offload(resized(make, base, seed=6), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="with all of its weights in memory"):
+        load_adapter(offloaded, tmp_path / "head")
+
+
+def test_a_table_that_an_adapter_is_merged_into_is_not_saved(make, base, tmp_path):
+    model = disturb(get_lora_model(resized(make, base), LoraConfig(target_modules=["lm_head"], r=4)))
+    model.merge_adapter(untie=True) if make is gpt2 else model.merge_adapter()
+    for choice in ("auto", True):
+        with pytest.raises(StateError, match=r"'default' is merged into .* Call unmerge_adapter\(\) first"):
+            model.save_pretrained(tmp_path / "adapter", save_embedding_layers=choice)
+    assert not (tmp_path / "adapter").exists()
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path / "adapter")
+    assert_close(logits(read(resized(make, base, seed=6), tmp_path / "adapter")), logits(model))
+
+
+def test_a_second_adapter_may_train_the_new_rows(tmp_path):
     with foreign_code():
         gpt2().save_pretrained(tmp_path / "base")
     model = get_adapter_model(
         resized(gpt2, tmp_path / "base"), IA3Config(target_modules=["c_attn"], feedforward_modules=[])
     )
-    with pytest.warns(UserWarning, match=r"TrainableTokensConfig\(token_indices=list\(range\(100, 103\)\)\)"):
-        model.save_pretrained(tmp_path / "adapter")
     model.add_adapter("words", TrainableTokensConfig(token_indices=NEW))
     model.set_adapter(["default", "words"])
     disturb(model)
-    with pytest.warns(UserWarning, match="3 rows"):
-        model.save_pretrained(tmp_path / "adapter", "default")
+    model.save_pretrained(tmp_path / "adapter", "default", save_embedding_layers=False)
     model.save_pretrained(tmp_path / "adapter", "words")
     again = load_adapter(resized(gpt2, tmp_path / "base", seed=6), tmp_path / "adapter")
     again.load_adapter(tmp_path / "adapter" / "words", "words")
     again.set_adapter(["default", "words"])
     assert_close(logits(again), logits(model))
-    adapted = get_lora_model(resized(gpt2, tmp_path / "base"), LoraConfig(target_modules=["c_attn", "lm_head"], r=4))
-    with pytest.warns(UserWarning, match="cannot hold"):
-        adapted.save_pretrained(tmp_path / "head")
 
 
 def test_trained_tables_bring_their_new_rows_themselves(make, base, tmp_path):

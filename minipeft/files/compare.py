@@ -76,10 +76,15 @@ def _compare_config(file: AdapterFile, expected: Expected) -> None:
     config = config_from_dict(expected.config)
     there, here = file.config.to_dict(), config.to_dict()
     compared = here.keys() - PROVENANCE - config.other_keys.keys()
-    differ = [key for key in here if key in compared and here[key] != there.get(key)]
+    differ = [key for key in here if key in compared and _in_order(here[key]) != _in_order(there.get(key))]
     if differ:
         said = [f"{key} is {told(there.get(key), 100)} there and {told(here[key], 100)} here" for key in differ[:3]]
         raise CheckpointError(f"{file.path.parent} was saved with another configuration: {'; '.join(said)}.")
+
+
+def _in_order(value: Any) -> Any:
+    """A list of names sorted: PEFT writes a set, in any order."""
+    return sorted(value) if isinstance(value, list) and all(isinstance(entry, str) for entry in value) else value
 
 
 def _compare_shapes(file: AdapterFile, expected: Expected) -> None:

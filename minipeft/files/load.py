@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.peft_options import KEPT
-from minipeft.ecosystem.wrapper_names import named_modules
+from minipeft.ecosystem.wrapper_names import PREFIX, named_modules
 from minipeft.errors import shown, warn
 from minipeft.files.base_samples import planned_frozen_weights, planned_samples, warn_of_missing_parts
 from minipeft.files.compare import Expected, read_values
@@ -22,10 +23,11 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
-from minipeft.files.new_rows import find_new_rows
+from minipeft.files.new_rows import find_new_rows, warn_of_missing_rows
 from minipeft.files.peft_extras import as_peft_reads, has_keys_of
 from minipeft.files.reading import reading
-from minipeft.injection.build import Parts, build
+from minipeft.files.resized_vocabulary import IN_LAYER
+from minipeft.injection.build import Parts, TableRows, build
 from minipeft.injection.build_from_file import build_from
 from minipeft.injection.module_tree import candidates
 from minipeft.injection.plan import Plan, check_loaded
@@ -86,10 +88,11 @@ def load_parts(
     shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan, found))
     sampled = [(name, weight) for name, weight in frozen.items() if name in file.base]
     tensors = shapes.file_tensors(plan)
+    samples = {} if allow_base_mismatch else planned_samples(model, plan, shapes, sampled)
     expected = Expected(
         model,
         {key: tensor for key, tensor in tensors.items() if key not in new_rows.values},
-        base={} if allow_base_mismatch else planned_samples(model, plan, shapes, sampled),
+        base={name: row for name, row in samples.items() if f"{PREFIX}{name}{IN_LAYER}" not in new_rows.done},
         tied=_tied(plan),
         done=new_rows.done,
         base_advice=" Pass allow_base_mismatch=True if that is meant.",
@@ -99,10 +102,22 @@ def load_parts(
     with reading(directory):
         values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(model, file, plan, frozen)
+    warn_of_missing_rows(file, model)
     if bookkeeping := file.config.other_keys.keys() - KEPT:
         logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
     values.update(new_rows.values)
-    return plan, build_from(plan, shapes, tensors, values)
+    return plan, replace(build_from(plan, shapes, tensors, values), rows=new_rows.base)
+
+
+@torch.no_grad()
+def put_rows(rows: Iterable[TableRows]) -> None:
+    """Give the base the rows that a file brings for it, in place of those that were drawn when it was resized."""
+    for table in rows:
+        table.weight[table.ids] = table.values.to(table.weight)
+        warn(
+            f"rows {shown(table.ids)} of {table.name}, which resizing the base drew at random, have the adapter file's values now, "
+            "in the base itself."
+        )
 
 
 def _tied(plan: Plan) -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""Loading the rows that a vocabulary gained: whole tables in a file, as PEFT writes them, become rows of tokens."""
+"""Loading the rows that a vocabulary gained: whole tables in a file, as PEFT writes them.
+
+They become rows of tokens, and the base stays as it is. Where the adapter acts on the table itself, or its method has no rows
+of tokens, they take the places of those that resizing the base drew at random, as in PEFT.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,11 @@ from torch import Tensor, nn
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.config.patterns import is_suffix
 from minipeft.ecosystem.wrapper_names import PREFIX
-from minipeft.errors import CheckpointError, shown
+from minipeft.errors import CheckpointError, shown, warn
 from minipeft.files.format import FLOATS, AdapterFile
-from minipeft.files.resized_vocabulary import OPTION, ROWS, ids_by_name, tables
-from minipeft.injection.module_tree import outside_adapters
+from minipeft.files.resized_vocabulary import IN_LAYER, OPTION, ROWS, Table, base_rows, ids_by_name, tables
+from minipeft.injection.build import TableRows
+from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import values_of
 
@@ -32,38 +37,100 @@ class NewRows:
     config: AdapterConfig  # the file's, with the rows in ``trainable_token_indices``
     values: Mapping[str, Tensor] = field(default_factory=dict)  # by the key that they have as rows of tokens
     done: frozenset[str] = frozenset()  # keys of what they come from: whole tables, and rows that train
+    base: tuple[TableRows, ...] = ()  # those that the base itself gets
 
 
 def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
-    """Compare whole tables in a file with the model's; the rows that differ are rows of tokens to load.
+    """Compare whole tables in a file with the model's; the rows that differ are to be loaded.
 
     Raises:
-        CheckpointError: a table has another number of rows than the model's, or is damaged, or two that are tied differ.
+        CheckpointError: a table has another number of rows than the model's, or is damaged, or two that are tied differ; or
+            rows are for the base itself, which other adapters use already or which is not in memory.
     """
-    known = {name: table.weight for name, table in tables(model).items()}
+    known = tables(model)
     if not known:
         return NewRows(file.config)
-    owners = _keys_of_tables(file, model, known)
-    values = file.read(owners)
-    found: dict[str, Tensor] = {}
+    owners = _keys_of_tables(file, model, {name: table.weight for name, table in known.items()})
+    found = _tables_in(file, owners)
+    here = values_of(model, {name: known[name].weight for name in found})
+    ids = {name: _differing_rows(table, here[name]) for name, table in found.items()}
+    ids = {name: rows for name, rows in ids.items() if rows and 2 * len(rows) <= len(found[name])}
+    copied = frozenset(key for key, owner in owners.items() if owner in ids and _trains(file, key))
+    ids = {name: rows for name, rows in ids.items() if any(owners[key] == name for key in owners.keys() - copied)}
+    # The adapter acts on these itself, or trains a copy of what they are tied to, so no adapter of rows has room there.
+    taken = {owner for key, owner in owners.items() if _is_in_layer(key)} | _trained_tables(file, model, known)
+    for_base = ids if not _has_option(file) else {name: rows for name, rows in ids.items() if name in taken}
+    trained = {*(getattr(file.config, "token_indices", None) or ())}  # which the adapter has itself
+    for_base = {n: [row for row in rows if n not in taken or row not in trained] for n, rows in for_base.items()}
+    base = _rows_of_base(file, model, for_base, found)
+    ids = {name: rows for name, rows in ids.items() if name not in for_base}
+    loaded = {*ids, *(table.name for table in base)}
+    new = NewRows(file.config, {}, copied | {key for key, owner in owners.items() if owner in loaded}, base)
+    return _with_rows(file, ids_by_name(model, getattr(file.config, OPTION)), ids, found, new) if ids else new
+
+
+def _tables_in(file: AdapterFile, owners: Mapping[str, str]) -> dict[str, Tensor]:
+    """The whole tables in a file, by the names of the model's."""
+    values, found = file.read(owners), dict[str, Tensor]()
     for key, owner in owners.items():
         if not torch.equal(found.setdefault(owner, values[key]), values[key]):
             raise CheckpointError(f"{file.path}: {key} differs from {owner}, to which it is tied.")
-    here = values_of(model, {name: known[name] for name in found})
-    ids = {name: _differing_rows(table, here[name]) for name, table in found.items()}
-    ids = {name: rows for name, rows in ids.items() if rows and 2 * len(rows) <= len(found[name])}
-    fields = {f.name for f in dataclasses.fields(file.config)}
-    copied = frozenset(key for key, owner in owners.items() if owner in ids and _trains(file, key))
-    ids = {name: rows for name, rows in ids.items() if any(owners[key] == name for key in owners.keys() - copied)}
-    if not ids or OPTION not in fields:
-        return NewRows(file.config, done=copied)
-    if clash := [key for key in copied if owners[key] in ids]:
-        raise CheckpointError(
-            f"{file.path} trains {clash[0]} in full, and brings other rows {shown(ids[owners[clash[0]]])} for what it is tied "
-            "to. Resize the base with the seed of that run, or load the base that it was trained on."
-        )
-    done = copied | {key for key, owner in owners.items() if owner in ids}
-    return _with_rows(file, ids_by_name(model, getattr(file.config, OPTION)), ids, found, done)
+    return found
+
+
+def warn_of_missing_rows(file: AdapterFile, model: nn.Module) -> None:
+    """Warn if a file brings one whole table of a resized vocabulary, and nothing of the other one's new rows.
+
+    PEFT writes the table that LoRA acts on, and not the other.
+    """
+    known = tables(model)
+    owners = _keys_of_tables(file, model, {name: table.weight for name, table in known.items()})
+    brought = {name for name in known if any(key.startswith(f"{PREFIX}{name}.") for key in file.shapes)}
+    for name in known.keys() - brought - {*owners.values()} if owners else ():
+        size, rows = base_rows(model, name, known[name]), len(known[name].weight)
+        if size is not None and size < rows:
+            warn(
+                f"{file.path.parent} brings nothing of rows {size} to {rows - 1} of {name}, which resizing drew at "
+                "random, so results may differ from those in training."
+            )
+
+
+def _trained_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Table]) -> set[str]:
+    """The tables that a file has a trained copy of, for one of the layers that share each."""
+    names = {id(table.weight): name for name, table in known.items()}
+    holders = [(name, getattr(innermost(each), "weight", None)) for name, each in outside_adapters(model)]
+    trained = {id(weight) for name, weight in holders if _trains(file, f"{PREFIX}{name}.weight")}
+    return {name for weight, name in names.items() if weight in trained}
+
+
+def _is_in_layer(key: str) -> bool:
+    return key.endswith(IN_LAYER) and not key.endswith(f"{INFIXES[0]}.weight")
+
+
+def _has_option(file: AdapterFile) -> bool:
+    return OPTION in {f.name for f in dataclasses.fields(file.config)}
+
+
+def _rows_of_base(
+    file: AdapterFile, model: nn.Module, ids: Mapping[str, list[int]], found: Mapping[str, Tensor]
+) -> tuple[TableRows, ...]:
+    """The rows that are for the base itself, if resizing it drew all of them at random."""
+    known, rows = tables(model), []
+    for name, places in ids.items():
+        weight, size = known[name].weight, base_rows(model, name, known[name])
+        if size is None or min(places, default=size) < size:
+            continue  # which is refused when the keys are compared
+        here = isinstance(weight, nn.Parameter) and not weight.is_meta
+        advice = None if here else "with all of its weights in memory"
+        if next(wrappers(model), None) is not None:
+            advice = "before its other adapters"
+        if advice is not None:
+            raise CheckpointError(
+                f"{file.path} brings rows {shown(places)} of {name}, where resizing drew others here, and the base itself has to "
+                f"take them. Load this adapter {advice}, or resize the base with the seed of that run."
+            )
+        rows.append(TableRows(name, weight, places, found[name][places]))
+    return tuple(rows)
 
 
 def _with_rows(
@@ -71,7 +138,7 @@ def _with_rows(
     trained: Mapping[str, list[int]],
     ids: Mapping[str, list[int]],
     found: Mapping[str, Tensor],
-    done: frozenset[str],
+    new: NewRows,
 ) -> NewRows:
     """The rows that differ, behind those that train, which the file has already."""
     added = {name: sorted(set(rows) - set(trained.get(name, ()))) for name, rows in ids.items()}
@@ -85,7 +152,7 @@ def _with_rows(
     values |= {key: torch.cat([own[key], values[key].to(own[key])]) for key in before.values()}
     option: dict[str, Any] = {OPTION: {**trained, **{name: [*trained.get(name, ()), *added[name]] for name in added}}}
     config = dataclasses.replace(file.config, **option) if added else file.config
-    return NewRows(config, values, done | set(before.values()))
+    return NewRows(config, values, new.done | set(before.values()), new.base)
 
 
 def _trains(file: AdapterFile, key: str) -> bool:
@@ -102,7 +169,7 @@ def _keys_of_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Ten
         f"{PREFIX}{name}{infix}.weight": (name, getattr(innermost(module), "weight", None))
         for name, module in outside_adapters(model, remove_duplicate=False)
         if not name.endswith(".base_layer")
-        for infix in ("", *INFIXES)
+        for infix in ("", ".base_layer", *INFIXES)
     }
     owners = {}
     for key, shape in file.shapes.items():

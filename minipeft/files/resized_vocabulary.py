@@ -1,8 +1,8 @@
 """The two tables of a vocabulary, and saving the rows that they gained since the base was loaded.
 
 New rows start from random values, and whoever resizes the same base again gets others, so an adapter's file has to bring
-them along: next to a LoRA adapter as rows of ``trainable_token_indices``, which PEFT reads too. PEFT itself writes the
-whole tables. `minipeft.files.new_rows` reads either.
+them along: next to a LoRA adapter on other layers as rows of ``trainable_token_indices``, which PEFT reads too, else as
+whole tables, as PEFT always does. `minipeft.files.new_rows` reads either.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from minipeft.config.patterns import is_suffix
 from minipeft.ecosystem.transformers_model import (
     input_embedding,
     is_from_checkpoint,
-    name_or_path,
     output_head,
     vocabulary_size,
 )
 from minipeft.ecosystem.wrapper_names import PREFIX
-from minipeft.errors import ConfigError, told, warn
+from minipeft.errors import ConfigError, StateError, shown, told
 from minipeft.files.base_checkpoint import base_config, stored_rows
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.injection.wrapper import innermost
+from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.layers.offloaded import values_of
 
 OPTION, ROWS = "trainable_token_indices", "token_adapter.trainable_tokens_delta"
+IN_LAYER = ".base_layer.weight"  # of a table that an adapter acts on
 
 
 class Table(NamedTuple):
@@ -80,13 +80,7 @@ def base_rows(model: nn.Module, name: str, table: Table) -> int | None:
 
 
 def with_tables(
-    model: nn.Module,
-    adapter_name: str,
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    save: bool | str,
-    *,
-    warn: bool = True,
+    model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], save: bool | str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and configuration, plus the rows of the model's tables that have to be saved too.
 
@@ -96,10 +90,10 @@ def with_tables(
         tensors: as `minipeft.files.save.adapter_tensors` returns them.
         config: as `minipeft.files.save.file_config` returns it.
         save: "auto": the rows that the base lacks, if the vocabulary was resized; True: whole tables; False: nothing.
-        warn: about rows that the file of this method cannot hold.
 
     Raises:
         ConfigError: `save` is something else; or it is True and rows of a table train, or the model has no table.
+        StateError: an adapter is merged into a table to save.
     """
     if save is True:
         return {**tensors, **_whole_tables(model, adapter_name)}, dict(config)
@@ -117,34 +111,16 @@ def with_tables(
         missing = sorted(set(range(base_size, len(table.weight))) - set(trained.get(name, ())))
         if not missing or set(missing) <= set(config.get("token_indices") or ()):
             continue
-        if _copies(table.module, adapter_name):
-            if warn and (tied := _tied_apart(model, table, adapter_name)):
-                _warn_of_rows_apart(tied, name)
-            continue
-        if OPTION not in config or (name not in trained and _is_taken(model, table.weight, adapter_name)):
-            if warn:
-                _warn_of_rows(f"{name} has {len(missing)} rows that {name_or_path(model)} lacks", base_size, table)
-            continue
         key = f"{PREFIX}{name}.{ROWS}"
+        if OPTION not in config or (name not in trained and _is_taken(model, table, adapter_name)):
+            all_tensors |= _whole_table(model, name, table, adapter_name)
+            continue
+        _check_unmerged(model, name, table)
         before = [all_tensors[key]] if name in trained else []
         rows = values_of(model, {name: table.weight})[name].detach()[missing]
         all_tensors[key] = torch.cat([*before, rows.to(before[0])]) if before else rows
         ids[name] = [*trained.get(name, ()), *missing]
     return all_tensors, dict(config) if ids == trained else {**config, OPTION: ids}
-
-
-def _warn_of_rows(fact: str, base_size: int, table: Table) -> None:
-    warn(
-        f"{fact}, and this adapter's file cannot hold them: give them an adapter of their own, "
-        f"TrainableTokensConfig(token_indices=list(range({base_size}, {len(table.weight)})))."
-    )
-
-
-def _warn_of_rows_apart(tied: str, name: str) -> None:
-    warn(
-        f"{tied} is tied to {name}, whose vocabulary was resized, and does not use the copy of it that trains, so its own new "
-        f"rows are in no file: train both, modules_to_save=[{name.rpartition('.')[2]!r}] with ensure_weight_tying=True."
-    )
 
 
 def brought_rows(config: Mapping[str, Any]) -> Mapping[str, Collection[int]]:
@@ -175,29 +151,49 @@ def _tied_apart(model: nn.Module, table: Table, adapter_name: str) -> str | None
     return None if _copies(head, adapter_name) else name
 
 
-def _is_taken(model: nn.Module, weight: Tensor, adapter_name: str) -> bool:
-    """Whether the adapter already acts on this weight, here or in a layer tied to it."""
-    holders = [wrapper for _, wrapper in wrappers(model) if getattr(innermost(wrapper), "weight", None) is weight]
-    return any(adapter_name in wrapper.adapters for wrapper in holders)
+def _is_taken(model: nn.Module, table: Table, adapter_name: str) -> bool:
+    """Whether the adapter acts on this table, here or in a layer tied to it, or has a trained copy of one of them."""
+    return any(adapter_name in wrapper.adapters for _, wrapper in _holders(model, table))
+
+
+def _holders(model: nn.Module, table: Table) -> list[tuple[str, Wrapper]]:
+    """The wrappers of the layers that have the weight of a table."""
+    return [(name, each) for name, each in wrappers(model) if getattr(innermost(each), "weight", None) is table.weight]
+
+
+def _check_unmerged(model: nn.Module, name: str, table: Table) -> None:
+    merged = [each for _, each in _holders(model, table) if isinstance(each, AdaptedLayer) and each.merged]
+    if merged:
+        raise StateError(
+            f"{shown(merged[0].merged)} is merged into {name}, and rows of that are to be saved as the base has them. Call "
+            "unmerge_adapter() first."
+        )
 
 
 def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    whole, found = {}, tables(model)
+    whole, found = dict[str, Tensor](), tables(model)
     if not found:
         raise ConfigError(
             f"save_embedding_layers=True: {type(model).__name__} names no input embedding (get_input_embeddings); leave "
             "it at 'auto'."
         )
     for name, table in found.items():
-        layer, infix = table.module, ""
+        layer = table.module
         if isinstance(layer, AdaptedLayer) and adapter_name in layer.adapters:
-            infix = "base_layer."
             if layer.adapter(adapter_name).changed_rows() is not None:
                 raise ConfigError(
                     f"save_embedding_layers=True: rows of {name} train, and the file holds those; leave it at 'auto'."
                 )
-        if not _copies(layer, adapter_name):
-            whole[f"{PREFIX}{name}.{infix}weight"] = table.weight
-        elif tied := _tied_apart(model, table, adapter_name):
-            whole[f"{PREFIX}{tied}.weight"] = table.weight
+        whole |= _whole_table(model, name, table, adapter_name)
     return whole
+
+
+def _whole_table(model: nn.Module, name: str, table: Table, adapter_name: str) -> dict[str, Tensor]:
+    """A table under the key that PEFT gives it; of one with a trained copy, what is tied to it and does not use the copy."""
+    _check_unmerged(model, name, table)
+    if _copies(table.module, adapter_name):
+        tied = _tied_apart(model, table, adapter_name)
+        return {} if tied is None else {f"{PREFIX}{tied}.weight": table.weight}
+    holders = [(path, each) for path, each in _holders(model, table) if adapter_name in each.adapters]
+    adapted = [path for path, each in holders if isinstance(each, AdaptedLayer)]
+    return {f"{PREFIX}{adapted[0]}{IN_LAYER}" if adapted else f"{PREFIX}{name}.weight": table.weight}

@@ -85,10 +85,13 @@ def adapters_in(root: Path) -> set[str]:
 def _values(model: SavableModel, name: str, directory: Path) -> dict[str, Tensor]:
     live, config = model.adapter_state_dict(name), file_config(model, model._state.configs[name], name, compact=False)
     # If the vocabulary was resized, the file also holds rows of the base, which are only compared.
-    tensors, config = with_tables(model, name, live, config, "auto", warn=False)
+    file, (tensors, more) = open_adapter(directory), with_tables(model, name, live, config, "auto")
+    # PEFT's holds whole tables, and one saved with save_embedding_layers=False holds none.
+    brings_rows = all(key in live or key in file.shapes for key in tensors)
+    tensors, config = (tensors, more) if brings_rows else (live, config)
     tied = followers(model, model._state.configs[name], name)
     expected = Expected(model, tensors, base_samples(model, name, brought_rows(config)), config, tied=tied)
-    values = read_values(open_adapter(directory), expected)
+    values = read_values(file, expected)
     for key, tensor in tensors.items():
         own = live.get(key)
         if tensor is own:

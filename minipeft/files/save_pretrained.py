@@ -102,13 +102,15 @@ class SavableModel(WithAdapters):
             safe_serialization: PEFT's and transformers' option; True is the only value, as a pickle is never written.
             convert_to_lora: save any low-rank update, such as PiSSA's, as plain LoRA, see `minipeft.files.to_lora`.
             save_embedding_layers: "auto": if the vocabulary was resized since the base was loaded, also save its new
-                rows, as rows of tokens. True: the whole input and output tables, as PEFT does. False: neither.
+                rows, as rows of tokens, or whole tables where the adapter has no room for such rows. True: the whole input
+                and output tables, as PEFT does. False: neither.
             others: options of transformers' method that change nothing here, see `minipeft.files.foreign_options`.
 
         Raises:
             ConfigError: an option is unknown, cannot be honoured, or contradicts another; `safe_serialization` is False; or
                 a table is to be saved whole of which rows train.
-            StateError: there is no such adapter; or the caller is a Trainer that could not load the best one at the end.
+            StateError: there is no such adapter; or the caller is a Trainer that could not load the best one at the end; or a
+                table to save has an adapter merged into it.
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
         if safe_serialization is not True:
