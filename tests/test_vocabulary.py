@@ -329,6 +329,23 @@ def test_a_base_gets_the_new_rows_of_a_table_where_the_adapter_has_no_room_for_t
     assert_close(logits(again.merge_and_unload(untie=True)), expected)
 
 
+@pytest.mark.parametrize("rows", [NEW, [3, *NEW]], ids=str)
+def test_new_rows_that_train_leave_those_of_an_untied_head(rows, make, base, tmp_path):
+    for library, adapt in ((minipeft, get_adapter_model), (peft, peft.get_peft_model)):
+        config = library.TrainableTokensConfig(token_indices=rows, target_modules=[LAYERS[make]["embedding"]])
+        with foreign_code():
+            model = disturb(adapt(resized(make, base), config))
+            model.save_pretrained(tmp_path / library.__name__)
+        again, path = resized(make, base, seed=6), tmp_path / library.__name__
+        if make is gpt2:
+            assert_close(logits(load_adapter(again, path)), logits(model))
+        elif library is minipeft:
+            assert_close(logits(read(again, path)), logits(model))
+        else:  # PEFT writes the table that is adapted and not the other
+            with pytest.warns(UserWarning, match="brings nothing of rows 100 to 102 of lm_head"):
+                load_adapter(again, path)
+
+
 @pytest.mark.parametrize("case", METHODS)
 def test_whole_tables_that_peft_writes_with_any_adapter_are_read(case, make, base, tmp_path):
     method, options = options_of(make, case)

@@ -62,9 +62,9 @@ def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
     for_base = ids if not _has_option(file) else {name: rows for name, rows in ids.items() if name in taken}
     trained = {*(getattr(file.config, "token_indices", None) or ())}  # which the adapter has itself
     for_base = {n: [row for row in rows if n not in taken or row not in trained] for n, rows in for_base.items()}
-    base = _rows_of_base(file, model, for_base, found)
+    base = _rows_of_base(file, model, {name: rows for name, rows in for_base.items() if rows}, found)
     ids = {name: rows for name, rows in ids.items() if name not in for_base}
-    loaded = {*ids, *(table.name for table in base)}
+    loaded = {*ids, *(table.name for table in base), *(name for name, rows in for_base.items() if not rows)}
     new = NewRows(file.config, {}, copied | {key for key, owner in owners.items() if owner in loaded}, base)
     return _with_rows(file, ids_by_name(model, getattr(file.config, OPTION)), ids, found, new) if ids else new
 
@@ -118,7 +118,7 @@ def _rows_of_base(
     known, rows = tables(model), []
     for name, places in ids.items():
         weight, size = known[name].weight, base_rows(model, name, known[name])
-        if size is None or min(places, default=size) < size:
+        if size is None or places[0] < size:
             continue  # which is refused when the keys are compared
         here = isinstance(weight, nn.Parameter) and not weight.is_meta
         advice = None if here else "with all of its weights in memory"

@@ -109,7 +109,8 @@ def with_tables(
     for name, table in tables(model).items():
         base_size = base_rows(model, name, table) or 0
         missing = sorted(set(range(base_size, len(table.weight))) - set(trained.get(name, ())))
-        if not missing or set(missing) <= set(config.get("token_indices") or ()):
+        own = config.get("token_indices") if _is_taken(model, table, adapter_name) else ()
+        if set(missing) <= set(own or ()):
             continue
         key = f"{PREFIX}{name}.{ROWS}"
         if OPTION not in config or (name not in trained and _is_taken(model, table, adapter_name)):
