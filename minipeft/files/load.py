@@ -23,7 +23,7 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
-from minipeft.files.new_rows import find_new_rows, warn_of_missing_rows
+from minipeft.files.new_rows import find_new_rows
 from minipeft.files.peft_extras import as_peft_reads, has_keys_of
 from minipeft.files.reading import reading
 from minipeft.files.resized_vocabulary import IN_LAYER
@@ -102,7 +102,8 @@ def load_parts(
     with reading(directory):
         values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(model, file, plan, frozen)
-    warn_of_missing_rows(file, model)
+    for message in new_rows.lacking:
+        warn(message)
     if bookkeeping := file.config.other_keys.keys() - KEPT:
         logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
     values.update(new_rows.values)
@@ -113,11 +114,12 @@ def load_parts(
 def put_rows(rows: Iterable[TableRows]) -> None:
     """Give the base the rows that a file brings for it, in place of those that were drawn when it was resized."""
     for table in rows:
-        table.weight[table.ids] = table.values.to(table.weight)
-        warn(
-            f"rows {shown(table.ids)} of {table.name}, which resizing the base drew at random, have the adapter file's values now, "
-            "in the base itself."
-        )
+        if table.ids:
+            table.weight[table.ids] = table.values.to(table.weight)
+            warn(
+                f"rows {shown(table.ids)} of {table.name}, which resizing the base drew at random, have the adapter file's values "
+                "now, in the base itself."
+            )
 
 
 def _tied(plan: Plan) -> dict[str, str]:

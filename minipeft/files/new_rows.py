@@ -7,7 +7,7 @@ of tokens, they take the places of those that resizing the base drew at random, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.config.patterns import is_suffix
 from minipeft.ecosystem.wrapper_names import PREFIX
-from minipeft.errors import CheckpointError, shown, warn
+from minipeft.errors import CheckpointError, shown
 from minipeft.files.format import FLOATS, AdapterFile
 from minipeft.files.resized_vocabulary import IN_LAYER, OPTION, ROWS, Table, base_rows, ids_by_name, tables
 from minipeft.injection.build import TableRows
@@ -38,6 +38,7 @@ class NewRows:
     values: Mapping[str, Tensor] = field(default_factory=dict)  # by the key that they have as rows of tokens
     done: frozenset[str] = frozenset()  # keys of what they come from: whole tables, and rows that train
     base: tuple[TableRows, ...] = ()  # those that the base itself gets
+    lacking: tuple[str, ...] = ()  # what to warn of
 
 
 def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
@@ -48,25 +49,35 @@ def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
             rows are for the base itself, which other adapters use already or which is not in memory.
     """
     known = tables(model)
-    if not known:
+    layers = _layers_of_tables(model, known) if known else {}
+    owners = _keys_of_tables(file, layers, known)
+    if not owners:
         return NewRows(file.config)
-    owners = _keys_of_tables(file, model, {name: table.weight for name, table in known.items()})
     found = _tables_in(file, owners)
-    here = values_of(model, {name: known[name].weight for name in found})
-    ids = {name: _differing_rows(table, here[name]) for name, table in found.items()}
-    ids = {name: rows for name, rows in ids.items() if rows and 2 * len(rows) <= len(found[name])}
+    ids = _differing_rows(model, known, found)
     copied = frozenset(key for key, owner in owners.items() if owner in ids and _trains(file, key))
     ids = {name: rows for name, rows in ids.items() if any(owners[key] == name for key in owners.keys() - copied)}
     # The adapter acts on these itself, or trains a copy of what they are tied to, so no adapter of rows has room there.
-    taken = {owner for key, owner in owners.items() if _is_in_layer(key)} | _trained_tables(file, model, known)
-    for_base = ids if not _has_option(file) else {name: rows for name, rows in ids.items() if name in taken}
-    trained = {*(getattr(file.config, "token_indices", None) or ())}  # which the adapter has itself
-    for_base = {n: [row for row in rows if n not in taken or row not in trained] for n, rows in for_base.items()}
-    base = _rows_of_base(file, model, {name: rows for name, rows in for_base.items() if rows}, found)
-    ids = {name: rows for name, rows in ids.items() if name not in for_base}
-    loaded = {*ids, *(table.name for table in base), *(name for name, rows in for_base.items() if not rows)}
-    new = NewRows(file.config, {}, copied | {key for key, owner in owners.items() if owner in loaded}, base)
-    return _with_rows(file, ids_by_name(model, getattr(file.config, OPTION)), ids, found, new) if ids else new
+    taken = {owner for key, owner in owners.items() if _is_in_layer(key)}
+    taken |= {table for name, table in layers.items() if _trains(file, f"{PREFIX}{name}.weight")}
+    has_option = OPTION in {f.name for f in dataclasses.fields(file.config)}
+    for_base = {name: rows for name, rows in ids.items() if name in taken or not has_option}
+    own = {*(getattr(file.config, "token_indices", None) or ())}  # which train, so the adapter has them
+    for_base |= {name: [row for row in for_base[name] if row not in own] for name in for_base.keys() & taken}
+    for_rows = {name: rows for name, rows in ids.items() if name not in for_base}
+    base = _rows_of_base(file, model, known, for_base, found)
+    loaded = {*for_rows, *(table.name for table in base)}
+    done = copied | {key for key, owner in owners.items() if owner in loaded}
+    new = NewRows(file.config, {}, done, base, tuple(_lacking(file, model, known, owners)))
+    return _with_rows(file, ids_by_name(model, getattr(file.config, OPTION)), for_rows, found, new) if for_rows else new
+
+
+def _layers_of_tables(model: nn.Module, known: Mapping[str, Table]) -> dict[str, str]:
+    """The names of all layers that have a table as their weight -> the name of the table."""
+    names = {id(table.weight): name for name, table in known.items()}
+    layers = outside_adapters(model, remove_duplicate=False)
+    weights = {name: id(getattr(innermost(each), "weight", None)) for name, each in layers}
+    return {n: names[w] for n, w in weights.items() if w in names and not n.endswith(".base_layer")}
 
 
 def _tables_in(file: AdapterFile, owners: Mapping[str, str]) -> dict[str, Tensor]:
@@ -78,53 +89,42 @@ def _tables_in(file: AdapterFile, owners: Mapping[str, str]) -> dict[str, Tensor
     return found
 
 
-def warn_of_missing_rows(file: AdapterFile, model: nn.Module) -> None:
-    """Warn if a file brings one whole table of a resized vocabulary, and nothing of the other one's new rows.
-
-    PEFT writes the table that LoRA acts on, and not the other.
-    """
-    known = tables(model)
-    owners = _keys_of_tables(file, model, {name: table.weight for name, table in known.items()})
-    brought = {name for name in known if any(key.startswith(f"{PREFIX}{name}.") for key in file.shapes)}
-    for name in known.keys() - brought - {*owners.values()} if owners else ():
+def _lacking(
+    file: AdapterFile, model: nn.Module, known: Mapping[str, Table], owners: Mapping[str, str]
+) -> Iterator[str]:
+    """What to say of new rows of which a file brings nothing: PEFT writes the table that LoRA acts on, and not the other."""
+    for name in known.keys() - {*owners.values()}:
         size, rows = base_rows(model, name, known[name]), len(known[name].weight)
-        if size is not None and size < rows:
-            warn(
-                f"{file.path.parent} brings nothing of rows {size} to {rows - 1} of {name}, which resizing drew at "
-                "random, so results may differ from those in training."
-            )
-
-
-def _trained_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Table]) -> set[str]:
-    """The tables that a file has a trained copy of, for one of the layers that share each."""
-    names = {id(table.weight): name for name, table in known.items()}
-    holders = [(name, getattr(innermost(each), "weight", None)) for name, each in outside_adapters(model)]
-    trained = {id(weight) for name, weight in holders if _trains(file, f"{PREFIX}{name}.weight")}
-    return {name for weight, name in names.items() if weight in trained}
+        if size is None or size >= rows or any(key.startswith(f"{PREFIX}{name}.") for key in file.shapes):
+            continue
+        yield (
+            f"{file.path.parent} brings nothing of rows {size} to {rows - 1} of {name}, which resizing drew at random, so "
+            "results may differ from those in training."
+        )
 
 
 def _is_in_layer(key: str) -> bool:
     return key.endswith(IN_LAYER) and not key.endswith(f"{INFIXES[0]}.weight")
 
 
-def _has_option(file: AdapterFile) -> bool:
-    return OPTION in {f.name for f in dataclasses.fields(file.config)}
-
-
 def _rows_of_base(
-    file: AdapterFile, model: nn.Module, ids: Mapping[str, list[int]], found: Mapping[str, Tensor]
+    file: AdapterFile,
+    model: nn.Module,
+    known: Mapping[str, Table],
+    ids: Mapping[str, list[int]],
+    found: Mapping[str, Tensor],
 ) -> tuple[TableRows, ...]:
     """The rows that are for the base itself, if resizing it drew all of them at random."""
-    known, rows = tables(model), []
+    rows = []
     for name, places in ids.items():
         weight, size = known[name].weight, base_rows(model, name, known[name])
-        if size is None or places[0] < size:
+        if size is None or min(places, default=size) < size:
             continue  # which is refused when the keys are compared
         here = isinstance(weight, nn.Parameter) and not weight.is_meta
         advice = None if here else "with all of its weights in memory"
         if next(wrappers(model), None) is not None:
             advice = "before its other adapters"
-        if advice is not None:
+        if places and advice is not None:
             raise CheckpointError(
                 f"{file.path} brings rows {shown(places)} of {name}, where resizing drew others here, and the base itself has to "
                 f"take them. Load this adapter {advice}, or resize the base with the seed of that run."
@@ -152,7 +152,7 @@ def _with_rows(
     values |= {key: torch.cat([own[key], values[key].to(own[key])]) for key in before.values()}
     option: dict[str, Any] = {OPTION: {**trained, **{name: [*trained.get(name, ()), *added[name]] for name in added}}}
     config = dataclasses.replace(file.config, **option) if added else file.config
-    return NewRows(config, values, new.done | set(before.values()), new.base)
+    return dataclasses.replace(new, config=config, values=values, done=new.done | set(before.values()))
 
 
 def _trains(file: AdapterFile, key: str) -> bool:
@@ -162,46 +162,45 @@ def _trains(file: AdapterFile, key: str) -> bool:
     return tied or any(is_suffix(entry, name) for entry in file.config.modules_to_save or ())
 
 
-def _keys_of_tables(file: AdapterFile, model: nn.Module, known: Mapping[str, Tensor]) -> dict[str, str]:
-    """Keys of whole tables in a file -> the name of the model's table; not adapted layers'."""
-    names = {id(weight): name for name, weight in known.items()}
-    weights = {
-        f"{PREFIX}{name}{infix}.weight": (name, getattr(innermost(module), "weight", None))
-        for name, module in outside_adapters(model, remove_duplicate=False)
-        if not name.endswith(".base_layer")
+def _keys_of_tables(file: AdapterFile, layers: Mapping[str, str], known: Mapping[str, Table]) -> dict[str, str]:
+    """Keys of whole tables in a file -> the name of the model's table."""
+    places = {
+        f"{PREFIX}{name}{infix}.weight": table
+        for name, table in layers.items()
         for infix in ("", ".base_layer", *INFIXES)
     }
     owners = {}
-    for key, shape in file.shapes.items():
-        name, weight = weights.get(key, ("", None))
-        if (
-            not isinstance(weight, Tensor)
-            or id(weight) not in names
-            or len(shape) != 2
-            or file.dtypes[key] not in FLOATS
-        ):
+    for key in filter(places.__contains__, file.shapes):
+        shape, name = file.shapes[key], places[key]
+        here = tuple(known[name].weight.shape)
+        if len(shape) != 2 or file.dtypes[key] not in FLOATS:
             continue
         if _trains(file, key) and not key.endswith(COPY):
             continue  # PEFT repeats the trained copy here
-        if shape == tuple(weight.shape):
-            owners[key] = names[id(weight)]
-        elif shape[1:] == weight.shape[1:]:
+        if shape == here:
+            owners[key] = name
+        elif shape[1:] == here[1:]:
             raise CheckpointError(
-                f"{file.path} is for a vocabulary of {shape[0]} rows, and {name} has {len(weight)}. First "
+                f"{file.path} is for a vocabulary of {shape[0]} rows, and {name} has {here[0]}. First "
                 f"model.resize_token_embeddings({shape[0]})."
             )
     return owners
 
 
 @torch.no_grad()
-def _differing_rows(table: Tensor, weight: Tensor) -> list[int]:
-    """The rows of a table in a file that are not the model's; one of the two may be rounded to half precision.
+def _differing_rows(model: nn.Module, known: Mapping[str, Table], found: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The rows of each table in a file that are not the model's, at most half of them; the file or the model may be rounded.
 
     New rows of two resizings may be almost equal, near the mean of all, so no other difference is tolerated.
     """
-    here = weight.detach().cpu()
-    narrow = min(table.dtype, here.dtype, key=lambda dtype: dtype.itemsize)
-    return (table.to(narrow) != here.to(narrow)).any(1).nonzero().flatten().tolist()
+    differing = {}
+    for name, weight in values_of(model, {name: known[name].weight for name in found}).items():
+        here, table = weight.detach().cpu(), found[name]
+        narrow = min(table.dtype, here.dtype, key=lambda dtype: dtype.itemsize)
+        rows = (table.to(narrow) != here.to(narrow)).any(1).nonzero().flatten().tolist()
+        if rows and 2 * len(rows) <= len(table):
+            differing[name] = rows
+    return differing
 
 
 def resize_hint(model: nn.Module, there: tuple[int, ...], here: tuple[int, ...]) -> str:
