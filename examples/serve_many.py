@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from minipeft.errors import MinipeftError, RequestError
 from minipeft.files.reading import reading
+from minipeft.files.tokenizer import load_tokenizer
 from minipeft.serving.adapters import Adapters, MiB
 from minipeft.serving.batch import Batch
 from minipeft.serving.completion import Completion, parse
@@ -223,7 +224,7 @@ def flags(argv: Sequence[str] | None) -> argparse.Namespace:
 def build(args: argparse.Namespace) -> Server:
     with reading(args.model):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     adapters = Adapters(model, args.adapters, int(args.adapter_memory * MiB))
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -26,11 +26,12 @@ import torch
 from sweep_report import FULL, report
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, get_scheduler
 from transformers.utils import logging
 
 import minipeft
 from minipeft import per_adapter_loss
+from minipeft.files.tokenizer import load_tokenizer
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 METHODS: dict[str, Callable[..., minipeft.AdapterConfig]] = {
@@ -75,7 +76,7 @@ class Training:
 
     def __init__(self, args: argparse.Namespace, batch: int):
         self.model, self.batch = args.model, batch
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.tokenizer = load_tokenizer(args.model)
         self.rows = self._rows(args.text, args.length)[: args.rows]
         self.other = self._rows(args.other_text, args.length)[: args.other_rows]
         self.steps = max(1, args.epochs * len(self.rows) // batch)

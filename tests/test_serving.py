@@ -365,13 +365,13 @@ def test_a_server_that_cannot_start_says_why_in_one_line(example, tmp_path):
 @pytest.mark.parametrize("damage", ["tokenizer", "weights", "type"])
 def test_a_base_that_cannot_be_served_is_named_in_one_line(damage, example, tmp_path):
     shutil.copytree(TINY, base := tmp_path / "base")
-    file, content = {
-        "tokenizer": ("tokenizer.json", "{"),
-        "weights": ("model.safetensors", ""),
-        "type": ("config.json", '{"model_type": "nobody"}'),
+    file, content, words = {
+        "tokenizer": ("tokenizer.json", "{", "has no tokenizer that loads"),
+        "weights": ("model.safetensors", "", "cannot be read"),
+        "type": ("config.json", '{"model_type": "nobody"}', "cannot be read"),
     }[damage]
     (base / file).write_text(content)
-    with foreign_code(), pytest.raises(SystemExit, match=f"^serve_many: {base} cannot be read"):
+    with foreign_code(), pytest.raises(SystemExit, match=f"^serve_many: {base} {words}"):
         example.main(["--model", str(base), "--adapters", str(tmp_path)])
 
 

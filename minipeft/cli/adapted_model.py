@@ -13,7 +13,8 @@ from minipeft.files.empty_model import GENERATING, HEADS
 from minipeft.files.format import AdapterFile, open_adapter
 from minipeft.files.hub import adapter_directory, base_directory
 from minipeft.files.readers.tries import any_batch, base_model
-from minipeft.files.reading import read_text, reading
+from minipeft.files.reading import read_text
+from minipeft.files.tokenizer import load_tokenizer
 from minipeft.model import AdaptedModel, load_adapter
 
 LONGEST = 512  # tokens of a text
@@ -68,19 +69,12 @@ def batch_of(found: Loaded, text: Path | None) -> tuple[Mapping[str, Any], Any]:
     """
     if text is None:
         return any_batch(found.model), None
-    import transformers
-
-    auto: Any = transformers  # which hides its Auto classes from type checkers
-
     words = read_text(text)
-    with reading(found.base):
-        own = found.directory if (found.directory / "tokenizer_config.json").exists() else found.base
-        tokenizer: Any = auto.AutoTokenizer.from_pretrained(own)
+    tokenizer = load_tokenizer(found.directory if (found.directory / "tokenizer_config.json").exists() else found.base)
     longest = getattr(found.model.config, "max_position_embeddings", None) or LONGEST
     rows = dict(tokenizer(words, return_tensors="pt", truncation=True, max_length=min(longest, LONGEST)))
     if not rows["input_ids"].numel():
-        why = f"{own} has no tokenizer for it" if words.strip() else "it is empty"
-        raise DataError(f"there are no tokens in {text}: {why}.")
+        raise DataError(f"there are no tokens in {text}.")
     generates: Any = getattr(found.model, "can_generate", None)
     labels = {"labels": rows["input_ids"].clone()} if callable(generates) and generates() else {}
     return {**rows, **labels}, tokenizer

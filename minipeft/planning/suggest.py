@@ -6,7 +6,6 @@ Source: https://thinkingmachines.ai/blog/lora; the formula for the learning rate
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -18,8 +17,9 @@ from torch import nn
 from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig, config_from_dict
 from minipeft.config.options import integer
 from minipeft.ecosystem.transformers_model import model_type, text_part
-from minipeft.errors import ConfigError, DataError, told, told_error
+from minipeft.errors import ConfigError, DataError, told
 from minipeft.files.reading import read_text
+from minipeft.files.tokenizer import load_tokenizer
 from minipeft.planning.base import Place, base_model
 from minipeft.planning.estimate import Adapt, task_type
 from minipeft.planning.hollow import Hollow
@@ -198,13 +198,10 @@ def count_tokens(place: Any, path: Path) -> int:
         )
     text = read_text(path)
     try:
-        tokenizer: Any = importlib.import_module("transformers").AutoTokenizer.from_pretrained(place)
-    except Exception as error:  # of as many kinds as there are tokenizers
-        raise DataError(
-            f"{place} has no tokenizer that loads ({told_error(error)}); count yourself and give the number of tokens."
-        ) from None
+        tokenizer = load_tokenizer(place)
+    except DataError as error:
+        raise DataError(f"{error} Or count yourself and give the number of tokens.") from None
     count = len(tokenizer(text, verbose=False)["input_ids"])
     if not count:
-        why = f"{place} has no tokenizer for it" if text.strip() else "it is empty"
-        raise DataError(f"there are no tokens in {path}: {why}.")
+        raise DataError(f"there are no tokens in {path}.")
     return count

@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minipeft.errors import ConfigError
+from minipeft.errors import ConfigError, DataError
+from minipeft.files.tokenizer import load_tokenizer
 from minipeft.memory.quantize import quantize
 
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
@@ -33,13 +34,16 @@ def load_base(
         chat_template: a file with the template that takes the place of the tokenizer's.
 
     Raises:
-        ConfigError: it is not there, has no such attention, or is not a causal language model.
+        ConfigError: it is not there, has no tokenizer or no such attention, or is not a causal language model.
     """
     auto: Any = transformers  # which hides its Auto classes from type checkers
     options = {"dtype": DTYPES[dtype], "attn_implementation": attention, "output_loading_info": True}
     try:
-        tokenizer = auto.AutoTokenizer.from_pretrained(name)
+        auto.AutoConfig.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
         model, info = auto.AutoModelForCausalLM.from_pretrained(name, **options)
+    except DataError as error:
+        raise ConfigError(f"--model_name {error}") from None
     except Exception as error:  # of transformers, the Hub or the file system
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if attention and (isinstance(error, ImportError) or "attn_implementation" in reason):
