@@ -85,9 +85,9 @@ def card_to_write(directory: Path, config: Mapping[str, Any], parameters: int) -
         for key in ("r", "lora_alpha", "target_modules", "lora_dropout")
         if key in config
     )
-    card = ModelCard(
+    card = (
         f"---\n{data.to_yaml()}\n---\n{MARK}\n\n# {method.upper()} adapter\n\n{parameters:,} parameters, in PEFT's format.\n\n"
         f"| option | value |\n|---|---|\n{options}\n\n"
         '```python\nimport minipeft\n\nmodel = minipeft.load_adapter(base_model, "path/to/this/directory")\n```\n'
     )
-    return {CARD_FILE: str(card).encode("utf-8")}
+    return {CARD_FILE: card.encode("utf-8")}
