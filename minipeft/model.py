@@ -305,9 +305,9 @@ class AdaptedModel(
         """
         names = self._active_or(adapter_names)
         flags(progressbar=progressbar, untie=untie, dequantize=dequantize)
-        untied, was_tied = check_trained_copies(self, names), says_tied(self)
-        progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
         merged = names if adapter_names is not None else tuple(dict.fromkeys((*self._state.merged, *names)))
+        untied, was_tied = check_trained_copies(self, merged), says_tied(self)
+        progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
         with no_collection():
             self._merge(merged, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
             if untied:

@@ -7,12 +7,12 @@ import pytest
 import tiny_models
 import torch
 from fake_tf32 import autocast, tf32_allowed
-from tiny_models import disturb, gpt2, llama, logits, state_digest
+from tiny_models import disturb, gpt2, gpt2_classifier, llama, logits, state_digest
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from minipeft import LoraConfig, MergeError, get_lora_model
+from minipeft import LoraConfig, MergeError, StateError, get_lora_model
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.kernels.functional import lora_delta
 from minipeft.merging.unmerge import original_of
@@ -205,6 +205,25 @@ def test_a_trained_copy_that_is_not_finite_stops_the_merge():
         model.transformer.ln_f.adapters["default"].weight[0] = float("nan")
     with pytest.raises(MergeError, match="transformer.ln_f.weight: the trained values are not finite"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["score"]}, {"bias": "all", "modules_to_save": None}], ids=str)
+def test_what_a_merged_adapter_trains_in_full_acts_though_it_is_not_active(options):
+    model = adapted(gpt2_classifier(), adapter_name="a", target_modules=["c_attn"], modules_to_save=None)
+    model.add_adapter("b", LoraConfig(r=2, **options))
+    model.set_adapter("b")
+    disturb(model)
+    model.set_adapter(["a", "b"])
+    expected = logits(model)
+    model.set_adapter("a")
+    model.merge_adapter(["b"])
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert torch.allclose(logits(copy.deepcopy(model).merge_and_unload()), expected, atol=1e-5)
+    model.unmerge_adapter()
+    model.add_adapter("c", LoraConfig(r=2, **options))
+    model.set_adapter("c")
+    with pytest.raises(StateError, match="each train this module in full"):
+        model.merge_adapter(["b"])
 
 
 @pytest.mark.parametrize(("target", "other"), [("wte", "lm_head.weight"), ("lm_head", "transformer.wte.*weight")])

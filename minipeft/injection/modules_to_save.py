@@ -69,9 +69,9 @@ class SavedModule(Wrapper):
         return self.current()(*args, **kwargs) if rows is None else self._by_row(rows, *args, **kwargs)
 
     def current(self) -> nn.Module:
-        """The module that is called now."""
+        """The module that is called now; an adapter that is merged acts, too."""
         rows, here = rows_now(self.switch), self.adapters._modules
-        names = self.switch.active if rows is None else (rows.only(here) or "",)
+        names = (*self.switch.merged, *self.switch.active) if rows is None else (rows.only(here) or "",)
         for name in names if self.switch.enabled else ():
             if name in self.adapters:
                 return self.adapters[name]

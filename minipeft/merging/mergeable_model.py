@@ -43,7 +43,9 @@ class MergeableModel(WithAdapters):
         """
         names = self._active_or(adapter_names)
         flags(untie=untie, dequantize=dequantize)
-        return self._merge(tuple(dict.fromkeys((*self._state.merged, *names))), untie=untie, dequantize=dequantize)
+        merged = tuple(dict.fromkeys((*self._state.merged, *names)))
+        self._check_compatible(tuple(dict.fromkeys((*merged, *self._state.switch.active))))
+        return self._merge(merged, untie=untie, dequantize=dequantize)
 
     @all_or_nothing
     def unmerge_adapter(self) -> None:
