@@ -341,6 +341,17 @@ class PositionsFirst(nn.Module):
         return self.layer(self.table(input_ids.t())).transpose(0, 1)
 
 
+class Positions(nn.Module):
+    """Its table of positions is read without rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places, self.layer = nn.Embedding(9, 4), nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids):
+        return self.layer(self.words(input_ids) + self.places(torch.arange(input_ids.shape[1])))
+
+
 def relative(model, ids):
     return model(input_ids=ids, decoder_input_ids=ids)
 
@@ -348,6 +359,7 @@ def relative(model, ids):
 INPUTS_WITHOUT_ROWS = {
     "positions": (gpt2, ["wpe"], "transformer.wpe", lambda model, ids: model(ids)),
     "relative positions": (t5, ["relative_attention_bias"], "relative_attention_bias", relative),
+    "positions alone": (Positions, ["places"], "places", lambda model, ids: model(ids % 9)),
     "length first": (PositionsFirst, ["layer"], "layer", lambda model, ids: model(ids % 9)),
 }
 
@@ -369,6 +381,36 @@ def test_an_input_whose_first_dimension_is_not_the_rows_is_refused_by_name(kind,
         alike = named(["a"] * 4)
         own = alone(model, "a", lambda: call(model, ids))
     assert torch.equal(getattr(alike, "logits", alike), getattr(own, "logits", own))
+
+
+class Patches(nn.Module):
+    """Its layer is called with the four patches of an image before the rows, as in MLCD."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.layer, self.head = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, pixel_values):
+        return self.head(self.layer(self.patches(pixel_values).flatten(2).permute(2, 0, 1)).tanh().mean(0))
+
+
+@pytest.mark.parametrize("make", [Patches, PositionsFirst])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_as_many_rows_as_positions_of_images_or_of_a_compiled_model(make, compiled):
+    x = torch.randn(4, 3, 8, 8) if make is Patches else torch.randint(9, (4, 4))
+    names, options = ["a", "b", BASE, "a"], {"r": 2, "init_lora_weights": False}
+    model = several(make(), {name: LoraConfig(target_modules=["layer"], **options) for name in "ab"})
+    call = torch.compile(model, backend="eager") if compiled else model
+    with torch.no_grad():
+        with pytest.raises(StateError, match="layer is called with positions before rows"):
+            call(x, adapter_names=names)
+        if make is Patches:
+            model = several(make(), {name: LoraConfig(target_modules=["patches", "head"], **options) for name in "ab"})
+            call = torch.compile(model, backend="eager") if compiled else model
+            check_rows(model, names, lambda **more: call(x, **more))
+    torch._dynamo.reset()
 
 
 class TorchLayers(nn.Module):

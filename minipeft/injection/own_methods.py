@@ -133,7 +133,7 @@ class OwnMethods(nn.Module):
             return super().__call__(*args, **kwargs)
         if (rows := rows_now(state.switch)) is not None:
             note_length(self, rows, args, kwargs)
-            if not torch.compiler.is_compiling():  # or a graph would depend on how many adapters the rows use
+            if not torch.compiler.is_compiling():  # a graph is for any rows, and `_call_by_row` has found out
                 self._learn_order(rows, args, kwargs)
         elif state.switch.trained_by_row and torch.is_grad_enabled():
             state.switch.trained_by_row = False
@@ -141,23 +141,28 @@ class OwnMethods(nn.Module):
             return super().__call__(*args, **kwargs)
         return watched_call(self, super().__call__, args, kwargs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _learn_order(self, rows: Rows, args: Any, kwargs: Any) -> None:
         switch = state_of(self).switch
-        matters = len(rows.uses) > 1 and (rows.length == len(rows.names) or switch.order_told)
+        count = len(rows.names)
+        matters = len(rows.uses) > 1 and (rows.length in (None, count, count * rows.times) or switch.order_told)
         if matters and not switch.order_known:
-            switch.order_known = learn_order(self, rows, super().__call__, args, kwargs)
+            switch.order_known = learn_order(self, rows, super()._call_impl, args, kwargs)
 
     # Not compiled itself, so that other names need no other graph.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def _call_by_row(self, args: Any, kwargs: Any) -> Any:
-        with self._each_row(args, kwargs):
+        with self._each_row(args, kwargs) as rows:
+            note_length(self, rows, args, kwargs)
+            self._learn_order(rows, args, kwargs)
             return self(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _each_row(self, args: Any, kwargs: Any) -> Iterator[None]:
+    def _each_row(self, args: Any, kwargs: Any) -> Iterator[Rows]:
         """Takes ``adapter_names`` out of `kwargs`: in here each row uses its own adapter."""
-        with rows_acting(self, rows_of_call(self, kwargs.pop("adapter_names"), args, kwargs)):
-            yield
+        rows = rows_of_call(self, kwargs.pop("adapter_names"), args, kwargs)
+        with rows_acting(self, rows):
+            yield rows
         if torch.is_grad_enabled():
             state_of(self).switch.trained_by_row = True
 

@@ -1,8 +1,9 @@
 """Layers whose inputs are not the rows of the batch, and those that take positions before rows.
 
-XLNet and torch's own transformer layers put positions first. The shape of an input shows that, unless a batch has as many
-of the ones as of the others. Then one row is run alone, once for each model: the dimension of the rows is the one of size
-1. Modules with ``batch_first``, as torch's have it, say which of their dimensions is the rows; if that is another one, the
+XLNet and torch's own transformer layers put positions first, and a table of positions is read without rows. The shape of an
+input shows that, unless a batch has as many of the ones as of the others. Then one row is run alone, once for each model:
+the dimension of the rows is the one of size 1. So is one image, since its size does not say how many positions it has.
+Modules with ``batch_first``, as torch's have it, say which of their dimensions is the rows; if that is another one, the
 first dimension of the model's input is not.
 """
 
@@ -27,7 +28,8 @@ from minipeft.ecosystem.transformers_model import (
 )
 from minipeft.errors import StateError
 from minipeft.injection.module_tree import outside_adapters, wrappers
-from minipeft.injection.rows import MEDIA_OF_BATCH, Rows, acting
+from minipeft.injection.rows import MEDIA_OF_BATCH, POSITIONS_FIRST, Rows, acting
+from minipeft.injection.rows_of_call import main_input
 from minipeft.injection.targets import within
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.generators import generators_kept
@@ -39,7 +41,7 @@ EXPERTS = {"expert", "experts"}  # what models call the list of them
 def learn_order(
     model: nn.Module, rows: Rows, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool:
-    """Mark the layers that are called with positions before rows. `call` is the model's own.
+    """Mark the layers that are called with positions before rows, or without rows. `call` is the model's own.
 
     Returns:
         Whether that is known now for other batches too.
@@ -47,12 +49,13 @@ def learn_order(
     Raises:
         StateError: one row alone cannot be run, or the first dimension of the model's input is not the rows.
     """
-    count, seen = len(rows.names), list[Wrapper]()
+    given, seen = main_input(model, args, kwargs), list[Wrapper]()
+    count = len(rows.names) if given is None else len(given)  # beams are rows of their own
     sizes: dict[str, tuple[int, int]] = {}  # numbers of rows and positions that modules with `batch_first` take
 
     def note(wrapper: Any, given: tuple[Any, ...]) -> None:
         x = given[0] if given else None
-        if isinstance(x, Tensor) and x.ndim > int(x.is_floating_point()) + 1 and x.shape[0] == count:
+        if isinstance(x, Tensor) and x.ndim and x.shape[0] != 1 and wrapper.counts is None:
             seen.append(wrapper)
 
     first_args, first_kwargs = _first_row(count, args, kwargs)
@@ -64,6 +67,8 @@ def learn_order(
         with torch.no_grad(), generators_kept(), acting(None):
             call(*first_args, **first_kwargs)
     except Exception as error:
+        if rows.length is None:  # as many positions as rows would be chance
+            return True
         raise StateError(
             f"adapter_names: {type(model).__name__} does not run on one of its {count} rows alone, so it cannot be told whether "
             "rows or positions come first in its layers. Give it other than as many positions as rows, if that is so."
@@ -78,7 +83,7 @@ def learn_order(
                 "batch_first), so it is not the rows. Give all of them the same name, or the model inputs with rows first."
             )
     for wrapper in seen:
-        wrapper.counts = "positions before rows"
+        wrapper.counts = POSITIONS_FIRST
     return rows.length != 1 or not sizes
 
 

@@ -19,7 +19,9 @@ from minipeft.errors import StateError
 
 BASE = "__base__"  # PEFT's word for a row without an adapter
 Selector = slice | Tensor
-MEDIA_OF_BATCH = "the images or sound of the whole batch"  # what some layers of a model of text are called with
+# What some layers are called with in place of the rows.
+MEDIA_OF_BATCH = "the images or sound of the whole batch"  # in a model of text
+POSITIONS_FIRST = "positions before rows"  # or tokens of all rows in one dimension
 
 
 class _Current(threading.local):
@@ -59,7 +61,9 @@ class Rows:
         # The one thing that a compiled model looks at, so other rows need no other graph.
         self.index = numbers([(*known, BASE).index(name) for name in names], device)
         self.times = times
-        self.length: int | None = None  # of the model's input now, if that is (rows, length)
+        self.length: int | None = (
+            None  # of the model's input now, if that is (rows, length) or (rows, length, features)
+        )
         self.kept: dict[Any, Any] | None = {} if keeps else None
         # Whether each row has as many images as the others: `rows_of_call` finds out; what is not known is not so.
         self.same_media: Callable[[], bool] = lambda: False
@@ -80,18 +84,21 @@ class Rows:
         if layer.counts == MEDIA_OF_BATCH and size and size % count == 0 and not torch.compiler.is_compiling():
             if self.same_media():
                 return size // count
-        if layer.counts is not None:
-            self.refuse(layer, f"is called with {layer.counts}, not with rows of the batch")
+        counts = layer.counts
+        is_flat = x.ndim == (2 if x.is_floating_point() else 1)  # features, or indices
+        if counts == POSITIONS_FIRST and (size not in (count, count * self.times) or (is_flat and self.length == 1)):
+            counts = None  # its shape says whether these are tokens of all rows
+        if counts is not None:
+            self.refuse(layer, f"is called with {counts}, not with rows of the batch")
         if size in (count, count * self.times):
             return size // count
-        flat = 2 if x.is_floating_point() else 1  # features, or indices
-        if x.ndim == flat and self.length and size in (count * self.length, count * self.times * self.length):
+        if is_flat and self.length and size in (count * self.length, count * self.times * self.length):
             return size // count  # tokens of all rows in one dimension
         self.refuse(layer, f"got an input of shape {tuple(x.shape)}, whose first dimension is not the {count} rows")
 
     def refuse(self, layer: nn.Module, why: str) -> NoReturn:
         """Raise StateError, since different rows cannot use different adapters in a layer."""
-        path = next((name for name, module in named_modules(self.model) if module is layer), type(layer).__name__)
+        path = _path_in(self.model, layer)
         raise StateError(
             f"adapter_names: {path} {why}, so it cannot use another adapter for each row. Give all rows the same name, or "
             "adapters that leave out this module."
@@ -104,6 +111,11 @@ class Rows:
             names = [name if name in present else None for name in self.names for _ in range(repeats)]
             self._parts[key] = Parts.of(names, device)
         return self._parts[key]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _path_in(model: nn.Module, layer: nn.Module) -> str:
+    return next((name for name, module in named_modules(model) if module is layer), type(layer).__name__)
 
 
 @dataclass(frozen=True)

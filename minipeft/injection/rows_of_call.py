@@ -83,9 +83,9 @@ def rows_of_call(
 
 
 def note_length(model: nn.Module, rows: Rows, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Remember how many tokens each row of this pass has, if its input is (rows, length)."""
+    """Remember how many tokens each row of this pass has, if its input says so: an image does not."""
     given = main_input(model, args, kwargs)
-    rows.length = given.shape[1] if given is not None and given.ndim > 1 else None
+    rows.length = given.shape[1] if given is not None and given.ndim in (2, 3) else None
 
 
 def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
