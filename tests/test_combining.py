@@ -535,6 +535,14 @@ def test_what_is_more_than_an_update_is_refused_by_name(case):
         )
 
 
+def test_rows_of_tokens_that_a_tied_head_shares_are_refused_too():
+    model = adapted(adapter_name="a", r=2, target_modules=["wte"])
+    model.add_adapter("tokens", minipeft.TrainableTokensConfig(token_indices=[3], init_weights=False))
+    for names in (["tokens"], ["a", "tokens"]):
+        action = lambda names=names: model.add_weighted_adapter(names, [1] * len(names), "n", "svd", 8)  # noqa: E731
+        refuses(StateError, model, action, "'tokens' trains rows of tokens")
+
+
 @pytest.mark.parametrize("config", ["OFTConfig", "IA3Config"])
 def test_methods_that_multiply_are_refused(config):
     model = adapted(r=2, target_modules=["c_attn"])

@@ -105,10 +105,10 @@ def _unevenly_tied(path: str, sharing: list[Update], updates: list[Update]) -> T
 
 def _check(path: str, update: Update) -> None:
     adapter, layer = update.adapter, update.layer
-    if adapter.key_prefix:
+    if adapter.key_prefix or adapter.overrides("changed_rows"):
         raise StateError(
             f"{path}: adapter {update.name!r} trains rows of tokens here, which a low-rank adapter cannot hold. Leave it "
-            "out, or train it without trainable_token_indices."
+            "out, or train it without tokens."
         )
     check_not_offloaded(path, adapter)
     if not all(map(is_finite, adapter.parameters())):
