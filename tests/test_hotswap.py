@@ -138,7 +138,8 @@ def one_block():
 
 @pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_model_is_not_compiled_again(dora, tmp_path):
-    configs = [LoraConfig(r=r, lora_alpha=alpha, use_dora=dora) for r, alpha in ((4, 16), (2, 3), (8, 8), (1, 7))]
+    of_files = ((4, 16, 0), (2, 3, 0.1), (8, 8, 0), (1, 7, 0.2))
+    configs = [LoraConfig(r=r, lora_alpha=alpha, use_dora=dora, lora_dropout=p) for r, alpha, p in of_files]
     files = [saved(config, tmp_path / str(seed), seed, one_block()) for seed, config in enumerate(configs)]
     model = load_adapter(one_block(), files[0][0])
     model.prepare_hotswap(8)

@@ -297,3 +297,27 @@ def test_an_option_that_is_not_there_is_refused_by_name(build, message):
 def test_a_pattern_that_decides_nothing_is_refused(cls):
     with pytest.raises(TargetError, match="rank_pattern: k_proj"):
         adapt(llama(), cls(target_modules=["q_proj"], rank_pattern={"k_proj": 2}))
+
+
+DROPPING = {
+    "lora": minipeft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5),
+    "dora": minipeft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, use_dora=True),
+    "adalora": minipeft.AdaLoraConfig(target_modules=["q_proj"], lora_dropout=0.5, total_step=9),
+    "vera": VeraConfig(target_modules=["q_proj"], vera_dropout=0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*after_step")
+@pytest.mark.parametrize("method", DROPPING)
+def test_dropout_is_found_and_set_as_that_of_any_torch_model(method):
+    """TRL's trainers set each `nn.Dropout` to 0; Monte Carlo dropout lets them alone train."""
+    model = disturb(adapt(llama(), DROPPING[method])).eval()
+    expected = logits(model)
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module in dropouts:
+        module.train()
+    assert not torch.allclose(logits(model), expected, atol=1e-4)
+    model.train()
+    for module in dropouts:
+        module.p = 0
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)

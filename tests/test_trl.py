@@ -166,6 +166,13 @@ def test_dpo_starts_at_log_2_from_a_trained_adapter_and_its_reference_stays(fold
     assert any(not torch.equal(value, before[key]) for key, value in model.adapter_state_dict("default").items())
 
 
+def test_a_trainer_that_switches_dropout_off_finds_that_of_an_adapter(folder, tmp_path):
+    """As DPO does by default, so that model and reference agree at first."""
+    options = {"target_modules": "all-linear", "lora_dropout": 0.5, "init_lora_weights": False}
+    found = trained(DPO, get_lora_model(base(folder), LoraConfig(**options)), folder, tmp_path, max_steps=1)
+    assert found.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_a_lean_model_trains_and_says_that_the_loss_is_left_alone(folder, tmp_path, caplog):
     caplog.set_level("INFO", logger="minipeft")
     found = trained(SFT, lean(ours(folder)), folder, tmp_path / "lean")

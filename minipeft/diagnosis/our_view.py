@@ -17,6 +17,7 @@ from minipeft.injection.watch import idle_layers
 from minipeft.injection.wrapper import innermost
 from minipeft.kernels.products import product_norm
 from minipeft.layers.offloaded import present
+from minipeft.methods.input_dropout import InputDropout
 
 
 def our_view(model: nn.Module, root: nn.Module) -> View:
@@ -67,8 +68,8 @@ def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part
         merged=name in wrapper.merged,
         scaling=adapter.scaling,
         pair=pair,
-        dropout=float(getattr(adapter, "dropout", 0.0)),
-        drops=adapter.training,
+        dropout=adapter.drop_rate if isinstance(adapter, InputDropout) else 0.0,
+        drops=isinstance(adapter, InputDropout) and adapter.drops > 0,
         is_zero=functools.partial(_is_zero, wrapper, name) if there else unknown,
         update_norm=functools.partial(_update_norm, wrapper, name) if there else unknown,
         weight_norm=functools.cache(functools.partial(_weight_norm, wrapper)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,6 +15,7 @@ from minipeft.errors import shown
 HALF_SPACING = 2.0**-9
 TO_FLOAT = "for p in filter(lambda p: p.requires_grad, model.parameters()): p.data = p.data.float()"
 LOST = 0.5  # share of a factor's values
+OF_ADAPTERS = re.compile(r"\b(adapters\.|(lora|vera)_dropout\b)")  # in names of modules, ours and PEFT's
 
 
 @check(
@@ -109,4 +111,4 @@ def _dropouts(setup: Setup) -> list[tuple[str, nn.Module]]:
         for name, module in setup.view.root.named_modules()
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
     ]
-    return [(name, module) for name, module in found if "lora_dropout" not in name]
+    return [(name, module) for name, module in found if not OF_ADAPTERS.search(name)]

@@ -14,7 +14,7 @@ from minipeft.kernels.functional import lora_factors
 from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps
 from minipeft.methods.adalora_config import RANKS_SUFFIX, AdaLoraConfig
-from minipeft.methods.base import Adapter
+from minipeft.methods.input_dropout import InputDropout
 from minipeft.methods.low_rank import low_rank_forward
 from minipeft.methods.swapping import copy_tensors, unlike
 from minipeft.registry.registry import register_method
@@ -25,7 +25,7 @@ UNSCHEDULED_CHANGES = 3  # of Lambda, after which a warning says that nothing ca
 
 
 @register_method("adalora")
-class AdaLora(Adapter):
+class AdaLora(InputDropout):
     """y = W x + b + lora_alpha / init_r * P Lambda Q dropout(x), eq. (3) of arXiv:2303.10512.
 
     P is `lora_B` (out, r), Q is `lora_A` (r, in), and Lambda the diagonal `lora_E` (r, 1), which starts at zero. A removed
@@ -43,7 +43,7 @@ class AdaLora(Adapter):
         self.kept = config.kept  # which of the init_r components this adapter was made with
         self.scaling = config.lora_alpha / (config.init_r + 1e-5)  # PEFT's divisor; it does not follow the rank
         self.beta1, self.beta2 = config.beta1, config.beta2
-        self.dropout = config.lora_dropout
+        self.drop(config.lora_dropout)
         self.rank = r = sum(self.kept)
         self.lora_A = nn.Parameter(weight.new_empty(r, in_features))
         self.lora_E = nn.Parameter(weight.new_empty(r, 1))
@@ -66,14 +66,14 @@ class AdaLora(Adapter):
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         if self.training and self.step < 0 and torch.is_grad_enabled() and not is_transformed():
             self._miss_schedule()
-        dropout, down = self.dropout if self.training else 0.0, self.lora_A * self.lora_E
-        return low_rank_forward(base, ops, x, y, down, self.lora_B, self.scaling, dropout)
+        down = self.lora_A * self.lora_E
+        return low_rank_forward(base, ops, x, y, down, self.lora_B, self.scaling, self.drops)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return lora_factors(self.lora_A * self.lora_E, self.lora_B, self.scaling)
 
     def call_factors(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.training and (self.dropout or self.step < 0) else self.factors()
+        return None if self.drops or (self.training and self.step < 0) else self.factors()
 
     @classmethod
     def after_step(cls, adapters: Mapping[str, Self], config: AdaLoraConfig, step: int) -> None:

@@ -54,7 +54,7 @@ class Dora(Lora):
         )
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
-        if self.training and self.dropout and not self.is_embedding:
+        if self.drops and not self.is_embedding:
             return self.with_bias(base, ops, self._dropped(base, ops, x, y))
         y = self.low_rank(base, ops, x, y)
         c = self.scale(ops.read_weight(base))  # after the call, in which a hook such as prune's may compute the weight
@@ -63,7 +63,7 @@ class Dora(Lora):
     def _dropped(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         own = ops.call(base, x)
         c = self.scale(ops.read_weight(base))
-        x = F.dropout(x, self.dropout)
+        x = F.dropout(x, self.drops)
         lora_A, lora_B = self.pair()
         h = ops.project_in(base, x, lora_A.to(x.dtype)) * self.factor
         low = ops.project_out(base, h, lora_B.to(x.dtype)).to(own.dtype)

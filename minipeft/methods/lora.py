@@ -21,7 +21,7 @@ from minipeft.kernels.functional import (
 )
 from minipeft.layers.base import LayerOps
 from minipeft.layers.uncalled import UncalledOps
-from minipeft.methods.base import Adapter
+from minipeft.methods.input_dropout import InputDropout
 from minipeft.methods.lora_config import LoraConfig
 from minipeft.methods.lora_init import Start, chosen_init
 from minipeft.methods.low_rank import low_rank_forward
@@ -29,12 +29,12 @@ from minipeft.methods.swapping import copy_tensors, unlike
 from minipeft.registry.registry import register_method
 
 FACTORS = {"lora_A": 0, "lora_B": 1, "initial_A": 0, "initial_B": 1}  # by name: the dimension that the rank is
-TAKEN = frozenset({*FACTORS, "held", "scaling", "rank", "dropout"})  # what differs between adapters of one shape
+TAKEN = frozenset({*FACTORS, "held", "scaling", "rank"})  # what differs between adapters of one shape
 OPTIONAL = ("lora_bias", "lora_B_bias", "original_bias", "initial_A", "initial_B", "held")
 
 
 @register_method("lora")
-class Lora(Adapter):
+class Lora(InputDropout):
     """y = W x + b + scaling * B A dropout(x), eq. (3) of arXiv:2106.09685.
 
     `lora_A` is (r, in), `lora_B` (out, r), whatever the layer stores; `lora_bias` (out,) replaces b, if trained. For some
@@ -54,7 +54,6 @@ class Lora(Adapter):
     is_embedding: bool
     num_experts: int
     rank: int
-    dropout: float
     trains_bias: bool
     held: Tensor | None  # the scaling that forward passes read, if it may change while the model is compiled
     is_swapped = False  # A and B change places: a head that is tied to an embedding with this adapter
@@ -68,10 +67,10 @@ class Lora(Adapter):
             num_experts=shape_A[0] // config.r,
             _scaling=config.scaling,
             rank=config.r,
-            dropout=config.lora_dropout,
             trains_bias=False,
             **dict.fromkeys(OPTIONAL),
         )
+        self.drop(config.lora_dropout)
         init = chosen_init(config.init_lora_weights).init
         if ops.is_embedding and config.freeze_lora_A:
             raise ConfigError(
@@ -162,12 +161,12 @@ class Lora(Adapter):
 
     def low_rank(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
         """``y + scaling * B A dropout(x)``; y is the layer's own output if it is None."""
-        dropout, (lora_A, lora_B) = self.dropout if self.training else 0.0, self.pair()
-        if dropout and isinstance(ops, UncalledOps):
+        drops, (lora_A, lora_B) = self.drops, self.pair()
+        if drops and isinstance(ops, UncalledOps):
             raise StateError(
                 f"lora_dropout cannot act on {ops.parameter} of {type(base).__name__}, which is read and not called; train with 0."
             )
-        return low_rank_forward(base, ops, x, y, lora_A, lora_B, self.factor, dropout)
+        return low_rank_forward(base, ops, x, y, lora_A, lora_B, self.factor, drops)
 
     def with_bias(self, base: nn.Module, ops: LayerOps, y: Tensor) -> Tensor:
         """The output plus the change of the bias."""
@@ -211,12 +210,12 @@ class Lora(Adapter):
             self.lora_B_bias.data = bias / self.scaling
 
     def weight_factors(self) -> tuple[Tensor, Tensor, float] | None:
-        if self.trains_bias or (self.training and self.dropout):
+        if self.trains_bias or self.drops:
             return None
         return *self.pair(), self.scaling
 
     def call_factors(self) -> tuple[Tensor, Tensor] | None:
-        if self.trains_bias or self.num_experts > 1 or (self.training and self.dropout):
+        if self.trains_bias or self.num_experts > 1 or self.drops:
             return None
         return lora_factors(*self._matrices(), self.factor)
 
@@ -252,6 +251,7 @@ class Lora(Adapter):
                 wide = factor.new_zeros(shape)
                 wide.narrow(dim, 0, factor.shape[dim]).copy_(factor)
                 factor.data = wide
+        self.dropout = self.dropout or nn.Dropout(0.0).train(self.training)
         if self.held is None:
             dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
             self._hold("held", self.lora_A.new_tensor(self.scaling, dtype=dtype), persistent=False)
@@ -274,7 +274,8 @@ class Lora(Adapter):
                 value: Tensor = getattr(other, name)
                 factor.zero_()
                 factor.narrow(dim, 0, value.shape[dim]).copy_(value)
-        self.scaling, self.rank, self.dropout = other.scaling, other.rank, other.dropout
+        self.scaling, self.rank = other.scaling, other.rank
+        self.drop(other.drop_rate)
         self.strength = 1.0  # whatever `set_scale` made of the old one
         vars(self).pop("full_scaling", None)
 

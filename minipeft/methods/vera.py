@@ -14,7 +14,7 @@ from typing_extensions import Self
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.config.options import flag, integer, number, one_of
 from minipeft.layers.base import LayerOps, takes_vectors
-from minipeft.methods.base import Adapter
+from minipeft.methods.input_dropout import InputDropout
 from minipeft.methods.low_rank import low_rank_forward
 from minipeft.registry.registry import register_method, register_targets
 
@@ -91,7 +91,7 @@ class Projections(nn.Module):
 
 
 @register_method("vera")
-class Vera(Adapter):
+class Vera(InputDropout):
     """y = W x + b + lambda_b * (B (lambda_d * (A dropout(x)))), eq. (2) of arXiv:2310.11454.
 
     A is the first in_features columns of the shared `vera_A`, B the first out_features rows of `vera_B`; only
@@ -118,7 +118,8 @@ class Vera(Adapter):
         self.out_features, self.in_features = ops.shape(base)
         self.is_embedding = ops.is_embedding
         self.scaling, self.rank = 1.0, config.r
-        self.dropout, self.saves_projections = config.vera_dropout, config.save_projection
+        self.drop(config.vera_dropout)
+        self.saves_projections = config.save_projection
         self.projections = shared
         weight = ops.read_weight(base)
         self.vera_lambda_b = nn.Parameter(weight.new_zeros(self.out_features))
@@ -142,7 +143,7 @@ class Vera(Adapter):
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Any) -> Tensor:
         A, B = self._factors(x.device)
         keeps = torch.is_grad_enabled() and not torch.jit.is_tracing()  # a trace is checked without gradients
-        if not keeps and takes_vectors(ops) and not self.is_embedding:  # nothing to keep: scale vectors
+        if not (keeps or self.drops or self.is_embedding) and takes_vectors(ops):  # nothing to keep: scale vectors
             y = ops.call(base, x) if y is None else y
             h = ops.project_in(base, x, A.to(x.dtype)) * (self.scaling * self.vera_lambda_d)
             more = ops.project_out(base, h.to(x.dtype), B.to(x.dtype)) * self.vera_lambda_b
@@ -150,7 +151,7 @@ class Vera(Adapter):
             return y + more.to(y.dtype)
         # Both vectors scale B. A then stays frozen, so only A x is saved for the backward pass, and nothing as large as y.
         up = self.vera_lambda_b.unsqueeze(1) * B * self.vera_lambda_d
-        return low_rank_forward(base, ops, x, y, A, up, self.scaling, self.dropout if self.training else 0.0)
+        return low_rank_forward(base, ops, x, y, A, up, self.scaling, self.drops)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self._factors(self.vera_lambda_b.device)
@@ -159,7 +160,7 @@ class Vera(Adapter):
         return self.vera_lambda_b.to(dtype).unsqueeze(1) * B.to(dtype), down
 
     def call_factors(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.training and self.dropout else self.factors()
+        return None if self.drops else self.factors()
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {"vera_lambda_b": self.vera_lambda_b, "vera_lambda_d": self.vera_lambda_d}
