@@ -1,5 +1,6 @@
 """TRL's trainers with our model: one base in memory, the losses of PEFT's model, checkpoints of adapters alone."""
 
+import contextlib
 import copy
 import math
 from types import SimpleNamespace
@@ -223,6 +224,36 @@ def test_online_training_has_one_base_and_the_losses_of_pefts_model(mine, stock,
     assert getattr(found, "ref_model", None) is None
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head", "input_layernorm"]},
+        {"bias": "all", "modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [20, 30]},
+    ],
+    ids=str,
+)
+def test_vllm_gets_the_parameters_of_the_merged_model(options, folder, monkeypatch):
+    """What is trained in full, too, under the names that its model has there."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    torch.manual_seed(0)
+    model = get_lora_model(base(folder), LoraConfig(r=2, target_modules=["q_proj"], **options))
+    model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"], **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    monkeypatch.setattr(VLLMGeneration, "__init__", lambda self: None)
+    sender = VLLMGeneration()
+    sender.model, sender.accelerator = as_peft_model(model), None
+    sender._dist = SimpleNamespace(gather_params=contextlib.nullcontext, is_fsdp=False)
+    sent = {name: value.clone() for name, value in sender._iter_named_params()}
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    assert sent.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(sent[name], value, rtol=0, atol=1e-6, msg=name)
+
+
 def test_what_trl_cannot_work_with_is_refused_before_training(folder, tmp_path):
     arguments = {
         "args": trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
@@ -254,22 +285,33 @@ def test_a_plain_trainer_that_would_load_a_second_base_is_stopped_before_it_does
     assert list(model.adapter_configs) == ["default"]
 
 
+def online(name, model, folder, out, **options):
+    options |= {"use_cpu": True, "bf16": False, "report_to": "none", "num_generations": 4}
+    return getattr(trl, f"{name}Trainer")(
+        model=model,
+        args=getattr(trl, f"{name}Config")(str(out), per_device_train_batch_size=4, **options),
+        reward_funcs=rewarded,
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS]),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "base"),
+    )
+
+
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])
 def test_a_plain_online_trainer_is_stopped_only_if_it_needs_a_reference(name, folder, tmp_path):
-    def make(model, **options):
-        options |= {"use_cpu": True, "bf16": False, "report_to": "none", "num_generations": 4}
-        return getattr(trl, f"{name}Trainer")(
-            model=model,
-            args=getattr(trl, f"{name}Config")(str(tmp_path), per_device_train_batch_size=4, **options),
-            reward_funcs=rewarded,
-            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS]),
-            processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "base"),
-        )
-
     with pytest.raises(StateError, match="second base"):
-        make(ours(folder), beta=0.1)
-    assert make(ours(folder), beta=0.0).ref_model is None
-    assert make(as_peft_model(ours(folder)), beta=0.1).ref_model is None
+        online(name, ours(folder), folder, tmp_path, beta=0.1)
+    assert online(name, ours(folder), folder, tmp_path, beta=0.0).ref_model is None
+    assert online(name, as_peft_model(ours(folder)), folder, tmp_path, beta=0.1).ref_model is None
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_a_plain_online_trainer_that_generates_with_vllm_is_stopped(name, folder, tmp_path, monkeypatch):
+    """Which would get the base as it is."""
+    monkeypatch.setattr(f"trl.trainer.{name.lower()}_trainer.VLLMGeneration", lambda **_: None)
+    options = {"use_vllm": True, "vllm_mode": "colocate", "beta": 0.0}
+    with pytest.raises(StateError, match="send vLLM the base.*as_peft_model"):
+        online(name, ours(folder), folder, tmp_path, **options)
+    online(name, as_peft_model(ours(folder)), folder, tmp_path, **options)
 
 
 def test_a_reference_that_precomputes_needs_no_second_base(folder, tmp_path):

@@ -41,11 +41,13 @@ class TrainedAlone(nn.Module):
         """Transformers' method, which TRL's trainers call when they have what they will train with.
 
         Raises:
-            StateError: such a trainer has a reference model besides this one, or packs texts that this one would mix.
+            StateError: such a trainer has a reference model besides this one, packs texts that this one would mix, or has
+                vLLM generate.
         """
         for trainer in callers("__init__"):
             if is_from(type(trainer), "trl"):
                 _check_reference(trainer)
+                _check_generation(trainer, self)
                 _check_packing(trainer, self)
         parent: Any = super()
         return parent.add_model_tags(*args, **kwargs)
@@ -56,6 +58,15 @@ def _check_reference(trainer: Any) -> None:
     if isinstance(reference, nn.Module):
         is_copy = any(isinstance(module, TrainedAlone) for module in reference.modules())
         raise StateError(_copied(trainer) if is_copy else _second(trainer))
+
+
+def _check_generation(trainer: Any, model: nn.Module) -> None:
+    """Raises a `StateError` if vLLM is to get the parameters of this model, which are merged for it in PEFT's models alone."""
+    if getattr(trainer, "use_vllm", False) and trainer.model is model:
+        raise StateError(
+            f"{type(trainer).__name__} would send vLLM the base and the adapters by themselves, which vLLM does not know. "
+            f"{_inside(trainer)}"
+        )
 
 
 def _check_packing(trainer: Any, model: nn.Module) -> None:
@@ -100,11 +111,16 @@ def _check_reader(model: nn.Module) -> None:
 
 
 def _second(trainer: object) -> str:
-    name = type(trainer).__name__
     return (
-        f"{name} would hold a second base as its reference, which is not needed: the reference is the adapter as it is now. "
-        "Leave ref_model out, and pass model=minipeft.integrations.peft.as_peft_model(model) or use minipeft.hf's mixin, "
-        f"class MyTrainer(AdapterTrainerMixin, {name})."
+        f"{type(trainer).__name__} would hold a second base as its reference, which is not needed: the reference is the adapter "
+        f"as it is now. Leave ref_model out. {_inside(trainer)}"
+    )
+
+
+def _inside(trainer: object) -> str:
+    return (
+        "Pass model=minipeft.integrations.peft.as_peft_model(model) or use minipeft.hf's mixin, class "
+        f"MyTrainer(AdapterTrainerMixin, {type(trainer).__name__})."
     )
 
 

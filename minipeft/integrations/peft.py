@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from types import FunctionType
 from typing import Any
@@ -25,7 +25,7 @@ from minipeft.files.restore import restore_adapter
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel
 from minipeft.injection.module_tree import wrappers
-from minipeft.integrations.peft_tensors import Holder
+from minipeft.integrations.peft_tensors import Holder, trained_in_full
 from minipeft.kernels.frozen_linear import can_fuse
 from minipeft.kernels.lora_linear import lora_linear
 
@@ -116,6 +116,13 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
             raise ConfigError(f"{shown(list(options))} is for a new adapter, and {adapter_name!r} is here already.")
         restore_adapter(model, adapter_name, str(model_id))
         return model
+
+    def named_parameters(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Torch's own. While adapters are merged, what trains in full has PEFT's names, by which TRL sends a model to vLLM."""
+        merged = self.get_base_model()._state.merged and not prefix
+        names = dict(trained_in_full(self)) if merged else {}
+        for name, parameter in super().named_parameters(prefix, *args, **kwargs):
+            yield names.get(name, name), parameter
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Torch's own. `peft.set_peft_model_state_dict` gives DoRA's magnitudes the name of a module that PEFT has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft.utils import AuxiliaryTrainingWrapper
@@ -12,7 +12,8 @@ from torch import distributed as dist
 from minipeft.ecosystem.wrapper_names import wrapper_class
 from minipeft.errors import ConfigError, StateError
 from minipeft.files.save import named_tensors, tensors_from_state
-from minipeft.files.save_pretrained import SavableModel
+from minipeft.files.save_pretrained import DEFAULT, SavableModel
+from minipeft.injection.modules_to_save import SavedModule
 
 
 class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
@@ -66,6 +67,19 @@ class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
             return nn.Module.__getattr__(self, name)
         except AttributeError:
             return getattr(nn.Module.__getattr__(self, "model"), name)
+
+
+def trained_in_full(root: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name, PEFT's name) of what is called now of each module that is trained in full, and of the original that is not."""
+    for path, module in root.named_modules():
+        here = module.current() if isinstance(module, SavedModule) else None
+        if here is None or here is module.base_layer:
+            continue
+        adapter = next(name for name, own in module.adapters.items() if own is here)
+        for name, parameter in module.base_layer.named_parameters():
+            if here.get_parameter(name) is not parameter:
+                yield f"{path}.base_layer.{name}", f"{path}.original_module.{name}"
+                yield f"{path}.adapters.{adapter}.{name}", f"{path}.modules_to_save.{DEFAULT}.{name}"
 
 
 def _after_base_model(key: str) -> str:
