@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from minipeft import LoraConfig, get_lora_model, lean
 from minipeft.ecosystem.wrapper_names import unwrapped_name
+from minipeft.files.base_samples import base_samples
 from minipeft.kernels import lora_linear as fused
 from minipeft.kernels import recompute
 
@@ -198,7 +199,7 @@ def first_fsdp(rank):
                 found[checkpointing] = {
                     unwrapped_name(name): parameter.grad.clone() for name, parameter in trained(model).items()
                 }
-    return found
+    return {**found, "samples": base_samples(whole, "default")}
 
 
 def main(directory):
@@ -302,6 +303,11 @@ def test_a_lean_model_has_its_gradients_under_the_first_fsdp_too(checkpointing, 
     expected = taken_gradients(model)
     for found in ranks:
         assert_all_close(found["first_fsdp"][checkpointing], expected)
+
+
+def test_the_parts_that_the_first_fsdp_leaves_are_no_samples_of_the_base(ranks):
+    """Else the saved adapter would be refused on its own base."""
+    assert not any(row for found in ranks for row in found["first_fsdp"]["samples"].values())
 
 
 @pytest.mark.parametrize("batch", BATCHES)

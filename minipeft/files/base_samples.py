@@ -108,6 +108,8 @@ def _is_readable(weight: Tensor) -> bool:
     # Another type is a sharded weight, of which this process has one part. One byte holds less than half precision does, as
     # in a base that diffusers' layerwise casting stores in float8.
     whole = type(weight) in (Tensor, nn.Parameter) and weight.itemsize > 1
+    # The first FSDP leaves a part of a parameter in its place, and marks it (torch/distributed/fsdp/_common_utils.py, 2.13).
+    whole = whole and not getattr(weight, "_fsdp_flattened", False)
     return whole and weight.layout is torch.strided and not weight.is_meta and weight.numel() > 0
 
 
