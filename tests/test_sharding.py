@@ -12,6 +12,7 @@ import minipeft
 from minipeft import CheckpointError, LoraConfig, StateError
 from minipeft.files.base_samples import base_samples, remember_base
 from minipeft.files.format import open_adapter
+from minipeft.files.restore import restore_adapters
 from minipeft.training.distributed.sharding import is_sharded, shard
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.run_state import TrainingState
@@ -77,6 +78,15 @@ def test_a_sharded_model_is_saved_from_its_whole_state_alone(group, tmp_path):
     model.save_pretrained(tmp_path, state_dict=whole)
     found = minipeft.load_adapter(gpt2(), tmp_path, is_trainable=True).adapter_state_dict()
     assert all(torch.equal(found[key], value) for key, value in other.adapter_state_dict().items())
+
+
+def test_what_needs_whole_tensors_is_refused_after_sharding(group, tmp_path):
+    two_targets().save_pretrained(tmp_path)
+    model = sharded(two_targets(), True)
+    with pytest.raises(StateError, match="adapter 'default' are divided over processes"):
+        restore_adapters(model, tmp_path)
+    with pytest.raises(StateError, match=r"divided over processes.*call lean\(\) before"):
+        minipeft.lean(model)
 
 
 def test_saving_a_gathered_state_gathers_nothing_again(tmp_path):

@@ -30,7 +30,7 @@ def restore_adapters(model: nn.Module, directory: str | Path) -> None:
 
     Raises:
         CheckpointError: a file is damaged, or is for other adapters, another configuration or another base.
-        StateError: the model is not adapted, or an adapter is merged.
+        StateError: the model is not adapted, an adapter is merged, or FSDP2 has divided the model.
     """
     live = _checked(model)
     root, wanted = as_path(directory, "directory"), live._state.configs
@@ -84,6 +84,11 @@ def adapters_in(root: Path) -> set[str]:
 
 def _values(model: SavableModel, name: str, directory: Path) -> dict[str, Tensor]:
     live, config = model.adapter_state_dict(name), file_config(model, model._state.configs[name], name, compact=False)
+    if any(hasattr(tensor, "full_tensor") for tensor in live.values()):
+        raise StateError(
+            f"the tensors of adapter {name!r} are divided over processes, and those of a file are whole: restore adapters before "
+            "fully_shard."
+        )
     # If the vocabulary was resized, the file also holds rows of the base, which are only compared.
     file, (tensors, more) = open_adapter(directory), with_tables(model, name, live, config, "auto")
     # PEFT's holds whole tables, and one saved with save_embedding_layers=False holds none.

@@ -90,12 +90,14 @@ def lean(
 
     Raises:
         LeanError: loss or gradients would differ, or an option asks for something that this model does not have.
-        StateError: `model` is not a transformers model, or something wraps it.
+        StateError: `model` is not a transformers model, or something wraps it or has divided it over processes.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise StateError(f"lean() takes a transformers model, adapted or plain, not {type(model).__name__}.")
     if (wrapping := wrapping_class(model)) is not None:
         raise StateError(f"{wrapping} wraps the model; call lean() on the model itself, then wrap it.")
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise StateError("the model is divided over processes, as by fully_shard; call lean() before that.")
     flags(chunked_loss=chunked_loss, fast_linear=fast_linear)
     _check_checkpointing(checkpointing)
     before = model.__dict__.get(STATE)
