@@ -80,6 +80,18 @@ def test_a_sharded_model_is_saved_from_its_whole_state_alone(group, tmp_path):
     assert all(torch.equal(found[key], value) for key, value in other.adapter_state_dict().items())
 
 
+def test_a_process_that_got_nothing_of_a_gathered_state_writes_nothing(tmp_path, monkeypatch):
+    """accelerate.get_state_dict gives the first process all of it, and the others an empty one."""
+    model = two_targets()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    model.save_pretrained(tmp_path / "adapter", state_dict={})
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with pytest.raises(CheckpointError, match="state_dict lacks"):
+        model.save_pretrained(tmp_path / "adapter", state_dict={})
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_what_needs_whole_tensors_is_refused_after_sharding(group, tmp_path):
     two_targets().save_pretrained(tmp_path)
     model = sharded(two_targets(), True)

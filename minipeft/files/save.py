@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
 from minipeft.config.patterns import endings, full_matches, matching
@@ -65,6 +66,11 @@ def tensors_from_state(
         _check_same_shape(name, state[name], tensors[key])
     # A tensor in no state_dict of the model is a constant, so the live one is right.
     return {key: state[found[key]] if key in found else tensor for key, tensor in tensors.items()}
+
+
+def is_gathered_elsewhere(state: Mapping[str, Tensor]) -> bool:
+    """Whether a gathered state is empty since the first process has it, as accelerate gathers that of a sharded model."""
+    return not state and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from minipeft.files.model_card import card_to_write, public_base, update_card
 from minipeft.files.peft_extras import followers, with_repeats
 from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
-from minipeft.files.save import adapter_tensors, file_config, save_adapter, tensors_from_state
+from minipeft.files.save import adapter_tensors, file_config, is_gathered_elsewhere, save_adapter, tensors_from_state
 from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import begin_checkpoint, check_outer_save, check_trainer, save_base_for_pipeline
@@ -97,7 +97,8 @@ class SavableModel(WithAdapters):
             adapter_name: which adapter. None: all of them; and so does True, which transformers and PEFT take here.
             unnamed: nothing.
             selected_adapters: PEFT's way to name several.
-            state_dict: take the values from this (gathered) state of the model instead of the live tensors.
+            state_dict: take the values from this (gathered) state of the model instead of the live tensors. A process other than
+                the first that got nothing of it writes nothing.
             is_main_process: False: write nothing.
             safe_serialization: PEFT's and transformers' option; True is the only value, as a pickle is never written.
             convert_to_lora: save any low-rank update, such as PiSSA's, as plain LoRA, see `minipeft.files.to_lora`.
@@ -124,6 +125,7 @@ class SavableModel(WithAdapters):
         check_trainer()
         if convert_to_lora and state_dict is not None:
             raise ConfigError("convert_to_lora saves the live tensors; give it or state_dict, not both.")
+        is_main_process = is_main_process and not (state_dict is not None and is_gathered_elsewhere(state_dict))
         if is_main_process:
             warn_of_lost_state(self)
             save_base_for_pipeline(self, root)

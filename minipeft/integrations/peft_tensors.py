@@ -7,11 +7,10 @@ from typing import Any
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from minipeft.ecosystem.wrapper_names import wrapper_class
 from minipeft.errors import ConfigError, StateError
-from minipeft.files.save import named_tensors, tensors_from_state
+from minipeft.files.save import is_gathered_elsewhere, named_tensors, tensors_from_state
 from minipeft.files.save_pretrained import DEFAULT, SavableModel
 from minipeft.injection.modules_to_save import SavedModule
 
@@ -33,8 +32,8 @@ class Holder(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         Raises:
             ConfigError: the adapter trains biases of the base, among which PEFT would count those that we keep beside ours.
         """
-        if not state_dict and dist.is_initialized() and dist.get_rank() > 0:
-            return {}  # the first FSDP gathers a whole state on the first process alone
+        if is_gathered_elsewhere(state_dict):
+            return {}
         model: Any = self.model
         if getattr(model.adapter_configs[adapter_name], "bias", "none") != "none":
             raise ConfigError(
