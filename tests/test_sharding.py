@@ -3,14 +3,17 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import gpt2
+from safetensors.torch import load_file
+from tiny_models import VOCABULARY, foreign_code, gpt2, llama
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from transformers import GPT2LMHeadModel
 
 import minipeft
 from minipeft import CheckpointError, LoraConfig, StateError
 from minipeft.files.base_samples import base_samples, remember_base
+from minipeft.files.file_names import WEIGHTS_FILE
 from minipeft.files.format import open_adapter
 from minipeft.files.restore import restore_adapters
 from minipeft.training.distributed.sharding import is_sharded, shard
@@ -78,6 +81,39 @@ def test_a_sharded_model_is_saved_from_its_whole_state_alone(group, tmp_path):
     model.save_pretrained(tmp_path, state_dict=whole)
     found = minipeft.load_adapter(gpt2(), tmp_path, is_trainable=True).adapter_state_dict()
     assert all(torch.equal(found[key], value) for key, value in other.adapter_state_dict().items())
+
+
+def resized(folder):
+    """A base with four more tokens than its checkpoint has, an adapter, and rows that train."""
+    with foreign_code():
+        model = GPT2LMHeadModel.from_pretrained(folder)
+        torch.manual_seed(0)
+        model.resize_token_embeddings(VOCABULARY + 4)
+    return minipeft.get_lora_model(model, LoraConfig(r=2, target_modules=["c_attn"], trainable_token_indices=[1, 2]))
+
+
+def tied(folder):
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    config = LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True)
+    torch.manual_seed(0)
+    return minipeft.get_lora_model(llama(tie_word_embeddings=True), config)
+
+
+@pytest.mark.parametrize("make", [resized, tied])
+def test_from_shards_the_same_is_saved_as_from_whole_weights(make, group, tmp_path):
+    with foreign_code():
+        gpt2().save_pretrained(tmp_path / "base")
+    make(tmp_path / "base").save_pretrained(tmp_path / "whole")
+    model = sharded(make(tmp_path / "base"), True)
+    with pytest.raises(CheckpointError, match="not whole in this process"):
+        model.save_pretrained(tmp_path / "shards")
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    model.save_pretrained(tmp_path / "gathered", state_dict=state)
+    state_of(model).save_adapter(tmp_path / "run")
+    for folder in ("gathered", "run"):
+        found, expected = (load_file(tmp_path / name / WEIGHTS_FILE) for name in (folder, "whole"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_a_process_that_got_nothing_of_a_gathered_state_writes_nothing(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from minipeft.ecosystem.transformers_model import (
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import ConfigError, StateError, shown, told
 from minipeft.files.base_checkpoint import base_config, stored_rows
+from minipeft.files.save import tensors_from_state
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.modules_to_save import SavedModule
@@ -80,7 +81,12 @@ def base_rows(model: nn.Module, name: str, table: Table) -> int | None:
 
 
 def with_tables(
-    model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], save: bool | str
+    model: nn.Module,
+    adapter_name: str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    save: bool | str,
+    state: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and configuration, plus the rows of the model's tables that have to be saved too.
 
@@ -90,13 +96,14 @@ def with_tables(
         tensors: as `minipeft.files.save.adapter_tensors` returns them.
         config: as `minipeft.files.save.file_config` returns it.
         save: "auto": the rows that the base lacks, if the vocabulary was resized; True: whole tables; False: nothing.
+        state: a gathered state of the model, for tables that are divided over processes.
 
     Raises:
         ConfigError: `save` is something else; or it is True and rows of a table train, or the model has no table.
         StateError: an adapter is merged into a table to save.
     """
     if save is True:
-        return {**tensors, **_whole_tables(model, adapter_name)}, dict(config)
+        return {**tensors, **_values(model, _whole_tables(model, adapter_name), state)}, dict(config)
     if save is False:
         return dict(tensors), dict(config)
     if save != "auto":
@@ -109,19 +116,30 @@ def with_tables(
     for name, table in tables(model).items():
         base_size = base_rows(model, name, table) or 0
         missing = sorted(set(range(base_size, len(table.weight))) - set(trained.get(name, ())))
-        own = config.get("token_indices") if _is_taken(model, table, adapter_name) else ()
-        if set(missing) <= set(own or ()):
+        taken = _is_taken(model, table, adapter_name)
+        if set(missing) <= set((taken and config.get("token_indices")) or ()):
             continue
         key = f"{PREFIX}{name}.{ROWS}"
-        if OPTION not in config or (name not in trained and _is_taken(model, table, adapter_name)):
-            all_tensors |= _whole_table(model, name, table, adapter_name)
+        if OPTION not in config or (taken and name not in trained):
+            all_tensors |= _values(model, _whole_table(model, name, table, adapter_name), state)
             continue
         _check_unmerged(model, name, table)
         before = [all_tensors[key]] if name in trained else []
-        rows = values_of(model, {name: table.weight})[name].detach()[missing]
+        rows = _values(model, {name: table.weight}, state)[name].detach()[missing]
         all_tensors[key] = torch.cat([*before, rows.to(before[0])]) if before else rows
         ids[name] = [*trained.get(name, ()), *missing]
     return all_tensors, dict(config) if ids == trained else {**config, OPTION: ids}
+
+
+def resized_tables(model: nn.Module) -> list[Tensor]:
+    """The weights of the tables that gained rows since the base was loaded, if that is on this machine."""
+    sizes = ((table.weight, base_rows(model, name, table)) for name, table in tables(model).items())
+    return [weight for weight, size in sizes if size is not None and len(weight) > size]
+
+
+def _values(model: nn.Module, found: Mapping[str, Tensor], state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    divided = any(hasattr(weight, "full_tensor") for weight in found.values())
+    return values_of(model, found) if state is None or not divided else tensors_from_state(model, found, state)
 
 
 def brought_rows(config: Mapping[str, Any]) -> Mapping[str, Collection[int]]:

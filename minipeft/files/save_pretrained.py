@@ -22,7 +22,14 @@ from minipeft.files.model_card import card_to_write, public_base, update_card
 from minipeft.files.peft_extras import followers, with_repeats
 from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
-from minipeft.files.save import adapter_tensors, file_config, is_gathered_elsewhere, save_adapter, tensors_from_state
+from minipeft.files.save import (
+    adapter_tensors,
+    check_values,
+    file_config,
+    is_gathered_elsewhere,
+    save_adapter,
+    tensors_from_state,
+)
 from minipeft.files.scaling_in_B import for_diffusers
 from minipeft.files.to_lora import as_lora
 from minipeft.files.trainer_guard import begin_checkpoint, check_outer_save, check_trainer, save_base_for_pipeline
@@ -139,7 +146,7 @@ class SavableModel(WithAdapters):
                 else:
                     warn_of_scale(self, name)
                     tensors, config = self._as_it_is(name, state_dict)
-                self._save(root, name, tensors, config, save_embedding_layers, others)
+                self._save(root, name, tensors, config, save_embedding_layers, others, state_dict)
 
     def _as_it_is(
         self, name: str, state_dict: Mapping[str, Tensor] | None = None
@@ -218,10 +225,12 @@ class SavableModel(WithAdapters):
         config: Mapping[str, Any],
         save_embedding_layers: bool | str = "auto",
         options: Mapping[str, Any] | None = None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write one adapter below a directory, with what PEFT repeats and the rows of tables that have to go along."""
+        check_values(root, tensors)
         tensors = with_repeats(tensors, followers(self, self._state.configs[name], name))
-        tensors, config = with_tables(self, name, tensors, config, save_embedding_layers)
+        tensors, config = with_tables(self, name, tensors, config, save_embedding_layers, state=state)
         check_size(options or {}, tensors := values_of(self, tensors))
         with writing(root):
             begin_checkpoint(root)

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from minipeft.errors import StateError, all_or_nothing, shown
-from minipeft.files.base_samples import base_samples
-from minipeft.files.lost_state import warn_of_lost_state
-from minipeft.files.model_card import card_to_write
 from minipeft.files.reading import reading
-from minipeft.files.save import file_config, save_adapter
+from minipeft.files.resized_vocabulary import resized_tables
+from minipeft.files.save import named_tensors
 from minipeft.injection.step_hooks import load_schedule_state, schedule_state
 from minipeft.model import AdaptedModel
 from minipeft.training.distributed.ranks import agree, rank_and_world_size
@@ -100,17 +99,16 @@ class TrainingState:
         Raises:
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
-        model, name, error = self.live.model, self.live.adapter_name, None
-        adapter = Collected(rank_and_world_size()[0] == 0)
-        for key, tensor in self.live.tensors().items():
-            adapter.put(key, tensor)
-        if adapter.keep:
-            config = file_config(model, model.adapter_configs[name], name)
+        model, tensors, error = self.live.model, self.live.tensors(), None
+        divided = (table for table in resized_tables(model) if isinstance(table, DTensor))
+        wanted = {id(tensor) for tensor in (*tensors.values(), *divided)}
+        state = Collected(rank_and_world_size()[0] == 0)
+        for name, tensor in {id(tensor): (name, tensor) for name, tensor in named_tensors(model)}.values():
+            if id(tensor) in wanted:
+                state.put(name, tensor)
+        if state.keep:
             try:
-                warn_of_lost_state(model)
-                count = sum(tensor.numel() for tensor in adapter.tensors.values())
-                card = card_to_write(Path(directory), config, count)
-                save_adapter(Path(directory), adapter.tensors, config, base_samples(model, name), card=card)
+                model.save_pretrained(directory, self.live.adapter_name, state_dict=state.tensors)
             except Exception as caught:
                 error = caught
         agree(error)
