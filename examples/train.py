@@ -355,6 +355,8 @@ class Run:
         set_seed(self.args.seed, device_specific=True)  # the processes drop out different units
         done, settings = self.resume(), saved_values(self.args)
         folder = self.args.output_dir
+        if self.args.overwrite and not done and self.accelerator.is_main_process:
+            self.checkpoints.discard_newer(-1)  # only now, when nothing is left to be refused
         self.metrics = Metrics(folder if self.accelerator.is_main_process else None, done)
         if self.accelerator.is_main_process:
             write_files(folder, {"train_config.yaml": yaml.safe_dump(settings, sort_keys=False).encode("utf-8")})

@@ -179,6 +179,23 @@ def test_a_directory_that_holds_a_run_is_not_overwritten_unasked(train, flags, w
     assert not {"overwrite", "resume", "config"} & saved.keys()  # or --config would overwrite a run unasked
 
 
+def test_a_run_that_is_refused_overwrites_nothing(train, flags, whole, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    assert "start more" in failure(train, *flags, "--overwrite", "--fsdp", "--output_dir", directory)
+    assert_same_run(directory, whole)
+    assert sorted(os.listdir(directory / "checkpoints")) == sorted(os.listdir(whole / "checkpoints"))
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(train, flags, whole, tmp_path):
+    """Its metrics are elsewhere, and the later checkpoints of this run would go."""
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    message = failure(train, *flags, "--resume", whole / "checkpoints/step-00000003", "--output_dir", directory)
+    assert "in its own --output_dir" in message
+    assert sorted(os.listdir(directory / "checkpoints")) == sorted(os.listdir(whole / "checkpoints"))
+
+
 def test_there_must_be_something_to_resume(train, flags, tmp_path):
     assert "no complete checkpoint" in failure(train, *flags, "--resume", "--output_dir", tmp_path / "run")
     message = failure(train, *flags, "--resume", tmp_path / "nothing", "--output_dir", tmp_path / "run")

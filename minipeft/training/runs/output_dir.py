@@ -60,8 +60,6 @@ def _check_unused(directory: Path, resume: bool, overwrite: bool) -> None:
             f"--output_dir {directory} holds a run already ({', '.join(found)}): {goes_on}--overwrite begins anew, or "
             "choose another directory."
         )
-    if overwrite:
-        Checkpoints(directory).discard_newer(-1)
 
 
 def results_in(directory: Path) -> list[str]:
@@ -78,9 +76,14 @@ def checkpoint_to_resume(checkpoints: Checkpoints, resume: str | None) -> Path |
             processes died: it goes on from the latest checkpoint.
 
     Raises:
-        CheckpointError: the latest checkpoint was asked for, and there is none.
+        CheckpointError: the latest checkpoint was asked for, and there is none; or the path is not one of the run's.
     """
     if resume and resume != "latest":
+        if Path(resume).resolve().parent != checkpoints.folder.resolve():
+            raise CheckpointError(
+                f"--resume {resume} is not in {checkpoints.folder}: a run goes on in its own --output_dir. Give that one, or a copy "
+                "of the whole directory."
+            )
         return Path(resume)
     folder = checkpoints.latest() if resume or restarts() else None
     if folder is None and resume and not restarts():
