@@ -470,7 +470,7 @@ class Run:
 
 def show_results(args: Flags, run: Run, samples: str) -> None:
     """Print and write what the run leaves next to the adapter."""
-    (args.output_dir / "samples.txt").write_text(samples, "utf-8")
+    write_files(args.output_dir, {"samples.txt": samples.encode("utf-8")})
     print(samples, report.perplexity_report(run.metrics.rows), sep="\n")
     (config,) = run.model.adapter_configs.values()
     method = f"LoRA of rank {config.r}" if config.method == "lora" else config.method

@@ -126,7 +126,10 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise StateError(f"{path} cannot be written ({error}); the adapter is saved.") from None
 
 
 def peak_memory(device: torch.device) -> float:

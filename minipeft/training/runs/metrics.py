@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from minipeft.errors import CheckpointError
+from minipeft.errors import CheckpointError, warn
 from minipeft.files.atomic import write_files
 
 FILE = "metrics.jsonl"
@@ -27,19 +27,27 @@ class Metrics:
 
     def __init__(self, directory: Path | None, step: int = 0) -> None:
         self.rows: list[Row] = []
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._waiting = b""  # rows for which the disk had no space
         if directory is not None:
             path = directory / FILE
             self.rows = [row for row in read_rows(path) if row["step"] <= step] if step and path.exists() else []
             write_files(directory, {FILE: "".join(map(_line, self.rows)).encode()})
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)  # so that it can be read during training
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Add a row, which has a ``step``."""
+        """Add a row, which has a ``step``. If the disk is full, that is a warning, and the row waits for the next one."""
         self.rows.append(dict(row))
-        if self._file is not None:
-            self._file.write(_line(row))
-            self._file.flush()  # so that it can be read during training
+        if self._file is None:
+            return
+        late = bool(self._waiting)
+        self._waiting += _line(row).encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not late:
+                warn(f"{self._file.name} could not be written ({error.strerror}); its rows follow when they can.")
 
     def close(self) -> None:
         """Close the file."""
