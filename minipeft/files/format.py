@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from minipeft.config.adapter_config import AdapterConfig, config_from_dict
+from minipeft.ecosystem.older_peft import in_todays_words
 from minipeft.ecosystem.peft_options import asks_nothing
 from minipeft.errors import CheckpointError, ConfigError, shown, told
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -114,8 +115,9 @@ def source_of(
 
 
 def config_in(directory: Path) -> dict[str, Any] | None:
-    """The contents of ``adapter_config.json``; None if there is none."""
-    return read_object(directory / CONFIG_FILE) if os.path.exists(directory / CONFIG_FILE) else None
+    """The contents of ``adapter_config.json``, as today's PEFT would have written them; None if there is none."""
+    path = directory / CONFIG_FILE
+    return in_todays_words(read_object(path)) if os.path.exists(path) else None
 
 
 def open_weights(directory: Path) -> TensorFile:
@@ -184,9 +186,10 @@ def own_metadata(
 ) -> dict[str, str]:
     """Safetensors metadata for an adapter that is about to be written; `scaling` is what is in B, see `scaling_in_B`."""
     try:
-        previous = _digest(read_object(directory / CONFIG_FILE))
+        before = config_in(directory)
     except CheckpointError:
-        previous = None
+        before = None
+    previous = None if before is None else _digest(before)
     own = {"version": VERSION, "config": dict(config), "previous": previous, "base": dict(base)}
     own |= {"kept": list(kept)} if kept else {}
     own |= {"scaling": dict(scaling)} if scaling else {}

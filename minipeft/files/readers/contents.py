@@ -6,11 +6,12 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minipeft.config.patterns import first_keys, full_matches, matching
+from minipeft.ecosystem.older_peft import in_todays_words
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.formats.known import pickles_in
@@ -36,8 +37,9 @@ class Contents:
     """The configuration and the header of the weights."""
 
     directory: Path
-    config: Mapping[str, Any]  # ``adapter_config.json`` as it stands there; empty if there is none
+    config: Mapping[str, Any]  # ``adapter_config.json`` as today's PEFT would have written it; empty if there is none
     weights: TensorFile
+    stored: Mapping[str, Any] = field(default_factory=dict)  # ``adapter_config.json`` as it stands there
 
     @property
     def method(self) -> str:
@@ -150,5 +152,5 @@ def read_contents(directory: Path) -> Contents:
             raise CheckpointError(
                 f"{directory} has none of {', '.join(FILES)}.{fix if pickles else folder_named(names)}"
             )
-        config = read_object(directory / CONFIG_FILE) if CONFIG_FILE in names else {}
-        return Contents(directory, config, open_tensors(directory / found))
+        stored = read_object(directory / CONFIG_FILE) if CONFIG_FILE in names else {}
+        return Contents(directory, in_todays_words(stored), open_tensors(directory / found), stored)

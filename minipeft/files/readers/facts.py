@@ -89,6 +89,13 @@ def other_ranks(contents: Contents) -> str | None:
     return None
 
 
+def of_older_peft(contents: Contents) -> str | None:
+    """What it says meant something else when PEFT before 0.14 wrote it."""
+    config, stored = contents.config, contents.stored
+    names = [name for name, value in stored.items() if value != config[name]]
+    return one_of(names, ", from PEFT before 0.14,") if names else None
+
+
 def rank_in_file(contents: Contents, module: str) -> int | None:
     """The rank of a layer's factors, or None if it has no such factor."""
     for part in ("lora_A.weight", "lora_embedding_A", "lora_A"):

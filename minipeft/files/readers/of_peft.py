@@ -24,6 +24,8 @@ FORMAT = (
     Rule("method", facts.methods_but(*METHODS), NO, "is no method of PEFT's", "peft/utils/peft_types.py, PEFT 0.21.2"),
     Rule("start", facts.kept_start, NO, "is refused: it is minipeft's own, for a start that is in the file",
          "peft/tuners/lora/layer.py (update_layer), PEFT 0.21.2", f"{CONVERT}, or save_pretrained(..., convert_to_lora=True)"),
+    Rule("older tables", facts.of_older_peft, PARTLY, "is read in another way than it was written in",
+         "peft/tuners/lora/model.py and lokr/layer.py, PEFT 0.13.2 and 0.14.0", CONVERT),
     Rule("ranks", facts.other_ranks, NO, "is refused as a size mismatch", LOADING, RANKS),
 )  # fmt: skip
 SILENT = (

@@ -1,0 +1,84 @@
+"""Files of PEFT's earlier versions, which meant something else by the same words; the installed PEFT says what that is."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import disturb, foreign_code, llama, logits
+
+import minipeft
+from minipeft.files.readers.contents import read_contents
+from minipeft.files.readers.made_for import made_for
+from minipeft.files.readers.names import Reader
+from minipeft.files.readers.rules import Takes, answer
+
+with foreign_code():
+    import peft
+
+CONFIG = "adapter_config.json"
+SINCE_0_14 = {
+    "exclude_modules",
+    "eva_config",
+    "lora_bias",
+    "rank_dropout_scale",
+    "trainable_token_indices",
+    "peft_version",
+}
+TARGETS = {"target_modules": ["q_proj", "v_proj"]}
+# What 0.13 wrote -> what decides for each layer today.
+OF_0_13 = {
+    "both tables know a layer by another key": (
+        peft.LoraConfig,
+        {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 30, "v_proj": 3}},
+        {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ),
+    "a rank for one layer of those with an alpha": (
+        peft.LoraConfig,
+        {"r": 4, "rank_pattern": {"layers.1.self_attn.v_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+        {
+            "r": 4,
+            "rank_pattern": {"layers.1.self_attn.v_proj": 6},
+            "alpha_pattern": {"layers.0.self_attn.v_proj": 3},
+        },
+    ),
+    "loha": (
+        peft.LoHaConfig,
+        {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 30}},
+        {"r": 4, "rank_pattern": {"q_proj": 2}},
+    ),
+    "lokr had no alpha": (
+        peft.LoKrConfig,
+        {"r": 4, "alpha": 16, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"r": 4, "alpha": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}},
+    ),
+}
+
+
+def written(path, config, model=llama):
+    with foreign_code():
+        adapted = disturb(peft.get_peft_model(model(), config)).eval()
+        adapted.save_pretrained(path)
+        return logits(adapted)
+
+
+def same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", OF_0_13)
+def test_the_tables_of_peft_before_0_14_decide_as_they_did(case, tmp_path):
+    """One key decided for both tables, and LoKr's alpha did nothing. A file that is saved again says it in today's words."""
+    cls, said, meant = OF_0_13[case]
+    expected = written(tmp_path / "theirs", cls(**meant, **TARGETS))
+    values = json.loads((tmp_path / "theirs" / CONFIG).read_text())
+    old = {key: value for key, value in values.items() if key not in SINCE_0_14} | said
+    (tmp_path / "theirs" / CONFIG).write_text(json.dumps(old))
+    model = minipeft.load_adapter(llama(), tmp_path / "theirs")
+    same(logits(model), expected)
+    model.save_pretrained(tmp_path / "ours")
+    assert answer(read_contents(tmp_path / "theirs"), Reader.PEFT).takes is Takes.PARTLY
+    made_for(Reader.PEFT, tmp_path / "theirs", tmp_path / "made")
+    for folder in ("ours", "made"):
+        same(logits(minipeft.load_adapter(llama(), tmp_path / folder)), expected)
+        with foreign_code():
+            same(logits(peft.PeftModel.from_pretrained(llama(), tmp_path / folder).eval()), expected)
