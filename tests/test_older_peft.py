@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from tiny_models import disturb, foreign_code, llama, logits
+from safetensors.torch import load_file, save_file
+from tiny_models import disturb, foreign_code, gpt2, llama, logits
 
 import minipeft
 from minipeft.files.readers.contents import read_contents
@@ -15,7 +16,7 @@ from minipeft.files.readers.rules import Takes, answer
 with foreign_code():
     import peft
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SINCE_0_14 = {
     "exclude_modules",
     "eva_config",
@@ -82,3 +83,13 @@ def test_the_tables_of_peft_before_0_14_decide_as_they_did(case, tmp_path):
         same(logits(minipeft.load_adapter(llama(), tmp_path / folder)), expected)
         with foreign_code():
             same(logits(peft.PeftModel.from_pretrained(llama(), tmp_path / folder).eval()), expected)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_biases_of_peft_before_0_7_are_those_of_the_layers(bias, tmp_path):
+    """A layer was adapted by a subclass of its own then, not by one around it: ``c_attn.bias``."""
+    config = peft.LoraConfig(r=4, bias=bias, target_modules=["c_attn"])
+    expected = written(tmp_path, config, gpt2)
+    tensors = {key.replace(".base_layer.bias", ".bias"): t for key, t in load_file(tmp_path / WEIGHTS).items()}
+    save_file(tensors, tmp_path / WEIGHTS)
+    same(logits(minipeft.load_adapter(gpt2(), tmp_path)), expected)

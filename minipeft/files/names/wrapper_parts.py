@@ -42,14 +42,21 @@ def without_adapter_name(file: File, expected: Collection[str], in_full: Sequenc
     """The file without the adapter's name in its keys, as in ``lora_A.default.weight``, if it was written with it.
 
     A script that saves PEFT's ``state_dict()`` itself writes such keys. PEFT's own files do not have the name. Nor have
-    they ``.weight`` after DoRA's magnitude, which PEFT keeps in a module.
+    they ``.weight`` after DoRA's magnitude, which PEFT keeps in a module. Before version 0.7 the bias of an adapted layer
+    was its own, and not that of a ``base_layer``.
 
     Args:
         file: unread.
         expected: the keys that have a place.
         in_full: modules that are saved in full; a script may give these their own names, which are all that PEFT reads.
     """
-    bare = {key: short for key in file.shapes if key not in expected and (short := _bare(key)) in expected}
+    bare = {
+        key: short
+        for key in file.shapes
+        if key not in expected
+        for short in (_bare(key), _of_base(key))
+        if short in expected and short not in file.shapes
+    }
     file = file.renamed(lambda key: bare.get(key, key)) if bare else file
     others = [key for key in file.shapes if key not in expected]
     # In such a state all tensors of a method have the name, and only biases, which are the base's, do not.
@@ -70,6 +77,12 @@ def _bare(key: str) -> str:
     """The key of a tensor that PEFT keeps in a module of its own, as its files have it."""
     bare = key.removesuffix(".weight")
     return key if bare.rpartition(".")[2] in VALUES else bare
+
+
+def _of_base(key: str) -> str:
+    """The key of a layer's bias as that of a layer that is adapted."""
+    head, dot, tail = key.rpartition(".")
+    return f"{head}.base_layer.bias" if dot and tail == "bias" else key
 
 
 def _possible(key: str, expected: Collection[str]) -> list[str]:
