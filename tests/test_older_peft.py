@@ -93,3 +93,15 @@ def test_the_biases_of_peft_before_0_7_are_those_of_the_layers(bias, tmp_path):
     tensors = {key.replace(".base_layer.bias", ".bias"): t for key, t in load_file(tmp_path / WEIGHTS).items()}
     save_file(tensors, tmp_path / WEIGHTS)
     same(logits(minipeft.load_adapter(gpt2(), tmp_path)), expected)
+
+
+def test_a_series_of_oft_that_peft_has_changed_is_named(tmp_path):
+    """As PEFT names it. What it is today cannot say what it was."""
+    expected = written(tmp_path, peft.OFTConfig(oft_block_size=8, **TARGETS))
+    same(logits(minipeft.load_adapter(llama(), tmp_path)), expected)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({key: value for key, value in values.items() if key != "peft_version"}))
+    with pytest.warns(UserWarning, match="PEFT before 0.18"):
+        model = minipeft.load_adapter(llama(), tmp_path)
+    model.save_pretrained(tmp_path / "ours")
+    minipeft.load_adapter(llama(), tmp_path / "ours")

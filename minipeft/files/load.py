@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.older_peft import has_another_series
 from minipeft.ecosystem.peft_options import KEPT
 from minipeft.ecosystem.wrapper_names import PREFIX, named_modules
 from minipeft.errors import shown, warn
@@ -104,8 +105,7 @@ def load_parts(
     warn_of_missing_parts(model, file, plan, frozen)
     for message in new_rows.lacking:
         warn(message)
-    if bookkeeping := file.config.other_keys.keys() - KEPT:
-        logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
+    _tell(directory, file)
     values.update(new_rows.values)
     return plan, replace(build_from(plan, shapes, tensors, values), rows=new_rows.base)
 
@@ -120,6 +120,17 @@ def put_rows(rows: Iterable[TableRows]) -> None:
                 f"rows {shown(table.ids)} of {table.name}, which resizing the base drew at random, have the adapter file's values "
                 "now, in the base itself."
             )
+
+
+def _tell(directory: Path, file: AdapterFile) -> None:
+    """Say what the file has that does not act here."""
+    if bookkeeping := file.config.other_keys.keys() - KEPT:
+        logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
+    if not file.is_own and has_another_series(file.said):
+        warn(
+            f"{directory} is from PEFT before 0.18, where the Cayley-Neumann series of OFT had another last term: large "
+            "rotations differ from those that were trained, here and in PEFT."
+        )
 
 
 def _tied(plan: Plan) -> dict[str, str]:
