@@ -75,7 +75,9 @@ def test_nothing_is_unpickled():
         if name != "minipeft.testing.runtime":  # which reads back what it has just written
             # pickletools reads the steps of a pickle and takes none.
             assert not re.search(r"\bimport pickle\b", text), name
-        if name != "minipeft.files.formats.pickled":  # which `minipeft convert` runs as a process apart, after a check
+        if (
+            name != "minipeft.files.formats.pickled"
+        ):  # which `minipeft convert` runs in a process of its own, after a check
             assert "torch.load" not in text.replace("safetensors.torch.load", ""), name
 
 

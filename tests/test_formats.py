@@ -384,7 +384,7 @@ def test_kohya_without_the_names_of_a_model_cannot_be_converted(tmp_path):
 
 def test_an_adapter_of_peft_is_not_converted_again(tmp_path):
     minipeft.get_lora_model(llm()).save_pretrained(tmp_path)
-    with pytest.raises(minipeft.CheckpointError, match="PEFT's kind already"):
+    with pytest.raises(minipeft.CheckpointError, match="in PEFT's format already"):
         convert(tmp_path, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""``minipeft convert PLACE [OUT]``: an adapter of another tool, or a pickle, as PEFT's kind; or one for another reader."""
+"""``minipeft convert PLACE [OUT]``: an adapter of another tool, or a pickle, in PEFT's format; or one for another reader."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def convert(
         ),
     ] = None,
     reader: Annotated[
-        Reader | None, typer.Option("--for", help="Make of an adapter in PEFT's format one that this program takes.")
+        Reader | None, typer.Option("--for", help="Turn an adapter in PEFT's format into one that this program takes.")
     ] = None,
     drop: Annotated[
         str, typer.Option(help="With --for, what may be left out: modules_to_save, tokens, head; with commas.")
@@ -37,9 +37,9 @@ def convert(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write an adapter of another tool, or a pickle, as PEFT's kind. Pickles are checked and read in a process apart.
+    """Write an adapter of another tool, or a pickle, in PEFT's format. Pickles are checked, and read in a process of their own.
 
-    With --for: write an adapter of PEFT's kind as another program takes it, into a new directory.
+    With --for: write an adapter in PEFT's format as another program takes it, into a new directory.
     """
     if reader is not None:
         if out is None:

@@ -17,7 +17,7 @@ MOST = 10  # layers that the table shows
 
 def diff(
     first: Annotated[Path, typer.Argument(help="An adapter's directory.")],
-    second: Annotated[Path, typer.Argument(help="Another one's, for the same base.")],
+    second: Annotated[Path, typer.Argument(help="Another adapter's directory, for the same base.")],
     layers: Annotated[bool, typer.Option("--layers", help=f"Show all layers, not only {MOST}.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with all angles.")] = False,
 ) -> None:

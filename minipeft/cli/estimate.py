@@ -19,13 +19,13 @@ def estimate(
     model: Annotated[str, typer.Argument(help="A directory with a config.json, or a model's name on the Hub.")],
     training: Annotated[str, typer.Option(help="full, lora, or lean (LoRA with minipeft.lean).")] = "lean",
     checkpointing: Annotated[
-        str | None, typer.Option(help="Of lean: none, last, mlp, block, sqrt or a number of blocks.")
+        str | None, typer.Option(help="What lean recomputes: none, last, mlp, block, sqrt or a number of blocks.")
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of the base: float32, bfloat16 or float16. Left out: the one in its config.json."),
+        typer.Option(help="Dtype of the base: float32, bfloat16 or float16. Left out: the one in its config.json."),
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="Of the base: nf4, fp4 or int8.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Quantize the base: nf4, fp4 or int8.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences in a step; with --fit, in an optimizer step.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     r: Annotated[int, typer.Option("--r", help="Rank of the adapter.")] = 8,
@@ -33,7 +33,7 @@ def estimate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda if there is one.")] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--fit", help="Propose the settings that fit into so much, such as 24GiB, the fastest first."),
+        typer.Option("--fit", help="Propose settings that fit into this memory, such as 24GiB, the fastest first."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -41,9 +41,9 @@ def start(
 
 @learn.command()
 def check(
-    number: Annotated[str, typer.Argument(help="Of the exercise, such as 03.")],
+    number: Annotated[str, typer.Argument(help="Number of the exercise, such as 03.")],
     file: Annotated[Path | None, typer.Option(help="Your file. [the one in the folder of `start`]")] = None,
-    seconds: Annotated[float, typer.Option(help="After which your file is stopped.", min=0.1)] = 120,
+    seconds: Annotated[float, typer.Option(help="Seconds after which your file is stopped.", min=0.1)] = 120,
 ) -> None:
     """Run your file and say which law it breaks. If it breaks none, the exercise is ticked.
 

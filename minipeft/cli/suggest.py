@@ -19,7 +19,9 @@ def suggest(
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on, each counted once.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text file whose tokens are counted instead.")] = None,
     length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
-    memory: Annotated[str | None, typer.Option(help="Of the device, such as 24GiB: how it fits in.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of the device, such as 24GiB: also say how training fits in.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Suggest targets, rank, alpha, learning rate, batch and schedule for LoRA, with the reason for each."""

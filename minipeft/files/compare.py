@@ -137,4 +137,4 @@ def _closest(unexpected: list[str], missing: list[str]) -> str:
     if not unexpected or not missing:
         return ""
     match = nearest(unexpected[0], missing) or missing[0]
-    return f" ({told(unexpected[0], 200)} came; {told(match, 200)} is expected)"
+    return f" (found {told(unexpected[0], 200)}; expected {told(match, 200)})"

@@ -84,7 +84,7 @@ def _shapes(file: AdapterFile, model: nn.Module) -> Mapping[str, tuple[int, ...]
     """The shapes in the file by the names that its modules have in this model; by its own if they do not fit."""
     try:
         return in_names_of(model, file).shapes
-    except MinipeftError:  # which is told when the adapter is loaded
+    except MinipeftError:  # loading the adapter will say why
         return file.shapes
 
 

@@ -1,4 +1,4 @@
-"""Options that PEFT's and transformers' methods of the same names have: taken where they ask for nothing else than is done."""
+"""Options of PEFT's and transformers' methods of the same names, accepted where they ask for what is done anyway."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check_options(verb: str, given: Mapping[str, Any], unnamed: tuple[object, ..
     """Check what was given to a verb besides its own options.
 
     Raises:
-        ConfigError: an option is unknown, has no name, or asks for what is not done.
+        ConfigError: an option is unknown, has no name, or asks for something else than is done.
     """
     if unnamed:
         raise ConfigError(

@@ -141,7 +141,7 @@ def _weights_of_another_tool(repository: _Repository, names: Sequence[str]) -> s
 
 def _is_of_another_tool(path: Path) -> bool:
     """Whether a file of weights is of a known format that is not PEFT's."""
-    with contextlib.suppress(CheckpointError):  # which is told when it is read
+    with contextlib.suppress(CheckpointError):  # reading it will say why
         return format_of(open_tensors(path)) is not None
     return False
 

@@ -1,6 +1,6 @@
-"""What PEFT's files have otherwise: copies of base weights, tensors that repeat another, and entries that mean more.
+"""What only PEFT's files have: copies of base weights, tensors that repeat another, and entries that mean more.
 
-It repeats the tensors of layers that share an adapter or a trained copy (``ensure_weight_tying``), which is done here, too.
+PEFT repeats the tensors of layers that share an adapter or a trained copy (``ensure_weight_tying``). So do we.
 
 An entry of ``modules_to_save`` is a suffix at a dot boundary in a configuration of ours. PEFT trains every module whose
 name ends with the entry: ``classifier`` takes DistilBERT's ``pre_classifier`` along, and the file holds both.

@@ -54,7 +54,7 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class AdapterStatus:
-    """One adapter on all its layers, see `LayerStatus`. Values that differ between layers are told as "2-8" or "a, b"."""
+    """One adapter on all its layers, see `LayerStatus`. Values that differ between layers are shown as "2-8" or "a, b"."""
 
     adapter: str
     method: str

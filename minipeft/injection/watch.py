@@ -1,7 +1,7 @@
 """Finding adapters that do nothing: their layer is neither called nor read, although the module around it runs.
 
 One forward pass is watched. A layer that a mixture of experts does not choose, or of an image tower in a batch of text,
-is not a fault: the module around it does not run either. What is wrong is said once.
+is not a fault: the module around it does not run either. Each fault is reported once.
 """
 
 from __future__ import annotations

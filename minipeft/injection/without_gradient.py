@@ -1,8 +1,8 @@
-"""Naming adapters that learn nothing: frozen or quantized since, or in ten steps of the optimizer no gradient has come to them.
+"""Naming adapters that learn nothing: frozen or quantized since they were made, or without a gradient in ten optimizer steps.
 
-The first is said at the first step. As to the second, the model may compute the layer under `torch.no_grad`, use its output for
-nothing that the loss depends on, or never run it. Between one batch and the next that can be right, as for an expert that no token
-chose; ten steps long it rarely is.
+A frozen or quantized one is named at the first step. A gradient is missing if the model computes the layer under `torch.no_grad`,
+uses its output for nothing that the loss depends on, or never runs it. In one batch that can be right, as for an expert that no
+token chose; in ten steps it rarely is.
 """
 
 from __future__ import annotations

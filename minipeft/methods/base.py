@@ -219,7 +219,7 @@ class Adapter(nn.Module, ABC):
         """
 
     def room_for(self, rank: int) -> None:
-        """Make room for adapters of up to this rank, and keep no number that a compiled forward pass would hold fast.
+        """Make room for adapters of up to this rank, and keep no number that would become a constant of a compiled graph.
 
         By default nothing: only files of the same shapes and numbers can be swapped in.
         """
@@ -229,11 +229,11 @@ class Adapter(nn.Module, ABC):
         return unlike(self, other)
 
     def take(self, other: Self) -> None:
-        """Have the values of another adapter, in this one's own memory; called without gradients, if there is no `misfit`."""
+        """Copy another adapter's values into this one's tensors; called without gradients, and only if there is no `misfit`."""
         copy_tensors(self, other)
 
     def vacate(self, base: nn.Module, ops: LayerOps) -> None:
-        """Change nothing any more, exactly, with the same tensors: the adapter that comes does not adapt this layer."""
+        """Leave the layer exactly as it is, with the same tensors: the adapter to be swapped in does not adapt it."""
         raise NotImplementedError(f"{type(self).__name__} cannot stay and do nothing")
 
     # May say, about training:

@@ -15,7 +15,7 @@ from minipeft.errors import ConfigError, LeanError
 from minipeft.planning.base import Place
 from minipeft.planning.estimate import Adapt, Estimate, Planner, Setup
 
-USABLE = 0.9  # of the memory: the estimate is that exact, and others need some, too
+USABLE = 0.9  # share of the memory to plan with: the estimate may be off, and other programs need some too
 # Ways of checkpointing, each of which takes less memory than the one before; None: plain LoRA, for models that cannot be
 # made lean.
 WAYS = ("none", "last", "mlp", "block", "sqrt", None)

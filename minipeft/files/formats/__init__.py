@@ -1,1 +1,1 @@
-"""Adapters as other tools write them, read as PEFT's kind; one file a format, see `minipeft.files.formats.foreign`."""
+"""Adapters of other tools, read into PEFT's format; one file for each of them, see `minipeft.files.formats.foreign`."""

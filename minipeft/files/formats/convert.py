@@ -1,4 +1,4 @@
-"""Adapters of other tools, and pickles, as directories of PEFT's kind: what ``minipeft convert`` does."""
+"""Adapters of other tools, and pickles, as directories in PEFT's format: what ``minipeft convert`` does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOLDERS = {"unet": ("unet", "transformer")}
 
 
 def convert(place: str | Path, out: str | Path | None = None, base: str | Path | None = None) -> list[Path]:
-    """Write what a directory or file holds as PEFT's kind: ``adapter_model.safetensors`` and ``adapter_config.json``.
+    """Write what a directory or file holds in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     A pickle is read in a process of its own, see `minipeft.files.formats.pickled`. No model is loaded.
 
@@ -110,11 +110,11 @@ def _same_kind(weights: TensorFile, directory: Path, out: Path | None, pickle: P
     """PEFT's own pickle as safetensors: the keys and the configuration stay as they are."""
     if pickle is None:
         raise CheckpointError(
-            f"{weights.path} is of PEFT's kind already, or of none that is known.{folder_named(local_names(weights.path.parent))}"
+            f"{weights.path} is in PEFT's format already, or in none that is known.{folder_named(local_names(weights.path.parent))}"
         )
     if "peft_type" not in (config_in(directory) or {}):
         raise CheckpointError(
-            f"{directory} has no {CONFIG_FILE} of PEFT's, and {pickle.name} is of no kind that is known."
+            f"{directory} has no {CONFIG_FILE} of PEFT's, and {pickle.name} is in no format that is known."
         )
     weights.read()  # refuses NaN and infinity
     target = directory if out is None else out

@@ -1,4 +1,4 @@
-"""What a file of another tool comes to: a configuration of PEFT's kind, and tensors under PEFT's keys.
+"""What a file of another tool becomes: a configuration in PEFT's format, and tensors under PEFT's keys.
 
 A format is a file of this folder with a `Format`: it knows its files by their keys, and says for each module which
 tensors it has. Nothing is computed before the tensors are read (see `Entry`). That every stored tensor has found a place,
@@ -45,7 +45,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Part:
-    """An adapter for one component of a model, as PEFT's kind."""
+    """An adapter for one component of a model, in PEFT's format."""
 
     values: Mapping[str, Any]  # of adapter_config.json
     entries: Mapping[str, Entry]  # by PEFT's keys

@@ -1,4 +1,4 @@
-"""The methods of LyCORIS's files that PEFT's kind has too: LoRA (LoCon), LoHa and LoKr."""
+"""The methods of LyCORIS's files that PEFT has too: LoRA (LoCon), LoHa and LoKr."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _lokr(source: Source, modules: Ends, alphas: Mapping[str, float]) -> Read:
         given = {rank for rank in shape.ranks if rank is not None}
         if len(given) > 1:
             raise CheckpointError(f"{source.file.path}: the two factors of {name} have ranks {shown(sorted(given))}.")
-        # Two whole factors have no rank, and LyCORIS does not scale them; PEFT's kind has whole ones from half the size on.
+        # Two whole factors have no rank, and LyCORIS does not scale them. PEFT keeps a factor whole from half its size on.
         rank = given.pop() if given else (max(*shape.left, *shape.right) + 1) // 2
         alpha = _alpha(ends, alphas, rank) if any(shape.ranks) else rank
         tensors = {end: source.file.entries[key] for end, key in ends.items() if end != "alpha"}

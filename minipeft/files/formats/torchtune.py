@@ -1,4 +1,4 @@
-"""torchtune's adapters under its own names, which it writes next to PEFT's kind, or alone where it cannot convert.
+"""torchtune's adapters under its own names, which it writes next to PEFT's format, or alone where it cannot convert.
 
 ``layers.0.attn.q_proj.lora_a.weight`` (r, in) and ``lora_b`` (out, r) are PEFT's factors under other names; see
 ``torchtune/models/convert_weights.py``. Its models of Llama's kind rotate neighbouring features, and transformers' rotate
