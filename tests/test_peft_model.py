@@ -131,6 +131,21 @@ def test_what_only_peft_has_is_refused_by_name(wrapped):
         as_peft_model(llama())
 
 
+@pytest.mark.parametrize("cast", [True, False])
+def test_an_adapter_that_is_added_has_the_dtype_that_peft_gives_it(cast):
+    options = {"low_cpu_mem_usage": False, "autocast_adapter_dtype": cast}
+    ours, theirs = gpt2().bfloat16(), gpt2().bfloat16()
+    ours = as_peft_model(get_lora_model(ours, LoraConfig(r=2, target_modules=["c_attn"])))
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    found = []
+    for model in (ours, theirs):
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["c_attn"]), **options)
+        found.append({p.dtype for name, p in model.named_parameters() if "other" in name})
+    assert found[0] == found[1] == {torch.float32 if cast else torch.bfloat16}
+    with pytest.raises(TypeError, match="autocast_dtype"):
+        ours.add_adapter("third", LoraConfig(r=2), autocast_dtype=False)
+
+
 @pytest.mark.parametrize(
     "options",
     [

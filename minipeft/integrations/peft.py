@@ -81,11 +81,17 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
         """The adapted model's own."""
         return self.get_base_model().generate(*args, **kwargs)
 
-    def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Add an adapter, which does not train until it is told to, as in PEFT.
 
         With the configuration of an adapter that is here, as `peft_config` gives it, the new one is its exact copy: so TRL
-        makes its reference.
+        makes its reference. `low_cpu_mem_usage` changes nothing.
 
         Raises:
             MinipeftError: see `minipeft.AdaptedModel.add_adapter`.
@@ -93,7 +99,7 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
         model = self.get_base_model()
         own = next((own for own, known in self._configs.values() if known is peft_config), peft_config)
         source = next((name for name, known in model.adapter_configs.items() if known is own), None)
-        model.add_adapter(adapter_name, own)
+        model.add_adapter(adapter_name, own, autocast_adapter_dtype=autocast_adapter_dtype)
         for _, wrapper in wrappers(model):
             for parameter in wrapper.trainable_parameters(adapter_name):
                 parameter.requires_grad_(False)
