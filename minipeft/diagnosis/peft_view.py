@@ -39,7 +39,7 @@ def peft_view(model: nn.Module, root: nn.Module) -> View:
         list(active),
         bool(layers) and all(module.disable_adapters for _, module in layers),
         base,
-        functools.partial(_idle, root, parts),
+        functools.partial(_idle, root),
         is_peft=True,
     )
 
@@ -60,7 +60,7 @@ def _plain(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in (*INSIDE, "token_adapter"))
 
 
-def _idle(root: nn.Module, parts: list[Part], seen: Pass) -> list[str]:
+def _idle(root: nn.Module, seen: Pass) -> list[str]:
     # PEFT's layers act when they are called; whoever reads their weight gets the base's.
     return [
         _plain(name)

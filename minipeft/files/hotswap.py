@@ -106,7 +106,7 @@ class HotswapModel(WithAdapters):
             self, path, strict=True, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
         )
         try:
-            pairs = _paired(self, adapter_name, plan, parts)
+            pairs = _paired(adapter_name, plan, parts)
             left = _left(self, adapter_name, pairs)
         except ConfigError as error:
             raise CheckpointError(f"{path} does not fit adapter {adapter_name!r}: {error}") from None
@@ -157,7 +157,7 @@ def _check_room(path: str, adapter: Adapter, max_rank: int) -> None:
         raise ConfigError(f"prepare_hotswap: {path}: {error}") from None
 
 
-def _paired(model: nn.Module, adapter_name: str, plan: Plan, parts: Parts) -> Pairs:
+def _paired(adapter_name: str, plan: Plan, parts: Parts) -> Pairs:
     """Each part of a file with the live one whose place it takes; raises ConfigError if it cannot, or there is none."""
     pairs: Pairs = []
     for site, adapter in zip(plan.adapters, parts.adapters, strict=True):

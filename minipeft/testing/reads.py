@@ -21,7 +21,7 @@ def reads(case: Case) -> str | None:
         return f"{case.layer} does not hold a weight that could be read as it is"
     merged.merge_adapter(untie=True)
     for layer, wanted in zip(layers_of(model), layers_of(merged), strict=True):
-        values = {name: getattr(layer, name) for name in _names(case, layer)}
+        values = {name: getattr(layer, name) for name in _names(layer)}
         for name, value in values.items():
             case.same("reads", f"{name}, read", value, getattr(wanted, name))
         total = torch.stack([(value * value.detach().cos()).sum() for value in values.values()]).sum()
@@ -34,7 +34,7 @@ def reads(case: Case) -> str | None:
     return None
 
 
-def _names(case: Case, layer: Any) -> list[str]:
+def _names(layer: Any) -> list[str]:
     return [layer.stored.name] + ["bias"] * (layer.ops.read_bias(layer.base_layer) is not None)
 
 

@@ -74,7 +74,7 @@ def in_names_of(
         reading = _best(_readings(file, places, plain, strict), places, strict)
     if reading is None:
         return file
-    _log(file, plain, reading)
+    _log(file, reading)
     return _translated(file, places, plain, reading)
 
 
@@ -142,7 +142,7 @@ def _translated(file: AdapterFile, places: Places, plain: Mapping[str, str], rea
     )
 
 
-def _log(file: AdapterFile, plain: Mapping[str, str], reading: Reading) -> None:
+def _log(file: AdapterFile, reading: Reading) -> None:
     changed = [key for key, name in reading.names.items() if key != f"{PREFIX}{name}"]
     if changed:
         logger.info(

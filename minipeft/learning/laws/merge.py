@@ -39,7 +39,7 @@ def _check(work: SimpleNamespace, kind: str, out: int, within: int) -> None:
         raise Broken(f"the weight of {kind} is not changed: write into it, as layer.weight.copy_(...) under no_grad.")
     if given.shape != wanted.shape:
         raise Broken(f"the merged weight of {kind} is {tuple(given.shape)}, and was {tuple(before.shape)}.")
-    _explain(kind, layer, given, before, wanted, A, B)
+    _explain(kind, given, before, wanted)
     require(torch.equal(layer.bias, bias), f"the bias of {kind} is changed.")
     require(
         torch.equal(A, kept_A) and torch.equal(B, kept_B),
@@ -48,7 +48,7 @@ def _check(work: SimpleNamespace, kind: str, out: int, within: int) -> None:
     require(isinstance(layer.weight, nn.Parameter), "the weight is no nn.Parameter any more, so no file would have it.")
 
 
-def _explain(kind: str, layer: Any, given: Tensor, before: Tensor, wanted: Tensor, A: Tensor, B: Tensor) -> None:
+def _explain(kind: str, given: Tensor, before: Tensor, wanted: Tensor) -> None:
     if same(given, wanted):
         return
     update = wanted - before
