@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_file_names import OLD, TEXT, VISION, clip, made, output
 from tiny_models import adapted as adapted_model
 from tiny_models import llama
+from tiny_models import logits as plain_logits
 from typer.testing import CliRunner
 
 import minipeft
@@ -231,3 +232,13 @@ def test_a_renamed_file_is_converted_like_one_of_today(tmp_path):
     save_file(renamed, tmp_path / "new" / "adapter_model.safetensors")
     made_for(Reader.PEFT, tmp_path / "new", tmp_path / "old", base=tmp_path / "base", old_names=True)
     assert load_file(tmp_path / "old" / "adapter_model.safetensors").keys() == file.tensors.keys()
+
+
+def test_a_table_whose_rows_of_tokens_train_is_no_target(tmp_path):
+    base_in(tmp_path, llama())
+    model = adapted_model(llama(), target_modules=["q_proj", "v_proj"], trainable_token_indices=[5, 9]).eval()
+    _, old = converted(model, tmp_path)
+    assert json.loads((old / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
+    torch.testing.assert_close(
+        plain_logits(minipeft.load_adapter(llama(), old)), plain_logits(model), rtol=0, atol=1e-6
+    )

@@ -133,7 +133,7 @@ def _translated(file: AdapterFile, places: Places, plain: Mapping[str, str], rea
     renamed = file.renamed(lambda key: f"{PREFIX}{reading.names[key]}" if key in reading.names else key)
     if plain == reading.names:
         return renamed
-    modules = names_in_file(places, moved, file.config)
+    modules = names_in_file(places, moved)
     return replace(
         renamed,
         config=translated_config(file.config, modules),

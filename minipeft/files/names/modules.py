@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from minipeft.config.adapter_config import AdapterConfig
 from minipeft.config.patterns import endings
 from minipeft.files.names.places import Place, Places
 from minipeft.injection.module_tree import Candidate
@@ -50,20 +49,19 @@ class ModuleNames:
         return fits[0] if len(fits) == 1 and entry not in endings(fits[0]) else entry
 
 
-def names_in_file(places: Places, moved: Iterable[tuple[str, Place]], config: AdapterConfig) -> ModuleNames:
+def names_in_file(places: Places, moved: Iterable[tuple[str, Place]]) -> ModuleNames:
     """The names that modules have in a file, as far as its tensors say.
 
     `moved`: (name in the file, place in the model) of each tensor.
     """
     first = {name: one for one, candidate in places.found.items() for name in candidate.known_as}
-    companions = tuple(prefix for prefix, _ in config.companions())
     pairs: dict[str, str] = {}
     adapted: set[str] = set()
     for name, place in moved:
         module = first[place.module]
         if name.endswith(f".{place.tail}"):
             pairs.setdefault(module, name.removesuffix(f".{place.tail}"))
-            if places.is_adapters(place) and not place.tail.startswith(companions or ("\0",)):
+            if places.is_adapters(place):
                 adapted.add(module)
     new: dict[str, str] = {}
     for module, old in _old_names(list(places.found), pairs).items():

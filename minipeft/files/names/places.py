@@ -35,6 +35,7 @@ class Places:
         self.found = found
         self.modules = {name: candidate.base for candidate in self.found.values() for name in candidate.known_as}
         self.depth = max((name.count(".") + 1 for name in self.modules), default=0)
+        self._companions = tuple(prefix for prefix, _ in config.companions())
         self._parameters = {entry.rpartition(".")[2] for entry in config.target_parameters or ()}
         self._adaptable: dict[type[nn.Module], bool] = {}
 
@@ -59,7 +60,9 @@ class Places:
         return None
 
     def is_adapters(self, place: Place) -> bool:
-        """Whether a tensor belongs to an adapter on its module, and not to the module itself."""
+        """Whether a tensor belongs to an adapter on its module, and not to the module itself or to a companion's rows."""
+        if self._companions and place.tail.startswith(self._companions):
+            return False
         first = place.tail.split(".", 1)[0]
         if first in INFIXES and first != "base_layer":
             return False
