@@ -163,6 +163,33 @@ def test_nan_in_one_loss_leaves_the_gradients_of_the_others():
     assert_same(found, expected)
 
 
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("bad", [{"use_dora": True}, {"modules_to_save": ["second"]}], ids=str)
+def test_nan_in_one_adapter_of_a_compiled_model_leaves_the_gradients_of_the_others(bad):
+    targets = ["first"] if "modules_to_save" in bad else ["first", "second"]
+    configs = {"a": minipeft.IA3Config(target_modules=targets, feedforward_modules=[])}
+    model = together(TwoLayers(), {**configs, "b": LoraConfig(r=2, target_modules=targets, **bad)})
+    call, x, names = torch.compile(model, backend="aot_eager"), torch.randn(3, 4), ["a", "b", "__base__"]
+    found = []
+    for value in (0.1, math.nan):
+        with torch.no_grad():
+            for parameter in model.adapter_parameters("b"):
+                parameter.fill_(value)
+        model.zero_grad()
+        call(x, adapter_names=names).sin().sum().backward()
+        found.append({"a": gradients(model, "a")})
+    torch._dynamo.reset()
+    assert_same(found[1], found[0])
+
+
 def test_who_learns_is_said_once_and_plain_verbs_stay_right():
     model = minipeft.get_lora_model(gpt2(), LoraConfig(r=2), "a").train()
     model.add_adapter("b", LoraConfig(r=2, freeze_lora_A=True))

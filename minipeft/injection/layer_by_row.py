@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from minipeft.injection.rows import BASE, Parts, Rows, as_mask, taken
+from minipeft.injection.rows import BASE, Parts, Rows, as_mask, only, taken
 from minipeft.kernels.block_linear import block_linear, block_update, stacked
 from minipeft.kernels.frozen_linear import can_fuse
 from minipeft.kernels.transformed import is_transformed
@@ -156,8 +156,9 @@ def _run_compiled(
     chosen = [(adapter, index == rows.known.index(name)) for name, adapter in known.items()]
     own = x
     for adapter, which in chosen:
-        own = torch.where(as_mask(which, x), adapter.before(base, ops, x), own)
+        own = torch.where(as_mask(which, x), adapter.before(base, ops, only(which, x)), own)
     y = result = ops.call(base, own, *args, **kwargs)
     for adapter, which in chosen:
-        result = torch.where(as_mask(which, y), adapter(base, ops, x, y), result)
+        mine = adapter(base, ops, only(which, x), only(which, y))
+        result = torch.where(as_mask(which, y), mine, result)
     return result

@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from minipeft.ecosystem.wrapper_names import unwrapped_name
 from minipeft.errors import UNCHANGED, StateError
 from minipeft.injection.adapted_value import adapted_value
-from minipeft.injection.rows import Rows, as_mask, rows_now, taken
+from minipeft.injection.rows import Rows, as_mask, only, rows_now, taken
 from minipeft.injection.wrapper import OF_ACCELERATE, Switch, Wrapper
 from minipeft.layers.offloaded import all_present, without_offloading
 
@@ -99,8 +99,9 @@ class SavedModule(Wrapper):
         index = rows.index.repeat_interleave(repeats)
         y: Tensor = self.base_layer(*args, **kwargs)
         for name in self.adapters:
-            own = self.adapters[name](*args, **kwargs)
-            y = torch.where(as_mask(index == rows.known.index(name), y), own, y)
+            which = index == rows.known.index(name)
+            own = self.adapters[name](only(which, args[0]), *args[1:], **kwargs)
+            y = torch.where(as_mask(which, y), own, y)
         return y
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:

@@ -155,6 +155,11 @@ def as_mask(which: Tensor, x: Tensor) -> Tensor:
     return which.view(-1, *(1 for _ in x.shape[1:]))
 
 
+def only(which: Tensor, x: Tensor) -> Tensor:
+    """These entries of the first dimension of x, and 0 for the others: NaN in one gives neither them nor an adapter a gradient."""
+    return torch.where(as_mask(which, x), x, 0)
+
+
 def _selector(places: list[int], device: torch.device) -> Selector:
     first, last = places[0], places[-1]
     return slice(first, last + 1) if last - first + 1 == len(places) else numbers(places, device)
