@@ -132,10 +132,10 @@ def load_adapter(
     return cast(AdaptedModel, model)
 
 
-def _plan(model: nn.Module, config: object) -> Plan:
+def _plan(model: nn.Module, config: object, *, every_pattern: bool = True) -> Plan:
     own = checked_config(config)
     _check_adaptable(model)
-    plan = plan_injection(model, own)
+    plan = plan_injection(model, own, every_pattern=every_pattern)
     check_loaded(model, plan, may_be_empty=True)
     return plan
 
@@ -215,10 +215,15 @@ class AdaptedModel(
         wanted: object = next((c for c in (config, peft_config, adapter_config) if c is not None), None)
         if not isinstance(adapter_name, str):
             adapter_name, wanted = wanted if isinstance(wanted, str) else DEFAULT, adapter_name
+        self._add(adapter_name, wanted, autocast_adapter_dtype)
+
+    def _add(
+        self, adapter_name: str, config: object, autocast_adapter_dtype: bool = True, *, every_pattern: bool = True
+    ) -> None:
         check_name(adapter_name, self.adapter_configs)
         # An adapter starts from the base, not from other adapters; the rest is as in `get_adapter_model`.
         with self._unmerged(), no_collection(), torch.inference_mode(False):
-            plan = _plan(self, wanted)
+            plan = _plan(self, config, every_pattern=every_pattern)
             parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
             attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
             await_values(self, adapter_name, parts)

@@ -167,6 +167,15 @@ def test_dpo_starts_at_log_2_from_a_trained_adapter_and_its_reference_stays(fold
     assert any(not torch.equal(value, before[key]) for key, value in model.adapter_state_dict("default").items())
 
 
+def test_dpo_takes_an_adapter_of_peft_with_a_pattern_for_another_family(folder, tmp_path):
+    """Which PEFT passes over; a file says by its tensors what it adapts."""
+    options = {"target_modules": ["q_proj", "c_attn"], "init_lora_weights": False, "rank_pattern": {"c_attn": 2}}
+    peft.get_peft_model(base(folder), peft.LoraConfig(r=4, **options)).save_pretrained(tmp_path / "theirs")
+    model = load_adapter(base(folder), tmp_path / "theirs", is_trainable=True)
+    found = trained(DPO, model, folder, tmp_path, max_steps=1)
+    assert found.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_a_trainer_that_switches_dropout_off_finds_that_of_an_adapter(folder, tmp_path):
     """As DPO does by default, so that model and reference agree at first."""
     options = {"target_modules": "all-linear", "lora_dropout": 0.5, "init_lora_weights": False}

@@ -99,7 +99,8 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
         model = self.get_base_model()
         own = next((own for own, known in self._configs.values() if known is peft_config), peft_config)
         source = next((name for name, known in model.adapter_configs.items() if known is own), None)
-        model.add_adapter(adapter_name, own, autocast_adapter_dtype=autocast_adapter_dtype)
+        # As when the source was read from a file, its patterns need not all match.
+        model._add(adapter_name, own, autocast_adapter_dtype=autocast_adapter_dtype, every_pattern=source is None)
         for _, wrapper in wrappers(model):
             for parameter in wrapper.trainable_parameters(adapter_name):
                 parameter.requires_grad_(False)
