@@ -10,7 +10,7 @@ from tiny_models import gpt2
 from tiny_rows import Rows
 
 import minipeft
-from minipeft.training.report import check_adapter, logits_of_first, parameter_table, perplexity_report
+from minipeft.training.report import check_adapter, logits_of_first, one_line_errors, parameter_table, perplexity_report
 
 
 @pytest.fixture
@@ -68,3 +68,12 @@ def test_the_logits_are_those_of_the_model_in_evaluation_mode(saved):
 def test_perplexities_are_the_first_and_the_last():
     rows = [{"eval_perplexity": 9.0}, {"loss": 1.0}, {"eval_perplexity": 8.0}, {"eval_perplexity": 7.0}]
     assert perplexity_report(rows) == "perplexity on held-out text: 9.00 before, 7.00 after"
+
+
+@pytest.mark.parametrize(("rank", "line"), [("0", "train.py: stopped by Ctrl-C\n"), ("1", "")])
+def test_ctrl_c_is_one_line(rank, line, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stopped, one_line_errors("train.py"):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == line

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,11 +69,18 @@ def sample_report(prompts: Sequence[str], before: Sequence[str], after: Sequence
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn minipeft's errors into one line and exit code 1. Of several processes the first one prints it."""
+    """Turn minipeft's errors into one line and exit code 1, and Ctrl-C into one and 130.
+
+    Of several processes the first one prints it.
+    """
+    first = os.environ.get("RANK", "0") == "0"
     try:
         yield
+    except KeyboardInterrupt:
+        if first:
+            print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except MinipeftError as error:
-        first = os.environ.get("RANK", "0") == "0"
         raise SystemExit(f"{program}: error: {' '.join(str(error).split())}" if first else 1) from None
 
 
