@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_models import VOCABULARY, foreign_code, gpt2, llama
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import GPT2LMHeadModel
@@ -160,3 +160,16 @@ def test_generate_can_be_registered_as_a_forward_method_as_the_trainer_does(grou
     expected = two_targets().eval().generate(ids, **options)
     assert torch.equal(model.generate(ids, **options), expected)
     assert torch.equal(model.generate(ids, adapter_names=["default"], **options), expected)
+
+
+def test_torch_s_own_state_of_a_merged_model_says_so(group):
+    model, other = two_targets(), two_targets(seed=1)
+    model.merge_adapter()
+    state = get_model_state_dict(torch.nn.parallel.DistributedDataParallel(model))
+    assert state.keys() == model.state_dict().keys()
+    with pytest.raises(StateError, match="merged when this state was taken"):
+        set_model_state_dict(other, state)
+    other.merge_adapter()
+    set_model_state_dict(other, state)
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    assert (model.merged_adapters, two_targets().merged_adapters) == (("default",), ())

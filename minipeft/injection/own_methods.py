@@ -83,15 +83,20 @@ class OwnMethods(nn.Module):
             hold_norms(self)
         return self
 
+    @property
+    def merged_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are merged into the base; torch looks for each key of a state under its name."""
+        state: AdapterState | None = self.__dict__.get(STATE)
+        return () if state is None else state.merged
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As ever; while adapters are merged, one more tensor says which are in the base's values.
 
         It is a tensor since metadata get lost in safetensors, as `accelerate.save_state` writes them.
         """
         values = super().state_dict(*args, **kwargs)
-        state: AdapterState | None = self.__dict__.get(STATE)
-        if state is not None and state.merged:
-            values[kwargs.get("prefix", "") + MERGED] = torch.tensor(list(",".join(state.merged).encode()))
+        if self.merged_adapters:
+            values[kwargs.get("prefix", "") + MERGED] = torch.tensor(list(",".join(self.merged_adapters).encode()))
         return values
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

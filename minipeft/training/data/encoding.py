@@ -151,7 +151,7 @@ class Encoder:
             if self.encoding.empty == "error":
                 raise DataError(
                     f"{name} has no token to predict: its completion or the assistant's part is empty; "
-                    'fill it in, or drop such rows with empty="drop".'
+                    "fill it in, or leave such rows out, as Encoding(empty='drop') does."
                 )
             return Encoded([], [], Fate.EMPTY)
         fate = Fate.KEPT
