@@ -105,3 +105,17 @@ def test_a_series_of_oft_that_peft_has_changed_is_named(tmp_path):
         model = minipeft.load_adapter(llama(), tmp_path)
     model.save_pretrained(tmp_path / "ours")
     minipeft.load_adapter(llama(), tmp_path / "ours")
+
+
+def test_biases_that_peft_before_0_19_1_left_out_are_said_to_be_lost(tmp_path):
+    written(tmp_path, peft.LoraConfig(r=4, bias="lora_only", target_modules=["c_attn"]), gpt2)
+    save_file({k: t for k, t in load_file(tmp_path / WEIGHTS).items() if ".bias" not in k}, tmp_path / WEIGHTS)
+    with pytest.raises(
+        minipeft.CheckpointError, match=r"missing .*bias.* PEFT 0.7 to 0.19.0 left .* strict=False loads"
+    ):
+        minipeft.load_adapter(gpt2(), tmp_path)
+    with foreign_code():
+        expected = logits(peft.PeftModel.from_pretrained(gpt2(), tmp_path).eval())
+    with pytest.warns(UserWarning, match="missing"):
+        model = minipeft.load_adapter(gpt2(), tmp_path, strict=False)
+    same(logits(model), expected)

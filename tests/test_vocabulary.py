@@ -276,6 +276,14 @@ def test_wrong_requests_are_refused_before_anything_is_written(base, make, tmp_p
     assert not (tmp_path / "adapter").exists()
 
 
+def test_tables_that_the_first_fsdp_has_made_flat_are_named(make, base, tmp_path):
+    model = lora(make, resized(make, base))
+    for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        layer.weight = torch.nn.Parameter(layer.weight.detach().flatten(), requires_grad=False)
+    with pytest.warns(UserWarning, match="gained, 100 to 102, are in no file: FSDP1"):
+        model.save_pretrained(tmp_path)
+
+
 def test_whole_tables_of_a_model_that_names_none_are_refused(tmp_path):
     net = get_lora_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ConfigError, match="names no input embedding"):

@@ -128,8 +128,16 @@ def _compare_keys(file: AdapterFile, expected: Expected, unexpected: list[str], 
     said = "; ".join(f"{what} {shown(keys)}" for what, keys in lists if keys)
     message = f"{file.path} does not fit this model: {said}{_closest(unexpected, missing)}"
     if strict:
-        raise CheckpointError(f"{message}.")
+        raise CheckpointError(f"{message}.{_lost_biases(file, missing, unexpected)}")
     warn(f"{message}; the rest was loaded.")
+
+
+def _lost_biases(file: AdapterFile, missing: list[str], unexpected: list[str]) -> str:
+    """What to do about a file that lacks the biases alone."""
+    lost = missing and not unexpected and all(key.endswith(".bias") for key in missing)
+    if file.is_own or not lost or getattr(file.config, "bias", None) != "lora_only":
+        return ""
+    return " PEFT 0.7 to 0.19.0 left the biases of bias='lora_only' out of its files; strict=False loads what there is."
 
 
 def _closest(unexpected: list[str], missing: list[str]) -> str:

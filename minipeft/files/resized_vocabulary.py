@@ -21,7 +21,7 @@ from minipeft.ecosystem.transformers_model import (
     vocabulary_size,
 )
 from minipeft.ecosystem.wrapper_names import PREFIX
-from minipeft.errors import ConfigError, StateError, shown, told
+from minipeft.errors import ConfigError, StateError, shown, told, warn
 from minipeft.files.base_checkpoint import base_config, stored_rows
 from minipeft.files.save import tensors_from_state
 from minipeft.injection.adapted_layer import AdaptedLayer
@@ -108,8 +108,10 @@ def with_tables(
         return dict(tensors), dict(config)
     if save != "auto":
         raise ConfigError(f'save_embedding_layers must be True, False or "auto", not {told(save)}.')
-    if base_vocabulary(model) is None:
+    size = base_vocabulary(model)
+    if size is None:
         return dict(tensors), dict(config)
+    _warn_of_flat_tables(model, size)
     # In each tensor the rows that train come first, then those that were only added.
     all_tensors, trained = dict(tensors), ids_by_name(model, config.get(OPTION))
     ids = dict(trained)
@@ -129,6 +131,19 @@ def with_tables(
         all_tensors[key] = torch.cat([*before, rows.to(before[0])]) if before else rows
         ids[name] = [*trained.get(name, ()), *missing]
     return all_tensors, dict(config) if ids == trained else {**config, OPTION: ids}
+
+
+def _warn_of_flat_tables(model: nn.Module, base_size: int) -> None:
+    """Warn that new rows are in no file, since torch's first FSDP leaves no table in the shape of one."""
+    weights = [
+        getattr(innermost(each), "weight", None) for each in (input_embedding(model), output_head(model)) if each
+    ]
+    size = vocabulary_size(model) or 0
+    if size > base_size and any(isinstance(weight, Tensor) and weight.ndim == 1 for weight in weights):
+        warn(
+            f"the rows that the vocabulary gained, {base_size} to {size - 1}, are in no file: FSDP1 holds their tables in pieces. "
+            "Save the resized base before wrapping it and adapt that, or use FSDP2."
+        )
 
 
 def resized_tables(model: nn.Module) -> list[Tensor]:
