@@ -61,9 +61,8 @@ class Rows:
         # The one thing that a compiled model looks at, so other rows need no other graph.
         self.index = numbers([(*known, BASE).index(name) for name in names], device)
         self.times = times
-        self.length: int | None = (
-            None  # of the model's input now, if that is (rows, length) or (rows, length, features)
-        )
+        # Of the model's input now, if that is (rows, length) or (rows, length, features)
+        self.length: int | None = None
         self.kept: dict[Any, Any] | None = {} if keeps else None
         # Whether each row has as many images as the others: `rows_of_call` finds out; what is not known is not so.
         self.same_media: Callable[[], bool] = lambda: False
