@@ -228,9 +228,9 @@ class SavableModel(WithAdapters):
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write one adapter below a directory, with what PEFT repeats and the rows of tables that have to go along."""
-        check_values(root, tensors)
+        check_values(root, tensors := values_of(self, tensors))
         tensors = with_repeats(tensors, followers(self, self._state.configs[name], name))
-        tensors, config = with_tables(self, name, tensors, config, save_embedding_layers, state=state)
+        tensors, config = with_tables(self, name, tensors, config, save_embedding_layers, state)
         check_size(options or {}, tensors := values_of(self, tensors))
         with writing(root):
             begin_checkpoint(root)
