@@ -52,7 +52,6 @@ from minipeft.training.distributed.ranks import EXIT_CODE, Interrupt
 from minipeft.training.distributed.sharding import is_sharded, shard
 from minipeft.training.flags import compared_values, flag, parse_flags, saved_values
 from minipeft.training.method_config import check_agrees, method_config
-from minipeft.training.report import plot_losses
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.metrics import Metrics
 from minipeft.training.runs.output_dir import check_writable, checkpoint_to_resume, the_only_run
@@ -354,14 +353,13 @@ class Run:
         """Train the adapter, from the beginning or from a checkpoint."""
         set_seed(self.args.seed, device_specific=True)  # the processes drop out different units
         done, settings = self.resume(), saved_values(self.args)
-        folder = self.args.output_dir
-        if self.args.overwrite and not done and self.accelerator.is_main_process:
+        folder = self.args.output_dir if self.accelerator.is_main_process else None
+        if folder and self.args.overwrite and not done:
             self.checkpoints.discard_newer(-1)  # only now, when nothing is left to be refused
-        self.metrics = Metrics(folder if self.accelerator.is_main_process else None, done)
-        if self.accelerator.is_main_process:
+        self.metrics = Metrics(folder, done)
+        if folder:
             write_files(folder, {"train_config.yaml": yaml.safe_dump(settings, sort_keys=False).encode("utf-8")})
-        if self.args.log_with:
-            self.accelerator.init_trackers("minipeft", settings)
+        self.accelerator.init_trackers("minipeft", settings)
         interrupt = Interrupt()
         try:
             self.train_from(done, interrupt)
@@ -475,7 +473,7 @@ def show_results(args: Flags, run: Run, samples: str) -> None:
     (config,) = run.model.adapter_configs.values()
     method = f"LoRA of rank {config.r}" if config.method == "lora" else config.method
     title = f"{Path(args.model_name).name} on {text_name(args)}, {method}"
-    plot_losses(run.metrics.rows, args.output_dir / "training_loss_curve.png", title)
+    report.plot_losses(run.metrics.rows, args.output_dir / "training_loss_curve.png", title)
 
 
 if __name__ == "__main__":

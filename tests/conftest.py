@@ -191,7 +191,8 @@ def train(small_base):
     spec = importlib.util.spec_from_file_location("train_example", EXAMPLES / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.EMBEDDED_MODEL, module.SAMPLE_TOKENS, module.plot_losses = small_base, 1, lambda *_: None
+    module.EMBEDDED_MODEL, module.SAMPLE_TOKENS = small_base, 1
+    module.report = types.SimpleNamespace(**{**vars(module.report), "plot_losses": lambda *_: None})
     read, found = module.load_base, {}
 
     def load_base(name, dtype, attention, quantized, chat_template):
