@@ -37,6 +37,4 @@ def in_todays_words(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def has_another_series(values: Mapping[str, Any]) -> bool:
     """Whether it is OFT by a series that PEFT 0.18, the first to name its version in a file, has changed in its last term."""
-    return (
-        values.get("peft_type") == "OFT" and bool(values.get("use_cayley_neumann")) and not values.get("peft_version")
-    )
+    return values.get("peft_type") == "OFT" and bool(values.get("use_cayley_neumann")) and "peft_version" not in values
