@@ -118,8 +118,10 @@ def with_tables(
     for name, table in tables(model).items():
         base_size = base_rows(model, name, table) or 0
         missing = sorted(set(range(base_size, len(table.weight))) - set(trained.get(name, ())))
+        if not missing:
+            continue
         taken = _is_taken(model, table, adapter_name)
-        if set(missing) <= set((taken and config.get("token_indices")) or ()):
+        if taken and set(missing) <= set(config.get("token_indices") or ()):
             continue
         key = f"{PREFIX}{name}.{ROWS}"
         if OPTION not in config or (taken and name not in trained):

@@ -231,7 +231,7 @@ class SavableModel(WithAdapters):
         check_values(root, tensors := values_of(self, tensors))
         tensors = with_repeats(tensors, followers(self, self._state.configs[name], name))
         tensors, config = with_tables(self, name, tensors, config, save_embedding_layers, state)
-        check_size(options or {}, tensors := values_of(self, tensors))
+        check_size(options or {}, tensors)
         with writing(root):
             begin_checkpoint(root)
             self._write_adapter(directory_of(root, name), name, tensors, config)
