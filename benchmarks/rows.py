@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ import torch
 from minipeft.kernels import matmul
 
 RESULTS = Path(__file__).resolve().parent / "results"
-version = functools.cache(metadata.version)  # it reads a file, and each row asks three times
 
 
 @functools.cache  # the state when the run began; writing results does not change it
@@ -27,7 +26,6 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip()
 
 
-@functools.cache
 def device_name(device: str = "cpu") -> str:
     """Name of the processor or of the CUDA device that the work was done on."""
     if device == "cuda":
@@ -55,7 +53,6 @@ def instructions() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, products in {' and '.join(['float32', *halves])}"
 
 
-@functools.cache
 def matrix_library() -> str:
     """The library that torch multiplies float32 matrices with."""
     built = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
