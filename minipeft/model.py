@@ -191,7 +191,6 @@ class AdaptedModel(
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}"
         )
 
-    @all_or_nothing
     def add_adapter(
         self,
         adapter_name: str | AdapterConfig = DEFAULT,
@@ -217,6 +216,7 @@ class AdaptedModel(
             adapter_name, wanted = wanted if isinstance(wanted, str) else DEFAULT, adapter_name
         self._add(adapter_name, wanted, autocast_adapter_dtype)
 
+    @all_or_nothing
     def _add(
         self, adapter_name: str, config: object, autocast_adapter_dtype: bool = True, *, every_pattern: bool = True
     ) -> None:

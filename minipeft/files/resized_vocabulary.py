@@ -28,6 +28,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.wrapper import Wrapper, innermost
+from minipeft.kernels.functional import is_divided
 from minipeft.layers.offloaded import values_of
 
 OPTION, ROWS = "trainable_token_indices", "token_adapter.trainable_tokens_delta"
@@ -155,7 +156,7 @@ def resized_tables(model: nn.Module) -> list[Tensor]:
 
 
 def _values(model: nn.Module, found: Mapping[str, Tensor], state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    divided = any(hasattr(weight, "full_tensor") for weight in found.values())
+    divided = any(map(is_divided, found.values()))
     return values_of(model, found) if state is None or not divided else tensors_from_state(model, found, state)
 
 

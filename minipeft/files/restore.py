@@ -19,6 +19,7 @@ from minipeft.files.reading import as_path, reading
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
+from minipeft.kernels.functional import is_divided
 from minipeft.python.interrupts import interrupts_deferred
 
 
@@ -84,7 +85,7 @@ def adapters_in(root: Path) -> set[str]:
 
 def _values(model: SavableModel, name: str, directory: Path) -> dict[str, Tensor]:
     live, config = model.adapter_state_dict(name), file_config(model, model._state.configs[name], name, compact=False)
-    if any(hasattr(tensor, "full_tensor") for tensor in live.values()):
+    if any(map(is_divided, live.values())):
         raise StateError(
             f"the tensors of adapter {name!r} are divided over processes, and those of a file are whole: restore adapters before "
             "fully_shard."

@@ -29,7 +29,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import shared_tensors
 from minipeft.injection.module_tree import adapted_layers, candidates, layers_of, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.kernels.functional import is_finite
+from minipeft.kernels.functional import is_divided, is_finite
 from minipeft.registry import registry
 
 MATRIX = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
@@ -236,7 +236,7 @@ def check_values(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     empty = [
         key
         for key, tensor in tensors.items()
-        if tensor.shape == (0,) or tensor.is_meta or hasattr(tensor, "full_tensor") or _is_flat(key, tensor)
+        if tensor.shape == (0,) or tensor.is_meta or is_divided(tensor) or _is_flat(key, tensor)
     ]
     if empty:
         raise CheckpointError(

@@ -108,6 +108,11 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
+def is_divided(tensor: Tensor) -> bool:
+    """Whether each process has a part of this tensor (DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its gradient; of one that is sharded over processes (DTensor), all of it on each of them."""
     gather = getattr(tensor, "full_tensor", None)

@@ -18,6 +18,7 @@ from minipeft.errors import LeanError, StateError, all_or_nothing, hint, shown, 
 from minipeft.injection.rollback import unchanged_on_error
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels import glibc, matmul
+from minipeft.kernels.functional import is_divided
 from minipeft.layers.base import is_plain_linear, layer_ops
 from minipeft.memory import rms_norm, sample_slices, token_tiles
 from minipeft.memory.chains import CHAINS, Chains
@@ -96,7 +97,7 @@ def lean(
         raise StateError(f"lean() takes a transformers model, adapted or plain, not {type(model).__name__}.")
     if (wrapping := wrapping_class(model)) is not None:
         raise StateError(f"{wrapping} wraps the model; call lean() on the model itself, then wrap it.")
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if any(map(is_divided, model.parameters())):
         raise StateError("the model is divided over processes, as by fully_shard; call lean() before that.")
     flags(chunked_loss=chunked_loss, fast_linear=fast_linear)
     _check_checkpointing(checkpointing)
