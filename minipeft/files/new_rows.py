@@ -57,19 +57,26 @@ def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
     ids = _differing_rows(model, known, found)
     copied = frozenset(key for key, owner in owners.items() if owner in ids and _trains(file, key))
     ids = {name: rows for name, rows in ids.items() if any(owners[key] == name for key in owners.keys() - copied)}
-    # The adapter acts on these itself, or trains a copy of what they are tied to, so no adapter of rows has room there.
-    taken = {owner for key, owner in owners.items() if _is_in_layer(key)}
-    taken |= {table for name, table in layers.items() if _trains(file, f"{PREFIX}{name}.weight")}
-    has_option = OPTION in {f.name for f in dataclasses.fields(file.config)}
-    for_base = {name: rows for name, rows in ids.items() if name in taken or not has_option}
-    own = {*(getattr(file.config, "token_indices", None) or ())}  # which train, so the adapter has them
-    for_base |= {name: [row for row in for_base[name] if row not in own] for name in for_base.keys() & taken}
+    for_base = _ids_for_base(file, layers, owners, ids)
     for_rows = {name: rows for name, rows in ids.items() if name not in for_base}
     base = _rows_of_base(file, model, known, for_base, found)
     loaded = {*for_rows, *(table.name for table in base)}
     done = copied | {key for key, owner in owners.items() if owner in loaded}
     new = NewRows(file.config, {}, done, base, tuple(_lacking(file, model, known, owners)))
     return _with_rows(file, ids_by_name(model, getattr(file.config, OPTION)), for_rows, found, new) if for_rows else new
+
+
+def _ids_for_base(
+    file: AdapterFile, layers: Mapping[str, str], owners: Mapping[str, str], ids: Mapping[str, list[int]]
+) -> dict[str, list[int]]:
+    """Of these rows, those of tables where no adapter of rows has room: all of them, if the method has no such adapter."""
+    # The adapter acts on these tables itself, or trains a copy of what they are tied to.
+    taken = {owner for key, owner in owners.items() if _is_in_layer(key)}
+    taken |= {table for name, table in layers.items() if _trains(file, f"{PREFIX}{name}.weight")}
+    has_option = OPTION in {f.name for f in dataclasses.fields(file.config)}
+    found = {name: rows for name, rows in ids.items() if name in taken or not has_option}
+    own = {*(getattr(file.config, "token_indices", None) or ())}  # which train, so the adapter has them
+    return found | {name: [row for row in found[name] if row not in own] for name in found.keys() & taken}
 
 
 def _layers_of_tables(model: nn.Module, known: Mapping[str, Table]) -> dict[str, str]:
