@@ -180,15 +180,51 @@ def test_a_loaded_adapter_takes_the_memory_of_what_was_read(tmp_path, monkeypatc
     assert len(read) == 2 * 2 * 7
 
 
-def test_a_load_makes_each_adapter_once(tmp_path, monkeypatch):
+def test_a_load_makes_one_adapter_for_all_layers_that_look_alike(tmp_path, monkeypatch):
+    """The others get what it has, and share none of it."""
     base = small_layers(2)
-    get_lora_model(copy.deepcopy(base), CONFIG).save_pretrained(tmp_path)
+    base[1].q_proj = nn.Linear(4, 8)
+    saved = get_lora_model(copy.deepcopy(base), LoraConfig(r=2, lora_dropout=0.5, target_modules=PROJECTIONS))
+    saved.save_pretrained(tmp_path)
     made, real = [], Lora.__init__
     monkeypatch.setattr(Lora, "__init__", lambda lora, *args: (made.append(lora), real(lora, *args))[1])
-    load_adapter(base, tmp_path)
-    used = [layer.adapter("default") for _, layer in adapted_layers(base)]
-    assert list(map(id, used)) == list(map(id, made))
-    assert len(made) == 2 * 7
+    load_adapter(base, tmp_path, is_trainable=True)
+    assert len(made) == 2
+    used = [module for _, layer in adapted_layers(base) for module in layer.adapter("default").modules()]
+    tables = [value for module in used for value in vars(module).values() if isinstance(value, (dict, set, list))]
+    assert len(used) == 2 * 2 * 7
+    assert len(set(map(id, (*used, *tables)))) == len(used) + len(tables)
+    for (name, ours), (other, theirs) in zip(saved.named_parameters(), base.named_parameters(), strict=True):
+        assert (name, ours.requires_grad) == (other, theirs.requires_grad)
+        assert torch.equal(ours, theirs)
+
+
+class Counts(Adapter):
+    """Has more of its own than tensors, numbers and texts."""
+
+    def __init__(self, base, ops, config, shared):
+        super().__init__(base, ops, config, shared)
+        self.factor = nn.Parameter(torch.ones(ops.shape(base)[0], device=ops.read_weight(base).device))
+        self.seen = [0]
+        self.register_forward_pre_hook(lambda *_: None)
+
+    def forward(self, base, ops, x, y):
+        self.seen[0] += 1
+        return y * self.factor
+
+    def merge(self, weight, bias):
+        return weight * self.factor[:, None], bias * self.factor
+
+
+def test_an_adapter_with_more_than_tensors_is_made_for_each_layer(tmp_path):
+    base, x = small_layers(1), torch.ones(1, 4)
+    with registry.isolated():
+        register_method("counts")(Counts)
+        model = get_adapter_model(copy.deepcopy(base), Counts.config_class(target_modules=PROJECTIONS))
+        model.save_pretrained(tmp_path)
+        loaded = load_adapter(base, tmp_path)
+        torch.testing.assert_close(loaded(x), model(x))
+        assert [layer.adapter("default").seen for _, layer in adapted_layers(loaded)] == [[1]] * 7
 
 
 @pytest.mark.parametrize("container", [lambda value: value, lambda value: [value], lambda value: {"sums": value}])

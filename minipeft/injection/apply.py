@@ -108,8 +108,11 @@ def _wrapper_at(candidate: Candidate, ops: LayerOps | None, wrap: Callable[[nn.M
     """The wrapper with these ops in a module's place, which is put there if there is none."""
     parent, attribute = candidate.places[0]
     occupant: Any = getattr(parent, attribute)  # of a parent that is a wrapper by now, its base layer has it
-    here = [wrapper for wrapper in occupants(occupant) if getattr(wrapper, "ops", None) == ops]
-    return here[0] if here else put(wrap, occupant, candidate.places)
+    for wrapper in occupants(occupant):
+        own = getattr(wrapper, "ops", None)
+        if own is ops or own == ops:  # nearly always the same object, and comparing two takes longer
+            return wrapper
+    return put(wrap, occupant, candidate.places)
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:

@@ -40,8 +40,9 @@ def attach(
     """Put built parts into a model; the first time, also freeze its base and add the adapter verbs to its class."""
     first = STATE not in model.__dict__
     state = AdapterState() if first else state_of(model)
-    before = plan.outside
-    with unchanged_on_error(model, state, state.switch, outside=before, inside_layers=bool(plan.prepared)):
+    before, prepares = plan.outside, bool(plan.prepared)
+    others, flags = (state, state.switch), first or prepares
+    with unchanged_on_error(model, *others, outside=before, inside_layers=prepares, flags=flags):
         if first:
             state.trained_before = _trained(before)
             _mix(model, mixin)

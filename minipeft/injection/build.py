@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from minipeft.config.options import flag
 from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, parameters_in
 from minipeft.errors import TargetError, told_error
+from minipeft.injection.alike import Look, is_simple
+from minipeft.injection.alike import on_meta as as_seen
 from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.kernels.full_precision import full_precision
 from minipeft.kernels.functional import HALF
-from minipeft.layers.offloaded import HOOK, present
+from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
-
-Shape = tuple[torch.Size, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,30 @@ class Parts:
     def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
         """Key in a file -> the live tensor."""
         sites: list[AdapterSite | SavedSite] = [*plan.adapters, *plan.saved]
-        pairs = zip(sites, (*self.adapters, *self.copies), strict=True)
-        own = {key: tensor for site, part in pairs for key, tensor in own_tensors(site, part).items()}
-        return own | shared_tensors(self.adapters)
+        pairs = list(zip(sites, (*self.adapters, *self.copies), strict=True))
+        kinds = {id(part): (site, part) for site, part in pairs}  # on the meta device one may be for many sites
+        held = {kind: _held(*pair) for kind, pair in kinds.items()}
+        starts = [(start_of(site), held[id(part)]) for site, part in pairs]
+        own = {start + key: tensor for start, tensors in starts for key, tensor in tensors.items()}
+        return own | shared_tensors(kind[1] for kind in kinds.values() if isinstance(kind[1], Adapter))
 
 
 def own_tensors(site: AdapterSite | SavedSite, part: nn.Module) -> dict[str, Tensor]:
     """What a file holds of one part: key in a file -> the live tensor."""
+    start = start_of(site)
+    return {start + key: tensor for key, tensor in _held(site, part).items()}
+
+
+def _held(site: AdapterSite | SavedSite, part: nn.Module) -> dict[str, Tensor]:
+    """As `own_tensors`, without what the keys start with."""
     if isinstance(site, SavedSite):
-        start, tensors = f"{site.name}.", copy_tensors(part, site.only)
-    elif site.tied_to is None:
-        start, tensors = f"{site.name}.{site.prefix}", cast(Adapter, part).file_tensors()
-    else:
-        return {}
-    return {f"{PREFIX}{start}{key}": tensor for key, tensor in tensors.items()}
+        return copy_tensors(part, site.only)
+    return cast(Adapter, part).file_tensors() if site.tied_to is None else {}
+
+
+def start_of(site: AdapterSite | SavedSite) -> str:
+    """What the keys of a part start with in a file."""
+    return f"{PREFIX}{site.name}.{site.prefix if isinstance(site, AdapterSite) else ''}"
 
 
 def shared_tensors(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
@@ -78,7 +88,8 @@ def build(
     Args:
         plan: what to create.
         autocast_adapter_dtype: hold adapter parameters in float32 if the base is in half precision.
-        on_meta: create shapes without memory, to compare a file with before anything is allocated for it.
+        on_meta: create shapes without memory, to compare a file with before anything is allocated for it. Layers that look
+            alike may then have one adapter between them.
         fill: called with what a file holds of each part, by key, and the part.
 
     Raises:
@@ -86,27 +97,27 @@ def build(
         TargetError: a part cannot be made.
     """
     flag("autocast_adapter_dtype", autocast_adapter_dtype)
-    made: dict[Shape, nn.Parameter] = {}
-    bases = [_on_meta(site.candidate.base, made) if on_meta else site.candidate.base for site in plan.adapters]
+    looks: dict[Look, nn.Module] = {}
+    bases = [as_seen(site.candidate.base, looks) if on_meta else site.candidate.base for site in plan.adapters]
     shared: dict[type[Adapter], object | None] = {}
     for cls in dict.fromkeys(site.adapter_class for site in plan.adapters):
         members = [(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls]
         with present(members[0][0]):  # what they share lies on the device of the first
             shared[cls] = cls.share(members, plan.config)
     adapters: dict[str, Adapter] = {}
+    alike: dict[tuple[object, ...], Adapter] = {}
     for base, site in zip(bases, plan.adapters, strict=True):
+        kind = id(base), id(site.ops), site.adapter_class, id(site.config), site.prefix
         if site.tied_to is not None:
             adapters[site.name] = adapters[site.tied_to].for_tied(base, site.ops)
-            continue
-        with present(base):
-            adapter = site.adapter_class(base, site.ops, site.config, shared[site.adapter_class])
-        for parameter in parameters_in(adapter) if autocast_adapter_dtype else ():
-            if parameter.dtype in HALF:
-                parameter.data = parameter.data.float()
-        _tell(adapter, site, base)
-        adapters[site.name] = adapter
-        if fill is not None:
-            fill(own_tensors(site, adapter), adapter)
+        elif kind in alike:
+            adapters[site.name] = alike[kind]
+        else:
+            adapters[site.name] = adapter = _made(site, base, shared[site.adapter_class], autocast_adapter_dtype)
+            if on_meta and is_simple(adapter):
+                alike[kind] = adapter
+            if fill is not None:
+                fill(own_tensors(site, adapter), adapter)
     copies: dict[str, nn.Module] = {}
     for saved in plan.saved:
         tied = None if saved.tied_to is None else copies[saved.tied_to]
@@ -118,13 +129,19 @@ def build(
     return Parts(tuple(adapters[site.name] for site in plan.adapters), tuple(copies.values()))
 
 
-def _tell(adapter: Adapter, site: AdapterSite, base: nn.Module) -> None:
+def _made(site: AdapterSite, base: nn.Module, shared: object | None, autocast_adapter_dtype: bool) -> Adapter:
+    with present(base):
+        adapter = site.adapter_class(base, site.ops, site.config, shared)
+    for parameter in parameters_in(adapter) if autocast_adapter_dtype else ():
+        if parameter.dtype in HALF:
+            parameter.data = parameter.data.float()
     if site.prefix:  # assigning an attribute of a module takes long, and most need none of these
         adapter.key_prefix = site.prefix
     if adapter.ties(site.config):
         adapter.is_tied = True
     if not base.training:
         adapter.eval()
+    return adapter
 
 
 def _copied(site: SavedSite, tied: nn.Module | None, on_meta: bool) -> nn.Module:
@@ -137,19 +154,3 @@ def _copied(site: SavedSite, tied: nn.Module | None, on_meta: bool) -> nn.Module
             f"{site.name} cannot be trained in full, since {type(site.candidate.base).__name__} cannot be copied "
             f"({told_error(error)})."
         ) from error
-
-
-def _on_meta(base: nn.Module, made: dict[Shape, nn.Parameter]) -> nn.Module:
-    """A layer with parameters that have a shape only, one for all of this shape in `made`."""
-    parameters = dict(base._parameters)
-    for name, own in base._parameters.items():
-        if own is not None:
-            shape = (own.shape, own.dtype)
-            if shape not in made:
-                # Made anew: a quantized weight, a subclass of Tensor, may not be able to move to the meta device.
-                made[shape] = nn.Parameter(torch.empty(own.shape, dtype=own.dtype, device="meta"), False)
-            parameters[name] = made[shape]
-    stand_in: nn.Module = object.__new__(type(base))  # not by copy.copy, which takes three times as long for a layer
-    vars(stand_in).update(vars(base), _parameters=parameters)
-    vars(stand_in).pop(HOOK, None)
-    return stand_in

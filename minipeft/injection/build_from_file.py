@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.ecosystem.wrapper_names import modules_in, parameters_in
-from minipeft.injection.build import Parts, build, shared_tensors
+from minipeft.injection.alike import is_simple, twin
+from minipeft.injection.build import Parts, build, shared_tensors, start_of
 from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite
 from minipeft.kernels.generators import generators_kept
@@ -18,8 +18,6 @@ from minipeft.layers.offloaded import present
 from minipeft.methods.base import Adapter
 
 CONTAINERS = (dict, list, tuple)
-SCALARS = {bool, float, int, str, type(None)}
-EMPTYABLE = {dict, list, tuple, set, OrderedDict}  # most that a module has are empty
 
 
 def build_from(plan: Plan, shapes: Parts, tensors: Mapping[str, Tensor], values: dict[str, Tensor]) -> Parts:
@@ -28,54 +26,64 @@ def build_from(plan: Plan, shapes: Parts, tensors: Mapping[str, Tensor], values:
     Args:
         plan: what to create.
         shapes: the parts, as `build` makes them on the meta device. Adapters that a file brings whole, as nearly all do,
-            get their values there and are not made again.
+            are made of those, and not in the usual way.
         tensors: their `Parts.file_tensors`.
         values: taken out of the dictionary. Each part takes their memory as its own when it can, so that there is never a
             second copy of all of them.
     """
-    keys = {id(tensor): key for key, tensor in tensors.items() if key in values}
-    sites = list(zip(plan.adapters, shapes.adapters, strict=True))
+    devices = [_device(site) for site in plan.adapters]
+    kinds = {id(adapter): adapter for adapter in shapes.adapters}
+    keys = {kind: {id(t): key for key, t in adapter.file_tensors().items()} for kind, adapter in kinds.items()}
     shared = any(cls.overrides("share") for cls in {site.adapter_class for site in plan.adapters})
-    if not shared and all(_is_whole(site, adapter, keys) for site, adapter in sites):
-        for site, adapter in sites:
-            _materialise(site, adapter, keys, values)
-        return Parts(shapes.adapters, _filled(replace(plan, adapters=()), values).copies)
-    return _filled(plan, values)
+    whole = tensors.keys() <= values.keys() and all(_is_whole(adapter, keys[kind]) for kind, adapter in kinds.items())
+    if shared or not whole or None in devices:
+        return _filled(plan, values)
+    simple = {kind for kind, adapter in kinds.items() if is_simple(adapter)}  # the others are for one layer each
+    adapters = []
+    for site, kind, device in zip(plan.adapters, shapes.adapters, devices, strict=True):
+        adapters.append(twin(kind) if id(kind) in simple else kind)
+        _materialise(adapters[-1], start_of(site), keys[id(kind)], values, device)
+    return Parts(tuple(adapters), _filled(replace(plan, adapters=()), values).copies)
 
 
-def _is_whole(site: AdapterSite, adapter: Adapter, brought: Collection[int]) -> bool:
-    """Whether the tensors with these ids are all that an adapter holds, so that nothing in it comes from its layer."""
+def _device(site: AdapterSite) -> torch.device | None:
+    """The device of a layer's adapter; None if the adapter is made in the usual way, since its layer does not say more."""
     base = site.candidate.base
-    if site.tied_to is not None:
-        return False
-    if site.ops.is_quantized or next(parameters_in(base), None) is None:  # which do not say its dtype and its device
-        return False
+    if site.tied_to is not None or site.ops.is_quantized:
+        return None
+    with present(base):
+        first = next(parameters_in(base), None)
+    return None if first is None else first.device
+
+
+def _is_whole(adapter: Adapter, brought: Collection[int]) -> bool:
+    """Whether the tensors with these ids are all that an adapter holds, so that nothing in it comes from its layer."""
     return all(id(value) in brought for module in modules_in(adapter) for value in _tensors_in(module))
 
 
 def _tensors_in(module: nn.Module) -> list[Tensor]:
     """All that the module itself refers to, as parameters, buffers or anything else, in lists and dictionaries too."""
-    own = [v for v in vars(module).values() if type(v) not in SCALARS and (type(v) not in EMPTYABLE or v)]
+    own = list(vars(module).values())
     tables = [value for value in own if isinstance(value, CONTAINERS)]
     held = [item for table in tables for item in (table.values() if isinstance(table, dict) else table)]
     return [value for value in (*own, *held) if isinstance(value, Tensor)]
 
 
-def _materialise(site: AdapterSite, adapter: Adapter, keys: Mapping[int, str], values: dict[str, Tensor]) -> None:
-    """Put values, by key, into the place of an adapter's tensors on the meta device, by id."""
-    with present(site.candidate.base):
-        device = next(parameters_in(site.candidate.base)).device
+def _materialise(
+    adapter: Adapter, start: str, keys: Mapping[int, str], values: dict[str, Tensor], device: torch.device | None
+) -> None:
+    """Put values into the place of an adapter's tensors on the meta device, which have these keys in a file, by id."""
     for module in modules_in(adapter):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                value = _in_place_of(parameter, values.pop(keys[id(parameter)]), device)
+                value = _in_place_of(parameter, values.pop(start + keys[id(parameter)]), device)
                 module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = _in_place_of(buffer, values.pop(keys[id(buffer)]), device)
+                module._buffers[name] = _in_place_of(buffer, values.pop(start + keys[id(buffer)]), device)
 
 
-def _in_place_of(shape: Tensor, value: Tensor, device: torch.device) -> Tensor:
+def _in_place_of(shape: Tensor, value: Tensor, device: torch.device | None) -> Tensor:
     """A value that nothing else uses, as a tensor of this shape, dtype and strides; without a copy if it is one."""
     value = value.to(device, shape.dtype)
     if _is_plain(value, shape):

@@ -22,6 +22,7 @@ def unchanged_on_error(
     *others: object,
     outside: Iterable[tuple[str, nn.Module]] | None = None,
     inside_layers: bool = True,
+    flags: bool = True,
 ) -> AbstractContextManager[None]:
     """If the block raises anything, the model is what it was: the same objects, of the same classes, with the same flags.
 
@@ -32,10 +33,12 @@ def unchanged_on_error(
         others: plain objects that it changes too.
         outside: the model's `outside_adapters`, if they have been found already.
         inside_layers: whether it changes more than the flags of the base layers in adapted layers.
+        flags: whether it changes flags of what is in the model before.
     """
     modules = [module for _, module in (outside_adapters(model) if outside is None else outside)]
+    flagged = modules if flags else ()
     tensors = [
-        t for module in modules for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+        t for module in flagged for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
     ]
     adapted = [module for module in modules if isinstance(module, AdaptedLayer)]
     # Of adapters only their dictionary changes, never what is in one.
