@@ -180,10 +180,14 @@ def frozen_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, n
 
 
 def planned_frozen_weights(
-    model: nn.Module, plan: Plan, found: Mapping[str, Candidate]
+    model: nn.Module, plan: Plan, found: Mapping[str, Candidate], sampled: Collection[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """What `frozen_weights` will return once a plan is carried out in a model with these `candidates`."""
-    if plan.origins.all_known:
+    """What `frozen_weights` will return once a plan is carried out in a model with these `candidates`.
+
+    None if nobody asks: of the names that a file has samples of, all are adapted layers, and no weight was drawn at random.
+    """
+    asked = plan.origins.fresh or set(sampled).difference(site.name for site in plan.adapters)
+    if plan.origins.all_known or not asked:
         return iter(())
     taken = {id(parameter) for site in plan.adapters for parameter in parameters_in(site.candidate.base)}
     for site in plan.saved:

@@ -86,7 +86,7 @@ def load_parts(
     kept = set(file.kept)
     plan = replace(plan, saved=tuple(replace(site, trains=site.name not in kept) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
-    shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan, found))
+    shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan, found, file.base))
     sampled = [(name, weight) for name, weight in frozen.items() if name in file.base]
     tensors = shapes.file_tensors(plan)
     samples = {} if allow_base_mismatch else planned_samples(model, plan, shapes, sampled)

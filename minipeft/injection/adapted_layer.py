@@ -227,8 +227,8 @@ class AdaptedLayer(Wrapper):
     def places(self, adapter_name: str) -> list[Place]:
         if not self.owns(adapter_name):
             return []
-        adapter = self.adapter(adapter_name)
-        return [(m, name) for m in modules_in(adapter) for name, p in m._parameters.items() if p is not None]
+        modules = modules_in(self.parts[adapter_name])
+        return [(module, name) for module in modules for name, p in module._parameters.items() if p is not None]
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         if not self.owns(adapter_name):

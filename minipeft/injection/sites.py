@@ -115,7 +115,7 @@ def check_occupants(name: str, module: nn.Module, ops: Sequence[LayerOps]) -> No
     In a file the nesting of the wrappers says which parameter each one adapts, so they must agree.
     """
     present = [getattr(wrapper, "ops", None) for wrapper in occupants(module)]
-    if present and not (all(own in ops for own in present) and all(own in present for own in ops)):
+    if present and not (len(present) == len(ops) and all(own in ops for own in present)):
         raise TargetError(
             f"{name}: another adapter adapts other weights of this module, or all of it. All adapters of one module must "
             "adapt the same weights."
