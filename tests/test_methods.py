@@ -10,6 +10,7 @@ from tiny_models import disturb, foreign_code, gpt2, logits, token_ids
 
 import minipeft
 from minipeft import get_adapter_model, get_lora_model
+from minipeft.kernels import matmul
 
 METHODS = {
     "ia3": lambda **o: minipeft.IA3Config(feedforward_modules=[], **o),
@@ -132,6 +133,24 @@ def test_autocast_trains_half_precision_bases_with_float32_parameters(case):
         gradients(model)
     assert all(p.grad is not None and p.grad.dtype is torch.float32 and p.grad.isfinite().all() for p in trained)
     assert logits(model).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv1d"])
+@pytest.mark.parametrize("method", [*METHODS, "trainable_tokens"])
+def test_under_autocast_the_output_has_the_dtype_of_the_bare_layers(method, layer, monkeypatch):
+    """Also in training on a processor without kernels for it, where the product is made in another way."""
+    monkeypatch.setattr(matmul, "has_kernels", lambda dtype: False)
+    if method == "trainable_tokens":
+        config = minipeft.TrainableTokensConfig(target_modules=["layer"], token_indices=[1, 4])
+        model = disturb(get_adapter_model(OneLayer(LAYERS[layer]()), config))
+    else:
+        _, model = moved(method, layer, torch.float32)
+    x = torch.randn(3, 5, requires_grad=True)
+    for mode in (True, False):
+        model.train(mode)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                assert model(x).dtype is LAYERS[layer]()(x).dtype is dtype
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if " " not in case])

@@ -69,19 +69,21 @@ def frozen_linear(
     """``x @ weight.T + bias`` for a frozen weight and bias, by the faster matrix library.
 
     Args:
-        x: shape (..., in). Under autocast it is cast, and the result has the dtype that x had.
+        x: shape (..., in). Under autocast it is cast.
         weight: shape (out, in).
         bias: shape (out,), or None.
         call: computes the result instead, with its own rounding; the weight then serves the gradient only.
 
     Returns:
-        Shape (..., out), not a view of anything.
+        Shape (..., out), not a view of anything. Under autocast it has autocast's dtype, or the dtype of x if the weight is
+        made, as quantized layers do.
     """
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device) and dtype is not torch.float64 and call is None:
         x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return frozen_linear(x, weight, bias).to(dtype)
+            y = frozen_linear(x, weight, bias)
+        return y if isinstance(weight, Tensor) else y.to(dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         return _FrozenLinear.apply(x, weight, bias, call)  # type: ignore[no-untyped-call,unused-ignore]
     return _forward(x, weight, bias, call)
