@@ -353,6 +353,46 @@ def test_a_merge_asks_before_it_gives_up_the_quantized_weight(kind):
     assert (merged - expected).abs().max() <= (0.05 if kind == "int8" else 1e-5) * expected.abs().max()
 
 
+@pytest.mark.parametrize("training", [True, False])
+@every_kind
+def test_what_stood_aside_for_a_merge_comes_back_in_the_mode_of_the_model(kind, training):
+    """bitsandbytes' int8 layer rounds its input in evaluation, and not in training."""
+    model, x = with_lora(quantized(kind)), torch.randn(6, 128)
+    expected = model.train(training)(x)
+    with model.disable_adapter():
+        bare = model(x)
+    model.train(not training).merge_adapter(dequantize=True)
+    model.train(training)
+    with model.disable_adapter():
+        assert torch.equal(model(x), bare)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), expected)
+    assert model.layer.base_layer.training is training
+
+
+def test_what_stood_aside_for_a_merge_comes_back_on_the_device_of_the_model():
+    model = with_lora(quantized("int8_weight_only"))
+    model.merge_adapter(dequantize=True)
+    model.layer.base_layer.to("meta")
+    model.layer.undo.restore(model, model.layer, None)
+    assert {p.device.type for p in model.layer.base_layer.parameters()} == {"meta"}
+
+
+@every_kind
+def test_what_was_written_into_the_layer_that_stands_in_is_not_dropped(kind):
+    model = with_lora(quantized(kind))
+    model.merge_adapter(dequantize=True)
+    kept = copy.deepcopy(model)
+    with torch.no_grad():
+        model.layer.base_layer.bias[0] += 1
+    kept.half()
+    for written in (model, kept):
+        before = state_digest(written)
+        with pytest.raises(MergeError, match="layer: .*written or converted"):
+            written.unmerge_adapter()
+        assert state_digest(written) == before
+
+
 def test_the_report_says_how_far_an_output_is_off(caplog):
     model = with_lora(quantized("int8")).eval()
     x = torch.randn(4096, 128)

@@ -15,7 +15,7 @@ from minipeft.kernels.functional import accumulation_dtype, is_finite, low_rank_
 from minipeft.merging.report import relative_error
 from minipeft.merging.rounding import add_product, rounded
 from minipeft.merging.trial import output_error
-from minipeft.merging.unmerge import Undo, original_of, total_delta
+from minipeft.merging.unmerge import Undo, original_of, sums_of, total_delta
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Write(Step):
             undo.original = original_of(weight, new, update, adapters, may_copy=self.undoable)
         self.layer.put_base(ops.write_weight(base, new, bias))
         if self.layer.base_layer is not base:
-            undo.original = None
+            undo.original, undo.stand_in = None, sums_of(self.layer.base_layer)
         self.mark()
 
     def take_back(self) -> None:
@@ -172,6 +172,8 @@ class Replace(Step):
         dtype = next(replacement.parameters()).dtype
         self.output_error = output_error(self.layer, self.names, lambda x: replacement(x.to(dtype)))
         self.layer.put_base(replacement)
+        if self.undoable:
+            self.undo.stand_in = sums_of(replacement)
         self.mark()
 
     def take_back(self) -> None:

@@ -97,6 +97,7 @@ class Undo:
     base_layer: nn.Module
     bias: Tensor | None = None  # a copy of the layer's own
     original: Original | None = None  # None: the weight of `base_layer` was not written
+    stand_in: Tensor | None = None  # `sums_of` the layer that replaced it, to notice that it was written since
     untied: dict[str, nn.Parameter] = field(default_factory=dict)  # the shared parameters, to put back
     retie: bool = False  # the model's config said that they are tied
 
@@ -105,11 +106,14 @@ class Undo:
 
         Raises MergeError if the merged weight was written or converted since the merge.
         """
-        if self.original is None:
-            return None
-        now = layer.ops.read_weight(self.base_layer).detach()
-        weight = self.original.weight(now) if self.original.was_merged_into(now) else None
-        if weight is None:
+        weight = None
+        if self.original is not None:
+            now = layer.ops.read_weight(self.base_layer).detach()
+            weight = self.original.weight(now) if self.original.was_merged_into(now) else None
+            is_lost = weight is None
+        else:
+            is_lost = self.stand_in is not None and not torch.equal(sums_of(layer.base_layer), self.stand_in)
+        if is_lost:
             raise MergeError(
                 f"{path}: the merged weight was written or converted after the merge, so it cannot be undone exactly."
             )
@@ -124,8 +128,23 @@ class Undo:
         if layer.base_layer is self.base_layer and (weight is not None or self.bias is not None):
             own = layer.ops.read_weight(self.base_layer).detach() if weight is None else weight
             layer.ops.write_weight(self.base_layer, own, self.bias)
+        if layer.base_layer is not self.base_layer:
+            _follow(self.base_layer, layer.base_layer)
         layer.put_base(self.base_layer)
         layer.note_merged(())
+
+
+def _follow(layer: nn.Module, stand_in: nn.Module) -> None:
+    """Do to a layer what was done to the model while another one stood in for it: set its mode, and move it."""
+    layer.train(stand_in.training)
+    device = next(stand_in.parameters()).device
+    if any(tensor.device != device for tensor in (*layer.parameters(), *layer.buffers())):
+        layer.to(device)
+
+
+def sums_of(layer: nn.Module) -> Tensor:
+    """Sums of the bits of a float layer's parameters, on the CPU."""
+    return torch.cat([_bit_sums(p.detach().reshape(len(p), -1)).cpu() for p in layer.parameters()])
 
 
 def _frozen_copy(adapter: Adapter) -> Adapter:
