@@ -115,8 +115,11 @@ def _is_number(value: Any, most: float) -> bool:
     return type(value) in (int, float) and 0 <= value <= most
 
 
-def _asks_nothing(nothing: Any) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: bool(value == nothing), f"{nothing!r} or left out, since nothing else is built here"
+def _asks_nothing(nothing: Any, *kinds: type) -> tuple[Callable[[Any], bool], str]:
+    return (
+        lambda value: type(value) in kinds and bool(value == nothing),
+        f"{nothing!r} or left out, since nothing else is built here",
+    )
 
 
 # Every field of OpenAI's: (whether a value is allowed, what is).
@@ -138,8 +141,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "user": (lambda value: isinstance(value, str), "a string"),
     "logprobs": (lambda value: False, "left out, since it is not built here"),
-    "suffix": _asks_nothing(""),
-    "logit_bias": _asks_nothing({}),
-    **{name: _asks_nothing(1) for name in ("n", "best_of")},
-    **{name: _asks_nothing(0) for name in ("presence_penalty", "frequency_penalty")},
+    "suffix": _asks_nothing("", str),
+    "logit_bias": _asks_nothing({}, dict),
+    **{name: _asks_nothing(1, int) for name in ("n", "best_of")},
+    **{name: _asks_nothing(0, int, float) for name in ("presence_penalty", "frequency_penalty")},
 }
