@@ -20,7 +20,8 @@ from typing import Any
 from aiohttp import web
 from transformers import AutoModelForCausalLM
 
-from minipeft.errors import MinipeftError, RequestError
+from minipeft.config.options import integer, number
+from minipeft.errors import ConfigError, MinipeftError, RequestError
 from minipeft.files.reading import reading
 from minipeft.files.tokenizer import load_tokenizer
 from minipeft.serving.adapters import Adapters, MiB
@@ -222,6 +223,10 @@ def flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> Server:
+    number("--timeout", args.timeout, above=0)
+    number("--adapter_memory", args.adapter_memory, above=0)
+    integer("--max_length", args.max_length, at_least=2)  # one of a prompt and one of its answer
+    integer("--body", args.body, at_least=1)  # 0 would be no limit at all for aiohttp
     with reading(args.model):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     tokenizer = load_tokenizer(args.model)
@@ -231,6 +236,8 @@ def build(args: argparse.Namespace) -> Server:
     engine = Engine(Batch(model), adapters, ends, max_rows=args.rows, max_waiting=args.queue)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_length
     name = args.name or Path(args.model).name
+    if name in adapters.names():
+        raise ConfigError(f"{name!r} names the base and an adapter; give the base another name with --name.")
     return Server(engine, tokenizer, name, min(args.max_length, positions), args.timeout, args.body)
 
 

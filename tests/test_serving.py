@@ -356,7 +356,15 @@ def test_a_server_that_cannot_start_says_why_in_one_line(example, tmp_path):
         "nowhere is not a directory": ["--adapters", "nowhere"],
         "max_rows must be an integer from 1": ["--rows", "0"],
         r"bind\(\): port must be 0-65535": ["--port", "99999"],
+        "--timeout must be a finite number > 0, not 0": ["--timeout", "0"],
+        "--timeout must be a finite number > 0, not nan": ["--timeout", "nan"],
+        "--adapter_memory must be a finite number > 0, not inf": ["--adapter_memory", "inf"],
+        "--max_length must be an integer from 2": ["--max_length", "1"],
+        "--body must be an integer from 1": ["--body", "0"],
+        "'tiny' names the base and an adapter": ["--adapters", str(tmp_path / "same")],
     }
+    (tmp_path / "same" / "tiny").mkdir(parents=True)
+    (tmp_path / "same" / "tiny" / "adapter_config.json").write_text("{}")
     for said, words in wrong.items():
         with foreign_code(), pytest.raises(SystemExit, match=f"^serve_many: {said}"):
             example.main(["--model", str(TINY), "--adapters", str(tmp_path), *words])
