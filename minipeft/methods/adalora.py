@@ -46,8 +46,8 @@ class AdaLora(InputDropout):
         self.drop(config.lora_dropout)
         self.rank = r = sum(self.kept)
         self.lora_A = nn.Parameter(weight.new_empty(r, in_features))
-        self.lora_E = nn.Parameter(weight.new_empty(r, 1))
         self.lora_B = nn.Parameter(weight.new_empty(out_features, r))
+        self.lora_E = nn.Parameter(weight.new_empty(r, 1))
         std = 0.02 if config.init_lora_weights else 1.0
         for factor in (self.lora_A, self.lora_B):
             nn.init.normal_(factor, std=std)
