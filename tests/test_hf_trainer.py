@@ -604,6 +604,26 @@ def test_a_classifier_trains_its_head_and_resumes(tmp_path):
     assert same(values(again), values(whole))
 
 
+@pytest.mark.parametrize("options", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["Norm"]}])
+def test_a_run_of_pefts_goes_on(options, tmp_path):
+    """PEFT names heads that the model does not have, and takes every module whose name ends with an entry."""
+    peft = pytest.importorskip("peft")
+    data = [{"input_ids": row, "labels": int(row[0]) % 3} for row in token_ids(12, 8)]
+    config = peft.LoraConfig(r=4, target_modules=["query"], **options)
+    with foreign_code():
+        torch.manual_seed(0)
+        theirs = Trainer(
+            peft.get_peft_model(bert_classifier(), config), arguments(tmp_path, max_steps=4), train_dataset=data
+        )
+    losses, checkpoint = trained(theirs), tmp_path / "checkpoint-2"
+    model = minipeft.load_adapter(bert_classifier(), checkpoint, is_trainable=True)
+    tail = trained(
+        AdapterTrainer(disturb(model), arguments(tmp_path, max_steps=4), train_dataset=data),
+        resume_from_checkpoint=str(checkpoint),
+    )
+    assert [loss for _, loss in tail] == pytest.approx([loss for _, loss in losses], abs=1e-5)
+
+
 def word_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

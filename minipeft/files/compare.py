@@ -18,6 +18,12 @@ from minipeft.files.new_rows import resize_hint
 from minipeft.files.not_an_adapter import tensors_named
 from minipeft.files.peft_extras import check_extras, find_copies, find_repeats
 
+# Options that only say which modules are meant, as the keys of a file do. What PEFT writes there means more and less than
+# here: endings of names, and heads that the model does not have.
+WHICH_MODULES = {
+    "ensure_weight_tying", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -75,7 +81,7 @@ def _compare_config(file: AdapterFile, expected: Expected) -> None:
         return
     config = config_from_dict(expected.config)
     there, here = file.config.to_dict(), config.to_dict()
-    compared = here.keys() - PROVENANCE - config.other_keys.keys()
+    compared = here.keys() - PROVENANCE - config.other_keys.keys() - (set() if file.is_own else WHICH_MODULES)
     differ = [key for key in here if key in compared and _in_order(here[key]) != _in_order(there.get(key))]
     if differ:
         said = [f"{key} is {told(there.get(key), 100)} there and {told(here[key], 100)} here" for key in differ[:3]]
