@@ -419,6 +419,15 @@ def test_a_layer_whose_name_ends_that_of_another_module_comes_back(tmp_path):
     assert_close(load_theirs(copy.deepcopy(base), tmp_path)(x), model(x))
 
 
+def test_a_trained_module_whose_name_ends_one_inside_of_it_is_read_by_peft(tmp_path):
+    """PEFT takes ``embeddings`` for ``embeddings.word_embeddings`` too, and then reads not even its own file."""
+    config = minipeft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["embeddings"])
+    model = disturb(minipeft.get_lora_model(bert_classifier(), config))
+    model.save_pretrained(tmp_path)
+    assert_close(their_logits(load_theirs(bert_classifier(), tmp_path)), logits(model))
+    assert_close(logits(minipeft.load_adapter(bert_classifier(), tmp_path)), logits(model))
+
+
 def masked_bert():
     """A model whose output bias has two names: the prediction head's own, and its last layer's."""
     config = transformers.BertConfig(**bert_classifier().config.to_diff_dict())

@@ -211,16 +211,18 @@ def has_keys_of(file: AdapterFile, names: Collection[str]) -> bool:
     return any(within(key.rpartition(".")[0], roots) for key in keys)
 
 
-def for_peft(model: nn.Module, entries: Sequence[str], saved: Sequence[str]) -> list[str]:
+def for_peft(model: nn.Module, entries: Sequence[str], saved: Mapping[str, nn.Module]) -> list[str]:
     """Entries for a file that name these modules, and no others to PEFT if there are such entries.
 
     There are none for a module without a parent, such as ``classifier`` next to ``pre_classifier``. PEFT then copies the
-    base's ``pre_classifier``, which is not in the file, so its outputs are the same.
+    base's ``pre_classifier``, which is not in the file, so its outputs are the same. But it cannot read a file whose entry
+    also means a module inside of one that it names, as BERT's ``embeddings`` means ``embeddings.word_embeddings``.
     """
     # An entry for a module inside another entry's module would match nothing when the file is read.
     used = [entry for entry in entries if any(is_suffix(entry, name) for name in saved)]
-    stray = {name for name in _strays(candidates(model), used) if not within(name, saved)}
-    used = [entry for entry in used if not any(name.endswith(entry) for name in stray)]
+    inside = {f"{name}.{path}" for name, module in saved.items() for path, _ in named_modules(module) if path}
+    around = {name for name in _strays(candidates(model), used) if not within(name, saved)}
+    used = [entry for entry in used if not any(name.endswith(entry) for name in around | inside)]
     # An entry may also be a name with a wrapper's part in it.
     return used + [name for name in saved if not any(is_suffix(entry, name) for entry in used)]
 

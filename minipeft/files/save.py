@@ -113,10 +113,11 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, c
     values, layers = config.to_dict(), dict(layers_of(model, adapter_name))
     values["target_modules"] = _resolved_targets(model, config, adapter_name, layers)
     if config.modules_to_save is not None:
-        copies = [(name, w) for name, w in wrappers_of(model, adapter_name) if isinstance(w, SavedModule)]
-        saved = [name for name, wrapper in copies if wrapper.only is None]  # bias="all" copies biases alone
-        saved += [name for name in followers(model, config, adapter_name) if name in dict(copies)]
-        values["modules_to_save"] = for_peft(model, config.modules_to_save, saved) or None
+        copies = {name: w for name, w in wrappers_of(model, adapter_name) if isinstance(w, SavedModule)}
+        saved = [name for name, wrapper in copies.items() if wrapper.only is None]  # bias="all" copies biases alone
+        saved += [name for name in followers(model, config, adapter_name) if name in copies]
+        originals = {name: copies[name].base_layer for name in saved}
+        values["modules_to_save"] = for_peft(model, config.modules_to_save, originals) or None
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
     adapters = {name: layer.adapter(adapter_name) for name, layer in layers.items()}
