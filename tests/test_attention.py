@@ -283,10 +283,13 @@ class Pooled(Net):
         return self.after(self.attn(x, x, x)[0])
 
 
-def test_a_file_of_peft_that_names_out_proj_loads_by_the_advice_of_its_refusal(tmp_path):
-    base, x = Pooled(), torch.randn(2, 5, DIM)
-    reference = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, target_modules=["out_proj", "after"]))
-    disturb(reference.base_model.model.after)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_file_of_peft_that_names_out_proj_loads_by_the_advice_of_its_refusal(use_dora, tmp_path):
+    base, x = nn.Sequential(Pooled()), torch.randn(2, 5, DIM)
+    base[0].probe = nn.Parameter(torch.randn(1, 1, DIM))  # as SigLIP has; a parameter of this rank may hold experts
+    theirs = peft.LoraConfig(r=3, target_modules=["out_proj", "after"], use_dora=use_dora)
+    reference = peft.get_peft_model(copy.deepcopy(base), theirs)
+    disturb(reference.base_model.model[0].after)
     reference.save_pretrained(tmp_path)
     with pytest.raises(TargetError, match=r"delete this module's keys .* exclude_modules"):
         load_adapter(copy.deepcopy(base), tmp_path)

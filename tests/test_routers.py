@@ -7,7 +7,7 @@ from tiny_models import logits, refuses, token_ids
 from torch import nn
 
 import minipeft
-from minipeft import LoraConfig, StateError, TargetError, get_lora_model
+from minipeft import CheckpointError, LoraConfig, StateError, TargetError, get_lora_model
 
 IDS = token_ids() % 60
 
@@ -59,6 +59,16 @@ def test_a_router_that_was_a_layer_in_transformers_4_is_read(tmp_path):
     before = model.model.layers[1].mlp.router.weight.clone()
     merged = minipeft.load_adapter(model, tmp_path).merge_and_unload()
     torch.testing.assert_close((merged.model.layers[1].mlp.router.weight - before).detach(), update, rtol=0, atol=1e-7)
+
+
+def test_a_router_that_was_a_layer_takes_plain_lora_alone(tmp_path):
+    file, model = OldFile(), mixture("phimoe")
+    name = "model.layers.1.block_sparse_moe.gate"
+    file.pair(name, *model.model.layers[1].mlp.router.weight.shape)
+    file.tensors[f"base_model.model.{name}.lora_magnitude_vector"] = torch.ones(4)
+    file.save(tmp_path, target_modules=["gate"], layers_to_transform=[1], use_dora=True)
+    named = f"dora adapts {name}, and this model has its weight as a bare parameter"
+    refuses(CheckpointError, model, lambda: minipeft.load_adapter(model, tmp_path), named)
 
 
 class Scores(nn.Linear):

@@ -129,16 +129,24 @@ def check_needs_no_call(name: str, what: str, config: AdapterConfig) -> None:
         raise TargetError(f"{name}: the weight of {what} is read and not called, so {shown(options)} cannot act there.")
 
 
-def check_called(name: str, candidate: Candidate) -> None:
-    """Raise a TargetError if the module around this one reads its weight and never calls it."""
+def reader_of(candidate: Candidate) -> nn.Module | None:
+    """The module around this one that reads its weight and never calls it."""
     for parent, attribute in candidate.places:
         parent_ops = [ops for _, ops in registry.layer_candidates(type(parent)) if isinstance(ops, UncalledOps)]
         if any(attribute in ops.children for ops in parent_ops):
-            raise TargetError(
-                f"{name}: {type(parent).__name__} reads its weight and never calls it, so an adapter there would do "
-                "nothing. Target the module around it. PEFT's training does not move it either: to load such a file, delete "
-                "this module's keys from it and name the module in exclude_modules of its adapter_config.json."
-            )
+            return parent
+    return None
+
+
+def check_called(name: str, candidate: Candidate) -> None:
+    """Raise a TargetError if the module around this one reads its weight and never calls it."""
+    parent = reader_of(candidate)
+    if parent is not None:
+        raise TargetError(
+            f"{name}: {type(parent).__name__} reads its weight and never calls it, so an adapter there would do "
+            "nothing. Target the module around it. PEFT's training does not move it either: to load such a file, delete "
+            "this module's keys from it and name the module in exclude_modules of its adapter_config.json."
+        )
 
 
 def parameter_sites(

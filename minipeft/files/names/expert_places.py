@@ -18,6 +18,7 @@ from torch import nn
 from minipeft.ecosystem.transformers_model import model_type
 from minipeft.errors import CheckpointError, shown, told
 from minipeft.injection.module_tree import Candidate
+from minipeft.injection.sites import reader_of
 from minipeft.layers.base import layer_ops
 
 MAX_NAME = 500  # characters; the tables' expressions are made for the names of models
@@ -189,10 +190,13 @@ def tail(name: str) -> str:
 
 
 def _bare_parameters(found: Mapping[str, Candidate]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Every parameter of 2 or 3 dimensions of a module that is not itself a layer: name -> (module, parameter)."""
+    """Every parameter of 2 or 3 dimensions that can be adapted as one: name -> (module, parameter).
+
+    The module that has it is not itself a layer, and is called.
+    """
     for first, candidate in found.items():
         bare = {n: p for n, p in candidate.base._parameters.items() if p is not None and p.ndim in (2, 3)}
-        if bare and layer_ops(candidate.base) is None:
+        if bare and layer_ops(candidate.base) is None and reader_of(candidate) is None:
             for known in candidate.known_as:
                 yield from ((f"{known}.{parameter}", (first, parameter)) for parameter in bare)
 

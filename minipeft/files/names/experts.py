@@ -27,9 +27,7 @@ from minipeft.injection.module_tree import Candidate
 from minipeft.injection.targets import select_parameters, selected_names
 
 FACTORS = ("lora_A", "lora_B")
-ADVICE = (
-    "in one parameter, where only plain LoRA is the same. Merge the adapter where it was made, with transformers 4."
-)
+ADVICE = "where only plain LoRA is the same. Merge the adapter where it was made, with transformers 4."
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 log = logging.getLogger("minipeft")
 
@@ -51,7 +49,7 @@ def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Can
     found = _found(file, places)
     if not found:
         return file
-    _check_plain(file, next(iter(found)))
+    _check_plain(file, next(iter(found.values())))
     layers: dict[str, list[Layer]] = {}
     for layer in _with_configs(file, found, places.found):
         layers.setdefault(layer.place.name, []).append(layer)
@@ -111,15 +109,17 @@ def _check_no_other(file: AdapterFile, key: str, body: str, places: Places) -> N
         place = places.of_expert(name)
         if place is not None:
             raise CheckpointError(
-                f"{file.path} holds {printable(key, 200)}, and this model has {place.parameter} of all experts {ADVICE}"
+                f"{file.path} holds {printable(key, 200)}, and this model has {place.parameter} of all experts in one "
+                f"parameter, {ADVICE}"
             )
 
 
-def _check_plain(file: AdapterFile, name: str) -> None:
+def _check_plain(file: AdapterFile, layer: Layer) -> None:
     if file.config.method != "lora" or file.config.adapter_method != "lora":
+        what = "all experts in one" if layer.place.expert is not None else "its weight as a bare"
         raise CheckpointError(
-            f"{file.path.parent}: {file.config.adapter_method} adapts {printable(name, 200)}, and this model has all experts "
-            f"{ADVICE}"
+            f"{file.path.parent}: {file.config.adapter_method} adapts {printable(layer.name, 200)}, and this model has {what} "
+            f"parameter, {ADVICE}"
         )
 
 
