@@ -435,8 +435,9 @@ def masked_bert():
     return disturb(transformers.BertForMaskedLM(config)).eval()
 
 
-def test_all_biases_train_where_a_head_shares_one_with_its_layer(tmp_path):
-    options = {"r": 4, "target_modules": ["query"], "bias": "all"}
+@pytest.mark.parametrize(("target", "own"), [("query", "decoder.bias"), ("decoder", "decoder.base_layer.bias")])
+def test_all_biases_train_where_a_head_shares_one_with_its_layer(target, own, tmp_path):
+    options = {"r": 4, "target_modules": [target], "bias": "all"}
     model = disturb(minipeft.get_lora_model(masked_bert(), minipeft.LoraConfig(**options)))
     model.save_pretrained(tmp_path / "ours")
     read = load_theirs(masked_bert(), tmp_path / "ours")
@@ -445,10 +446,10 @@ def test_all_biases_train_where_a_head_shares_one_with_its_layer(tmp_path):
         reference = disturb(peft.get_peft_model(masked_bert(), peft.LoraConfig(**options)))
     assert reference.get_nb_trainable_parameters()[0] == model.get_nb_trainable_parameters()[0]
     save_theirs(reference, tmp_path / "theirs")
-    names = {f"{PREFIX}cls.predictions.{name}" for name in ("bias", "decoder.bias")}
+    names = {f"{PREFIX}cls.predictions.{name}" for name in ("bias", own)}
     assert names < tensors_in(tmp_path / "theirs").keys()
     assert_close(logits(minipeft.load_adapter(masked_bert(), tmp_path / "theirs")), their_logits(reference))
-    merged = copy.deepcopy(model).merge_and_unload()
+    merged = copy.deepcopy(model).merge_and_unload(untie=True)
     assert_close(logits(merged), logits(model))
 
 

@@ -126,10 +126,13 @@ def _other_names(file: AdapterFile, keys: Sequence[str], unknown: Sequence[str],
     Not of a weight: where a copy of an embedding trains, PEFT writes the head that was tied to it as the base has it.
     """
     keys = [key for key in keys if key.endswith(".bias")]
+    if not keys:
+        return {}
     # By their own names alone: a bias of the original in PEFT's wrapper does not repeat the trained one.
-    parameters = named_parameters(model, remove_duplicate=False) if keys else ()
+    parameters = named_parameters(model, remove_duplicate=False)
     base = {PREFIX + name.replace(".base_layer.", "."): parameter for name, parameter in parameters}
-    known = {id(base[key]): key for key in file.shapes if key in base and key not in unknown}
+    trained = {key: key.replace(".base_layer.", ".") for key in file.shapes if key not in unknown}
+    known = {id(base[name]): key for key, name in trained.items() if name in base}
     found = {key: known[id(base[key])] for key in keys if key in base and id(base[key]) in known}
     return {key: other for key, other in found.items() if file.shapes[key] == file.shapes[other]}
 
