@@ -67,6 +67,15 @@ def llava():
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
+def modernbert():
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    torch.manual_seed(0)
+    return transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(vocab_size=VOCABULARY, **sizes, **ids)
+    ).eval()
+
+
 def saved(model, folder, dtype=torch.float32, shard="1GB"):
     with foreign_code():
         model.to(dtype).save_pretrained(folder, max_shard_size=shard)
@@ -112,6 +121,7 @@ CASES = {
     "lora, transposed": (gpt2, LoraConfig(r=4, bias="all"), {}),
     "lora, bf16, sharded": (llama, LoraConfig(r=4, target_modules="all-linear"), {"dtype": BF16, "shard": "20KB"}),
     "lora, fp16": (llama, LoraConfig(r=4), {"dtype": torch.float16}),
+    "bias of a tied head": (modernbert, LoraConfig(r=4, bias="all"), {}),
     "lora with a bias": (gpt2, LoraConfig(r=4, lora_bias=True), {}),
     "lora on embedding and head": (llama, LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]), {"dtype": BF16}),
     "pissa": (llama, linears(LoraConfig, r=4, init_lora_weights="pissa"), {}),
@@ -143,8 +153,8 @@ CASES = {
 }
 
 
-ALWAYS = ("lora, transposed", "lora, bf16, sharded", "lora on embedding and head", "dora", "oft", "tokens, tied", "t5, table in full",
-          "experts, apart in shards", "wrapped text model")  # fmt: skip
+ALWAYS = ("lora, transposed", "bias of a tied head", "lora, bf16, sharded", "lora on embedding and head", "dora", "oft",
+          "tokens, tied", "t5, table in full", "experts, apart in shards", "wrapped text model")  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*shares its weight")

@@ -117,13 +117,13 @@ def _writes_bias(layer: AdaptedLayer) -> bool:
 
 
 def _trained(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of modules that the adapter trains in full, by the names that they have in the model."""
-    for path, wrapper in wrappers_of(model, adapter_name):
-        if isinstance(wrapper, SavedModule):
-            before = wrapper.base_layer.state_dict(keep_vars=True)
-            for name, tensor in wrapper.adapters[adapter_name].state_dict(keep_vars=True).items():
-                if tensor is not before.get(name):
-                    yield f"{_plain(path)}.{name}", tensor
+    """The tensors that the adapter trains in full, by the names that they have in the model; one that is tied has several."""
+    saved = [(path, w) for path, w in wrappers_of(model, adapter_name) if isinstance(w, SavedModule)]
+    own = {id(tensor) for _, wrapper in saved for tensor in wrapper.file_tensors(adapter_name).values()}
+    for path, wrapper in saved:
+        for name, tensor in wrapper.adapters[adapter_name].state_dict(keep_vars=True).items():
+            if id(tensor) in own:
+                yield f"{_plain(path)}.{name}", tensor
 
 
 def _plain(path: str) -> str:
