@@ -137,6 +137,47 @@ def test_what_needs_whole_tensors_is_refused_after_sharding(group, tmp_path):
         minipeft.lean(model)
 
 
+def divided(model, how):
+    """As a process has a model under FSDP2, the first FSDP or ZeRO-3."""
+    if how == "fsdp2":
+        return sharded(model, True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0) if how == "zero3" else parameter.data.flatten()
+        parameter._fsdp_flattened = how == "fsdp1"
+    return model
+
+
+@pytest.mark.parametrize("how", ["fsdp1", "fsdp2", "zero3"])
+def test_what_reads_whole_factors_is_refused_where_they_are_divided(how, group, tmp_path):
+    model = two_targets()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["c_attn", "c_fc"]))
+    model = divided(model, how)
+    for verb in (
+        lambda: model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", "cat"),
+        lambda: model.save_pretrained(tmp_path / "lora", convert_to_lora=True),
+        lambda: model.prepare_hotswap(8),
+    ):
+        with pytest.raises(StateError, match=r"c_attn: FSDP or DeepSpeed has divided this adapter"):
+            verb()
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("how", ["fsdp1", "fsdp2", "zero3"])
+def test_a_schedule_is_refused_where_factors_are_divided_and_a_gathered_state_is_saved(how, group, tmp_path):
+    config = minipeft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=9, target_modules=["c_attn"], init_lora_weights=False
+    )
+    model = minipeft.get_adapter_model(gpt2(), config)
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    model = divided(model, how)
+    for verb in (lambda: minipeft.extra_loss(model), lambda: minipeft.after_step(model, 0)):
+        with pytest.raises(StateError, match=r"AdaLora trains by a schedule .* needs its tensors whole; use DDP"):
+            verb()
+    model.save_pretrained(tmp_path, state_dict=whole)
+    found = minipeft.load_adapter(gpt2(), tmp_path).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
 def test_saving_a_gathered_state_gathers_nothing_again(tmp_path):
     """The first FSDP gathers a block whenever it is asked for its state, and here only one process would ask."""
     model, other = two_targets(), two_targets()

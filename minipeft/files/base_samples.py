@@ -25,6 +25,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.state import state_of
 from minipeft.injection.wrapper import innermost
+from minipeft.kernels.functional import is_in_parts
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import each_value, present
 
@@ -91,8 +92,10 @@ def _samples(
     picked, quantized = {}, set()
     for name, ops, base, untouched in layers:
         with present(innermost(base)):
-            weight = ops.read_weight(base)
-            picked[name] = _picked(untouched(weight)) if _is_readable(weight) else None
+            is_whole = not any(map(is_in_parts, innermost(base).parameters(recurse=False)))
+            picked[name] = (
+                _picked(untouched(weight)) if is_whole and _is_readable(weight := ops.read_weight(base)) else None
+            )
         if ops.is_quantized:
             quantized.add(name)
     numbers = _numbers(picked)
@@ -108,9 +111,13 @@ def _is_readable(weight: Tensor) -> bool:
     # Another type is a sharded weight, of which this process has one part. One byte holds less than half precision does, as
     # in a base that diffusers' layerwise casting stores in float8.
     whole = type(weight) in (Tensor, nn.Parameter) and weight.itemsize > 1
-    # The first FSDP leaves a part of a parameter in its place, and marks it (torch/distributed/fsdp/_common_utils.py, 2.13).
-    whole = whole and not getattr(weight, "_fsdp_flattened", False)
-    return whole and weight.layout is torch.strided and not weight.is_meta and weight.numel() > 0
+    return (
+        whole
+        and not is_in_parts(weight)
+        and weight.layout is torch.strided
+        and not weight.is_meta
+        and weight.numel() > 0
+    )
 
 
 @functools.lru_cache(256)

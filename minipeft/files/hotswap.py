@@ -29,7 +29,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.state import WithAdapters
 from minipeft.injection.wrapper import Wrapper
-from minipeft.layers.offloaded import check_not_offloaded
+from minipeft.layers.offloaded import check_values_here
 from minipeft.methods.base import Adapter
 from minipeft.methods.swapping import copy_tensors, unlike
 from minipeft.python.interrupts import interrupts_deferred
@@ -111,7 +111,7 @@ class HotswapModel(WithAdapters):
         except ConfigError as error:
             raise CheckpointError(f"{path} does not fit adapter {adapter_name!r}: {error}") from None
         for name, _, part in _parts(self, adapter_name):
-            check_not_offloaded(name, part)
+            check_values_here(name, part)
         with interrupts_deferred(), torch.no_grad():
             for _, _, here, there in pairs:
                 _give(here, there)
@@ -145,7 +145,7 @@ def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Wrapper, 
 
 def _check_room(path: str, adapter: Adapter, max_rank: int) -> None:
     """Raises a `StateError` if an adapter cannot change its shape now, a `ConfigError` if never to this rank."""
-    check_not_offloaded(path, adapter)
+    check_values_here(path, adapter)
     for name, parameter in adapter.named_parameters():
         if type(parameter) is not nn.Parameter:
             raise StateError(f"{path}: {name} is sharded over processes, and cannot change its shape.")

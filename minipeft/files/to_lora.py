@@ -14,6 +14,7 @@ from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError
 from minipeft.files.save import file_config
 from minipeft.injection.module_tree import layers_of, wrappers
+from minipeft.layers.offloaded import check_values_here
 
 # What a plain LoRA configuration takes over from that of another method, besides `AdapterConfig`'s own options.
 KEPT = {"lora_dropout", "target_parameters", "trainable_token_indices", "ensure_weight_tying"}
@@ -33,11 +34,13 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
 
     Raises:
         CheckpointError: on some layer the adapter is more than a low-rank update, or also trains a bias.
+        StateError: its values are not here as a whole: offloaded, or divided over processes.
     """
     pairs: dict[str, tuple[Tensor, Tensor, Sequence[tuple[int, ...]]]] = {}
     layers = dict(layers_of(model, adapter_name))
     for path, layer in layers.items():
         adapter = layer.adapter(adapter_name)
+        check_values_here(path, adapter)
         factors = adapter.stacked_factors()
         if factors is None or (adapter.factors() is None and len(factors[0]) == 1):  # a stack has no bias to train
             raise CheckpointError(

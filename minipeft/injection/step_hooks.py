@@ -15,6 +15,7 @@ from minipeft.errors import CheckpointError, StateError, shown
 from minipeft.injection.module_tree import adapters_of
 from minipeft.injection.state import STATE, state_of
 from minipeft.injection.watch import idle_message
+from minipeft.kernels.functional import is_in_parts
 from minipeft.methods.base import Adapter
 from minipeft.registry import registry
 
@@ -34,11 +35,12 @@ def after_step(model: nn.Module, step: int) -> None:
 
     Raises:
         ConfigError: `model` is not a module, or `step` is not the number of a step.
-        StateError: the model has no adapter, a gradient that is needed is missing, or the step is repeated.
+        StateError: the model has no adapter, a gradient that is needed is missing, the step is repeated, or FSDP or DeepSpeed
+            has divided what the method needs whole.
     """
     checked_module("model", model)
     integer("step", step, at_least=0, at_most=sys.maxsize)
-    for method, adapters, config in _training(model):
+    for method, adapters, config in _scheduled(model):
         method.after_step(adapters, config, step)
 
 
@@ -50,12 +52,12 @@ def extra_loss(model: nn.Module) -> Tensor:
 
     Raises:
         ConfigError: `model` is not a module.
-        StateError: the model has no adapter.
+        StateError: the model has no adapter, or FSDP or DeepSpeed has divided what the method needs whole.
     """
     parameters = checked_module("model", model).parameters()
     device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))  # some may be offloaded
     with torch.autocast(device.type, enabled=False):
-        losses = [method.extra_loss(adapters, config) for method, adapters, config in _training(model)]
+        losses = [method.extra_loss(adapters, config) for method, adapters, config in _scheduled(model)]
         given = [loss for loss in losses if loss is not None]
         return (
             torch.stack([loss.to(given[0].device) for loss in given]).sum() if given else torch.zeros((), device=device)
@@ -83,8 +85,7 @@ def refuse_idle_layers(model: nn.Module) -> None:
 
 def has_schedule(model: nn.Module) -> bool:
     """Whether an active adapter that trains needs `after_step` or `extra_loss`; False for a model without adapters."""
-    methods = [method for method, _, _ in _training(model)] if _adapted(model) is not None else []
-    return any(method.overrides("after_step") or method.overrides("extra_loss") for method in methods)
+    return _adapted(model) is not None and any(_has_steps(method) for method, _, _ in _training(model))
 
 
 def keeps_state(model: nn.Module, adapter_name: str) -> bool:
@@ -147,6 +148,23 @@ def _training(model: nn.Module) -> Iterator[tuple[type[Adapter], dict[str, Adapt
     for name in state.switch.learning if state.switch.enabled else ():
         config = state.configs[name]
         yield registry.method_class(config.adapter_method), adapters_of(adapted, name), config
+
+
+def _scheduled(model: nn.Module) -> Iterator[tuple[type[Adapter], dict[str, Adapter], Any]]:
+    """Those of `_training` whose method has a schedule or a loss of its own; a StateError if they are not whole here."""
+    for method, adapters, config in _training(model):
+        if not _has_steps(method):
+            continue
+        if any(is_in_parts(parameter) for adapter in adapters.values() for parameter in adapter.parameters()):
+            raise StateError(
+                f"{method.__name__} trains by a schedule of its own, which needs its tensors whole; use DDP instead of FSDP or "
+                "DeepSpeed."
+            )
+        yield method, adapters, config
+
+
+def _has_steps(method: type[Adapter]) -> bool:
+    return method.overrides("after_step") or method.overrides("extra_loss")
 
 
 def _adapted(model: nn.Module) -> nn.Module | None:

@@ -113,6 +113,13 @@ def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_in_parts(tensor: Tensor) -> bool:
+    """Whether this process has not all of a parameter, as FSDP2, the first FSDP and DeepSpeed's ZeRO-3 divide them."""
+    # The first FSDP leaves a flat part in the parameter's place and marks it (torch/distributed/fsdp/_common_utils.py, 2.13).
+    flat = tensor.ndim == 1 and getattr(tensor, "_fsdp_flattened", False)
+    return is_divided(tensor) or flat or tensor.shape == (0,)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its gradient; of one that is sharded over processes (DTensor), all of it on each of them."""
     gather = getattr(tensor, "full_tensor", None)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.errors import StateError
+from minipeft.kernels.functional import is_in_parts
 
 HOOK = "_hf_hook"  # where accelerate keeps the hook of a module
 
@@ -85,8 +86,13 @@ def each_value(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Itera
             yield key, tensor
 
 
-def check_not_offloaded(name: str, part: nn.Module) -> None:
-    """Raise StateError if a part of an adapter is offloaded: between calls its values cannot be read or written in place."""
+def check_values_here(name: str, part: nn.Module) -> None:
+    """Raise StateError if a part of an adapter cannot be read or written in place: it is offloaded or divided."""
+    if any(map(is_in_parts, part.parameters())):
+        raise StateError(
+            f"{name}: FSDP or DeepSpeed has divided this adapter, so its values are not here as a whole. Save it from a gathered "
+            "state, load it into a model that is not divided, and do this there."
+        )
     if any(map(offloads, part.modules())):
         raise StateError(
             f"{name}: accelerate offloads this adapter, so its values are not here to be read or replaced. Offload the base "

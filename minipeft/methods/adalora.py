@@ -175,9 +175,9 @@ class AdaLora(InputDropout):
 
     def _pattern(self) -> list[bool]:
         """Which of the `init_r` components go into a file: all that this adapter has, except those at zero for good."""
-        has = self.lora_E.detach().flatten() != 0
-        final = self.left is not None and not bool((has & ~self.left).any())
-        left = iter(self.left.tolist() if final and self.left is not None else [True] * len(has))
+        if self.left is None or bool((self.lora_E.detach().flatten()[~self.left] != 0).any()):
+            return list(self.kept)
+        left = iter(self.left.tolist())
         return [was and next(left) for was in self.kept]
 
     @classmethod

@@ -14,7 +14,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.wrapper import Wrapper
 from minipeft.kernels.functional import is_finite
-from minipeft.layers.offloaded import check_not_offloaded
+from minipeft.layers.offloaded import check_values_here
 from minipeft.methods.base import Adapter
 
 
@@ -110,7 +110,7 @@ def _check(path: str, update: Update) -> None:
             f"{path}: adapter {update.name!r} trains rows of tokens here, which a low-rank adapter cannot hold. Leave it "
             "out, or train it without tokens."
         )
-    check_not_offloaded(path, adapter)
+    check_values_here(path, adapter)
     if not all(map(is_finite, adapter.parameters())):
         raise StateError(f"{path}: adapter {update.name!r} has values that are not finite.")
     if adapter.stacked_factors() is None and not adapter.adds(layer.ops.read_weight(layer.base_layer).detach()):
