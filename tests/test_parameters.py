@@ -251,6 +251,33 @@ def moe(kind):
 MOE = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
+class Block(nn.Module):
+    """Experts, which have no bias, between layers that have one."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.experts, self.after = nn.Linear(IN, IN), Experts(), nn.Linear(IN, IN)
+
+    def forward(self, x):
+        return self.after(self.experts(self.before(x)))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_beside_experts_train_and_are_those_of_peft_in_both_directions(bias, tmp_path):
+    base, x = Block(), torch.randn(4, IN)
+    options = {"target_parameters": ["last", "mix"], "target_modules": ["before"], "bias": bias}
+    model = disturb(get_lora_model(copy.deepcopy(base), LoraConfig(r=2, **options)))
+    model.save_pretrained(tmp_path / "ours")
+    reference = disturb(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, **options)))
+    reference.save_pretrained(tmp_path / "theirs")
+    assert model.adapter_state_dict().keys() == peft.get_peft_model_state_dict(reference).keys()
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(theirs(x), model(x))
+    torch.testing.assert_close(ours(x), reference(x))
+    torch.testing.assert_close(ours.merge_and_unload()(x), reference(x))
+
+
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "mixtral"])
 def test_peft_adapts_parameters_alone_where_it_knows_no_default_modules(family, tmp_path):
     """Its file then says null, or has an empty list, for target_modules; null means the default ones for other families."""
@@ -364,7 +391,7 @@ class Outer(nn.Module):
         (["block.vector"], {}, "block.vector is not a plain floating-point parameter of 2 or 3 dimensions"),
         (["whole"], {}, "block.whole is not a plain floating-point parameter"),
         (["inner.last"], {"lora_dropout": 0.1}, "block.inner.last: .*lora_dropout = 0.1' cannot act"),
-        (["inner.last"], {"bias": "all"}, "bias = 'all'\" cannot act"),
+        (["linear.weight"], {"bias": "all"}, "block.linear.weight: .*bias = 'all'\" cannot act"),
         (["linear.weight"], {"target_modules": ["linear"]}, "block.linear has parameters to adapt, and block.linear"),
         (["linear.weight"], {"modules_to_save": ["block"]}, "block.linear has parameters to adapt, and block is"),
         (["inner.last"], {"rank_pattern": {"lst": 3}}, "rank_pattern: lst' matches none of the 1 targeted"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.errors import TargetError, shown
-from minipeft.injection.module_tree import Candidate, is_callable, occupants
+from minipeft.injection.module_tree import Candidate, is_callable, occupants, own_bias
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.targets import within
 from minipeft.injection.wrapper import innermost
@@ -167,7 +168,10 @@ def parameter_sites(
     check_occupants(name, candidate.module, every_ops)
     for height, parameter, ops in zip(reversed(range(len(parameters))), parameters, every_ops, strict=True):
         config = configs[f"{name}.{parameter}"]
-        check_needs_no_call(f"{name}.{parameter}", "a parameter", config)
+        asked: Any = config
+        if config.bias != "none" and own_bias(candidate.base) is None:
+            asked = replace(asked, bias="none")  # there is none to train
+        check_needs_no_call(f"{name}.{parameter}", "a parameter", asked)
         yield site(name + ".base_layer" * height, candidate, ops, config, targeted=False)
 
 
