@@ -285,6 +285,25 @@ def test_images_belong_to_their_rows_or_are_refused_by_name(kind, part):
         call(0, 2, adapter_names=["a", "b"])
 
 
+class Placed(nn.Module):
+    """Adds a table of positions to the four parts of each image, as Florence-2 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Embedding(4, 16)
+
+    def forward(self, x):
+        return x + self.places(torch.arange(4))
+
+
+def test_positions_of_images_are_not_taken_for_the_rows():
+    base = with_images("llava")
+    base.model.multi_modal_projector = nn.Sequential(Placed(), base.model.multi_modal_projector)
+    model = several(base, {name: LoraConfig(r=2, target_modules=["places"]) for name in "ab"})
+    with torch.no_grad(), pytest.raises(StateError, match="places is called with the images or sound"):
+        model(**images_in_rows("llava", 1, 1), adapter_names=["a", "b"])
+
+
 def test_a_head_with_layers_inside_is_called_with_rows():
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
     text |= {"vocab_size": 100, "num_key_value_heads": 2, "layer_types": ["full_attention"], "pad_token_id": 0}
@@ -356,9 +375,19 @@ def relative(model, ids):
     return model(input_ids=ids, decoder_input_ids=ids)
 
 
+def relative_in_decoder(model, ids):
+    return model(input_ids=token_ids(4, 7), decoder_input_ids=ids)
+
+
 INPUTS_WITHOUT_ROWS = {
     "positions": (gpt2, ["wpe"], "transformer.wpe", lambda model, ids: model(ids)),
     "relative positions": (t5, ["relative_attention_bias"], "relative_attention_bias", relative),
+    "of a decoder": (
+        t5,
+        ["decoder.block.0.layer.0.SelfAttention.relative_attention_bias"],
+        "decoder.*bias",
+        relative_in_decoder,
+    ),
     "positions alone": (Positions, ["places"], "places", lambda model, ids: model(ids % 9)),
     "length first": (PositionsFirst, ["layer"], "layer", lambda model, ids: model(ids % 9)),
 }

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from minipeft.ecosystem.transformers_model import (
     CACHES,
     base_prefix,
+    input_embedding,
     main_input_name,
     media_input,
     takes_media,
@@ -31,7 +32,7 @@ from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.rows import MEDIA_OF_BATCH, POSITIONS_FIRST, Rows, acting
 from minipeft.injection.rows_of_call import main_input
 from minipeft.injection.targets import within
-from minipeft.injection.wrapper import Wrapper
+from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.kernels.generators import generators_kept
 
 BY_POSITION = {"cache_position"}  # arguments of transformers' models without a dimension of rows
@@ -111,10 +112,11 @@ def _note_sizes(sizes: dict[str, tuple[int, int]], path: str, module: Any, given
 def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> bool:
     """Say of each wrapper among a model's `outside_adapters` what it is called with, if not with the rows of the main input.
 
-    Returns whether a module says if rows or positions come first.
+    Returns whether one row alone shows more than the shape of the input: a module says if rows or positions come first, or a
+    table is adapted that may be read by positions, such as a decoder's own.
     """
     told, adapted, media, text = False, list[tuple[str, Wrapper]](), set[str](), set[str]()
-    of_text, language = main_input_name(model) == "input_ids", text_part(model)
+    of_text, language, tokens = main_input_name(model) == "input_ids", text_part(model), input_embedding(model)
     kinds: dict[type, tuple[bool, bool]] = {}  # whether a module of this type takes media, and text
     for path, module in outside:
         if isinstance(module, Wrapper):
@@ -142,6 +144,7 @@ def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> boo
             counts = "the tokens that chose one expert"
         if wrapper.counts != counts:
             wrapper.counts = counts
+        told |= counts is None and isinstance(innermost(wrapper), nn.Embedding) and wrapper is not tokens
     return told
 
 

@@ -80,7 +80,8 @@ class Rows:
     def repeats(self, layer: Any, x: Tensor) -> int:
         """How many entries of a layer's first input dimension belong to each row, side by side; raises StateError if that is unclear."""
         size, count = x.shape[0] if x.ndim else 0, len(self.names)
-        if layer.counts == MEDIA_OF_BATCH and size and size % count == 0 and not torch.compiler.is_compiling():
+        may_be_media = x.is_floating_point() and size and size % count == 0  # indices may be those of positions
+        if layer.counts == MEDIA_OF_BATCH and may_be_media and not torch.compiler.is_compiling():
             if self.same_media():
                 return size // count
         counts = layer.counts

@@ -38,7 +38,7 @@ class Switch:
         self.read: set[int] | None = None  # ids of the wrappers whose weight is used, while a pass is watched
         self.running: list[tuple[str, ...]] = []  # adapters of each call whose rows differ, in all threads
         self.order_known = False  # see `minipeft.injection.row_order`
-        self.order_told = False  # whether a module says if rows or positions come first
+        self.order_told = False  # see `minipeft.injection.row_order.mark_rows`
         self.trained_by_row = False  # the last call with gradients was such a one
 
     def __getstate__(self) -> dict[str, Any]:
