@@ -107,6 +107,17 @@ def test_a_series_of_oft_that_peft_has_changed_is_named(tmp_path):
     minipeft.load_adapter(llama(), tmp_path / "ours")
 
 
+@pytest.mark.parametrize("options", [{"r": 2}, {"r": 2, "oft_block_size": 0}], ids=["before 0.14", "before 0.16"])
+def test_oft_of_peft_before_0_16_is_named(options, tmp_path):
+    """PEFT refuses the first; of the second it loads nothing."""
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "OFT", "target_modules": ["c_fc"], **options}))
+    save_file({"base_model.model.transformer.h.0.mlp.c_fc.oft_r": torch.zeros(2, 8, 8)}, tmp_path / WEIGHTS)
+    with pytest.raises(minipeft.CheckpointError, match=r"OFT of PEFT before 0\.16.* Train it again"):
+        minipeft.load_adapter(gpt2(), tmp_path)
+    for reader in (Reader.PEFT, Reader.TRANSFORMERS):
+        assert answer(read_contents(tmp_path), reader).takes is Takes.NO
+
+
 def test_biases_that_peft_before_0_19_1_left_out_are_said_to_be_lost(tmp_path):
     written(tmp_path, peft.LoraConfig(r=4, bias="lora_only", target_modules=["c_attn"]), gpt2)
     save_file({k: t for k, t in load_file(tmp_path / WEIGHTS).items() if ".bias" not in k}, tmp_path / WEIGHTS)

@@ -97,6 +97,11 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
     what = "" if "peft_type" in values else config_named(values)
     if what:
         raise ConfigError(f"{directory / CONFIG_FILE} names no peft_type.{what}")
+    if any(key.endswith(".oft_r") for key in weights.shapes):
+        raise CheckpointError(
+            f"{directory} holds OFT of PEFT before 0.16, which rotated in another way; nothing newer reads it. Train it again, or "
+            "merge it with the PEFT that wrote it."
+        )
     config = config_from_dict(values, f"{directory / CONFIG_FILE}")
     base, kept = own.get("base") or {}, tuple(own.get("kept", ()))
     if "scaling" in own:

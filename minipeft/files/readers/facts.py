@@ -68,6 +68,11 @@ def with_adapter_name(contents: Contents) -> str | None:
     return one_of(keys, ", which has an adapter's name in it,")
 
 
+def of_former_oft(contents: Contents) -> str | None:
+    """OFT of PEFT before 0.16, which was another method."""
+    return one_of([key.text for key in contents.keys if key.part == "oft_r"], ", OFT of PEFT before 0.16,")
+
+
 def with_wrappers(contents: Contents) -> str | None:
     """Keys have a wrapper's part in them, such as ``_orig_mod``."""
     texts = [key.text for key in contents.keys]

@@ -26,6 +26,8 @@ FORMAT = (
          "peft/tuners/lora/layer.py (update_layer), PEFT 0.21.2", f"{CONVERT}, or save_pretrained(..., convert_to_lora=True)"),
     Rule("older tables", facts.of_older_peft, PARTLY, "is read in another way than it was written in",
          "peft/tuners/lora/model.py and lokr/layer.py, PEFT 0.13.2 and 0.14.0", CONVERT),
+    Rule("former oft", facts.of_former_oft, NO, "rotates in another way and is not read: train it again",
+         "peft/tuners/oft/config.py (check_kwargs), PEFT 0.21.2"),
     Rule("ranks", facts.other_ranks, NO, "is refused as a size mismatch", LOADING, RANKS),
 )  # fmt: skip
 SILENT = (
