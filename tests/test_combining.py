@@ -404,6 +404,14 @@ def test_biases_are_added_up_with_the_weights(options, tmp_path):
         torch.testing.assert_close(logits(theirs), logits(model), atol=1e-4, rtol=1e-4)
 
 
+def test_biases_beside_an_embedding_have_no_place_in_one_lora():
+    options = {"r": 2, "target_modules": ["wte", "c_attn"], "bias": "lora_only"}
+    model = get_lora_model(gpt2(), LoraConfig(**options), "a")
+    model.add_adapter("b", LoraConfig(**options))
+    combine = lambda: model.add_weighted_adapter(["a", "b"], [0.5, 2.0], "new", "cat")  # noqa: E731
+    refuses(TargetError, model, combine, "transformer.wte is an embedding", "biases of other layers")
+
+
 def test_a_layer_that_an_adapter_lacks_counts_as_zero_if_that_is_said(tmp_path):
     theirs = two_of_peft(tmp_path, b={"exclude_modules": ["wide", "image"]})
     ours = ours_of(tmp_path)

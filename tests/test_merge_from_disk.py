@@ -406,6 +406,11 @@ def another_base(base, adapter, out):
     saved(llama(seed=3), base, BF16, "20KB")
 
 
+def another_family(base, adapter, out):
+    shutil.rmtree(base)
+    saved(gpt2(), base)
+
+
 REFUSED = {
     "a pickle": (pickled, CheckpointError, "pytorch_model.bin"),
     "a quantized base": (quantized, MergeError, "quantized ('bitsandbytes')"),
@@ -417,6 +422,11 @@ REFUSED = {
     "an adapter as the base": (adapter_as_base, CheckpointError, "is an adapter"),
     "values that are not finite": (not_finite, CheckpointError, "NaN"),
     "an output that is there": (out_is_there, CheckpointError, "not an empty"),
+    "another family": (
+        another_family,
+        MergeError,
+        "trained on a LlamaForCausalLM, and the base is a 'GPT2LMHeadModel'",
+    ),
     "another base": (another_base, CheckpointError, "another base"),
 }
 

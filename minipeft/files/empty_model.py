@@ -120,6 +120,11 @@ def _built(cls: Any, config: Any) -> nn.Module:
         with without_weights(), torch.random.fork_rng(devices=[]):
             model = cls(config)
     except Exception as error:  # whatever a model raises for a configuration
+        own = getattr(config, "architectures", None) or [cls.__name__]
+        if cls.__name__ not in own:
+            raise MergeError(
+                f"the adapter was trained on a {cls.__name__}, and the base is a {told(own[0])}. Give the base that it was trained on."
+            ) from error
         raise MergeError(f"{cls.__name__} cannot be built from the base's config.json ({error!s:.200}).") from error
     if hasattr(model, "tie_weights"):
         model.tie_weights()

@@ -41,6 +41,7 @@ def add_weighted(
     """
     found = sources(model, weights, different_targets=different_targets)
     values, report = _combined(found, how)
+    _check_biases(found, values)
     state = state_of(model)
     configs = {name: state.configs[name] for name in weights}
     made = plan(model, _config(found, configs, values, report.rank), every_pattern=False)
@@ -79,6 +80,17 @@ def _combined(found: Mapping[str, list[Update]], how: Combination) -> tuple[Valu
         for path, pair in made.items()
     }
     return values, CombineReport(how.combination_type, rank, norms, distances)
+
+
+def _check_biases(found: Mapping[str, list[Update]], values: Values) -> None:
+    """Raise TargetError if a sum of biases would be kept as ``lora_bias``, which a plain LoRA has on all layers or on none."""
+    trains = any(bias is not None for _, _, bias in values.values())
+    tables = [path for path, updates in found.items() if updates[0].layer.ops.is_embedding]
+    if trains and tables:
+        raise TargetError(
+            f"{tables[0]} is an embedding, and the adapters train biases of other layers: one LoRA cannot hold both. Train them "
+            "without the embedding, or without bias and lora_bias."
+        )
 
 
 def _rank(update: Update) -> int:
