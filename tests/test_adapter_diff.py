@@ -97,6 +97,18 @@ def test_the_command_shows_the_layers_that_moved_most(tmp_path):
     assert len(found["layers"][0]["row_angles"]) == 4
 
 
+def test_what_trains_in_full_is_named_and_not_compared(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    adapted(llama(), **QV, modules_to_save=["lm_head"]).save_pretrained(first)
+    adapted(llama(), **QV, trainable_token_indices=[3]).save_pretrained(second)
+    rest = ["lm_head.weight", "model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    found = json.loads(run("diff", first, second, "--json").output)["not_compared"]
+    assert [key.removeprefix("base_model.model.") for key in found] == rest
+    assert (
+        "not compared, since it trains in full: 'base_model.model.lm_head.weight'" in run("diff", first, second).output
+    )
+
+
 def test_what_cannot_be_compared_is_named(tmp_path):
     first, _ = saved(adapted(llama(), **QV), tmp_path / "a")
     second, _ = saved(adapted(gpt2()), tmp_path / "b")

@@ -1,5 +1,6 @@
 """The commands as a shell sees them."""
 
+import errno
 import json
 import math
 import runpy
@@ -7,9 +8,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+import typer
 from method_cases import ours
 from safetensors.torch import load_file, save_file
 from tiny_models import adapted, disturb, foreign_code, gpt2, llama
@@ -57,6 +60,16 @@ def test_help_answers_without_torch():
     for command in ("inspect", "check", "convert", "doctor"):
         assert f"{command} [OPTIONS]" in result.stdout
     assert result.stdout.endswith("False\n")
+
+
+def test_a_full_disk_under_what_is_printed_is_one_line(adapter, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minipeft", "inspect", str(adapter)])
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(typer, "echo", Mock(side_effect=full))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "minipeft: what it says cannot be written: No space left on device.\n"
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
@@ -147,7 +160,11 @@ def test_every_method_is_shown(method, tmp_path):
     assert {layer["module"] for layer in found["layers"]} == {
         name for name, module in model.named_modules() if hasattr(module, "adapter")
     }
-    assert f"{method} adapter" in run("inspect", tmp_path).output
+    said = run("inspect", tmp_path).output
+    assert f"{method} adapter" in said
+    of_tensors = bool(found["layers"]) and method not in ("LORA", "ADALORA")
+    assert {layer["norm_of"] for layer in found["layers"]} <= {"tensors" if of_tensors else "update"}
+    assert ("Norms are those of the tensors" in said) == of_tensors
 
 
 def test_what_is_trained_besides_is_shown(tmp_path):

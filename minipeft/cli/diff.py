@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minipeft.cli.output import print_json, print_table
+from minipeft.errors import shown
 
 if TYPE_CHECKING:
     from minipeft.planning.adapter_diff import LayerDiff
@@ -28,12 +29,14 @@ def diff(
     if json:
         print_json(found.to_dict())
         return
-    shown = found.layers if layers else found.layers[:MOST]
+    rows = found.layers if layers else found.layers[:MOST]
     one, two = found.norms
     typer.echo(f"norm {one:.4g} and {two:.4g}, difference {found.difference:.4g} ({len(found.layers)} layers)\n")
-    print_table([_row(layer) for layer in shown])
-    if len(shown) < len(found.layers):
-        typer.echo(f"and {len(found.layers) - len(shown)} layers that moved less apart (--layers)")
+    print_table([_row(layer) for layer in rows])
+    if len(rows) < len(found.layers):
+        typer.echo(f"and {len(found.layers) - len(rows)} layers that moved less apart (--layers)")
+    if found.not_compared:
+        typer.echo(f"\nnot compared, since it trains in full: {shown(found.not_compared, 5)}")
 
 
 def _row(layer: LayerDiff) -> dict[str, Any]:

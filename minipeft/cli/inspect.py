@@ -34,6 +34,8 @@ def inspect(
         if table:
             typer.echo(f"\n{title}:")
             print_table(table)
+            if title == "layers" and any(layer.norm_of == "tensors" for layer in found.layers):
+                typer.echo("Norms are those of the tensors, not of the updates.")
     if found.unusual:
         typer.echo("\nunusual:")
         for sentence in found.unusual:

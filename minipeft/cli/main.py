@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 
@@ -51,6 +52,8 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         if ctrl_c.pressed or isinstance(error, typer.Abort | KeyboardInterrupt):
             sys.exit(130)  # as a shell says of Ctrl-C
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _stop(f"what it says cannot be written: {error.strerror}.")
         if not isinstance(error, MinipeftError) and not hasattr(error, "format_message"):
             raise  # only click's errors have it, of which typer may hold a copy of its own
         _stop(str(error) if isinstance(error, MinipeftError) else error.format_message())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError
-from minipeft.files.readers.contents import read_contents
+from minipeft.files.readers.contents import Contents, read_contents
+from minipeft.files.readers.keys import Kind
 from minipeft.files.readers.plain import pairs_of
 from minipeft.kernels.products import Factors, product_norm
 
@@ -48,9 +49,10 @@ class LayerDiff:
 
 @dataclass(frozen=True)
 class AdapterDiff:
-    """Two adapters: their layers, those that moved most apart first."""
+    """Two adapters: their layers, those that moved most apart first, and the keys of what is not of low rank."""
 
     layers: tuple[LayerDiff, ...]
+    not_compared: tuple[str, ...]
 
     @property
     def norms(self) -> tuple[float, float]:
@@ -67,7 +69,7 @@ class AdapterDiff:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         layers = [{**asdict(layer), "relative": layer.relative} for layer in self.layers]
-        return {"norms": self.norms, "difference": self.difference, "layers": layers}
+        return {"norms": self.norms, "difference": self.difference, "layers": layers, "not_compared": self.not_compared}
 
 
 def adapter_diff(first: Path, second: Path) -> AdapterDiff:
@@ -76,22 +78,23 @@ def adapter_diff(first: Path, second: Path) -> AdapterDiff:
     Raises:
         CheckpointError: a directory has no such adapter, or the two are for different bases.
     """
-    one, two = _updates(first), _updates(second)
+    contents = read_contents(first), read_contents(second)
+    one, two = map(_updates, contents)
     if not one.keys() & two.keys():
         raise CheckpointError(
             f"{first} and {second} have no layer in common ({next(iter(one), 'none')}, {next(iter(two), 'none')}), so they are "
             "not for the same model."
         )
     layers = [_compared(name, one.get(name), two.get(name), first, second) for name in {**one, **two}]
-    return AdapterDiff(tuple(sorted(layers, key=lambda layer: -layer.difference)))
+    rest = dict.fromkeys(key.text for each in contents for key in each.of(Kind.SAVED, Kind.COPY, Kind.TOKENS))
+    return AdapterDiff(tuple(sorted(layers, key=lambda layer: -layer.difference)), tuple(rest))
 
 
-def _updates(directory: Path) -> dict[str, Factors]:
+def _updates(contents: Contents) -> dict[str, Factors]:
     """(up, down) of each layer in float64, the scaling in `up`."""
-    contents = read_contents(directory)
     pairs = pairs_of(contents, contents.weights.read())
     if not pairs:
-        raise CheckpointError(f"{directory} has no layer with a low-rank update.")
+        raise CheckpointError(f"{contents.directory} has no layer with a low-rank update.")
     return {name: (p.scaling * p.up.double().flatten(1), p.down.double().flatten(1)) for name, p in pairs.items()}
 
 

@@ -23,10 +23,11 @@ class Layer:
     module: str
     rank: int | None
     scaling: float | None
-    norm: float  # Frobenius, of the update, or of all tensors if the method has no low-rank update
+    norm: float  # Frobenius, of what `norm_of` says
     relative: float | None  # over the weight's norm, estimated from samples of the base or from DoRA's magnitudes
     dtype: str  # of its tensors, joined by "+" if they differ
     bytes: int
+    norm_of: str  # "update", or "tensors" if the file alone does not give the update
 
     @property
     def kind(self) -> str:
@@ -57,6 +58,7 @@ def layers_of_file(contents: Contents, values: Mapping[str, Tensor], samples: Ma
                 norm / weight if weight and pair is not None else None,
                 "+".join(sorted({contents.weights.dtypes[key] for key in parts.values()})),
                 sum(tensor.nbytes for tensor in tensors),
+                "tensors" if pair is None else "update",
             )
         )
     return made
