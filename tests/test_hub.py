@@ -22,6 +22,7 @@ from tiny_models import adapted, disturb, foreign_code, gpt2, llama, logits, sta
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_lora_model, load_adapter, load_config
+from minipeft.files.base_checkpoint import cached
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 COMMITS = ("a" * 40, "b" * 40)
@@ -53,6 +54,16 @@ def put(cache, model, repo_id="user/repo", commit=COMMITS[0], ref="main", subfol
         link.symlink_to(blob)
     shutil.rmtree(saved)
     return root
+
+
+def test_a_base_with_an_old_name_is_found_in_the_cache(cache):
+    """As ``gpt2``, without an owner: what its checkpoint has says which rows of a resized vocabulary are new."""
+    snapshot = cache / "models--tiny" / "snapshots" / COMMITS[0]
+    gpt2().save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMITS[0])
+    assert cached("tiny") == snapshot
+    assert cached("gone") is None
 
 
 def test_an_adapter_comes_from_the_cache(cache):

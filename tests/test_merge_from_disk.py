@@ -586,6 +586,21 @@ def test_a_base_on_the_hub_that_is_not_in_the_cache_is_an_error(parts, tmp_path,
         merge_from_disk("nobody/nothing", parts[1], tmp_path / "out", local_files_only=True)
 
 
+def test_a_base_may_have_an_old_name_of_the_hub(parts, tmp_path, monkeypatch):
+    """Without an owner, as ``gpt2``; transformers and estimate take it, too."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "cache" / "models--tiny"
+    shutil.copytree(parts[0], root / "snapshots" / ("a" * 40))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("a" * 40)
+    merge_from_disk("tiny", parts[1], tmp_path / "one", local_files_only=True)
+    merge_from_disk(parts[0], parts[1], tmp_path / "two")
+    same(tensors(tmp_path / "one"), tensors(tmp_path / "two"))
+    with pytest.raises(CheckpointError, match="'gone' is not a directory here, and"):
+        merge_from_disk("gone", parts[1], tmp_path / "three", local_files_only=True)
+
+
 def test_a_large_weight_is_checked_too(parts, tmp_path, monkeypatch):
     monkeypatch.setattr("minipeft.merging.from_disk.check.LARGE", 100)
     base, _ = parts

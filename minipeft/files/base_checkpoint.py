@@ -13,7 +13,7 @@ from torch import nn
 
 from minipeft.ecosystem.transformers_model import name_or_path
 from minipeft.errors import CheckpointError
-from minipeft.files.hub import is_hub_id
+from minipeft.files.hub import may_be_base_id
 from minipeft.files.reading import MAX_CONFIG_BYTES, read_limited
 from minipeft.files.tensor_file import MAX_HEADER_BYTES, open_tensors
 
@@ -64,7 +64,7 @@ def _closest(table: str, keys: list[str]) -> list[str]:
 
 def cached(place: str, revision: str | None = None) -> Path | None:
     """Where the files of a model are on this machine: its directory, or the hub's cache of ``config.json``."""
-    if os.path.isdir(place) or not is_hub_id(place):
+    if os.path.isdir(place) or not may_be_base_id(place):
         return Path(place)
     found = try_to_load_from_cache(place, CONFIG, revision=revision)
     return Path(found).parent if isinstance(found, str) else None

@@ -55,7 +55,7 @@ def adapter_directory(
         raise ConfigError(
             f"subfolder {subfolder!r:.100} must be a path within the adapter's directory, such as 'other'."
         )
-    if _is_local(place, revision):
+    if _is_local(place, revision, is_hub_id(place)):
         return Path(place) / (subfolder or "")
     inner = f"{inside.as_posix()}/" if subfolder else ""
     repository, name = _Repository(str(place), inner, revision, token, local_files_only), WEIGHTS_FILE
@@ -162,7 +162,7 @@ def base_directory(
         ConfigError: a revision of a local directory.
     """
     as_path(place, "base")
-    if _is_local(place, revision):
+    if _is_local(place, revision, may_be_base_id(place)):
         return Path(place)
     try:
         found = snapshot_download(
@@ -180,9 +180,9 @@ def base_directory(
     return Path(found)
 
 
-def _is_local(place: str | os.PathLike[str], revision: str | None) -> bool:
+def _is_local(place: str | os.PathLike[str], revision: str | None, may_be_id: bool) -> bool:
     """Whether a place is on this machine; raises ConfigError if it is, and a revision is given."""
-    local = os.path.isdir(place) or not is_hub_id(place)
+    local = os.path.isdir(place) or not may_be_id
     if local and revision is not None:
         raise ConfigError(f"{place} is not a repository on the hub, so it has no revision {revision!r}.")
     return local
@@ -191,6 +191,11 @@ def _is_local(place: str | os.PathLike[str], revision: str | None) -> bool:
 def is_hub_id(place: str | os.PathLike[str]) -> bool:
     """Whether this can only be the name of a repository: ``owner/name``."""
     return isinstance(place, str) and place.count("/") == 1 and is_repo_id(place)
+
+
+def may_be_base_id(place: str | os.PathLike[str]) -> bool:
+    """Whether this can be the name of a base: ``owner/name``, or an old one such as ``gpt2``, where there is no such file."""
+    return isinstance(place, str) and not os.path.exists(place) and is_repo_id(place)
 
 
 def _why(error: Exception, name: str, local_files_only: bool) -> str:
