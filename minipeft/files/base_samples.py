@@ -25,7 +25,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.state import state_of
 from minipeft.injection.wrapper import innermost
-from minipeft.kernels.functional import is_in_parts
+from minipeft.kernels.functional import is_flat_part
 from minipeft.layers.base import LayerOps
 from minipeft.layers.offloaded import each_value, present
 
@@ -91,11 +91,11 @@ def _samples(
     """
     picked, quantized = {}, set()
     for name, ops, base, untouched in layers:
-        with present(innermost(base)):
-            is_whole = not any(map(is_in_parts, innermost(base).parameters(recurse=False)))
-            picked[name] = (
-                _picked(untouched(weight)) if is_whole and _is_readable(weight := ops.read_weight(base)) else None
-            )
+        owner = innermost(base)
+        with present(owner):
+            flat = [p for p in owner._parameters.values() if p is not None and is_flat_part(p)]
+            weight = None if flat else ops.read_weight(base)
+            picked[name] = None if weight is None or not _is_readable(weight) else _picked(untouched(weight))
         if ops.is_quantized:
             quantized.add(name)
     numbers = _numbers(picked)
@@ -110,14 +110,8 @@ def _picked(weight: Tensor) -> Tensor | None:
 def _is_readable(weight: Tensor) -> bool:
     # Another type is a sharded weight, of which this process has one part. One byte holds less than half precision does, as
     # in a base that diffusers' layerwise casting stores in float8.
-    whole = type(weight) in (Tensor, nn.Parameter) and weight.itemsize > 1
-    return (
-        whole
-        and not is_in_parts(weight)
-        and weight.layout is torch.strided
-        and not weight.is_meta
-        and weight.numel() > 0
-    )
+    whole = type(weight) in (Tensor, nn.Parameter) and weight.itemsize > 1 and not is_flat_part(weight)
+    return whole and weight.layout is torch.strided and not weight.is_meta and weight.numel() > 0
 
 
 @functools.lru_cache(256)

@@ -97,7 +97,7 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
     what = "" if "peft_type" in values else config_named(values)
     if what:
         raise ConfigError(f"{directory / CONFIG_FILE} names no peft_type.{what}")
-    if any(key.endswith(".oft_r") for key in weights.shapes):
+    if values.get("peft_type") == "OFT" and any(key.endswith(".oft_r") for key in weights.shapes):
         raise CheckpointError(
             f"{directory} holds OFT of PEFT before 0.16, which rotated in another way; nothing newer reads it. Train it again, or "
             "merge it with the PEFT that wrote it."

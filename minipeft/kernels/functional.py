@@ -113,11 +113,15 @@ def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_flat_part(tensor: Tensor) -> bool:
+    """Whether a part of a parameter, or nothing, is left in its place, as the first FSDP and DeepSpeed's ZeRO-3 do."""
+    # The first FSDP marks it (torch/distributed/fsdp/_common_utils.py, 2.13).
+    return tensor.ndim == 1 and (len(tensor) == 0 or getattr(tensor, "_fsdp_flattened", False))
+
+
 def is_in_parts(tensor: Tensor) -> bool:
-    """Whether this process has not all of a parameter, as FSDP2, the first FSDP and DeepSpeed's ZeRO-3 divide them."""
-    # The first FSDP leaves a flat part in the parameter's place and marks it (torch/distributed/fsdp/_common_utils.py, 2.13).
-    flat = tensor.ndim == 1 and getattr(tensor, "_fsdp_flattened", False)
-    return is_divided(tensor) or flat or tensor.shape == (0,)
+    """Whether this process has not all of a parameter, as with FSDP2, the first FSDP and DeepSpeed's ZeRO-3."""
+    return is_flat_part(tensor) or is_divided(tensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
