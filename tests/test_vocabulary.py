@@ -374,6 +374,31 @@ def test_whole_tables_that_peft_writes_with_any_adapter_are_read(case, make, bas
     assert_close(logits(model), logits(theirs))
 
 
+HALVES = [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("there", "here"), HALVES, ids=str)
+def test_whole_tables_of_one_half_precision_are_read_in_the_other(there, here, make, base, tmp_path):
+    with foreign_code():
+        theirs = peft.get_peft_model(resized(make, base).to(there), peft.LoraConfig(target_modules=TARGETS[make]))
+        disturb(theirs).save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(resized(make, base, seed=6).to(here), tmp_path).eval()
+    expected = logits(theirs)
+    model = load_adapter(resized(make, base, seed=6).to(here), tmp_path)
+    assert (logits(model) - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("there", "here"), [*HALVES, (torch.bfloat16, torch.float32)], ids=str)
+def test_an_adapter_is_restored_on_its_base_in_another_dtype(there, here, make, base, tmp_path):
+    model = lora(make, resized(make, base).to(there))
+    model.save_pretrained(tmp_path)
+    again = disturb(lora(make, resized(make, base).to(here)))
+    restore_adapters(again, tmp_path)
+    assert (logits(again) - logits(model)).abs().max() <= 0.02 * logits(model).abs().max()
+    with pytest.raises(CheckpointError, match="another base"):
+        restore_adapters(lora(make, resized(make, base, seed=6).to(here)), tmp_path)
+
+
 def test_rows_for_the_base_are_refused_where_others_use_it_or_it_is_not_in_memory(make, base, tmp_path):
     adapted = lora(make, resized(make, base))
     adapted.save_pretrained(tmp_path / "other")

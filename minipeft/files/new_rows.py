@@ -23,6 +23,7 @@ from minipeft.files.resized_vocabulary import IN_LAYER, OPTION, ROWS, Table, bas
 from minipeft.injection.build import TableRows
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.wrapper import innermost
+from minipeft.kernels.functional import agree
 from minipeft.layers.offloaded import values_of
 
 # In PEFT's files the keys of a base table have these in them, if rows of it train or it has a trained copy.
@@ -202,9 +203,8 @@ def _differing_rows(model: nn.Module, known: Mapping[str, Table], found: Mapping
     """
     differing = {}
     for name, weight in values_of(model, {name: known[name].weight for name in found}).items():
-        here, table = weight.detach().cpu(), found[name]
-        narrow = min(table.dtype, here.dtype, key=lambda dtype: dtype.itemsize)
-        rows = (table.to(narrow) != here.to(narrow)).any(1).nonzero().flatten().tolist()
+        table = found[name]
+        rows = (~agree(table, weight.detach().cpu())).any(1).nonzero().flatten().tolist()
         if rows and 2 * len(rows) <= len(table):
             differing[name] = rows
     return differing

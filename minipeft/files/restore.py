@@ -19,7 +19,7 @@ from minipeft.files.reading import as_path, reading
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
-from minipeft.kernels.functional import is_divided
+from minipeft.kernels.functional import agree, is_divided
 from minipeft.python.interrupts import interrupts_deferred
 
 
@@ -103,7 +103,7 @@ def _values(model: SavableModel, name: str, directory: Path) -> dict[str, Tensor
         if tensor is own:
             continue
         trained = 0 if own is None else len(own)
-        if not torch.equal(values[key][trained:].to(tensor), tensor[trained:]):
+        if not agree(values[key][trained:].to(tensor.device), tensor[trained:]).all():
             raise CheckpointError(
                 f"{directory} was trained on another base: the rows that its vocabulary gained differ ({key}). Resize "
                 "it with the seed of that run."

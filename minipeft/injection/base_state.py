@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.wrapper import innermost
+from minipeft.kernels.functional import agree
 
 SAMPLES = 64  # elements of each buffer by which a change is noticed
 
@@ -114,6 +115,4 @@ def changed_buffers(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> 
 def _alike(old: Tensor, new: Tensor) -> bool:
     if old.shape != new.shape:
         return True  # a resized vocabulary, whose new rows a file does hold
-    narrow = min(old.dtype, new.dtype, key=lambda dtype: dtype.itemsize)
-    old, new = old.to(narrow), new.to(narrow)
-    return bool(((old == new) | ((old != old) & (new != new))).all())  # NaN is equal to NaN here
+    return bool(agree(old, new).all())

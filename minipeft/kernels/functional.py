@@ -108,6 +108,27 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
+def agree(one: Tensor, other: Tensor) -> Tensor:
+    """Where two tensors hold the same values, each rounded to its own dtype; NaN is equal to NaN.
+
+    Neither half precision holds the other's values, so between the two half a unit in the last place of each is allowed.
+    """
+    if {one.dtype, other.dtype} == {torch.float16, torch.bfloat16}:
+        a, b = one.float(), other.float()
+        same = (a == b) | ((a - b).abs() <= _half_unit(a, one.dtype) + _half_unit(b, other.dtype))
+    else:
+        narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        a, b = one.to(narrow), other.to(narrow)
+        same = a == b
+    return same | ((a != a) & (b != b))
+
+
+def _half_unit(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """At least half of what the last place of these values counts in a dtype."""
+    info = torch.finfo(dtype)
+    return values.abs().clamp(min=info.smallest_normal) * (info.eps / 2)
+
+
 def is_divided(tensor: Tensor) -> bool:
     """Whether each process has a part of this tensor (DTensor)."""
     return hasattr(tensor, "full_tensor")
