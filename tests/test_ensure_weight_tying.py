@@ -157,3 +157,17 @@ def test_dora_and_different_ranks_are_refused():
         with pytest.raises(minipeft.TargetError, match="ensure_weight_tying"):
             minipeft.get_lora_model(model, config)
         assert state_digest(model) == before
+
+
+@pytest.mark.parametrize(("target", "saved"), [("lm_head", "embed_tokens"), ("embed_tokens", "lm_head")])
+def test_of_tied_layers_one_is_not_adapted_and_the_other_trained_in_full(target, saved):
+    """The trained copy would be called in the place of the adapted layer. PEFT refuses an adapted head, too."""
+    options = {"r": 4, "target_modules": [Q, target], "modules_to_save": [saved], "ensure_weight_tying": True}
+    model, said = tied(), f"which modules_to_save trains in full, and target_modules adapts .*{target}"
+    before = state_digest(model)
+    with pytest.raises(minipeft.TargetError, match=said):
+        minipeft.get_lora_model(model, minipeft.LoraConfig(**options))
+    assert state_digest(model) == before
+    if target == "lm_head":
+        with foreign_code(), pytest.raises(TypeError, match="cannot be applied"):
+            peft.get_peft_model(tied(), peft.LoraConfig(**options))

@@ -201,7 +201,7 @@ def tied_to_embedding(model: nn.Module, config: AdapterConfig, found: dict[str, 
 def with_one_copy(found: dict[str, Candidate], saved: list[SavedSite], tied: list[str]) -> list[SavedSite]:
     """If a module to train in full is one of `tied`, a copy of the first of them, whose weight the others use.
 
-    PEFT does the same for modules named ``embed_tokens`` or ``lm_head``, and then leaves `target_modules` as they are.
+    PEFT does the same for modules named ``embed_tokens`` or ``lm_head``.
     """
     members = [site for site in saved if site.name in tied]
     if not members:
@@ -222,11 +222,17 @@ def with_one_adapter(
 ) -> list[AdapterSite]:
     """If a targeted layer is one of `tied`, one site on the first of them; `with_tied_sites` adds the others.
 
-    Raises TargetError if the options differ for the tied layers, or the embedding cannot be adapted.
+    Raises TargetError if the options differ for the tied layers, one of them trains in full, or the embedding cannot be
+    adapted.
     """
     members = [site for site in sites if site.name in tied]
-    if not members or any(site.name in tied for site in saved):
+    if not members:
         return sites
+    if any(site.name in tied for site in saved):
+        raise TargetError(
+            f"ensure_weight_tying: {shown(tied)} share one weight, which modules_to_save trains in full, and target_modules adapts "
+            f"{members[0].name}. Choose one of the two."
+        )
     name, configs = tied[0], config.for_modules(tied)
     for other in tied:
         if configs[other] != configs[name]:
