@@ -199,6 +199,26 @@ def test_what_is_unusual_is_said(tmp_path):
     assert run("inspect", tmp_path).exit_code == 0
 
 
+def test_what_a_file_says_cannot_steer_the_terminal(tmp_path):
+    odd, q = "\x1b[31m\a\n", {}
+    for name, shape in (("q.lora_A.weight", (2, 4)), ("q.lora_B.weight", (4, 2)), ("weight", (4, 2))):
+        q[f"base_model.model.{odd}.{name}"] = torch.ones(shape)
+    save_file(q, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"], "base_model_name_or_path": odd}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, odd: odd}))
+    to_vllm = ["--for", "vllm", "--drop", "modules_to_save"]
+    for words in (
+        ["inspect", tmp_path],
+        ["inspect", tmp_path, "--layers"],
+        ["diff", tmp_path, tmp_path],
+        ["convert", tmp_path, tmp_path / "out", *to_vllm],
+        ["check", tmp_path],
+    ):
+        said = run(*words).output
+        assert all(line.isprintable() for line in said.split("\n")), said
+        assert words[0] == "check" or r"\x1b[31m\x07\n" in said
+
+
 def test_many_layers_are_grouped_by_their_kind(tmp_path):
     tensors, prefix = {}, "base_model.model.model.layers"
     for layer in range(100):

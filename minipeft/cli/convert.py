@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minipeft.cli.output import print_json
+from minipeft.cli.output import print_json, say
 from minipeft.errors import ConfigError
 from minipeft.files.readers.names import Part, Reader
 
@@ -64,8 +64,8 @@ def _print(reader: Reader, out: Path, made: Made, json: bool) -> None:
         print_json({"files": sorted(made.files), "done": made.done, "dropped": made.dropped})
         return
     for sentence in [*made.done, *(f"Left out: {key}" for key in made.dropped)]:
-        typer.echo(sentence)
-    typer.echo(f"{reader.value} takes {out}: {', '.join(sorted(made.files))}")
+        say(sentence)
+    say(f"{reader.value} takes {out}: {', '.join(sorted(made.files))}")
 
 
 def _parts(text: str) -> list[Part]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minipeft.cli.output import print_json, print_table
+from minipeft.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from minipeft.files.readers.layers import Layer
@@ -39,14 +39,14 @@ def inspect(
     if found.unusual:
         typer.echo("\nunusual:")
         for sentence in found.unusual:
-            typer.echo(f"  {sentence}")
+            say(f"  {sentence}")
 
 
 def _print_head(found: Summary) -> None:
     config, weights = found.contents.config, found.contents.weights
     dtypes = sorted(set(weights.dtypes.values()))
     base = config.get("base_model_name_or_path") or "a base that is not named"
-    typer.echo(f"{config.get('peft_type') or weights.path.name} adapter for {base}")
+    say(f"{config.get('peft_type') or weights.path.name} adapter for {base}")
     typer.echo(f"{len(weights.shapes)} tensors, {len(found.layers)} layers, {', '.join(dtypes)}, {found.bytes:,} bytes")
     if found.options:
         typer.echo("\nconfiguration, where it differs from the defaults:")

@@ -7,6 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import typer
 
+from minipeft.errors import printable
+
+
+def say(text: str) -> None:
+    """Print a line. What a file says in it cannot steer the terminal: characters that do not show are escaped."""
+    typer.echo(printable(text, len(text)).replace("\n", "\\n"))
+
 
 def print_json(value: object) -> None:
     """Print a value as JSON, indented."""
@@ -26,4 +33,4 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
             text.rjust(width) if to_the_right else text.ljust(width)
             for text, width, to_the_right in zip(line, widths, right, strict=True)
         )
-        typer.echo("  ".join(padded).rstrip())
+        say("  ".join(padded).rstrip())
