@@ -163,7 +163,13 @@ INITS: dict[bool | str, Init] = {
     "olora": Init(olora, of_weight=True, one_matrix=True),
 }
 # PEFT's others, by what they start from.
-NOT_HERE = {"eva": "inputs", "corda": "inputs", "lora_ga": "gradients", "loftq": "quantization error", "mica": "tail"}
+NOT_HERE = {
+    "eva": "inputs",
+    "corda": "inputs",
+    "lora_ga": "gradients",
+    "loftq": "quantization error",
+    "mica": "smallest singular vectors",
+}
 # Of these, those that leave the base as it is: the file holds plain LoRA. LoRA-GA, CorDA and LoftQ change the base.
 PLAIN = {"eva", "mica"}
 
