@@ -143,7 +143,7 @@ class Write(Step):
             undo.original = original_of(weight, new, update, adapters, may_copy=self.undoable)
         self.layer.put_base(ops.write_weight(base, new, bias))
         if self.layer.base_layer is not base:
-            undo.original, undo.stand_in = None, sums_of(self.layer.base_layer)
+            undo.original, undo.stand_in = None, sums_of(self.layer.base_layer.train(base.training))
         self.mark()
 
     def take_back(self) -> None:
@@ -171,7 +171,7 @@ class Replace(Step):
         mark_as_loaded(replacement, base)
         dtype = next(replacement.parameters()).dtype
         self.output_error = output_error(self.layer, self.names, lambda x: replacement(x.to(dtype)))
-        self.layer.put_base(replacement)
+        self.layer.put_base(replacement.train(base.training))
         if self.undoable:
             self.undo.stand_in = sums_of(replacement)
         self.mark()
