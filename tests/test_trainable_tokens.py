@@ -263,6 +263,15 @@ def test_a_copy_keeps_the_tie(copied):
     assert torch.equal(logits(model), logits(gpt2()))
 
 
+def test_autocast_to_the_other_half_precision_changes_nothing_in_the_table():
+    """A CPU's autocast refuses to join tensors of that dtype."""
+    model = nn.ModuleDict({"table": nn.Embedding(100, 8)}).half()
+    model = disturb(get_adapter_model(model, TrainableTokensConfig(target_modules=["table"], token_indices=TOKENS)))
+    expected = model["table"](ids_with_tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model["table"](ids_with_tokens()), expected)
+
+
 def test_on_a_half_precision_base_the_rows_are_float32_and_the_output_is_not():
     model = get_adapter_model(gpt2().bfloat16(), TrainableTokensConfig(token_indices=TOKENS))
     assert rows_of(model).dtype is torch.float32

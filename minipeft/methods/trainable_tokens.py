@@ -173,7 +173,7 @@ class TrainableTokens(Adapter):
         last = len(change)
         place = torch.searchsorted(self.ascending, x.to(self.ascending.dtype)).clamp(max=last - 1)
         slot = torch.where(self.ascending[place] == x, self.order[place], last)
-        more = F.embedding(slot, torch.cat([change, change.new_zeros(1, change.shape[1])]), padding_idx=last)
+        more = F.embedding(slot, F.pad(change, (0, 0, 0, 1)), padding_idx=last)
         return y + ops.scaled(base, more)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
