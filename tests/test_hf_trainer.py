@@ -216,6 +216,25 @@ def test_a_checkpoint_without_optimizer_brings_the_values_back(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("scheduler.pt", "no optimizer, learning rate, as"), ("rng_state.pth", "no random numbers, as")]
+)
+def test_a_checkpoint_that_lost_a_part_of_its_training_state_says_what_starts_anew(name, said, checkpoint):
+    (checkpoint / name).unlink()
+    trainer = AdapterTrainer(adapted(), arguments(checkpoint.parent), train_dataset=DATA)
+    with pytest.warns(UserWarning, match=f"{said} .* start anew"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("callbacks", [None, [], {"minipeft": 5}])
+def test_a_state_of_another_form_is_refused(callbacks, checkpoint):
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"stateful_callbacks": callbacks}), "utf-8")
+    trainer = AdapterTrainer(adapted(), arguments(checkpoint.parent), train_dataset=DATA)
+    with pytest.raises(CheckpointError, match=r"trainer_state.json cannot be read"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_another_number_of_processes_is_said(checkpoint):
     path = checkpoint / "trainer_state.json"
     path.write_text(path.read_text("utf-8").replace('"processes": 1', '"processes": 2'), "utf-8")

@@ -21,7 +21,8 @@ from torch import nn
 from minipeft.errors import StateError
 
 TRAINER = "transformers.trainer"
-TRAINER_STATE, OPTIMIZER_FILE, SCHEDULE_FILE = "trainer_state.json", "optimizer.pt", "adapter_schedule.safetensors"
+TRAINER_STATE, OPTIMIZER_FILE, RATE_FILE = "trainer_state.json", "optimizer.pt", "scheduler.pt"
+SCHEDULE_FILE = "adapter_schedule.safetensors"
 logger = logging.getLogger("minipeft")
 
 
@@ -50,7 +51,7 @@ def begin_checkpoint(folder: Path) -> None:
     writes its own, perhaps before this. Only within Trainer's own method: a subclass may save the adapter once more after it.
     """
     if next(callers("_save_checkpoint", TRAINER), None) is not None:
-        for name in (TRAINER_STATE, OPTIMIZER_FILE, "scheduler.pt", "scaler.pt", SCHEDULE_FILE):
+        for name in (TRAINER_STATE, OPTIMIZER_FILE, RATE_FILE, "scaler.pt", SCHEDULE_FILE):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from minipeft.files.restore import adapters_in, restore_adapters
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import SavableModel, directory_of
 from minipeft.files.tensor_file import open_tensors
-from minipeft.files.trainer_guard import OPTIMIZER_FILE, SCHEDULE_FILE, TRAINER_STATE
+from minipeft.files.trainer_guard import OPTIMIZER_FILE, RATE_FILE, SCHEDULE_FILE, TRAINER_STATE
 from minipeft.injection import step_hooks
 
 RECORD = "minipeft"  # our place in trainer_state.json, among the states of callbacks
@@ -55,10 +55,10 @@ def resume(model: SavableModel, checkpoint: Path, processes: int) -> None:
     schedules = _read_schedules(model, checkpoint)
     restore_adapters(model, checkpoint)
     _load_schedules(model, schedules)
-    if not (checkpoint / OPTIMIZER_FILE).exists():
+    if lost := _lost(checkpoint):
         warn(
-            f"{checkpoint} holds no optimizer, as save_only_model=True leaves it: the adapters go on from their values, but the "
-            "optimizer, learning rate and random numbers start anew."
+            f"{checkpoint} holds no {', '.join(lost)}, as save_only_model=True leaves it: the adapters go on from their values, "
+            "but these start anew."
         )
     before = record.get("processes", processes)
     if before != processes:
@@ -66,6 +66,13 @@ def resume(model: SavableModel, checkpoint: Path, processes: int) -> None:
             f"{checkpoint} is of a run in {before} processes, and this one has {processes}: random numbers start anew, and "
             "examples are left out or repeated if an update has another number of them."
         )
+
+
+def _lost(checkpoint: Path) -> list[str]:
+    """What Trainer will not bring back; it reads the optimizer and the learning rate both or neither, and says nothing."""
+    both = all((checkpoint / name).exists() for name in (OPTIMIZER_FILE, RATE_FILE))
+    lost = [] if both else ["optimizer", "learning rate"]
+    return lost if any(checkpoint.glob("rng_state*")) else [*lost, "random numbers"]
 
 
 @all_or_nothing
@@ -107,7 +114,7 @@ def _record(checkpoint: Path) -> dict[str, Any]:
         )
     with reading(path):
         callbacks = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {}) if path.exists() else {}
-    record: dict[str, Any] = callbacks.get(RECORD, {}).get("attributes", {})
+        record: dict[str, Any] = callbacks.get(RECORD, {}).get("attributes", {})
     return record
 
 
