@@ -199,32 +199,68 @@ def test_a_load_makes_one_adapter_for_all_layers_that_look_alike(tmp_path, monke
         assert torch.equal(ours, theirs)
 
 
-class Counts(Adapter):
-    """Has more of its own than tensors, numbers and texts."""
-
+class Scaled(Adapter):
     def __init__(self, base, ops, config, shared):
         super().__init__(base, ops, config, shared)
         self.factor = nn.Parameter(torch.ones(ops.shape(base)[0], device=ops.read_weight(base).device))
-        self.seen = [0]
-        self.register_forward_pre_hook(lambda *_: None)
 
     def forward(self, base, ops, x, y):
-        self.seen[0] += 1
         return y * self.factor
 
     def merge(self, weight, bias):
         return weight * self.factor[:, None], bias * self.factor
 
 
-def test_an_adapter_with_more_than_tensors_is_made_for_each_layer(tmp_path):
-    base, x = small_layers(1), torch.ones(1, 4)
+class Counts(Scaled):
+    """Has more of its own than tensors, numbers and texts."""
+
+    def __init__(self, base, ops, config, shared):
+        super().__init__(base, ops, config, shared)
+        self.seen = [0]
+        self.register_forward_pre_hook(lambda *_: None)
+
+    def forward(self, base, ops, x, y):
+        self.seen[0] += 1
+        return super().forward(base, ops, x, y)
+
+
+@contextlib.contextmanager
+def saved_and_loaded(method, folder):
+    """A model with adapters of this method, and one with the same from its file; both may be used within the context."""
+    base = small_layers(1)
     with registry.isolated():
-        register_method("counts")(Counts)
-        model = get_adapter_model(copy.deepcopy(base), Counts.config_class(target_modules=PROJECTIONS))
-        model.save_pretrained(tmp_path)
-        loaded = load_adapter(base, tmp_path)
+        register_method("own")(method)
+        model = get_adapter_model(copy.deepcopy(base), method.config_class(target_modules=PROJECTIONS))
+        model.save_pretrained(folder)
+        yield model, load_adapter(base, folder)
+
+
+def test_an_adapter_with_more_than_tensors_is_made_for_each_layer(tmp_path):
+    x = torch.ones(1, 4)
+    with saved_and_loaded(Counts, tmp_path) as (model, loaded):
         torch.testing.assert_close(loaded(x), model(x))
         assert [layer.adapter("default").seen for _, layer in adapted_layers(loaded)] == [[1]] * 7
+
+
+class Shared(Scaled):
+    """One object for tied layers."""
+
+    def for_tied(self, base, ops):
+        return self
+
+
+def test_an_adapter_that_is_itself_on_a_tied_layer_comes_back(tmp_path):
+    base, x = small_layers(1), torch.ones(1, 4)
+    base[0].down_proj.weight = base[0].q_proj.weight
+    with registry.isolated():
+        register_method("shared")(Shared)
+        model = get_adapter_model(copy.deepcopy(base), Shared.config_class(target_modules=["q_proj", "down_proj"]))
+        with torch.no_grad():
+            model[0].q_proj.adapter("default").factor.mul_(3)
+        model.save_pretrained(tmp_path)
+        loaded = load_adapter(base, tmp_path)
+        assert loaded[0].q_proj.adapter("default") is loaded[0].down_proj.adapter("default")
+        torch.testing.assert_close(loaded(x), model(x))
 
 
 @pytest.mark.parametrize("container", [lambda value: value, lambda value: [value], lambda value: {"sums": value}])
@@ -251,12 +287,8 @@ def test_what_an_adapter_keeps_of_its_layer_is_there_after_a_load(container, tmp
         def merge(self, weight, bias):
             return weight, bias + self.shift().to(bias.dtype)
 
-    base, x = small_layers(1), torch.ones(1, 4)
-    with registry.isolated():
-        register_method("keeper")(Keeper)
-        model = get_adapter_model(copy.deepcopy(base), Keeper.config_class(target_modules=PROJECTIONS))
-        model.save_pretrained(tmp_path)
-        loaded = load_adapter(base, tmp_path)
+    x = torch.ones(1, 4)
+    with saved_and_loaded(Keeper, tmp_path) as (model, loaded):
         torch.testing.assert_close(loaded(x), model(x))
         torch.testing.assert_close(loaded.merge_and_unload()(x), model(x))
 

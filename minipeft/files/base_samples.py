@@ -185,7 +185,7 @@ def planned_frozen_weights(
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """What `frozen_weights` will return once a plan is carried out in a model with these `candidates`.
 
-    None if nobody asks: of the names that a file has samples of, all are adapted layers, and no weight was drawn at random.
+    Nothing if nobody asks: all samples of a file, named in `sampled`, are of adapted layers, and no weight was drawn at random.
     """
     asked = plan.origins.fresh or set(sampled).difference(site.name for site in plan.adapters)
     if plan.origins.all_known or not asked:

@@ -147,8 +147,6 @@ def _check_room(path: str, adapter: Adapter, max_rank: int) -> None:
     """Raises a `StateError` if an adapter cannot change its shape now, a `ConfigError` if never to this rank."""
     check_values_here(path, adapter)
     for name, parameter in adapter.named_parameters():
-        if type(parameter) is not nn.Parameter:
-            raise StateError(f"{path}: {name} is sharded over processes, and cannot change its shape.")
         if parameter.grad is not None:
             raise StateError(f"{path}: {name} has a gradient, which fits its present rank. Prepare before training.")
     try:

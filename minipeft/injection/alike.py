@@ -16,11 +16,11 @@ Look = tuple[object, ...]
 M = TypeVar("M", bound=nn.Module)
 
 
-def on_meta(layer: nn.Module, known: dict[Look, nn.Module]) -> nn.Module:
+def stand_in(layer: nn.Module, known: dict[Look, nn.Module]) -> nn.Module:
     """A stand-in for a layer, with parameters that have a shape only: the same one for all layers that look alike."""
     look = _look(layer)
     if look not in known:
-        known[look] = _stand_in(layer)
+        known[look] = _without_values(layer)
     return known[look]
 
 
@@ -37,16 +37,16 @@ def _look(layer: nn.Module) -> Look:
     return tuple(seen)
 
 
-def _stand_in(layer: nn.Module) -> nn.Module:
+def _without_values(layer: nn.Module) -> nn.Module:
     # Made anew: a quantized weight, a subclass of Tensor, may not be able to move to the meta device.
     parameters = {
         name: None if own is None else nn.Parameter(torch.empty(own.shape, dtype=own.dtype, device="meta"), False)
         for name, own in layer._parameters.items()
     }
-    stand_in: nn.Module = object.__new__(type(layer))
-    vars(stand_in).update(vars(layer), _parameters=parameters)
-    vars(stand_in).pop(HOOK, None)
-    return stand_in
+    other: nn.Module = object.__new__(type(layer))
+    vars(other).update(vars(layer), _parameters=parameters)
+    vars(other).pop(HOOK, None)
+    return other
 
 
 def is_simple(module: nn.Module) -> bool:

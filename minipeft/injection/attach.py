@@ -41,8 +41,9 @@ def attach(
     first = STATE not in model.__dict__
     state = AdapterState() if first else state_of(model)
     before, prepares = plan.outside, bool(plan.prepared)
-    others, flags = (state, state.switch), first or prepares
-    with unchanged_on_error(model, *others, outside=before, inside_layers=prepares, flags=flags):
+    with unchanged_on_error(
+        model, state, state.switch, outside=before, inside_layers=prepares, flags=first or prepares
+    ):
         if first:
             state.trained_before = _trained(before)
             _mix(model, mixin)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from minipeft.config.options import flag
 from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, parameters_in
 from minipeft.errors import TargetError, told_error
-from minipeft.injection.alike import Look, is_simple
-from minipeft.injection.alike import on_meta as as_seen
+from minipeft.injection.alike import Look, is_simple, stand_in
 from minipeft.injection.modules_to_save import copy_tensors, trained_copy
 from minipeft.injection.plan import Plan
 from minipeft.injection.sites import AdapterSite, SavedSite
@@ -44,12 +43,14 @@ class Parts:
     def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
         """Key in a file -> the live tensor."""
         sites: list[AdapterSite | SavedSite] = [*plan.adapters, *plan.saved]
-        pairs = list(zip(sites, (*self.adapters, *self.copies), strict=True))
-        kinds = {id(part): (site, part) for site, part in pairs}  # on the meta device one may be for many sites
-        held = {kind: _held(*pair) for kind, pair in kinds.items()}
-        starts = [(start_of(site), held[id(part)]) for site, part in pairs]
-        own = {start + key: tensor for start, tensors in starts for key, tensor in tensors.items()}
-        return own | shared_tensors(kind[1] for kind in kinds.values() if isinstance(kind[1], Adapter))
+        held, own = dict[tuple[int, str | None], dict[str, Tensor]](), dict[str, Tensor]()
+        for site, part in zip(sites, (*self.adapters, *self.copies), strict=True):
+            kind = id(part), site.tied_to  # on the meta device one adapter may be for many sites
+            if kind not in held:
+                held[kind] = _held(site, part)
+            start = start_of(site)
+            own.update({start + key: tensor for key, tensor in held[kind].items()})
+        return own | shared_tensors(dict.fromkeys(self.adapters))
 
 
 def own_tensors(site: AdapterSite | SavedSite, part: nn.Module) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ def build(
     """
     flag("autocast_adapter_dtype", autocast_adapter_dtype)
     looks: dict[Look, nn.Module] = {}
-    bases = [as_seen(site.candidate.base, looks) if on_meta else site.candidate.base for site in plan.adapters]
+    bases = [stand_in(site.candidate.base, looks) if on_meta else site.candidate.base for site in plan.adapters]
     shared: dict[type[Adapter], object | None] = {}
     for cls in dict.fromkeys(site.adapter_class for site in plan.adapters):
         members = [(base, s.ops) for base, s in zip(bases, plan.adapters, strict=True) if s.adapter_class is cls]

@@ -47,7 +47,7 @@ def build_from(plan: Plan, shapes: Parts, tensors: Mapping[str, Tensor], values:
 
 
 def _device(site: AdapterSite) -> torch.device | None:
-    """The device of a layer's adapter; None if the adapter is made in the usual way, since its layer does not say more."""
+    """The device that a layer's adapter is for; None if its layer does not tell, or the adapter belongs to another one."""
     base = site.candidate.base
     if site.tied_to is not None or site.ops.is_quantized:
         return None
