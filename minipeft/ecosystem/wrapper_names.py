@@ -87,9 +87,10 @@ def named_modules(
     stack = [("", module)]
     while stack:
         name, current = stack.pop()
-        if remove_duplicate and id(current) in seen:
-            continue
-        seen.add(id(current))
+        if remove_duplicate:
+            if (number := id(current)) in seen:
+                continue
+            seen.add(number)
         yield name, current
         if current._modules:  # most have none
             stack += [(child_name, child) for child_name, _, child in reversed(children(current, name))]
@@ -112,7 +113,10 @@ def named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Ite
     seen: set[int] = set()
     for name, owner in named_modules(module, remove_duplicate=remove_duplicate):
         for attribute, parameter in owner._parameters.items():
-            if parameter is None or (remove_duplicate and id(parameter) in seen):
+            if parameter is None:
                 continue
-            seen.add(id(parameter))
-            yield f"{name}.{attribute}".lstrip("."), parameter
+            if remove_duplicate:
+                if (number := id(parameter)) in seen:
+                    continue
+                seen.add(number)
+            yield f"{name}.{attribute}" if name else attribute, parameter

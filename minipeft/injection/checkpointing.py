@@ -32,7 +32,7 @@ FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in eac
 def let_checkpoints_train(outside: Iterable[tuple[str, nn.Module]], switch: Switch) -> None:
     """Change the checkpointing functions of a model's modules, which are its `outside_adapters`, and have this switch."""
     for _, module in outside:
-        function = vars(module).get(FUNCTION)
+        function = module.__dict__.get(FUNCTION)
         if isinstance(function, functools.partial) and function.func is not _checkpoint:
             setattr(module, FUNCTION, functools.partial(_checkpoint, function, switch))
 
@@ -40,7 +40,7 @@ def let_checkpoints_train(outside: Iterable[tuple[str, nn.Module]], switch: Swit
 def leave_checkpoints_alone(outside: Iterable[tuple[str, nn.Module]]) -> None:
     """Undo `let_checkpoints_train`."""
     for _, module in outside:
-        function = vars(module).get(FUNCTION)
+        function = module.__dict__.get(FUNCTION)
         if isinstance(function, functools.partial) and function.func is _checkpoint:
             setattr(module, FUNCTION, function.args[0])
 

@@ -145,7 +145,7 @@ class TensorIndex:
                     entry = module, name, parameter_name, parameter
                     self._by_storage.setdefault(_storage(parameter), []).append(entry)
         # Whether two parameters lie in the same memory, as in few models.
-        self.is_shared = any(len(entries) > 1 for entries in self._by_storage.values())
+        self.is_shared = sum(map(len, self._by_storage.values())) > len(self._by_storage)
 
     def owners(self, tensor: Tensor) -> list[tuple[str, nn.Module]]:
         """(parameter name, module) of every parameter that is `tensor` or occupies exactly the same memory."""

@@ -37,16 +37,15 @@ def unchanged_on_error(
     """
     modules = [module for _, module in (outside_adapters(model) if outside is None else outside)]
     flagged = modules if flags else ()
-    tensors = [
-        t for module in flagged for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
-    ]
+    tables = [table for module in flagged for table in (module._parameters, module._buffers) if table]  # most are empty
+    tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
     adapted = [module for module in modules if isinstance(module, AdaptedLayer)]
     # Of adapters only their dictionary changes, never what is in one.
-    tables = [layer.parts for layer in adapted]
+    parts = [layer.parts for layer in adapted]
     if not inside_layers:
         inner = {id(layer.base_layer) for layer in adapted} - set(map(id, adapted))
         modules = [module for module in modules if id(module) not in inner]
-    return _put_back_on_error([*modules, *others], tensors, tables)
+    return _put_back_on_error([*modules, *others], tensors, parts)
 
 
 def flags_unchanged_on_error(tensors: Iterable[Tensor], *others: object) -> AbstractContextManager[None]:

@@ -93,7 +93,7 @@ def largest(tensor: Tensor) -> float:
 
 def is_column_major(weight: Tensor) -> bool:
     """Whether a canonical weight is the transposed view of a contiguous array."""
-    return weight.ndim == 2 and weight.stride(0) < weight.stride(1)
+    return weight.ndim == 2 and not weight.is_contiguous() and weight.stride(0) < weight.stride(1)
 
 
 def accumulation_dtype(weight: Tensor) -> torch.dtype:

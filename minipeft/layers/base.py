@@ -159,7 +159,9 @@ def layer_ops(base: nn.Module) -> LayerOps | None:
 def has_own_forward(ops: LayerOps, base: nn.Module) -> bool:
     """Whether the layer's class has another ``forward`` than the type that these ops are registered for."""
     own: Any = type(base)
-    registered: Any = next((kind for kind, known in registry.layer_candidates(own) if known == ops), own)
+    registered: Any = next(
+        (kind for kind, known in registry.layer_candidates(own) if known is ops or known == ops), own
+    )
     return own.forward is not registered.forward
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -68,18 +69,19 @@ def plan_step(
     base, ops = layer.base_layer, layer.ops
     if not ops.can_merge:
         raise MergeError(f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}.")
-    if any(offloads(holder.owner) for holder in (layer, *tied)):
+    holders = [(holder, holder.owner) for holder in (layer, *tied)]
+    if any(offloads(owner) for _, owner in holders):
         raise MergeError(
             f"{path}: accelerate offloads its weight, so a merged one would be lost at the next call. Load the model "
             "without offloading to merge, or keep the adapter unmerged."
         )
     written = [] if ops.is_quantized else _written(layer, names, index)
     dtype = written[0].dtype if written else _dtype_of_replacement(path, layer, model, options.dequantize)
-    for holder in (layer, *tied):
-        check_stored(path, holder, written if holder is layer else written[:1])
+    for holder, owner in holders:
+        check_stored(path, holder, owner, written if holder is layer else written[:1])
         check_order(path, holder, names, permanent=not options.undoable)
         check_by_trial(path, holder, names)
-    owners = [layer.owner, *(other.owner for other in tied)]
+    owners = [owner for _, owner in holders]
     shared = shared_parameters(path, owners, written, index, options.untie)  # none of a quantized layer
     common = (model, path, layer, names, tied, shared, dtype, options.undoable, options.reported)
     if ops.is_quantized:
@@ -87,7 +89,7 @@ def plan_step(
     if options.undoable:
         return Write(*common)
     factors = _proved_finite(layer, names, written[0])
-    if factors is not None and _holds(layer.owner, written[0]):
+    if factors is not None and _holds(owners[0], written[0]):
         return AddInPlace(*common, factors)
     step = Write(*common)
     step.merged()  # raises now what `apply` would raise, since what that writes could not be taken back
@@ -120,11 +122,16 @@ def _written(layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex) ->
     return [weight, bias]
 
 
+@functools.lru_cache(1024)  # asked of every layer, and it takes a twentieth of a merge to find out
+def _merges_itself(cls: type[Adapter]) -> bool:
+    return cls.overrides("merge", "merge_after")
+
+
 def writes_bias(adapters: Iterable[Adapter], bias: Tensor) -> bool:
     """Whether merging these adapters may change a bias."""
     merged: Tensor | None = bias
     for adapter in adapters:
-        if adapter.overrides("merge", "merge_after"):
+        if _merges_itself(type(adapter)):
             return True  # what they make of it takes the merge to tell
         merged = adapter.merge_bias(merged)
     return merged is not bias and not torch.equal(merged, bias)  # type: ignore[arg-type]
@@ -159,8 +166,8 @@ def _fits(factor: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
 
 def _holds(owner: nn.Module, weight: Tensor) -> bool:
     """Whether the canonical weight is a view of the layer's own parameter, so that adding to it changes the layer."""
-    return any(
-        own.data_ptr() == weight.data_ptr() and own.numel() == weight.numel() and own.dtype == weight.dtype
-        for own in owner._parameters.values()
-        if own is not None
-    )
+    address, size = weight.data_ptr(), weight.numel()
+    for own in owner._parameters.values():
+        if own is not None and own.data_ptr() == address and own.numel() == size and own.dtype == weight.dtype:
+            return True
+    return False

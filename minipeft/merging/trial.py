@@ -22,9 +22,9 @@ TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def check_stored(path: str, layer: AdaptedLayer, written: list[Tensor]) -> None:
+def check_stored(path: str, layer: AdaptedLayer, owner: nn.Module, written: list[Tensor]) -> None:
     """Raise MergeError if the weight, or a bias in `written`, is computed or was replaced since: what a merge writes would be lost."""
-    ops, owner = layer.ops, layer.owner
+    ops = layer.ops
     if isinstance(ops, UncalledOps):
         accepted = type(owner._parameters.get(ops.parameter)) is nn.Parameter
     else:
