@@ -48,7 +48,8 @@ def as_lora(model: nn.Module, config: AdapterConfig, adapter_name: str) -> tuple
                 "LoRA. Save it as it is."
             )
         key = f"{path}.lora_embedding_{{}}" if layer.ops.is_embedding else f"{path}.lora_{{}}.weight"
-        pairs[key] = *factors, layer.ops.factor_shapes(layer.base_layer, 1)
+        up, down = factors
+        pairs[key] = up / layer.ops.update_count, down, layer.ops.factor_shapes(layer.base_layer, 1)
     tensors = {
         f"{PREFIX}{path}.{key}": tensor
         for path, wrapper in wrappers(model)

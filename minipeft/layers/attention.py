@@ -17,15 +17,15 @@ from minipeft.registry.registry import register_layer
 class MultiheadAttentionOps(UncalledOps):
     """W is ``in_proj_weight``, (3 * embed_dim, embed_dim), for query, key and value together, as in PEFT.
 
-    ``out_proj`` is adapted with it. Files are PEFT's too, but PEFT (0.21.2) adds the update of ``out_proj`` twice, and
-    this library once.
+    ``out_proj`` is adapted with it. PEFT (up to 0.21.2) adds the update of ``out_proj`` twice, so this is what its files
+    mean: here, too, that update is ``2 * lora_alpha / r * B A``.
 
     An instance with its own `kdim` or `vdim` has no joint weight and is refused; ``target_parameters=
     ["attn.q_proj_weight", "attn.k_proj_weight", "attn.v_proj_weight"]`` adapts it. So is a subclass with its own
     ``forward``, which may call what this class only reads.
     """
 
-    children: ClassVar[Mapping[str, UncalledOps]] = {"out_proj": UncalledOps("weight")}
+    children: ClassVar[Mapping[str, UncalledOps]] = {"out_proj": UncalledOps("weight", update_count=2)}
 
     def __init__(self) -> None:
         super().__init__("in_proj_weight")

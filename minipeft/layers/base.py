@@ -54,6 +54,7 @@ class LayerOps(ABC):
     can_merge: ClassVar[bool] = True
     in_all_linear: ClassVar[bool] = False  # target_modules="all-linear" includes it
     fan_in_fan_out: ClassVar[bool] = False  # it stores (in, out); only PEFT's file format asks
+    update_count: int = 1  # how often PEFT adds LoRA's update to such a weight, which is what files mean
 
     def accepts(self, base: Any) -> bool:
         """Whether these ops fit this instance; a subclass that computes its weight, for example, should be refused."""

@@ -24,8 +24,8 @@ class UncalledOps(LayerOps):
 
     children: ClassVar[Mapping[str, UncalledOps]] = {}  # child modules that are read and adapted with it, by name
 
-    def __init__(self, parameter: str) -> None:
-        self.parameter = parameter
+    def __init__(self, parameter: str, update_count: int = 1) -> None:
+        self.parameter, self.update_count = parameter, update_count
 
     def accepts(self, base: Any) -> bool:
         weight = getattr(base, self.parameter, None)

@@ -65,7 +65,7 @@ class Lora(InputDropout):
         vars(self).update(  # torch takes a hundred times as long to assign an attribute of a module
             is_embedding=ops.is_embedding,
             num_experts=shape_A[0] // config.r,
-            _scaling=config.scaling,
+            _scaling=ops.update_count * config.scaling,
             rank=config.r,
             trains_bias=False,
             **dict.fromkeys(OPTIONAL),

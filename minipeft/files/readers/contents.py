@@ -125,7 +125,10 @@ class Contents:
         # Bare parameters are found by another option.
         names = [] if self.config.get("target_parameters") else list(self.layers)
         chosen = self.selected("target_modules", names) - self.selected("exclude_modules", names)
-        return [name for name in names if name not in chosen]
+        # nn.MultiheadAttention is adapted with its `out_proj`, which no option names.
+        return [
+            name for name in names if name not in chosen and name.removesuffix(".base_layer.out_proj") not in chosen
+        ]
 
     def selected(self, option: str, names: list[str]) -> set[str]:
         """The names that an option selects: a regular expression, or a list of suffixes."""
