@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from minipeft.ecosystem.wrapper_names import modules_in, parameters_in
+from minipeft.ecosystem.wrapper_names import modules_in
 from minipeft.errors import UNCHANGED, StateError
 from minipeft.injection.adapted_value import AdaptedValue, adapted_value
 from minipeft.injection.layer_by_row import run_by_row
@@ -220,9 +220,6 @@ class AdaptedLayer(Wrapper):
         self.merged = tuple(new if name == old else name for name in self.merged)
         if old in self.tied_adapters:
             self.tied_adapters = (self.tied_adapters - {old}) | {new}
-
-    def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        return parameters_in(self.adapter(adapter_name)) if self.owns(adapter_name) else iter(())
 
     def places(self, adapter_name: str) -> list[Place]:
         if not self.owns(adapter_name):

@@ -24,13 +24,12 @@ from minipeft.injection.state import (
     STATE,
     AdapterState,
     check_not_running,
-    parameters_at,
     places_that_train,
     put_to_rest,
     state_of,
 )
 from minipeft.injection.without_gradient import watch_gradients
-from minipeft.injection.wrapper import Wrapper, replace_key
+from minipeft.injection.wrapper import Wrapper, parameters_at, replace_key
 from minipeft.python.class_swap import mixed_class, original_class
 
 

@@ -13,7 +13,8 @@ from minipeft.errors import ConfigError, StateError, all_or_nothing
 from minipeft.injection.attach import train_also
 from minipeft.injection.rows import BASE, numbers, taken
 from minipeft.injection.rows_of_call import names_of_rows, rows_acting, rows_of_call
-from minipeft.injection.state import WithAdapters, names_given, parameters_at
+from minipeft.injection.state import WithAdapters, names_given
+from minipeft.injection.wrapper import parameters_at
 
 
 class Generate:

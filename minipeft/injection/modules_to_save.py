@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from minipeft.ecosystem.wrapper_names import unwrapped_name
+from minipeft.ecosystem.wrapper_names import modules_in, unwrapped_name
 from minipeft.errors import UNCHANGED, StateError
 from minipeft.injection.adapted_value import adapted_value
 from minipeft.injection.rows import Rows, as_mask, only, rows_now, taken
-from minipeft.injection.wrapper import OF_ACCELERATE, Switch, Wrapper
+from minipeft.injection.wrapper import OF_ACCELERATE, Place, Switch, Wrapper
 from minipeft.layers.offloaded import all_present, without_offloading
 
 
@@ -107,8 +106,13 @@ class SavedModule(Wrapper):
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         return copy_tensors(self.adapters[adapter_name], self.only) if adapter_name in self.adapters else {}
 
-    def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        return (tensor for tensor in self.file_tensors(adapter_name).values() if isinstance(tensor, nn.Parameter))
+    def places(self, adapter_name: str) -> list[Place]:
+        if (part := self.parts.get(adapter_name)) is None:
+            return []
+        saved = set(map(id, copy_tensors(part, self.only).values()))
+        return [
+            (module, name) for module in modules_in(part) for name, p in module._parameters.items() if id(p) in saved
+        ]
 
 
 def trained_copy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -112,14 +112,6 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
             f"there is an adapter {name!r} already; delete_adapter({name!r}) first, or choose another name. To give it the "
             "values of a file, call hotswap_adapter()."
         )
-
-
-def parameters_at(places: Iterable[Place]) -> Iterator[nn.Parameter]:
-    """The parameters that are there now."""
-    for module, name in places:
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            yield parameter
 
 
 def places_that_train(places: Iterable[Place]) -> set[Place]:

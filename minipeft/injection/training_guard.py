@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minipeft.errors import StateError, shown, warn
-from minipeft.injection.module_tree import adapted_layers, wrappers
+from minipeft.injection.module_tree import adapted_layers
 from minipeft.injection.state import STATE, AdapterState, state_of
+from minipeft.injection.wrapper import parameters_at
 from minipeft.kernels.functional import tensors_in
 
 
@@ -55,7 +56,7 @@ def check_training(model: nn.Module, optimizer: Optimizer) -> None:
         raise StateError(message(names))
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name in dict.fromkeys((*state.switch.active, *state.switch.also_trained)):
-        own = [p for _, wrapper in wrappers(model) for p in wrapper.trainable_parameters(name) if p.requires_grad]
+        own = [parameter for parameter in parameters_at(state.places[name]) if parameter.requires_grad]
         if own and held.isdisjoint(map(id, own)):
             raise StateError(
                 f"the optimizer has none of the {len(own)} parameters that adapter {name!r} trains. Make it after adapting "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.ecosystem.wrapper_names import modules_in
 from minipeft.errors import UNCHANGED, StateError
 from minipeft.injection.adapted_value import AdaptedValue
 from minipeft.injection.rows import Rows, rows_now
@@ -129,17 +128,13 @@ class Wrapper(nn.Module):
         """The modules in `adapters` by name, without what a ModuleDict does at each look-up."""
         return self._modules["adapters"]._modules  # type: ignore[union-attr,return-value]
 
+    def places(self, adapter_name: str) -> list[Place]:
+        """Where the parameters are that training this adapter changes."""
+        raise NotImplementedError
+
     def trainable_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """The parameters that training this adapter changes."""
-        if adapter_name in self.adapters:
-            yield from self.adapters[adapter_name].parameters()
-
-    def places(self, adapter_name: str) -> list[Place]:
-        """Where the `trainable_parameters` of this adapter are."""
-        if (part := self.parts.get(adapter_name)) is None:
-            return []
-        own = set(map(id, self.trainable_parameters(adapter_name)))
-        return [(module, name) for module in modules_in(part) for name, p in module._parameters.items() if id(p) in own]
+        return parameters_at(self.places(adapter_name))
 
     def mixed_rows(self) -> Rows | None:
         """The rows of the batch that runs now, if they use different adapters of this module."""
@@ -209,6 +204,14 @@ def innermost(module: nn.Module) -> nn.Module:
     while isinstance(module, Wrapper):
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
+
+
+def parameters_at(places: Iterable[Place]) -> Iterator[nn.Parameter]:
+    """The parameters that are there now."""
+    for module, name in places:
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            yield parameter
 
 
 def replace_key(table: dict[str, Any], old: str, new: str) -> None:

@@ -24,7 +24,7 @@ from minipeft.errors import ConfigError, StateError, shown
 from minipeft.files.restore import restore_adapter
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel
-from minipeft.injection.module_tree import wrappers
+from minipeft.injection.module_tree import wrappers_of
 from minipeft.integrations.peft_tensors import Holder, trained_in_full
 from minipeft.kernels.frozen_linear import can_fuse
 from minipeft.kernels.lora_linear import lora_linear
@@ -101,10 +101,8 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
         source = next((name for name, known in model.adapter_configs.items() if known is own), None)
         # As when the source was read from a file, its patterns need not all match.
         model._add(adapter_name, own, autocast_adapter_dtype=autocast_adapter_dtype, every_pattern=source is None)
-        for _, wrapper in wrappers(model):
-            for parameter in wrapper.trainable_parameters(adapter_name):
-                parameter.requires_grad_(False)
-            if source is not None and source in wrapper.adapters:
+        if source is not None:
+            for _, wrapper in wrappers_of(model, source):
                 wrapper.adapters[adapter_name].load_state_dict(wrapper.adapters[source].state_dict())
 
     def load_adapter(
