@@ -29,7 +29,7 @@ from minipeft.injection.many_adapters import ManyAdapters
 from minipeft.injection.module_tree import adapted_places
 from minipeft.injection.other_names import OtherNames
 from minipeft.injection.own_methods import OwnMethods
-from minipeft.injection.plan import Plan, check_loaded
+from minipeft.injection.plan import check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.starting import await_values, stop_waiting
 from minipeft.injection.state import active_without, check_name, names_given
@@ -63,11 +63,7 @@ def get_adapter_model(
             f"{type(model).__name__} is adapted already ({shown(model.adapter_configs)}); use model.add_adapter(name, config)."
         )
     check_name(adapter_name, ())
-    with no_collection(), torch.inference_mode(False):  # inference tensors could never train
-        plan = _plan(model, config)
-        parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
-        attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
-        await_values(model, adapter_name, parts)
+    _adapt(model, config, adapter_name, autocast_adapter_dtype)
     return cast(AdaptedModel, model)
 
 
@@ -119,7 +115,7 @@ def load_adapter(
     )
     adapted = model if isinstance(model, AdaptedModel) else None
     unmerged = contextlib.nullcontext() if adapted is None else adapted._unmerged()
-    with unmerged, no_collection(), torch.inference_mode(False):  # as in `get_adapter_model`
+    with unmerged, no_collection(), torch.inference_mode(False):  # as in `_adapt`
         plan, parts = load_parts(
             model, path, strict=strict, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
         )
@@ -132,12 +128,17 @@ def load_adapter(
     return cast(AdaptedModel, model)
 
 
-def _plan(model: nn.Module, config: object, *, every_pattern: bool = True) -> Plan:
-    own = checked_config(config)
-    _check_adaptable(model)
-    plan = plan_injection(model, own, every_pattern=every_pattern)
-    check_loaded(model, plan, may_be_empty=True)
-    return plan
+def _adapt(
+    model: nn.Module, config: object, adapter_name: str, autocast_adapter_dtype: bool, *, every_pattern: bool = True
+) -> None:
+    with no_collection(), torch.inference_mode(False):  # inference tensors could never train
+        own = checked_config(config)
+        _check_adaptable(model)
+        plan = plan_injection(model, own, every_pattern=every_pattern)
+        check_loaded(model, plan, may_be_empty=True)
+        parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
+        attach(model, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
+        await_values(model, adapter_name, parts)
 
 
 def _check_adaptable(model: object) -> None:
@@ -218,15 +219,11 @@ class AdaptedModel(
 
     @all_or_nothing
     def _add(
-        self, adapter_name: str, config: object, autocast_adapter_dtype: bool = True, *, every_pattern: bool = True
+        self, adapter_name: str, config: object, autocast_adapter_dtype: bool, *, every_pattern: bool = True
     ) -> None:
         check_name(adapter_name, self.adapter_configs)
-        # An adapter starts from the base, not from other adapters; the rest is as in `get_adapter_model`.
-        with self._unmerged(), no_collection(), torch.inference_mode(False):
-            plan = _plan(self, config, every_pattern=every_pattern)
-            parts = build(plan, autocast_adapter_dtype=autocast_adapter_dtype)
-            attach(self, AdaptedModel, plan, parts, adapter_name, trainable=not plan.config.inference_mode)
-            await_values(self, adapter_name, parts)
+        with self._unmerged():  # an adapter starts from the base, not from other adapters
+            _adapt(self, config, adapter_name, autocast_adapter_dtype, every_pattern=every_pattern)
 
     def load_adapter(
         self,
