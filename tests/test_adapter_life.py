@@ -144,7 +144,7 @@ def test_a_wrong_name_changes_nothing(old, new, error, said):
 
 @pytest.mark.parametrize("last", range(4))
 def test_ctrl_c_while_renaming_leaves_every_name_as_it_was(last, monkeypatch):
-    from minipeft.injection import attach, wrapper
+    from minipeft.injection import state, wrapper
 
     model, calls = three(), []
     expected, before, real = logits(model), everything_said(model), wrapper.replace_key
@@ -156,7 +156,7 @@ def test_ctrl_c_while_renaming_leaves_every_name_as_it_was(last, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(attach, "replace_key", failing)
+        patch.setattr(state, "replace_key", failing)
         patch.setattr(wrapper, "replace_key", failing)
         with pytest.raises(KeyboardInterrupt):
             model.rename_adapter("a", "zebra")

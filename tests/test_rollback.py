@@ -81,7 +81,7 @@ VERBS = {
 # Functions that the verbs call on the way, by the module that calls them.
 STEPS = [
     "apply",
-    "wrappers",
+    "wrappers_of",
     "buffer_samples",
     "hold_still",
     "let_checkpoints_train",

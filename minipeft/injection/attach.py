@@ -15,7 +15,7 @@ from minipeft.injection.base_state import base_modules, buffer_samples, hold_sti
 from minipeft.injection.build import Parts
 from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkpoints_train
 from minipeft.injection.fresh_parts import ORIGINS
-from minipeft.injection.module_tree import outside_adapters, wrappers
+from minipeft.injection.module_tree import outside_adapters, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
@@ -29,7 +29,7 @@ from minipeft.injection.state import (
     state_of,
 )
 from minipeft.injection.without_gradient import watch_gradients
-from minipeft.injection.wrapper import Wrapper, parameters_at, replace_key
+from minipeft.injection.wrapper import Wrapper, parameters_at
 from minipeft.python.class_swap import mixed_class, original_class
 
 
@@ -172,35 +172,17 @@ def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ..
         _wake(state, active, also, frozen)
         for name in adapter_names:
             discard(model, name)
-            del state.configs[name], state.places[name], state.resting[name]
-            for known in (state.kept, state.idle, state.samples):
-                known.pop(name, None)
-            for names in (switch.trainable, state.unwatched, state.unstarted):
-                names.discard(name)
+            state.forget(name)
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:
     """Give an adapter another name, in the same place among the others; merged or not, it acts as before."""
     state = state_of(model)
-
-    def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(new if name == old else name for name in names)
-
     check_not_running(state, old)
-    switch = state.switch
-    with unchanged_on_error(model, state, switch):
-        switch.also_trained, switch.frozen = renamed(switch.also_trained), renamed(switch.frozen)
-        switch.active, switch.merged = renamed(switch.active), renamed(switch.merged)
-        state.set_aside = renamed(state.set_aside)
-        for table in (state.configs, state.places, state.resting, state.idle, state.kept, state.samples):
-            replace_key(table, old, new)
-        for names in (switch.trainable, state.unwatched, state.unstarted):
-            if old in names:
-                names.remove(old)
-                names.add(new)
-        for _, wrapper in wrappers(model):
-            if old in wrapper.adapters:
-                wrapper.rename(old, new)
+    with unchanged_on_error(model, state, state.switch):
+        state.rename(old, new)
+        for _, wrapper in wrappers_of(model, old):
+            wrapper.rename(old, new)
 
 
 def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:

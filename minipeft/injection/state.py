@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.errors import ConfigError, StateError, hint, shown, told
 from minipeft.injection.rows import BASE
-from minipeft.injection.wrapper import Place, Switch
+from minipeft.injection.wrapper import Place, Switch, replace_key
 
 STATE = "_minipeft"  # the state's name in the model's __dict__, which is copied and pickled with the model
 
@@ -46,6 +46,37 @@ class AdapterState:
     def merged(self) -> tuple[str, ...]:
         """The adapters that are in the base weights."""
         return self.switch.merged
+
+    def _tables(self) -> tuple[dict[str, Any], ...]:
+        """All that is known by an adapter's name."""
+        return self.configs, self.places, self.resting, self.idle, self.kept, self.samples
+
+    def _sets(self) -> tuple[set[str], ...]:
+        """The sets of adapters' names."""
+        return self.switch.trainable, self.unwatched, self.unstarted
+
+    def forget(self, name: str) -> None:
+        """Know nothing more of an adapter, which does not act."""
+        for table in self._tables():
+            table.pop(name, None)
+        for names in self._sets():
+            names.discard(name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Know an adapter by another name, in the same place among the others."""
+
+        def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(new if name == old else name for name in names)
+
+        switch = self.switch
+        switch.active, switch.merged, self.set_aside = map(renamed, (switch.active, switch.merged, self.set_aside))
+        switch.also_trained, switch.frozen = renamed(switch.also_trained), renamed(switch.frozen)
+        for table in self._tables():
+            replace_key(table, old, new)
+        for names in self._sets():
+            if old in names:
+                names.remove(old)
+                names.add(new)
 
     def check_known(self, names: Sequence[object]) -> None:
         """Raise StateError if there is no adapter of one of these names."""
