@@ -135,8 +135,7 @@ def _tell(directory: Path, file: AdapterFile) -> None:
 
 def _tied(plan: Plan) -> dict[str, str]:
     """The layers that share what another one has: name -> name of that one."""
-    adapters = {site.name: site.tied_to for site in plan.adapters if site.tied_to is not None}
-    return adapters | {site.name: site.tied_to for site in plan.saved if site.tied_to is not None}
+    return {site.name: site.tied_to for site in plan.sites if site.tied_to is not None}
 
 
 def _as_tied(file: AdapterFile, config: AdapterConfig, model: nn.Module) -> AdapterConfig:

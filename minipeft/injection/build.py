@@ -42,9 +42,8 @@ class Parts:
 
     def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
         """Key in a file -> the live tensor."""
-        sites: list[AdapterSite | SavedSite] = [*plan.adapters, *plan.saved]
         held, own = dict[tuple[int, str | None], dict[str, Tensor]](), dict[str, Tensor]()
-        for site, part in zip(sites, (*self.adapters, *self.copies), strict=True):
+        for site, part in zip(plan.sites, (*self.adapters, *self.copies), strict=True):
             kind = id(part), site.tied_to  # on the meta device one adapter may be for many sites
             if kind not in held:
                 held[kind] = _held(site, part)

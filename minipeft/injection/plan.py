@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -28,6 +28,7 @@ from minipeft.injection.sites import AdapterSite, SavedSite, check_alone, module
 from minipeft.injection.targets import select_parameters, select_saved, select_targets, to_prepare
 from minipeft.injection.tied_sites import (
     check_shared,
+    embedding_of,
     tied_to_embedding,
     warn_of_tied_layers,
     with_one_adapter,
@@ -50,6 +51,11 @@ class Plan:
     prepared: tuple[tuple[LayerOps, nn.Module], ...]  # layers, adapted or not, that need `LayerOps.prepare`
     origins: Origins
     outside: tuple[tuple[str, nn.Module], ...]  # the model's `outside_adapters`
+
+    @property
+    def sites(self) -> tuple[AdapterSite | SavedSite, ...]:
+        """Those of the adapters, and then those of the trained copies."""
+        return self.adapters + self.saved
 
 
 def plan(
@@ -79,22 +85,23 @@ def plan(
         SavedSite(name, found[name], None, name not in fresh.kept)
         for name in select_saved(model, config, found, every_pattern=every_pattern)
     ]
-    tied = tied_to_embedding(model, config, found)
+    outside = tuple(outside_adapters(model))
+    table, index = embedding_of(model), TensorIndex(model, outside)
+    tied = tied_to_embedding(table, index, config, found)
     saved = with_one_copy(found, saved, tied)
     sites = _targeted(model, config, found, [site.name for site in saved], every_pattern)
     sites = with_one_adapter(config, found, sites, saved, tied, every_pattern)
     sites += _companions(model, config, found, every_pattern)
-    sites = with_tied_sites(model, found, sites)
+    sites = with_tied_sites(table, index, found, sites)
     check_shared(config, sites, [site.name for site in saved])
-    saved = with_tied_copies(model, found, saved, sites)
-    _check_not_wrapped(model, [*sites, *saved])
+    saved = with_tied_copies(table, index, found, saved, sites)
+    _check_not_wrapped(outside, [*sites, *saved])
     if config.bias == "all":
         saved += _bias_sites(found, sites, saved)
     saved = with_one_copy_of_tied(saved)
     for site in saved:
         _check_saveable(site)
-    outside = tuple(outside_adapters(model))
-    warn_of_tied_layers(TensorIndex(model, outside), sites, saved)
+    warn_of_tied_layers(index, sites, saved)
     if every_pattern:
         warn_of_fresh_parts(model, config, found, fresh, origins)
     return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins, outside)
@@ -115,13 +122,13 @@ def _check_can_be_adapted(found: Mapping[str, Candidate]) -> None:
             )
 
 
-def _check_not_wrapped(model: nn.Module, sites: Sequence[AdapterSite | SavedSite]) -> None:
+def _check_not_wrapped(outside: Iterable[tuple[str, nn.Module]], sites: Sequence[AdapterSite | SavedSite]) -> None:
     """Refuse to add parameters inside of DDP and the like, which would neither synchronise nor shard them."""
     if not any(site.candidate.wrapped_names for site in sites):
         return
     inside = {
         id(inner): kind
-        for _, wrapper in outside_adapters(model)
+        for _, wrapper in outside
         if (kind := wrapper_class(wrapper)) in FIXED_PARAMETERS
         for inner in wrapper.modules()
     }

@@ -21,7 +21,6 @@ from minipeft.injection.build import Parts, build
 from minipeft.injection.module_tree import occupants
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
-from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.injection.state import STATE, AdapterState, state_of
 
 
@@ -63,7 +62,7 @@ def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
     given = {identity for name, identity in names.items() if name in state.given}
     for name in sorted(state.unstarted):
         plan = plan_injection(model, state.configs[name], every_pattern=False)
-        if all(tensor.is_meta is False and id(tensor) in given for tensor in _base_tensors(plan)):
+        if all(not tensor.is_meta and id(tensor) in given for tensor in _base_tensors(plan)):
             _start(plan, name, given)
             state.unstarted.discard(name)
             state.buffers = buffer_samples(base_modules(model))
@@ -71,8 +70,7 @@ def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
 
 def _base_tensors(plan: Plan) -> Iterator[nn.Parameter]:
     """The parameters of the layers that a plan adapts or copies."""
-    sites: list[AdapterSite | SavedSite] = [*plan.adapters, *plan.saved]
-    for site in sites:
+    for site in plan.sites:
         yield from site.candidate.base.parameters()
 
 

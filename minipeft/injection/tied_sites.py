@@ -20,30 +20,34 @@ from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import hides_ties, present
 
 
-def with_tied_sites(model: nn.Module, found: dict[str, Candidate], sites: list[AdapterSite]) -> list[AdapterSite]:
+def embedding_of(model: nn.Module) -> nn.Module | None:
+    """The layer of the input embedding, without wrappers; None if the model names none."""
+    table = input_embedding(model)
+    return None if table is None else innermost(table)
+
+
+def with_tied_sites(
+    table: nn.Module | None, index: TensorIndex, found: dict[str, Candidate], sites: list[AdapterSite]
+) -> list[AdapterSite]:
     """These sites and, after each whose method adapts tied layers, a site for every layer tied to it.
 
     Raises TargetError if two tied layers are to be adapted in different ways, or one cannot be adapted.
     """
-    table = input_embedding(model)
-    leads = None if table is None else innermost(table)
-    if not any(_ties(site, leads) for site in sites):
+    if not any(_ties(site, table) for site in sites):
         return sites
-    index, names = TensorIndex(model), {id(candidate.base): name for name, candidate in found.items()}
+    names = {id(candidate.base): name for name, candidate in found.items()}
     first_of: dict[int, AdapterSite] = {}  # by tied layer: the site it is tied to
     complete = []
     # What reaches others comes first, since a later site may name a layer that it reaches.
-    for site in sorted(sites, key=lambda site: not _ties(site, leads)):
+    for site in sorted(sites, key=lambda site: not _ties(site, table)):
         first = first_of.get(id(site.candidate.base)) if site.adapter_class.ties(site.config) else None
         if first is not None:  # the layer was reached through its tie, and is named too
             _check_alike(first, site)
             continue
         complete.append(site)
-        if not _ties(site, leads):
+        if not _ties(site, table):
             continue
-        for owner, module in owners(index, found, site.candidate.base):
-            if module is site.candidate.base:
-                continue
+        for owner, module in _tied_to(site.candidate.base, index, found):
             if id(module) not in names:
                 raise TargetError(f"{site.name} shares its weight with {owner}, which cannot be adapted along with it.")
             name = names[id(module)]
@@ -58,8 +62,8 @@ def _ties(site: AdapterSite, table: nn.Module | None) -> bool:
     return site.adapter_class.ties(site.config) and (table is None or site.candidate.base is table)
 
 
-def owners(index: TensorIndex, found: dict[str, Candidate], base: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(parameter name, module) of everything that shares the weight of this layer."""
+def _tied_to(base: nn.Module, index: TensorIndex, found: dict[str, Candidate]) -> list[tuple[str, nn.Module]]:
+    """(parameter name, module) of everything else that shares the weight of this layer."""
     weight = base._parameters.get("weight")
     if weight is None:
         return []
@@ -72,7 +76,7 @@ def owners(index: TensorIndex, found: dict[str, Candidate], base: nn.Module) -> 
             continue
         if (hides_ties(base) or hides_ties(other)) and _same_values(base, other):
             holders.append((f"{name}.weight", other))
-    return holders
+    return [(name, module) for name, module in holders if module is not base]
 
 
 def _same_values(one: nn.Module, other: nn.Module) -> bool:
@@ -110,7 +114,11 @@ def check_shared(config: AdapterConfig, sites: list[AdapterSite], saved: list[st
 
 
 def with_tied_copies(
-    model: nn.Module, found: dict[str, Candidate], saved: list[SavedSite], adapted: list[AdapterSite]
+    table: nn.Module | None,
+    index: TensorIndex,
+    found: dict[str, Candidate],
+    saved: list[SavedSite],
+    adapted: list[AdapterSite],
 ) -> list[SavedSite]:
     """These sites and, for a table that encoder and decoder share, a site for every module tied to it.
 
@@ -122,13 +130,11 @@ def with_tied_copies(
     Raises:
         TargetError: a module tied to the table is adapted.
     """
-    table = input_embedding(model)
-    leader = next((site for site in saved if table is not None and site.candidate.base is innermost(table)), None)
+    leader = next((site for site in saved if site.candidate.base is table), None)
     weight = None if leader is None else leader.candidate.base._parameters.get("weight")
     if leader is None or weight is None:
         return saved
-    base = leader.candidate.base
-    tied = [module for _, module in owners(TensorIndex(model), found, base) if module is not base]
+    tied = [module for _, module in _tied_to(leader.candidate.base, index, found)]
     if not any(isinstance(module, nn.Embedding) for module in tied):
         return saved
     named, taken = [site.name for site in saved], {id(site.candidate.base) for site in adapted}
@@ -186,15 +192,15 @@ def warn_of_tied_layers(index: TensorIndex, sites: Sequence[AdapterSite], saved:
             )
 
 
-def tied_to_embedding(model: nn.Module, config: AdapterConfig, found: dict[str, Candidate]) -> list[str]:
+def tied_to_embedding(
+    table: nn.Module | None, index: TensorIndex, config: AdapterConfig, found: dict[str, Candidate]
+) -> list[str]:
     """Names of the input embedding and of all layers with its weight, that first; none if the option does not ask for it."""
-    table = input_embedding(model) if config.ensure_weight_tying else None
-    base = None if table is None else innermost(table)
-    name = next((name for name, candidate in found.items() if candidate.base is base), None)
-    if base is None or name is None:
+    name = next((name for name, candidate in found.items() if candidate.base is table), None)
+    if table is None or name is None or not config.ensure_weight_tying:
         return []
-    holders = {id(module) for _, module in owners(TensorIndex(model), found, base)}
-    others = [other for other, candidate in found.items() if id(candidate.base) in holders and other != name]
+    tied = {id(module) for _, module in _tied_to(table, index, found)}
+    others = [other for other, candidate in found.items() if id(candidate.base) in tied]
     return [name, *others] if others else []
 
 
