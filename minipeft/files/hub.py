@@ -13,8 +13,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from minipeft.errors import CheckpointError, ConfigError, shown, told
-from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
-from minipeft.files.formats.known import NAMES, format_of, pickles_in, weights_in
+from minipeft.files.file_names import CONFIG_FILE, OF_OTHER_TOOLS, WEIGHTS_FILE
+from minipeft.files.formats.known import format_of, pickles_in, weights_in
 from minipeft.files.model_card import CARD_FILE, MARK, is_repo_id
 from minipeft.files.not_an_adapter import folder_named
 from minipeft.files.reading import as_path
@@ -67,7 +67,7 @@ def adapter_directory(
         names = repository.names() if _is_absent(error) else []
         other = _weights_of_another_tool(repository, names) if name == WEIGHTS_FILE else None
         if isinstance(error, LocalEntryNotFoundError) and name == WEIGHTS_FILE:
-            other = next((known for known in NAMES if repository.has(known)), None)
+            other = next((known for known in OF_OTHER_TOOLS if repository.has(known)), None)
         if other is None:
             why = _why(error, name, local_files_only) + (_what_is_there(names) if names else "")
             raise CheckpointError(f"{place!r} is not a directory here, and {why}") from None
@@ -135,7 +135,7 @@ def _weights_of_another_tool(repository: _Repository, names: Sequence[str]) -> s
     """
     flat = [name for name in names if "/" not in name]
     found = weights_in(flat)
-    known = found is None or found in NAMES or (not folder_named(flat) and repository.shows_adapter(found))
+    known = found is None or found in OF_OTHER_TOOLS or (not folder_named(flat) and repository.shows_adapter(found))
     return found if known else None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from minipeft.errors import CheckpointError, shown
+from minipeft.files.file_names import OF_OTHER_TOOLS
 from minipeft.files.formats.diffusers import DIFFUSERS
 from minipeft.files.formats.foreign import Format, Part, Source
 from minipeft.files.formats.kohya import KOHYA
@@ -17,7 +18,6 @@ from minipeft.files.formats.torchtune import TORCHTUNE
 from minipeft.files.tensor_file import TensorFile
 
 FORMATS = (MLX, TORCHTUNE, LITGPT, KOHYA, DIFFUSERS)
-NAMES = ("adapters.safetensors", "pytorch_lora_weights.safetensors")
 # Pickles that hold an adapter. What else ends so in a folder is an optimizer, or what torch.save was given.
 PICKLES = re.compile(r"adapter_model\.(?:bin|pt)|adapter_\d+\.pt|pytorch_lora_weights\.bin|lit_model\.pth\.lora")
 
@@ -29,7 +29,9 @@ def format_of(file: TensorFile) -> Format | None:
 
 def weights_in(names: Collection[str]) -> str | None:
     """The safetensors file in a folder that another tool may have written; None if it is not clear which."""
-    candidates = [name for name in NAMES if name in names] or [name for name in names if name.endswith(".safetensors")]
+    candidates = [name for name in OF_OTHER_TOOLS if name in names] or [
+        name for name in names if name.endswith(".safetensors")
+    ]
     return candidates[0] if len(candidates) == 1 else None
 
 

@@ -13,15 +13,14 @@ from typing import Any
 from minipeft.config.patterns import first_keys, full_matches, matching
 from minipeft.ecosystem.older_peft import in_todays_words
 from minipeft.errors import CheckpointError, shown
-from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
+from minipeft.files.file_names import CONFIG_FILE, OF_OTHER_TOOLS, WEIGHTS_FILE
 from minipeft.files.formats.known import pickles_in
 from minipeft.files.not_an_adapter import folder_named, local_names
 from minipeft.files.readers.keys import Key, Kind, taken_apart
 from minipeft.files.reading import read_object, reading
 from minipeft.files.tensor_file import TensorFile, open_tensors
 
-MLX_FILE, DIFFUSERS_FILE = "adapters.safetensors", "pytorch_lora_weights.safetensors"
-FILES = (WEIGHTS_FILE, MLX_FILE, DIFFUSERS_FILE)
+FILES = (WEIGHTS_FILE, *OF_OTHER_TOOLS)
 MAX_NUMBER = 2**53  # of a rank or an alpha
 # For one layer of a method: the options for its rank and for what its update is multiplied with.
 RANKS = {

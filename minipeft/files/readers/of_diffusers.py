@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from minipeft.files.file_names import DIFFUSERS_FILE
 from minipeft.files.readers import facts
-from minipeft.files.readers.contents import DIFFUSERS_FILE, Contents
+from minipeft.files.readers.contents import Contents
 from minipeft.files.readers.rules import CONVERT, NO, NOTE, PARTLY, Rule
 
 LOADING = "diffusers/loaders/peft.py (load_lora_adapter), diffusers 0.42.1"

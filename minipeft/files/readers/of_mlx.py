@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from minipeft.files.file_names import MLX_FILE
 from minipeft.files.readers import facts
-from minipeft.files.readers.contents import MLX_FILE, Contents
+from minipeft.files.readers.contents import Contents
 from minipeft.files.readers.rules import CONVERT, NO, Rule
 
 LOADING = "mlx_lm/tuner/utils.py (load_adapters), mlx-lm 0.32.2"

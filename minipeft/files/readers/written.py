@@ -11,8 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError
-from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
-from minipeft.files.readers.contents import DIFFUSERS_FILE, MLX_FILE
+from minipeft.files.file_names import CONFIG_FILE, DIFFUSERS_FILE, MLX_FILE, WEIGHTS_FILE
 from minipeft.files.readers.names import Reader
 from minipeft.files.readers.plain import Pair
 from minipeft.files.save import config_text
