@@ -29,7 +29,7 @@ from minipeft.files.formats.diffusers import DIFFUSERS
 from minipeft.files.formats.foreign import Source
 from minipeft.files.formats.known import format_of, only_part, pickles_in, weights_in
 from minipeft.files.not_an_adapter import config_named, folder_named, layout_named, local_names
-from minipeft.files.reading import check_inside, parse, read_object, reading
+from minipeft.files.reading import check_inside, object_in, read_object, reading
 from minipeft.files.scaling_in_B import with_own_scaling
 from minipeft.files.tensor_file import TensorFile, damaged, open_tensors
 
@@ -157,19 +157,14 @@ def open_weights(directory: Path) -> TensorFile:
 
 def _own(weights: TensorFile) -> dict[str, Any]:
     """What `own_metadata` wrote; empty for a file of PEFT's."""
-    try:
-        own = parse(weights.metadata.get("minipeft", "{}").encode())
-    except (ValueError, RecursionError):
-        own = None
-    if not _is_own(own):
+    own = object_in(weights.metadata.get("minipeft", "{}"))
+    if own is None or not _is_own(own):
         raise damaged(weights.path, f"its minipeft metadata is broken, or not of version {VERSION}")
-    return dict(own)
+    return own
 
 
-def _is_own(own: Any) -> bool:
-    if not isinstance(own, dict) or not all(
-        isinstance(own.get(key, {}), dict) for key in ("config", "base", "scaling")
-    ):
+def _is_own(own: Mapping[str, Any]) -> bool:
+    if not all(isinstance(own.get(key, {}), dict) for key in ("config", "base", "scaling")):
         return False
     rows, kept = own.get("base", {}).values(), own.get("kept", [])
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):

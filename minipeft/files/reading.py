@@ -84,6 +84,15 @@ def parse(payload: bytes) -> Any:
     return value
 
 
+def object_in(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is, read as strictly; None if it is none."""
+    try:
+        value = parse(text.encode())
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):

@@ -14,10 +14,10 @@ from typing import Any
 from minipeft.config.patterns import first_keys
 from minipeft.errors import CheckpointError, told
 from minipeft.files.formats.foreign import Format, Module, Part, Source, numbers, part, rank_of
-from minipeft.files.reading import parse
+from minipeft.files.reading import object_in
 from minipeft.files.tensor_file import TensorFile
 
-WEIGHTS_FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+METADATA = "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
 _FIRST = tuple(f"{component}." for component in COMPONENTS)
 _ENDS = {
@@ -86,11 +86,8 @@ def _metadata(source: Source, component: str) -> Mapping[str, Any]:
     text = source.file.metadata.get(METADATA)
     if text is None:
         return {}
-    try:
-        values = parse(text.encode())
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
+    values = object_in(text)
+    if values is None:
         raise CheckpointError(f"{source.file.path}: its metadata {METADATA} is not a JSON object.")
     first = f"{component}." if component else ""
     return {key.removeprefix(first): value for key, value in values.items() if key.startswith(first)}
