@@ -46,6 +46,11 @@ def number(
     raise ConfigError(f"{name} must be a finite number{bounds}, not {told(value)}.")
 
 
+def plain(value: float) -> float:
+    """A number as a file has it: an integer if it is one."""
+    return int(value) if value == int(value) else value
+
+
 def flag(name: str, value: object) -> bool:
     """True or False and nothing that merely counts as one."""
     if not isinstance(value, bool):

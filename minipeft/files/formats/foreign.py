@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minipeft.config.options import plain
 from minipeft.config.patterns import endings
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, shown, told
@@ -118,18 +119,14 @@ def _ranks(modules: Mapping[str, Module], alpha: str) -> dict[str, Any]:
     r, most = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": r,
-        alpha: _plain(most),
+        alpha: plain(most),
         "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != r},
-        "alpha_pattern": {_exactly(name): _plain(value) for name, value in alphas.items() if value != most},
+        "alpha_pattern": {_exactly(name): plain(value) for name, value in alphas.items() if value != most},
     }
 
 
 def _exactly(name: str) -> str:
     return f"^{re.escape(name)}$"
-
-
-def _plain(value: float) -> float:
-    return int(value) if value == int(value) else value
 
 
 def _targets(modules: Mapping[str, Module], known: Collection[str] | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.config.options import plain
 from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import DTYPES, FLOATS, NAMES, AdapterFile
 from minipeft.files.names.expert_places import Place
@@ -66,7 +67,7 @@ def fused_pair(file: AdapterFile, layers: Sequence[Layer], owner: nn.Module) -> 
         file.making(A, keys_A, (experts * r, inputs), NAMES[dtype_A]),
         file.making(B, keys_B, (outputs, r * experts), NAMES[dtype_B]),
     )
-    return FusedPair(factors, r, int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha)
+    return FusedPair(factors, r, plain(lora_alpha))
 
 
 def _check_shapes(file: AdapterFile, layer: Layer, inputs: int, outputs: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minipeft.config.adapter_config import AdapterConfig
+from minipeft.config.options import plain
 from minipeft.config.patterns import by_shorter_key, endings
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, printable
@@ -101,7 +102,7 @@ def _alpha(config: Any, r: int) -> float:
     alpha: float = config.scaling * (r**0.5 if config.use_rslora else r)
     if not config.use_rslora and (config.lora_alpha * r) % config.r == 0:
         alpha = config.lora_alpha * r / config.r
-    return int(alpha) if alpha == int(alpha) else alpha
+    return plain(alpha)
 
 
 def _options(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from minipeft.config.adapter_config import config_from_dict
+from minipeft.config.options import plain
 from minipeft.config.patterns import matching
 from minipeft.ecosystem.wrapper_names import PREFIX, unwrapped_name
 from minipeft.errors import CheckpointError, shown
@@ -220,7 +221,6 @@ def _told(before: Mapping[str, Pair], after: Mapping[str, Pair]) -> list[str]:
 
 def _plain_config(contents: Contents, pairs: Mapping[str, Pair], reader: Reader) -> dict[str, Any]:
     first = next(iter(pairs.values()))
-    alpha = first.scaling * first.rank
     targets = contents.listed("target_modules")
     selected = targets if set(matching(targets, pairs)) == set(pairs) else sorted(pairs)
     kept = [*KEPT, "exclude_modules", "layers_to_transform", "layers_pattern"] if selected is targets else [*KEPT]
@@ -229,7 +229,7 @@ def _plain_config(contents: Contents, pairs: Mapping[str, Pair], reader: Reader)
     return config | {
         "peft_type": "LORA",
         "r": first.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": plain(first.scaling * first.rank),
         "target_modules": selected,
         "bias": "none",
         "inference_mode": True,
