@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.options import flag, integer, number, one_of
+from minipeft.config.options import MAX_RANK, alpha, flag, integer, number, one_of, rank
 from minipeft.errors import ConfigError, told
 from minipeft.registry.registry import register_targets
 
-MAX_RANK, MAX_STEPS = 2**16, 2**53
+MAX_STEPS = 2**53
 RANKS_SUFFIX = ".lora_E"  # ends the keys of rank_pattern
 for _model_type, _patterns in {  # PEFT's, which differ from LoRA's
     "t5": ["q", "k", "v", "o", "wi", "wo"],
@@ -75,7 +75,7 @@ class AdaLoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("init_r", "target_r", "r"):
-            integer(name, getattr(self, name), at_least=1, at_most=MAX_RANK)
+            rank(name, getattr(self, name))
         if self.total_step is None:
             raise ConfigError(
                 "total_step must be given: the number of optimizer steps, which the schedule is made for."
@@ -94,7 +94,7 @@ class AdaLoraConfig(AdapterConfig):
         for name in ("beta1", "beta2"):
             number(name, getattr(self, name), above=0, below=1)
         number("orth_reg_weight", self.orth_reg_weight, at_least=0)
-        number("lora_alpha", self.lora_alpha, above=0)
+        alpha("lora_alpha", self.lora_alpha)
         number("lora_dropout", self.lora_dropout, at_least=0, below=1)
         one_of("bias", self.bias, ("none",))
         flag("init_lora_weights", self.init_lora_weights)

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from minipeft.config.options import flag
+from minipeft.kernels.functional import lora_factors
 from minipeft.layers.base import LayerOps
 from minipeft.methods.low_rank import low_rank_forward
 from minipeft.methods.lycoris import Lycoris, LycorisConfig, core_shape, features_and_kernel, through_core
@@ -82,5 +82,4 @@ class LoHa(Lycoris):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         up, down = self._pair()
-        dtype = torch.promote_types(up.dtype, torch.float32)
-        return up.to(dtype) * self.scaling, down.to(dtype)
+        return lora_factors(down, up, self.scaling)

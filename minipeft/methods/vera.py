@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.options import flag, integer, number, one_of
+from minipeft.config.options import flag, integer, number, one_of, rank
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.input_dropout import InputDropout
 from minipeft.methods.low_rank import low_rank_forward
@@ -52,7 +52,7 @@ class VeraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        integer("r", self.r, at_least=1, at_most=2**16)
+        rank("r", self.r)
         integer("projection_prng_key", self.projection_prng_key, at_least=-(2**63), at_most=2**63 - 1)
         number("vera_dropout", self.vera_dropout, at_least=0, below=1)
         number("d_initial", self.d_initial)
