@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from minipeft.errors import CheckpointError, all_or_nothing, shown, warn
@@ -16,6 +15,7 @@ from minipeft.files.reading import reading
 from minipeft.files.restore import adapters_in, restore_adapters
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import SavableModel, directory_of
+from minipeft.files.tensor_bytes import file_of
 from minipeft.files.tensor_file import open_tensors
 from minipeft.files.trainer_guard import OPTIMIZER_FILE, RATE_FILE, SCHEDULE_FILE, TRAINER_STATE
 from minipeft.injection import step_hooks
@@ -36,11 +36,11 @@ def save_schedules(model: SavableModel, root: Path) -> None:
     """Save the states of the adapters' schedules, if any has one."""
     if any(step_hooks.keeps_state(model, name) for name in model._state.configs):
         tensors = {
-            f"{name}/{key}": tensor.detach().cpu().contiguous()
+            f"{name}/{key}": tensor
             for name in model._state.configs
             for key, tensor in step_hooks.schedule_state(model, name).items()
         }
-        write_files(root, {SCHEDULE_FILE: safetensors.torch.save(tensors)})
+        write_files(root, {SCHEDULE_FILE: file_of(tensors, {})})
 
 
 @all_or_nothing

@@ -7,11 +7,9 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-import safetensors.torch
-
 from minipeft.config.adapter_config import config_from_dict
 from minipeft.errors import CheckpointError, shown
-from minipeft.files.atomic import write_files
+from minipeft.files.atomic import Pieces, write_files
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.files.format import config_in, source_of, unknown
 from minipeft.files.formats.foreign import Part
@@ -20,6 +18,7 @@ from minipeft.files.formats.pickled import write_safetensors
 from minipeft.files.not_an_adapter import folder_named, local_names
 from minipeft.files.reading import MAX_CONFIG_BYTES, as_path, reading, writing
 from minipeft.files.save import check_no_model_in, config_text
+from minipeft.files.tensor_bytes import file_of
 from minipeft.files.tensor_file import TensorFile, open_tensors
 
 # Where a diffusers pipeline keeps what a file says "unet" for: newer ones have a transformer instead.
@@ -100,9 +99,9 @@ def _convert(
     return [out / folder for folder in written]
 
 
-def _as_peft(part: Part, path: Path) -> dict[str, bytes]:
+def _as_peft(part: Part, path: Path) -> dict[str, bytes | Pieces]:
     config = config_from_dict(part.values, f"{path}").to_dict()
-    weights = safetensors.torch.save(TensorFile(path, part.entries, {}).read(), {"format": "pt"})
+    weights = file_of(TensorFile(path, part.entries, {}).read(), {"format": "pt"})
     return {CONFIG_FILE: config_text(config), WEIGHTS_FILE: weights}  # last what makes a folder one that is in use
 
 
