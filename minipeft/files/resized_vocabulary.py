@@ -49,10 +49,14 @@ def tables(model: nn.Module) -> dict[str, Table]:
         weight = None if module is None else getattr(innermost(module), "weight", None)
         if module is None or not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
             continue
-        name = next((name for name, other in outside_adapters(model) if other is module), None)
+        name = _name_in(model, module)
         if name is not None:
             found.setdefault(id(weight), (name, Table(module, weight)))
     return dict(found.values())
+
+
+def _name_in(model: nn.Module, module: nn.Module) -> str | None:
+    return next((name for name, other in outside_adapters(model) if other is module), None)
 
 
 def base_vocabulary(model: nn.Module) -> int | None:
@@ -184,8 +188,7 @@ def _tied_apart(model: nn.Module, table: Table, adapter_name: str) -> str | None
     head = output_head(model)
     if head is None or head is table.module or getattr(innermost(head), "weight", None) is not table.weight:
         return None
-    name = next((name for name, module in outside_adapters(model) if module is head), None)
-    return None if _copies(head, adapter_name) else name
+    return None if _copies(head, adapter_name) else _name_in(model, head)
 
 
 def _is_taken(model: nn.Module, table: Table, adapter_name: str) -> bool:

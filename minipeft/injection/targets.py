@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
-from minipeft.config.patterns import endings, full_matches, is_suffix
+from minipeft.config.patterns import endings, full_matches, is_suffix, matching
 from minipeft.ecosystem.transformers_model import model_type
 from minipeft.errors import TargetError, hint, nearest, shown, warn
 from minipeft.injection.all_linear import all_linear, layers_left_out, of_text, why_experts_are_left_out
@@ -196,7 +196,7 @@ def _matching(
     unused = entries.difference(*(endings(name) for name in (all_names or names))) if every_pattern else set()
     if unused:
         raise TargetError(_no_match(option, next(entry for entry in patterns if entry in unused), names, model))
-    return [name for name in names if not entries.isdisjoint(endings(name))]
+    return matching(entries, names)
 
 
 def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind: str = "module") -> str:

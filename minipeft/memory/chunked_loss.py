@@ -21,6 +21,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.wrapper import innermost
 from minipeft.kernels import glibc
 from minipeft.kernels.chunked_cross_entropy import causal_lm_loss
+from minipeft.kernels.functional import whole
 from minipeft.kernels.transformed import is_compiled, is_transformed
 from minipeft.layers.base import layer_ops
 from minipeft.layers.quantized import QuantizedLinearOps
@@ -70,14 +71,14 @@ class LeanLoss:
         self._check_untouched(passing, logits)
         passing.used = True
         base: Any = innermost(self.head)
-        bias = None if base.bias is None else _whole(base.bias)
+        bias = None if base.bias is None else whole(base.bias)
         rows = _changed_rows(self.head)
         changed = (torch.cat([i for i, _ in rows]), torch.cat([change for _, change in rows])) if rows else None
         known = {
             name: kwargs[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in kwargs
         }
         self.trim(logits)
-        loss = causal_lm_loss(logits, _whole(base.weight), bias, labels, changed_rows=changed, **known)
+        loss = causal_lm_loss(logits, whole(base.weight), bias, labels, changed_rows=changed, **known)
         self.trim(logits)  # just before the step's peak of memory
         return loss
 
@@ -202,9 +203,3 @@ def took_logits(model: nn.Module) -> bool:
     """Whether the last call of a lean model gave a loss without logits."""
     losses = (module.__dict__.get("_loss_function") for module in model.modules())
     return any(isinstance(loss, LeanLoss) and loss.took_logits for loss in losses)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The whole of a parameter, gathered if FSDP2 holds it in shards."""
-    full: Any = getattr(parameter, "full_tensor", None)
-    return parameter if full is None else full()
