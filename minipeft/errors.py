@@ -141,6 +141,11 @@ def all_or_nothing(verb: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without what its message goes on with; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:
     """Text for a message: cut off in the middle, and with characters escaped that would not show, but for line ends."""
     if len(text) > limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -22,6 +22,7 @@ from minipeft.errors import shown
 from minipeft.files.format import open_adapter, open_weights
 from minipeft.files.names.fitted import in_names_of
 from minipeft.injection.fresh_parts import ORIGINS
+from minipeft.injection.targets import within
 
 
 @check("head-untrained", "It is random, and stays so: whoever loads the base again gets another one.")
@@ -37,7 +38,7 @@ def head_untrained(setup: Setup) -> Iterator[Seen]:
         for name in _fresh(view.root, view.base)
         if not view.base[name].requires_grad and id(view.base[name]) not in in_tables
     ]
-    found = sorted({name.rpartition(".")[0] for name in fresh if not _within(name, covered)})
+    found = sorted({name.rpartition(".")[0] for name in fresh if not within(name, covered)})
     if found:
         yield Seen(
             shown(found, 3),
@@ -112,10 +113,6 @@ def _fresh(root: nn.Module, base: Mapping[str, nn.Parameter]) -> list[str]:
     if 2 * len(new) > len(base):
         return []
     return [name for name in new if computed is None or not computed.search(name)]
-
-
-def _within(name: str, modules: Collection[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _same_name(one: str, other: str) -> bool:

@@ -55,13 +55,18 @@ class Key:
         return any(is_suffix(head, self.module) for head in HEADS)
 
 
+def without_adapter_name(key: str) -> str:
+    """A key without the name of an adapter, which a live model's state_dict has in it."""
+    return key.replace(".default.", ".").removesuffix(".default")
+
+
 def taken_apart(text: str, *, bias: bool) -> Key:
     """The parts of a key; `bias` says that the adapter trains biases of modules that are not adapted."""
     name = text
     while name.startswith(PREFIX):  # a wrapper around a wrapper doubles it
         name = name.removeprefix(PREFIX)
     name = name.removeprefix("base_model.")
-    words = name.replace(".default.", ".").removesuffix(".default").split(".")
+    words = without_adapter_name(name).split(".")
     for length in (2, 1):
         part = ".".join(words[-length:])
         known = TAILS.get(part)
