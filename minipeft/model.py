@@ -142,7 +142,7 @@ def _adapt(
 
 
 def _check_adaptable(model: object) -> None:
-    model = checked_module("model", model)
+    model = checked_module(model)
     wrapping = wrapping_class(model)
     if wrapping is not None:
         raise StateError(f"{wrapping} wraps the model; adapt the model itself, then wrap it.")

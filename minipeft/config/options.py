@@ -64,11 +64,11 @@ def flags(**values: object) -> None:
         flag(name, value)
 
 
-def checked_module(name: str, value: object) -> nn.Module:
-    """A module, and not its name or its folder."""
-    if not isinstance(value, nn.Module):
-        raise ConfigError(f"{name} must be a torch.nn.Module, not {type(value).__name__}.")
-    return value
+def checked_module(model: object) -> nn.Module:
+    """A model, and not its name or its folder."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    return model
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> Any:

@@ -133,7 +133,7 @@ def _numbers(picked: Mapping[str, Tensor | None]) -> dict[str, list[float]]:
     return {name: [float(f"{value:.6g}") for value in rows.get(name, ())] for name in picked}
 
 
-def check_samples(file: AdapterFile, here: Mapping[str, list[float]], *, exact: bool = False, advice: str = "") -> None:
+def check_samples(file: AdapterFile, here: Mapping[str, list[float]], *, exact: bool, advice: str) -> None:
     """Compare the samples in a file with those of this model, for the layers that both have.
 
     `exact` samples of one kind must be equal to 4 digits, others as close as half precision is.

@@ -182,7 +182,7 @@ def own_metadata(
     base: Mapping[str, Any],
     kept: Sequence[str],
     directory: Path,
-    scaling: Mapping[str, Any] | None = None,
+    scaling: Mapping[str, Any] | None,
 ) -> dict[str, str]:
     """Safetensors metadata for an adapter that is about to be written; `scaling` is what is in B, see `scaling_in_B`."""
     try:

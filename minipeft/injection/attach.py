@@ -124,7 +124,7 @@ def _hold_norms(
     state.held |= hold_still(modules, saved, state.switch.trainable)
 
 
-def switch_to(model: nn.Module, names: tuple[str, ...], *, frozen: bool = False) -> None:
+def switch_to(model: nn.Module, names: tuple[str, ...], *, frozen: bool) -> None:
     """Let exactly these adapters act; frozen, none of them trains meanwhile.
 
     The parameters of an idle adapter must not require gradients, or DDP would wait for them; they do again when it

@@ -38,7 +38,7 @@ def after_step(model: nn.Module, step: int) -> None:
         StateError: the model has no adapter, a gradient that is needed is missing, the step is repeated, or FSDP or DeepSpeed
             has divided what the method needs whole.
     """
-    checked_module("model", model)
+    checked_module(model)
     integer("step", step, at_least=0, at_most=sys.maxsize)
     for method, adapters, config in _scheduled(model):
         method.after_step(adapters, config, step)
@@ -54,7 +54,7 @@ def extra_loss(model: nn.Module) -> Tensor:
         ConfigError: `model` is not a module.
         StateError: the model has no adapter, or FSDP or DeepSpeed has divided what the method needs whole.
     """
-    parameters = checked_module("model", model).parameters()
+    parameters = checked_module(model).parameters()
     device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))  # some may be offloaded
     with torch.autocast(device.type, enabled=False):
         losses = [method.extra_loss(adapters, config) for method, adapters, config in _scheduled(model)]

@@ -25,7 +25,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         StateError: the model has adapters (merge or unload them first).
         MergeError: hooks or a patched forward on a quantized layer would be lost.
     """
-    checked_module("model", model)
+    checked_module(model)
     found, dtype = candidates(model), float_dtype(model)
     quantized = {name: candidate for name, candidate in found.items() if _is_quantized(candidate.base)}
     for name, candidate in quantized.items():

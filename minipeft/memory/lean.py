@@ -159,7 +159,7 @@ def unlean(model: nn.Module) -> None:
     Raises:
         ConfigError: `model` is not a module.
     """
-    state: LeanState | None = checked_module("model", model).__dict__.get(STATE)
+    state: LeanState | None = checked_module(model).__dict__.get(STATE)
     if state is not None:
         with interrupts_deferred():
             _take_back(model, state)

@@ -41,7 +41,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, skip_modules: Sequence[str]
         StateError: the model has adapters.
         TargetError: an entry of `skip_modules` matches nothing, or nothing is left to quantize.
     """
-    checked_module("model", model)
+    checked_module(model)
     known = quantizers()
     if not isinstance(kind, str) or kind not in known:
         raise ConfigError(f"quantize: no kind {told(kind)}{hint(str(kind), known)}; there are: {shown(known)}.")

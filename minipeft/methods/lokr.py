@@ -44,7 +44,7 @@ class LoKrConfig(LycorisConfig):
         one_of("init_weights", self.init_weights, (True, False, "lycoris"))
 
 
-def factorise(size: int, near: int = -1) -> tuple[int, int]:
+def factorise(size: int, near: int) -> tuple[int, int]:
     """Two divisors of `size`: `near` and its partner, or the largest below both `near` and the root, and its partner."""
     if near > 0 and size % near == 0:
         return near, size // near
