@@ -10,9 +10,7 @@ from torch import nn
 
 from minipeft.diagnosis.check import Seen, Setup, about, check
 from minipeft.ecosystem.transformers_model import (
-    computed_parameters,
     input_embedding,
-    is_from_checkpoint,
     name_or_path,
     output_head,
     says_tied,
@@ -21,7 +19,7 @@ from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import shown
 from minipeft.files.format import open_adapter, open_weights
 from minipeft.files.names.fitted import in_names_of
-from minipeft.injection.fresh_parts import ORIGINS
+from minipeft.injection.fresh_parts import ORIGINS, drawn_at_random
 from minipeft.injection.targets import within
 
 
@@ -108,11 +106,7 @@ def _fresh(root: nn.Module, base: Mapping[str, nn.Parameter]) -> list[str]:
     remembered = root.__dict__.get(ORIGINS)
     if remembered is not None:
         return [name for name in base if name in remembered.fresh]
-    new = [name for name, parameter in base.items() if not is_from_checkpoint(parameter)]
-    computed = computed_parameters(root)
-    if 2 * len(new) > len(base):
-        return []
-    return [name for name in new if computed is None or not computed.search(name)]
+    return drawn_at_random(root, base) or []
 
 
 def _same_name(one: str, other: str) -> bool:

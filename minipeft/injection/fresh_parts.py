@@ -67,9 +67,8 @@ def base_parameters(model: nn.Module, found: Mapping[str, Candidate]) -> Iterato
 
 
 def find_origins(model: nn.Module, found: Mapping[str, Candidate] | None = None) -> Origins:
-    """Which parameters of a base come from its checkpoint, by the marks of `from_pretrained` when it was first adapted.
+    """Which parameters of a base come from its checkpoint, as it was when it was first adapted.
 
-    A part in which most parameters have no mark was changed since, or is not from a checkpoint: nothing is known of it.
     `found` are the model's `candidates`, if they have been found already.
     """
     remembered = model.__dict__.get(ORIGINS)
@@ -80,13 +79,23 @@ def find_origins(model: nn.Module, found: Mapping[str, Candidate] | None = None)
     fresh: set[str] = set()
     for part in loadable_parts(model):
         inside = {id(p) for p in part.parameters()}
-        names = [name for name, p in unknown.items() if id(p) in inside]
-        new = [name for name in names if not is_from_checkpoint(unknown[name])]
-        if 2 * len(new) <= len(names):
-            computed = computed_parameters(part)
-            fresh.update(name for name in new if computed is None or not computed.search(name))
+        new = drawn_at_random(part, {name: p for name, p in unknown.items() if id(p) in inside})
+        if new is not None:
+            fresh.update(new)
             unknown = {name: p for name, p in unknown.items() if id(p) not in inside}
     return Origins(frozenset(fresh), frozenset(unknown))
+
+
+def drawn_at_random(part: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str] | None:
+    """Which of these parameters of a part its checkpoint lacks, by the marks of `from_pretrained`.
+
+    None if most have no mark: the part was changed since, or is not from a checkpoint, and nothing is known of it.
+    """
+    unmarked = [name for name, parameter in parameters.items() if not is_from_checkpoint(parameter)]
+    if 2 * len(unmarked) > len(parameters):
+        return None
+    computed = computed_parameters(part)
+    return [name for name in unmarked if computed is None or not computed.search(name)]
 
 
 def _is_plain(parameter: nn.Parameter, owner: nn.Module) -> bool:
