@@ -9,12 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from minipeft.diagnosis.check import Seen, Setup, about, check
-from minipeft.ecosystem.transformers_model import (
-    input_embedding,
-    name_or_path,
-    output_head,
-    says_tied,
-)
+from minipeft.ecosystem.transformers_model import input_embedding, name_or_path, output_head, says_tied
 from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import shown
 from minipeft.files.format import open_adapter, open_weights

@@ -81,9 +81,7 @@ def planned_samples(
 
 
 @torch.no_grad()
-def _samples(
-    layers: Iterable[tuple[str, LayerOps, nn.Module, Callable[[Tensor], Tensor]]],
-) -> dict[str, list[float]]:
+def _samples(layers: Iterable[tuple[str, LayerOps, nn.Module, Callable[[Tensor], Tensor]]]) -> dict[str, list[float]]:
     """By the name of each layer, eight evenly spread elements of its canonical weight; empty if they cannot be read.
 
     They are of the part that the last function gives, see `minipeft.methods.base.Adapter.untouched`.

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.config.patterns import is_suffix
-from minipeft.ecosystem.transformers_model import (
-    input_embedding,
-    is_from_checkpoint,
-    output_head,
-    vocabulary_size,
-)
+from minipeft.ecosystem.transformers_model import input_embedding, is_from_checkpoint, output_head, vocabulary_size
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import ConfigError, StateError, shown, told, warn
 from minipeft.files.base_checkpoint import base_config, stored_rows

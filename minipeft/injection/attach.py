@@ -20,14 +20,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
 from minipeft.injection.row_order import mark_rows
-from minipeft.injection.state import (
-    STATE,
-    AdapterState,
-    check_not_running,
-    places_that_train,
-    put_to_rest,
-    state_of,
-)
+from minipeft.injection.state import STATE, AdapterState, check_not_running, places_that_train, put_to_rest, state_of
 from minipeft.injection.without_gradient import watch_gradients
 from minipeft.injection.wrapper import Wrapper, parameters_at
 from minipeft.python.class_swap import mixed_class, original_class

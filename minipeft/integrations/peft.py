@@ -82,11 +82,7 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
         return self.get_base_model().generate(*args, **kwargs)
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: Any,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
+        self, adapter_name: str, peft_config: Any, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
     ) -> None:
         """Add an adapter, which does not train until it is told to, as in PEFT.
 
