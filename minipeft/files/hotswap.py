@@ -24,8 +24,7 @@ from minipeft.files.load import load_parts
 from minipeft.files.save_pretrained import DEFAULT
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import Parts
-from minipeft.injection.module_tree import occupants, wrappers_of
-from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.module_tree import wrappers_of
 from minipeft.injection.plan import Plan
 from minipeft.injection.state import WithAdapters
 from minipeft.injection.wrapper import Wrapper
@@ -158,24 +157,18 @@ def _check_room(path: str, adapter: Adapter, max_rank: int) -> None:
 def _paired(adapter_name: str, plan: Plan, parts: Parts) -> Pairs:
     """Each part of a file with the live one whose place it takes; raises ConfigError if it cannot, or there is none."""
     pairs: Pairs = []
-    for site, adapter in zip(plan.adapters, parts.adapters, strict=True):
-        same = [w for w in occupants(site.candidate.module) if getattr(w, "ops", None) == site.ops]
-        pairs.append((site.name, *_live(site.name, same, adapter_name), adapter))
-    for saved, copy in zip(plan.saved, parts.copies, strict=True):
-        same = [w for w in occupants(saved.candidate.module) if isinstance(w, SavedModule) and w.only == saved.only]
-        pairs.append((saved.name, *_live(saved.name, same, adapter_name), copy))
+    for site, new in zip(plan.sites, (*parts.adapters, *parts.copies), strict=True):
+        wrapper = site.wrapper()
+        if wrapper is None or adapter_name not in wrapper.adapters:
+            raise ConfigError(
+                f"it adapts {site.name}, which this adapter does not. load_adapter takes it as an adapter of its own."
+            )
+        pairs.append((site.name, wrapper, wrapper.adapters[adapter_name], new))
     for name, _, here, there in pairs:
         why = _misfit(here, there)
         if why:
             raise ConfigError(f"{name}: {why}.")
     return pairs
-
-
-def _live(name: str, places: list[Wrapper], adapter_name: str) -> tuple[Wrapper, nn.Module]:
-    for wrapper in places:
-        if adapter_name in wrapper.adapters:
-            return wrapper, wrapper.adapters[adapter_name]
-    raise ConfigError(f"it adapts {name}, which this adapter does not. load_adapter takes it as an adapter of its own.")
 
 
 def _misfit(here: nn.Module, there: nn.Module) -> str:

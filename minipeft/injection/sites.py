@@ -13,7 +13,7 @@ from minipeft.errors import TargetError, shown
 from minipeft.injection.module_tree import Candidate, is_callable, occupants, own_bias
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.targets import within
-from minipeft.injection.wrapper import innermost
+from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.uncalled import UncalledOps, matrices, parameter_ops
 from minipeft.methods.base import Adapter
@@ -34,6 +34,10 @@ class AdapterSite:
     prefix: str = ""  # goes before its keys in a file, if a companion of the configuration adapts it
     tied_to: str | None = None  # the site whose adapter this one shares, since the two layers share a weight
 
+    def wrapper(self) -> Wrapper | None:
+        """The wrapper that holds the adapters of this site, if there is one."""
+        return next((w for w in occupants(self.candidate.module) if getattr(w, "ops", None) == self.ops), None)
+
 
 @dataclass(frozen=True)
 class SavedSite:
@@ -44,6 +48,11 @@ class SavedSite:
     only: tuple[str, ...] | None
     trains: bool = True  # False: only saved, see `minipeft.injection.fresh_parts`
     tied_to: str | None = None  # the site whose copy holds the weight of this one's too, since the two share it
+
+    def wrapper(self) -> Wrapper | None:
+        """The wrapper that holds the copies of this site, if there is one."""
+        here = occupants(self.candidate.module)
+        return next((w for w in here if isinstance(w, SavedModule) and w.only == self.only), None)
 
 
 def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_pattern: bool) -> Iterator[AdapterSite]:

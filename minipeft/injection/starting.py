@@ -18,9 +18,9 @@ from minipeft.ecosystem.wrapper_names import parameters_in
 from minipeft.errors import StateError, shown
 from minipeft.injection.base_state import base_modules, buffer_samples
 from minipeft.injection.build import Parts, build
-from minipeft.injection.module_tree import occupants
 from minipeft.injection.plan import Plan
 from minipeft.injection.plan import plan as plan_injection
+from minipeft.injection.sites import AdapterSite, SavedSite
 from minipeft.injection.state import STATE, AdapterState, state_of
 
 
@@ -79,11 +79,15 @@ def _start(plan: Plan, adapter_name: str, given: Collection[int]) -> None:
     parts, base = build(plan), {id(tensor) for tensor in _base_tensors(plan)}
     for site, fresh in zip(plan.adapters, parts.adapters, strict=True):
         if site.tied_to is None:
-            wrapper = next(w for w in occupants(site.candidate.module) if getattr(w, "ops", None) == site.ops)
-            _take_over(wrapper.adapters[adapter_name], fresh, given, base)
+            _take_over(_waiting(site, adapter_name), fresh, given, base)
     for saved, copy in zip(plan.saved, parts.copies, strict=True):
-        wrapper = next(w for w in occupants(saved.candidate.module) if adapter_name in w.adapters)
-        _take_over(wrapper.adapters[adapter_name], copy, given, base)
+        _take_over(_waiting(saved, adapter_name), copy, given, base)
+
+
+def _waiting(site: AdapterSite | SavedSite, adapter_name: str) -> nn.Module:
+    wrapper = site.wrapper()
+    assert wrapper is not None
+    return wrapper.adapters[adapter_name]
 
 
 @torch.no_grad()
