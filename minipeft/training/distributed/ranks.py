@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -57,6 +59,17 @@ def agree(error: Exception | None) -> None:
     for rank, message in enumerate(messages):
         if message:
             raise CheckpointError(f"process {rank} of {len(messages)}: {message}")
+
+
+@contextlib.contextmanager
+def agreeing() -> Iterator[None]:
+    """A block that every process runs; if it raises in any, all raise at its end, see `agree`."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    agree(error)
 
 
 class Interrupt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -11,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from minipeft.ecosystem.transformers_model import recomputable_blocks
 from minipeft.errors import StateError
 from minipeft.files.base_samples import remember_base
+from minipeft.training.distributed.ranks import rank_and_world_size
 
 
 def shard(model: nn.Module, device: torch.device | str) -> None:
@@ -23,7 +23,8 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
     Raises:
         StateError: there is only one process, or the model has no blocks.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
         raise StateError("a model is sharded over several processes, but only one runs; start more.")
     blocks = list(recomputable_blocks(model))
     if not blocks:
@@ -31,7 +32,7 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
             f"{type(model).__name__} has no blocks to gather one at a time (transformers' GradientCheckpointingLayer)."
         )
     remember_base(model)
-    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    mesh = init_device_mesh(torch.device(device).type, (world_size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from minipeft.errors import CheckpointError, MinipeftError, StateError
+from minipeft.errors import CheckpointError, StateError
 from minipeft.training.distributed.launch import restarts
-from minipeft.training.distributed.ranks import agree, rank_and_world_size
+from minipeft.training.distributed.ranks import agreeing, rank_and_world_size
 from minipeft.training.runs.checkpoints import Checkpoints, complete_folders
 from minipeft.training.runs.lock import RunLock
 
@@ -40,15 +40,11 @@ def the_only_run(directory: Path, *, resume: bool, overwrite: bool) -> Iterator[
         StateError: it holds a run, and neither `resume` nor `overwrite` is set.
     """
     with contextlib.ExitStack() as stack:
-        error = None
-        if rank_and_world_size()[0] == 0:
-            try:
+        with agreeing():
+            if rank_and_world_size()[0] == 0:
                 stack.enter_context(RunLock(directory))
                 if not restarts():  # a restarted launch goes on with its own run
                     _check_unused(directory, resume, overwrite)
-            except MinipeftError as caught:
-                error = caught
-        agree(error)
         yield
 
 

@@ -26,7 +26,7 @@ from minipeft.files.resized_vocabulary import resized_tables
 from minipeft.files.save import named_tensors
 from minipeft.injection.step_hooks import load_schedule_state, schedule_state
 from minipeft.model import AdaptedModel
-from minipeft.training.distributed.ranks import agree, rank_and_world_size
+from minipeft.training.distributed.ranks import agreeing, rank_and_world_size
 from minipeft.training.runs.checkpoints import Checkpoints
 from minipeft.training.runs.optimizer_state import load_exactly, sharded_like
 from minipeft.training.runs.plain import checked_json
@@ -80,13 +80,9 @@ class TrainingState:
             CheckpointError: it could not be written; the run can go on, and try again later.
         """
         snapshot = self.capture(step, position)
-        error = None
-        if snapshot is not None:
-            try:
+        with agreeing():
+            if snapshot is not None:
                 checkpoints.save(step, snapshot.write, needed=snapshot.nbytes)
-            except Exception as caught:
-                error = caught
-        agree(error)
         return checkpoints.folder / f"step-{step:08d}"
 
     def capture(self, step: int, position: Any = None) -> Snapshot | None:
@@ -99,19 +95,16 @@ class TrainingState:
         Raises:
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
-        model, tensors, error = self.live.model, self.live.tensors(), None
+        model, tensors = self.live.model, self.live.tensors()
         divided = (table for table in resized_tables(model) if isinstance(table, DTensor))
         wanted = {id(tensor) for tensor in (*tensors.values(), *divided)}
         state = Collected(rank_and_world_size()[0] == 0)
         for name, tensor in {id(tensor): (name, tensor) for name, tensor in named_tensors(model)}.values():
             if id(tensor) in wanted:
                 state.put(name, tensor)
-        if state.keep:
-            try:
+        with agreeing():
+            if state.keep:
                 model.save_pretrained(directory, self.live.adapter_name, state_dict=state.tensors)
-            except Exception as caught:
-                error = caught
-        agree(error)
 
     @all_or_nothing
     def restore(
@@ -140,30 +133,17 @@ class TrainingState:
             CheckpointError: a file is damaged, or is of another adapter, base, optimizer or number of processes.
             ConfigError: the configuration differs.
         """
-        saved, error = None, None
-        try:
+        with agreeing():
             saved = read_run(self.live, Path(folder), may_differ, exact)
             if go_to is not None:
                 with reading(f"the position in {folder}"):
                     go_to(saved.progress.position)
-        except Exception as caught:
-            error = caught
-        agree(error)
-        assert saved is not None
         put_back = self._way_back()
         try:
-            with reading(folder):
+            with agreeing(), reading(folder):
                 self._load(saved)
-        except BaseException as caught:
+        except BaseException:
             put_back()
-            if not isinstance(caught, Exception):
-                raise
-            error = caught
-        try:
-            agree(error)
-        except Exception:
-            if error is None:  # another process could not
-                put_back()
             raise
         return saved.progress
 
