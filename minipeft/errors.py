@@ -141,11 +141,6 @@ def all_or_nothing(verb: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def first_line(error: BaseException) -> str:
-    """What another library's error says, without what its message goes on with; its type if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:
     """Text for a message: cut off in the middle, and with characters escaped that would not show, but for line ends."""
     if len(text) > limit:
@@ -175,9 +170,9 @@ def told(value: object, limit: int = 50) -> str:
 
 
 def told_error(error: BaseException, limit: int = 200) -> str:
-    """What an exception of others says, for a message: its text, or its class if it has none."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return printable(" ".join(str(said).split()), limit)
+    """What an exception of others says, within a sentence: its text, or its class if it has none."""
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return printable(" ".join(str(said).split()), limit).rstrip(".")
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -99,7 +99,7 @@ def _read(transformers: Any, place: str | os.PathLike[str]) -> Any:
             values, _ = transformers.PreTrainedConfig.get_config_dict(place)
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     except MinipeftError as error:
-        raise CheckpointError(f"{' '.join(str(error).split()):.300}") from None
+        raise CheckpointError(f"{told_error(error, 300)}.") from None
     names = getattr(type(config), "attribute_map", {})
     given = {key for part in (values, *values.values()) if isinstance(part, dict) for key in part}
     if not given & {*SIZES, *(names[size] for size in SIZES if size in names)}:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipeft.errors import CheckpointError, ConfigError, MinipeftError
+from minipeft.errors import CheckpointError, ConfigError, MinipeftError, told_error
 from minipeft.files.file_names import CONFIG_FILE
 from minipeft.files.readers.layers import Layer
 from minipeft.files.readers.summary import summary
@@ -123,7 +123,7 @@ def draw_runs(runs: Sequence[RunLog], path: Path) -> None:
     try:
         figure.savefig(path, dpi=130)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be written ({' '.join(str(error).split())}).") from None
+        raise ConfigError(f"{path} cannot be written ({told_error(error)}).") from None
 
 
 def _draw_losses(axes: Any, run: RunLog, colour: str) -> None:

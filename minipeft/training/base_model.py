@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minipeft.errors import ConfigError, DataError, first_line
+from minipeft.errors import ConfigError, DataError, told_error
 from minipeft.files.tokenizer import load_tokenizer
 from minipeft.memory.quantize import quantize
 
@@ -45,7 +45,7 @@ def load_base(
     except DataError as error:
         raise ConfigError(f"--model_name {error}") from None
     except Exception as error:  # of transformers, the Hub or the file system
-        reason = first_line(error)
+        reason = told_error(error)
         if attention and (isinstance(error, ImportError) or "attn_implementation" in reason):
             raise ConfigError(f"--attn_implementation {attention}: {reason}; sdpa needs no package.") from None
         raise ConfigError(

@@ -24,7 +24,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import yaml
 
-from minipeft.errors import ConfigError, first_line, hint
+from minipeft.errors import ConfigError, hint, told_error
 
 T = TypeVar("T")
 INTEGER_LIMIT = 2**31  # numpy's seeds and torch's sizes stay below it
@@ -123,7 +123,7 @@ def _words_in(file: Path, cls: Any) -> Iterator[str]:
     try:
         values = yaml.safe_load(file.read_text("utf-8")) or {}
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file}: cannot be read as YAML ({first_line(error)}).") from None
+        raise ConfigError(f"--config {file}: cannot be read as YAML ({told_error(error)}).") from None
     if not isinstance(values, dict) or not all(isinstance(v, str | int | float | None) for v in values.values()):
         raise ConfigError(f"--config {file}: give one value per flag, such as 'rank: 8'.")
     pairs = {name for name, kind in get_type_hints(cls).items() if kind == bool | None}

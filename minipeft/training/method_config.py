@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig, config_class
-from minipeft.errors import ConfigError, first_line
+from minipeft.errors import ConfigError, told_error
 
 # The names that methods use for a shared option. Of those that a method has, the first counts.
 NAMES: dict[str, tuple[str, ...]]
@@ -93,7 +93,7 @@ def _parsed(text: str) -> dict[str, Any]:
     try:
         options = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--method_options {text}: this is not YAML ({first_line(error)}).") from None
+        raise ConfigError(f"--method_options {text}: this is not YAML ({told_error(error)}).") from None
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ConfigError(f"--method_options {text}: give a mapping, such as '{{init_r: 12}}'.")
     return options

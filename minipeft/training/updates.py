@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from minipeft.errors import StateError
+from minipeft.errors import StateError, told_error
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.step_hooks import after_step, extra_loss, has_schedule, refuse_idle_layers
 from minipeft.injection.training_guard import check_training
@@ -171,7 +171,7 @@ class Updater:
         self.accelerator.print(f"out of memory: now {self.micro_batch} examples at a time, in more passes per update")
 
     def _too_large(self, error: BaseException | None) -> StateError:
-        detail = "" if error is None else f" ({' '.join(str(error).split())[:120]})"
+        detail = "" if error is None else f" ({told_error(error, 120)})"
         return StateError(
             f"out of memory with {self.micro_batch} examples at a time{detail}; lower the batch size or the length, "
             "or turn on lean, checkpointing or auto_batch."

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minipeft.errors import told_error
 from minipeft.kernels.packed_documents import rounding_leak, rounding_share
 from minipeft.training.data.collate import Example, collate, model_inputs
 from minipeft.training.data.packing import joined
@@ -24,7 +25,7 @@ def why_not_apart(model: Any) -> str | None:
     try:
         leak, packed, plain, dtype = _measured(model)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return f"cannot compute packed documents ({' '.join(str(error).split())[:100]})"
+        return f"cannot compute packed documents ({told_error(error, 100)})"
     finally:
         model.train(was_training)
     if leak <= rounding_leak(dtype) and packed <= rounding_share(dtype) * plain:

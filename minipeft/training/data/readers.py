@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from minipeft.errors import DataError
+from minipeft.errors import DataError, told_error
 from minipeft.training.data.rows import check_row, kind_of
 
 VERSION = 2  # of the readers; cached rows of another version are not used
@@ -99,4 +99,4 @@ def _opened(path: Path) -> Iterator[TextIO]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); convert it.") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+        raise DataError(f"{path} cannot be read ({told_error(error)}).") from None

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import datasets  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
-from minipeft.errors import DataError, MinipeftError, first_line, hint, shown
+from minipeft.errors import DataError, MinipeftError, hint, shown, told_error
 from minipeft.training.data.readers import VERSION, columns_of, is_json, json_rows, text_runs
 from minipeft.training.data.rows import COLUMNS, kind_of, used_columns
 
@@ -194,7 +194,7 @@ def _attempt(read: Callable[[], Any], name: str) -> Any:
             if isinstance(cause, MinipeftError):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
-        reason = first_line(error.__cause__ or error)
+        reason = told_error(error.__cause__ or error)
         advice = "no such file or folder; for the Hub, check the name, the configuration and the network"
         advice = "check what it holds" if Path(name).exists() else advice
         raise DataError(f"{name} cannot be read ({reason}); {advice}.") from None

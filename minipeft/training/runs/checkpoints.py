@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minipeft.errors import CheckpointError, ConfigError, all_or_nothing, shown, warn
+from minipeft.errors import CheckpointError, ConfigError, all_or_nothing, shown, told_error, warn
 from minipeft.files.atomic import alive, hidden_beside, sync_folder
 from minipeft.training.runs.complete import described, fault, seal
 
@@ -101,13 +101,12 @@ class Checkpoints:
         return newer
 
     def _failure(self, final: Path, needed: int, error: Exception) -> str:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         with_need = f"{needed:,} bytes are needed, " if needed else ""
         try:
             with_need += f"{shutil.disk_usage(self.folder).free:,} are free"
         except OSError:
             with_need += "how many are free is not known"
-        return f"{final} could not be saved ({reason}; {with_need})."
+        return f"{final} could not be saved ({told_error(error, 500)}; {with_need})."
 
     def _tidy(self) -> None:
         """Remove, or put back, what interrupted saves left behind."""
@@ -126,7 +125,7 @@ class Checkpoints:
                 os.rename(path, trash)
                 shutil.rmtree(trash)
             except OSError as error:
-                warn(f"{path} could not be removed ({error.strerror or error}).")
+                warn(f"{path} could not be removed ({told_error(error)}).")
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from minipeft.errors import CheckpointError, shown
+from minipeft.errors import CheckpointError, shown, told_error
 from minipeft.files.atomic import sync_folder, write_and_sync
 from minipeft.files.reading import read_limited
 
@@ -68,7 +68,7 @@ def fault(folder: Path) -> str | None:
             if _digest(path) != sha256:
                 return f"{path} is damaged: its sha256 is not the one in {COMPLETE}"
         except OSError as error:
-            return f"{path} cannot be read ({error.strerror or error})"
+            return f"{path} cannot be read ({told_error(error)})"
     return None
 
 
