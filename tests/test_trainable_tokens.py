@@ -14,7 +14,7 @@ from tiny_models import disturb, foreign_code, gpt2, llama, logits, state_digest
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import BertConfig, BertForMaskedLM, Gemma2Config, Gemma2ForCausalLM
 
 from minipeft import LoraConfig, TrainableTokensConfig, get_adapter_model, get_lora_model, load_adapter
 from minipeft.errors import CheckpointError, ConfigError, MergeError, TargetError
@@ -32,6 +32,12 @@ def gemma(seed=0):
         **sizes, num_key_value_heads=1, head_dim=16, vocab_size=100, max_position_embeddings=64, pad_token_id=0
     )
     return Gemma2ForCausalLM(config).eval()
+
+
+def bert():
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(vocab_size=100, **small)).eval()
 
 
 def ids_with_tokens():
@@ -147,6 +153,18 @@ def test_a_file_of_peft_is_read_and_given_back_to_it(case, tmp_path):
     with foreign_code():
         again = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
     torch.testing.assert_close(logits(again, ids_with_tokens()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_reads_our_file_where_it_gives_a_tied_head_that_is_named_rows_of_its_own(tmp_path):
+    """PEFT ties what has its full name, such as ``lm_head``, and BERT's is ``cls.predictions.decoder``."""
+    both = {"word_embeddings": TOKENS, "decoder": TOKENS}
+    model = disturb(get_lora_model(bert(), LoraConfig(target_modules=["query"], trainable_token_indices=both)))
+    model.save_pretrained(tmp_path)
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()
+    expected = logits(model, ids_with_tokens())
+    torch.testing.assert_close(logits(theirs, ids_with_tokens()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(load_adapter(bert(), tmp_path), ids_with_tokens()), expected)
 
 
 @pytest.mark.parametrize("alike", [True, False])

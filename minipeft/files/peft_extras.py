@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import HEADS_OF_TASK, AdapterConfig
-from minipeft.config.patterns import is_suffix
+from minipeft.config.patterns import endings, is_suffix
 from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, named_modules, named_parameters
 from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
@@ -39,11 +39,14 @@ _RANK = re.compile(r"(.+\.)ranknum" + _NAME)  # how many triplets of AdaLoRA a l
 def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, str]:
     """The layers that share what another one has, which PEFT's files repeat: name -> name of that other one.
 
-    All with `ensure_weight_tying`, else those of a trained copy, but for a table's, which PEFT does not name.
+    All with `ensure_weight_tying`, else those of a trained copy, but for a table's, which PEFT does not name, and those that
+    a companion of the configuration names too: PEFT may give each of these an adapter.
     """
     here = sorted(wrappers_of(model, adapter_name), key=lambda pair: _follows(pair[1], adapter_name))
     if not config.ensure_weight_tying:
-        here = [(n, w) for n, w in here if isinstance(w, SavedModule) and not isinstance(w.base_layer, nn.Embedding)]
+        named = {entry for _, companion in config.companions() for entry in companion.target_modules or ()}
+        copies = {n for n, w in here if isinstance(w, SavedModule) and not isinstance(w.base_layer, nn.Embedding)}
+        here = [(n, w) for n, w in here if n in copies or not named.isdisjoint(endings(n))]
     first_of: dict[frozenset[int], str] = {}
     shared = {}
     for name, wrapper in here:
