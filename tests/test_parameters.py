@@ -168,6 +168,16 @@ def test_autocast_rounds_the_products_of_the_module_and_not_the_update():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_two_adapters_in_half_precision_add_up_under_autocast_to_the_other_one():
+    _, model, x = case("(experts, out, in)", torch.bfloat16)
+    for name in ("second", "third"):
+        model.add_adapter(name, config(r=1), autocast_adapter_dtype=False)
+    model.set_adapter(["second", "third"])
+    expected = copy.deepcopy(model).double()(x.double())
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(model(x).double(), expected, rtol=0.05, atol=0.05)
+
+
 def test_two_adapters_add_up_and_one_can_go():
     base, model, x = case("(experts, out, in)")
     first = model(x)

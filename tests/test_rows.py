@@ -537,6 +537,23 @@ def test_half_precision_and_autocast(dtype):
         check_rows(model, ["a", "b", BASE, "b"], lambda **more: model(ids, **more).logits, 8 * 2**-8)
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=["bf16", "fp16"]
+)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_autocast_to_the_other_half_precision(layer, dtypes):
+    """A CPU's autocast refuses to join tensors of the base's dtype."""
+    make, inputs = LAYERS[layer]
+    model = OneLayer(make()).to(dtypes[0])
+    several(model, {name: METHODS[name](target_modules=["layer"]) for name in ("lora", "pissa")})
+    model.add_adapter("narrow", METHODS["pissa"](target_modules=["layer"]), autocast_adapter_dtype=False)
+    names = ["lora", "pissa", BASE, "narrow", "lora"]
+    x = inputs(len(names))
+    x = x.to(dtypes[0]) if x.is_floating_point() else x
+    with torch.no_grad(), torch.autocast("cpu", dtypes[1]):
+        check_rows(model, names, functools.partial(model, x), 8 * 2**-8)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8_weight_only"])
 def test_quantized_bases(kind):
     pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao")

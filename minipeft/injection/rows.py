@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import StateError
+from minipeft.kernels.functional import concatenated
 
 BASE = "__base__"  # PEFT's word for a row without an adapter
 Selector = slice | Tensor
@@ -141,7 +142,7 @@ class Parts:
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
         """One tensor from a piece for each group."""
-        together = torch.cat(list(pieces))
+        together = concatenated(pieces)
         return together if self.back is None else together.index_select(0, self.back)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minipeft.kernels import matmul
 from minipeft.kernels.frozen_linear import Weight, held_or_made
+from minipeft.kernels.functional import concatenated
 
 
 def stacked(factors: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,8 @@ def stacked(factors: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype)
     pairs = [none if pair is None else pair for pair in factors]
     downs = [F.pad(down, (0, 0, 0, r - len(down))) if len(down) < r else down for _, down in pairs]
     ups = [F.pad(up, (0, r - up.shape[1])) if up.shape[1] < r else up for up, _ in pairs]
-    return torch.stack([down.to(dtype) for down in downs]), torch.stack([up.to(dtype) for up in ups])
+    down, up = (concatenated([factor.to(dtype)[None] for factor in each]) for each in (downs, ups))
+    return down, up
 
 
 def block_linear(x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 HALF = frozenset({torch.bfloat16, torch.float16})
 
@@ -143,6 +144,15 @@ def is_flat_part(tensor: Tensor) -> bool:
 def is_in_parts(tensor: Tensor) -> bool:
     """Whether this process has not all of a parameter, as with FSDP2, the first FSDP and DeepSpeed's ZeRO-3."""
     return is_flat_part(tensor) or is_divided(tensor)
+
+
+def concatenated(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat``, which under autocast refuses pieces in another half precision than autocast's."""
+    device = pieces[0].device.type
+    if not (is_autocast_available(device) and torch.is_autocast_enabled(device)):  # meta tensors know none
+        return torch.cat(list(pieces), dim)
+    with torch.autocast(device, enabled=False):
+        return torch.cat(list(pieces), dim)
 
 
 def whole(tensor: Tensor) -> Tensor:

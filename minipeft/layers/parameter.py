@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.kernels.functional import split_columns, split_rows
+from minipeft.kernels.functional import concatenated, split_columns, split_rows
 from minipeft.kernels.low_rank_sum import LowRankSum
 from minipeft.layers.base import is_plain
 from minipeft.layers.uncalled import UncalledOps
@@ -80,7 +80,7 @@ class ParameterOps(UncalledOps):
         scaling = factors[0][2]
         if len(factors) > 1:  # one pair of the ranks of all
             scaling, scaled = 1.0, [up * s for up, (_, _, s) in zip(ups, factors, strict=True)]
-            downs, ups = [torch.cat(downs, 1)], [torch.cat(scaled, 2)]
+            downs, ups = [concatenated(downs, 1)], [concatenated(scaled, 2)]
         (down,), (up,) = downs, ups
         if own.ndim == 2:
             down, up = down[0], up[0]

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.errors import ConfigError, MergeError, StateError
 from minipeft.kernels.functional import (
+    concatenated,
     is_column_major,
     lora_delta,
     lora_factors,
@@ -151,8 +152,8 @@ class Lora(InputDropout):
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         if self.initial_A is not None and self.initial_B is not None:
-            lora_A = torch.cat([lora_A, self.initial_A.to(lora_A.dtype)])
-            lora_B = torch.cat([lora_B, -self.initial_B.to(lora_B.dtype)], 1)
+            lora_A = concatenated([lora_A, self.initial_A.to(lora_A.dtype)])
+            lora_B = concatenated([lora_B, -self.initial_B.to(lora_B.dtype)], 1)
         return (lora_B.t(), lora_A.t()) if self.is_swapped else (lora_A, lora_B)
 
     def forward(self, base: nn.Module, ops: LayerOps, x: Tensor, y: Tensor | None) -> Tensor:
