@@ -10,7 +10,6 @@ and loss_curves.png.
 
 import argparse
 import gzip
-import math
 import os
 import sys
 import time
@@ -100,27 +99,28 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """The type of a flag for numbers of this kind."""
+def number(kind: Callable[[str], float], above: int = 0) -> Callable[[str], float]:
+    """The type of a flag for numbers of this kind that torch's sizes, seeds and optimizers take."""
 
-    def number(text: str) -> float:
+    def parsed(text: str) -> float:
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not above < value < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is not above {above} and below {2**31}")
         return value
 
-    return number
+    parsed.__name__ = "number"  # argparse says "invalid number value"
+    return parsed
 
 
 def flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, rate = above_zero(int), above_zero(float)
+    count, rate = number(int), number(float)
     parser.add_argument("--ranks", type=count, nargs="+", default=[4, 16])
     parser.add_argument("--learning_rates", type=rate, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--steps", type=count, default=60, help="optimizer steps of each adapter")
     parser.add_argument("--rows", type=count, default=2, help="rows that each adapter sees in a step")
     parser.add_argument("--length", type=count, default=64, help="tokens of a row")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, -1), default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("train_many_output"))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         parser.error("all adapters train in one process here: start it by python, not by accelerate launch")

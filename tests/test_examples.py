@@ -61,6 +61,8 @@ def test_rates_that_round_alike_have_adapters_of_their_own_and_repeated_ones_hav
     [
         (["--ranks", "0"], "argument --ranks: 0 is not above 0"),
         (["--learning_rates", "nan"], "argument --learning_rates: nan is not above 0"),
+        (["--learning_rates", "1e300"], "argument --learning_rates: 1e300 is not above 0 and below 2147483648"),
+        (["--seed", "1" * 23], f"argument --seed: {'1' * 23} is not above -1"),
         (["--rows", "many"], "argument --rows: invalid number value"),
     ],
 )

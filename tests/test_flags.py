@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from minipeft import ConfigError
-from minipeft.training.flags import INTEGER_LIMIT, compared_values, flag, parse_flags, saved_values
+from minipeft.training.flags import LIMIT, compared_values, flag, parse_flags, saved_values
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,12 @@ def test_a_flag_may_have_an_optional_value():
         (["--rank", "many"], "invalid int value: 'many'"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--rank", "0"], "--rank 0: give a number from 1 to 2147483647."),
-        (["--seed", str(INTEGER_LIMIT)], "--seed 2147483648: give a number from 0"),
+        (["--seed", str(LIMIT)], "--seed 2147483648: give a number from 0"),
         (["--rate", "0"], "--rate 0.0: give a number above 0."),
         (["--rate", "nan"], "--rate nan"),
         (["--rate", "inf"], "--rate inf"),
         (["--decay=-1"], "--decay -1.0: give a number from 0."),
+        (["--rate", "1e39"], "--rate 1e+39: give a number above 0 and below 2147483648."),  # no float32
         (["--text", "nowhere.txt"], "--text nowhere.txt: no such file"),
         (["--stream"], "--stream needs --rank or --lean"),
         (["--stream", "--lean", "--resume"], "--resume and --stream exclude each other"),

@@ -14,7 +14,6 @@ The type of the field decides how the flag is written: ``bool`` is a switch, ``b
 from __future__ import annotations
 
 import dataclasses
-import math
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import yaml
 from minipeft.errors import ConfigError, hint, told_error
 
 T = TypeVar("T")
-INTEGER_LIMIT = 2**31  # numpy's seeds and torch's sizes stay below it
+LIMIT = 2**31  # numpy's seeds, torch's sizes and the rates of its optimizers stay below it
 
 
 @dataclass(frozen=True)
@@ -156,11 +155,11 @@ def _check_value(name: str, value: Any, rules: Rules) -> None:
         raise ConfigError(f"--{name} {value}: no such file or folder.")
     if rules.lowest is None and rules.above is None:
         return
-    limit = INTEGER_LIMIT if isinstance(value, int) else math.inf
     high_enough = value > rules.above if rules.above is not None else value >= rules.lowest
-    if not (high_enough and value < limit):
+    if not (high_enough and value < LIMIT):
         start = f"above {rules.above}" if rules.above is not None else f"from {rules.lowest}"
-        end = f" to {INTEGER_LIMIT - 1}" if isinstance(value, int) else ""
+        below = f" and below {LIMIT}" if value >= LIMIT else ""
+        end = f" to {LIMIT - 1}" if isinstance(value, int) else below
         raise ConfigError(f"--{name} {value}: give a number {start}{end}.")
 
 
