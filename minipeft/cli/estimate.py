@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minipeft.cli.output import print_json, print_table
-from minipeft.cli.sizes import bytes_in, in_units
 from minipeft.errors import ConfigError
+from minipeft.planning.sizes import bytes_in, in_units
 
 if TYPE_CHECKING:
     from minipeft.planning.estimate import Estimate, Setup

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minipeft.cli.output import print_json
-from minipeft.cli.sizes import bytes_in, in_units
+from minipeft.planning.sizes import bytes_in, in_units
 
 if TYPE_CHECKING:
     from minipeft.planning.fit import Proposal

@@ -14,6 +14,7 @@ from minipeft.ecosystem.transformers_model import recomputable_blocks
 from minipeft.errors import ConfigError, LeanError
 from minipeft.planning.base import Place
 from minipeft.planning.estimate import Adapt, Estimate, Planner, Setup
+from minipeft.planning.sizes import in_units
 
 USABLE = 0.9  # share of the memory to plan with: the estimate may be off, and other programs need some too
 # Ways of checkpointing, each of which takes less memory than the one before; None: plain LoRA, for models that cannot be
@@ -134,9 +135,8 @@ def _share_of_mlp(block: nn.Module) -> float:
 
 
 def _why_nothing(setup: Setup, memory: int, least: Estimate) -> str:
-    gib = 2**30
     return (
-        f"nothing fits into {memory / gib:.1f} GiB, of which {USABLE:.0%} count: one sequence of {setup.length} tokens on an "
-        f"{least.setup.quantize or least.setup.dtype or 'unquantized'} base takes {least.peak / gib:.1f} GiB, of which the "
-        f"weights are {least.memory['weights'] / gib:.1f}. Take a smaller model, or fewer tokens."
+        f"nothing fits into {in_units(memory)}, of which {USABLE:.0%} count: one sequence of {setup.length} tokens on an "
+        f"{least.setup.quantize or least.setup.dtype or 'unquantized'} base takes {in_units(least.peak)}, of which the "
+        f"weights are {in_units(least.memory['weights'])}. Take a smaller model, or fewer tokens."
     )
