@@ -221,6 +221,18 @@ def test_a_factor_per_input_feature_scales_as_scaled_columns_of_the_weight_do(na
     torch.testing.assert_close(layer(x * ops.per_feature(layer, factor)), expected)
 
 
+@pytest.mark.parametrize("name", ["1d", "2d groups", "3d"])
+def test_the_update_needs_no_weight_of_the_layer(name):
+    """The first FSDP leaves a part of it in its place, flat, where it wraps the layer inside of the adapted one."""
+    make, shape = LAYERS[name]
+    base, x = make(), torch.randn(shape)
+    ops = layer_ops(base)
+    A, B = (torch.randn(size) for size in ops.factor_shapes(base, 2))
+    expected = ops.project_out(base, ops.project_in(base, x, A), B)
+    base.weight.data = base.weight.detach().flatten()[:3]
+    assert torch.equal(ops.project_out(base, ops.project_in(base, x, A), B), expected)
+
+
 def test_inputs_of_groups_cannot_be_scaled_in_the_weight():
     layer = LAYERS["2d groups"][0]()
     with pytest.raises(TargetError, match="groups=2: its input features cannot be scaled one by one"):

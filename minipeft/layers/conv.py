@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class ConvOps(LayerOps):
     """
 
     def shape(self, base: Any) -> tuple[int, int]:
-        return base.out_channels, base.weight[0].numel()
+        return base.out_channels, math.prod(_patch(base))
 
     def read_weight(self, base: Any) -> Tensor:
         return base.weight.flatten(1)
@@ -45,7 +46,7 @@ class ConvOps(LayerOps):
         return base
 
     def accepts(self, base: Any) -> bool:
-        kernel = (base.out_channels, base.in_channels // base.groups, *base.kernel_size)
+        kernel = (base.out_channels, *_patch(base))
         own_forward = getattr(plain_class(type(base)), "forward", None) not in FORWARDS
         return not own_forward and has_plain_weight(base, kernel)
 
@@ -56,7 +57,7 @@ class ConvOps(LayerOps):
 
     def project_in(self, base: Any, x: Tensor, A: Tensor) -> Tensor:
         """Shape (batch, groups * r, *positions)."""
-        kernel = A.reshape(len(A), *base.weight.shape[1:])
+        kernel = A.reshape(len(A), *_patch(base))
         # The layer's own method handles every padding mode.
         return base._conv_forward(x, kernel.repeat(base.groups, *(1 for _ in kernel.shape[1:])), None)
 
@@ -76,7 +77,12 @@ class ConvOps(LayerOps):
         return base.in_channels
 
     def factor_shapes(self, base: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (r, *base.weight.shape[1:]), (base.out_channels, r, *_ones(base))
+        return (r, *_patch(base)), (base.out_channels, r, *_ones(base))
+
+
+def _patch(base: Any) -> tuple[int, ...]:
+    """What one output feature sees: (in / groups, *kernel size). The weight may be elsewhere, as the first FSDP holds it."""
+    return base.in_channels // base.groups, *base.kernel_size
 
 
 def _ones(base: Any) -> tuple[int, ...]:
