@@ -22,6 +22,7 @@ import minipeft
 from minipeft import CheckpointError, LeanError, LoraConfig, StateError, get_lora_model
 from minipeft.files import trainer_guard
 from minipeft.hf import AdapterTrainer, AdapterTrainerMixin, restore_adapters
+from minipeft.integrations import trainer_checkpoint
 from minipeft.training.lora_plus import lora_plus_groups
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -495,6 +496,18 @@ def test_the_optimizer_of_one_adapter_does_not_go_on_with_another(tmp_path):
     trainer = AdapterTrainer(two_adapters("default"), arguments(tmp_path), train_dataset=DATA)
     with pytest.raises(CheckpointError, match=r"'second' was active there, and here it is 'default'; .*set_adapter\("):
         trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "record", [{"active_adapters": 7}, {"active_adapters": [["second"]]}, {"processes": "two"}, []]
+)
+def test_a_record_of_the_wrong_types_is_refused(record, tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    state = {"stateful_callbacks": {"minipeft": {"args": {}, "attributes": record}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json (is damaged: .* wrong types|cannot be read)"):
+        trainer_checkpoint.resume(model, tmp_path, 1)
 
 
 def test_twenty_steps_give_the_same_losses_as_with_peft(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minipeft.errors import CheckpointError, all_or_nothing, shown, warn
+from minipeft.errors import CheckpointError, all_or_nothing, shown, told, warn
 from minipeft.files.atomic import write_files
 from minipeft.files.reading import reading
 from minipeft.files.restore import adapters_in, restore_adapters
@@ -115,6 +115,11 @@ def _record(checkpoint: Path) -> dict[str, Any]:
     with reading(path):
         callbacks = json.loads(path.read_text("utf-8")).get("stateful_callbacks", {}) if path.exists() else {}
         record: dict[str, Any] = callbacks.get(RECORD, {}).get("attributes", {})
+        active, processes = record.get("active_adapters", []), record.get("processes", 1)
+    if not isinstance(processes, int) or not isinstance(active, list) or not all(isinstance(a, str) for a in active):
+        raise CheckpointError(
+            f"{path} is damaged: what it says of the adapters, {told(record)}, is of the wrong types."
+        )
     return record
 
 
