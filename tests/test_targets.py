@@ -1,5 +1,7 @@
 """What target_modules and its companions select, and what they refuse: the model is then bit for bit what it was."""
 
+import time
+
 import pytest
 import torch
 from tiny_models import gpt2, gpt2_classifier, llama, logits, state_digest, t5
@@ -119,6 +121,19 @@ def test_a_hostile_expression_is_stopped(monkeypatch):
     layers.add_module("a" * 60 + "!", nn.Linear(2, 2))
     with pytest.raises(TargetError, match=r"takes more than 0\.2 s|matches no module"):
         get_lora_model(layers, LoraConfig(target_modules="(a|a|aa)+(a|a)*(a|aa)*$"))
+
+
+def test_time_in_which_the_program_does_not_run_does_not_stop_an_expression(monkeypatch):
+    """On a loaded machine seconds may pass between two names."""
+    monkeypatch.setattr(patterns, "SECONDS_PER_OPTION", 0.3)
+
+    def names():
+        yield "q"
+        time.sleep(0.4)
+        yield "a" * 24 + "c"  # takes some ten ms
+        yield "aab"
+
+    assert patterns.full_matches("(?:a|aa)+b|q", names(), "target_modules") == ["q", "aab"]
 
 
 def test_an_unknown_model_gets_proposals_from_its_own_modules():

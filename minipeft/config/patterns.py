@@ -49,15 +49,15 @@ def full_matches(pattern: str, names: Iterable[str], where: str, deadline: float
         pattern: a regular expression.
         names: to try.
         where: the option's name, for messages.
-        deadline: of ``time.monotonic()``; None: in two seconds.
+        deadline: of ``time.thread_time()``, which stands still while the program waits for the machine; None: in two seconds.
 
     Raises:
         TargetError: matching takes longer, as with a hostile expression, or fails.
     """
     expression = compiled(pattern, where)
-    end = time.monotonic() + SECONDS_PER_OPTION if deadline is None else deadline
+    end = time.thread_time() + SECONDS_PER_OPTION if deadline is None else deadline
     try:
-        return [name for name in names if expression.fullmatch(name, timeout=max(end - time.monotonic(), 0.001))]
+        return [name for name in names if expression.fullmatch(name, timeout=max(end - time.thread_time(), 0.001))]
     except TimeoutError:
         raise TargetError(
             f"{where}: {told(pattern, 100)} takes more than {SECONDS_PER_OPTION:g} s on this model's module names; "
@@ -124,7 +124,7 @@ def first_keys(patterns: Iterable[str], names: Sequence[str], where: str) -> dic
         hits = [key for ending in endings(name) for key in literal.get((ending == name, ending), ())]
         if hits:
             found[name] = min(hits, key=order.__getitem__)
-    deadline = time.monotonic() + SECONDS_PER_OPTION
+    deadline = time.thread_time() + SECONDS_PER_OPTION
     for key in expressions:
         for name in full_matches(rf"(?:.*\.)?(?:{key})", names, where, deadline):
             if name not in found or order[key] < order[found[name]]:

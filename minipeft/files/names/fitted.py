@@ -164,11 +164,11 @@ def _renamed_by(mapping: Mapping[str, str], names: Mapping[str, str]) -> dict[st
     """
     _check_mapping(mapping)
     table = [(pattern, compiled(pattern, "key_mapping"), replacement) for pattern, replacement in mapping.items()]
-    end, renamed = time.monotonic() + SECONDS_PER_OPTION, {}
+    end, renamed = time.thread_time() + SECONDS_PER_OPTION, {}
     for key, name in names.items():
         for pattern, expression, replacement in table:
             try:
-                new, count = expression.subn(replacement, name, timeout=max(end - time.monotonic(), 0.001))
+                new, count = expression.subn(replacement, name, timeout=max(end - time.thread_time(), 0.001))
             except TimeoutError:
                 raise ConfigError(
                     f"key_mapping: {told(pattern, 100)} takes more than {SECONDS_PER_OPTION:g} s."
