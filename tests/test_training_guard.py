@@ -287,3 +287,20 @@ def test_a_factor_that_is_frozen_on_purpose_is_not_named():
     model = headed()
     model.body.adapters["default"].lora_A.requires_grad_(False)
     assert first_warnings(model) == []
+
+
+@pytest.mark.parametrize("projects", ["frozen weights", "copies that train", "nothing"])
+def test_an_optimizer_that_projects_no_gradient_of_an_adapter_is_named(projects):
+    """As transformers makes the groups of GaLore and APOLLO: of the weights of nn.Linear modules."""
+    model = classifier()
+    kept = [model.classifier.adapters["default"].weight] if projects == "copies that train" else []
+    frozen = [
+        module.weight for module in model.modules() if type(module) is nn.Linear and not module.weight.requires_grad
+    ]
+    more = {"update_proj_gap": 200, "rank": 128} if projects != "nothing" else {}
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is other for other in kept)]
+    optimizer = torch.optim.AdamW([{"params": rest}, {"params": [*frozen, *kept], **more}])
+    loss(model).backward()
+    said = pytest.warns(UserWarning, match=r"AdamW projects the gradients of frozen weights alone.*optim='adamw_torch'")
+    with said if projects == "frozen weights" else contextlib.nullcontext():
+        optimizer.step()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import nn
@@ -50,6 +51,7 @@ class GradientWatch:
             if not self.has_looked and not held.isdisjoint(trained):
                 self.has_looked = True
                 _say_frozen(model, state, self.name)
+                _say_not_projected(optimizer, trained)
             if held.issuperset(trained):
                 self._note_step(layers, state)
             else:
@@ -118,6 +120,17 @@ def _say_frozen(model: nn.Module, state: AdapterState, adapter_name: str) -> Non
             f"{shown(frozen)}: adapter {adapter_name!r} learns nothing there, since something has set requires_grad=False after "
             f"adapting. If it is to learn: for p in model.adapter_parameters({adapter_name!r}): p.requires_grad_(True), and "
             "then make the optimizer."
+        )
+
+
+def _say_not_projected(optimizer: Optimizer, trained: AbstractSet[int]) -> None:
+    """Warn about GaLore or APOLLO, which are to project gradients, and project none of what an adapter trains, by id."""
+    projected = [group["params"] for group in optimizer.param_groups if "update_proj_gap" in group]
+    if projected and trained.isdisjoint(id(parameter) for group in projected for parameter in group):
+        warn(
+            f"{type(optimizer).__name__} projects the gradients of frozen weights alone, which have none: its optim_target_modules "
+            "means nn.Linear modules, and the factors of an adapter are none. They train without a projection, which so small "
+            "matrices do not need; take optim='adamw_torch'."
         )
 
 
