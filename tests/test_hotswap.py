@@ -109,6 +109,20 @@ def test_other_methods_and_parts_are_swapped_in_place(kind, tmp_path):
     assert same_file(tmp_path / "again", files[1][0])
 
 
+@pytest.mark.parametrize("kind", ["biases", "LoHa", "LoKr", "VeRA", "AdaLoRA"])
+def test_a_swap_into_an_adapter_with_a_scale_gives_the_file_at_full_strength(kind, tmp_path):
+    files = [saved(config, tmp_path / str(seed), seed) for seed, config in enumerate(OTHERS[kind])]
+    model = load_adapter(gpt2(), files[0][0])
+    model.prepare_hotswap(4)
+    model.set_scale("default", 0.5)
+    model.hotswap_adapter(files[1][0])
+    torch.testing.assert_close(logits(model), files[1][1], rtol=0, atol=2e-5)
+    assert model.adapter_status()[0].scale == "1"
+    model.set_scale("default", 0.25, r"h\.0\..*")
+    model.set_scale("default", 1.0)
+    torch.testing.assert_close(logits(model), files[1][1], rtol=0, atol=2e-5)
+
+
 def test_the_result_is_that_of_pefts_hot_swap(tmp_path):
     import peft
     from peft.utils.hotswap import hotswap_adapter as pefts

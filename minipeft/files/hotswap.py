@@ -179,6 +179,8 @@ def _misfit(here: nn.Module, there: nn.Module) -> str:
 
 def _give(here: nn.Module, there: nn.Module) -> None:
     if isinstance(here, Adapter) and isinstance(there, Adapter):
+        if here.strength != 1:
+            here.rescale(1.0)  # whatever `set_scale` made of the old one
         here.take(there)
         here.is_vacant = False
     else:

@@ -277,8 +277,7 @@ class Lora(InputDropout):
                 factor.narrow(dim, 0, value.shape[dim]).copy_(value)
         self.scaling, self.rank = other.scaling, other.rank
         self.drop(other.drop_rate)
-        self.strength = 1.0  # whatever `set_scale` made of the old one
-        vars(self).pop("full_scaling", None)
+        vars(self).pop("full_scaling", None)  # which was the old one's
 
     def vacate(self, base: nn.Module, ops: LayerOps) -> None:
         for tensor in (self.lora_B, self.initial_B, self.lora_B_bias):

@@ -19,9 +19,11 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def numbers_of(module: nn.Module) -> dict[str, object]:
-    """Its attributes that are numbers, texts, or lists of them, by name."""
-    own = vars(module).items()
-    return {k: v for k, v in own if not k.startswith("_") and _is_number(v) and k not in OF_THE_LIBRARY}
+    """Its attributes that are numbers, texts, or lists of them, by name; its scaling as the configuration says it."""
+    own = vars(module)
+    if "full_scaling" in own:
+        own = {**own, "scaling": own["full_scaling"]}
+    return {k: v for k, v in own.items() if not k.startswith("_") and _is_number(v) and k not in OF_THE_LIBRARY}
 
 
 def _is_number(value: object) -> bool:
