@@ -234,6 +234,24 @@ def test_a_scale_by_pattern_is_what_peft_layers_are_told(tmp_path):
     assert torch.equal(logits(model), logits(load_adapter(gpt2(), tmp_path)))
 
 
+def test_a_trained_bias_is_scaled_with_the_update():
+    model = adapted(r=2, target_modules=["c_attn", "c_fc"], bias="lora_only").double()
+    full = model.state_dict()
+    model.set_scale("default", -0.5)
+    scaled = logits(model)
+    expected = gpt2().double()
+    with torch.no_grad():
+        for path, layer in expected.named_modules():
+            if path.endswith(("c_attn", "c_fc")):
+                A, B = (full[f"{path}.adapters.default.lora_{side}"] for side in "AB")
+                layer.weight -= 0.5 * 4 * (B @ A).T  # alpha 8, rank 2
+                layer.bias -= 0.5 * (full[f"{path}.adapters.default.lora_bias"] - layer.bias)
+    torch.testing.assert_close(scaled, logits(expected))
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), scaled)
+    model.set_scale("default", 0)
+    assert torch.equal(logits(model), logits(gpt2().double()))
+
+
 def test_layers_tied_to_a_scaled_one_follow():
     options = {"r": 2, "target_modules": ["wte"], "ensure_weight_tying": True, "init_lora_weights": False}
     model = get_lora_model(gpt2(), LoraConfig(**options))

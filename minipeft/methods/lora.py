@@ -179,6 +179,8 @@ class Lora(InputDropout):
         update = None
         if self.lora_bias is not None and self.original_bias is not None:
             update = self.lora_bias - self.original_bias
+            if self.strength != 1:
+                update = update * self.strength
         if self.lora_B_bias is None:
             return update
         return self.lora_B_bias * self.factor + (0 if update is None else update)
