@@ -40,6 +40,10 @@ class TargetError(MinipeftError, ValueError):
     """A pattern names modules that do not exist or cannot be adapted."""
 
 
+class OccupiedError(TargetError):
+    """A module cannot have this adapter next to one that is there: one of them trains it, or all around it, in full."""
+
+
 class StateError(MinipeftError, RuntimeError):
     """The call does not make sense in the current state of the model."""
 

@@ -118,6 +118,14 @@ def test_a_model_with_an_adapted_part_is_refused():
     refuses(StateError, body, lambda: get_lora_model(body["body"], config), "transformer.h.0.attn", "adapted already")
 
 
+@pytest.mark.parametrize("first", [{"bias": "all"}, {"modules_to_save": ["mlp.c_fc"]}])
+def test_a_module_of_which_another_adapter_trains_a_part_is_not_trained_as_a_whole(first):
+    """Its copy would hold the other adapter's, and its file too."""
+    model = adapted(r=2, target_modules=["c_attn"], **first)
+    config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["mlp"])
+    refuses(TargetError, model, lambda: model.add_adapter("b", config), "transformer.h.0.mlp", "trains a part of it")
+
+
 NO_NAMES = (
     5,
     True,

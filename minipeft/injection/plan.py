@@ -12,7 +12,7 @@ from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.packages import is_compressed, is_from
 from minipeft.ecosystem.transformers_model import model_type
 from minipeft.ecosystem.wrapper_names import FIXED_PARAMETERS, wrapper_class
-from minipeft.errors import TargetError, shown
+from minipeft.errors import OccupiedError, TargetError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.fresh_parts import (
     FreshParts,
@@ -213,9 +213,13 @@ def _check_saveable(site: SavedSite) -> None:
                 "Keep it out of the quantization, or adapt it."
             )
     if any(isinstance(inner, AdaptedLayer) for inner in module.modules()):
-        raise TargetError(f"{site.name}: adapted already, so it cannot also be trained in full.")
+        raise OccupiedError(f"{site.name}: adapted already, so it cannot also be trained in full.")
+    if any(isinstance(inner, SavedModule) for inner in module.modules() if inner is not module):
+        raise OccupiedError(
+            f"{site.name}: another adapter's modules_to_save or bias='all' trains a part of it, so it cannot also be trained as a whole."
+        )
     if isinstance(module, SavedModule) and module.only != site.only:
-        raise TargetError(f"{site.name}: another adapter trains {module.only or 'all of it'} here.")
+        raise OccupiedError(f"{site.name}: another adapter trains {module.only or 'all of it'} here.")
 
 
 def _holds_codes(parameter: nn.Parameter | None) -> bool:

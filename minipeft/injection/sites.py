@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.errors import TargetError, shown
+from minipeft.errors import OccupiedError, TargetError, shown
 from minipeft.injection.module_tree import Candidate, is_callable, occupants, own_bias
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.targets import within
@@ -90,10 +90,10 @@ def site(
 
 
 def ops_for(name: str, candidate: Candidate) -> LayerOps:
-    """The ops of a targeted layer; raises TargetError if there are none, or another adapter trains the module in full."""
+    """The ops of a targeted layer; raises TargetError if there are none, OccupiedError if another adapter trains it in full."""
     base = candidate.base
     if isinstance(candidate.module, SavedModule):
-        raise TargetError(f"{name}: already trained in full by another adapter's modules_to_save or bias='all'.")
+        raise OccupiedError(f"{name}: already trained in full by another adapter's modules_to_save or bias='all'.")
     ops = layer_ops(base)
     if ops is not None:
         return ops
