@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from tiny_models import foreign_code, gpt2, llama, t5
+from tiny_models import disturb, foreign_code, gpt2, llama, t5
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 import minipeft
@@ -255,6 +255,25 @@ def test_adapters_take_no_more_memory_than_allowed_and_one_in_use_stays(tmp_path
     assert all(model in resident and len(resident) <= 2 for model, resident in seen)
     with pytest.raises(RequestError, match="takes 0.0 MiB, and all adapters may take 0.0 MiB"):
         Adapters(llama(), root, size - 1).acquire("a", ())
+
+
+def test_an_adapter_that_excludes_another_one_waits_until_that_is_idle_and_takes_its_place(tmp_path, running):
+    """A trained head, and rows of the table that it shares, cannot be in one model."""
+    head, rows = LoraConfig(r=2, modules_to_save=["lm_head"]), LoraConfig(r=2, trainable_token_indices=[9, 11])
+    for name, config in {"head": head, "rows": rows, "a": METHODS["a"]}.items():
+        disturb(minipeft.get_adapter_model(gpt2(), config)).save_pretrained(tmp_path / name)
+    engine, clients = running(gpt2, tmp_path), []
+
+    def join(client, event):
+        if len(client.tokens) == 2 and not clients:
+            clients.extend([Client("rows", [9, 11]), Client("head", [9]), Client("a", [9])])
+            engine.submit(clients)
+
+    engine.submit([first := Client("head", [11, 12], 10, join)])
+    found = [first.result(), *(client.result() for client in clients)]
+    assert found == [(alone(gpt2(), tmp_path, client), "length") for client in (first, *clients)]
+    assert "rows" not in engine.adapters.resident
+    assert {"head", "a"} <= engine.adapters.resident.keys()
 
 
 def test_an_adapter_is_read_again_after_its_files_were_replaced(shared, tmp_path, running):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from minipeft.errors import CheckpointError, ConfigError, MinipeftError, RequestError, hint, shown
+from minipeft.errors import CheckpointError, ConfigError, MinipeftError, OccupiedError, RequestError, hint, shown
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.injection.module_tree import wrappers_of
 from minipeft.injection.rows import BASE
@@ -108,6 +108,9 @@ class Adapters:
             known = sum(size for file, _, size in stamp if file.endswith(".safetensors"))
         try:
             return self._load(directory, stamp, used) if self._make_room(name, known, used) else None
+        except OccupiedError:  # it excludes one that is here, so it needs the model for itself
+            self._known[name] = stamp, self.limit
+            return self.acquire(name, used)
         except MinipeftError as error:
             refused = _for_clients(error, self.root)
             self._known[name] = stamp, Refusal(str(refused), refused.status, time.monotonic() + PATIENCE)
