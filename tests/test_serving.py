@@ -370,6 +370,16 @@ def test_models_that_keep_anything_else_than_keys_and_values_are_refused(kind, t
             Engine(Batch(model), Adapters(model, tmp_path, 1), [])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_that_counts_padding_as_positions_is_refused(dtype, tmp_path):
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32, "vocab_size": 100}
+    model = made(tf.BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False)).to(dtype)
+    with pytest.raises(StateError, match="BartForCausalLM cannot be served here: a prompt that is padded on the left"):
+        Engine(Batch(model), Adapters(model, tmp_path, 1), [])
+    for make in MODELS.values():
+        Batch(make().to(dtype)).check()
+
+
 def test_a_server_that_cannot_start_says_why_in_one_line(example, tmp_path):
     wrong = {
         "nowhere is not a directory": ["--adapters", "nowhere"],
