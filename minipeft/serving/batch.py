@@ -21,7 +21,6 @@ from minipeft.injection.rows import Rows, numbers
 from minipeft.injection.rows_of_call import rows_acting, rows_of_call
 from minipeft.model import AdaptedModel
 
-
 FAR = 0.2  # relative distance of logits that no rounding explains; a shift of positions gives 0.6 and more
 
 
