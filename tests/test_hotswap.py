@@ -40,6 +40,7 @@ OTHERS = {
     "in full": [LoraConfig(r=4, modules_to_save=["ln_f"]), LoraConfig(r=2, modules_to_save=["ln_f"])],
     "tokens": [LoraConfig(r=4, trainable_token_indices=[1, 2]), LoraConfig(r=2, trainable_token_indices=[7, 5])],
     "embedding": [LoraConfig(r=4, target_modules=["wte", "c_fc"]), LoraConfig(r=2, target_modules=["wte", "c_fc"])],
+    "tied": [LoraConfig(r=r, target_modules=["wte", "lm_head"], ensure_weight_tying=True) for r in (4, 2)],
     "IA3": [IA3Config(), IA3Config()],
     "LoHa": [LoHaConfig(r=2, target_modules=["c_attn"])] * 2,
     "LoKr": [LoKrConfig(r=2, target_modules=["c_attn"])] * 2,

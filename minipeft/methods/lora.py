@@ -100,9 +100,10 @@ class Lora(InputDropout):
         self.reset_parameters(config.init_lora_weights, weight)
 
     def _hold(self, name: str, value: Tensor, *, persistent: bool = True) -> None:
-        """Make a buffer of an attribute that is None so far."""
-        delattr(self, name)
-        self.register_buffer(name, value, persistent=persistent)
+        """Make a buffer of an attribute that is None so far; a twin on a tied layer finds that of the first."""
+        del vars(self)[name]
+        if name not in self._buffers:
+            self.register_buffer(name, value, persistent=persistent)
 
     @property
     def scaling(self) -> float:
