@@ -34,7 +34,7 @@ _JOINED = {"gate_proj": ("gate_up_proj", 0, 2), "up_proj": ("gate_up_proj", 1, 2
 
 
 @dataclass(frozen=True)
-class Place:
+class ExpertPlace:
     """The part of a bare parameter that was a module of its own."""
 
     module: str  # that has the parameter
@@ -57,7 +57,7 @@ class Place:
         )
 
 
-class Places:
+class ExpertPlaces:
     """The places of a file's modules in one model."""
 
     def __init__(self, model: nn.Module, found: Mapping[str, Candidate]) -> None:
@@ -69,10 +69,10 @@ class Places:
             self._by_tail.setdefault(tail(name), []).append(name)
         self._renamings, self._converters = tables(model) if self.parameters else ([], [])
         self._scopes = {t.scope_prefix for t in self._converters if t.scope_prefix}
-        self._known: dict[tuple[str, str], Place | None] = {}
+        self._known: dict[tuple[str, str], ExpertPlace | None] = {}
         self._unknown: set[str] = set()
 
-    def of(self, name: str) -> Place | None:
+    def of(self, name: str) -> ExpertPlace | None:
         """The place of a layer of the file that is none in the model; None if it has no place, or is one.
 
         Raises:
@@ -80,7 +80,7 @@ class Places:
         """
         return self.of_expert(name) or self._whole(name)
 
-    def of_expert(self, name: str) -> Place | None:
+    def of_expert(self, name: str) -> ExpertPlace | None:
         """The place of a layer of one expert."""
         match = _NUMBERED.fullmatch(name) if len(name) <= MAX_NAME else None
         if match is None or name in self.modules:
@@ -93,14 +93,14 @@ class Places:
             return None
         return replace(place, expert=int(number), around=(before, behind))
 
-    def _expert(self, name: str) -> Place | None:
+    def _expert(self, name: str) -> ExpertPlace | None:
         lists = _LISTS.fullmatch(name)
         if lists is not None:
             found = self._parameter(f"{lists[1]}{lists[2]}_proj")
-            return None if found is None else Place(*found)
+            return None if found is None else ExpertPlace(*found)
         return self._only(name, self._converted) or self._as_the_module_says(name)
 
-    def _as_the_module_says(self, name: str) -> Place | None:
+    def _as_the_module_says(self, name: str) -> ExpertPlace | None:
         """The place of gate, up or down of experts that never were layers in transformers, if their module says its layout.
 
         Other programs have them as layers, such as mlx-lm. See ``use_experts_implementation`` of transformers.
@@ -113,9 +113,9 @@ class Places:
         base = None if found is None else self.found[found[0]].base
         if found is None or not getattr(base, "has_gate", False):
             return None
-        return Place(*found, part, parts, alternates=not getattr(base, "is_concatenated", True))
+        return ExpertPlace(*found, part, parts, alternates=not getattr(base, "is_concatenated", True))
 
-    def _only(self, name: str, read: Callable[[str], Place | None]) -> Place | None:
+    def _only(self, name: str, read: Callable[[str], ExpertPlace | None]) -> ExpertPlace | None:
         """The place of a name; or, as a part of the model may have a table of its own, of the only part that has one."""
         found = [read(name)]
         if found == [None]:
@@ -124,14 +124,14 @@ class Places:
             raise _ambiguous(name, [place.name for place in found if place is not None])
         return found[0] if found else None
 
-    def _converted(self, name: str) -> Place | None:
+    def _converted(self, name: str) -> ExpertPlace | None:
         renamed, pattern = self._renamed(name)
         converter = next((c for c in self._converters if pattern in c.source_patterns), None)
         found = self._parameter(renamed) if converter is not None else None
         if converter is None or found is None or not self._joins(converter, found):
             return None
         sources = converter.source_patterns
-        return Place(*found, sources.index(pattern), len(sources))
+        return ExpertPlace(*found, sources.index(pattern), len(sources))
 
     def _joins(self, converter: Any, found: tuple[str, str]) -> bool:
         """Whether a converter only stacks the experts, and puts the output features of several layers in a row."""
@@ -142,10 +142,10 @@ class Places:
         joined = [("MergeModulelist", 0)] + [("Concatenate", 1)] * (len(converter.source_patterns) > 1)
         return steps == joined and len(converter.target_patterns) == 1
 
-    def _whole(self, name: str) -> Place | None:
+    def _whole(self, name: str) -> ExpertPlace | None:
         if name in self.modules or len(name) > MAX_NAME:  # a router was a layer, and may have kept its name
             own = self.parameters.get(f"{name}.weight")
-            return None if own is None else Place(*own, around=(name, ""))
+            return None if own is None else ExpertPlace(*own, around=(name, ""))
         of_all_layers = _NUMBERS.sub(".0", name)
         if of_all_layers in self._unknown:
             return None
@@ -153,12 +153,12 @@ class Places:
         if place is None:
             self._unknown.add(of_all_layers)
             return None
-        return Place(place.module, place.parameter, around=(name, ""))
+        return ExpertPlace(place.module, place.parameter, around=(name, ""))
 
-    def _moved(self, name: str) -> Place | None:
+    def _moved(self, name: str) -> ExpertPlace | None:
         renamed, pattern = self._renamed(name)
         found = self._parameter(renamed) if pattern is None else None
-        return None if found is None else Place(*found)
+        return None if found is None else ExpertPlace(*found)
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         """(today's name of its weight, the pattern of the converter that led there), by the tables."""

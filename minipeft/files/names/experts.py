@@ -20,7 +20,7 @@ from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, printable, shown
 from minipeft.files.format import AdapterFile
 from minipeft.files.names.expert_config import with_parameters
-from minipeft.files.names.expert_places import Place, Places
+from minipeft.files.names.expert_places import ExpertPlace, ExpertPlaces
 from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
 from minipeft.files.tensor_file import Entry
 from minipeft.injection.module_tree import Candidate
@@ -45,7 +45,7 @@ def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Can
     """
     if not any(p is not None and p.ndim == 3 for c in modules.values() for p in c.base._parameters.values()):
         return file
-    places = Places(model, modules)
+    places = ExpertPlaces(model, modules)
     found = _found(file, places)
     if not found:
         return file
@@ -73,7 +73,7 @@ def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Can
     return replace(file, entries={**others, **factors}, config=config, base=base)
 
 
-def _found(file: AdapterFile, places: Places) -> dict[str, Layer]:
+def _found(file: AdapterFile, places: ExpertPlaces) -> dict[str, Layer]:
     """The layers of the file that have a place in a bare parameter of the model, by name; refuses all but plain LoRA there."""
     found: dict[str, Layer] = {}
     today = set(getattr(file.config, "target_parameters", None) or ())
@@ -101,7 +101,7 @@ def _split(body: str) -> tuple[str, str]:
     return "", ""
 
 
-def _check_no_other(file: AdapterFile, key: str, body: str, places: Places) -> None:
+def _check_no_other(file: AdapterFile, key: str, body: str, places: ExpertPlaces) -> None:
     """Refuse other tensors of a layer that is a part of a parameter in the model."""
     name = body
     for _ in range(3):
@@ -156,11 +156,11 @@ def _with_configs(file: AdapterFile, found: Mapping[str, Layer], modules: Mappin
 
 
 def _lists(
-    file: AdapterFile, found: Mapping[str, Place], modules: Mapping[str, Candidate]
-) -> dict[tuple[str, str], tuple[Place, int]]:
+    file: AdapterFile, found: Mapping[str, ExpertPlace], modules: Mapping[str, Candidate]
+) -> dict[tuple[str, str], tuple[ExpertPlace, int]]:
     """The old lists of experts: what stood around the index in a name -> (a place, how many experts the model has)."""
     parts: dict[tuple[str, int], tuple[str, str]] = {}
-    lists: dict[tuple[str, str], tuple[Place, int]] = {}
+    lists: dict[tuple[str, str], tuple[ExpertPlace, int]] = {}
     for name, place in found.items():
         if parts.setdefault((place.name, place.part), place.around) != place.around:
             raise CheckpointError(
@@ -176,13 +176,13 @@ def _lists(
 
 
 def _of_other_layers(
-    lists: Mapping[tuple[str, str], tuple[Place, int]], modules: Mapping[str, Candidate]
-) -> dict[tuple[str, str], tuple[Place, int]]:
+    lists: Mapping[tuple[str, str], tuple[ExpertPlace, int]], modules: Mapping[str, Candidate]
+) -> dict[tuple[str, str], tuple[ExpertPlace, int]]:
     """The same lists of the layers of the model that are not in the file at all."""
     alike: dict[str, list[str]] = {}
     for module in modules:
         alike.setdefault(_NUMBER.sub("*", module), []).append(module)
-    others: dict[tuple[str, str], tuple[Place, int]] = {}
+    others: dict[tuple[str, str], tuple[ExpertPlace, int]] = {}
     patterns = {(_NUMBER.sub("*", before), behind): (before, place) for (before, behind), (place, _) in lists.items()}
     for (pattern, behind), (before, place) in patterns.items():
         if _NUMBER.findall(before) != _NUMBER.findall(place.module):
@@ -196,5 +196,5 @@ def _of_other_layers(
     return others
 
 
-def _parameter(place: Place, modules: Mapping[str, Candidate]) -> Tensor:
+def _parameter(place: ExpertPlace, modules: Mapping[str, Candidate]) -> Tensor:
     return modules[place.module].base._parameters[place.parameter]  # type: ignore[return-value]

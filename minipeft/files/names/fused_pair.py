@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minipeft.config.options import plain
 from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import DTYPES, FLOATS, NAMES, AdapterFile
-from minipeft.files.names.expert_places import Place
+from minipeft.files.names.expert_places import ExpertPlace
 from minipeft.files.tensor_file import Entry
 
 
@@ -23,7 +23,7 @@ class Layer:
     """A layer of the file that is a part of a parameter in the model."""
 
     name: str  # in the file
-    place: Place
+    place: ExpertPlace
     keys: dict[str, str]  # "lora_A" and "lora_B" -> the key of that factor
     config: Any = None  # of its LoRA; None: not known yet
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from minipeft.ecosystem.wrapper_names import PREFIX, unwrapped_name
 from minipeft.errors import shown, told
 from minipeft.files.readers.contents import MAX_NUMBER, Contents
-from minipeft.files.readers.keys import Kind, without_adapter_name
+from minipeft.files.readers.keys import Kind, bare_key
 
 Applies = Callable[[Contents], str | None]
 VISION = {"visual", "vision_tower", "vision_model", "audio_tower"}  # in names of what is not the language model
@@ -64,7 +64,7 @@ def _has_prefix(key: str) -> bool:
 
 def with_adapter_name(contents: Contents) -> str | None:
     """Keys have an adapter's name in them, as in a live model's state_dict."""
-    keys = [key.text for key in contents.keys if without_adapter_name(key.text) != key.text]
+    keys = [key.text for key in contents.keys if bare_key(key.text) != key.text]
     return one_of(keys, ", which has an adapter's name in it,")
 
 

@@ -55,7 +55,7 @@ class Key:
         return any(is_suffix(head, self.module) for head in HEADS)
 
 
-def without_adapter_name(key: str) -> str:
+def bare_key(key: str) -> str:
     """A key without the name of an adapter, which a live model's state_dict has in it."""
     return key.replace(".default.", ".").removesuffix(".default")
 
@@ -66,7 +66,7 @@ def taken_apart(text: str, *, bias: bool) -> Key:
     while name.startswith(PREFIX):  # a wrapper around a wrapper doubles it
         name = name.removeprefix(PREFIX)
     name = name.removeprefix("base_model.")
-    words = without_adapter_name(name).split(".")
+    words = bare_key(name).split(".")
     for length in (2, 1):
         part = ".".join(words[-length:])
         known = TAILS.get(part)

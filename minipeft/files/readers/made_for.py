@@ -24,7 +24,7 @@ from minipeft.files.format import NAMES, open_adapter
 from minipeft.files.names.to_old import with_old_names
 from minipeft.files.readers.contents import Contents, read_contents
 from minipeft.files.readers.fused_experts import as_parameters
-from minipeft.files.readers.keys import Kind, without_adapter_name
+from minipeft.files.readers.keys import Kind, bare_key
 from minipeft.files.readers.names import Part, Reader
 from minipeft.files.readers.plain import Pair, alike, check_method, pairs_of
 from minipeft.files.readers.rules import Takes, answer
@@ -158,7 +158,7 @@ def _as_it_is(contents: Contents, values: Mapping[str, Tensor], made: Made) -> N
     """PEFT's own format: the tensors stay, under keys as PEFT writes them."""
     tensors = {}
     for key in contents.keys:
-        text = unwrapped_name(without_adapter_name(key.text))
+        text = unwrapped_name(bare_key(key.text))
         while text.startswith(PREFIX * 2):
             text = text.removeprefix(PREFIX)
         if not text.startswith("base_model."):

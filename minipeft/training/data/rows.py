@@ -75,7 +75,7 @@ def check_row(kind: str, row: object, where: str) -> dict[str, str]:
         values["input"] = ""
     for name, value in values.items():
         if not isinstance(value, str):
-            raise DataError(f"{where}: {name!r} is {told(value)}; it must be a string.")
+            raise DataError(f"{where}: {name!r} is {_typed(value)}; it must be a string.")
     return alpaca_prompt(**values) if needed[0] == "instruction" else values
 
 
@@ -91,9 +91,9 @@ def conversation(row: Mapping[str, Any], name: str, where: str) -> tuple[list[di
     if isinstance(value, dict) and value.keys() == {"messages", "tools"}:  # as `check_row` writes it
         value, tools = value["messages"], value["tools"]
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {name!r} is {told(value)}; it must be a list of at least one message.")
+        raise DataError(f"{where}: {name!r} is {_typed(value)}; it must be a list of at least one message.")
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise DataError(f"{where}: 'tools' is {told(tools)}; it must be a list of JSON schemas of functions.")
+        raise DataError(f"{where}: 'tools' is {_typed(tools)}; it must be a list of JSON schemas of functions.")
     messages = [_message(message, f"{where}: message {number}") for number, message in enumerate(value)]
     if name == "conversations" and row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -106,7 +106,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
             raise DataError(f"{where} is from {message['from']!r}; allowed are {shown(SPEAKERS)}.")
         message = {"role": SPEAKERS[message["from"]], "content": message.get("value")}
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise DataError(f"{where} is {told(message)}; it must be an object with a 'role'.")
+        raise DataError(f"{where} is {_typed(message)}; it must be an object with a 'role'.")
     # In a column of structs, every row has the keys of all rows; a template would take their nulls for values.
     return {key: item for key, item in message.items() if item is not None}
 
@@ -127,6 +127,6 @@ def _parsed(value: object, name: str, where: str) -> object:
     return parsed
 
 
-def told(value: object) -> str:
+def _typed(value: object) -> str:
     """A value and its type, for a message."""
     return "null" if value is None else f"{value!r:.40} ({type(value).__name__})"
