@@ -22,7 +22,7 @@ from minipeft.errors import CheckpointError
 from minipeft.files.format import AdapterFile
 from minipeft.injection.module_tree import Candidate, candidates, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.injection.targets import select_targets, within
+from minipeft.injection.targets import Selection, within
 from minipeft.layers.offloaded import values_of
 
 # The factors of a head that is tied to an embedding -> those of the embedding, of which each is the transpose.
@@ -201,7 +201,7 @@ def as_peft_reads(file: AdapterFile, model: nn.Module, found: dict[str, Candidat
     if file.is_own:
         return file
     if config.target_parameters and config.target_modules is None:
-        defaults = select_targets(model, config, found, every_pattern=False)
+        defaults = Selection(model, config, found).targets
         if not has_keys_of(file, defaults):
             config = replace(config, target_modules=())
     entries = (*(config.modules_to_save or ()), *HEADS_OF_TASK.get(config.task_type or "", ()))

@@ -24,7 +24,7 @@ from minipeft.ecosystem.transformers_model import (
 from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import shown, warn
 from minipeft.injection.module_tree import Candidate, candidates, is_callable
-from minipeft.injection.targets import select_parameters, select_saved, select_targets, within
+from minipeft.injection.targets import Selection, within
 from minipeft.layers.offloaded import offloads
 
 ORIGINS = "_minipeft_origins"  # their name in an adapted model's __dict__, which is copied and pickled with the model
@@ -115,7 +115,8 @@ def find_fresh_parts(
     task = config.task_type in HEADS_OF_TASK
     if not origins.fresh and not (task and origins.unknown):
         return FreshParts()
-    saved = set(select_saved(model, config, found, every_pattern=False))
+    selection = Selection(model, config, found)
+    saved = set(selection.saved)
     free = {
         name: candidate
         for name, candidate in found.items()
@@ -127,8 +128,7 @@ def find_fresh_parts(
     parts = [name for name in found if name in fresh]
     if task or config.bias == "all" or not parts:
         return FreshParts(tuple(parts))
-    targets = set(select_targets(model, config, found, every_pattern=False))
-    targets |= set(select_parameters(model, config, found, every_pattern=False))
+    targets = {*selection.targets, *selection.parameters}
     trained = tuple(name for name in parts if any(within(target, {name}) for target in targets))
     return FreshParts(trained, tuple(name for name in parts if name not in trained))
 

@@ -25,7 +25,7 @@ from minipeft.injection.fresh_parts import (
 from minipeft.injection.module_tree import Candidate, TensorIndex, candidates, is_callable, outside_adapters, own_bias
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.sites import AdapterSite, SavedSite, check_alone, module_sites, parameter_sites
-from minipeft.injection.targets import select_parameters, select_saved, select_targets, to_prepare
+from minipeft.injection.targets import Selection, to_prepare
 from minipeft.injection.tied_sites import (
     check_shared,
     embedding_of,
@@ -81,17 +81,15 @@ def plan(
     # A file names all that it brings, so nothing is added to it.
     fresh = find_fresh_parts(model, config, found, origins) if every_pattern else FreshParts()
     config = with_fresh_parts(config, fresh)
-    saved = [
-        SavedSite(name, found[name], None, name not in fresh.kept)
-        for name in select_saved(model, config, found, every_pattern=every_pattern)
-    ]
+    selection = Selection(model, config, found, every_pattern)
+    saved = [SavedSite(name, found[name], None, name not in fresh.kept) for name in selection.saved]
     outside = tuple(outside_adapters(model))
     table, index = embedding_of(model), TensorIndex(model, outside)
     tied = tied_to_embedding(table, index, config, found)
     saved = with_one_copy(found, saved, tied)
-    sites = _targeted(model, config, found, [site.name for site in saved], every_pattern)
+    sites = _targeted(selection, [site.name for site in saved])
     sites = with_one_adapter(config, found, sites, saved, tied, every_pattern)
-    sites += _companions(model, config, found, every_pattern)
+    sites += _companions(selection)
     sites = with_tied_sites(table, index, found, sites)
     check_shared(config, sites, [site.name for site in saved])
     saved = with_tied_copies(table, index, found, saved, sites)
@@ -141,12 +139,10 @@ def _check_not_wrapped(outside: Iterable[tuple[str, nn.Module]], sites: Sequence
             )
 
 
-def _targeted(
-    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], saved: Sequence[str], every_pattern: bool
-) -> list[AdapterSite]:
+def _targeted(selection: Selection, saved: Sequence[str]) -> list[AdapterSite]:
     """The sites that ``target_modules`` and ``target_parameters`` select, with the options that hold for each."""
-    names = select_targets(model, config, found, every_pattern=every_pattern)
-    parameters = select_parameters(model, config, found, every_pattern=every_pattern)
+    config, found, every_pattern = selection.config, selection.found, selection.every_pattern
+    names, parameters = selection.targets, selection.parameters
     targets = names + [f"{name}.{parameter}" for name, owned in parameters.items() for parameter in owned]
     unused = config.unused_options(targets) if every_pattern else []
     if unused:
@@ -162,13 +158,12 @@ def _targeted(
     return sites
 
 
-def _companions(
-    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], every_pattern: bool
-) -> list[AdapterSite]:
+def _companions(selection: Selection) -> list[AdapterSite]:
     """The sites of the configuration's companions, in the model's order: of tied layers the first owns the adapter."""
     sites: dict[str, list[AdapterSite]] = {}
-    for prefix, companion in config.companions():
-        for name in select_targets(model, companion, found, every_pattern=every_pattern):
+    found, every_pattern = selection.found, selection.every_pattern
+    for prefix, companion in selection.config.companions():
+        for name in replace(selection, config=companion).targets:
             own = module_sites(name, found[name], companion, every_pattern)
             sites.setdefault(name, []).extend(replace(site, targeted=False, prefix=prefix) for site in own)
     return [site for name in found for site in sites.get(name, ())]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -21,65 +23,160 @@ from minipeft.registry import registry
 EXPERT_LAYERS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 
 
-def select_targets(
-    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool
-) -> list[str]:
-    """Names of the modules to adapt, in the model's order.
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a configuration selects in a model.
 
-    Raises:
-        TargetError: a pattern matches nothing, nothing is left, or there is no default for this model.
+    Args:
+        model: the model.
+        config: the configuration.
+        found: the model's `candidates`.
+        every_pattern: insist that each pattern matches something, and warn of experts that the patterns leave out.
     """
-    saved = set(select_saved(model, config, found, every_pattern=every_pattern))
-    names = {name: first for first, candidate in found.items() for name in candidate.known_as}
-    excluded = set(_matching(config.exclude_modules or (), names, "exclude_modules", model, every_pattern))
-    eligible = [name for name in names if name not in excluded and not within(name, saved)]
-    why = ""
-    if config.target_modules in (ALL_LINEAR, ALL_LINEAR_TEXT):
-        if config.target_modules == ALL_LINEAR_TEXT:
-            eligible = of_text(model, eligible)
-        chosen, left_out = all_linear(model, found, eligible)
-        why = f": {layers_left_out(left_out, found)}" if left_out and not chosen else ""
-        if every_pattern and (chosen or config.target_parameters):
-            adapted = select_parameters(model, config, found, every_pattern=False)
-            if unadapted := {name: why for name, why in left_out.items() if name not in adapted}:
-                said = layers_left_out(unadapted, found)
-                warn(f"target_modules='all-linear' leaves out {said}.", ours=True)
-    else:
-        patterns = config.target_modules if config.target_modules is not None else _defaults(model, found, config)
-        chosen = _matching(patterns, eligible, "target_modules", model, every_pattern, names)
-        if every_pattern and chosen and config.target_modules is not None:
-            _warn_of_experts(model, config, eligible, found)
-    chosen = _in_layers(config, chosen, every_pattern)
-    if not chosen and not config.target_parameters:
-        given = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
-        raise TargetError(f"target_modules {given!r} leaves no module of {type(model).__name__} to adapt{why}.")
-    return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
 
+    model: nn.Module
+    config: AdapterConfig
+    found: dict[str, Candidate]
+    every_pattern: bool = False
 
-def _warn_of_experts(
-    model: nn.Module, config: AdapterConfig, eligible: Iterable[str], found: dict[str, Candidate]
-) -> None:
-    """Warn about fused experts whose parts have names that ``target_modules`` selects, and that nothing adapts.
+    @functools.cached_property
+    def targets(self) -> list[str]:
+        """Names of the modules to adapt, in the model's order.
 
-    The shared experts and dense layers of a mixture have such names, and would be all that is adapted.
-    """
-    reasons = {first: why for first, c in found.items() if (why := why_experts_are_left_out(c.base)) is not None}
-    if not reasons:
-        return
-    adapted, allowed = select_parameters(model, config, found, every_pattern=False), set(eligible)
-    left_out = {}
-    for first, why in reasons.items():
-        parts = [*found[first].base._parameters, *(f"0.{part}" for part in EXPERT_LAYERS)]
-        names = [f"{name}.{part}" for name in allowed.intersection(found[first].known_as) for part in parts]
-        if first not in adapted and selected_names(config, names):
-            left_out[first] = why
-    if left_out:
-        exclude = sorted({name.rpartition(".")[2] for name in left_out})
-        warn(
-            f"target_modules names parts of experts too, and leaves out {layers_left_out(left_out, found)}. "
-            f"If that is meant, say exclude_modules={exclude}, or give longer names of the layers to adapt.",
-            ours=True,
-        )
+        Raises:
+            TargetError: a pattern matches nothing, nothing is left, or there is no default for this model.
+        """
+        config, found = self.config, self.found
+        saved = set(self.saved)
+        names = {name: first for first, candidate in found.items() for name in candidate.known_as}
+        excluded = set(self._matching(config.exclude_modules or (), names, "exclude_modules"))
+        eligible = [name for name in names if name not in excluded and not within(name, saved)]
+        why = ""
+        if config.target_modules in (ALL_LINEAR, ALL_LINEAR_TEXT):
+            if config.target_modules == ALL_LINEAR_TEXT:
+                eligible = of_text(self.model, eligible)
+            chosen, left_out = all_linear(self.model, found, eligible)
+            why = f": {layers_left_out(left_out, found)}" if left_out and not chosen else ""
+            if self.every_pattern and (chosen or config.target_parameters):
+                if unadapted := {name: why for name, why in left_out.items() if name not in self.parameters}:
+                    said = layers_left_out(unadapted, found)
+                    warn(f"target_modules='all-linear' leaves out {said}.", ours=True)
+        else:
+            patterns = (
+                config.target_modules if config.target_modules is not None else _defaults(self.model, found, config)
+            )
+            chosen = self._matching(patterns, eligible, "target_modules", names)
+            if self.every_pattern and chosen and config.target_modules is not None:
+                self._warn_of_experts(eligible)
+        chosen = _in_layers(config, chosen, self.every_pattern)
+        if not chosen and not config.target_parameters:
+            given = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
+            raise TargetError(
+                f"target_modules {given!r} leaves no module of {type(self.model).__name__} to adapt{why}."
+            )
+        return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
+
+    @functools.cached_property
+    def saved(self) -> list[str]:
+        """Names of the modules to train in full: those of ``modules_to_save``, and the head of a classification task.
+
+        Raises:
+            TargetError: an entry matches no module, or none that holds anything to train, or the task's head is missing.
+        """
+        config, found = self.config, self.found
+        of_task = HEADS_OF_TASK.get(config.task_type or "", ())
+        wanted = {*(config.modules_to_save or ()), *of_task}
+        if not wanted:
+            return []
+        hits = {
+            first: wanted.intersection(ending for name in candidate.known_as for ending in endings(name))
+            for first, candidate in found.items()
+        }
+        chosen = {first for first, entries in hits.items() if entries}
+        if self.every_pattern:
+            unused = wanted.difference(of_task, *hits.values())
+            if unused:
+                first_unused = next(entry for entry in config.modules_to_save or () if entry in unused)
+                raise TargetError(self._no_match("modules_to_save", first_unused, list(found)))
+            _check_can_change(wanted.difference(of_task), hits, found)
+            if of_task and not chosen:
+                raise TargetError(
+                    f"task_type {config.task_type!r} trains the head ({shown(of_task)}), and {type(self.model).__name__} has "
+                    "none. Name the head in modules_to_save, or leave task_type out."
+                )
+        outermost = [name for name in found if name in chosen and not within(name.rpartition(".")[0], chosen)]
+        return [each for name in outermost for each in _called(name, found)]
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, list[str]]:
+        """Bare parameters to adapt: module name -> names of its own, in its order; raises TargetError if an entry matches none."""
+        wanted, names = set(self.config.target_parameters or ()), []
+        chosen: dict[str, list[str]] = {}
+        unused = set(wanted)
+        for first, candidate in self.found.items() if wanted else ():
+            for parameter in (name for name, value in candidate.base._parameters.items() if value is not None):
+                names.append(f"{first}.{parameter}")
+                hits = wanted.intersection(e for name in candidate.known_as for e in endings(f"{name}.{parameter}"))
+                if hits:
+                    chosen.setdefault(first, []).append(parameter)
+                    unused -= hits
+        if unused and self.every_pattern:
+            raise TargetError(self._no_match("target_parameters", min(unused), names, "parameter"))
+        return chosen
+
+    def _matching(
+        self, patterns: Sequence[str] | str, eligible: Iterable[str], option: str, all_names: Iterable[str] = ()
+    ) -> list[str]:
+        """The eligible names that match; each pattern of a list must match one of `all_names` (default: the eligible ones)."""
+        names = list(eligible)
+        chosen = _matching(patterns, names, option)
+        if not self.every_pattern:
+            return chosen
+        if not isinstance(patterns, str):
+            unused = set(patterns).difference(*(endings(name) for name in (all_names or names)))
+            if unused:
+                raise TargetError(self._no_match(option, next(entry for entry in patterns if entry in unused), names))
+        elif patterns and not chosen:
+            fix = ""
+            if any(is_suffix(patterns, name) for name in names):
+                fix = f" A string is a regular expression for the whole name; for the suffix give the list [{patterns!r}]."
+            raise TargetError(
+                f"{option}: the regular expression {patterns!r} matches no module of {type(self.model).__name__}.{fix}"
+            )
+        return chosen
+
+    def _no_match(self, option: str, entry: str, names: list[str], kind: str = "module") -> str:
+        depth = entry.count(".") + 1
+        close = nearest(entry, sorted({".".join(name.split(".")[-depth:]) for name in names}))
+        where = ""
+        if close:
+            count = sum(is_suffix(close, name) for name in names)
+            where = f" (closest: {close!r}, {count} {kind}{'s' if count != 1 else ''})"
+        if option == "target_modules" and (bare := _bare_parameters(self.model, entry)):
+            where = f"; target_parameters can name {shown(bare)}"
+        return f"{option}: {entry!r} matches no {kind} of {type(self.model).__name__}{where}."
+
+    def _warn_of_experts(self, eligible: Iterable[str]) -> None:
+        """Warn about fused experts whose parts have names that ``target_modules`` selects, and that nothing adapts.
+
+        The shared experts and dense layers of a mixture have such names, and would be all that is adapted.
+        """
+        reasons = {
+            first: why for first, c in self.found.items() if (why := why_experts_are_left_out(c.base)) is not None
+        }
+        allowed, left_out = set(eligible) if reasons else set(), {}
+        for first, why in reasons.items():
+            parts = [*self.found[first].base._parameters, *(f"0.{part}" for part in EXPERT_LAYERS)]
+            names = [f"{name}.{part}" for name in allowed.intersection(self.found[first].known_as) for part in parts]
+            if first not in self.parameters and selected_names(self.config, names):
+                left_out[first] = why
+        if left_out:
+            exclude = sorted({name.rpartition(".")[2] for name in left_out})
+            warn(
+                f"target_modules names parts of experts too, and leaves out {layers_left_out(left_out, self.found)}. "
+                f"If that is meant, say exclude_modules={exclude}, or give longer names of the layers to adapt.",
+                ours=True,
+            )
 
 
 def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
@@ -87,43 +184,18 @@ def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
 
     Without `target_modules`, and for ``"all-linear"`` and ``"all-linear-text"``, all that is not excluded.
     """
-    given, nothing = config.target_modules, nn.Module()
+    given = config.target_modules
     every = given in (None, ALL_LINEAR, ALL_LINEAR_TEXT)
-    chosen = list(names) if every else _matching(given or (), names, "target_modules", nothing, False)
-    excluded = set(_matching(config.exclude_modules or (), names, "exclude_modules", nothing, False))
+    chosen = list(names) if every else _matching(given or (), names, "target_modules")
+    excluded = set(_matching(config.exclude_modules or (), names, "exclude_modules"))
     return [name for name in _in_layers(config, chosen, False) if name not in excluded]
 
 
-def select_saved(
-    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool
-) -> list[str]:
-    """Names of the modules to train in full: those of ``modules_to_save``, and the head of a classification task.
-
-    Raises:
-        TargetError: an entry matches no module, or none that holds anything to train, or the task's head is missing.
-    """
-    of_task = HEADS_OF_TASK.get(config.task_type or "", ())
-    wanted = {*(config.modules_to_save or ()), *of_task}
-    if not wanted:
+def _matching(patterns: Sequence[str] | str, names: Sequence[str], option: str) -> list[str]:
+    """The names that a regular expression matches, or one of a list of suffixes."""
+    if not patterns:
         return []
-    hits = {
-        first: wanted.intersection(ending for name in candidate.known_as for ending in endings(name))
-        for first, candidate in found.items()
-    }
-    unused = wanted.difference(of_task, *hits.values())
-    if unused and every_pattern:
-        first_unused = next(entry for entry in config.modules_to_save or () if entry in unused)
-        raise TargetError(_no_match("modules_to_save", first_unused, list(found), model))
-    if every_pattern:
-        _check_can_change(wanted.difference(of_task), hits, found)
-    chosen = {first for first, entries in hits.items() if entries}
-    if of_task and not chosen and every_pattern:
-        raise TargetError(
-            f"task_type {config.task_type!r} trains the head ({shown(of_task)}), and {type(model).__name__} has none. "
-            "Name the head in modules_to_save, or leave task_type out."
-        )
-    outermost = [name for name in found if name in chosen and not within(name.rpartition(".")[0], chosen)]
-    return [each for name in outermost for each in _called(name, found)]
+    return full_matches(patterns, names, option) if isinstance(patterns, str) else matching(set(patterns), names)
 
 
 def _check_can_change(wanted: set[str], hits: dict[str, set[str]], found: dict[str, Candidate]) -> None:
@@ -145,70 +217,10 @@ def _called(name: str, found: dict[str, Candidate]) -> list[str]:
     return [each for first in inside for each in _called(first, found)] or [name]
 
 
-def select_parameters(
-    model: nn.Module, config: AdapterConfig, found: dict[str, Candidate], *, every_pattern: bool
-) -> dict[str, list[str]]:
-    """Bare parameters to adapt: module name -> names of its own, in its order; raises TargetError if an entry matches none."""
-    wanted, names = set(config.target_parameters or ()), []
-    chosen: dict[str, list[str]] = {}
-    unused = set(wanted)
-    for first, candidate in found.items() if wanted else ():
-        for parameter in (name for name, value in candidate.base._parameters.items() if value is not None):
-            names.append(f"{first}.{parameter}")
-            hits = wanted.intersection(e for name in candidate.known_as for e in endings(f"{name}.{parameter}"))
-            if hits:
-                chosen.setdefault(first, []).append(parameter)
-                unused -= hits
-    if unused and every_pattern:
-        raise TargetError(_no_match("target_parameters", min(unused), names, model, "parameter"))
-    return chosen
-
-
 def within(name: str, roots: Collection[str]) -> bool:
     """Whether a module is one of these or inside one of them."""
     parts = name.split(".") if roots else []
     return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))
-
-
-def _matching(
-    patterns: Sequence[str] | str,
-    eligible: Iterable[str],
-    option: str,
-    model: nn.Module,
-    every_pattern: bool,
-    all_names: Iterable[str] = (),
-) -> list[str]:
-    """The eligible names that match; each pattern of a list must match one of `all_names` (default: the eligible ones)."""
-    if not patterns:
-        return []
-    names = list(eligible)
-    if isinstance(patterns, str):
-        chosen = full_matches(patterns, names, option)
-        if not chosen and every_pattern:
-            fix = ""
-            if any(is_suffix(patterns, name) for name in names):
-                fix = f" A string is a regular expression for the whole name; for the suffix give the list [{patterns!r}]."
-            raise TargetError(
-                f"{option}: the regular expression {patterns!r} matches no module of {type(model).__name__}.{fix}"
-            )
-        return chosen
-    entries = set(patterns)
-    unused = entries.difference(*(endings(name) for name in (all_names or names))) if every_pattern else set()
-    if unused:
-        raise TargetError(_no_match(option, next(entry for entry in patterns if entry in unused), names, model))
-    return matching(entries, names)
-
-
-def _no_match(option: str, entry: str, names: list[str], model: nn.Module, kind: str = "module") -> str:
-    depth = entry.count(".") + 1
-    close = nearest(entry, sorted({".".join(name.split(".")[-depth:]) for name in names}))
-    where = ""
-    if close:
-        count = sum(is_suffix(close, name) for name in names)
-        where = f" (closest: {close!r}, {count} {kind}{'s' if count != 1 else ''})"
-    if option == "target_modules" and (bare := _bare_parameters(model, entry)):
-        where = f"; target_parameters can name {shown(bare)}"
-    return f"{option}: {entry!r} matches no {kind} of {type(model).__name__}{where}."
 
 
 def _bare_parameters(model: nn.Module, entry: str) -> list[str]:

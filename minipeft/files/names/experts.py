@@ -24,7 +24,7 @@ from minipeft.files.names.expert_places import ExpertPlace, ExpertPlaces
 from minipeft.files.names.fused_pair import FusedPair, Layer, fused_pair
 from minipeft.files.tensor_file import Entry
 from minipeft.injection.module_tree import Candidate
-from minipeft.injection.targets import select_parameters, selected_names
+from minipeft.injection.targets import Selection, selected_names
 
 FACTORS = ("lora_A", "lora_B")
 ADVICE = "where only plain LoRA is the same. Merge the adapter where it was made, with transformers 4."
@@ -64,7 +64,7 @@ def fused_experts(file: AdapterFile, model: nn.Module, modules: Mapping[str, Can
         next(iter(pairs)),
         ", and lora_dropout as 0, since it cannot act there" if getattr(file.config, "lora_dropout", 0) else "",
     )
-    parameters = select_parameters(model, config, dict(places.found), every_pattern=False)
+    parameters = Selection(model, config, dict(places.found)).parameters
     factors, old = _by_key(parameters, pairs), {key for layer in found.values() for key in layer.keys.values()}
     others = {key: entry for key, entry in file.entries.items() if key not in old}
     if twice := [key for key in factors if key in others]:

@@ -11,7 +11,7 @@ from minipeft.config.patterns import first_keys, full_matches, matching
 from minipeft.errors import TargetError
 from minipeft.files.names.modules import ModuleNames
 from minipeft.injection.module_tree import Candidate
-from minipeft.injection.targets import select_parameters, select_saved, select_targets
+from minipeft.injection.targets import Selection
 
 # Options that select modules, with a rule of their own below.
 SELECTING = frozenset({"target_modules", "exclude_modules", "modules_to_save"})
@@ -43,7 +43,7 @@ def translated_config(config: AdapterConfig, modules: ModuleNames) -> AdapterCon
 
 def _targets(config: AdapterConfig, modules: ModuleNames, found: dict[str, Candidate]) -> set[str]:
     try:
-        selected = select_targets(modules.model, config, found, every_pattern=False)
+        selected = Selection(modules.model, config, found).targets
     except TargetError:  # nothing is selected
         return set()
     return {_here(name, modules, found) for name in selected}
@@ -52,11 +52,11 @@ def _targets(config: AdapterConfig, modules: ModuleNames, found: dict[str, Candi
 def _saved(config: AdapterConfig, modules: ModuleNames, found: dict[str, Candidate]) -> set[str]:
     if config.modules_to_save is None:
         return set()
-    return {_here(name, modules, found) for name in select_saved(modules.model, config, found, every_pattern=False)}
+    return {_here(name, modules, found) for name in Selection(modules.model, config, found).saved}
 
 
 def _parameters(config: AdapterConfig, modules: ModuleNames, found: dict[str, Candidate]) -> set[str]:
-    chosen = select_parameters(modules.model, config, found, every_pattern=False)
+    chosen = Selection(modules.model, config, found).parameters
     return {f"{_here(name, modules, found)}.{parameter}" for name, owned in chosen.items() for parameter in owned}
 
 
