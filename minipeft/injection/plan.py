@@ -24,7 +24,14 @@ from minipeft.injection.fresh_parts import (
 )
 from minipeft.injection.module_tree import Candidate, TensorIndex, candidates, is_callable, outside_adapters, own_bias
 from minipeft.injection.modules_to_save import SavedModule
-from minipeft.injection.sites import AdapterSite, SavedSite, check_alone, module_sites, parameter_sites
+from minipeft.injection.sites import (
+    AdapterSite,
+    SavedSite,
+    check_alone,
+    check_needs_no_call,
+    module_sites,
+    parameter_sites,
+)
 from minipeft.injection.targets import Selection, to_prepare
 from minipeft.injection.tied_sites import (
     check_shared,
@@ -39,6 +46,7 @@ from minipeft.injection.tied_sites import (
 )
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.offloaded import is_absent, offloads
+from minipeft.layers.uncalled import UncalledOps
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def plan(
     tied = tied_to_embedding(table, index, config, found)
     saved = with_one_copy(found, saved, tied)
     sites = _targeted(selection, [site.name for site in saved])
-    sites = with_one_adapter(config, found, sites, saved, tied, every_pattern)
+    sites = with_one_adapter(config, found, sites, saved, tied)
     sites += _companions(selection)
     sites = with_tied_sites(table, index, found, sites)
     check_shared(config, sites, [site.name for site in saved])
@@ -141,17 +149,20 @@ def _check_not_wrapped(outside: Iterable[tuple[str, nn.Module]], sites: Sequence
 
 def _targeted(selection: Selection, saved: Sequence[str]) -> list[AdapterSite]:
     """The sites that ``target_modules`` and ``target_parameters`` select, with the options that hold for each."""
-    config, found, every_pattern = selection.config, selection.found, selection.every_pattern
+    config, found = selection.config, selection.found
     names, parameters = selection.targets, selection.parameters
     targets = names + [f"{name}.{parameter}" for name, owned in parameters.items() for parameter in owned]
-    unused = config.unused_options(targets) if every_pattern else []
+    unused = config.unused_options(targets) if selection.every_pattern else []
     if unused:
         raise TargetError(
             f"{shown(unused)} matches none of the {len(targets)} targeted modules (such as {targets[0]!r}), or only "
             "modules that an earlier key matches too."
         )
     configs = config.for_modules(targets)
-    sites = [site for name in names for site in module_sites(name, found[name], configs[name], every_pattern)]
+    sites = [site for name in names for site in module_sites(name, found[name], configs[name])]
+    for site in sites if selection.every_pattern else ():
+        if site.targeted and isinstance(site.ops, UncalledOps):
+            check_needs_no_call(site.name, type(site.candidate.base).__name__, site.config)
     for name, owned in parameters.items():
         check_alone(name, parameters, [*names, *saved])
         sites += parameter_sites(name, found[name], owned, configs)
@@ -161,12 +172,11 @@ def _targeted(selection: Selection, saved: Sequence[str]) -> list[AdapterSite]:
 def _companions(selection: Selection) -> list[AdapterSite]:
     """The sites of the configuration's companions, in the model's order: of tied layers the first owns the adapter."""
     sites: dict[str, list[AdapterSite]] = {}
-    found, every_pattern = selection.found, selection.every_pattern
     for prefix, companion in selection.config.companions():
         for name in replace(selection, config=companion).targets:
-            own = module_sites(name, found[name], companion, every_pattern)
+            own = module_sites(name, selection.found[name], companion)
             sites.setdefault(name, []).extend(replace(site, targeted=False, prefix=prefix) for site in own)
-    return [site for name in found for site in sites.get(name, ())]
+    return [site for name in selection.found for site in sites.get(name, ())]
 
 
 def _bias_sites(

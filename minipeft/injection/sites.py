@@ -55,15 +55,11 @@ class SavedSite:
         return next((w for w in here if isinstance(w, SavedModule) and w.only == self.only), None)
 
 
-def module_sites(name: str, candidate: Candidate, config: AdapterConfig, every_pattern: bool) -> Iterator[AdapterSite]:
+def module_sites(name: str, candidate: Candidate, config: AdapterConfig) -> Iterator[AdapterSite]:
     """A site for the module itself and one for each child whose weight it reads; raises TargetError if one cannot be adapted so."""
     ops, base = ops_for(name, candidate), candidate.base
     check_occupants(name, candidate.module, [ops])
-    children: Mapping[str, UncalledOps] = {}
-    if isinstance(ops, UncalledOps):
-        children = ops.children
-        if every_pattern:
-            check_needs_no_call(name, type(base).__name__, config)
+    children: Mapping[str, UncalledOps] = ops.children if isinstance(ops, UncalledOps) else {}
     yield site(name, candidate, ops, config)
     for attribute, child_ops in children.items():
         child_name, child = f"{name}.base_layer.{attribute}", base.get_submodule(attribute)

@@ -224,7 +224,6 @@ def with_one_adapter(
     sites: list[AdapterSite],
     saved: Sequence[SavedSite],
     tied: list[str],
-    every_pattern: bool,
 ) -> list[AdapterSite]:
     """If a targeted layer is one of `tied`, one site on the first of them; `with_tied_sites` adds the others.
 
@@ -243,5 +242,5 @@ def with_one_adapter(
     for other in tied:
         if configs[other] != configs[name]:
             raise TargetError(f"ensure_weight_tying: {other} and {name} are given different ranks or alphas.")
-    leader = list(module_sites(name, found[name], configs[name], every_pattern))
+    leader = list(module_sites(name, found[name], configs[name]))
     return [*(site for site in sites if site.name not in tied), *leader]
