@@ -22,7 +22,7 @@ from minipeft.injection.fresh_parts import (
     warn_of_fresh_parts,
     with_fresh_parts,
 )
-from minipeft.injection.module_tree import Candidate, TensorIndex, candidates, is_callable, outside_adapters, own_bias
+from minipeft.injection.module_tree import Candidate, candidates, is_callable, outside_adapters, own_bias
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.sites import (
     AdapterSite,
@@ -33,17 +33,7 @@ from minipeft.injection.sites import (
     parameter_sites,
 )
 from minipeft.injection.targets import Selection, to_prepare
-from minipeft.injection.tied_sites import (
-    check_shared,
-    embedding_of,
-    tied_to_embedding,
-    warn_of_tied_layers,
-    with_one_adapter,
-    with_one_copy,
-    with_one_copy_of_tied,
-    with_tied_copies,
-    with_tied_sites,
-)
+from minipeft.injection.tied_sites import TiedLayers, check_shared, with_one_copy_of_tied
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.offloaded import is_absent, offloads
 from minipeft.layers.uncalled import UncalledOps
@@ -92,22 +82,21 @@ def plan(
     selection = Selection(model, config, found, every_pattern)
     saved = [SavedSite(name, found[name], None, name not in fresh.kept) for name in selection.saved]
     outside = tuple(outside_adapters(model))
-    table, index = embedding_of(model), TensorIndex(model, outside)
-    tied = tied_to_embedding(table, index, config, found)
-    saved = with_one_copy(found, saved, tied)
+    ties = TiedLayers(model, outside, config, found)
+    saved = ties.with_one_copy(saved)
     sites = _targeted(selection, [site.name for site in saved])
-    sites = with_one_adapter(config, found, sites, saved, tied)
+    sites = ties.with_one_adapter(sites, saved)
     sites += _companions(selection)
-    sites = with_tied_sites(table, index, found, sites)
+    sites = ties.with_tied_sites(sites)
     check_shared(config, sites, [site.name for site in saved])
-    saved = with_tied_copies(table, index, found, saved, sites)
+    saved = ties.with_tied_copies(saved, sites)
     _check_not_wrapped(outside, [*sites, *saved])
     if config.bias == "all":
         saved += _bias_sites(found, sites, saved)
     saved = with_one_copy_of_tied(saved)
     for site in saved:
         _check_saveable(site)
-    warn_of_tied_layers(index, sites, saved)
+    ties.warn_of_tied_layers(sites, saved)
     if every_pattern:
         warn_of_fresh_parts(model, config, found, fresh, origins)
     return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins, outside)

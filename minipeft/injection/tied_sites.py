@@ -20,63 +20,179 @@ from minipeft.injection.wrapper import innermost
 from minipeft.layers.offloaded import hides_ties, present
 
 
-def embedding_of(model: nn.Module) -> nn.Module | None:
-    """The layer of the input embedding, without wrappers; None if the model names none."""
-    table = input_embedding(model)
-    return None if table is None else innermost(table)
+class TiedLayers:
+    """The layers of a model that share a weight, and what that means for one plan.
 
-
-def with_tied_sites(
-    table: nn.Module | None, index: TensorIndex, found: dict[str, Candidate], sites: list[AdapterSite]
-) -> list[AdapterSite]:
-    """These sites and, after each whose method adapts tied layers, a site for every layer tied to it.
-
-    Raises TargetError if two tied layers are to be adapted in different ways, or one cannot be adapted.
+    Args:
+        model: the model.
+        outside: its `outside_adapters`.
+        config: the configuration of the plan.
+        found: the model's `candidates`.
     """
-    if not any(_ties(site, table) for site in sites):
-        return sites
-    names = {id(candidate.base): name for name, candidate in found.items()}
-    first_of: dict[int, AdapterSite] = {}  # by tied layer: the site it is tied to
-    complete = []
-    # What reaches others comes first, since a later site may name a layer that it reaches.
-    for site in sorted(sites, key=lambda site: not _ties(site, table)):
-        first = first_of.get(id(site.candidate.base)) if site.adapter_class.ties(site.config) else None
-        if first is not None:  # the layer was reached through its tie, and is named too
-            _check_alike(first, site)
-            continue
-        complete.append(site)
-        if not _ties(site, table):
-            continue
-        for owner, module in _tied_to(site.candidate.base, index, found):
-            if id(module) not in names:
-                raise TargetError(f"{site.name} shares its weight with {owner}, which cannot be adapted along with it.")
-            name = names[id(module)]
-            ops = ops_for(name, found[name])
-            complete.append(replace(site, name=name, candidate=found[name], ops=ops, targeted=False, tied_to=site.name))
-            first_of[id(module)] = site
-    return complete
 
+    def __init__(
+        self,
+        model: nn.Module,
+        outside: Sequence[tuple[str, nn.Module]],
+        config: AdapterConfig,
+        found: dict[str, Candidate],
+    ) -> None:
+        table = input_embedding(model)
+        self.table = None if table is None else innermost(table)  # the input embedding, if the model names it
+        self.index, self.config, self.found = TensorIndex(model, outside), config, found
+        self.kept_tied = self._kept_tied()
 
-def _ties(site: AdapterSite, table: nn.Module | None) -> bool:
-    """Whether a site reaches the layers tied to its own: as in PEFT, only the input embedding's does, if the model names it."""
-    return site.adapter_class.ties(site.config) and (table is None or site.candidate.base is table)
+    def with_one_copy(self, saved: list[SavedSite]) -> list[SavedSite]:
+        """With ``ensure_weight_tying``, one copy for the embedding and all that is tied to it, if any of them trains in full.
 
+        PEFT does the same for modules named ``embed_tokens`` or ``lm_head``.
+        """
+        members = [site for site in saved if site.name in self.kept_tied]
+        if not members:
+            return saved
+        name, *others = self.kept_tied
+        leader = SavedSite(name, self.found[name], None, any(site.trains for site in members))
+        followers = [SavedSite(other, self.found[other], (), tied_to=name) for other in others]
+        return [*(site for site in saved if site.name not in self.kept_tied), leader, *followers]
 
-def _tied_to(base: nn.Module, index: TensorIndex, found: dict[str, Candidate]) -> list[tuple[str, nn.Module]]:
-    """(parameter name, module) of everything else that shares the weight of this layer."""
-    weight = base._parameters.get("weight")
-    if weight is None:
-        return []
-    holders = index.owners(weight)
-    # Offloading gives each of two tied layers a weight of its own, so only the values tell.
-    for name, candidate in found.items():
-        other = candidate.base
-        twin = other._parameters.get("weight")
-        if twin is None or twin.shape != weight.shape or any(other is module for _, module in holders):
-            continue
-        if (hides_ties(base) or hides_ties(other)) and _same_values(base, other):
-            holders.append((f"{name}.weight", other))
-    return [(name, module) for name, module in holders if module is not base]
+    def with_one_adapter(self, sites: list[AdapterSite], saved: Sequence[SavedSite]) -> list[AdapterSite]:
+        """With ``ensure_weight_tying``, one site on the embedding if it or a layer tied to it is targeted.
+
+        `with_tied_sites` adds the others. Raises TargetError if the options differ for the tied layers, one of them trains
+        in full, or the embedding cannot be adapted.
+        """
+        tied = self.kept_tied
+        members = [site for site in sites if site.name in tied]
+        if not members:
+            return sites
+        if any(site.name in tied for site in saved):
+            raise TargetError(
+                f"ensure_weight_tying: {shown(tied)} share one weight, which modules_to_save trains in full, and "
+                f"target_modules adapts {members[0].name}. Choose one of the two."
+            )
+        name, configs = tied[0], self.config.for_modules(tied)
+        for other in tied:
+            if configs[other] != configs[name]:
+                raise TargetError(f"ensure_weight_tying: {other} and {name} are given different ranks or alphas.")
+        leader = list(module_sites(name, self.found[name], configs[name]))
+        return [*(site for site in sites if site.name not in tied), *leader]
+
+    def with_tied_sites(self, sites: list[AdapterSite]) -> list[AdapterSite]:
+        """These sites and, after each whose method adapts tied layers, a site for every layer tied to it.
+
+        Raises TargetError if two tied layers are to be adapted in different ways, or one cannot be adapted.
+        """
+        if not any(self._ties(site) for site in sites):
+            return sites
+        names = {id(candidate.base): name for name, candidate in self.found.items()}
+        first_of: dict[int, AdapterSite] = {}  # by tied layer: the site it is tied to
+        complete = []
+        # What reaches others comes first, since a later site may name a layer that it reaches.
+        for site in sorted(sites, key=lambda site: not self._ties(site)):
+            first = first_of.get(id(site.candidate.base)) if site.adapter_class.ties(site.config) else None
+            if first is not None:  # the layer was reached through its tie, and is named too
+                _check_alike(first, site)
+                continue
+            complete.append(site)
+            if not self._ties(site):
+                continue
+            for owner, module in self._tied_to(site.candidate.base):
+                if id(module) not in names:
+                    raise TargetError(
+                        f"{site.name} shares its weight with {owner}, which cannot be adapted along with it."
+                    )
+                name = names[id(module)]
+                ops = ops_for(name, self.found[name])
+                complete.append(
+                    replace(site, name=name, candidate=self.found[name], ops=ops, targeted=False, tied_to=site.name)
+                )
+                first_of[id(module)] = site
+        return complete
+
+    def with_tied_copies(self, saved: list[SavedSite], adapted: list[AdapterSite]) -> list[SavedSite]:
+        """These sites and, for a table that encoder and decoder share, a site for every module tied to it.
+
+        T5, BART and their kin call their encoder's and decoder's own embeddings, which are tied to the table that the model
+        names (``shared``); nothing calls that one. So whatever is tied to it, and not named itself, uses its trained copy. In
+        PEFT, which copies the table alone, that copy does nothing. A head tied to an embedding that is called keeps its own
+        weight, as in PEFT.
+
+        Raises:
+            TargetError: a module tied to the table is adapted.
+        """
+        leader = next((site for site in saved if site.candidate.base is self.table), None)
+        weight = None if leader is None else leader.candidate.base._parameters.get("weight")
+        if leader is None or weight is None:
+            return saved
+        tied = [module for _, module in self._tied_to(leader.candidate.base)]
+        if not any(isinstance(module, nn.Embedding) for module in tied):
+            return saved
+        named, taken = [site.name for site in saved], {id(site.candidate.base) for site in adapted}
+        followers = [
+            SavedSite(name, candidate, (), tied_to=leader.name)
+            for name, candidate in self.found.items()
+            if any(candidate.base is module for module in tied) and not within(name, named)
+        ]
+        for site in followers:
+            if id(site.candidate.base) in taken:
+                raise TargetError(
+                    f"{site.name} shares its weight with {leader.name}, which is trained in full, so it cannot be adapted too. "
+                    "Choose one of the two."
+                )
+        return [*saved, *followers]
+
+    def warn_of_tied_layers(self, sites: Sequence[AdapterSite], saved: Sequence[SavedSite]) -> None:
+        """Warn if another layer of the same type shares a trained weight: the model may call that layer instead."""
+        if not self.index.is_shared:
+            return
+        reached = {id(site.candidate.base) for site in sites}
+        reached |= {id(module) for site in saved for module in site.candidate.base.modules()}
+        layers = [(site.name, site.candidate.base, "adapter", "target") for site in sites]
+        inside = [(site.name, layer) for site in saved if site.only is None for layer in site.candidate.base.modules()]
+        # Embeddings keep a copy each, see `with_one_copy_of_tied`.
+        layers += [
+            (name, layer, "trained copy", "name") for name, layer in inside if not isinstance(layer, nn.Embedding)
+        ]
+        for name, base, part, verb in layers:
+            weight = base._parameters.get("weight")
+            owners = self.index.owners(weight) if weight is not None else []
+            tied = [other for other, module in owners if type(module) is type(base) and id(module) not in reached]
+            if tied:
+                warn(
+                    f"{name} shares its weight with {shown(tied)}, which the {part} does not reach; {verb} those too if the "
+                    "model calls them.",
+                    ours=True,
+                )
+
+    def _kept_tied(self) -> list[str]:
+        """Names of the input embedding and of all layers with its weight, that first; none if the option does not ask for it."""
+        table, found = self.table, self.found
+        name = next((name for name, candidate in found.items() if candidate.base is table), None)
+        if table is None or name is None or not self.config.ensure_weight_tying:
+            return []
+        tied = {id(module) for _, module in self._tied_to(table)}
+        others = [other for other, candidate in found.items() if id(candidate.base) in tied]
+        return [name, *others] if others else []
+
+    def _ties(self, site: AdapterSite) -> bool:
+        """Whether a site reaches the layers tied to its own: as in PEFT, only the input embedding's does, if the model names it."""
+        return site.adapter_class.ties(site.config) and (self.table is None or site.candidate.base is self.table)
+
+    def _tied_to(self, base: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(parameter name, module) of everything else that shares the weight of this layer."""
+        weight = base._parameters.get("weight")
+        if weight is None:
+            return []
+        holders = self.index.owners(weight)
+        # Offloading gives each of two tied layers a weight of its own, so only the values tell.
+        for name, candidate in self.found.items():
+            other = candidate.base
+            twin = other._parameters.get("weight")
+            if twin is None or twin.shape != weight.shape or any(other is module for _, module in holders):
+                continue
+            if (hides_ties(base) or hides_ties(other)) and _same_values(base, other):
+                holders.append((f"{name}.weight", other))
+        return [(name, module) for name, module in holders if module is not base]
 
 
 def _same_values(one: nn.Module, other: nn.Module) -> bool:
@@ -113,45 +229,6 @@ def check_shared(config: AdapterConfig, sites: list[AdapterSite], saved: list[st
             )
 
 
-def with_tied_copies(
-    table: nn.Module | None,
-    index: TensorIndex,
-    found: dict[str, Candidate],
-    saved: list[SavedSite],
-    adapted: list[AdapterSite],
-) -> list[SavedSite]:
-    """These sites and, for a table that encoder and decoder share, a site for every module tied to it.
-
-    T5, BART and their kin call their encoder's and decoder's own embeddings, which are tied to the table that the model
-    names (``shared``); nothing calls that one. So whatever is tied to it, and not named itself, uses its trained copy. In
-    PEFT, which copies the table alone, that copy does nothing. A head tied to an embedding that is called keeps its own
-    weight, as in PEFT.
-
-    Raises:
-        TargetError: a module tied to the table is adapted.
-    """
-    leader = next((site for site in saved if site.candidate.base is table), None)
-    weight = None if leader is None else leader.candidate.base._parameters.get("weight")
-    if leader is None or weight is None:
-        return saved
-    tied = [module for _, module in _tied_to(leader.candidate.base, index, found)]
-    if not any(isinstance(module, nn.Embedding) for module in tied):
-        return saved
-    named, taken = [site.name for site in saved], {id(site.candidate.base) for site in adapted}
-    followers = [
-        SavedSite(name, candidate, (), tied_to=leader.name)
-        for name, candidate in found.items()
-        if any(candidate.base is module for module in tied) and not within(name, named)
-    ]
-    for site in followers:
-        if id(site.candidate.base) in taken:
-            raise TargetError(
-                f"{site.name} shares its weight with {leader.name}, which is trained in full, so it cannot be adapted too. "
-                "Choose one of the two."
-            )
-    return [*saved, *followers]
-
-
 def with_one_copy_of_tied(saved: Sequence[SavedSite]) -> list[SavedSite]:
     """These sites, where modules of one type that share all they train, such as the heads of a detector, have one copy.
 
@@ -168,79 +245,3 @@ def with_one_copy_of_tied(saved: Sequence[SavedSite]) -> list[SavedSite]:
         complete.append(replace(first, trains=any(site.trains for site in (first, *others))))
         complete += [replace(site, only=(), tied_to=first.name) for site in others]
     return complete
-
-
-def warn_of_tied_layers(index: TensorIndex, sites: Sequence[AdapterSite], saved: Sequence[SavedSite]) -> None:
-    """Warn if another layer of the same type shares a trained weight: the model may call that layer instead."""
-    if not index.is_shared:
-        return
-    reached = {id(site.candidate.base) for site in sites}
-    reached |= {id(module) for site in saved for module in site.candidate.base.modules()}
-    layers = [(site.name, site.candidate.base, "adapter", "target") for site in sites]
-    inside = [(site.name, layer) for site in saved if site.only is None for layer in site.candidate.base.modules()]
-    # Embeddings keep a copy each, see `with_one_copy_of_tied`.
-    layers += [(name, layer, "trained copy", "name") for name, layer in inside if not isinstance(layer, nn.Embedding)]
-    for name, base, part, verb in layers:
-        weight = base._parameters.get("weight")
-        owners = index.owners(weight) if weight is not None else []
-        tied = [other for other, module in owners if type(module) is type(base) and id(module) not in reached]
-        if tied:
-            warn(
-                f"{name} shares its weight with {shown(tied)}, which the {part} does not reach; {verb} those too if the "
-                "model calls them.",
-                ours=True,
-            )
-
-
-def tied_to_embedding(
-    table: nn.Module | None, index: TensorIndex, config: AdapterConfig, found: dict[str, Candidate]
-) -> list[str]:
-    """Names of the input embedding and of all layers with its weight, that first; none if the option does not ask for it."""
-    name = next((name for name, candidate in found.items() if candidate.base is table), None)
-    if table is None or name is None or not config.ensure_weight_tying:
-        return []
-    tied = {id(module) for _, module in _tied_to(table, index, found)}
-    others = [other for other, candidate in found.items() if id(candidate.base) in tied]
-    return [name, *others] if others else []
-
-
-def with_one_copy(found: dict[str, Candidate], saved: list[SavedSite], tied: list[str]) -> list[SavedSite]:
-    """If a module to train in full is one of `tied`, a copy of the first of them, whose weight the others use.
-
-    PEFT does the same for modules named ``embed_tokens`` or ``lm_head``.
-    """
-    members = [site for site in saved if site.name in tied]
-    if not members:
-        return saved
-    name, *others = tied
-    leader = SavedSite(name, found[name], None, any(site.trains for site in members))
-    followers = [SavedSite(other, found[other], (), tied_to=name) for other in others]
-    return [*(site for site in saved if site.name not in tied), leader, *followers]
-
-
-def with_one_adapter(
-    config: AdapterConfig,
-    found: dict[str, Candidate],
-    sites: list[AdapterSite],
-    saved: Sequence[SavedSite],
-    tied: list[str],
-) -> list[AdapterSite]:
-    """If a targeted layer is one of `tied`, one site on the first of them; `with_tied_sites` adds the others.
-
-    Raises TargetError if the options differ for the tied layers, one of them trains in full, or the embedding cannot be
-    adapted.
-    """
-    members = [site for site in sites if site.name in tied]
-    if not members:
-        return sites
-    if any(site.name in tied for site in saved):
-        raise TargetError(
-            f"ensure_weight_tying: {shown(tied)} share one weight, which modules_to_save trains in full, and target_modules adapts "
-            f"{members[0].name}. Choose one of the two."
-        )
-    name, configs = tied[0], config.for_modules(tied)
-    for other in tied:
-        if configs[other] != configs[name]:
-            raise TargetError(f"ensure_weight_tying: {other} and {name} are given different ranks or alphas.")
-    leader = list(module_sites(name, found[name], configs[name]))
-    return [*(site for site in sites if site.name not in tied), *leader]
