@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import disturb, foreign_code, gpt2, llama, logits, state_digest, token_ids
-from transformers import BertConfig, BertForMaskedLM
+from tiny_models import disturb, foreign_code, gpt2, llama, logits, saved_and_loaded, state_digest, token_ids
+from transformers import BertConfig, BertForMaskedLM, PhiConfig, PhiForCausalLM
 
 import minipeft
+from minipeft.hf import restore_adapters
 
 with foreign_code():
     peft = pytest.importorskip("peft")
@@ -157,6 +158,87 @@ def test_dora_and_different_ranks_are_refused():
         with pytest.raises(minipeft.TargetError, match="ensure_weight_tying"):
             minipeft.get_lora_model(model, config)
         assert state_digest(model) == before
+
+
+def phi():
+    """Its head has a bias, and a name that PEFT knows."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return PhiForCausalLM(PhiConfig(vocab_size=100, tie_word_embeddings=True, **sizes)).eval()
+
+
+HEADS = {
+    "BERT's": (bert_lm, "query", ["decoder"], "cls.predictions.decoder"),
+    "BERT's table": (bert_lm, "query", ["word_embeddings"], "cls.predictions.decoder"),
+    "Phi's": (phi, "q_proj", ["lm_head"], "lm_head"),
+    "Phi's table": (phi, "q_proj", ["embed_tokens"], "lm_head"),
+}
+
+
+def with_biased_head(make, head):
+    model = make()
+    torch.nn.init.normal_(model.get_submodule(head).bias)
+    return model
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("case", HEADS)
+def test_the_bias_of_a_tied_head_trains_if_the_head_is_named(case, bias, tmp_path):
+    """PEFT unties BERT's head, and drops the bias of Phi's."""
+    make, target, saved, head = HEADS[case]
+    config = minipeft.LoraConfig(target_modules=[target], modules_to_save=saved, ensure_weight_tying=True, bias=bias)
+    model = minipeft.get_lora_model(with_biased_head(make, head), config)
+    assert torch.equal(logits(model), logits(with_biased_head(make, head)))
+    copy, table = model.get_submodule(head).adapters["default"], model.get_input_embeddings().adapters["default"]
+    assert copy.weight is table.weight
+    assert copy.weight.requires_grad
+    trained = {name for name, parameter in copy.named_parameters() if parameter.requires_grad}
+    assert trained == ({"weight"} if "table" in case and bias == "none" else {"weight", "bias"})
+    disturb(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    with foreign_code():
+        same(logits(peft.PeftModel.from_pretrained(with_biased_head(make, head), tmp_path).eval()), expected)
+    again = minipeft.load_adapter(with_biased_head(make, head), tmp_path, is_trainable=True)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    assert (
+        again.get_submodule(head).adapters["default"].weight is again.get_input_embeddings().adapters["default"].weight
+    )
+    restore_adapters(again, tmp_path)
+    same(logits(again.eval()), expected)
+    merged = again.merge_and_unload()
+    same(logits(merged), expected)
+    if make is phi or "bias" not in trained:  # BERT's bias has a second name, which the merged one has not
+        assert merged.get_submodule(head).weight is merged.get_input_embeddings().weight
+    same(logits(saved_and_loaded(merged, tmp_path / "merged")), expected)
+
+
+def test_a_file_of_peft_without_the_bias_of_a_tied_head_leaves_it_as_it_is(tmp_path):
+    with foreign_code():
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+        reference = disturb(peft.get_peft_model(phi(), config)).eval()
+    save_theirs(reference, tmp_path)
+    model = minipeft.load_adapter(phi(), tmp_path, is_trainable=True)
+    same(logits(model.eval()), logits(reference))
+    assert not model.lm_head.adapters["default"].bias.requires_grad
+
+
+@pytest.mark.parametrize("saved", ["cls", "predictions", "embeddings"])
+def test_a_module_that_holds_a_tied_layer_is_not_copied_without_the_other(saved, tmp_path):
+    options = {"target_modules": ["query"], "modules_to_save": [saved], "ensure_weight_tying": True}
+    model = bert_lm()
+    before = state_digest(model)
+    with pytest.raises(minipeft.TargetError, match="in and outside of it share one weight. Name the layers"):
+        minipeft.get_lora_model(model, minipeft.LoraConfig(**options))
+    assert state_digest(model) == before
+    if saved == "embeddings":  # whose name ends that of the tables in it
+        return
+    with foreign_code():  # which unties them
+        reference = disturb(peft.get_peft_model(bert_lm(), peft.LoraConfig(**options))).eval()
+    save_theirs(reference, tmp_path)
+    same(logits(minipeft.load_adapter(model, tmp_path)), logits(reference))
 
 
 @pytest.mark.parametrize(("target", "saved"), [("lm_head", "embed_tokens"), ("embed_tokens", "lm_head")])

@@ -54,6 +54,7 @@ class AdapterFile(TensorFile):
     kept: tuple[str, ...] = ()  # modules that it brings and that do not train, see `minipeft.injection.fresh_parts`
     is_own: bool = False  # whether minipeft wrote it
     said: Mapping[str, Any] = field(default_factory=dict)  # `CONFIG_FILE` as it is, with what no option says
+    ties: bool = False  # whether ensure_weight_tying was asked for, of which PEFT must not know, see `own_metadata`
 
 
 def unknown(component: str) -> None:
@@ -108,7 +109,7 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
         weights, asked = with_own_scaling(weights, values, own["scaling"])
         config = config_from_dict(asked, f"{directory / CONFIG_FILE}")
     here = weights.path, weights.entries, weights.metadata
-    return AdapterFile(*here, config, base, kept, bool(own), values, state=weights.state)
+    return AdapterFile(*here, config, base, kept, bool(own), values, bool(own.get("tied")), state=weights.state)
 
 
 def source_of(
@@ -183,8 +184,13 @@ def own_metadata(
     kept: Sequence[str],
     directory: Path,
     scaling: Mapping[str, Any] | None,
+    tied: bool,
 ) -> dict[str, str]:
-    """Safetensors metadata for an adapter that is about to be written; `scaling` is what is in B, see `scaling_in_B`."""
+    """Safetensors metadata for an adapter that is about to be written.
+
+    `scaling` is what is in B, see `scaling_in_B`. `tied` says that the user asked for ``ensure_weight_tying``, and the
+    configuration says False, since PEFT would drop what a tied head has besides its weight.
+    """
     try:
         before = config_in(directory)
     except CheckpointError:
@@ -193,6 +199,7 @@ def own_metadata(
     own = {"version": VERSION, "config": dict(config), "previous": previous, "base": dict(base)}
     own |= {"kept": list(kept)} if kept else {}
     own |= {"scaling": dict(scaling)} if scaling else {}
+    own |= {"tied": True} if tied else {}
     return {"format": "pt", "minipeft": json.dumps(own)}
 
 

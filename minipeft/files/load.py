@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -33,6 +33,7 @@ from minipeft.injection.build_from_file import build_from
 from minipeft.injection.module_tree import candidates
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
+from minipeft.injection.sites import SavedSite
 from minipeft.methods.base import Adapter
 
 logger = logging.getLogger("minipeft")
@@ -84,7 +85,7 @@ def load_parts(
         new_rows = find_new_rows(file, model)
     plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False, found=found)
     kept = set(file.kept)
-    plan = replace(plan, saved=tuple(replace(site, trains=site.name not in kept) for site in plan.saved))
+    plan = replace(plan, saved=tuple(_as_saved(site, file, kept) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
     shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan, found, file.base))
     sampled = [(name, weight) for name, weight in frozen.items() if name in file.base]
@@ -138,17 +139,30 @@ def _tied(plan: Plan) -> dict[str, str]:
     return {site.name: site.tied_to for site in plan.sites if site.tied_to is not None}
 
 
+def _as_saved(site: SavedSite, file: AdapterFile, kept: Collection[str]) -> SavedSite:
+    """A module to train in full as the file has it, in which all but the weight of a tied head may be the base's or missing."""
+    trains, own = site.name not in kept, {f"{PREFIX}{site.name}.{key}" for key in site.only or ()}
+    leaves = site.tied_to is not None and not (trains and own & file.shapes.keys())
+    return replace(site, trains=trains, only=() if leaves else site.only)
+
+
 def _as_tied(file: AdapterFile, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """The configuration, without ``ensure_weight_tying`` if PEFT did not tie: its file has no keys of tied layers then.
 
     PEFT ties only what it finds under the names ``embed_tokens`` and ``lm_head``.
     """
+    if file.ties:
+        return _tying(config, True)
     if file.is_own or not config.ensure_weight_tying:
         return config
     names = _tied(plan_injection(model, config, every_pattern=False))
     if has_keys_of(file, names) and has_keys_of(file, names.values()):
         return config
-    option: dict[str, Any] = {"ensure_weight_tying": False}
+    return _tying(config, False)
+
+
+def _tying(config: AdapterConfig, ties: bool) -> AdapterConfig:
+    option: dict[str, Any] = {"ensure_weight_tying": ties}
     return replace(config, **option)
 
 

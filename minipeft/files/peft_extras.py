@@ -23,6 +23,7 @@ from minipeft.files.format import AdapterFile
 from minipeft.injection.module_tree import Candidate, candidates, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.targets import Selection, within
+from minipeft.injection.tied_sites import rest_of
 from minipeft.layers.offloaded import values_of
 
 # The factors of a head that is tied to an embedding -> those of the embedding, of which each is the transpose.
@@ -42,7 +43,7 @@ def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dic
     All with `ensure_weight_tying`, else those of a trained copy, but for a table's, which PEFT does not name, and those that
     a companion of the configuration names too: PEFT may give each of these an adapter.
     """
-    here = sorted(wrappers_of(model, adapter_name), key=lambda pair: _follows(pair[1], adapter_name))
+    here = sorted(wrappers_of(model, adapter_name), key=lambda pair: _rank(pair[1], adapter_name))
     if not config.ensure_weight_tying:
         named = {entry for _, companion in config.companions() for entry in companion.target_modules or ()}
         copies = {n for n, w in here if isinstance(w, SavedModule) and not isinstance(w.base_layer, nn.Embedding)}
@@ -61,8 +62,10 @@ def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dic
     return shared
 
 
-def _follows(wrapper: nn.Module, adapter_name: str) -> bool:
-    return adapter_name in getattr(wrapper, "tied_adapters", ()) or getattr(wrapper, "only", None) == ()
+def _rank(wrapper: nn.Module, adapter_name: str) -> int:
+    """Of wrappers that share a tensor the lowest is the one that it belongs to: a copy of all, then of some, then of nothing."""
+    only = getattr(wrapper, "only", None)
+    return 2 - bool(only) if only is not None else int(adapter_name in getattr(wrapper, "tied_adapters", ()))
 
 
 def with_repeats(tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
@@ -77,6 +80,13 @@ def with_repeats(tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> di
             if start + old[1:] in tensors:
                 more[f"{PREFIX}{name}{new}"] = tensors[start + old[1:]].t()
     return {**tensors, **more}
+
+
+def rest_of_followers(model: nn.Module, shared: Mapping[str, str], adapter_name: str) -> dict[str, Tensor]:
+    """What followers have besides their weight and do not train, such as the bias of BERT's head, by key: PEFT wants that too."""
+    here = {name: w for name, w in wrappers_of(model, adapter_name) if isinstance(w, SavedModule) and not w.only}
+    rests = {name: rest_of(here[name].base_layer) for name in shared if name in here}
+    return {f"{PREFIX}{name}.{key}": parameter for name, rest in rests.items() for key, parameter in rest.items()}
 
 
 def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import shared_tensors
 from minipeft.injection.module_tree import adapted_layers, candidates, layers_of, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
+from minipeft.injection.tied_sites import rest_of
 from minipeft.kernels.functional import is_divided, is_finite
 from minipeft.registry import registry
 
@@ -115,9 +116,13 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, c
     if config.modules_to_save is not None:
         copies = {name: w for name, w in wrappers_of(model, adapter_name) if isinstance(w, SavedModule)}
         saved = [name for name, wrapper in copies.items() if wrapper.only is None]  # bias="all" copies biases alone
-        saved += [name for name in followers(model, config, adapter_name) if name in copies]
-        originals = {name: copies[name].base_layer for name in saved}
+        tied = [name for name in followers(model, config, adapter_name) if name in copies]
+        originals = {name: copies[name].base_layer for name in (*saved, *tied)}
         values["modules_to_save"] = for_peft(model, config.modules_to_save, originals) or None
+        if config.ensure_weight_tying and any(rest_of(copies[name].base_layer) for name in tied):
+            values["ensure_weight_tying"] = (
+                False  # PEFT has a whole copy of each then, else it drops the bias of a head
+            )
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
     adapters = {name: layer.adapter(adapter_name) for name, layer in layers.items()}
@@ -182,6 +187,7 @@ def save_adapter(
     kept: Sequence[str] = (),
     scaling: Mapping[str, Any] | None = None,
     card: Mapping[str, bytes] | None = None,
+    tied: bool = False,
 ) -> None:
     """Write the files of an adapter, all or none (see `minipeft.files.atomic`).
 
@@ -193,6 +199,7 @@ def save_adapter(
         kept: modules that are saved and do not train, see `minipeft.injection.fresh_parts`.
         scaling: the options that the user gave for what is now in B, see `minipeft.files.scaling_in_B`.
         card: the model card by its name, if one is to be written.
+        tied: whether the user asked for ``ensure_weight_tying`` and `config` says False.
 
     Raises:
         CheckpointError: the directory cannot be written, or holds a whole model; or a tensor has no values here.
@@ -200,7 +207,7 @@ def save_adapter(
     check_no_model_in(directory)
     check_values(directory, tensors)
     written = _compacted(tensors, config)
-    weights = file_of(written, own_metadata(config, base, kept, directory, scaling))
+    weights = file_of(written, own_metadata(config, base, kept, directory, scaling, tied))
     text = config_text(config)
     warn_if_unreadable(directory, written, weights, text)
     write_files(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text, **(card or {})})

@@ -19,7 +19,7 @@ from minipeft.files.base_samples import base_samples
 from minipeft.files.foreign_options import check_options, check_size
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
 from minipeft.files.model_card import card_to_write, public_base, update_card
-from minipeft.files.peft_extras import followers, with_repeats
+from minipeft.files.peft_extras import followers, rest_of_followers, with_repeats
 from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import (
@@ -229,7 +229,8 @@ class SavableModel(WithAdapters):
     ) -> None:
         """Write one adapter below a directory, with what PEFT repeats and the rows of tables that have to go along."""
         check_values(root, tensors := values_of(self, tensors))
-        tensors = with_repeats(tensors, followers(self, self._state.configs[name], name))
+        shared = followers(self, self._state.configs[name], name)
+        tensors = {**values_of(self, rest_of_followers(self, shared, name)), **with_repeats(tensors, shared)}
         tensors, config = with_tables(self, name, tensors, config, save_embedding_layers, state)
         check_size(options or {}, tensors)
         with writing(root):
@@ -251,6 +252,7 @@ class SavableModel(WithAdapters):
             self._state.kept.get(name, ()),
             scaling,
             card_to_write(directory, config, sum(tensor.numel() for tensor in tensors.values())),
+            self._state.configs[name].ensure_weight_tying and not written["ensure_weight_tying"],
         )
 
     def _all_or(self, adapter_name: str | bool | None, selected: Sequence[str] | None = None) -> list[str]:

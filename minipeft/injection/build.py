@@ -122,7 +122,7 @@ def build(
     for saved in plan.saved:
         tied = None if saved.tied_to is None else copies[saved.tied_to]
         copies[saved.name] = _copied(saved, tied, on_meta)
-        if not saved.trains:
+        if not (saved.trains or saved.tied_to):
             copies[saved.name].requires_grad_(False)
         if fill is not None:
             fill(own_tensors(saved, copies[saved.name]), copies[saved.name])

@@ -83,7 +83,7 @@ def plan(
     saved = [SavedSite(name, found[name], None, name not in fresh.kept) for name in selection.saved]
     outside = tuple(outside_adapters(model))
     ties = TiedLayers(model, outside, config, found)
-    saved = ties.with_one_copy(saved)
+    saved = ties.with_one_copy(saved, every_pattern)
     sites = _targeted(selection, [site.name for site in saved])
     sites = ties.with_one_adapter(sites, saved)
     sites += _companions(selection)

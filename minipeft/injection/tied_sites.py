@@ -42,18 +42,33 @@ class TiedLayers:
         self.index, self.config, self.found = TensorIndex(model, outside), config, found
         self.kept_tied = self._kept_tied()
 
-    def with_one_copy(self, saved: list[SavedSite]) -> list[SavedSite]:
+    def with_one_copy(self, saved: list[SavedSite], every_pattern: bool) -> list[SavedSite]:
         """With ``ensure_weight_tying``, one copy for the embedding and all that is tied to it, if any of them trains in full.
 
-        PEFT does the same for modules named ``embed_tokens`` or ``lm_head``.
+        What another one has besides its weight, such as the bias of BERT's head, trains too if that one is named, or with
+        ``bias="all"``. PEFT does the same for modules named ``embed_tokens`` or ``lm_head``, and leaves their biases out.
+
+        Raises TargetError if a module to train in full holds one of them among others.
         """
-        members = [site for site in saved if site.name in self.kept_tied]
+        tied = self.kept_tied
+        members = {site.name: site.trains for site in saved if site.name in tied}
+        holders = [site.name for site in saved if any(within(name, [site.name]) for name in tied if name != site.name)]
+        if holders and every_pattern:
+            raise TargetError(
+                f"ensure_weight_tying: modules_to_save trains all of {holders[0]}, and {shown(tied)} in and outside of it share "
+                "one weight. Name the layers in it that are to train, or leave out ensure_weight_tying."
+            )
         if not members:
             return saved
-        name, *others = self.kept_tied
-        leader = SavedSite(name, self.found[name], None, any(site.trains for site in members))
-        followers = [SavedSite(other, self.found[other], (), tied_to=name) for other in others]
-        return [*(site for site in saved if site.name not in self.kept_tied), leader, *followers]
+        name, *others = tied
+        leader = SavedSite(name, self.found[name], None, any(members.values()))
+        followers = []
+        for other in others:
+            own = rest_of(self.found[other].base)
+            trains = members.get(other, False) or self.config.bias == "all"
+            only = tuple(own) if trains else ()
+            followers.append(SavedSite(other, self.found[other], only, trains or not own, tied_to=name))
+        return [*(site for site in saved if site.name not in tied), leader, *followers]
 
     def with_one_adapter(self, sites: list[AdapterSite], saved: Sequence[SavedSite]) -> list[AdapterSite]:
         """With ``ensure_weight_tying``, one site on the embedding if it or a layer tied to it is targeted.
@@ -193,6 +208,11 @@ class TiedLayers:
             if (hides_ties(base) or hides_ties(other)) and _same_values(base, other):
                 holders.append((f"{name}.weight", other))
         return [(name, module) for name, module in holders if module is not base]
+
+
+def rest_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """What a layer has besides its weight."""
+    return {key: parameter for key, parameter in layer.named_parameters() if key != "weight"}
 
 
 def _same_values(one: nn.Module, other: nn.Module) -> bool:
