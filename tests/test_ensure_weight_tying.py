@@ -225,6 +225,16 @@ def test_a_file_of_peft_without_the_bias_of_a_tied_head_leaves_it_as_it_is(tmp_p
     assert not model.lm_head.adapters["default"].bias.requires_grad
 
 
+def test_a_table_and_a_head_that_peft_copied_apart_are_read_so(tmp_path):
+    """PEFT does not know the names of BERT's, so ensure_weight_tying does nothing in it."""
+    options = {"target_modules": ["query"], "modules_to_save": ["word_embeddings", "decoder"]}
+    with foreign_code():
+        config = peft.LoraConfig(ensure_weight_tying=True, **options)
+        reference = disturb(peft.get_peft_model(bert_lm(), config)).eval()
+    save_theirs(reference, tmp_path)
+    same(logits(minipeft.load_adapter(bert_lm(), tmp_path)), logits(reference))
+
+
 @pytest.mark.parametrize("saved", ["cls", "predictions", "embeddings"])
 def test_a_module_that_holds_a_tied_layer_is_not_copied_without_the_other(saved, tmp_path):
     options = {"target_modules": ["query"], "modules_to_save": [saved], "ensure_weight_tying": True}

@@ -453,6 +453,21 @@ def test_all_biases_train_where_a_head_shares_one_with_its_layer(target, own, tm
     assert_close(logits(merged), logits(model))
 
 
+def test_all_biases_train_where_the_layer_of_such_a_head_is_trained_in_full(tmp_path):
+    """PEFT's file has the trained bias under one name, and under the other one that of the base, which no gradient reaches."""
+    options = {"r": 4, "target_modules": ["query"], "bias": "all", "modules_to_save": ["decoder"]}
+    with foreign_code():
+        reference = peft.get_peft_model(masked_bert(), peft.LoraConfig(**options))
+        their_loss = reference(input_ids=token_ids(), labels=token_ids()).loss
+    their_loss.backward()
+    torch.optim.SGD(reference.parameters(), lr=1.0).step()
+    save_theirs(reference, tmp_path)
+    assert f"{PREFIX}cls.predictions.bias" in tensors_in(tmp_path)
+    model = minipeft.load_adapter(masked_bert(), tmp_path)
+    assert_close(logits(model), their_logits(reference.eval()))
+    assert not torch.allclose(logits(model), logits(masked_bert()), atol=1e-3)
+
+
 def test_base_tables_that_peft_writes_on_request_are_read_over(tmp_path):
     reference = disturb(theirs("gpt2 conv1d"))
     with foreign_code():

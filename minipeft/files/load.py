@@ -149,14 +149,16 @@ def _as_saved(site: SavedSite, file: AdapterFile, kept: Collection[str]) -> Save
 def _as_tied(file: AdapterFile, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """The configuration, without ``ensure_weight_tying`` if PEFT did not tie: its file has no keys of tied layers then.
 
-    PEFT ties only what it finds under the names ``embed_tokens`` and ``lm_head``.
+    Or it names them in ``modules_to_save``, out of which PEFT takes what it ties: only what it finds under the names
+    ``embed_tokens`` and ``lm_head``.
     """
     if file.ties:
         return _tying(config, True)
     if file.is_own or not config.ensure_weight_tying:
         return config
     names = _tied(plan_injection(model, config, every_pattern=False))
-    if has_keys_of(file, names) and has_keys_of(file, names.values()):
+    copied = any(name.endswith(tuple(config.modules_to_save or ())) for name in names)
+    if has_keys_of(file, names) and has_keys_of(file, names.values()) and not copied:
         return config
     return _tying(config, False)
 

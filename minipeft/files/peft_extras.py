@@ -145,7 +145,10 @@ def _other_names(file: AdapterFile, keys: Sequence[str], unknown: Sequence[str],
     parameters = named_parameters(model, remove_duplicate=False)
     base = {PREFIX + name.replace(".base_layer.", "."): parameter for name, parameter in parameters}
     trained = {key: key.replace(".base_layer.", ".") for key in file.shapes if key not in unknown}
-    known = {id(base[name]): key for key, name in trained.items() if name in base}
+    copied = tuple(
+        f"{entry}.bias" for entry in file.config.modules_to_save or ()
+    )  # where PEFT leaves the other name the base's
+    known = {id(base[name]): key for key, name in trained.items() if name in base and not name.endswith(copied)}
     found = {key: known[id(base[key])] for key in keys if key in base and id(base[key]) in known}
     return {key: other for key, other in found.items() if file.shapes[key] == file.shapes[other]}
 
