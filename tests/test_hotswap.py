@@ -184,6 +184,51 @@ def test_a_compiled_model_is_not_compiled_again(dora, tmp_path):
     torch._dynamo.reset()
 
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        return (x @ self.weights).tanh().sum(0)
+
+
+class Reads(nn.Module):
+    """It reads the weight of a layer and those of two experts, and calls neither."""
+
+    config = None
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.experts = nn.Linear(8, 8), Experts()
+
+    def forward(self, x):
+        return self.experts(x) @ self.head.weight.t()
+
+
+def test_a_compiled_model_that_reads_weights_is_not_compiled_again(tmp_path):
+    files, x = [], torch.ones(3, 8)
+    for alpha in (3, 5):
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["head"], target_parameters=["weights"])
+        model = disturb(get_lora_model(Reads(), config), alpha, 0.3)
+        model.save_pretrained(tmp_path / str(alpha))
+        files.append((tmp_path / str(alpha), model(x).detach()))
+    model, graphs = load_adapter(Reads(), files[0][0]), []
+    model.prepare_hotswap(2)
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        compiled(x)
+        first = len(graphs)
+        for folder, output in (files[1], files[0]):
+            hotswap_adapter(compiled, folder)
+            torch.testing.assert_close(compiled(x), output, rtol=0, atol=1e-5)
+        model.set_scale("default", 0.5)
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-5)
+    assert len(graphs) == first
+    torch._dynamo.reset()
+
+
 def test_a_layer_that_the_file_lacks_does_nothing_until_a_file_has_it(tmp_path):
     config = {"r": 4, "target_modules": ["c_attn", "c_fc"]}
     both, output = saved(LoraConfig(**config, use_dora=True), tmp_path / "both")

@@ -42,7 +42,7 @@ def lora_factors(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> tup
     return lora_B.to(dtype) * scaling, lora_A.to(dtype)  # scale the small one
 
 
-def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, *, column_major: bool = False) -> Tensor:
+def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, *, column_major: bool = False) -> Tensor:
     """Dense weight update of a LoRA pair, ``scaling * B A``, eq. (3) of arXiv:2106.09685.
 
     Arguments and errors as for `lora_factors` and `low_rank_product`; shape (out_features, in_features).
@@ -60,7 +60,7 @@ def split_columns(lora_B: Tensor, num_experts: int) -> Tensor:
     return lora_B.view(len(lora_B), -1, num_experts).permute(2, 0, 1)
 
 
-def stacked_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, num_experts: int) -> Tensor:
+def stacked_delta(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, num_experts: int) -> Tensor:
     """The updates of all experts, one below the other, shape (experts * out, in), from stacked factors (see `split_rows`)."""
     up, down = lora_factors(lora_A, lora_B, scaling)
     return torch.bmm(split_columns(up, num_experts), split_rows(down, num_experts)).flatten(0, 1)

@@ -118,7 +118,7 @@ class Lora(InputDropout):
 
     @property
     def factor(self) -> float | Tensor:
-        """`scaling`, as a forward pass is to read it."""
+        """`scaling`, as all that a compiled model may compute is to read it."""
         return self._scaling if self.held is None else self.held
 
     @classmethod
@@ -197,7 +197,7 @@ class Lora(InputDropout):
     def factors(self) -> tuple[Tensor, Tensor] | None:
         if self.trains_bias or self.num_experts > 1:
             return None  # the merge changes more than the weight, or takes more than one product
-        return lora_factors(*self._matrices(), self.scaling)
+        return lora_factors(*self._matrices(), self.factor)
 
     def stacked_factors(self) -> tuple[Tensor, Tensor]:
         up, down = lora_factors(*self._matrices(), self.scaling)
@@ -216,7 +216,8 @@ class Lora(InputDropout):
     def weight_factors(self) -> tuple[Tensor, Tensor, float] | None:
         if self.trains_bias or self.drops:
             return None
-        return *self.pair(), self.scaling
+        lora_A, lora_B = self.pair()
+        return (lora_A, lora_B, self.scaling) if self.held is None else (lora_A, lora_B * self.held, 1.0)
 
     def call_factors(self) -> tuple[Tensor, Tensor] | None:
         if self.trains_bias or self.num_experts > 1 or self.drops:
@@ -225,8 +226,8 @@ class Lora(InputDropout):
 
     def delta(self, weight: Tensor) -> Tensor:
         if self.num_experts > 1:
-            return stacked_delta(*self._matrices(), self.scaling, self.num_experts)
-        return lora_delta(*self._matrices(), self.scaling, column_major=is_column_major(weight))
+            return stacked_delta(*self._matrices(), self.factor, self.num_experts)
+        return lora_delta(*self._matrices(), self.factor, column_major=is_column_major(weight))
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
         lora_A, lora_B = self.pair()
