@@ -270,6 +270,20 @@ def test_zeros_beyond_the_rank_stay_zeros_in_training_and_other_adapters_are_lef
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_zeros_beyond_the_rank_are_no_rank_of_what_is_made_of_an_adapter(init, tmp_path):
+    model = adapted(r=2, init_lora_weights=init)
+    model.add_adapter("b", LoraConfig(r=3, init_lora_weights=False))
+    without = model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "without", "cat").rank
+    expected = logits(model)
+    model.prepare_hotswap(7, "default")
+    assert model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "with", "cat").rank == without
+    assert model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "svd").rank == max(3, without - 3)
+    model.save_pretrained(tmp_path, convert_to_lora=True)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == without - 3
+    torch.testing.assert_close(logits(load_adapter(gpt2(), tmp_path)), expected, rtol=0, atol=1e-5)
+
+
 def test_convolutions_have_room_too_and_stacked_experts_keep_their_rank(tmp_path):
     class Net(nn.Module):
         def __init__(self):

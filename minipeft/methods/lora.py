@@ -201,8 +201,10 @@ class Lora(InputDropout):
 
     def stacked_factors(self) -> tuple[Tensor, Tensor]:
         up, down = lora_factors(*self._matrices(), self.scaling)
-        if self.initial_A is None:  # without the zeros beyond the rank, see `room_for`
-            up, down = up[:, : self.rank * self.num_experts], down[: self.rank * self.num_experts]
+        own, room = self.rank * self.num_experts, self.lora_A.shape[0]
+        if own < room:  # without the zeros that `room_for` adds, to a start that is subtracted too
+            used = [place for place in range(len(down)) if place % room < own]
+            up, down = up[:, used], down[used]
         return split_columns(up, self.num_experts), split_rows(down, self.num_experts)
 
     @torch.no_grad()
