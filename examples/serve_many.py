@@ -11,6 +11,7 @@ they join and leave between two tokens. See docs/serving.md.
 import argparse
 import asyncio
 import json
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -235,7 +236,7 @@ def build(args: argparse.Namespace) -> Server:
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     engine = Engine(Batch(model), adapters, ends, max_rows=args.rows, max_waiting=args.queue)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_length
-    name = args.name or Path(args.model).name
+    name = args.name or os.path.basename(os.path.abspath(args.model))
     if name in adapters.names():
         raise ConfigError(f"{name!r} names the base and an adapter; give the base another name with --name.")
     return Server(engine, tokenizer, name, min(args.max_length, positions), args.timeout, args.body)
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     app = make_app(server)
     try:
         web.run_app(app, host=args.host, port=args.port, shutdown_timeout=args.timeout, handler_cancellation=True)
-    except (OSError, OverflowError) as error:  # of the host or the port
+    except (OSError, OverflowError, UnicodeError) as error:  # of the host or the port
         raise SystemExit(f"serve_many: {error}") from None
 
 

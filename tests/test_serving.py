@@ -385,6 +385,7 @@ def test_a_server_that_cannot_start_says_why_in_one_line(example, tmp_path):
         "nowhere is not a directory": ["--adapters", "nowhere"],
         "max_rows must be an integer from 1": ["--rows", "0"],
         r"bind\(\): port must be 0-65535": ["--port", "99999"],
+        "encoding with 'idna' codec failed": ["--host", "127.0.0..1"],
         "--timeout must be a finite number > 0, not 0": ["--timeout", "0"],
         "--timeout must be a finite number > 0, not nan": ["--timeout", "nan"],
         "--adapter_memory must be a finite number > 0, not inf": ["--adapter_memory", "inf"],
@@ -397,6 +398,14 @@ def test_a_server_that_cannot_start_says_why_in_one_line(example, tmp_path):
     for said, words in wrong.items():
         with foreign_code(), pytest.raises(SystemExit, match=f"^serve_many: {said}"):
             example.main(["--model", str(TINY), "--adapters", str(tmp_path), *words])
+
+
+@pytest.mark.parametrize("place", [".", "../tiny/"])
+def test_a_base_at_a_path_without_a_last_part_has_the_name_of_its_directory(place, example, tmp_path, monkeypatch):
+    monkeypatch.chdir(TINY)
+    args = example.flags(["--model", place, "--adapters", str(tmp_path)])
+    with foreign_code():
+        assert example.build(args).name == "tiny"
 
 
 @pytest.mark.parametrize("damage", ["tokenizer", "weights", "type"])
