@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import minipeft
 from minipeft import AdaptedModel, LoraConfig, per_adapter_loss
-from minipeft.config.options import integer
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TARGETS = ["c_attn", "c_proj", "c_fc"]  # so small a model needs more than its attention to learn another language
@@ -131,7 +130,6 @@ def flags(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> tuple[dict[str, float], dict[str, float]]:
     """Train, save and draw; returns the loss of each adapter on other texts, before and after."""
     args = flags(argv)
-    integer("--seed", args.seed, at_least=0)
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny")
     model, settings = adapted(args.ranks, args.learning_rates)
     if not 2 <= args.length <= model.config.n_positions:
