@@ -36,7 +36,6 @@ from minipeft.injection.targets import Selection, to_prepare
 from minipeft.injection.tied_sites import TiedLayers, check_shared, with_one_copy_of_tied
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.offloaded import is_absent, offloads
-from minipeft.layers.uncalled import UncalledOps
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _targeted(selection: Selection, saved: Sequence[str]) -> list[AdapterSite]:
     configs = config.for_modules(targets)
     sites = [site for name in names for site in module_sites(name, found[name], configs[name])]
     for site in sites if selection.every_pattern else ():
-        if site.targeted and isinstance(site.ops, UncalledOps):
+        if site.targeted and site.is_read:
             check_needs_no_call(site.name, type(site.candidate.base).__name__, site.config)
     for name, owned in parameters.items():
         check_alone(name, parameters, [*names, *saved])

@@ -31,6 +31,7 @@ class AdapterSite:
     adapter_class: type[Adapter]
     config: AdapterConfig
     targeted: bool = True  # by its own name; False for a bare parameter, or a child that its parent reads
+    is_read: bool = False  # its weight is read, and the layer itself not called
     prefix: str = ""  # goes before its keys in a file, if a companion of the configuration adapts it
     tied_to: str | None = None  # the site whose adapter this one shares, since the two layers share a weight
 
@@ -59,9 +60,9 @@ def module_sites(name: str, candidate: Candidate, config: AdapterConfig) -> Iter
     """A site for the module itself and one for each child whose weight it reads; raises TargetError if one cannot be adapted so."""
     ops, base = ops_for(name, candidate), candidate.base
     check_occupants(name, candidate.module, [ops])
-    children: Mapping[str, UncalledOps] = ops.children if isinstance(ops, UncalledOps) else {}
-    yield site(name, candidate, ops, config)
-    for attribute, child_ops in children.items():
+    children = ops.children if isinstance(ops, UncalledOps) else None
+    yield site(name, candidate, ops, config, is_read=children is not None)
+    for attribute, child_ops in children.items() if children else ():
         child_name, child = f"{name}.base_layer.{attribute}", base.get_submodule(attribute)
         inner = Candidate(child, innermost(child), (child_name,), ((base, attribute),))
         if not child_ops.accepts(inner.base):
@@ -69,20 +70,20 @@ def module_sites(name: str, candidate: Candidate, config: AdapterConfig) -> Iter
                 f"{name}: the weight of its {attribute} is not a plain one, so it cannot be adapted along."
             )
         check_occupants(child_name, child, [child_ops])
-        yield site(child_name, inner, child_ops, config, targeted=False)
+        yield site(child_name, inner, child_ops, config, targeted=False, is_read=True)
 
 
 def site(
-    name: str, candidate: Candidate, ops: LayerOps, config: AdapterConfig, *, targeted: bool = True
+    name: str, candidate: Candidate, ops: LayerOps, config: AdapterConfig, *, targeted: bool = True, is_read: bool
 ) -> AdapterSite:
     """One site, with the registry's class; raises TargetError if that changes inputs, and the weight is read without a call."""
     adapter_class = registry.adapter_class(config.adapter_method, name, type(candidate.base))
-    if isinstance(ops, UncalledOps) and adapter_class.overrides("before"):
+    if is_read and adapter_class.overrides("before"):
         raise TargetError(
             f"{name}: its weight is read without calling the layer, and {adapter_class.__name__} changes what a layer "
             "is given. Use another method there, such as LoRA."
         )
-    return AdapterSite(name, candidate, ops, adapter_class, config, targeted)
+    return AdapterSite(name, candidate, ops, adapter_class, config, targeted, is_read)
 
 
 def ops_for(name: str, candidate: Candidate) -> LayerOps:
@@ -177,7 +178,7 @@ def parameter_sites(
         if config.bias != "none" and own_bias(candidate.base) is None:
             asked = replace(asked, bias="none")  # there is none to train
         check_needs_no_call(f"{name}.{parameter}", "a parameter", asked)
-        yield site(name + ".base_layer" * height, candidate, ops, config, targeted=False)
+        yield site(name + ".base_layer" * height, candidate, ops, config, targeted=False, is_read=True)
 
 
 def _ops_of(name: str, base: nn.Module, parameter: str) -> LayerOps:

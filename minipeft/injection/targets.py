@@ -130,13 +130,13 @@ class Selection:
         """The eligible names that match; each pattern of a list must match one of `all_names` (default: the eligible ones)."""
         names = list(eligible)
         chosen = _matching(patterns, names, option)
-        if not self.every_pattern:
+        if not (self.every_pattern and patterns):
             return chosen
         if not isinstance(patterns, str):
             unused = set(patterns).difference(*(endings(name) for name in (all_names or names)))
             if unused:
                 raise TargetError(self._no_match(option, next(entry for entry in patterns if entry in unused), names))
-        elif patterns and not chosen:
+        elif not chosen:
             fix = ""
             if any(is_suffix(patterns, name) for name in names):
                 fix = f" A string is a regular expression for the whole name; for the suffix give the list [{patterns!r}]."
