@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from tiny_models import gpt2, gpt2_classifier, llama, logits, state_digest, t5
+from tiny_models import adapted, gpt2, gpt2_classifier, llama, logits, state_digest, t5
 from torch import nn
 
 from minipeft import ConfigError, LoraConfig, StateError, TargetError, get_lora_model, load_adapter
@@ -302,3 +302,15 @@ def test_a_twin_that_shares_the_weight_and_is_not_adapted_is_named():
         get_lora_model(t5(), LoraConfig(target_modules=["shared"]))
     get_lora_model(t5(), LoraConfig(target_modules=["shared", "embed_tokens"]))  # all of them: nothing to say
     get_lora_model(gpt2(), LoraConfig(target_modules=["wte"]))  # the head is another type of layer
+
+
+def test_layers_in_a_module_that_another_adapter_trains_in_full_are_named():
+    model = adapted(r=2, target_modules=["h.1.attn.c_attn"], modules_to_save=["h.0"])
+    for place, targets in enumerate((["c_attn"], r".*c_attn", "all-linear", None)):
+        with pytest.warns(
+            UserWarning, match=r"target_modules leaves out 'transformer.h.0.attn.c_attn'.*around it in full"
+        ):
+            model.add_adapter(f"a{place}", LoraConfig(r=2, target_modules=targets))
+    model.add_adapter("elsewhere", LoraConfig(r=2, target_modules=["h.1.attn.c_attn"]))
+    model.add_adapter("excluded", LoraConfig(r=2, target_modules=["c_attn"], exclude_modules=r".*\.h\.0\..*|.*wte"))
+    model.add_adapter("in_full_too", LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["h.0"]))

@@ -97,6 +97,7 @@ def plan(
         _check_saveable(site)
     ties.warn_of_tied_layers(sites, saved)
     if every_pattern:
+        selection.warn_of_hidden([site.name for site in saved])
         warn_of_fresh_parts(model, config, found, fresh, origins)
     return Plan(config, tuple(sites), tuple(saved), tuple(to_prepare(found)), origins, outside)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from minipeft.errors import TargetError, hint, nearest, shown, warn
 from minipeft.injection.all_linear import all_linear, layers_left_out, of_text, why_experts_are_left_out
 from minipeft.injection.base_state import has_statistics
 from minipeft.injection.module_tree import Candidate
+from minipeft.injection.modules_to_save import SavedModule
 from minipeft.layers.base import LayerOps, layer_ops
 from minipeft.layers.uncalled import matrices
 from minipeft.registry import registry
@@ -175,6 +176,32 @@ class Selection:
             warn(
                 f"target_modules names parts of experts too, and leaves out {layers_left_out(left_out, self.found)}. "
                 f"If that is meant, say exclude_modules={exclude}, or give longer names of the layers to adapt.",
+                ours=True,
+            )
+
+    def warn_of_hidden(self, saved: Collection[str]) -> None:
+        """Warn about layers that ``target_modules`` selects, but for that another adapter trains a module around them in full.
+
+        `saved`: modules that this adapter trains in full, too.
+        """
+        config = self.config
+        hidden = {
+            f"{first}.{path}": ops
+            for first, candidate in self.found.items()
+            if isinstance(candidate.module, SavedModule) and not within(first, saved)
+            for path, inner in candidate.base.named_modules()
+            if path and (ops := layer_ops(inner)) is not None
+        }
+        if not hidden or config.target_modules == ():
+            return
+        if config.target_modules in (ALL_LINEAR, ALL_LINEAR_TEXT):
+            hidden = {name: ops for name, ops in hidden.items() if ops.in_all_linear}
+        elif config.target_modules is None:
+            config = replace(config, target_modules=_defaults(self.model, self.found, config))
+        if left_out := selected_names(config, list(hidden)):
+            warn(
+                f"target_modules leaves out {shown(left_out)}, since another adapter trains a module around it in full. Add this "
+                "adapter to a model without that one, or train the module in full here as well.",
                 ours=True,
             )
 
