@@ -126,6 +126,18 @@ def test_a_module_of_which_another_adapter_trains_a_part_is_not_trained_as_a_who
     refuses(TargetError, model, lambda: model.add_adapter("b", config), "transformer.h.0.mlp", "trains a part of it")
 
 
+@pytest.mark.parametrize("targets", ["c_attn", "h.0.mlp.c_fc"])  # some of the layers, or all
+def test_a_file_that_adapts_layers_in_a_module_that_another_adapter_trains_in_full_is_refused_for_that(
+    targets, tmp_path
+):
+    adapted(r=2, target_modules=[targets]).save_pretrained(tmp_path)
+    model = adapted(r=2, target_modules=["h.1.attn.c_attn"], modules_to_save=["h.0"], adapter_name="a")
+    reason = "transformer.h.0", "another adapter trains it in full"
+    refuses(TargetError, model, lambda: model.load_adapter(tmp_path, "b"), *reason)
+    model.save_pretrained(tmp_path / "both")
+    model.load_adapter(tmp_path / "both" / "a", "c")  # which trains that module, too
+
+
 NO_NAMES = (
     5,
     True,

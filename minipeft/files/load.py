@@ -16,7 +16,7 @@ from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.older_peft import has_another_series
 from minipeft.ecosystem.peft_options import KEPT
 from minipeft.ecosystem.wrapper_names import PREFIX, named_modules
-from minipeft.errors import shown, warn
+from minipeft.errors import OccupiedError, shown, warn
 from minipeft.files.base_samples import planned_frozen_weights, planned_samples, warn_of_missing_parts
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import AdapterFile, open_adapter
@@ -30,10 +30,12 @@ from minipeft.files.reading import reading
 from minipeft.files.resized_vocabulary import IN_LAYER
 from minipeft.injection.build import Parts, TableRows, build
 from minipeft.injection.build_from_file import build_from
-from minipeft.injection.module_tree import candidates
+from minipeft.injection.module_tree import Candidate, candidates
+from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.sites import SavedSite
+from minipeft.injection.targets import Selection, within
 from minipeft.methods.base import Adapter
 
 logger = logging.getLogger("minipeft")
@@ -83,6 +85,7 @@ def load_parts(
         file = open_adapter(directory, lambda _: [name for name, _ in named_modules(model) if name])
         file = as_peft_reads(in_names_of(model, file, key_mapping, strict=strict, found=found), model, found)
         new_rows = find_new_rows(file, model)
+    _check_not_hidden(model, file, found)
     plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False, found=found)
     kept = set(file.kept)
     plan = replace(plan, saved=tuple(_as_saved(site, file, kept) for site in plan.saved))
@@ -109,6 +112,15 @@ def load_parts(
     _tell(directory, file)
     values.update(new_rows.values)
     return plan, replace(build_from(plan, shapes, tensors, values), rows=new_rows.base)
+
+
+def _check_not_hidden(model: nn.Module, file: AdapterFile, found: dict[str, Candidate]) -> None:
+    """Raise OccupiedError if the file adapts layers in a module that another adapter trains in full."""
+    around = [first for first, c in found.items() if isinstance(c.module, SavedModule) and c.base._modules]
+    saved = Selection(model, file.config, found).saved if around else []
+    for name in around:
+        if not within(name, saved) and any(key.startswith(f"{PREFIX}{name}.") for key in file.shapes):
+            raise OccupiedError(f"{name}: another adapter trains it in full, and this one adapts layers in it.")
 
 
 @torch.no_grad()
