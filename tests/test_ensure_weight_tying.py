@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import disturb, foreign_code, gpt2, llama, logits, saved_and_loaded, state_digest, token_ids
+from tiny_models import disturb, foreign_code, gpt2, llama, logits, saved_and_loaded, state_digest, t5, token_ids
 from transformers import BertConfig, BertForMaskedLM, PhiConfig, PhiForCausalLM
 
 import minipeft
@@ -223,6 +223,18 @@ def test_a_file_of_peft_without_the_bias_of_a_tied_head_leaves_it_as_it_is(tmp_p
     model = minipeft.load_adapter(phi(), tmp_path, is_trainable=True)
     same(logits(model.eval()), logits(reference))
     assert not model.lm_head.adapters["default"].bias.requires_grad
+
+
+def test_peft_reads_the_table_of_an_encoder_and_a_decoder(tmp_path):
+    """With ensure_weight_tying it would make linear layers of their embeddings."""
+    config = minipeft.LoraConfig(target_modules=["q"], modules_to_save=["shared"], ensure_weight_tying=True)
+    model = disturb(minipeft.get_lora_model(t5(), config)).eval()
+    model.save_pretrained(tmp_path)
+    with foreign_code():
+        same(logits(peft.PeftModel.from_pretrained(t5(), tmp_path).eval()), logits(model))
+    again = minipeft.load_adapter(t5(), tmp_path)
+    same(logits(again), logits(model))
+    assert again.lm_head.weight is again.encoder.embed_tokens.weight is again.shared.weight
 
 
 def test_a_table_and_a_head_that_peft_copied_apart_are_read_so(tmp_path):

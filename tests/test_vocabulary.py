@@ -445,6 +445,62 @@ def test_a_second_adapter_may_train_the_new_rows(tmp_path):
     assert_close(logits(again), logits(model))
 
 
+def bert():
+    """A model whose head is tied and has a bias of its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=100, **sizes))
+    torch.nn.init.normal_(model.cls.predictions.decoder.bias)
+    return model.eval()
+
+
+def tied_llama():
+    return llama(tie_word_embeddings=True)
+
+
+IN_BERT = {"target_modules": ["query"]}
+BESIDE = {
+    "biased head": (bert, IN_BERT),
+    "all biases": (bert, {**IN_BERT, "bias": "all"}),
+    "some rows, tied": (tied_llama, {"target_modules": ["q_proj"], "trainable_token_indices": NEW[:2]}),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_new_rows_beside_a_bias_or_rows_that_train_are_read_here_and_by_peft(case, tmp_path):
+    """PEFT leaves out the bias of a head next to rows of tokens, and reads the rows of a tied head with those of the table."""
+    make, options = BESIDE[case]
+    directory = tmp_path / "base"
+    with foreign_code():
+        make().save_pretrained(directory)
+    ties = {"ensure_weight_tying": True} if "tied" in case else {}
+    model = disturb(get_lora_model(resized(make, directory), LoraConfig(r=4, **options, **ties)))
+    model.save_pretrained(tmp_path / "adapter")
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(resized(make, directory, seed=7), tmp_path / "adapter").eval()
+        assert_close(logits(theirs), logits(model))
+        assert_close(logits(load_adapter(resized(make, directory, seed=6), tmp_path / "adapter")), logits(model))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**IN_BERT, "modules_to_save": ["word_embeddings"]},
+        {"target_modules": ["query", "word_embeddings"]},
+        {"target_modules": ["query", "decoder"]},
+    ],
+)
+def test_whole_tables_next_to_what_peft_did_not_tie_are_no_sign_of_a_tie(options, tmp_path):
+    directory = tmp_path / "base"
+    with foreign_code():
+        bert().save_pretrained(directory)
+        theirs = peft.get_peft_model(resized(bert, directory), peft.LoraConfig(ensure_weight_tying=True, **options))
+        disturb(theirs).eval().save_pretrained(tmp_path / "adapter")
+        assert {tuple(t.shape) for t in load_file(tmp_path / "adapter" / WEIGHTS_FILE).values()} >= {(103, 32)}
+        model = load_adapter(resized(bert, directory, seed=6), tmp_path / "adapter")
+        assert_close(logits(model), logits(theirs))
+
+
 def test_trained_tables_bring_their_new_rows_themselves(make, base, tmp_path):
     names = {gpt2: ["wte", "lm_head"], llama: ["embed_tokens", "lm_head"]}
     model = lora(make, resized(make, base), modules_to_save=names[make])

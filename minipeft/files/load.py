@@ -25,7 +25,7 @@ from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
-from minipeft.files.peft_extras import as_peft_reads, has_keys_of
+from minipeft.files.peft_extras import as_peft_reads
 from minipeft.files.reading import reading
 from minipeft.files.resized_vocabulary import IN_LAYER
 from minipeft.injection.build import Parts, TableRows, build
@@ -159,20 +159,31 @@ def _as_saved(site: SavedSite, file: AdapterFile, kept: Collection[str]) -> Save
 
 
 def _as_tied(file: AdapterFile, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-    """The configuration, without ``ensure_weight_tying`` if PEFT did not tie: its file has no keys of tied layers then.
+    """The configuration, without ``ensure_weight_tying`` if PEFT did not tie: its file repeats no tensors of tied layers then.
 
-    Or it names them in ``modules_to_save``, out of which PEFT takes what it ties: only what it finds under the names
-    ``embed_tokens`` and ``lm_head``.
+    PEFT ties only what it finds under the names ``embed_tokens`` and ``lm_head``.
     """
     if file.ties:
         return _tying(config, True)
     if file.is_own or not config.ensure_weight_tying:
         return config
-    names = _tied(plan_injection(model, config, every_pattern=False))
-    copied = any(name.endswith(tuple(config.modules_to_save or ())) for name in names)
-    if has_keys_of(file, names) and has_keys_of(file, names.values()) and not copied:
-        return config
-    return _tying(config, False)
+    wanted = plan_injection(model, config, every_pattern=False)
+    followers = {site.name: site.tied_to for site in wanted.adapters if site.tied_to is not None}
+    adapted = _has_factors_of(file, followers) and _has_factors_of(file, followers.values())
+    copies = [(site.name, site.tied_to) for site in wanted.saved if site.tied_to is not None]
+    copied = any(_are_equal(file, *(f"{PREFIX}{name}.weight" for name in pair)) for pair in copies)
+    return config if adapted or copied else _tying(config, False)
+
+
+def _has_factors_of(file: AdapterFile, names: Iterable[str]) -> bool:
+    starts = tuple(f"{PREFIX}{name}.lora_" for name in names)
+    return any(key.startswith(starts) for key in file.shapes)
+
+
+def _are_equal(file: AdapterFile, *keys: str) -> bool:
+    """Whether these tensors are in a file, and the same; whole tables of a resized base have such keys, too."""
+    values = file.read([key for key in keys if key in file.shapes])
+    return len(values) == len(keys) and all(torch.equal(value, values[keys[0]]) for value in values.values())
 
 
 def _tying(config: AdapterConfig, ties: bool) -> AdapterConfig:

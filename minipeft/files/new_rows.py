@@ -19,7 +19,7 @@ from minipeft.config.patterns import is_suffix
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.format import FLOATS, AdapterFile
-from minipeft.files.resized_vocabulary import IN_LAYER, OPTION, ROWS, Table, base_rows, ids_by_name, tables
+from minipeft.files.resized_vocabulary import IN_LAYER, OPTION, ROWS, Table, base_rows, has_bias, ids_by_name, tables
 from minipeft.injection.build import TableRows
 from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.wrapper import innermost
@@ -58,7 +58,8 @@ def find_new_rows(file: AdapterFile, model: nn.Module) -> NewRows:
     ids = _differing_rows(model, known, found)
     copied = frozenset(key for key, owner in owners.items() if owner in ids and _trains(file, key))
     ids = {name: rows for name, rows in ids.items() if any(owners[key] == name for key in owners.keys() - copied)}
-    for_base = _ids_for_base(file, layers, owners, ids)
+    biased = {name for name in ids if getattr(file.config, "bias", "") == "all" and has_bias(model, known[name])}
+    for_base = _ids_for_base(file, layers, owners, ids) | {name: ids[name] for name in biased}
     for_rows = {name: rows for name, rows in ids.items() if name not in for_base}
     base = _rows_of_base(file, model, known, for_base, found)
     loaded = {*for_rows, *(table.name for table in base)}

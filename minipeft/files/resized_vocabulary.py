@@ -20,7 +20,7 @@ from minipeft.errors import ConfigError, StateError, shown, told, warn
 from minipeft.files.base_checkpoint import base_config, stored_rows
 from minipeft.files.save import tensors_from_state
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.module_tree import outside_adapters, wrappers
+from minipeft.injection.module_tree import outside_adapters, own_bias, wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.kernels.functional import is_divided
@@ -124,7 +124,7 @@ def with_tables(
         if taken and set(missing) <= set(config.get("token_indices") or ()):
             continue
         key = f"{PREFIX}{name}.{ROWS}"
-        if OPTION not in config or (taken and name not in trained):
+        if OPTION not in config or (name not in trained and (taken or has_bias(model, table))):
             all_tensors |= _values(model, _whole_table(model, name, table, adapter_name), state)
             continue
         _check_unmerged(model, name, table)
@@ -189,6 +189,12 @@ def _tied_apart(model: nn.Module, table: Table, adapter_name: str) -> str | None
 def _is_taken(model: nn.Module, table: Table, adapter_name: str) -> bool:
     """Whether the adapter acts on this table, here or in a layer tied to it, or has a trained copy of one of them."""
     return any(adapter_name in wrapper.adapters for _, wrapper in _holders(model, table))
+
+
+def has_bias(model: nn.Module, table: Table) -> bool:
+    """Whether a layer with the weight of a table has a bias, which PEFT leaves out next to rows of tokens."""
+    layers = (innermost(each) for _, each in outside_adapters(model))
+    return any(own_bias(each) is not None for each in layers if getattr(each, "weight", None) is table.weight)
 
 
 def _holders(model: nn.Module, table: Table) -> list[tuple[str, Wrapper]]:

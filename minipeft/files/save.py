@@ -119,10 +119,10 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, c
         tied = [name for name in followers(model, config, adapter_name) if name in copies]
         originals = {name: copies[name].base_layer for name in (*saved, *tied)}
         values["modules_to_save"] = for_peft(model, config.modules_to_save, originals) or None
-        if config.ensure_weight_tying and any(rest_of(copies[name].base_layer) for name in tied):
-            values["ensure_weight_tying"] = (
-                False  # PEFT has a whole copy of each then, else it drops the bias of a head
-            )
+        bases = [copies[name].base_layer for name in tied]
+        if config.ensure_weight_tying and any(rest_of(base) or isinstance(base, nn.Embedding) for base in bases):
+            # PEFT has a whole copy of each then. Else it drops the bias of a head, and makes a linear layer of an embedding.
+            values["ensure_weight_tying"] = False
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(layer.ops.fan_in_fan_out for layer in layers.values())
     adapters = {name: layer.adapter(adapter_name) for name, layer in layers.items()}

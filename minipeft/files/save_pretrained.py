@@ -230,8 +230,9 @@ class SavableModel(WithAdapters):
         """Write one adapter below a directory, with what PEFT repeats and the rows of tables that have to go along."""
         check_values(root, tensors := values_of(self, tensors))
         shared = followers(self, self._state.configs[name], name)
-        tensors = {**values_of(self, rest_of_followers(self, shared, name)), **with_repeats(tensors, shared)}
-        tensors, config = with_tables(self, name, tensors, config, save_embedding_layers, state)
+        whole, config = with_tables(self, name, tensors, config, save_embedding_layers, state)
+        repeated = with_repeats({key: whole[key] for key in tensors}, shared)
+        tensors = {**values_of(self, rest_of_followers(self, shared, name)), **whole, **repeated}
         check_size(options or {}, tensors)
         with writing(root):
             begin_checkpoint(root)
