@@ -90,6 +90,8 @@ def test_new_rows_that_do_not_train_are_saved_and_nothing_else_of_the_table(make
     assert_close(logits(theirs), logits(model))
     with again.disable_adapter():
         assert torch.equal(logits(again), logits(resized(make, base, seed=6)))
+    further = load_adapter(resized(make, base, seed=6), tmp_path / "adapter", is_trainable=True)
+    assert all(tensor.requires_grad for key, tensor in further.adapter_state_dict().items() if key.endswith(ROWS))
 
 
 def test_rows_that_train_and_rows_that_do_not_stand_in_one_list(make, base, tmp_path):
