@@ -223,6 +223,8 @@ def test_a_file_of_peft_without_the_bias_of_a_tied_head_leaves_it_as_it_is(tmp_p
     model = minipeft.load_adapter(phi(), tmp_path, is_trainable=True)
     same(logits(model.eval()), logits(reference))
     assert not model.lm_head.adapters["default"].bias.requires_grad
+    with pytest.warns(UserWarning, match="PEFT computes without lm_head.bias, so this adapter was trained without it"):
+        minipeft.load_adapter(with_biased_head(phi, "lm_head"), tmp_path)
 
 
 def test_peft_reads_the_table_of_an_encoder_and_a_decoder(tmp_path):

@@ -36,6 +36,7 @@ from minipeft.injection.plan import Plan, check_loaded
 from minipeft.injection.plan import plan as plan_injection
 from minipeft.injection.sites import SavedSite
 from minipeft.injection.targets import Selection, within
+from minipeft.injection.tied_sites import rest_of
 from minipeft.methods.base import Adapter
 
 logger = logging.getLogger("minipeft")
@@ -110,6 +111,7 @@ def load_parts(
     for message in new_rows.lacking:
         warn(message)
     _tell(directory, file)
+    _tell_of_lost_biases(file, plan)
     values.update(new_rows.values)
     return plan, replace(build_from(plan, shapes, tensors, values), rows=new_rows.base)
 
@@ -144,6 +146,22 @@ def _tell(directory: Path, file: AdapterFile) -> None:
             f"{directory} is from PEFT before 0.18, where the Cayley-Neumann series of OFT had another last term: large "
             "rotations differ from those that were trained, here and in PEFT."
         )
+
+
+def _tell_of_lost_biases(file: AdapterFile, plan: Plan) -> None:
+    """Warn where PEFT ties a head to a trained embedding, and leaves out what the head has besides its weight."""
+    for site in plan.saved if not file.is_own else ():
+        rest = rest_of(site.candidate.base) if site.tied_to is not None else {}
+        lost = [
+            key
+            for key, own in rest.items()
+            if f"{PREFIX}{site.name}.{key}" not in file.shapes and not own.is_meta and own.any()
+        ]
+        if lost:
+            warn(
+                f"{file.path.parent}: with ensure_weight_tying PEFT computes without {site.name}.{lost[0]}, so this adapter was trained "
+                "without it. Here it acts, so outputs differ from PEFT's."
+            )
 
 
 def _tied(plan: Plan) -> dict[str, str]:
