@@ -730,6 +730,24 @@ def test_bad_names_are_refused(three, names, error, words):
     assert three._minipeft.switch.running == []
 
 
+def test_continuous_batching_refuses_names_that_it_would_ignore(three):
+    ids, said = token_ids(2), r"generate_batch\(\) cannot use another adapter for each row"
+    with foreign_code(), pytest.raises(StateError, match=said):
+        three.generate_batch(ids.tolist(), adapter_names=["a", "b"])
+    with foreign_code(), pytest.raises(StateError, match=said):
+        three.generate(ids, adapter_names=["a", "b"], cache_implementation="paged", max_new_tokens=2)
+
+
+def test_features_of_a_part_refuse_names_that_they_would_ignore():
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.CLIPConfig(text_config=size, vision_config=size | {"image_size": 4, "patch_size": 2}, projection_dim=4)
+    model = several(tf.CLIPModel(config), dict.fromkeys("ab", LoraConfig(r=2, target_modules=["q_proj"])))
+    images = torch.randn(2, 3, 4, 4)
+    with pytest.raises(StateError, match=r"get_image_features\(\) cannot use another adapter for each row"):
+        model.get_image_features(images, adapter_names=["a", "b"])
+    assert len(model.get_image_features(images, adapter_names=None).pooler_output) == 2
+
+
 def test_a_merged_adapter_is_refused_and_disabling_wins(three):
     model, ids = copy.deepcopy(three), token_ids()
     with torch.no_grad():

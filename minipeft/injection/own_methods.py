@@ -19,6 +19,7 @@ from minipeft.errors import UNCHANGED, StateError, all_or_nothing, shown
 from minipeft.injection.attach import hold_norms
 from minipeft.injection.checkpointing import training_setter
 from minipeft.injection.diffusers_verbs import refuse_diffusers_verbs
+from minipeft.injection.methods_without_rows import refuse_rows
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.row_order import learn_order
 from minipeft.injection.rows import Rows, rows_now
@@ -61,6 +62,8 @@ class OwnMethods(nn.Module):
             cls.__init__ = _init_of_plain(plain)  # type: ignore[method-assign]
             if cls.forward is not nn.Module.forward:
                 cls.forward = _forward_by_row(cls)
+            if is_from(cls, "transformers"):
+                refuse_rows(cls)
             if is_from(cls, "diffusers"):
                 refuse_diffusers_verbs(cls)
 
