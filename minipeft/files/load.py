@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -88,8 +88,7 @@ def load_parts(
         new_rows = find_new_rows(file, model)
     _check_not_hidden(model, file, found)
     plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False, found=found)
-    kept = set(file.kept)
-    plan = replace(plan, saved=tuple(_as_saved(site, file, kept) for site in plan.saved))
+    plan = replace(plan, saved=tuple(_as_saved(site, file) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
     shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan, found, file.base))
     sampled = [(name, weight) for name, weight in frozen.items() if name in file.base]
@@ -169,9 +168,9 @@ def _tied(plan: Plan) -> dict[str, str]:
     return {site.name: site.tied_to for site in plan.sites if site.tied_to is not None}
 
 
-def _as_saved(site: SavedSite, file: AdapterFile, kept: Collection[str]) -> SavedSite:
+def _as_saved(site: SavedSite, file: AdapterFile) -> SavedSite:
     """A module to train in full as the file has it, in which all but the weight of a tied head may be the base's or missing."""
-    trains, own = site.name not in kept, {f"{PREFIX}{site.name}.{key}" for key in site.only or ()}
+    trains, own = site.name not in file.kept, {f"{PREFIX}{site.name}.{key}" for key in site.only or ()}
     leaves = site.tied_to is not None and not (trains and own & file.shapes.keys())
     return replace(site, trains=trains, only=() if leaves else site.only)
 
