@@ -43,14 +43,14 @@ def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dic
     All with `ensure_weight_tying`, else those of a trained copy, but for a table's, which PEFT does not name, and those that
     a companion of the configuration names too: PEFT may give each of these an adapter.
     """
-    here = sorted(wrappers_of(model, adapter_name), key=lambda pair: _rank(pair[1], adapter_name))
+    here = list(wrappers_of(model, adapter_name))
     if not config.ensure_weight_tying:
-        named = {entry for _, companion in config.companions() for entry in companion.target_modules or ()}
         copies = {n for n, w in here if isinstance(w, SavedModule) and not isinstance(w.base_layer, nn.Embedding)}
-        here = [(n, w) for n, w in here if n in copies or not named.isdisjoint(endings(n))]
+        named = {entry for _, companion in config.companions() for entry in companion.target_modules or ()}
+        here = [(n, w) for n, w in here if n in copies or (named and not named.isdisjoint(endings(n)))]
     first_of: dict[frozenset[int], str] = {}
     shared = {}
-    for name, wrapper in here:
+    for name, wrapper in sorted(here, key=lambda pair: _rank(pair[1], adapter_name)):
         part = wrapper.adapters[adapter_name]
         weight = (
             part._parameters.get("weight") if config.ensure_weight_tying and isinstance(wrapper, SavedModule) else None
