@@ -136,7 +136,7 @@ def eject(outside: Iterable[tuple[str, nn.Module]], *, keep_trained: bool) -> No
 
 def _unwrap(outside: Iterable[tuple[str, nn.Module]], replacement: Callable[[Wrapper], nn.Module]) -> None:
     for _, parent in outside:
-        for attribute, child in list(parent._modules.items()):
+        for attribute, child in list(parent._modules.items()) if parent._modules else ():  # most have none
             left: nn.Module | None = child
             while isinstance(left, Wrapper) and (inner := replacement(left)) is not left:
                 left = inner

@@ -160,10 +160,10 @@ def layer_ops(base: nn.Module) -> LayerOps | None:
 def has_own_forward(ops: LayerOps, base: nn.Module) -> bool:
     """Whether the layer's class has another ``forward`` than the type that these ops are registered for."""
     own: Any = type(base)
-    registered: Any = next(
-        (kind for kind, known in registry.layer_candidates(own) if known is ops or known == ops), own
-    )
-    return own.forward is not registered.forward
+    for kind, known in registry.layer_candidates(own):
+        if known is ops or known == ops:  # nearly always the same object, and comparing two takes longer
+            return own.forward is not kind.forward  # type: ignore[attr-defined]
+    return False
 
 
 def runs_only(base: nn.Module, forward: object) -> bool:

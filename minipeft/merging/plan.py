@@ -112,7 +112,8 @@ def _dtype_of_replacement(path: str, layer: AdaptedLayer, model: nn.Module, dequ
 
 def _written(layer: AdaptedLayer, names: tuple[str, ...], index: TensorIndex) -> list[Tensor]:
     """The tensors of the base layer that a merge writes: its weight, and its bias unless that stays the same."""
-    weight, bias = layer.ops.read_weight(layer.base_layer).detach(), layer.ops.read_bias(layer.base_layer)
+    base, ops = layer.base_layer, layer.ops
+    weight, bias = ops.read_weight(base).detach(), ops.read_bias(base)
     if bias is None or not writes_bias(map(layer.adapter, names), bias):
         return [weight]
     if index.also_used_by(bias, layer.owner):  # then it matters, and is worth merging once to tell

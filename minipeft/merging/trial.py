@@ -107,6 +107,8 @@ def check_order(path: str, layer: AdaptedLayer, names: tuple[str, ...], *, perma
     Merged adapters act before the others, so two that change places must both add to the weight (see `Adapter.adds`).
     Adapters that are not active come after those that are. After a permanent merge no other adapter acts.
     """
+    if permanent and len(names) == 1:
+        return
     active = [name for name in layer.switch.active if name in layer.parts]
     left_out = () if permanent else tuple(name for name in active if name not in names)
     if len(names + left_out) == 1:
