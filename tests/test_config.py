@@ -24,7 +24,6 @@ NAN, INF = float("nan"), float("inf")
         ({"r": "4"}, "not '4'"),
         ({"r": 10**9}, "to 65536"),
         ({"lora_alpha": NAN}, "lora_alpha must be a finite number > 0, not nan"),
-        ({"lora_alpha": 1e39}, "lora_alpha must be a finite number > 0, not 1e.39"),  # no float32
         ({"lora_alpha": INF}, "not inf"),
         ({"lora_alpha": 10**400}, "lora_alpha must be"),
         ({"lora_alpha": 0}, "> 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from minipeft.ecosystem.wrapper_names import unwrapped_name
 from minipeft.errors import ConfigError, hint, shown, told
 
 MAX_RANK = 2**16
-LARGEST = 2.0**127  # float32 holds twice as much
 
 
 def rank(name: str, value: object) -> int:
@@ -35,9 +35,9 @@ def integer(name: str, value: object, at_least: int, at_most: int = 2**31) -> in
 def number(
     name: str, value: object, above: float | None = None, at_least: float | None = None, below: float | None = None
 ) -> float:
-    """A number within bounds, finite in float32, in which torch computes with it; not a bool."""
+    """A finite number within bounds, not a bool."""
     # NaN fails the comparison too.
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         over = (above is None or value > above) and (at_least is None or value >= at_least)
         if over and (below is None or value < below):
             return value
