@@ -25,7 +25,7 @@ from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import find_new_rows
-from minipeft.files.peft_extras import as_peft_reads
+from minipeft.files.peft_extras import as_peft_reads, has_keys_of
 from minipeft.files.reading import reading
 from minipeft.files.resized_vocabulary import IN_LAYER
 from minipeft.injection.build import Parts, TableRows, build
@@ -120,7 +120,7 @@ def _check_not_hidden(model: nn.Module, file: AdapterFile, found: dict[str, Cand
     around = [first for first, c in found.items() if isinstance(c.module, SavedModule) and c.base._modules]
     saved = Selection(model, file.config, found).saved if around else []
     for name in around:
-        if not within(name, saved) and any(key.startswith(f"{PREFIX}{name}.") for key in file.shapes):
+        if not within(name, saved) and has_keys_of(file, [name]):
             raise OccupiedError(f"{name}: another adapter trains it in full, and this one adapts layers in it.")
 
 

@@ -84,8 +84,11 @@ def with_repeats(tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> di
 
 def rest_of_followers(model: nn.Module, shared: Mapping[str, str], adapter_name: str) -> dict[str, Tensor]:
     """What followers have besides their weight and do not train, such as the bias of BERT's head, by key: PEFT wants that too."""
-    here = {name: w for name, w in wrappers_of(model, adapter_name) if isinstance(w, SavedModule) and not w.only}
-    rests = {name: rest_of(here[name].base_layer) for name in shared if name in here}
+    here = (
+        dict(wrappers_of(model, adapter_name)) if shared else {}
+    )  # as nearly never, and a walk over the model takes long
+    copies = {name: w for name in shared if isinstance(w := here[name], SavedModule) and not w.only}
+    rests = {name: rest_of(w.base_layer) for name, w in copies.items()}
     return {f"{PREFIX}{name}.{key}": parameter for name, rest in rests.items() for key, parameter in rest.items()}
 
 
@@ -145,9 +148,8 @@ def _other_names(file: AdapterFile, keys: Sequence[str], unknown: Sequence[str],
     parameters = named_parameters(model, remove_duplicate=False)
     base = {PREFIX + name.replace(".base_layer.", "."): parameter for name, parameter in parameters}
     trained = {key: key.replace(".base_layer.", ".") for key in file.shapes if key not in unknown}
-    copied = tuple(
-        f"{entry}.bias" for entry in file.config.modules_to_save or ()
-    )  # where PEFT leaves the other name the base's
+    # Where PEFT leaves the other name the base's.
+    copied = tuple(f"{entry}.bias" for entry in file.config.modules_to_save or ())
     known = {id(base[name]): key for key, name in trained.items() if name in base and not name.endswith(copied)}
     found = {key: known[id(base[key])] for key in keys if key in base and id(base[key]) in known}
     return {key: other for key, other in found.items() if file.shapes[key] == file.shapes[other]}

@@ -94,6 +94,7 @@ def largest(tensor: Tensor) -> float:
 
 def is_column_major(weight: Tensor) -> bool:
     """Whether a canonical weight is the transposed view of a contiguous array."""
+    # Most are contiguous, and one question is enough for those.
     return weight.ndim == 2 and not weight.is_contiguous() and weight.stride(0) < weight.stride(1)
 
 
