@@ -84,9 +84,8 @@ def with_repeats(tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> di
 
 def rest_of_followers(model: nn.Module, shared: Mapping[str, str], adapter_name: str) -> dict[str, Tensor]:
     """What followers have besides their weight and do not train, such as the bias of BERT's head, by key: PEFT wants that too."""
-    here = (
-        dict(wrappers_of(model, adapter_name)) if shared else {}
-    )  # as nearly never, and a walk over the model takes long
+    # There are few models with any, and a walk over a model takes long.
+    here = dict(wrappers_of(model, adapter_name)) if shared else {}
     copies = {name: w for name in shared if isinstance(w := here[name], SavedModule) and not w.only}
     rests = {name: rest_of(w.base_layer) for name, w in copies.items()}
     return {f"{PREFIX}{name}.{key}": parameter for name, rest in rests.items() for key, parameter in rest.items()}
