@@ -38,8 +38,10 @@ def lora_factors(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> tup
             f"rank mismatch: lora_A is {tuple(lora_A.shape)}, lora_B is {tuple(lora_B.shape)}; "
             "lora_A.shape[0] must equal lora_B.shape[1]"
         )
-    dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
-    return lora_B.to(dtype) * scaling, lora_A.to(dtype)  # scale the small one
+    if not lora_A.dtype == lora_B.dtype == torch.float32:  # as they nearly always are
+        dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
+        lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    return lora_B * scaling, lora_A  # scale the small one
 
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, *, column_major: bool = False) -> Tensor:

@@ -141,6 +141,12 @@ class LayerOps(ABC):
         return hash(type(self))
 
 
+def store(parameter: Tensor, value: Tensor) -> None:
+    """Write a value into a parameter, unless it is a view of the parameter itself, which a merge has changed in place."""
+    if value.data_ptr() != parameter.data_ptr():
+        parameter.detach().copy_(value)
+
+
 def takes_vectors(ops: LayerOps) -> bool:
     """Whether the layer multiplies the last dimension of its input by W, as ``F.linear`` does."""
     cls = type(ops)

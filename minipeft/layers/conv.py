@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.errors import TargetError
-from minipeft.layers.base import LayerOps, has_plain_weight
+from minipeft.layers.base import LayerOps, has_plain_weight, store
 from minipeft.python.class_swap import plain_class
 from minipeft.registry.registry import register_layer
 
@@ -37,12 +37,10 @@ class ConvOps(LayerOps):
     def read_weight(self, base: Any) -> Tensor:
         return base.weight.flatten(1)
 
-    @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        if weight.data_ptr() != base.weight.data_ptr():  # else it is the kernel, which was merged into in place
-            base.weight.copy_(weight.view(base.weight.shape))
+        store(base.weight, weight.view(base.weight.shape))
         if bias is not None:
-            base.bias.copy_(bias)
+            store(base.bias, bias)
         return base
 
     def accepts(self, base: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.layers.base import LayerOps, has_plain_weight
+from minipeft.layers.base import LayerOps, has_plain_weight, store
 from minipeft.registry.registry import register_layer
 
 
@@ -28,9 +28,8 @@ class EmbeddingOps(LayerOps):
     def read_weight(self, base: Any) -> Tensor:
         return base.weight.t()
 
-    @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        base.weight.copy_(weight.t())
+        store(base.weight, weight.t())
         return base
 
     def accepts(self, base: Any) -> bool:

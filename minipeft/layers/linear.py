@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.ecosystem.transformers_model import has_other_output
-from minipeft.layers.base import LayerOps, has_plain_weight, runs_only
+from minipeft.layers.base import LayerOps, has_plain_weight, runs_only, store
 from minipeft.python.class_swap import plain_class
 from minipeft.registry.registry import register_layer
 
@@ -25,9 +25,9 @@ class LinearOps(LayerOps):
         return base.weight
 
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        base.weight.detach().copy_(weight)
+        store(base.weight, weight)
         if bias is not None:
-            base.bias.detach().copy_(bias)
+            store(base.bias, bias)
         return base
 
     def accepts(self, base: Any) -> bool:

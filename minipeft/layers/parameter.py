@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minipeft.kernels.functional import concatenated, split_columns, split_rows
 from minipeft.kernels.low_rank_sum import LowRankSum
-from minipeft.layers.base import is_plain
+from minipeft.layers.base import is_plain, store
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.registry.registry import register_layer
 
@@ -40,12 +40,9 @@ class ParameterOps(UncalledOps):
     def read_weight(self, base: Any) -> Tensor:
         return self._turned(base).flatten(0, -2)
 
-    @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         turned = self._turned(base)
-        weight = weight.reshape(turned.shape)
-        if weight.data_ptr() != turned.data_ptr():  # the weight of a single expert may be read as a view of itself
-            turned.copy_(weight)
+        store(turned, weight.reshape(turned.shape))
         return base
 
     def factor_shapes(self, base: Any, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minipeft.kernels.functional import accumulation_dtype
 from minipeft.kernels.low_rank_sum import LowRankSum
-from minipeft.layers.base import LayerOps, is_plain
+from minipeft.layers.base import LayerOps, is_plain, store
 from minipeft.registry import registry
 
 
@@ -38,9 +38,8 @@ class UncalledOps(LayerOps):
     def read_weight(self, base: Any) -> Tensor:
         return getattr(base, self.parameter)
 
-    @torch.no_grad()
     def write_weight(self, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        getattr(base, self.parameter).copy_(weight)
+        store(getattr(base, self.parameter), weight)
         return base
 
     def read_bias(self, base: Any) -> Tensor | None:
