@@ -26,7 +26,7 @@ from minipeft.injection.attach import attach, detach, remove, switch_to
 from minipeft.injection.build import build
 from minipeft.injection.manageable_model import ManageableModel
 from minipeft.injection.many_adapters import ManyAdapters
-from minipeft.injection.module_tree import adapted_places
+from minipeft.injection.module_tree import adapted_places, outside_adapters
 from minipeft.injection.other_names import OtherNames
 from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import check_loaded
@@ -308,14 +308,15 @@ class AdaptedModel(
         names = self._active_or(adapter_names)
         flags(progressbar=progressbar, untie=untie, dequantize=dequantize)
         merged = names if adapter_names is not None else tuple(dict.fromkeys((*self._state.merged, *names)))
-        untied, was_tied = check_trained_copies(self, merged), says_tied(self)
+        outside = tuple(outside_adapters(self))  # one walk for what comes before the merge and after it
+        untied, was_tied = check_trained_copies(self, merged, outside), says_tied(self)
         progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
         with no_collection():
             self._merge(merged, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
             if untied:
                 mark_untied(self)
             self._state.switch.active, self._state.switch.enabled = names, True
-            detach(self, AdaptedModel, keep_trained=True)
+            detach(self, AdaptedModel, outside, keep_trained=True)
             stop_waiting(self)
         if was_tied and not says_tied(self):
             cut_remaining_ties(self)
@@ -325,7 +326,7 @@ class AdaptedModel(
     def unload(self) -> nn.Module:
         """Remove all adapters and return the base, bit for bit, in its original class."""
         with self._unmerged():  # and merged again if detaching fails
-            detach(self, AdaptedModel, keep_trained=False)
+            detach(self, AdaptedModel, tuple(outside_adapters(self)), keep_trained=False)
             stop_waiting(self)
         return self
 

@@ -49,9 +49,10 @@ GROUPED_PRODUCT = "grouped_mm_fallback"
 OTHER_OUTPUT = frozenset({"DeepseekV4GroupedLinear", "Llama4Router", "PhimoeTopKRouter"})
 
 
-def has_other_output(layer: nn.Module) -> bool:
-    """Whether a linear layer, by its class, returns something else than ``W x + b``."""
-    return not OTHER_OUTPUT.isdisjoint([cls.__name__ for cls in type(layer).__mro__])
+@functools.lru_cache(4096)  # asked for every layer of a model, again and again
+def has_other_output(layer_type: type) -> bool:
+    """Whether linear layers of this class return something else than ``W x + b``."""
+    return not OTHER_OUTPUT.isdisjoint([cls.__name__ for cls in layer_type.__mro__])
 
 
 def model_type(model: nn.Module) -> str | None:

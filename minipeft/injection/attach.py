@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from minipeft.ecosystem.wrapper_names import named_parameters
+from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import StateError
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.apply import apply, discard, eject, follow_loads
@@ -84,6 +84,15 @@ def _trained(modules: Iterable[tuple[str, nn.Module]]) -> frozenset[str]:
         for own, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     )
+
+
+def _give_back_flags(model: nn.Module, trained: Collection[str]) -> None:
+    """Let exactly the parameters with these full names require gradients."""
+    for name, module in named_modules(model):
+        for own, parameter in module._parameters.items():
+            wanted = (f"{name}.{own}" if name else own) in trained
+            if parameter is not None and parameter.requires_grad is not wanted:
+                parameter.requires_grad_(wanted)
 
 
 def _mix(model: nn.Module, mixin: type[nn.Module]) -> None:
@@ -178,11 +187,15 @@ def rename(model: nn.Module, old: str, new: str) -> None:
             wrapper.rename(old, new)
 
 
-def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> None:
-    """Give a model back its base layers, its class and its trainable parameters; see `minipeft.injection.apply.eject`."""
+def detach(
+    model: nn.Module, mixin: type[nn.Module], outside: Collection[tuple[str, nn.Module]], *, keep_trained: bool
+) -> None:
+    """Give a model with these `outside_adapters` back its base layers, its class and its trainable parameters.
+
+    See `minipeft.injection.apply.eject`.
+    """
     state = state_of(model)
     check_not_running(state)
-    outside = list(outside_adapters(model))
     with unchanged_on_error(model, state, state.switch, outside=outside, inside_layers=False):
         leave_checkpoints_alone(outside)
         eject(outside, keep_trained=keep_trained)
@@ -190,7 +203,5 @@ def detach(model: nn.Module, mixin: type[nn.Module], *, keep_trained: bool) -> N
         del model.__dict__[STATE]
         model.__dict__.pop(ORIGINS, None)
         let_go(model, state.held)
-        for name, parameter in named_parameters(model):
-            if parameter.requires_grad is not (trained := name in state.trained_before):
-                parameter.requires_grad_(trained)
+        _give_back_flags(model, state.trained_before)
         model.__class__ = original_class(mixin, type(model))

@@ -90,7 +90,7 @@ def largest(tensor: Tensor) -> float:
     if tensor.numel() == 0:
         return 0.0
     # Much slower against the memory order.
-    low, high = torch.aminmax(tensor.t() if is_column_major(tensor) else tensor)
+    low, high = torch.aminmax(tensor if tensor.is_contiguous() or not is_column_major(tensor) else tensor.t())
     return max(-float(low), float(high))
 
 

@@ -70,14 +70,14 @@ def plan_step(
     if not ops.can_merge:
         raise MergeError(f"{path}: {type(ops).__name__} cannot write a merged weight into {type(base).__name__}.")
     holders = [(holder, holder.owner) for holder in (layer, *tied)]
-    if any(offloads(owner) for _, owner in holders):
-        raise MergeError(
-            f"{path}: accelerate offloads its weight, so a merged one would be lost at the next call. Load the model "
-            "without offloading to merge, or keep the adapter unmerged."
-        )
     written = [] if ops.is_quantized else _written(layer, names, index)
     dtype = written[0].dtype if written else _dtype_of_replacement(path, layer, model, options.dequantize)
     for holder, owner in holders:
+        if offloads(owner):
+            raise MergeError(
+                f"{path}: accelerate offloads its weight, so a merged one would be lost at the next call. Load the model "
+                "without offloading to merge, or keep the adapter unmerged."
+            )
         check_stored(path, holder, owner, written if holder is layer else written[:1])
         check_order(path, holder, names, permanent=not options.undoable)
         check_by_trial(path, holder, names)
@@ -149,7 +149,7 @@ def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) 
         if pair is None:
             return None
         up, down = pair
-        if not (_fits(up, dtype, weight.device) and _fits(down, dtype, weight.device)):
+        if not up.dtype == down.dtype == dtype or not up.device == down.device == weight.device:
             return None
         bound += low_rank_bound(up, down)
         ups.append(up)
@@ -158,11 +158,7 @@ def _proved_finite(layer: AdaptedLayer, names: tuple[str, ...], weight: Tensor) 
         return None
     if len(ups) > 1:
         up, down = torch.cat(ups, 1), torch.cat(downs)
-    return up.to(dtype), down.to(dtype)
-
-
-def _fits(factor: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    return torch.promote_types(factor.dtype, dtype) == dtype and factor.device == device
+    return up, down
 
 
 def _holds(owner: nn.Module, weight: Tensor) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.module_tree import TensorIndex, wrappers, wrappers_of
+from minipeft.injection.module_tree import TensorIndex, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule, copy_tensors
 from minipeft.kernels.functional import is_finite
 
@@ -63,12 +63,12 @@ def shared_parameters(
     return shared
 
 
-def check_trained_copies(model: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether a module trained in full is tied, so that putting it in place unties it.
+def check_trained_copies(model: nn.Module, names: tuple[str, ...], outside: Iterable[tuple[str, nn.Module]]) -> bool:
+    """Whether a module trained in full, among the model's `outside_adapters`, is tied, so that putting it in place unties it.
 
     Raises MergeError if a trained value is not finite.
     """
-    copied = [(path, wrapper) for path, wrapper in wrappers(model) if isinstance(wrapper, SavedModule)]
+    copied = [(path, module) for path, module in outside if isinstance(module, SavedModule)]
     if not copied:
         return False
     index, unties = TensorIndex(model), False

@@ -50,10 +50,10 @@ def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> No
     """
     base = layer.base_layer
     attached = "forward" in vars(base) or bool(base._forward_hooks or base._forward_pre_hooks)
-    if isinstance(layer.ops, UncalledOps) or layer.ops.is_quantized:
-        return  # a weight that is read is the merged one at every call; a quantized layer with hooks is refused elsewhere
     if not attached and not has_own_forward(layer.ops, base):
         return
+    if isinstance(layer.ops, UncalledOps) or layer.ops.is_quantized:
+        return  # a weight that is read is the merged one at every call; a quantized layer with hooks is refused elsewhere
     what = "has hooks or a patched forward" if attached else "has a forward of its own"
     try:
         error = output_error(layer, names, functools.partial(_with_merged_weight, layer, names))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minipeft.ecosystem.transformers_model import mark_untied, says_tied
 from minipeft.errors import MergeError, shown
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.module_tree import TensorIndex, adapted_layers, wrappers_of
+from minipeft.injection.module_tree import TensorIndex, adapted_layers, outside_adapters, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.layers.uncalled import UncalledOps
 from minipeft.merging.from_disk.disk_model import DiskModel
@@ -55,7 +55,7 @@ def settle(disk: DiskModel, adapter_name: str, *, untie: bool) -> Outcome:
     """
     model = disk.model
     was_tied, names = says_tied(model), (adapter_name,)
-    unties = check_trained_copies(model, names)
+    unties = check_trained_copies(model, names, outside_adapters(model))
     layers, untied = _layers(model, names, untie)
     if unties or untied:
         mark_untied(model)
