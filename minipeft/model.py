@@ -308,11 +308,13 @@ class AdaptedModel(
         names = self._active_or(adapter_names)
         flags(progressbar=progressbar, untie=untie, dequantize=dequantize)
         merged = names if adapter_names is not None else tuple(dict.fromkeys((*self._state.merged, *names)))
-        outside = tuple(outside_adapters(self))  # one walk for what comes before the merge and after it
-        untied, was_tied = check_trained_copies(self, merged, outside), says_tied(self)
         progress: Any = functools.partial(tqdm, desc="merging", unit="layer", disable=not progressbar)
+        was_tied = says_tied(self)
         with no_collection():
-            self._merge(merged, untie=untie, dequantize=dequantize, undoable=False, progress=progress)
+            outside = tuple(outside_adapters(self))  # one walk for what comes before the merge and after it
+            untied = check_trained_copies(self, merged, outside)
+            how = {"untie": untie, "dequantize": dequantize, "undoable": False, "progress": progress}
+            self._merge(merged, outside, **how)
             if untied:
                 mark_untied(self)
             self._state.switch.active, self._state.switch.enabled = names, True

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from minipeft.errors import MergeError
-from minipeft.injection.module_tree import adapted_layers
+from minipeft.injection.module_tree import adapted_layers, outside_adapters
 from minipeft.kernels.full_precision import full_precision
 from minipeft.merging.plan import Options, plan_merge
 from minipeft.merging.report import MergeReport
@@ -31,6 +31,7 @@ def merge(
     undoable: bool = True,
     dequantize: bool = False,
     progress: Progress = iter,
+    outside: Sequence[tuple[str, nn.Module]] | None = None,
 ) -> MergeReport:
     """Fold the named adapters into the base weights of every layer that has them and has none merged.
 
@@ -46,6 +47,7 @@ def merge(
         undoable: keep what `unmerge` needs.
         dequantize: replace quantized layers by float layers until they are unmerged instead of refusing.
         progress: wraps the list of steps, such as a progress bar.
+        outside: the model's `outside_adapters`, if they have been found already.
 
     Returns:
         What rounding cost. For a permanent merge it has only the dequantized layers, unless the logger "minipeft" is at
@@ -56,7 +58,8 @@ def merge(
             quantized and `dequantize` is False.
     """
     reported = undoable or logger.isEnabledFor(logging.INFO)
-    steps = plan_merge(model, tuple(adapter_names), Options(untie, undoable, dequantize, reported))
+    outside = tuple(outside_adapters(model)) if outside is None else outside
+    steps = plan_merge(model, tuple(adapter_names), Options(untie, undoable, dequantize, reported), outside)
     steps.sort(key=lambda step: isinstance(step, AddInPlace))  # last, since they cannot be taken back
     in_place = [step for step in steps if isinstance(step, AddInPlace)]
     begun: list[Step] = []

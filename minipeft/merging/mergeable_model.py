@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import nn
+
 from minipeft.config.options import flags
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.injection.module_tree import wrappers
@@ -99,15 +101,20 @@ class MergeableModel(WithAdapters):
                     f"{path}: {shown(owners)} each train this module in full, so they cannot act together."
                 )
 
-    def _merge(self, names: tuple[str, ...], **options: Any) -> MergeReport:
-        """Have exactly these adapters merged: one rounding for all, not one each. The options are those of `merge`."""
+    def _merge(
+        self, names: tuple[str, ...], outside: Sequence[tuple[str, nn.Module]] | None = None, **options: Any
+    ) -> MergeReport:
+        """Have exactly these adapters merged: one rounding for all, not one each.
+
+        `outside` are the model's `outside_adapters`, if they have been found already; the options are those of `merge`.
+        """
         check_not_running(self._state)
         self._check_compatible(names)
         if names != (before := self._state.merged):
             self._take_out()
         undoable = options.get("undoable", True)
         try:
-            report = merge(self, names, **options)
+            report = merge(self, names, outside=None if before else outside, **options)  # taking out may replace layers
             self._note_merged(names, undoable=undoable)
         except BaseException:
             with interrupts_deferred():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import MergeError
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.module_tree import TensorIndex, outside_adapters
+from minipeft.injection.module_tree import TensorIndex
 from minipeft.kernels.functional import accumulation_dtype, largest, low_rank_bound
 from minipeft.layers.offloaded import offloads
 from minipeft.memory.dequantize import check_replaceable, float_dtype
@@ -31,8 +31,10 @@ class Options:
     reported: bool = True
 
 
-def plan_merge(model: nn.Module, names: tuple[str, ...], options: Options) -> list[Step]:
-    """The steps that fold these adapters into every layer that has them and has none merged.
+def plan_merge(
+    model: nn.Module, names: tuple[str, ...], options: Options, outside: Sequence[tuple[str, nn.Module]]
+) -> list[Step]:
+    """The steps that fold these adapters into every layer among the model's `outside_adapters` that has them and has none merged.
 
     Everything is checked that can be without the merged values, and the model is only read. A reversible step checks
     the values as it writes them, since the steps before it can be taken back, so no two merged weights are in memory at
@@ -43,7 +45,6 @@ def plan_merge(model: nn.Module, names: tuple[str, ...], options: Options) -> li
     """
     if options.dequantize:
         check_replaceable(model)
-    outside = list(outside_adapters(model))
     index, steps, done = TensorIndex(model, outside), list[Step](), set[AdaptedLayer]()
     layers = [(path, layer) for path, layer in outside if isinstance(layer, AdaptedLayer)]
     may_be_tied = [layer for _, layer in layers if adapts_tied_layers(layer, names)] if index.is_shared else []
