@@ -35,7 +35,8 @@ def everything(model):
     }
     state = vars(model).get(verbs.STATE)
     known = {} if state is None else {**vars(state), **vars(state.switch)}
-    return modules, tensors, {key: str(value) if key == "switch" else copy.copy(value) for key, value in known.items()}
+    objects = {"switch", "changing"}
+    return modules, tensors, {key: str(value) if key in objects else copy.copy(value) for key, value in known.items()}
 
 
 def plain(tmp_path):

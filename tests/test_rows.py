@@ -29,6 +29,11 @@ from transformers.pytorch_utils import Conv1D
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, StateError
+from minipeft.files import hotswap
+from minipeft.files.restore import restore_adapter
+from minipeft.injection import attach
+from minipeft.injection.module_tree import wrappers_of
+from minipeft.merging import mergeable_model
 
 BASE = "__base__"
 METHODS = {
@@ -637,8 +642,8 @@ def test_what_generate_keeps_of_adapters_follows_their_parameters(three):
             return scores
 
     def change(model, step):
-        if step % 2:
-            model.set_scale("a", 1 / step)
+        for _, layer in wrappers_of(model, "a") if step % 2 else ():
+            layer.adapters["a"].rescale(1 / step)
         for parameter in model.adapter_parameters("a") if step % 2 == 0 else ():
             parameter.mul_(1.5)
 
@@ -762,18 +767,25 @@ def test_a_merged_adapter_is_refused_and_disabling_wins(three):
         model.add_adapter(BASE, LoraConfig())
 
 
-def test_adapters_of_a_running_batch_cannot_be_deleted_or_merged(three):
+def test_adapters_of_a_running_batch_cannot_change(three, tmp_path):
     model, refused = copy.deepcopy(three), []
+    disturb(copy.deepcopy(three), seed=9).save_pretrained(tmp_path)  # "a" of another run
 
     def meddle(module, args):
         model.set_adapter("c")  # acts on calls without names alone
         actions = (
             lambda: model.delete_adapter("a"),
             lambda: model.rename_adapter("a", "z"),
+            lambda: model.set_scale("a", 0.5),
+            lambda: model.prepare_hotswap(8),
+            lambda: model.hotswap_adapter(tmp_path / "a", "a"),
+            lambda: restore_adapter(model, "a", tmp_path / "a"),
             model.unload,
             model.merge_adapter,
             model.merge_and_unload,
         )
+        model.set_scale("c", 0.5)  # nor do they disturb
+        model.hotswap_adapter(tmp_path / "b", "b")
         for action in actions:
             with pytest.raises(StateError, match="runs now") as caught:
                 action()
@@ -784,9 +796,61 @@ def test_adapters_of_a_running_batch_cannot_be_deleted_or_merged(three):
     with torch.no_grad():
         found = model(token_ids(), adapter_names=["a", BASE]).logits
         handle.remove()
-        assert len(refused) == 5
+        assert len(refused) == 9
         assert torch.equal(found, three(token_ids(), adapter_names=["a", BASE]).logits)
     model.delete_adapter("a")
+
+
+def test_between_two_tokens_of_generate_its_adapters_cannot_change_either(three, tmp_path):
+    """The keys and values of the tokens so far would be the old one's."""
+    model, refused = copy.deepcopy(three), []
+    model.save_pretrained(tmp_path)
+
+    class Change(tf.LogitsProcessor):
+        def __call__(self, ids, scores):
+            for action in (lambda: model.set_scale("a", 2), lambda: model.hotswap_adapter(tmp_path / "b", "b")):
+                with pytest.raises(StateError, match="runs now"):
+                    action()
+                refused.append(action)
+            return scores
+
+    generated(model, ["a", "b"], inputs=token_ids(2, 4), logits_processor=tf.LogitsProcessorList([Change()]))
+    assert len(refused) >= 4
+    model.set_scale("a", 2)
+
+
+@pytest.mark.parametrize("verb", ["hotswap_adapter", "delete_adapter", "merge_adapter"])
+def test_a_batch_begins_before_an_adapter_changes_or_after(three, verb, tmp_path, monkeypatch):
+    """A thread that calls the model meanwhile waits, and does not meet half of it."""
+    model, found = copy.deepcopy(three), []
+    disturb(copy.deepcopy(three), seed=9).save_pretrained(tmp_path)
+    place, within, args = {
+        "hotswap_adapter": (hotswap, "_give", (tmp_path / "a", "a")),
+        "delete_adapter": (attach, "discard", ("a",)),
+        "merge_adapter": (mergeable_model, "merge", (["a"],)),
+    }[verb]
+
+    @torch.no_grad()
+    def call():
+        try:
+            found.append(model(token_ids(), adapter_names=["a", BASE]).logits)
+        except StateError as error:
+            found.append(str(error))
+
+    def pausing(*args, **options):
+        if thread.ident is None:
+            thread.start()
+            thread.join(0.1)
+            assert found == []
+        return real(*args, **options)
+
+    real, thread = getattr(place, within), threading.Thread(target=call)
+    monkeypatch.setattr(place, within, pausing)
+    model.set_adapter("b")
+    getattr(model, verb)(*args)
+    thread.join()
+    call()
+    assert torch.equal(*found) if verb == "hotswap_adapter" else found[0] == found[1]
 
 
 def test_an_error_within_a_call_leaves_no_rows_behind(three):

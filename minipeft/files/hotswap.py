@@ -26,7 +26,7 @@ from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import Parts
 from minipeft.injection.module_tree import wrappers_of
 from minipeft.injection.plan import Plan
-from minipeft.injection.state import WithAdapters
+from minipeft.injection.state import WithAdapters, not_running
 from minipeft.injection.wrapper import Wrapper
 from minipeft.layers.offloaded import check_values_here
 from minipeft.methods.base import Adapter
@@ -53,7 +53,7 @@ class HotswapModel(WithAdapters):
         Raises:
             ConfigError: an adapter here has a larger rank already, or its rank cannot change.
             StateError: there is no such adapter; or it has gradients, which have the old shape, or it is sharded or
-                offloaded.
+                offloaded, or a batch runs that uses it by ``adapter_names``.
         """
         checked_rank("max_rank", max_rank)
         names = list(self._state.configs) if adapter_name is None else [adapter_name]
@@ -61,7 +61,7 @@ class HotswapModel(WithAdapters):
         adapters = [(path, part) for name in names for path, _, part in _parts(self, name) if isinstance(part, Adapter)]
         for path, adapter in adapters:
             _check_room(path, adapter, max_rank)
-        with interrupts_deferred():
+        with not_running(self._state, names), interrupts_deferred():
             for _, adapter in adapters:
                 adapter.room_for(max_rank)
 
@@ -92,7 +92,8 @@ class HotswapModel(WithAdapters):
         Raises:
             CheckpointError: the file is damaged, for another base, or does not fit the adapter: it has another method, a
                 larger rank than there is room for, or adapts what the adapter does not. The old weights go on acting.
-            StateError: there is no such adapter, one is merged into the base, or accelerate offloads this one.
+            StateError: there is no such adapter, one is merged into the base, accelerate offloads this one, or a batch runs
+                that uses it by ``adapter_names``.
         """
         check_options("hotswap_adapter", others)
         self._check_known([adapter_name])
@@ -111,7 +112,7 @@ class HotswapModel(WithAdapters):
             raise CheckpointError(f"{path} does not fit adapter {adapter_name!r}: {error}") from None
         for name, _, part in _parts(self, adapter_name):
             check_values_here(name, part)
-        with interrupts_deferred(), torch.no_grad():
+        with not_running(self._state, [adapter_name]), interrupts_deferred(), torch.no_grad():
             for _, _, here, there in pairs:
                 _give(here, there)
             for layer, adapter in left:

@@ -19,6 +19,7 @@ from minipeft.files.reading import as_path, reading
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
+from minipeft.injection.state import not_running
 from minipeft.kernels.functional import agree, is_divided
 from minipeft.python.interrupts import interrupts_deferred
 
@@ -31,7 +32,8 @@ def restore_adapters(model: nn.Module, directory: str | Path) -> None:
 
     Raises:
         CheckpointError: a file is damaged, or is for other adapters, another configuration or another base.
-        StateError: the model is not adapted, an adapter is merged, or FSDP2 has divided the model.
+        StateError: the model is not adapted, an adapter is merged, FSDP2 has divided the model, or a batch with
+            ``adapter_names`` runs.
     """
     live = _checked(model)
     root, wanted = as_path(directory, "directory"), live._state.configs
@@ -64,7 +66,7 @@ def _checked(model: nn.Module) -> SavableModel:
 
 
 def _write(model: SavableModel, values: Mapping[str, Mapping[str, Tensor]]) -> None:
-    with torch.no_grad(), interrupts_deferred():
+    with not_running(model._state, values), torch.no_grad(), interrupts_deferred():
         for name, tensors in values.items():
             for key, live in model.adapter_state_dict(name).items():
                 live.copy_(tensors[key])

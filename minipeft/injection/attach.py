@@ -20,7 +20,7 @@ from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan
 from minipeft.injection.rollback import flags_unchanged_on_error, unchanged_on_error
 from minipeft.injection.row_order import mark_rows
-from minipeft.injection.state import STATE, AdapterState, check_not_running, places_that_train, put_to_rest, state_of
+from minipeft.injection.state import STATE, AdapterState, not_running, places_that_train, put_to_rest, state_of
 from minipeft.injection.without_gradient import watch_gradients
 from minipeft.injection.wrapper import Wrapper, parameters_at
 from minipeft.python.class_swap import mixed_class, original_class
@@ -164,13 +164,12 @@ def _parameters(state: AdapterState, names: Collection[str]) -> list[nn.Paramete
 def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ...]) -> None:
     """Remove adapters, and what the model knows of them; afterwards exactly the adapters `active`, which stay, act."""
     state = state_of(model)
-    for name in adapter_names:
-        check_not_running(state, name)
     switch = state.switch
     also = tuple(name for name in switch.also_trained if name not in adapter_names)
     frozen = tuple(name for name in switch.frozen if name in active)
     changing = switch.trainable.intersection(set(switch.learning).symmetric_difference((*active, *also)))
-    with unchanged_on_error(model, state, switch), flags_unchanged_on_error(_parameters(state, changing)):
+    kept = flags_unchanged_on_error(_parameters(state, changing))
+    with not_running(state, adapter_names), unchanged_on_error(model, state, switch), kept:
         _wake(state, active, also, frozen)
         for name in adapter_names:
             discard(model, name)
@@ -180,8 +179,7 @@ def remove(model: nn.Module, adapter_names: Sequence[str], active: tuple[str, ..
 def rename(model: nn.Module, old: str, new: str) -> None:
     """Give an adapter another name, in the same place among the others; merged or not, it acts as before."""
     state = state_of(model)
-    check_not_running(state, old)
-    with unchanged_on_error(model, state, state.switch):
+    with not_running(state, [old]), unchanged_on_error(model, state, state.switch):
         state.rename(old, new)
         for _, wrapper in wrappers_of(model, old):
             wrapper.rename(old, new)
@@ -195,8 +193,8 @@ def detach(
     See `minipeft.injection.apply.eject`.
     """
     state = state_of(model)
-    check_not_running(state)
-    with unchanged_on_error(model, state, state.switch, outside=outside, inside_layers=False):
+    kept = unchanged_on_error(model, state, state.switch, outside=outside, inside_layers=False)
+    with not_running(state), kept:
         leave_checkpoints_alone(outside)
         eject(outside, keep_trained=keep_trained)
         state.switch.trainable = set()

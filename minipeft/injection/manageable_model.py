@@ -12,7 +12,7 @@ from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.attach import rename
 from minipeft.injection.module_tree import wrappers_of
-from minipeft.injection.state import WithAdapters, check_name, state_of
+from minipeft.injection.state import WithAdapters, check_name, not_running, state_of
 from minipeft.injection.status import Status, adapter_status, layer_status
 from minipeft.python.interrupts import interrupts_deferred
 
@@ -56,7 +56,7 @@ class ManageableModel(WithAdapters):
 
         Raises:
             StateError: the name is unknown or merged, or the effect of the adapter is not an update times a number, as
-                with DoRA, OFT and (IA)^3.
+                with DoRA, OFT and (IA)^3; or a batch runs that uses it by ``adapter_names``.
             TargetError: the pattern matches no layer.
         """
         self._check_known([adapter_name])
@@ -89,10 +89,11 @@ def _rescale(model: nn.Module, adapter_name: str, scale: float, pattern: str | N
             f"set_scale: adapter {adapter_name!r} trains {shown(rest)} by values and not by an update, so those stay at full "
             "strength."
         )
-    with interrupts_deferred():
+    state = state_of(model)
+    with not_running(state, [adapter_name]), interrupts_deferred():
         for adapter in follow:  # the chosen ones, and those of layers tied to them
             adapter.rescale(scale)
-        state_of(model).switch.changes += 1
+        state.switch.changes += 1
 
 
 def _matching(pattern: str, paths: Sequence[str]) -> list[str]:

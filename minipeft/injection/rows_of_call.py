@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from minipeft.ecosystem.transformers_model import main_input_name, same_media_in_rows
 from minipeft.errors import ConfigError, StateError, hint, shown, told
 from minipeft.injection.rows import BASE, Rows, acting
-from minipeft.injection.state import state_of
+from minipeft.injection.state import AdapterState, state_of
 from minipeft.kernels.functional import tensors_in
 
 
 @contextlib.contextmanager
 def rows_acting(model: nn.Module, rows: Rows) -> Iterator[None]:
-    """Within the context these rows act in this thread, and no adapter of theirs can be deleted or merged."""
-    switch = state_of(model).switch
-    switch.running.append(rows.adapters)
+    """Within the context these rows act in this thread, and no adapter of theirs can change."""
+    state = state_of(model)
+    switch = state.switch
+    with switch.changing:
+        check_usable(state, rows.uses)  # again, if it had to wait
+        switch.running.append(rows.adapters)
     try:
         with acting(rows):
             yield
@@ -37,6 +40,18 @@ def names_of_rows(adapter_names: object) -> Sequence[str]:
             f"not {told(adapter_names)}."
         )
     return adapter_names
+
+
+def check_usable(state: AdapterState, names: Iterable[str]) -> None:
+    """Raise StateError if one of these adapters of rows is unknown, or one of the model is merged."""
+    known = (*state.configs, BASE)
+    for name in names:
+        if name not in known:
+            raise StateError(f"adapter_names: no adapter {name!r:.100}{hint(name, known)}; there are: {shown(known)}.")
+    if state.merged:
+        raise StateError(
+            f"adapter_names: {shown(state.merged)} is merged into the base, for all rows alike; call unmerge_adapter() first."
+        )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -57,14 +72,7 @@ def rows_of_call(
     """
     state = state_of(model)
     names = names_of_rows(adapter_names)
-    known = (*state.configs, BASE)
-    for name in dict.fromkeys(names):
-        if name not in known:
-            raise StateError(f"adapter_names: no adapter {name!r:.100}{hint(name, known)}; there are: {shown(known)}.")
-    if state.merged:
-        raise StateError(
-            f"adapter_names: {shown(state.merged)} is merged into the base, for all rows alike; call unmerge_adapter() first."
-        )
+    check_usable(state, dict.fromkeys(names))
     given = main_input(model, args, kwargs)
     count = 1 if given is None else len(given)
     if len(names) != count:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -161,13 +162,19 @@ def put_to_rest(places: Iterable[Place]) -> set[Place]:
     return trained
 
 
-def check_not_running(state: AdapterState, adapter_name: str | None = None) -> None:
-    """Raise StateError if a call with ``adapter_names`` runs, perhaps in another thread; of a name, one with that adapter."""
-    busy = [name for names in list(state.switch.running) for name in names or (BASE,)]
-    if busy and adapter_name in (None, *busy):
-        raise StateError(
-            f"a batch with adapter_names runs now and uses {shown(dict.fromkeys(busy))}; wait until it is done."
-        )
+@contextlib.contextmanager
+def not_running(state: AdapterState, adapter_names: Collection[str] | None = None) -> Iterator[None]:
+    """Within the context these adapters may change, None: all. A call with ``adapter_names`` waits with its start until it ends.
+
+    Raises StateError if such a call runs, perhaps in another thread, that uses one of them.
+    """
+    with state.switch.changing:
+        busy = [name for names in list(state.switch.running) for name in names or (BASE,)]
+        if busy and (adapter_names is None or not set(busy).isdisjoint(adapter_names)):
+            raise StateError(
+                f"a batch with adapter_names runs now and uses {shown(dict.fromkeys(busy))}; wait until it is done."
+            )
+        yield
 
 
 def active_without(state: AdapterState, names: Sequence[str], wanted: tuple[str, ...] | None) -> tuple[str, ...]:

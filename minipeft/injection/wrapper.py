@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -36,13 +37,19 @@ class Switch:
         self.changes = 0  # how often a verb gave an adapter another scale or other values
         self.read: set[int] | None = None  # ids of the wrappers whose weight is used, while a pass is watched
         self.running: list[tuple[str, ...]] = []  # adapters of each call whose rows differ, in all threads
+        self.changing = threading.RLock()  # held while adapters change: such a call begins before or after that
         self.order_known = False  # see `minipeft.injection.row_order`
         self.order_told = False  # see `minipeft.injection.row_order.mark_rows`
         self.trained_by_row = False  # the last call with gradients was such a one
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle: no context and no call is open in it, so one that was made within `off` stays off."""
-        return {**vars(self), "stays_off": not self.enabled, "contexts_off": 0, "running": []}
+        own = {**vars(self), "stays_off": not self.enabled, "contexts_off": 0, "running": []}
+        del own["changing"]
+        return own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, changing=threading.RLock())
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.injection.module_tree import wrappers
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.starting import check_started
-from minipeft.injection.state import STATE, WithAdapters, check_not_running, names_given
+from minipeft.injection.state import STATE, WithAdapters, names_given, not_running
 from minipeft.injection.training_guard import watch
 from minipeft.merging.merge import merge, merged_names, unmerge
 from minipeft.merging.report import MergeReport
@@ -108,7 +108,12 @@ class MergeableModel(WithAdapters):
 
         `outside` are the model's `outside_adapters`, if they have been found already; the options are those of `merge`.
         """
-        check_not_running(self._state)
+        with not_running(self._state):
+            return self._merge_now(names, outside, **options)
+
+    def _merge_now(
+        self, names: tuple[str, ...], outside: Sequence[tuple[str, nn.Module]] | None, **options: Any
+    ) -> MergeReport:
         self._check_compatible(names)
         if names != (before := self._state.merged):
             self._take_out()
