@@ -32,7 +32,8 @@ def three():
 def everything_said(model):
     """All names that the state of a model and its modules hold."""
     state = {**vars(model._state), **vars(model._state.switch)}
-    state = {key: sorted(value) if isinstance(value, set) else value for key, value in state.items() if key != "switch"}
+    del state["switch"], state["changing"]
+    state = {key: sorted(value) if isinstance(value, set) else value for key, value in state.items()}
     paths = {id(module): path for path, module in model.named_modules()}
     for table in ("places", "resting"):
         state[table] = {n: sorted((paths[id(m)], key) for m, key in places) for n, places in state[table].items()}
