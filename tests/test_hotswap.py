@@ -184,6 +184,25 @@ def test_a_compiled_model_is_not_compiled_again(dora, tmp_path):
     torch._dynamo.reset()
 
 
+def test_a_scale_of_a_trained_bias_is_read_anew_too():
+    torch.manual_seed(0)
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"], bias="lora_only"))
+    disturb(model)
+    model.prepare_hotswap(4)
+    graphs, x = [], torch.randn(5, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(x)
+        update = compiled(x) - base
+        for scale in (0.5, -2.0, 0.3):
+            model.set_scale("default", scale)
+            torch.testing.assert_close(compiled(x), base + scale * update)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()

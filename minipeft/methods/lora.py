@@ -30,8 +30,8 @@ from minipeft.methods.swapping import copy_tensors, unlike
 from minipeft.registry.registry import register_method
 
 FACTORS = {"lora_A": 0, "lora_B": 1, "initial_A": 0, "initial_B": 1}  # by name: the dimension that the rank is
-TAKEN = frozenset({*FACTORS, "held", "scaling", "rank"})  # what differs between adapters of one shape
-OPTIONAL = ("lora_bias", "lora_B_bias", "original_bias", "initial_A", "initial_B", "held")
+TAKEN = frozenset({*FACTORS, "held", "held_strength", "scaling", "rank"})  # what differs between adapters of one shape
+OPTIONAL = ("lora_bias", "lora_B_bias", "original_bias", "initial_A", "initial_B", "held", "held_strength")
 
 
 @register_method("lora")
@@ -57,6 +57,7 @@ class Lora(InputDropout):
     rank: int
     trains_bias: bool
     held: Tensor | None  # the scaling that forward passes read, if it may change while the model is compiled
+    held_strength: Tensor | None  # likewise what `set_scale` said, for a bias that is trained by values
     is_swapped = False  # A and B change places: a head that is tied to an embedding with this adapter
 
     def __init__(self, base: nn.Module, ops: LayerOps, config: LoraConfig, shared: object | None) -> None:
@@ -115,6 +116,11 @@ class Lora(InputDropout):
         self._scaling = value
         if self.held is not None:
             self.held.fill_(value)
+
+    def rescale(self, scale: float) -> None:
+        super().rescale(scale)
+        if self.held_strength is not None:
+            self.held_strength.fill_(scale)
 
     @property
     def factor(self) -> float | Tensor:
@@ -179,9 +185,8 @@ class Lora(InputDropout):
         """What is added to the layer's bias, shape (out,)."""
         update = None
         if self.lora_bias is not None and self.original_bias is not None:
-            update = self.lora_bias - self.original_bias
-            if self.strength != 1:
-                update = update * self.strength
+            strength = self.strength if self.held_strength is None else self.held_strength
+            update = (self.lora_bias - self.original_bias) * strength
         if self.lora_B_bias is None:
             return update
         return self.lora_B_bias * self.factor + (0 if update is None else update)
@@ -261,7 +266,8 @@ class Lora(InputDropout):
         self.dropout = self.dropout or nn.Dropout(0.0).train(self.training)
         if self.held is None:
             dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-            self._hold("held", self.lora_A.new_tensor(self.scaling, dtype=dtype), persistent=False)
+            for name, value in (("held", self.scaling), ("held_strength", self.strength)):
+                self._hold(name, self.lora_A.new_tensor(value, dtype=dtype), persistent=False)
 
     def misfit(self, other: Self) -> str:
         room = self.lora_B.shape[1] // self.num_experts
