@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+import warnings
 
+import peft
 import pytest
 import torch
-from tiny_models import VOCABULARY, disturb, logits, saved_and_loaded, t5, token_ids
+from tiny_models import VOCABULARY, disturb, foreign_code, logits, saved_and_loaded, t5, token_ids
 from torch import nn
 from transformers import (
     BartConfig,
@@ -121,3 +123,85 @@ def test_lora_on_some_of_the_tied_tables_survives_merging_saving_and_reloading(t
     merged = model.merge_and_unload(untie=True)
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
     saved_and_loaded(merged, tmp_path)
+
+
+def resized(family, folder, seed=5):
+    """A base from a checkpoint, with three more tokens: its three tables are one module then."""
+    if not folder.exists():
+        with foreign_code():
+            FAMILIES[family]().save_pretrained(folder)
+    with foreign_code():
+        model = type(FAMILIES[family]()).from_pretrained(folder)
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(VOCABULARY + 3)
+    return model.eval()
+
+
+def loaded_again(model, folder):
+    with foreign_code():
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_table_trains_for_its_head_too_once_it_was_resized(family, tmp_path):
+    model = resized(family, tmp_path / "base")
+    again = loaded_again(model, tmp_path / "resized")
+    config = LoraConfig(r=2, target_modules=["q" if family == "t5" else "q_proj"], modules_to_save=["shared"])
+    disturb(get_lora_model(model, config)).save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(load_adapter(again, tmp_path / "adapter")), logits(model))
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-4)
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("names", [["embed_tokens"], ["embed_tokens", "lm_head"], ["shared", "lm_head"]], ids=" ".join)
+def test_tokens_of_a_resized_table_under_any_of_its_names(names, tmp_path):
+    tokens = {name: [3, 4, VOCABULARY] for name in names}
+    config = LoraConfig(r=2, target_modules=["q"], trainable_token_indices=tokens)
+    model = disturb(get_lora_model(resized("t5", tmp_path / "base"), config))
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "adapter")  # its rows are those of the same tables again
+    ids = token_ids()
+    ids[:, :4] = torch.tensor([3, 4, VOCABULARY, VOCABULARY + 2])
+    for seed in (5, 6):
+        again = load_adapter(resized("t5", tmp_path / "base", seed), tmp_path / "adapter")
+        torch.testing.assert_close(logits(again, ids), logits(model, ids))
+        with foreign_code():
+            theirs = peft.PeftModel.from_pretrained(resized("t5", tmp_path / "base", seed), tmp_path / "adapter")
+        torch.testing.assert_close(logits(theirs, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_on_a_resized_table_is_named_when_saved_since_peft_adapts_one_of_its_names(tmp_path):
+    model = get_lora_model(resized("t5", tmp_path / "base"), LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.warns(
+        UserWarning, match=r"shared is 'encoder.embed_tokens', 'decoder.embed_tokens' too, .*PEFT adapts it"
+    ):
+        model.save_pretrained(tmp_path / "adapter")
+    again = loaded_again(resized("t5", tmp_path / "base"), tmp_path / "resized")
+    with pytest.warns(UserWarning, match="shares its weight"):
+        model = disturb(get_lora_model(again, LoraConfig(r=2, target_modules=["embed_tokens"])))
+    model.save_pretrained(tmp_path / "other")
+    with foreign_code():
+        again = type(again).from_pretrained(tmp_path / "resized")
+        theirs = peft.PeftModel.from_pretrained(again, tmp_path / "other").eval()
+    torch.testing.assert_close(logits(theirs), logits(model))
+
+
+def test_tokens_of_tied_layers_that_peft_passes_over_are_named_when_saved(tmp_path):
+    def trained_with(option):
+        model = t5()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "encoder.embed_tokens shares|decoder.embed_tokens shares")
+            config = LoraConfig(r=2, target_modules=["q"], trainable_token_indices=option)
+            return disturb(get_lora_model(model, config))
+
+    tokens = token_ids()[0, :3].tolist()
+    with pytest.warns(UserWarning, match="PEFT passes over the tokens of 'lm_head', since .* get_input_embeddings"):
+        trained_with({"embed_tokens": tokens, "lm_head": tokens}).save_pretrained(tmp_path / "both")
+    for option in ({"shared": tokens}, {"embed_tokens": tokens}, {"embed_tokens": tokens, "lm_head": tokens[:2]}):
+        model = trained_with(option)
+        model.save_pretrained(tmp_path / "adapter")
+        with foreign_code():
+            theirs = peft.PeftModel.from_pretrained(t5(), tmp_path / "adapter").eval()
+        torch.testing.assert_close(logits(theirs), logits(model))

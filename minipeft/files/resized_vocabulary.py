@@ -131,7 +131,8 @@ def with_tables(
         before = [all_tensors[key]] if name in trained else []
         rows = _values(model, {name: table.weight}, state)[name].detach()[missing]
         all_tensors[key] = torch.cat([*before, rows.to(before[0])]) if before else rows
-        ids[name] = [*trained.get(name, ()), *missing]
+        entries = _entries_of(model, table, trained) if before else ()
+        ids |= dict.fromkeys([name, *entries], [*trained.get(name, ()), *missing])
     return all_tensors, dict(config) if ids == trained else {**config, OPTION: ids}
 
 
@@ -200,6 +201,12 @@ def has_bias(model: nn.Module, table: Table) -> bool:
 def _holders(model: nn.Module, table: Table) -> list[tuple[str, Wrapper]]:
     """The wrappers of the layers that have the weight of a table."""
     return [(name, each) for name, each in wrappers(model) if getattr(innermost(each), "weight", None) is table.weight]
+
+
+def _entries_of(model: nn.Module, table: Table, ids: Mapping[str, Any]) -> list[str]:
+    """Of names in ``trainable_token_indices`` those of layers with the weight of a table."""
+    layers = [path for path, _ in _holders(model, table)]
+    return [entry for entry in ids if any(is_suffix(entry, path) for path in layers)]
 
 
 def _check_unmerged(model: nn.Module, name: str, table: Table) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, AdapterConfig
-from minipeft.config.patterns import endings, full_matches, matching
+from minipeft.config.patterns import endings, full_matches, is_suffix, matching
 from minipeft.ecosystem.transformers_model import name_or_path
 from minipeft.ecosystem.wrapper_names import PREFIX, unwrapped_name
 from minipeft.errors import CheckpointError, ConfigError, shown, told, warn
@@ -113,6 +113,8 @@ def file_config(model: nn.Module, config: AdapterConfig, adapter_name: str, *, c
     """
     values, layers = config.to_dict(), dict(layers_of(model, adapter_name))
     values["target_modules"] = _resolved_targets(model, config, adapter_name, layers)
+    if isinstance(tables := values.get("trainable_token_indices"), dict):
+        values["trainable_token_indices"] = _resolved_tables(model, tables, adapter_name)
     if config.modules_to_save is not None:
         copies = {name: w for name, w in wrappers_of(model, adapter_name) if isinstance(w, SavedModule)}
         saved = [name for name, wrapper in copies.items() if wrapper.only is None]  # bias="all" copies biases alone
@@ -159,6 +161,16 @@ def _resolved_targets(
     if isinstance(targets, str) and len(full_matches(targets, names, "target_modules")) < len(names):
         return names
     return config.to_dict()["target_modules"]
+
+
+def _resolved_tables(model: nn.Module, option: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
+    """Token ids by the first name of a table that has several, such as T5's once it was resized."""
+    here, found = [name for name, _ in wrappers_of(model, adapter_name)], dict[str, Any]()
+    for entry, ids in option.items():
+        firsts = [entry] if any(is_suffix(entry, name) for name in here) else []
+        firsts = firsts or [first for first, each in candidates(model).items() if matching([entry], each.names)]
+        found |= dict.fromkeys(firsts, ids)
+    return found
 
 
 def _shortest(names: list[str], model: nn.Module) -> list[str] | str:

@@ -19,6 +19,7 @@ from minipeft.files.base_samples import base_samples
 from minipeft.files.foreign_options import check_options, check_size
 from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
 from minipeft.files.model_card import card_to_write, public_base, update_card
+from minipeft.files.other_in_peft import warn_of_peft
 from minipeft.files.peft_extras import followers, rest_of_followers, with_repeats
 from minipeft.files.reading import as_path, writing
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
@@ -141,6 +142,7 @@ class SavableModel(WithAdapters):
             for name in names if is_main_process else ():
                 if name in self._state.idle:
                     warn(f"saving adapter {name!r}: {idle_message((name,), self._state.idle[name])}")
+                warn_of_peft(self, self._state.configs[name], name)
                 if convert_to_lora:
                     tensors, config = as_lora(self, self._state.configs[name], name)
                 else:

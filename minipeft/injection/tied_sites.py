@@ -140,7 +140,8 @@ class TiedLayers:
         if leader is None or weight is None:
             return saved
         tied = [module for _, module in self._tied_to(leader.candidate.base)]
-        if not any(isinstance(module, nn.Embedding) for module in tied):
+        is_shared = len(leader.candidate.places) > 1  # once it was resized, one module in all these places
+        if not (is_shared or any(isinstance(module, nn.Embedding) for module in tied)):
             return saved
         named, taken = [site.name for site in saved], {id(site.candidate.base) for site in adapted}
         followers = [
