@@ -132,7 +132,7 @@ def with_tables(
         rows = _values(model, {name: table.weight}, state)[name].detach()[missing]
         all_tensors[key] = torch.cat([*before, rows.to(before[0])]) if before else rows
         entries = _entries_of(model, table, trained) if before else ()
-        ids |= dict.fromkeys([name, *entries], [*trained.get(name, ()), *missing])
+        ids |= {entry: [*trained.get(name, ()), *missing] for entry in (name, *entries)}
     return all_tensors, dict(config) if ids == trained else {**config, OPTION: ids}
 
 
