@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minipeft.ecosystem.wrapper_names import parameters_in
 from minipeft.errors import CheckpointError, printable, shown, warn
 from minipeft.files.format import LARGEST, AdapterFile
-from minipeft.files.resized_vocabulary import base_rows, tables
+from minipeft.files.resized_vocabulary import tables
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.build import Parts
 from minipeft.injection.fresh_parts import Origins, base_parameters, find_origins
@@ -202,9 +202,8 @@ def _of_unsure_origin(
     model: nn.Module, taken: Collection[int], found: Mapping[str, Candidate], origins: Origins
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """Weights of layers without children: a bare one next to them, such as a mask token, often acts in training only."""
-    known = tables(model)
     # The rows of a resized vocabulary have a place of their own in a file.
-    resized = {id(table.weight) for name, table in known.items() if len(table.weight) != base_rows(model, name, table)}
+    resized = {id(table.weight) for table in tables(model).values() if len(table.weight) != table.base_rows}
     for name, owner, parameter in base_parameters(model, found):
         if owner._modules or id(parameter) in taken or id(parameter) in resized:
             continue

@@ -24,7 +24,7 @@ from minipeft.files.hub import adapter_directory
 from minipeft.files.names.expert_layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
-from minipeft.files.new_rows import find_new_rows
+from minipeft.files.new_rows import NewRows
 from minipeft.files.peft_extras import as_peft_reads, has_keys_of
 from minipeft.files.reading import reading
 from minipeft.files.resized_vocabulary import IN_LAYER
@@ -85,7 +85,7 @@ def load_parts(
     with reading(directory):
         file = open_adapter(directory, lambda _: [name for name, _ in named_modules(model) if name])
         file = as_peft_reads(in_names_of(model, file, key_mapping, strict=strict, found=found), model, found)
-        new_rows = find_new_rows(file, model)
+        new_rows = NewRows(file, model)
     _check_not_hidden(model, file, found)
     plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False, found=found)
     plan = replace(plan, saved=tuple(_as_saved(site, file) for site in plan.saved))
@@ -112,7 +112,7 @@ def load_parts(
     _tell(directory, file)
     _tell_of_lost_biases(file, plan)
     values.update(new_rows.values)
-    return plan, replace(build_from(plan, shapes, tensors, values), rows=new_rows.base)
+    return plan, replace(build_from(plan, shapes, tensors, values), rows=tuple(new_rows.base))
 
 
 def _check_not_hidden(model: nn.Module, file: AdapterFile, found: dict[str, Candidate]) -> None:

@@ -7,8 +7,10 @@ whole tables, as PEFT always does. `minipeft.files.new_rows` reads either.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,38 +22,120 @@ from minipeft.errors import ConfigError, StateError, shown, told, warn
 from minipeft.files.base_checkpoint import base_config, stored_rows
 from minipeft.files.save import tensors_from_state
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.module_tree import outside_adapters, own_bias, wrappers
+from minipeft.injection.module_tree import outside_adapters, own_bias
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.wrapper import Wrapper, innermost
 from minipeft.kernels.functional import is_divided
 from minipeft.layers.offloaded import values_of
 
-OPTION, ROWS = "trainable_token_indices", "token_adapter.trainable_tokens_delta"
+OPTION = "trainable_token_indices"
 IN_LAYER = ".base_layer.weight"  # of a table that an adapter acts on
 
 
-class Table(NamedTuple):
-    """One table: the module in the model, perhaps a wrapper, and its weight (tokens, width)."""
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One table of a model's vocabulary.
 
+    Attributes:
+        model: the model.
+        name: of its module in the model.
+        module: the module, perhaps a wrapper.
+        weight: shape (tokens, width).
+        layers: those that have this weight, by each of their names, and the wrappers around them.
+    """
+
+    model: nn.Module
+    name: str
     module: nn.Module
     weight: Tensor
+    layers: list[tuple[str, nn.Module]]
+
+    @property
+    def rows_key(self) -> str:
+        """The key in a file of the rows of this table that train."""
+        return f"{PREFIX}{self.name}.token_adapter.trainable_tokens_delta"
+
+    @functools.cached_property
+    def base_rows(self) -> int | None:
+        """How many rows the base has, if that is on this machine: perhaps more than its vocabulary.
+
+        mllama has 8 for images besides, and some tables are padded. The checkpoint says so; without it, a table that is
+        still the one that was loaded, for a vocabulary of unchanged size, was not resized.
+        """
+        size, weight = base_vocabulary(self.model), self.weight
+        if size is None or len(weight) <= size:
+            return size
+        stored = stored_rows(self.model, self.name, weight.shape[1])
+        if stored is not None:
+            return max(stored, size)
+        untouched = isinstance(weight, nn.Parameter) and is_from_checkpoint(weight)
+        return len(weight) if untouched and vocabulary_size(self.model) == size else size
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether it gained rows since the base was loaded."""
+        return self.base_rows is not None and len(self.weight) > self.base_rows
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a layer with this weight has a bias, which PEFT leaves out next to rows of tokens."""
+        return any(own_bias(innermost(each)) is not None for _, each in self.layers)
+
+    def is_taken_by(self, adapter_name: str) -> bool:
+        """Whether an adapter acts on this table, here or in a layer tied to it, or has a trained copy of one of them."""
+        return any(isinstance(each, Wrapper) and adapter_name in each.adapters for _, each in self.layers)
+
+    def entries(self, ids: Iterable[str]) -> list[str]:
+        """Of names in ``trainable_token_indices`` those of adapted layers with this weight."""
+        layers = [name for name, each in self.layers if isinstance(each, Wrapper)]
+        return [entry for entry in ids if any(is_suffix(entry, name) for name in layers)]
+
+    def check_unmerged(self) -> None:
+        """Raise StateError if an adapter is merged into the table, which is to be saved as the base has it."""
+        for _, each in self.layers:
+            if isinstance(each, AdaptedLayer) and each.merged:
+                raise StateError(
+                    f"{shown(each.merged)} is merged into {self.name}, and rows of that are to be saved as the base has them. "
+                    "Call unmerge_adapter() first."
+                )
+
+    def whole(self, adapter_name: str) -> dict[str, Tensor]:
+        """The table under the key that PEFT gives it; if it has a trained copy, a tied head that does not use the copy."""
+        self.check_unmerged()
+        if _copies(self.module, adapter_name):
+            apart = output_head(self.model)
+            tied = [name for name, each in self.layers if each is apart and not _copies(each, adapter_name)]
+            return {f"{PREFIX}{name}.weight": self.weight for name in tied[:1]}
+        adapted = (n for n, each in self.layers if isinstance(each, AdaptedLayer) and adapter_name in each.adapters)
+        name = next(adapted, None)
+        return {f"{PREFIX}{self.name}.weight" if name is None else f"{PREFIX}{name}{IN_LAYER}": self.weight}
+
+
+def _copies(module: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter has a trained copy of the table, which brings all rows."""
+    return isinstance(module, SavedModule) and adapter_name in module.adapters
 
 
 def tables(model: nn.Module) -> dict[str, Table]:
     """The tables of a transformers model by name; of two that share a weight, only the first."""
-    found: dict[int, tuple[str, Table]] = {}
-    for module in (input_embedding(model), output_head(model)):
-        weight = None if module is None else getattr(innermost(module), "weight", None)
-        if module is None or not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-            continue
-        name = _name_in(model, module)
-        if name is not None:
-            found.setdefault(id(weight), (name, Table(module, weight)))
-    return dict(found.values())
+    wanted = [(each, _weight_of(each)) for each in (input_embedding(model), output_head(model)) if each is not None]
+    layers: dict[int, list[tuple[str, nn.Module]]] = {
+        id(w): [] for _, w in wanted if isinstance(w, Tensor) and w.ndim == 2 and w.is_floating_point()
+    }
+    for name, module in outside_adapters(model, remove_duplicate=False) if layers else ():
+        if id(weight := _weight_of(module)) in layers:
+            layers[id(weight)].append((name, module))
+    found: dict[int, Table] = {}
+    for module, weight in wanted:
+        own = layers.get(id(weight), [])
+        names = [name for name, other in own if other is module]
+        if names:
+            found.setdefault(id(weight), Table(model, names[0], module, weight, own))
+    return {table.name: table for table in found.values()}
 
 
-def _name_in(model: nn.Module, module: nn.Module) -> str | None:
-    return next((name for name, other in outside_adapters(model) if other is module), None)
+def _weight_of(module: nn.Module) -> Any:
+    return getattr(innermost(module), "weight", None)
 
 
 def base_vocabulary(model: nn.Module) -> int | None:
@@ -64,20 +148,12 @@ def base_vocabulary(model: nn.Module) -> int | None:
     return None
 
 
-def base_rows(model: nn.Module, name: str, table: Table) -> int | None:
-    """How many rows of a table the base has, if that is on this machine: perhaps more than its vocabulary.
-
-    mllama has 8 for images besides, and some tables are padded. The checkpoint says so; without it, a table that is
-    still the one that was loaded, for a vocabulary of unchanged size, was not resized.
-    """
-    size = base_vocabulary(model)
-    if size is None or len(table.weight) <= size:
-        return size
-    stored = stored_rows(model, name, table.weight.shape[1])
-    if stored is not None:
-        return max(stored, size)
-    untouched = isinstance(table.weight, nn.Parameter) and is_from_checkpoint(table.weight)
-    return len(table.weight) if untouched and vocabulary_size(model) == size else size
+def ids_by_name(names: Iterable[str], option: Any) -> dict[str, list[int]]:
+    """The token ids in ``trainable_token_indices`` of a file's configuration, by the names of the tables."""
+    names = list(names)
+    if isinstance(option, Mapping):
+        return {next((name for name in names if is_suffix(entry, name)), entry): ids for entry, ids in option.items()}
+    return {names[0]: option} if option and names else {}
 
 
 def with_tables(
@@ -104,43 +180,39 @@ def with_tables(
     """
     if save is True:
         return {**tensors, **_values(model, _whole_tables(model, adapter_name), state)}, dict(config)
-    if save is False:
-        return dict(tensors), dict(config)
-    if save != "auto":
+    if save is not False and save != "auto":
         raise ConfigError(f'save_embedding_layers must be True, False or "auto", not {told(save)}.')
-    size = base_vocabulary(model)
+    size = None if save is False else base_vocabulary(model)
     if size is None:
         return dict(tensors), dict(config)
     _warn_of_flat_tables(model, size)
-    # In each tensor the rows that train come first, then those that were only added.
-    all_tensors, trained = dict(tensors), ids_by_name(model, config.get(OPTION))
-    ids = dict(trained)
-    for name, table in tables(model).items():
-        base_size = base_rows(model, name, table) or 0
-        missing = sorted(set(range(base_size, len(table.weight))) - set(trained.get(name, ())))
-        if not missing:
+    known = tables(model)
+    trained = ids_by_name(known, config.get(OPTION))
+    whole, added = dict[str, Tensor](), dict[str, list[int]]()
+    for name, table in known.items():
+        missing = sorted(set(range(table.base_rows or 0, len(table.weight))) - set(trained.get(name, ())))
+        if not missing or (table.is_taken_by(adapter_name) and {*missing} <= {*(config.get("token_indices") or ())}):
             continue
-        taken = _is_taken(model, table, adapter_name)
-        if taken and set(missing) <= set(config.get("token_indices") or ()):
-            continue
-        key = f"{PREFIX}{name}.{ROWS}"
-        if OPTION not in config or (name not in trained and (taken or has_bias(model, table))):
-            all_tensors |= _values(model, _whole_table(model, name, table, adapter_name), state)
-            continue
-        _check_unmerged(model, name, table)
-        before = [all_tensors[key]] if name in trained else []
-        rows = _values(model, {name: table.weight}, state)[name].detach()[missing]
-        all_tensors[key] = torch.cat([*before, rows.to(before[0])]) if before else rows
-        entries = _entries_of(model, table, trained) if before else ()
-        ids |= {entry: [*trained.get(name, ()), *missing] for entry in (name, *entries)}
-    return all_tensors, dict(config) if ids == trained else {**config, OPTION: ids}
+        if OPTION not in config or (name not in trained and (table.is_taken_by(adapter_name) or table.has_bias)):
+            whole |= table.whole(adapter_name)
+        else:
+            table.check_unmerged()
+            added[name] = missing
+    result = {**tensors, **_values(model, whole, state)}
+    weights = _values(model, {name: known[name].weight for name in added}, state)
+    for name, ids in added.items():  # behind the rows that train
+        key, rows = known[name].rows_key, weights[name].detach()[ids]
+        result[key] = torch.cat([tensors[key], rows.to(tensors[key])]) if name in trained else rows
+    option = dict(trained)
+    for name, ids in added.items():
+        entries = known[name].entries(trained) if name in trained else ()
+        option |= {entry: [*trained.get(name, ()), *ids] for entry in (name, *entries)}
+    return result, {**config, OPTION: option} if added else dict(config)
 
 
 def _warn_of_flat_tables(model: nn.Module, base_size: int) -> None:
     """Warn that new rows are in no file, since torch's first FSDP leaves no table in the shape of one."""
-    weights = [
-        getattr(innermost(each), "weight", None) for each in (input_embedding(model), output_head(model)) if each
-    ]
+    weights = [_weight_of(each) for each in (input_embedding(model), output_head(model)) if each is not None]
     size = vocabulary_size(model) or 0
     if size > base_size and any(isinstance(weight, Tensor) and weight.ndim == 1 for weight in weights):
         warn(
@@ -149,73 +221,9 @@ def _warn_of_flat_tables(model: nn.Module, base_size: int) -> None:
         )
 
 
-def resized_tables(model: nn.Module) -> list[Tensor]:
-    """The weights of the tables that gained rows since the base was loaded, if that is on this machine."""
-    sizes = ((table.weight, base_rows(model, name, table)) for name, table in tables(model).items())
-    return [weight for weight, size in sizes if size is not None and len(weight) > size]
-
-
 def _values(model: nn.Module, found: Mapping[str, Tensor], state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     divided = any(map(is_divided, found.values()))
     return values_of(model, found) if state is None or not divided else tensors_from_state(model, found, state)
-
-
-def brought_rows(config: Mapping[str, Any]) -> Mapping[str, Collection[int]]:
-    """Of a configuration that `with_tables` returns, the rows of each table that the file brings, by the table's name."""
-    option = config.get(OPTION)
-    return option if isinstance(option, Mapping) else {}
-
-
-def ids_by_name(model: nn.Module, option: Any) -> dict[str, list[int]]:
-    """The token ids in ``trainable_token_indices`` of a file's configuration, by the names of the tables."""
-    names = list(tables(model))
-    if isinstance(option, Mapping):
-        return {next((name for name in names if is_suffix(entry, name)), entry): ids for entry, ids in option.items()}
-    return {names[0]: option} if option and names else {}
-
-
-def _copies(module: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter has a trained copy of the table, which brings all rows."""
-    return isinstance(module, SavedModule) and adapter_name in module.adapters
-
-
-def _tied_apart(model: nn.Module, table: Table, adapter_name: str) -> str | None:
-    """The name of the head that is tied to a table, if the trained copy of the table is not its own."""
-    head = output_head(model)
-    if head is None or head is table.module or getattr(innermost(head), "weight", None) is not table.weight:
-        return None
-    return None if _copies(head, adapter_name) else _name_in(model, head)
-
-
-def _is_taken(model: nn.Module, table: Table, adapter_name: str) -> bool:
-    """Whether the adapter acts on this table, here or in a layer tied to it, or has a trained copy of one of them."""
-    return any(adapter_name in wrapper.adapters for _, wrapper in _holders(model, table))
-
-
-def has_bias(model: nn.Module, table: Table) -> bool:
-    """Whether a layer with the weight of a table has a bias, which PEFT leaves out next to rows of tokens."""
-    layers = (innermost(each) for _, each in outside_adapters(model))
-    return any(own_bias(each) is not None for each in layers if getattr(each, "weight", None) is table.weight)
-
-
-def _holders(model: nn.Module, table: Table) -> list[tuple[str, Wrapper]]:
-    """The wrappers of the layers that have the weight of a table."""
-    return [(name, each) for name, each in wrappers(model) if getattr(innermost(each), "weight", None) is table.weight]
-
-
-def _entries_of(model: nn.Module, table: Table, ids: Mapping[str, Any]) -> list[str]:
-    """Of names in ``trainable_token_indices`` those of layers with the weight of a table."""
-    layers = [path for path, _ in _holders(model, table)]
-    return [entry for entry in ids if any(is_suffix(entry, path) for path in layers)]
-
-
-def _check_unmerged(model: nn.Module, name: str, table: Table) -> None:
-    merged = [each for _, each in _holders(model, table) if isinstance(each, AdaptedLayer) and each.merged]
-    if merged:
-        raise StateError(
-            f"{shown(merged[0].merged)} is merged into {name}, and rows of that are to be saved as the base has them. Call "
-            "unmerge_adapter() first."
-        )
 
 
 def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -232,16 +240,11 @@ def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
                 raise ConfigError(
                     f"save_embedding_layers=True: rows of {name} train, and the file holds those; leave it at 'auto'."
                 )
-        whole |= _whole_table(model, name, table, adapter_name)
+        whole |= table.whole(adapter_name)
     return whole
 
 
-def _whole_table(model: nn.Module, name: str, table: Table, adapter_name: str) -> dict[str, Tensor]:
-    """A table under the key that PEFT gives it; of one with a trained copy, what is tied to it and does not use the copy."""
-    _check_unmerged(model, name, table)
-    if _copies(table.module, adapter_name):
-        tied = _tied_apart(model, table, adapter_name)
-        return {} if tied is None else {f"{PREFIX}{tied}.weight": table.weight}
-    holders = [(path, each) for path, each in _holders(model, table) if adapter_name in each.adapters]
-    adapted = [path for path, each in holders if isinstance(each, AdaptedLayer)]
-    return {f"{PREFIX}{adapted[0]}{IN_LAYER}" if adapted else f"{PREFIX}{name}.weight": table.weight}
+def brought_rows(config: Mapping[str, Any]) -> Mapping[str, Collection[int]]:
+    """Of a configuration that `with_tables` returns, the rows of each table that the file brings, by the table's name."""
+    option = config.get(OPTION)
+    return option if isinstance(option, Mapping) else {}

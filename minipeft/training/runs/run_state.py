@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.reading import reading
-from minipeft.files.resized_vocabulary import resized_tables
+from minipeft.files.resized_vocabulary import tables
 from minipeft.files.save import named_tensors
 from minipeft.injection.step_hooks import load_schedule_state, schedule_state
 from minipeft.model import AdaptedModel
@@ -96,7 +96,8 @@ class TrainingState:
             CheckpointError: the directory cannot be written, or holds a whole model.
         """
         model, tensors = self.live.model, self.live.tensors()
-        divided = (table for table in resized_tables(model) if isinstance(table, DTensor))
+        resized = (table.weight for table in tables(model).values() if table.is_resized)
+        divided = (weight for weight in resized if isinstance(weight, DTensor))
         wanted = {id(tensor) for tensor in (*tensors.values(), *divided)}
         state = Collected(rank_and_world_size()[0] == 0)
         for name, tensor in {id(tensor): (name, tensor) for name, tensor in named_tensors(model)}.values():
