@@ -107,10 +107,10 @@ class AdaptedLayer(Wrapper):
         here: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]  # in a third of the time of an attribute
         rows = rows_now(self.switch) if CURRENT.rows is not None else None
         if rows is not None:
-            only = rows.only(here)
-            if only is None:
+            common = rows.common(here)
+            if common is None:
                 rows.refuse(self, "has one weight for all rows")
-            return () if only == BASE else (only,)
+            return () if common == BASE else (common,)
         if self.switch.trained_by_row and not torch.compiler.is_compiling() and in_backward():
             raise StateError(
                 "the backward pass calls this layer again and does not say which rows use which adapter. With adapter_names, "

@@ -53,7 +53,7 @@ def attach(
             state.switch.active = (adapter_name,)
             let_checkpoints_train(outside, state.switch)
         if changed:  # what was there before is known
-            state.switch.order_told, state.switch.order_known = mark_rows(model, outside), False
+            state.switch.order_unclear, state.switch.order_known = mark_rows(model, outside), False
             _hold_norms(state, modules, outside)
     if trainable:
         watch_gradients(model, adapter_name)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from minipeft.injection.rows import BASE, Parts, Rows, as_mask, only, taken
+from minipeft.injection.rows import BASE, Parts, Rows, choose, select
 from minipeft.kernels.block_linear import block_linear, block_update, stacked
 from minipeft.kernels.frozen_linear import can_fuse
 from minipeft.kernels.transformed import is_transformed
@@ -16,7 +16,7 @@ from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.layers.offloaded import offloads
 from minipeft.methods.base import Adapter
 
-# Values of factors copied for an adapter in the time that its own few products take to start.
+# So many values of factors are copied in the time that it takes to start the products of one adapter.
 CALLS_COST = 2**15
 
 
@@ -40,28 +40,20 @@ def run_by_row(layer: Any, rows: Rows, x: Tensor, args: Sequence[Any], kwargs: M
     blocks = None if args or kwargs else _blocks(layer, rows, present, parts, x)
     if blocks is not None:
         return _run_blocks(layer, parts, x, *blocks)
-    adapters = [here[name] if name is not None else None for name, _ in parts.groups]
-    return _run_groups(layer, adapters, parts, x, args, kwargs)
+    return _run_groups(layer, parts, x, args, kwargs)
 
 
-def _run_groups(
-    layer: Layer,
-    adapters: Sequence[Adapter | None],
-    parts: Parts,
-    x: Tensor,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Tensor:
+def _run_groups(layer: Layer, parts: Parts, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Any methods: the base layer runs once for all rows, and each adapter before and after it on its own."""
     base, ops = layer.base_layer, layer.ops
-    selectors = [selector for _, selector in parts.groups]
-    inputs = [taken(x, selector) for selector in selectors]
-    changed = [a.before(base, ops, part) if a is not None else part for a, part in zip(adapters, inputs, strict=True)]
-    same = all(new is old for new, old in zip(changed, inputs, strict=True))
+    here: Mapping[str, Any] = layer.adapters._modules
+    groups = [(None if n is None else here[n], own, select(x, own)) for n, own in parts.groups]
+    changed = [part if adapter is None else adapter.before(base, ops, part) for adapter, _, part in groups]
+    same = all(new is part for new, (_, _, part) in zip(changed, groups, strict=True))
     y = ops.call(base, x if same else parts.joined(changed), *args, **kwargs)
     outputs = []
-    for adapter, part, selector in zip(adapters, inputs, selectors, strict=True):
-        own = taken(y, selector)
+    for adapter, selector, part in groups:
+        own = select(y, selector)
         outputs.append(own if adapter is None else adapter(base, ops, part, own))
     return parts.joined(outputs)
 
@@ -96,10 +88,9 @@ def _blocks(
 
     Kept while `generate` runs and the adapters' parameters stay as they are.
     """
-    keeps = rows.kept is not None and not torch.is_grad_enabled()
-    key = id(layer), len(parts.blocks)
-    if keeps and rows.kept is not None and key in rows.kept:
-        adapters, parameters, state, made = rows.kept[key]
+    kept, key = None if torch.is_grad_enabled() else rows.kept, (id(layer), len(parts.blocks))
+    if kept is not None and key in kept:
+        adapters, parameters, state, made = kept[key]
         if state == _state(adapters, parameters):
             return made
     adapters = [layer.adapters[name] for name in present]
@@ -108,9 +99,9 @@ def _blocks(
         return None
     by_name = dict(zip(present, factors, strict=True))
     made = stacked([None if name is None else by_name[name] for name in parts.blocks], x.dtype)
-    if keeps and rows.kept is not None:
+    if kept is not None:
         parameters = [p for adapter in adapters for p in adapter.parameters()]
-        rows.kept[key] = adapters, parameters, _state(adapters, parameters), made
+        kept[key] = adapters, parameters, _state(adapters, parameters), made
     return made
 
 
@@ -153,12 +144,11 @@ def _run_compiled(
         y: Tensor = ops.call(base, x)
         more = block_update(x.reshape(len(index), -1, x.shape[-1]), down[index], up[index])
         return y + more.reshape(y.shape).to(y.dtype)
-    chosen = [(adapter, index == rows.known.index(name)) for name, adapter in known.items()]
-    own = x
-    for adapter, which in chosen:
-        own = torch.where(as_mask(which, x), adapter.before(base, ops, only(which, x)), own)
-    y = result = ops.call(base, own, *args, **kwargs)
-    for adapter, which in chosen:
-        mine = adapter(base, ops, only(which, x), only(which, y))
-        result = torch.where(as_mask(which, y), mine, result)
+    users = [(adapter, index == rows.known.index(name)) for name, adapter in known.items()]
+    changed = x
+    for adapter, which in users:
+        changed = choose(which, adapter.before(base, ops, choose(which, x)), changed)
+    y = result = ops.call(base, changed, *args, **kwargs)
+    for adapter, which in users:
+        result = choose(which, adapter(base, ops, choose(which, x), choose(which, y)), result)
     return result

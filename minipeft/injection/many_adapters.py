@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import ConfigError, StateError, all_or_nothing
 from minipeft.injection.attach import train_also
-from minipeft.injection.rows import BASE, numbers, taken
+from minipeft.injection.rows import BASE, select, tensor_of
 from minipeft.injection.rows_of_call import names_of_rows, rows_acting, rows_of_call
 from minipeft.injection.state import WithAdapters, names_given
 from minipeft.injection.wrapper import parameters_at
@@ -137,7 +137,7 @@ def per_adapter_loss(
     sums, tokens = losses.view(count, -1).sum(1), (labels != ignore_index).view(count, -1).sum(1)
     found = {}
     for name in dict.fromkeys(adapter_names):
-        own = numbers([row for row, used in enumerate(adapter_names) if used == name], labels.device)
+        own = tensor_of([row for row, used in enumerate(adapter_names) if used == name], labels.device)
         if name != BASE:
-            found[name] = taken(sums, own).sum() / taken(tokens, own).sum().clamp_min(1)
+            found[name] = select(sums, own).sum() / select(tokens, own).sum().clamp_min(1)
     return found

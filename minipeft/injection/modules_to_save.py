@@ -14,7 +14,7 @@ from torch.fx import Proxy
 from minipeft.ecosystem.wrapper_names import modules_in, unwrapped_name
 from minipeft.errors import UNCHANGED, StateError
 from minipeft.injection.adapted_value import adapted_value
-from minipeft.injection.rows import Rows, as_mask, only, rows_now, taken
+from minipeft.injection.rows import Rows, choose, rows_now, select
 from minipeft.injection.wrapper import OF_ACCELERATE, Place, Switch, Wrapper
 from minipeft.layers.offloaded import all_present, without_offloading
 
@@ -70,7 +70,7 @@ class SavedModule(Wrapper):
     def current(self) -> nn.Module:
         """The module that is called now; an adapter that is merged acts, too."""
         rows, here = rows_now(self.switch), self.adapters._modules
-        names = (*self.switch.merged, *self.switch.active) if rows is None else (rows.only(here) or "",)
+        names = (*self.switch.merged, *self.switch.active) if rows is None else (rows.common(here) or "",)
         for name in names if self.switch.enabled else ():
             if name in self.adapters:
                 return self.adapters[name]
@@ -88,7 +88,7 @@ class SavedModule(Wrapper):
         pieces = []
         for name, selector in parts.groups:
             module = self.base_layer if name is None else self.adapters[name]
-            pieces.append(module(taken(x, selector), *args[1:], **kwargs))
+            pieces.append(module(select(x, selector), *args[1:], **kwargs))
         if not all(isinstance(piece, Tensor) and piece.ndim for piece in pieces):
             rows.refuse(self, "returns more than one tensor")
         return parts.joined(pieces)
@@ -99,8 +99,8 @@ class SavedModule(Wrapper):
         y: Tensor = self.base_layer(*args, **kwargs)
         for name in self.adapters:
             which = index == rows.known.index(name)
-            own = self.adapters[name](only(which, args[0]), *args[1:], **kwargs)
-            y = torch.where(as_mask(which, y), own, y)
+            own = self.adapters[name](choose(which, args[0]), *args[1:], **kwargs)
+            y = choose(which, own, y)
         return y
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:

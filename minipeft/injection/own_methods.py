@@ -153,7 +153,7 @@ class OwnMethods(nn.Module):
     def _learn_order(self, rows: Rows, args: Any, kwargs: Any) -> None:
         switch = state_of(self).switch
         count = len(rows.names)
-        matters = len(rows.uses) > 1 and (rows.length in (None, count, count * rows.times) or switch.order_told)
+        matters = len(rows.uses) > 1 and (rows.length in (None, count, count * rows.times) or switch.order_unclear)
         if matters and not switch.order_known:
             switch.order_known = learn_order(self, rows, super()._call_impl, args, kwargs)
 

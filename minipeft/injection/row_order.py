@@ -1,10 +1,10 @@
-"""Layers whose inputs are not the rows of the batch, and those that take positions before rows.
+"""Which layers are called with something else than the rows of the batch first: positions, images, tokens of an expert.
 
 XLNet and torch's own transformer layers put positions first, and a table of positions is read without rows. The shape of an
-input shows that, unless a batch has as many of the ones as of the others. Then one row is run alone, once for each model:
-the dimension of the rows is the one of size 1. So is one image, since its size does not say how many positions it has.
-Modules with ``batch_first``, as torch's have it, say which of their dimensions is the rows; if that is another one, the
-first dimension of the model's input is not.
+input shows that, unless a batch has as many positions as rows. Then one row is run alone, once for each model: the dimension
+of size 1 is that of the rows. The same for images, whose size does not say how many positions they have. Modules with
+torch's ``batch_first`` say which of their dimensions is the rows. If one row alone has another dimension of size 1 there, the
+first dimension of the model's input is not the rows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def learn_order(
 
     def note(wrapper: Any, given: tuple[Any, ...]) -> None:
         x = given[0] if given else None
-        if isinstance(x, Tensor) and x.ndim and x.shape[0] != 1 and wrapper.counts is None:
+        if isinstance(x, Tensor) and x.ndim and x.shape[0] != 1 and wrapper.called_with is None:
             seen.append(wrapper)
 
     first_args, first_kwargs = _first_row(count, args, kwargs)
@@ -84,7 +84,7 @@ def learn_order(
                 "batch_first), so it is not the rows. Give all of them the same name, or the model inputs with rows first."
             )
     for wrapper in seen:
-        wrapper.counts = POSITIONS_FIRST
+        wrapper.called_with = POSITIONS_FIRST
     return rows.length != 1 or not sizes
 
 
@@ -110,42 +110,42 @@ def _note_sizes(sizes: dict[str, tuple[int, int]], path: str, module: Any, given
 
 
 def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> bool:
-    """Say of each wrapper among a model's `outside_adapters` what it is called with, if not with the rows of the main input.
+    """Note at each wrapper among a model's `outside_adapters` what it is called with in place of the rows, if anything.
 
-    Returns whether one row alone shows more than the shape of the input: a module says if rows or positions come first, or a
+    Returns whether one row alone may show more than the shapes of inputs: a module says if rows or positions come first, or a
     table is adapted that may be read by positions, such as a decoder's own.
     """
-    told, adapted, media, text = False, list[tuple[str, Wrapper]](), set[str](), set[str]()
-    of_text, language, tokens = main_input_name(model) == "input_ids", text_part(model), input_embedding(model)
+    unclear, adapted, media, text = False, list[tuple[str, Wrapper]](), set[str](), set[str]()  # by path
+    is_of_text, language, tokens = main_input_name(model) == "input_ids", text_part(model), input_embedding(model)
     kinds: dict[type, tuple[bool, bool]] = {}  # whether a module of this type takes media, and text
     for path, module in outside:
         if isinstance(module, Wrapper):
             adapted.append((path, module))
             continue
-        told |= says_order(module)
+        unclear |= says_order(module)
         if (kind := type(module)) not in kinds:
-            kinds[kind] = of_text and media_input(module) is not None, takes_text(module)
+            kinds[kind] = is_of_text and media_input(module) is not None, takes_text(module)
         for_media, for_text = kinds[kind]
         if path and for_media:
             media.add(path)
         elif path and (for_text or module is language):
             text.add(path)
-    several = of_text and takes_media(model) and language is not None and language is not model
+    is_multimodal = is_of_text and takes_media(model) and language is not None and language is not model
     base = base_prefix(model)
     heads_apart = bool(base and media) and all(within(path, {base}) for path in media)
     for path, wrapper in adapted:
         parts = path.split(".")
-        above = {".".join(parts[:depth]) for depth in range(1, len(parts))} if media or several else set()
-        # What is neither in the language model nor a head brings images to it. They are in no relation to the rows.
-        is_head = parts[0] != base if heads_apart else not above
-        brings = several and not is_head and above.isdisjoint(text)
-        counts = MEDIA_OF_BATCH if brings or not above.isdisjoint(media) else None
+        around = {".".join(parts[:depth]) for depth in range(1, len(parts))} if media or is_multimodal else set()
+        # What is neither in the language model nor a head brings images to it, and those are in no relation to the rows.
+        is_head = parts[0] != base if heads_apart else not around
+        brings_media = is_multimodal and not is_head and around.isdisjoint(text)
+        called_with = MEDIA_OF_BATCH if brings_media or not around.isdisjoint(media) else None
         if not EXPERTS.isdisjoint(parts):
-            counts = "the tokens that chose one expert"
-        if wrapper.counts != counts:
-            wrapper.counts = counts
-        told |= counts is None and isinstance(innermost(wrapper), nn.Embedding) and wrapper is not tokens
-    return told
+            called_with = "the tokens that chose one expert"
+        if wrapper.called_with != called_with:
+            wrapper.called_with = called_with
+        unclear |= called_with is None and isinstance(innermost(wrapper), nn.Embedding) and wrapper is not tokens
+    return unclear
 
 
 def says_order(module: nn.Module) -> bool:

@@ -19,8 +19,8 @@ from minipeft.errors import StateError
 from minipeft.kernels.functional import concatenated
 
 BASE = "__base__"  # PEFT's word for a row without an adapter
-Selector = slice | Tensor
-# What some layers are called with in place of the rows.
+Selector = slice | Tensor  # which entries of a first dimension
+# What some layers are called with in place of the rows, see `Wrapper.called_with`.
 MEDIA_OF_BATCH = "the images or sound of the whole batch"  # in a model of text
 POSITIONS_FIRST = "positions before rows"  # or tokens of all rows in one dimension
 
@@ -60,7 +60,7 @@ class Rows:
         self.adapters = tuple(name for name in self.uses if name != BASE)
         self.known = tuple(known)
         # The one thing that a compiled model looks at, so other rows need no other graph.
-        self.index = numbers([(*known, BASE).index(name) for name in names], device)
+        self.index = tensor_of([(*known, BASE).index(name) for name in names], device)
         self.times = times
         # Of the model's input now, if that is (rows, length) or (rows, length, features)
         self.length: int | None = None
@@ -73,25 +73,27 @@ class Rows:
         """Those of the rows' adapters that are among these."""
         return tuple([name for name in self.adapters if name in here])
 
-    def only(self, here: Collection[str]) -> str | None:
+    def common(self, here: Collection[str]) -> str | None:
         """The adapter that all rows use of these, or `BASE`; None if the rows differ."""
         used = {name if name in here else BASE for name in self.uses} or {BASE}
         return used.pop() if len(used) == 1 else None
 
     def repeats(self, layer: Any, x: Tensor) -> int:
         """How many entries of a layer's first input dimension belong to each row, side by side; raises StateError if that is unclear."""
-        size, count = x.shape[0] if x.ndim else 0, len(self.names)
-        may_be_media = x.is_floating_point() and size and size % count == 0  # indices may be those of positions
-        if layer.counts == MEDIA_OF_BATCH and may_be_media and not torch.compiler.is_compiling():
-            if self.same_media():
+        size, count, is_float = x.shape[0] if x.ndim else 0, len(self.names), x.is_floating_point()
+        is_rows = size in (count, count * self.times)
+        is_flat = x.ndim == (2 if is_float else 1)  # features, or indices
+        called_with = layer.called_with
+        if (
+            called_with == MEDIA_OF_BATCH and is_float and size and size % count == 0
+        ):  # indices may be those of positions
+            if not torch.compiler.is_compiling() and self.same_media():
                 return size // count
-        counts = layer.counts
-        is_flat = x.ndim == (2 if x.is_floating_point() else 1)  # features, or indices
-        if counts == POSITIONS_FIRST and (size not in (count, count * self.times) or (is_flat and self.length == 1)):
-            counts = None  # its shape says whether these are tokens of all rows
-        if counts is not None:
-            self.refuse(layer, f"is called with {counts}, not with rows of the batch")
-        if size in (count, count * self.times):
+        if called_with == POSITIONS_FIRST and (not is_rows or (is_flat and self.length == 1)):
+            called_with = None  # its shape says whether these are tokens of all rows
+        if called_with is not None:
+            self.refuse(layer, f"is called with {called_with}, not with rows of the batch")
+        if is_rows:
             return size // count
         if is_flat and self.length and size in (count * self.length, count * self.times * self.length):
             return size // count  # tokens of all rows in one dimension
@@ -135,7 +137,7 @@ class Parts:
         for place, name in enumerate(names):
             places.setdefault(name, []).append(place)
         size = functools.reduce(math.gcd, [len(list(run)) for _, run in groupby(names)])
-        order = numbers([place for group in places.values() for place in group], device)
+        order = tensor_of([place for group in places.values() for place in group], device)
         sorted_already = len(list(groupby(names))) == len(places)
         groups = tuple((name, _selector(group, device)) for name, group in places.items())
         return cls(groups, None if sorted_already else order.argsort(), tuple(names[::size]), size)
@@ -146,28 +148,26 @@ class Parts:
         return together if self.back is None else together.index_select(0, self.back)
 
 
-def taken(x: Tensor, selector: Selector) -> Tensor:
-    """The entries of one group."""
+def select(x: Tensor, selector: Selector) -> Tensor:
+    """These entries of the first dimension of x."""
     return x[selector] if isinstance(selector, slice) else x.index_select(0, selector)
 
 
-def as_mask(which: Tensor, x: Tensor) -> Tensor:
-    """One value for each entry of the first dimension of x, in a shape to choose from x by."""
-    return which.view(-1, *(1 for _ in x.shape[1:]))
+def choose(which: Tensor, x: Tensor, others: Tensor | float = 0) -> Tensor:
+    """Entries of x where `which` is True, one value each, else those of `others`.
 
-
-def only(which: Tensor, x: Tensor) -> Tensor:
-    """These entries of the first dimension of x, and 0 for the others: NaN in one gives neither them nor an adapter a gradient."""
-    return torch.where(as_mask(which, x), x, 0)
+    With 0 a NaN in another entry gives neither that nor an adapter a gradient.
+    """
+    return torch.where(which.view(-1, *(1 for _ in x.shape[1:])), x, others)
 
 
 def _selector(places: list[int], device: torch.device) -> Selector:
     first, last = places[0], places[-1]
-    return slice(first, last + 1) if last - first + 1 == len(places) else numbers(places, device)
+    return slice(first, last + 1) if last - first + 1 == len(places) else tensor_of(places, device)
 
 
-def numbers(values: Sequence[Any], device: torch.device) -> Tensor:
-    """A tensor of them. A GPU is not waited for: what it copies is set aside before the call returns."""
+def tensor_of(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor of these numbers. A GPU is not waited for: what it copies is set aside before the call returns."""
     return torch.tensor(values, device="cpu").to(device, non_blocking=True)
 
 

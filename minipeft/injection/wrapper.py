@@ -38,8 +38,8 @@ class Switch:
         self.read: set[int] | None = None  # ids of the wrappers whose weight is used, while a pass is watched
         self.running: list[tuple[str, ...]] = []  # adapters of each call whose rows differ, in all threads
         self.changing = threading.RLock()  # held while adapters change: such a call begins before or after that
-        self.order_known = False  # see `minipeft.injection.row_order`
-        self.order_told = False  # see `minipeft.injection.row_order.mark_rows`
+        self.order_known = False  # whether rows come first in each layer, see `minipeft.injection.row_order`
+        self.order_unclear = False  # whether that takes more than the shapes of inputs, see `mark_rows` there
         self.trained_by_row = False  # the last call with gradients was such a one
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Wrapper(nn.Module):
 
     switch: Switch
     is_the_module: bool
-    counts: str | None  # what its inputs have in place of the batch's rows, see `minipeft.injection.row_order`
+    called_with: str | None  # in place of the rows of the batch, see `minipeft.injection.row_order`
 
     def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Wrapper(nn.Module):
         own["switch"] = switch
         own["is_the_module"] = True  # see `minipeft.injection.apply`
         own["training"] = base_layer.training
-        own["counts"] = None
+        own["called_with"] = None
 
     def file_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The tensors that are saved for one adapter: the key after this module's name in a file -> the live tensor."""
@@ -151,7 +151,7 @@ class Wrapper(nn.Module):
         here = self.adapters._modules
         if torch.compiler.is_compiling():  # the graph is for any rows
             return rows if any(name in here for name in rows.known) else None
-        return rows if rows.only(here) is None else None
+        return rows if rows.common(here) is None else None
 
     def as_one_node(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of this module in a graph of ``torch.fx.symbolic_trace``, which does not look into torch's own layers either."""

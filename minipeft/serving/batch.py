@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from minipeft.ecosystem.transformers_model import CACHES
 from minipeft.errors import StateError
-from minipeft.injection.rows import Rows, numbers
+from minipeft.injection.rows import Rows, tensor_of
 from minipeft.injection.rows_of_call import rows_acting, rows_of_call
 from minipeft.model import AdaptedModel
 
@@ -107,7 +107,7 @@ class Batch:
             )
 
     def _tensor(self, values: list[list[int]]) -> Tensor:
-        return numbers(values, next(self.model.parameters()).device)
+        return tensor_of(values, next(self.model.parameters()).device)
 
     def _routed(self, rows: Sequence[Row], ids: Tensor) -> Rows | None:
         """The adapter of each row, with what layers make of that for as long as the rows stay; None without adapters."""
