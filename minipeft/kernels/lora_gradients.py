@@ -46,27 +46,80 @@ def gradients(
     """
     if torch.is_grad_enabled():
         return _second_order(dy, kept, weight, lora_A, lora_B, ctx)
-    if ctx.goes_through:
-        return _in_slices(dy, kept, weight, lora_A, lora_B, h, ctx)
-    x = None if not kept else kept[0] if ctx.again is None else ctx.again.output(kept)
     shape = (*dy.shape[:-1], lora_A.shape[1])
-    rows, dy = None if x is None else x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    W, merged = _multiplier(dy, weight, lora_A, lora_B, ctx)
-    dx, dA, dB = _first_order(dy, rows, W, merged, lora_A, lora_B, h, ctx)
+    dy = dy.reshape(-1, dy.shape[-1])
+    first = _FirstOrder(dy, weight, lora_A, lora_B, ctx)
+    if ctx.goes_through:
+        return _in_slices(first, dy, kept, h)
+    x = None if not kept else kept[0] if ctx.again is None else ctx.again.output(kept)
+    dx, dA, dB = first.of(dy, None if x is None else x.reshape(-1, x.shape[-1]), h)
     return (None if dx is None else dx.view(shape),), dA, dB
 
 
-def _in_slices(
-    dy: Tensor, kept: Kept, weight: Weight, lora_A: Tensor, lora_B: Tensor, h: Tensor | None, ctx: Any
-) -> Gradients:
+class _FirstOrder:
+    """The gradients of some rows at a time, with what is the same for all rows.
+
+    Attributes:
+        W: what dy is multiplied by to give dx; None if that is not needed.
+        merged: whether it is W + s B A instead of W.
+    """
+
+    def __init__(self, dy: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> None:
+        self.lora_A, self.lora_B, self.ctx = lora_A, lora_B, ctx
+        wants_x, _, _, self.wants_A, self.wants_B, *_ = ctx.needs_input_grad
+        self.W, self.merged = None, False
+        if any(ctx.needs_input_grad[KEPT:]) if ctx.goes_through else wants_x:
+            self.W = W = held_or_made(weight, dy.dtype)
+            if ctx.mask is None and merged_weight.pays(dy, W):
+                self.W = merged_weight.merged(W, lora_A, lora_B, ctx.scaling, in_place=W is not weight)
+                self.merged = True
+
+    def of(
+        self, dy: Tensor, rows: Tensor | None, h: Tensor | None, start: int = 0
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of some rows from `start` on, shapes (rows, in), (r, in) and (out, r); without the rows none of A."""
+        s, mask, dtypes = self.ctx.scaling, self.ctx.mask, self.ctx.dtypes
+        dx = dA = dB = None
+        if self.wants_B:
+            if h is None and rows is not None:
+                h = project_down(rows, self.lora_A, mask)
+            assert h is not None
+            dB = matmul.scaled(dy.t(), h, s, dtypes[1])
+        needs_g = self.wants_A or (self.W is not None and not self.merged)
+        g = matmul.narrow(dy, self.lora_B) if needs_g else None  # (rows, r)
+        if self.W is not None:
+            dx = matmul.times(dy, self.W)
+            if mask is None and g is not None and not self.merged:
+                matmul.add_product(dx, g, self.lora_A, s)
+        if mask is not None and g is not None:
+            dA = self._through_mask(dx, rows, g, start)
+        elif self.wants_A and g is not None and rows is not None:
+            dA = matmul.scaled(g.t(), rows, s, dtypes[0])
+        return dx, dA, dB
+
+    def _through_mask(self, dx: Tensor | None, rows: Tensor | None, g: Tensor, start: int) -> Tensor | None:
+        """Add to dx what comes through A and the mask, and return the gradient of A, if it is needed."""
+        mask, factor = self.ctx.mask, self.ctx.scaling * self.ctx.mask.scale
+        dA, shaped = torch.zeros_like(self.lora_A), dx if rows is None else rows
+        for block, survives, dropped in mask.blocks(shaped, start) if shaped is not None else ():
+            if self.wants_A:
+                matmul.add_product(dA, g[block].t(), dropped, alpha=factor)
+            if dx is not None:
+                through = matmul.outer(g[block], self.lora_A)
+                if dx.device.type == "cpu":
+                    dx[block].add_(through.mul_(survives), alpha=factor)
+                else:  # in one pass, which casts the mask as it reads
+                    dx[block].addcmul_(through, survives, value=factor)
+        return dA.to(self.ctx.dtypes[0]) if self.wants_A else None
+
+
+def _in_slices(first: _FirstOrder, dy: Tensor, kept: Kept, h: Tensor | None) -> Gradients:
     """Through the activation before, whose arrays are the widest of all, a slice of the rows at a time."""
-    into, dy = [tensor.reshape(-1, tensor.shape[-1]) for tensor in kept], dy.reshape(-1, dy.shape[-1])
-    W, merged = _multiplier(into[0], weight, lora_A, lora_B, ctx)
+    into = [tensor.reshape(-1, tensor.shape[-1]) for tensor in kept]
 
     def of_slice(some: slice) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
-        x, back = recompute.with_back(ctx.again.module, *(rows[some] for rows in into))
-        own_h = None if h is None else h[some]
-        dx, dA, dB = _first_order(dy[some], x, W, merged, lora_A, lora_B, own_h, ctx, some.start)
+        x, back = recompute.with_back(first.ctx.again.module, *(rows[some] for rows in into))
+        dx, dA, dB = first.of(dy[some], x, None if h is None else h[some], some.start)
         assert dx is not None
         return back(dx), dA, dB
 
@@ -75,11 +128,10 @@ def _in_slices(
     if len(parts) == 1:  # a copy would be one more pass over the widest arrays
         found, dA, dB = of_slice(parts[0])
     else:
-        _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
         found = [torch.empty_like(rows) for rows in into]
-        dtypes = ctx.dtypes
-        dA = torch.zeros_like(lora_A, dtype=dtypes[0]) if wants_A else None
-        dB = torch.zeros_like(lora_B, dtype=dtypes[1]) if wants_B else None
+        dtypes = first.ctx.dtypes
+        dA = torch.zeros_like(first.lora_A, dtype=dtypes[0]) if first.wants_A else None
+        dB = torch.zeros_like(first.lora_B, dtype=dtypes[1]) if first.wants_B else None
         for some in parts:
             through, *more = of_slice(some)
             for whole, part in zip((dA, dB), more, strict=True):
@@ -88,66 +140,6 @@ def _in_slices(
             for rows, gradient in zip(found, through, strict=True):
                 rows[some] = gradient
     return tuple(rows.view(tensor.shape) for rows, tensor in zip(found, kept, strict=True)), dA, dB
-
-
-def _multiplier(rows: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> tuple[Tensor | None, bool]:
-    """What dy is multiplied by to give dx, if that is needed, and whether it is W + s B A instead of W."""
-    if not (any(ctx.needs_input_grad[KEPT:]) if ctx.goes_through else ctx.needs_input_grad[0]):
-        return None, False
-    W = held_or_made(weight, rows.dtype)
-    if ctx.mask is not None or not merged_weight.pays(rows, W):
-        return W, False
-    return merged_weight.merged(W, lora_A, lora_B, ctx.scaling, in_place=W is not weight), True
-
-
-def _first_order(
-    dy: Tensor,
-    rows: Tensor | None,
-    W: Tensor | None,
-    merged: bool,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    h: Tensor | None,
-    ctx: Any,
-    start: int = 0,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of some rows from `start` on, shapes (rows, in), (r, in) and (out, r); without the rows none of A."""
-    _, _, _, wants_A, wants_B, *_ = ctx.needs_input_grad
-    s, mask = ctx.scaling, ctx.mask
-    dx = dA = dB = None
-    if wants_B:
-        if h is None and rows is not None:
-            h = project_down(rows, lora_A, mask)
-        assert h is not None
-        dB = matmul.scaled(dy.t(), h, s, ctx.dtypes[1])
-    g = matmul.narrow(dy, lora_B) if wants_A or (W is not None and not merged) else None  # (rows, r)
-    if W is not None:
-        dx = matmul.times(dy, W)
-        if mask is None and g is not None and not merged:
-            matmul.add_product(dx, g, lora_A, s)
-    if mask is not None and g is not None:
-        dA = _through_mask(dx, rows, g, lora_A, ctx, start)
-    elif wants_A and g is not None and rows is not None:
-        dA = matmul.scaled(g.t(), rows, s, ctx.dtypes[0])
-    return dx, dA, dB
-
-
-def _through_mask(
-    dx: Tensor | None, rows: Tensor | None, g: Tensor, lora_A: Tensor, ctx: Any, start: int
-) -> Tensor | None:
-    """Add to dx what comes through A and the mask, and return the gradient of A, if it is needed."""
-    wants_A, factor = ctx.needs_input_grad[3], ctx.scaling * ctx.mask.scale
-    dA, shaped = torch.zeros_like(lora_A), dx if rows is None else rows
-    for block, survives, dropped in ctx.mask.blocks(shaped, start) if shaped is not None else ():
-        if wants_A:
-            matmul.add_product(dA, g[block].t(), dropped, alpha=factor)
-        if dx is not None:
-            through = matmul.outer(g[block], lora_A)
-            if dx.device.type == "cpu":
-                dx[block].add_(through.mul_(survives), alpha=factor)
-            else:  # in one pass, which casts the mask as it reads
-                dx[block].addcmul_(through, survives, value=factor)
-    return dA.to(ctx.dtypes[0]) if wants_A else None
 
 
 def _second_order(dy: Tensor, kept: Kept, weight: Weight, lora_A: Tensor, lora_B: Tensor, ctx: Any) -> Gradients:

@@ -63,11 +63,20 @@ def lora_linear(
         if not merged_weight.pays(rows, weight):
             return _few_rows(x, rows, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, learns)
     mask = DropoutMask(dropout) if dropout > 0 else None
-    if learns:
-        return _learning(x, weight, bias, lora_A, lora_B, scaling, mask)
-    # Without gradients use torch's own kernel, so that a zero adapter reproduces the base bit for bit.
-    A, B = held_or_made(lora_A, x.dtype), held_or_made(lora_B, x.dtype)
-    return _shaped(_product(x.reshape(-1, features), weight, bias, A, B, scaling, mask, matmul.torch_linear)[0], x)
+    if not learns:  # use torch's own kernel, so that a zero adapter reproduces the base bit for bit
+        A, B = held_or_made(lora_A, x.dtype), held_or_made(lora_B, x.dtype)
+        return _shaped(_product(x.reshape(-1, features), weight, bias, A, B, scaling, mask, matmul.torch_linear)[0], x)
+    # Only the gradient of A needs x again: with a frozen A only h is kept (LoRA-FA, arXiv:2308.03303).
+    source = recompute.source_of(x) if lora_A.requires_grad else None
+    kept: tuple[Tensor, ...] = (x,) if lora_A.requires_grad else ()
+    again, goes_through = None, False
+    if source is not None:
+        kept, again, goes_through = source.inputs, source.again, recompute.leads_back(x, source)
+        again.users += 1
+    given = x.detach() if goes_through else x
+    return _LoraLinear.apply(  # type: ignore[no-untyped-call,unused-ignore]
+        given, weight, bias, lora_A, lora_B, scaling, mask, again, goes_through, *kept
+    )
 
 
 def _few_rows(
@@ -90,28 +99,6 @@ def _few_rows(
         return torch.addmm(flat, h, lora_B.t(), alpha=scaling).view(y.shape)
     flat.addmm_(h, lora_B.t(), alpha=scaling)
     return y
-
-
-def _learning(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    mask: DropoutMask | None,
-) -> Tensor:
-    # Only the gradient of A needs x again: with a frozen A only h is kept (LoRA-FA, arXiv:2308.03303).
-    source = recompute.source_of(x) if lora_A.requires_grad else None
-    kept = () if not lora_A.requires_grad else (x,) if source is None else source.inputs
-    goes_through = source is not None and recompute.leads_back(x, source)
-    if source is not None:
-        source.again.users += 1
-    again = None if source is None else source.again
-    given = x.detach() if goes_through else x
-    return _LoraLinear.apply(  # type: ignore[no-untyped-call,unused-ignore]
-        given, weight, bias, lora_A, lora_B, scaling, mask, again, goes_through, *kept
-    )
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
