@@ -19,7 +19,7 @@ from minipeft.errors import StateError, all_or_nothing, shown
 from minipeft.files.foreign_options import check_options
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
-from minipeft.files.load import load_parts, put_rows, warn_if_idle
+from minipeft.files.load import load_parts, warn_if_idle
 from minipeft.files.save_pretrained import DEFAULT, SavableModel
 from minipeft.files.trl_guard import TrainedAlone
 from minipeft.injection.attach import attach, detach, remove, switch_to
@@ -116,11 +116,11 @@ def load_adapter(
     adapted = model if isinstance(model, AdaptedModel) else None
     unmerged = contextlib.nullcontext() if adapted is None else adapted._unmerged()
     with unmerged, no_collection(), torch.inference_mode(False):  # as in `_adapt`
-        plan, parts = load_parts(
+        plan, parts, new_rows = load_parts(
             model, path, strict=strict, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
         )
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
-        put_rows(parts.rows)
+        new_rows.put_in_base()
         if not is_trainable:
             warn_if_idle(path, parts)
     if adapted is None and not is_trainable:

@@ -102,7 +102,7 @@ class HotswapModel(WithAdapters):
         path = adapter_directory(
             directory, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
         )
-        plan, parts = load_parts(
+        plan, parts, _ = load_parts(
             self, path, strict=True, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
         )
         try:

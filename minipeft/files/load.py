@@ -28,7 +28,7 @@ from minipeft.files.new_rows import NewRows
 from minipeft.files.peft_extras import as_peft_reads, has_keys_of
 from minipeft.files.reading import reading
 from minipeft.files.resized_vocabulary import IN_LAYER
-from minipeft.injection.build import Parts, TableRows, build
+from minipeft.injection.build import Parts, build
 from minipeft.injection.build_from_file import build_from
 from minipeft.injection.module_tree import Candidate, candidates
 from minipeft.injection.modules_to_save import SavedModule
@@ -73,8 +73,10 @@ def load_parts(
     strict: bool,
     allow_base_mismatch: bool,
     key_mapping: Mapping[str, str] | None = None,
-) -> tuple[Plan, Parts]:
+) -> tuple[Plan, Parts, NewRows]:
     """Read an adapter directory and build what it describes for this model; the model is only read.
+
+    Of the new rows, the caller puts those that are for the base into it, once all else has gone well.
 
     Shapes are compared before memory is allocated for them, and everything is checked before anything is built.
 
@@ -112,7 +114,7 @@ def load_parts(
     _tell(directory, file)
     _tell_of_lost_biases(file, plan)
     values.update(new_rows.values)
-    return plan, replace(build_from(plan, shapes, tensors, values), rows=tuple(new_rows.base))
+    return plan, build_from(plan, shapes, tensors, values), new_rows
 
 
 def _check_not_hidden(model: nn.Module, file: AdapterFile, found: dict[str, Candidate]) -> None:
@@ -122,18 +124,6 @@ def _check_not_hidden(model: nn.Module, file: AdapterFile, found: dict[str, Cand
     for name in around:
         if not within(name, saved) and has_keys_of(file, [name]):
             raise OccupiedError(f"{name}: another adapter trains it in full, and this one adapts layers in it.")
-
-
-@torch.no_grad()
-def put_rows(rows: Iterable[TableRows]) -> None:
-    """Give the base the rows that a file brings for it, in place of those that were drawn when it was resized."""
-    for table in rows:
-        if table.ids:
-            table.weight[table.ids] = table.values.to(table.weight)
-            warn(
-                f"rows {shown(table.ids)} of {table.name}, which resizing the base drew at random, have the adapter file's values "
-                "now, in the base itself."
-            )
 
 
 def _tell(directory: Path, file: AdapterFile) -> None:

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from minipeft.config.patterns import is_suffix
 from minipeft.ecosystem.wrapper_names import PREFIX
-from minipeft.errors import CheckpointError, shown
+from minipeft.errors import CheckpointError, shown, warn
 from minipeft.files.format import FLOATS, AdapterFile
 from minipeft.files.resized_vocabulary import IN_LAYER, OPTION, Table, ids_by_name, tables
-from minipeft.injection.build import TableRows
 from minipeft.injection.module_tree import wrappers
 from minipeft.kernels.functional import agree
 from minipeft.layers.offloaded import values_of
@@ -114,7 +113,6 @@ class NewRows:
         config: the file's, with the rows in ``trainable_token_indices``.
         values: by the key that they have as rows of tokens.
         done: keys of what they come from: whole tables, and rows that train.
-        base: those that the base itself gets.
         lacking: what to warn of.
 
     Raises:
@@ -126,7 +124,8 @@ class NewRows:
         known = tables(model)
         trained = ids_by_name(known, getattr(file.config, OPTION, None))
         self.file, self.ids = file, dict(trained)  # the rows of each table that train here
-        self.values, self.done, self.base = dict[str, Tensor](), set[str](), list[TableRows]()
+        self.values, self.done = dict[str, Tensor](), set[str]()
+        self._of_base: list[tuple[Table, list[int], Tensor]] = []  # rows for the base itself
         whole = [WholeTable(file, table) for table in known.values()]
         for table in whole:
             if not table.keys or not table.ids:
@@ -136,12 +135,12 @@ class NewRows:
                 if table.ids_for_base is None:
                     self._as_rows_of_tokens(table, trained.get(table.table.name, []))
                 else:
-                    self._in_base(table, table.ids_for_base)
+                    self._as_rows_of_base(table, table.ids_for_base)
         option: dict[str, Any] = {OPTION: self.ids}
         self.config = file.config if self.ids == trained else dataclasses.replace(file.config, **option)
         self.lacking = list(self._lacking(whole)) if any(table.keys for table in whole) else []
 
-    def _in_base(self, whole: WholeTable, ids: list[int]) -> None:
+    def _as_rows_of_base(self, whole: WholeTable, ids: list[int]) -> None:
         """Let the base have these rows, if resizing it drew all of them at random."""
         table, size = whole.table, whole.table.base_rows
         if size is None or min(ids, default=size) < size:
@@ -155,7 +154,7 @@ class NewRows:
                 f"{self.file.path} brings rows {shown(ids)} of {table.name}, where resizing drew others here, and the base itself "
                 f"has to take them. Load this adapter {advice}, or resize the base with the seed of that run."
             )
-        self.base.append(TableRows(table.name, table.weight, ids, whole.values[ids]))
+        self._of_base += [(table, ids, whole.values[ids])] if ids else []
         self.done.update(whole.keys)
 
     def _as_rows_of_tokens(self, whole: WholeTable, trained: list[int]) -> None:
@@ -171,6 +170,16 @@ class NewRows:
                 rows = torch.cat([own, rows.to(own)])
                 self.done.add(key)
             self.values[key], self.ids[whole.table.name] = rows, [*trained, *added]
+
+    @torch.no_grad()
+    def put_in_base(self) -> None:
+        """Give the base the rows that are for it, in place of those that were drawn when it was resized."""
+        for table, ids, values in self._of_base:
+            table.weight[ids] = values.to(table.weight)
+            warn(
+                f"rows {shown(ids)} of {table.name}, which resizing the base drew at random, have the adapter file's values now, in "
+                "the base itself."
+            )
 
     def _lacking(self, whole: list[WholeTable]) -> Iterator[str]:
         """What to say of new rows of which a file brings nothing: PEFT writes the table that LoRA acts on, and not the other."""

@@ -23,22 +23,11 @@ from minipeft.methods.base import Adapter
 
 
 @dataclass(frozen=True)
-class TableRows:
-    """Rows that a file brings for a table of the base, where resizing its vocabulary drew some at random."""
-
-    name: str  # of the table
-    weight: Tensor  # shape (tokens, width)
-    ids: list[int]
-    values: Tensor  # shape (len(ids), width)
-
-
-@dataclass(frozen=True)
 class Parts:
     """What a plan puts into a model: one adapter per adapter site, one trained copy per saved site."""
 
     adapters: tuple[Adapter, ...]
     copies: tuple[nn.Module, ...]
-    rows: tuple[TableRows, ...] = ()  # of the base itself, put there by `minipeft.load_adapter` alone
 
     def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
         """Key in a file -> the live tensor."""

@@ -141,7 +141,7 @@ def _adapted(base: Base, folder: Path, allow_base_mismatch: bool) -> tuple[DiskM
             f"{shown(lost)}: the adapter was trained with values for it that neither the base nor the adapter has. Save the "
             "model that it was trained on, and merge into that."
         )
-    plan, parts = load_parts(made.model, folder, strict=True, allow_base_mismatch=allow_base_mismatch)
+    plan, parts, _ = load_parts(made.model, folder, strict=True, allow_base_mismatch=allow_base_mismatch)
     attach(made.model, MergeableModel, plan, parts, NAME, trainable=False)
     warn_if_idle(folder, parts)
     for _, layer in adapted_layers(made.model):
