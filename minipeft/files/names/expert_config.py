@@ -12,7 +12,7 @@ from minipeft.files.names.fused_pair import FusedPair
 from minipeft.injection.module_tree import Candidate
 from minipeft.layers.base import layer_ops
 
-TABLES = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+PATTERN_TABLES = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def with_parameters(
@@ -29,7 +29,7 @@ def with_parameters(
         "target_parameters": list(dict.fromkeys([*_kept(given.target_parameters or (), found, old), *short.values()])),
         "lora_dropout": 0.0,
     }
-    for option, table in TABLES.items():
+    for option, table in PATTERN_TABLES.items():
         before, wanted = getattr(given, table), {name: getattr(pair, option) for name, pair in pairs.items()}
         if before or set(wanted.values()) != {getattr(given, option)}:
             used = set(first_keys(before, [*_layers(found), *pairs], table).values())
@@ -39,7 +39,7 @@ def with_parameters(
 
 
 def _kept(targets: Collection[str], found: Mapping[str, Candidate], old: Iterable[str]) -> list[str]:
-    """``target_parameters`` without those that only matched the weight of a layer that is none any more."""
+    """``target_parameters`` without those that only matched the weight of what is no longer a layer."""
     gone = _used(targets, (f"{name}.weight" for name in old)) - _used(targets, _parameters(found))
     return [target for target in targets if target not in gone]
 

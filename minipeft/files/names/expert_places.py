@@ -50,7 +50,7 @@ class ExpertPlace:
         return f"{self.module}.{self.parameter}"
 
     def rows(self, features: int) -> slice:
-        """Which of this many output features of one expert are the module's."""
+        """Which output features of one expert are the module's, out of this many."""
         size = features // self.parts
         return (
             slice(self.part, None, self.parts) if self.alternates else slice(self.part * size, (self.part + 1) * size)
@@ -67,13 +67,13 @@ class ExpertPlaces:
         self._by_tail: dict[str, list[str]] = {}
         for name in self.parameters:
             self._by_tail.setdefault(tail(name), []).append(name)
-        self._renamings, self._converters = tables(model) if self.parameters else ([], [])
+        self._renamings, self._converters = conversions(model) if self.parameters else ([], [])
         self._scopes = {t.scope_prefix for t in self._converters if t.scope_prefix}
         self._known: dict[tuple[str, str], ExpertPlace | None] = {}
         self._unknown: set[str] = set()
 
     def of(self, name: str) -> ExpertPlace | None:
-        """The place of a layer of the file that is none in the model; None if it has no place, or is one.
+        """The place of a layer of the file that is not a layer of the model; None if it is one there too, or has no place.
 
         Raises:
             CheckpointError: there are two places for it.
@@ -116,7 +116,7 @@ class ExpertPlaces:
         return ExpertPlace(*found, part, parts, alternates=not getattr(base, "is_concatenated", True))
 
     def _only(self, name: str, read: Callable[[str], ExpertPlace | None]) -> ExpertPlace | None:
-        """The place of a name; or, as a part of the model may have a table of its own, of the only part that has one."""
+        """The place of a name by the model's tables; if it has none, by the tables of a part of the model, if only one has it."""
         found = [read(name)]
         if found == [None]:
             found = list({read(f"{scope}.{tail(name)}") for scope in self._scopes} - {None})
@@ -201,7 +201,7 @@ def _bare_parameters(found: Mapping[str, Candidate]) -> Iterator[tuple[str, tupl
                 yield from ((f"{known}.{parameter}", (first, parameter)) for parameter in bare)
 
 
-def tables(model: nn.Module, *, add_legacy: bool = True) -> tuple[list[Any], list[Any]]:
+def conversions(model: nn.Module, *, add_legacy: bool = True) -> tuple[list[Any], list[Any]]:
     """The (renamings, converters) that transformers has for a model; both empty if it has none.
 
     `add_legacy`: those too that are for any model, such as ``LayerNorm.gamma``.

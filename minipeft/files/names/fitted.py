@@ -15,7 +15,7 @@ from minipeft.config.patterns import MAX_EXPRESSIONS, SECONDS_PER_OPTION, compil
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, ConfigError, told, told_error
 from minipeft.files.format import AdapterFile
-from minipeft.files.names.expert_places import tables
+from minipeft.files.names.expert_places import conversions
 from minipeft.files.names.experts import fused_experts
 from minipeft.files.names.modules import names_in_file
 from minipeft.files.names.other_class import OtherClass
@@ -25,7 +25,7 @@ from minipeft.files.names.wrapper_parts import plain_name, shared_key
 from minipeft.injection.module_tree import Candidate, candidates
 
 logger = logging.getLogger("minipeft")
-TABLES = "transformers' tables of renamed weights"
+PUBLISHED = "transformers' tables of renamed weights"
 MAX_TENSORS = 16  # of an adapter on one module; no other names give places to more
 MAX_NAME = 2000  # characters that a name may have after it was replaced
 # Where the part of an adapter begins in a name; what stands before it is a module's.
@@ -40,12 +40,9 @@ def in_names_of(
     strict: bool = True,
     found: dict[str, Candidate] | None = None,
 ) -> AdapterFile:
-    """The file under the model's names, its configuration too; as it is if its own names have places, or none do.
+    """The file under the model's names, its configuration too; as it is if its own names have places, or no reading fits.
 
-    Experts that it has one by one are put together first, see `minipeft.files.names.experts`.
-
-    Own names come first, then those without what wrappers add, transformers' published tables, and the names of another
-    class that has the same modules. A reading counts only if every tensor has a place then. The tensors' shapes are
+    `minipeft.files.names` lists the readings. One counts only if every tensor has a place then. The tensors' shapes are
     compared later, as those of any file.
 
     Args:
@@ -82,14 +79,13 @@ def _readings(file: AdapterFile, places: Places, plain: Mapping[str, str], stric
     """What the keys may mean, the surest first."""
     yield Reading(plain, "without the names of wrappers")
     published = _published_names(places.model, plain)
-    # An old name may by chance be another module's new one, so first all of them are renamed, and then the others only.
+    yield Reading(published, PUBLISHED)
+    # An old name may by chance be another module's new one, so a name that has a place is renamed above, and kept here.
     own = {key: name if places.place(name) is not None else published[key] for key, name in plain.items()}
-    yield Reading(published, TABLES)
-    yield Reading(own, TABLES)
+    yield Reading(own, PUBLISHED)
     other = OtherClass(places, file)
-    for names in (own, dict(plain)):
-        found = other.reading(names, partial=not strict)
-        if found is not None:
+    for names in (own, plain):
+        if (found := other.reading(names, partial=not strict)) is not None:
             yield found
 
 
@@ -198,7 +194,7 @@ def _check_mapping(mapping: object) -> None:
 
 def _published_names(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     """The names of a file, by key, as transformers' tables of renamed weights have them for a model."""
-    renamings, _ = tables(model)
+    renamings, _ = conversions(model)
     return {key: _renamed(name, renamings) for key, name in names.items()} if renamings else dict(names)
 
 

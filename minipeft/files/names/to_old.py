@@ -20,8 +20,8 @@ from minipeft.config.patterns import endings
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, printable, shown
 from minipeft.files.format import AdapterFile
-from minipeft.files.names.expert_config import TABLES
-from minipeft.files.names.expert_places import tables
+from minipeft.files.names.expert_config import PATTERN_TABLES
+from minipeft.files.names.expert_places import conversions
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.modules import ModuleNames
 from minipeft.files.names.places import Places
@@ -71,7 +71,7 @@ def old_names(model: nn.Module) -> OldNames:
     Raises:
         CheckpointError: two lists of experts in it had other layers under one parameter's name.
     """
-    found, (renamings, converters) = candidates(model), tables(model, add_legacy=False)
+    found, (renamings, converters) = candidates(model), conversions(model, add_legacy=False)
     # Other prefixes are those of checkpoints of a larger model, and none of this one's.
     table = [e for e in (*renamings, *converters) if type(e).__name__ != "PrefixChange" or _was_a_module(e)]
     modules: dict[str, str] = {}
@@ -161,7 +161,7 @@ def _with_routers(config: AdapterConfig, routers: Collection[str]) -> AdapterCon
         "target_parameters": [e for e in given.target_parameters or () if e not in entries] or None
     }
     configs = given.for_modules(weights)
-    for option, table in TABLES.items():
+    for option, table in PATTERN_TABLES.items():
         others = {name: getattr(configs[f"{name}.weight"], option) for name in routers}
         changes[table] = {n: v for n, v in others.items() if v != getattr(given, option)} | getattr(given, table)
     return replace(config, **changes)
