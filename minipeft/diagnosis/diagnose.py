@@ -54,7 +54,7 @@ def diagnose(
 
     Raises:
         DataError: the model cannot take the batch, or it trains and the batch has no labels.
-        ConfigError: an argument is of another kind, or the adapters are none that sit on layers, as prompts do not.
+        ConfigError: an argument is of another kind, or the adapters are not on layers, such as prompts.
         CheckpointError: `adapter_dir` holds no adapter.
     """
     _check_arguments(model, batch, optimizer)

@@ -183,7 +183,7 @@ def planned_frozen_weights(
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """What `frozen_weights` will return once a plan is carried out in a model with these `candidates`.
 
-    Nothing if nobody asks: all samples of a file, named in `sampled`, are of adapted layers, and no weight was drawn at random.
+    Nothing if it is not needed: all samples of a file, named in `sampled`, are of adapted layers, and no weight was drawn at random.
     """
     asked = plan.origins.fresh or set(sampled).difference(site.name for site in plan.adapters)
     if plan.origins.all_known or not asked:

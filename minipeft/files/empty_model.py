@@ -99,7 +99,7 @@ def _model_class(
     elif task in HEADS:
         cls: Any = getattr(transformers, HEADS[task])._model_mapping.get(type(config), ())
         with_head = [each.__name__ for each in (cls if isinstance(cls, tuple | list) else [cls])]
-        # A model for images and text is none of the causal ones, and is adapted as what it is.
+        # A model for images and text is not among the causal ones, and keeps its own class.
         other = task not in GENERATING or own is None or own.endswith("Model")
         own = with_head[0] if with_head and own not in with_head and other else own
     return _class_named(transformers, folder, own)

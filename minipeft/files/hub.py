@@ -120,7 +120,7 @@ class _Repository:
 
     def shows_adapter(self, name: str) -> bool:
         """Whether the header of a file of weights, all that is asked for, is that of a known format."""
-        with contextlib.suppress(Exception):  # of the hub, or of a header that is none
+        with contextlib.suppress(Exception):  # from the hub, or since the header is broken
             api, path = HfApi(token=self.token, library_name="minipeft"), f"{self.folder}{name}"
             found = api.parse_safetensors_file_metadata(self.repo_id, path, revision=self.commit)
             entries = {key: Entry(tuple(info.shape), info.dtype, (key,)) for key, info in found.tensors.items()}
@@ -131,7 +131,7 @@ class _Repository:
 def _weights_of_another_tool(repository: _Repository, names: Sequence[str]) -> str | None:
     """The file with an adapter of a format that is known; None if there is none, or several.
 
-    Of a file with a name of its own only the header is asked for first, since it may be a whole model.
+    If the name says nothing, only the header is asked for first, since the file may be a whole model.
     """
     flat = [name for name in names if "/" not in name]
     found = weights_in(flat)

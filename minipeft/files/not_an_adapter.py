@@ -1,6 +1,6 @@
 """Naming what is not an adapter as what it is: by the names in a folder, the first bytes of a file, or the keys in it.
 
-Nothing here decides whether something is an adapter. It only completes the message about something that is none.
+Nothing here decides whether something is an adapter. It only completes the message about something that is not one.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def config_named(values: Mapping[str, Any]) -> str:
 
 
 def tensors_named(keys: Collection[str], parameters: Collection[str]) -> str:
-    """What tensors are none of which an adapter has, as the end of a message; or ""."""
+    """What these tensors are instead of an adapter's, as the end of a message; or ""."""
     if any("exp_avg" in key or "momentum_buffer" in key for key in keys):
         return " It is the state of an optimizer."
     own = set(parameters)

@@ -85,7 +85,7 @@ def parse(payload: bytes) -> Any:
 
 
 def object_in(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text is, read as strictly; None if it is none."""
+    """The JSON object in a text, read as strictly; None if the text is not one."""
     try:
         value = parse(text.encode())
     except (ValueError, RecursionError):

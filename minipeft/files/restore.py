@@ -74,7 +74,7 @@ def _write(model: SavableModel, values: Mapping[str, Mapping[str, Tensor]]) -> N
 
 
 def adapters_in(root: Path) -> set[str]:
-    """Names of the adapters that a directory holds; raises CheckpointError if it is none."""
+    """Names of the adapters that a directory holds; raises CheckpointError if it is not a directory."""
     if not os.path.isdir(root):
         raise CheckpointError(f"{root} is not a directory, so there is no adapter to restore.")
     folders = {path.name: path for path in root.iterdir() if path.is_dir()}

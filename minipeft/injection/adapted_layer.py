@@ -1,4 +1,4 @@
-"""A frozen layer and its adapters, each of which takes its turn on the output."""
+"""A frozen layer and its adapters, which change its output one after the other."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from minipeft.methods.base import Adapter
 
 
 class AdaptedLayer(Wrapper):
-    """A frozen layer and its adapters: ``y = base_layer(x)``, then each active adapter's turn on y.
+    """A frozen layer and its adapters: ``y = base_layer(x)``, which the active adapters change one after the other.
 
-    Merged adapters are in the base weight already and take no turn; `undo` (see `minipeft.merging`) brings the base
+    Merged adapters are in the base weight already and do nothing here; `undo` (see `minipeft.merging`) brings the base
     weight back. `targeted` says whether ``target_modules`` selects the module. An adapter in `tied_adapters` belongs to
     another layer that shares this weight, and is saved and trained there.
     """
@@ -101,10 +101,10 @@ class AdaptedLayer(Wrapper):
         return self.run_with(self.acting(), x, *args, **kwargs)
 
     def acting(self) -> tuple[str, ...]:
-        """Names of the adapters that take their turn now; raises StateError if rows of a batch use different ones."""
+        """Names of the adapters that act now; raises StateError if rows of a batch use different ones."""
         if not self.switch.enabled:
             return ()
-        here: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]  # in a third of the time of an attribute
+        here: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]  # three times as fast as by the attribute
         rows = rows_now(self.switch) if CURRENT.rows is not None else None
         if rows is not None:
             common = rows.common(here)
@@ -125,13 +125,13 @@ class AdaptedLayer(Wrapper):
         return known if len(known) == len(changed) else None
 
     def run_with(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output with exactly these adapters, each taking its turn."""
+        """The output with exactly these adapters, one after the other."""
         y: Any = None
         here: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]
         if len(names) == 1 and here[names[0]].runs_base and not (args or kwargs):
             return here[names[0]](self._modules["base_layer"], self.ops, x, None)  # kept short for single tokens
         acting: list[Any] = [here[name] for name in names]
-        inputs = [x]  # of each adapter, the last one first: its `before` decides what those in front of it see
+        inputs = [x]  # of each adapter, the last one first: its `before` makes the input of those before it
         for adapter in reversed(acting):
             inputs.append(adapter.before(self.base_layer, self.ops, inputs[-1]))
         x = inputs.pop()

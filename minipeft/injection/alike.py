@@ -25,7 +25,7 @@ def stand_in(layer: nn.Module, known: dict[Look, nn.Module]) -> nn.Module:
 
 
 def _look(layer: nn.Module) -> Look:
-    """All that an adapter can see of a layer, but the values of its parameters."""
+    """All that an adapter can see of a layer, except the values of its parameters."""
     seen: list[object] = [type(layer)]
     for name, value in vars(layer).items():
         if name == "_parameters":
@@ -50,7 +50,7 @@ def _without_values(layer: nn.Module) -> nn.Module:
 
 
 def is_simple(module: nn.Module) -> bool:
-    """Whether all that the module has are tensors, numbers and texts, and other modules of which this holds."""
+    """Whether the module has nothing but tensors, numbers, texts and such modules."""
     tables = ("_parameters", "_buffers", "_modules")
     return all(
         type(value) in SCALARS or (type(value) in TABLES and (not value or name in tables))

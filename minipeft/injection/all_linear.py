@@ -46,7 +46,7 @@ def all_linear(
 def of_text(model: nn.Module, eligible: Iterable[str]) -> list[str]:
     """Those of these names that are in the part of a model of several modalities that reads and writes text.
 
-    Which part that is, the model says itself. Of a model that knows text alone it is the whole one. Raises TargetError if there is
+    The model says which part that is; for a model of text it is all of it. Raises TargetError if there is
     none.
     """
     part = text_part(model)
@@ -97,7 +97,7 @@ def _holds_matrices(base: nn.Module) -> bool:
 
 
 def _is_linear(base: nn.Module) -> bool:
-    """Whether a module is a linear layer by its type or its name, and has a weight."""
+    """Whether a module has a weight and is a linear layer, by its type or name."""
     known = any(ops.in_all_linear for _, ops in registry.layer_candidates(type(base)))
     named = "linear" in type(base).__name__.lower() and not base._modules
     return known or (named and _holds_matrices(base))

@@ -68,7 +68,7 @@ def take_out(wrapper: Wrapper, inner: nn.Module, places: tuple[tuple[nn.Module, 
 
 @functools.cache
 def _may_become_wrapper(cls: type) -> bool:
-    """Whether Python lets objects of this class change to that of a wrapper: not if they are laid out in another way."""
+    """Whether Python lets an object of this class become a wrapper: not if it has another layout in memory."""
     try:
         object.__setattr__(object.__new__(cls), "__class__", Wrapper)
     except TypeError:

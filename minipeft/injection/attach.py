@@ -62,7 +62,7 @@ def attach(
 def _note(
     state: AdapterState, plan: Plan, adapter_name: str, here: list[Wrapper], *, trainable: bool, acts: bool
 ) -> None:
-    """Take a new adapter into the state of its model, which has these wrappers; unless it acts and trains, it is at rest then."""
+    """Record a new adapter in the state of its model, which has these wrappers. Unless it acts and trains, it is at rest."""
     state.configs[adapter_name] = plan.config
     state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
     for wrapper in here:
@@ -106,7 +106,7 @@ def _mix(model: nn.Module, mixin: type[nn.Module]) -> None:
 
 
 def _freeze(outside: Iterable[tuple[str, nn.Module]], training: Iterable[nn.Parameter]) -> None:
-    """Train nothing of the base, nor of trained copies what is not `training`: of an offloaded module they hold all."""
+    """Freeze all parameters but those in `training`. A trained copy of an offloaded module holds others, too."""
     kept = set(map(id, training))
     for _, module in outside:
         for parameter in module._parameters.values():
@@ -115,7 +115,7 @@ def _freeze(outside: Iterable[tuple[str, nn.Module]], training: Iterable[nn.Para
 
 
 def hold_norms(model: nn.Module) -> None:
-    """Hold the running statistics still that no file will hold, see `minipeft.injection.base_state`."""
+    """Freeze the running statistics that no file will hold, see `minipeft.injection.base_state`."""
     _hold_norms(state_of(model), base_modules(model), outside_adapters(model))
 
 
@@ -144,7 +144,7 @@ def train_also(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _wake(state: AdapterState, active: tuple[str, ...], also: tuple[str, ...], frozen: tuple[str, ...]) -> None:
-    """Let exactly these adapters act, and these and `also` learn, without those that are `frozen`."""
+    """Let exactly the adapters `active` act; they and `also` learn, except those in `frozen`."""
     switch, before = state.switch, set(state.switch.learning)
     changing = before.symmetric_difference({*active, *also}.difference(frozen) & switch.trainable)
     kept = flags_unchanged_on_error(_parameters(state, changing), state, switch) if changing else nullcontext()

@@ -107,7 +107,7 @@ class ActingNow:
 
 
 def with_adapters_kept(function: Callable[..., Any], switch: Switch | None) -> Callable[..., Any]:
-    """A function for the backward pass to call again: it then finds the adapters and rows that act now."""
+    """The function, to be called again in the backward pass with the adapters and rows that act now."""
     kept = ActingNow(None if torch.compiler.is_compiling() else switch)  # a graph holds the adapters that acted
     return function if kept.rows is None and kept.switch is None else functools.partial(_again, kept, function)
 

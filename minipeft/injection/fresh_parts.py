@@ -89,7 +89,7 @@ def find_origins(model: nn.Module, found: Mapping[str, Candidate] | None = None)
 def drawn_at_random(part: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str] | None:
     """Which of these parameters of a part its checkpoint lacks, by the marks of `from_pretrained`.
 
-    None if most have no mark: the part was changed since, or is not from a checkpoint, and nothing is known of it.
+    None if most have no mark: the part was changed since, or does not come from a checkpoint, so nothing is known.
     """
     unmarked = [name for name, parameter in parameters.items() if not is_from_checkpoint(parameter)]
     if 2 * len(unmarked) > len(parameters):

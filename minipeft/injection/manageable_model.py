@@ -43,7 +43,7 @@ class ManageableModel(WithAdapters):
 
     @all_or_nothing
     def set_scale(self, adapter_name: str, scale: float, pattern: str | None = None) -> None:
-        """Let an adapter act with this multiple of its update, at once and until further notice; 1 is the adapter itself.
+        """Let an adapter act with this multiple of its update, from now on; 1 is the adapter itself.
 
         Merging folds that in. A file holds the adapter at full strength, and saving it warns about that;
         ``save_pretrained(convert_to_lora=True)`` writes the scale into the factors.

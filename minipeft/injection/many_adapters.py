@@ -20,11 +20,11 @@ from minipeft.injection.wrapper import parameters_at
 class Generate:
     """The model's own ``generate``, which also takes ``adapter_names``: a name, or ``"__base__"``, for each prompt.
 
-    A model without one has none here, too. No property, so that the Trainer can put another in its place for FSDP2.
+    A model without one has none here, too. It is not a property, so that the Trainer can replace it for FSDP2.
     """
 
     def __get__(self, model: Any, owner: type) -> Any:
-        """Of a model, the method; of its class, that of the plain class."""
+        """The method of a model; read from the class, that of the plain class."""
         if model is None:
             return super(ManyAdapters, owner).generate  # type: ignore[misc]
         return _by_row(model, super(ManyAdapters, model).generate)  # type: ignore[misc]

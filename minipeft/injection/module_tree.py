@@ -84,7 +84,7 @@ def outside_adapters(model: nn.Module, *, remove_duplicate: bool = True) -> Iter
 
 def _children_but_adapters(module: nn.Module, name: str) -> list[tuple[str, str, nn.Module]]:
     if isinstance(module, AdaptedLayer):
-        base: Any = module._modules["base_layer"]  # in less time than by its property
+        base: Any = module._modules["base_layer"]  # faster than by its property
         return [(f"{name}.base_layer" if name else "base_layer", "base_layer", base)]
     return named_children(module, name)
 

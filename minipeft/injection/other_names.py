@@ -1,4 +1,4 @@
-"""What PEFT and transformers call by another name: taken where it means the same, and else answered with our name."""
+"""Names of PEFT and transformers: they work if they mean the same here, and else raise an error with our name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model's own methods that have to mind its adapters: calls, training mode, recomputation, vocabulary."""
+"""The model's own methods where they have to take its adapters into account: calls, training mode, recomputation, vocabulary."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Configurations(dict[str, AdapterConfig]):
 
 
 class OwnMethods(nn.Module):
-    """The part of `minipeft.AdaptedModel` that comes in front of methods of torch's and transformers'."""
+    """The part of `minipeft.AdaptedModel` that extends methods of torch and transformers."""
 
     def __init_subclass__(cls) -> None:
         """The ``forward`` of an adapted class, called directly, takes ``adapter_names`` too; transformers' would ignore it.
 
-        What is built from that class, as by its ``from_pretrained``, has no adapter: it is of the plain class. The plain
+        What is built from that class, as by its ``from_pretrained``, has no adapter, so it is of the plain class. The plain
         class's own ``__init_subclass__`` is not called, see `minipeft.python.class_swap.mixed_class`.
         """
         *first, plain = cls.__bases__
@@ -76,7 +76,7 @@ class OwnMethods(nn.Module):
         return bool(getattr(self, "is_quantized", False)) and STATE in self.__dict__
 
     def train(self, mode: bool = True) -> Self:
-        """As ever, but norms whose running statistics are the frozen base's stay in evaluation mode.
+        """As usual, but norms whose running statistics belong to the frozen base stay in evaluation mode.
 
         Their statistics would move in training, and no adapter file holds them: see `minipeft.injection.base_state`.
         """
@@ -93,9 +93,9 @@ class OwnMethods(nn.Module):
         return () if state is None else state.merged
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As ever; while adapters are merged, one more tensor says which are in the base's values.
+        """As usual; while adapters are merged, one more tensor says which of them the base's values contain.
 
-        It is a tensor since metadata get lost in safetensors, as `accelerate.save_state` writes them.
+        It is a tensor since `accelerate.save_state` writes safetensors, and loses metadata.
         """
         values = super().state_dict(*args, **kwargs)
         if self.merged_adapters:
@@ -103,7 +103,7 @@ class OwnMethods(nn.Module):
         return values
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """As ever, for a state that was taken with the same adapters merged as are merged here.
+        """As usual, for a state that was taken with the same adapters merged as here.
 
         Raises:
             StateError: it was taken with others, so an adapter would act twice, or not at all; nothing is changed.
@@ -167,7 +167,7 @@ class OwnMethods(nn.Module):
 
     @contextlib.contextmanager
     def _each_row(self, args: Any, kwargs: Any) -> Iterator[Rows]:
-        """Takes ``adapter_names`` out of `kwargs`: in here each row uses its own adapter."""
+        """Take ``adapter_names`` out of `kwargs`; within the context each row uses its own adapter."""
         rows = rows_of_call(self, kwargs.pop("adapter_names"), args, kwargs)
         with rows_acting(self, rows):
             yield rows
@@ -175,7 +175,7 @@ class OwnMethods(nn.Module):
             state_of(self).switch.trained_by_row = True
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """The parameter of this name, as torch has it; for an adapted layer that of its base layer, as tying weights wants."""
+        """The parameter of this name, as in torch; for an adapted layer its base layer's, which is what tying weights needs."""
         parameter: nn.Parameter = _without_adapters(self, super().get_parameter)(target)
         return parameter
 

@@ -173,7 +173,7 @@ def _bias_sites(
 ) -> list[SavedSite]:
     """The modules with a bias that are neither adapted nor trained in full.
 
-    A bias that a module shares with a layer in it, as BERT's prediction head does, is the layer's.
+    A bias that a module shares with a layer in it, as in BERT's prediction head, belongs to the layer.
     """
     taken = {id(site.candidate.module) for site in sites}
     taken |= {id(module) for site in saved for module in site.candidate.base.modules()}
@@ -217,7 +217,7 @@ def _check_saveable(site: SavedSite) -> None:
 
 
 def _holds_codes(parameter: nn.Parameter | None) -> bool:
-    """Whether a parameter looks like a float one and is quantized, so that no gradient reaches it."""
+    """Whether a parameter looks like floats and is quantized, so that it gets no gradient."""
     if parameter is None:
         return False
     return is_from(type(parameter), "torchao") or (parameter.is_floating_point() and parameter.itemsize == 1)  # float8

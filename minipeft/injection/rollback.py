@@ -1,4 +1,4 @@
-"""Taking back what was done to a model's structure when that fails halfway, or is interrupted by Ctrl-C."""
+"""Undoing changes of a model's structure that failed halfway, or were interrupted by Ctrl-C."""
 
 from __future__ import annotations
 

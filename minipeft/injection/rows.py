@@ -42,7 +42,7 @@ class Rows:
         known: every adapter of the model, in an order that does not depend on the rows.
         device: of the inputs.
         times: how often `generate` repeats each row, as for beams; an encoder still sees each row once.
-        keeps: whether what layers derive from their adapters may be kept from one pass to the next.
+        keeps: whether layers may keep what they compute from their adapters from one pass to the next.
     """
 
     def __init__(

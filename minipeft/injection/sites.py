@@ -107,7 +107,7 @@ def ops_for(name: str, candidate: Candidate) -> LayerOps:
 
 
 def _instead(name: str, base: nn.Module) -> str:
-    """What to name in the place of a module that is no layer to adapt: a layer in it, or its own matrices."""
+    """What to name instead of a module that cannot be adapted: a layer in it, or its own matrices."""
     for path, part in base.named_modules():
         if path and layer_ops(part) is not None:
             return f"Name a layer in it, such as {f'{name}.{path}'!r}, or see register_layer."

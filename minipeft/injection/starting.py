@@ -35,7 +35,7 @@ def await_values(model: nn.Module, adapter_name: str, parts: Parts) -> None:
 
 
 def stop_waiting(model: nn.Module) -> None:
-    """Take away from a model without adapters what `await_values` added."""
+    """Undo `await_values` in a model without adapters."""
     hooks = model._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is _after_load]:
         del hooks[key]
@@ -75,7 +75,7 @@ def _base_tensors(plan: Plan) -> Iterator[nn.Parameter]:
 
 
 def _start(plan: Plan, adapter_name: str, given: Collection[int]) -> None:
-    """Give an adapter the starting values that it would have now; what the state held of it stays."""
+    """Give an adapter the starting values that it would have if it were made now; what is loaded already stays."""
     parts, base = build(plan), {id(tensor) for tensor in _base_tensors(plan)}
     for site, fresh in zip(plan.adapters, parts.adapters, strict=True):
         if site.tied_to is None:

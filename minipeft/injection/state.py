@@ -49,7 +49,7 @@ class AdapterState:
         return self.switch.merged
 
     def _tables(self) -> tuple[dict[str, Any], ...]:
-        """All that is known by an adapter's name."""
+        """The tables with adapters' names as keys."""
         return self.configs, self.places, self.resting, self.idle, self.kept, self.samples
 
     def _sets(self) -> tuple[set[str], ...]:
@@ -57,14 +57,14 @@ class AdapterState:
         return self.switch.trainable, self.unwatched, self.unstarted
 
     def forget(self, name: str) -> None:
-        """Know nothing more of an adapter, which does not act."""
+        """Drop all that is noted of an adapter, which does not act."""
         for table in self._tables():
             table.pop(name, None)
         for names in self._sets():
             names.discard(name)
 
     def rename(self, old: str, new: str) -> None:
-        """Know an adapter by another name, in the same place among the others."""
+        """Give an adapter another name, in the same place among the others."""
 
         def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(new if name == old else name for name in names)
@@ -152,7 +152,7 @@ def places_that_train(places: Iterable[Place]) -> set[Place]:
 
 
 def put_to_rest(places: Iterable[Place]) -> set[Place]:
-    """Let no parameter there require a gradient any more; returns the places of those that did."""
+    """Freeze the parameters there; returns the places of those that required gradients."""
     trained: set[Place] = set()
     for module, name in places:
         parameter = module._parameters.get(name)

@@ -151,7 +151,7 @@ def _training(model: nn.Module) -> Iterator[tuple[type[Adapter], dict[str, Adapt
 
 
 def _scheduled(model: nn.Module) -> Iterator[tuple[type[Adapter], dict[str, Adapter], Any]]:
-    """Those of `_training` whose method has a schedule or a loss of its own; a StateError if they are not whole here."""
+    """Those of `_training` whose method has its own schedule or loss; raises StateError if they are not whole here."""
     for method, adapters, config in _training(model):
         if not _has_steps(method):
             continue
@@ -168,7 +168,7 @@ def _has_steps(method: type[Adapter]) -> bool:
 
 
 def _adapted(model: nn.Module) -> nn.Module | None:
-    """The adapted model itself, out of DDP, DeepSpeed's engine and ``torch.compile``."""
+    """The adapted model itself, without DDP, DeepSpeed's engine and ``torch.compile`` around it."""
     inner: nn.Module | None = model
     while inner is not None and STATE not in inner.__dict__:
         inner = next((inner._modules[name] for name in ATTRIBUTES.values() if name in inner._modules), None)

@@ -237,7 +237,7 @@ def _check_can_change(wanted: set[str], hits: dict[str, set[str]], found: dict[s
 
 
 def _called(name: str, found: dict[str, Candidate]) -> list[str]:
-    """The module itself; for a list of modules, which nobody calls, those in it."""
+    """The module itself; for a list of modules, which is never called, those in it."""
     if not isinstance(found[name].base, nn.ModuleList | nn.ModuleDict):
         return [name]
     inside = [first for first, c in found.items() if any(other.rpartition(".")[0] == name for other in c.names)]

@@ -29,7 +29,7 @@ class Switch:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.contexts_off = 0  # how many `off` contexts are open
-        self.stays_off = False  # until `turn` says otherwise
+        self.stays_off = False  # `turn` has switched all adapters off
         self.merged: tuple[str, ...] = ()  # adapters that are in the base weights
         self.trainable: set[str] = set()  # adapters that were made or loaded to train
         self.also_trained: tuple[str, ...] = ()  # adapters whose parameters require gradients though they may not act
@@ -69,7 +69,7 @@ class Switch:
         return tuple(name for name in chosen if name in self.trainable and name not in self.frozen)
 
     def turn(self, on: bool) -> None:
-        """Let adapters act, or not, until further notice."""
+        """Let adapters act, or not, until the next call."""
         self.stays_off = not on
         self.enabled = on and self.contexts_off == 0
 
@@ -158,7 +158,7 @@ class Wrapper(nn.Module):
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *args), kwargs)
 
     def put_base(self, base_layer: nn.Module) -> None:
-        """Stand in the place of this one from now on."""
+        """Wrap this one from now on."""
         self._modules["base_layer"] = base_layer
 
     def drop(self, adapter_name: str) -> None:

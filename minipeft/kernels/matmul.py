@@ -64,7 +64,7 @@ def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room:
 
 
 def torch_suffices(x: Tensor, out_features: int) -> bool:
-    """Whether torch's own product is the fastest for certain: not on a CPU, or so small that all else would take longer."""
+    """Whether torch's own product is certainly the fastest: the tensors are not on a CPU, or are small."""
     return not x.is_cpu or x.numel() * out_features < WORTH_IT
 
 

@@ -15,8 +15,8 @@ from minipeft.methods.base import Adapter
 class InputDropout(Adapter):
     """A method whose update sees ``dropout(x)`` in training.
 
-    Its `nn.Dropout` says when and how much: TRL's trainers set its ``p`` to 0, and Monte Carlo dropout lets it alone train.
-    There is none where nothing was ever to be dropped.
+    Its `nn.Dropout` says when and how much: TRL's trainers set its ``p`` to 0, and Monte Carlo dropout puts it alone in
+    training mode. Without a dropout rate there is none.
     """
 
     dropout: nn.Dropout | None
