@@ -1,5 +1,6 @@
 """Merging into a layer that computes its weight, or does something around it: refused, unless the outputs stay the same."""
 
+import contextlib
 import copy
 
 import pytest
@@ -144,6 +145,49 @@ def test_a_layer_with_a_hook_that_only_looks_is_merged_into(kind):
     model.unmerge_adapter()
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+HOOKED = {
+    "output": lambda layer: layer.register_forward_hook(lambda module, args, y: 2 * y + 1),
+    "output with keywords": lambda layer: layer.register_forward_hook(lambda *given: 2 * given[-1], with_kwargs=True),
+    "input": lambda layer: layer.register_forward_pre_hook(lambda module, args: (2 * args[0] + 1,)),
+    "gradient": lambda layer: layer.register_full_backward_hook(lambda module, inputs, outputs: (2 * inputs[0],)),
+    "gradient before": lambda layer: layer.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],)),
+}
+REMOVALS = {
+    "merge_and_unload": lambda model: model.merge_and_unload(),
+    "unload": lambda model: model.unload(),
+    "delete_adapter": lambda model: model.delete_adapter("default", activate="other"),
+}
+
+
+def output_and_gradient(model, x):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    return y.detach(), *torch.autograd.grad(y.square().sum(), x)
+
+
+@pytest.mark.parametrize("removal", REMOVALS)
+@pytest.mark.parametrize("base_too", [True, False])
+@pytest.mark.parametrize("kind", HOOKED)
+def test_hooks_on_an_adapted_layer_stay_when_the_adapter_goes(kind, base_too, removal):
+    """They are on the layer for whoever put them there, and the layer is the same object before and after."""
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8))
+    layer, x = plain[0], torch.randn(4, 6)
+    if base_too:
+        layer.register_forward_hook(lambda module, args, y: y + 1)
+        layer.register_forward_pre_hook(lambda module, args: None)
+    model = get_lora_model(plain, LoraConfig(**OPTIONS))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["2"]))
+    handle = HOOKED[kind](layer)
+    with contextlib.nullcontext() if removal == "merge_and_unload" else model.disable_adapter():
+        hooked = output_and_gradient(model, x)
+    REMOVALS[removal](model)
+    assert type(layer) is nn.Linear
+    for found, expected in zip(output_and_gradient(model, x), hooked, strict=True):
+        torch.testing.assert_close(found, expected)
+    handle.remove()
+    assert not torch.allclose(output_and_gradient(model, x)[1], hooked[1])
 
 
 def test_a_hook_that_fails_on_the_trial_is_named():

@@ -26,6 +26,9 @@ from minipeft.python.class_swap import mixed_class, mixins_of
 
 # Of an instance: they call the object that they were made for.
 TIED_TO_THE_OBJECT = frozenset({"forward", "_compiled_call_impl"})
+# The tables of a module's hooks on its calls: those whose hooks run before what is inside, and the others.
+BEFORE = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_pre_hooks")
+AFTER = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_hooks")
 
 
 def put(wrap: Callable[[nn.Module], Wrapper], module: nn.Module, places: tuple[tuple[nn.Module, str], ...]) -> Wrapper:
@@ -123,6 +126,27 @@ def discard(model: nn.Module, adapter_name: str) -> None:
     _unwrap(outside, lambda wrapper: wrapper.base_layer if not wrapper.adapters else wrapper)
 
 
+def has_hooks(wrapper: Wrapper) -> bool:
+    """Whether there are hooks on a wrapper's calls, which are those of the layer for whoever put them there."""
+    hooks = (
+        wrapper._forward_hooks or wrapper._forward_pre_hooks or wrapper._backward_hooks or wrapper._backward_pre_hooks
+    )
+    return len(hooks) > 0
+
+
+def _hand_over_hooks(wrapper: Wrapper, inner: nn.Module) -> None:
+    """Give the hooks on a wrapper's calls to what takes its place, in the same tables: whoever removes one looks into these."""
+    outer, own = vars(wrapper), vars(inner)
+    for table in (*BEFORE, *AFTER):
+        if hooks := outer[table]:
+            in_order = {**hooks, **own[table]} if table in BEFORE else {**own[table], **hooks}
+            hooks.clear()
+            hooks.update(in_order)
+            own[table] = hooks
+    if outer["_is_full_backward_hook"] is not None:
+        own["_is_full_backward_hook"] = outer["_is_full_backward_hook"]
+
+
 def eject(outside: Iterable[tuple[str, nn.Module]], *, keep_trained: bool) -> None:
     """Put every base layer among a model's `outside_adapters` back in its place.
 
@@ -139,6 +163,8 @@ def _unwrap(outside: Iterable[tuple[str, nn.Module]], replacement: Callable[[Wra
         for attribute, child in list(parent._modules.items()) if parent._modules else ():  # most have none
             left: nn.Module | None = child
             while isinstance(left, Wrapper) and (inner := replacement(left)) is not left:
+                if has_hooks(left):
+                    _hand_over_hooks(left, inner)
                 left = inner
             if left is not child and isinstance(child, Wrapper) and left is not None:
                 take_out(child, left, ((parent, attribute),))

@@ -10,7 +10,7 @@ from torch import nn
 from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import StateError
 from minipeft.injection.adapted_layer import AdaptedLayer
-from minipeft.injection.apply import apply, discard, eject, follow_loads
+from minipeft.injection.apply import apply, discard, eject, follow_loads, has_hooks
 from minipeft.injection.base_state import base_modules, buffer_samples, hold_still, let_go
 from minipeft.injection.build import Parts
 from minipeft.injection.checkpointing import leave_checkpoints_alone, let_checkpoints_train
@@ -193,7 +193,8 @@ def detach(
     See `minipeft.injection.apply.eject`.
     """
     state = state_of(model)
-    kept = unchanged_on_error(model, state, state.switch, outside=outside, inside_layers=False)
+    hooked = [module for _, module in outside if isinstance(module, Wrapper) and has_hooks(module)]
+    kept = unchanged_on_error(model, state, state.switch, outside=outside, inside_layers=bool(hooked))
     with not_running(state), kept:
         leave_checkpoints_alone(outside)
         eject(outside, keep_trained=keep_trained)
