@@ -1,7 +1,9 @@
 """A frozen base stays what it was: statistics do not move, and what changes all the same is named when it is saved."""
 
 import copy
+import functools
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -50,7 +52,7 @@ def train(model, steps=3):
 
 
 def lora(model, **options):
-    return get_lora_model(model, LoraConfig(r=2, target_modules=["lin"], **options))
+    return get_lora_model(model, LoraConfig(**{"r": 2, "target_modules": ["lin"], **options}))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -66,6 +68,44 @@ def test_training_leaves_the_statistics_of_a_frozen_norm_alone(norm, tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(load_adapter(net(norm), tmp_path).eval()(images()), output)
     assert all(torch.equal(value, before[name]) for name, value in model.unload().state_dict().items())
+
+
+class Recorder:
+    def __init__(self):
+        self.lock, self.outputs = threading.Lock(), []  # a lock cannot be copied
+
+    def hook(self, module, args, output):
+        self.outputs.append(output)
+
+
+class Doubled(nn.Linear):
+    """A layer whose hook is a method of its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.factor = 2
+        self.register_forward_hook(self.scaled)
+
+    def scaled(self, module, args, output):
+        assert module is self
+        return self.factor * output
+
+
+@pytest.mark.parametrize("hooked", [lambda r: r.hook, lambda r: functools.partial(r.hook)], ids=["method", "partial"])
+def test_a_hook_on_a_layer_that_trains_in_full_hears_of_the_copy(hooked):
+    model, recorder = net(), Recorder()
+    handle = model.lin.register_forward_hook(hooked(recorder))
+    lora(model, modules_to_save=["lin"], target_modules=["conv"])
+    assert model(images()) is recorder.outputs[-1]
+    handle.remove()
+
+
+def test_a_copy_of_a_layer_calls_its_own_hook():
+    model = net()
+    model.lin = Doubled(8, 4)
+    expected = model.eval()(images())
+    lora(model, modules_to_save=["lin"], target_modules=["conv"])
+    torch.testing.assert_close(model(images()), expected)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -123,7 +123,7 @@ def trained_copy(
     Parameters not named in `only`, and then buffers, are shared with the original, and with `tied_to`, the trained copy of
     a module tied to this one, all that it has.
     """
-    memo = without_offloading(original)
+    memo = without_offloading(original) | _hooks_of_others(original)
     with contextlib.nullcontext() if on_meta else all_present(original):
         for name, parameter in original.named_parameters():
             if only is not None and name not in only:
@@ -141,6 +141,19 @@ def trained_copy(
     for tensor in copy_tensors(twin, only).values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))
     return twin
+
+
+def _hooks_of_others(original: nn.Module) -> dict[int, Any]:
+    """Its hooks that a copy calls as they are: what they belong to, such as a recorder, would be copied with them."""
+    modules = list(original.modules())
+    own = set(map(id, modules))
+    tables = [
+        table
+        for m in modules
+        for table in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    ]
+    hooks = [hook for table in tables for hook in table.values()]
+    return {id(hook): hook for hook in hooks if id(getattr(hook, "__self__", None)) not in own}
 
 
 def copy_tensors(module: nn.Module, only: tuple[str, ...] | None) -> dict[str, Tensor]:
