@@ -190,6 +190,20 @@ def test_hooks_on_an_adapted_layer_stay_when_the_adapter_goes(kind, base_too, re
     assert not torch.allclose(output_and_gradient(model, x)[1], hooked[1])
 
 
+def test_another_forward_of_an_adapted_layer_is_not_lost_in_a_merge():
+    model, x = adapted()
+    expected = 2 * model(x)
+    patch(model[0], lambda forward, x: 2 * forward(x))
+    with pytest.raises(MergeError, match=r"^0: this Linear was given another forward .*Nothing was changed"):
+        model.merge_and_unload()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    del model[0].forward
+    torch.testing.assert_close(2 * model.merge_and_unload()(x), expected)
+
+
 def test_a_hook_that_fails_on_the_trial_is_named():
     model, _ = adapted()
     handle = model[0].base_layer.register_forward_hook(lambda module, args, y: y[:, :, 0])

@@ -17,7 +17,7 @@ from minipeft.layers.offloaded import offloads
 from minipeft.memory.dequantize import check_replaceable, float_dtype
 from minipeft.merging.steps import AddInPlace, Replace, Step, Write
 from minipeft.merging.tied_weights import adapts_tied_layers, shared_parameters, tied_layers
-from minipeft.merging.trial import check_by_trial, check_order, check_stored
+from minipeft.merging.trial import check_by_trial, check_order, check_own_forward, check_stored
 from minipeft.methods.base import Adapter
 
 
@@ -82,6 +82,8 @@ def plan_step(
         check_stored(path, holder, owner, written if holder is layer else written[:1])
         check_order(path, holder, names, permanent=not options.undoable)
         check_by_trial(path, holder, names)
+        if not options.undoable:
+            check_own_forward(path, holder)
     owners = [owner for _, owner in holders]
     shared = shared_parameters(path, owners, written, index, options.untie)  # none of a quantized layer
     common = (model, path, layer, names, tied, shared, dtype, options.undoable, options.reported)

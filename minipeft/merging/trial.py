@@ -69,6 +69,15 @@ def check_by_trial(path: str, layer: AdaptedLayer, names: tuple[str, ...]) -> No
         )
 
 
+def check_own_forward(path: str, layer: AdaptedLayer) -> None:
+    """Raise MergeError if someone gave the adapted layer itself another forward, which would go with the adapter."""
+    if "forward" in vars(layer) and HOOK not in vars(layer):  # accelerate's only moves tensors
+        raise MergeError(
+            f"{path}: this {type(layer.owner).__name__} was given another forward after it was adapted, which would be lost. Take "
+            "it back (del layer.forward), or call merge_adapter(), after which the layer still has it."
+        )
+
+
 def output_error(layer: AdaptedLayer, names: tuple[str, ...], merged: Callable[[Tensor], Tensor]) -> float:
     """The largest difference between the outputs of `merged` and of a layer with these adapters, as a share of the largest output.
 
