@@ -23,6 +23,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each process o
 
 import pytest
 from _pytest.logging import catching_logs
+from rotation import leave_each_value
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to it
 _connect = socket.socket.connect
@@ -72,7 +73,9 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the slow ones are left out
 def pytest_collection_modifyitems(items):
+    leave_each_value(items)
     rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: -1 if starts_warm(item.path.name) else rank.get(item.path.name, len(rank)))
 

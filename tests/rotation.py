@@ -1,8 +1,36 @@
-"""Products of parameters, thinned out: a promise is checked with every pair of values; every combination is slow."""
+"""Products of parameters, thinned out; every combination is slow.
 
+A promise is checked with every pair of values. Of a test marked `each_value`, whose parameters have little to do with
+each other, just as many cases are left as it takes for each value to occur.
+"""
+
+import collections
 import itertools
 
 import pytest
+
+
+def leave_each_value(items):
+    """Mark those cases of tests with the mark `each_value` slow whose values all occur in others."""
+    tests = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("each_value") and not item.get_closest_marker("slow"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        seen = set()
+        while cases:
+            most = max(cases, key=lambda item: len(_values(item) - seen))
+            if _values(most) <= seen:
+                break
+            seen |= _values(most)
+            cases.remove(most)
+        for item in cases:
+            item.add_marker(pytest.mark.slow)
+
+
+def _values(item):
+    """Of each parameter the object that is in its list; equal ones of two lists, or of two cases of one, may differ."""
+    return {(name, id(value)) for name, value in item.callspec.params.items()}
 
 
 def often(cases, always):

@@ -165,6 +165,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("pattern", HOSTILE, ids=lambda pattern: pattern[:12])
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 def test_a_regular_expression_that_the_engine_chokes_on_is_refused(pattern, option, folder):

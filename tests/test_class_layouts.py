@@ -95,6 +95,7 @@ LINEARS = [AbstractLinear, InterfaceLinear, Counting]
 CONFIG = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("linear", LINEARS)
 @pytest.mark.parametrize("net", NETS)
 def test_a_model_of_such_classes_is_adapted_copied_pickled_saved_and_given_back(net, linear, tmp_path):

@@ -45,6 +45,7 @@ def loaded(directory, **options):
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"], "all-linear"])
 def test_a_compressed_model_is_refused_before_and_after_its_first_call(compressed, called, targets):

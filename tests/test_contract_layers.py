@@ -151,6 +151,7 @@ def test_attention_keeps_the_contract(kind):
     keeps_the_contract("lora", nn.MultiheadAttention, make)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("method", "make"), [("lora", padded), ("lora", ScaledEmbedding), ("dora", ScaledEmbedding), ("loha", padded)]
 )

@@ -288,6 +288,7 @@ def test_unload_works_while_the_adapters_are_switched_off(merge_first):
     assert torch.equal(logits(base), logits(gpt2()))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("merge_first", [False, True])
 @pytest.mark.parametrize(
     ("factory", "options"),

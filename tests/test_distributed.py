@@ -126,18 +126,18 @@ def parallel_gradients(parallel, ids, rank, variant="plain"):
     return taken_gradients(parallel.module if isinstance(parallel, DistributedDataParallel) else parallel)
 
 
-def ddp(rank):
+def ddp(rank, cases):
     found = {}
-    for batch, ids in BATCHES.items():
-        for variant in MODELS:
-            in_bucket = batch == MANY  # both ways that DDP has of holding gradients
-            parallel = DistributedDataParallel(MODELS[variant](), gradient_as_bucket_view=in_bucket)
-            # Twice, since what the first pass left unfinished shows in the second.
-            found[f"{variant}, {batch}"] = [parallel_gradients(parallel, ids, rank, variant) for _ in range(2)]
+    for variant, batch in cases:
+        in_bucket = batch == MANY  # both ways that DDP has of holding gradients
+        parallel = DistributedDataParallel(MODELS[variant](), gradient_as_bucket_view=in_bucket)
+        # Twice, since what the first pass left unfinished shows in the second.
+        passes = [parallel_gradients(parallel, BATCHES[batch], rank, variant) for _ in range(2)]
+        found[f"{variant}, {batch}"] = passes
     return found
 
 
-def ddp_accumulated(rank):
+def ddp_accumulated(rank, cases):
     found = {}
     for batch, ids in BATCHES.items():
         model = in_training()
@@ -158,21 +158,20 @@ def sharded(model):
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def fsdp(rank):
+def fsdp(rank, cases):
     found = {}
-    for batch, ids in BATCHES.items():
-        for variant in MODELS:
-            model = sharded(MODELS[variant]())
-            optimizer = an_optimizer(model)
-            shards = parallel_gradients(model, ids, rank, variant)
-            for name, parameter in trained(model).items():
-                parameter.grad = shards[name].clone()
-            optimizer.step()
-            found[f"{variant}, {batch}"] = {
-                "gradients": {name: shard.to_local() for name, shard in shards.items()},
-                "stepped": {name: parameter.to_local().detach() for name, parameter in trained(model).items()},
-                "sharded": all(shard.to_local().numel() < shard.numel() for shard in shards.values()),
-            }
+    for variant, batch in cases:
+        model = sharded(MODELS[variant]())
+        optimizer = an_optimizer(model)
+        shards = parallel_gradients(model, BATCHES[batch], rank, variant)
+        for name, parameter in trained(model).items():
+            parameter.grad = shards[name].clone()
+        optimizer.step()
+        found[f"{variant}, {batch}"] = {
+            "gradients": {name: shard.to_local() for name, shard in shards.items()},
+            "stepped": {name: parameter.to_local().detach() for name, parameter in trained(model).items()},
+            "sharded": all(shard.to_local().numel() < shard.numel() for shard in shards.values()),
+        }
     return found
 
 
@@ -186,7 +185,7 @@ def lean_llama(checkpointing):
     return lean(get_lora_model(model, config).train(), checkpointing)
 
 
-def first_fsdp(rank):
+def first_fsdp(rank, cases):
     """FSDP before `fully_shard`: other tensors stand in the places of parameters, in other ways in the backward pass."""
     found, wraps = {}, ModuleWrapPolicy({LlamaDecoderLayer})
     for checkpointing in RECOMPUTED:
@@ -202,20 +201,22 @@ def first_fsdp(rank):
     return {**found, "samples": base_samples(whole, "default")}
 
 
-def main(directory):
+def main(directory, cases):
     warnings.simplefilter("error")
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=100))
     rank = dist.get_rank()
-    found = {scenario.__name__: scenario(rank) for scenario in (ddp, ddp_accumulated, fsdp, first_fsdp)}
+    found = {scenario.__name__: scenario(rank, cases) for scenario in (ddp, ddp_accumulated, fsdp, first_fsdp)}
     torch.save(found, directory / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, request):
     """What each of the two processes found, and its stderr."""
     directory = tmp_path_factory.mktemp("ranks")
-    processes = warm.ranks(directory, main, directory)
+    wanted = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    cases = {(case["variant"], case["batch"]) for case in wanted if {"variant", "batch"} <= case.keys()}
+    processes = warm.ranks(directory, main, directory, sorted(cases))
     return [torch.load(directory / f"{rank}.pt") | {"stderr": process.stderr} for rank, process in enumerate(processes)]
 
 
@@ -251,6 +252,7 @@ def expected_gradients(variant, ids):
     return {name: (value + second[name]) / 2 for name, value in first.items()}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("variant", MODELS)
 def test_ddp_gives_every_rank_the_gradients_of_the_whole_batch(variant, batch, ranks):
@@ -282,6 +284,7 @@ def joined(shards, what):
     return {name: torch.cat([rows, other[name]]) for name, rows in one.items()}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("variant", MODELS)
 def test_fsdp_gives_the_gradients_and_the_step_of_the_whole_batch(variant, batch, ranks):
@@ -310,6 +313,7 @@ def test_the_parts_that_the_first_fsdp_leaves_are_no_samples_of_the_base(ranks):
     assert not any(row for found in ranks for row in found["first_fsdp"]["samples"].values())
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("variant", MODELS)
 def test_gradients_lie_in_memory_as_their_parameters_do(variant, batch):

@@ -181,6 +181,7 @@ def with_biased_head(make, head):
     return model
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("case", HEADS)
 def test_the_bias_of_a_tied_head_trains_if_the_head_is_named(case, bias, tmp_path):

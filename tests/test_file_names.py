@@ -415,6 +415,7 @@ def text_logits(model):
         return model(input_ids=token_ids(), use_cache=False).logits
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("case", PARTS)
 @pytest.mark.parametrize("targets", [ATTENTION, r"(.*\.)?layers\.1\..*(k_proj|up_proj)"], ids=["list", "regex"])
 def test_a_text_models_adapter_fits_the_multimodal_model_and_back(case, targets, tmp_path):

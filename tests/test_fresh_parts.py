@@ -211,6 +211,7 @@ def test_a_new_layer_that_is_targeted_trains_in_full(made, tmp_path):
     assert torch.equal(logits(again, "deberta"), logits(model, "deberta"))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("make", [gpt2, llama, t5])
 def test_a_whole_checkpoint_has_nothing_new(make, task, tmp_path):

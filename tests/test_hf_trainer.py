@@ -311,6 +311,7 @@ def inside_peft(model, *args, **options):
     return Trainer(as_peft_model(model), *args, **options)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("make", "said"), [(AdapterTrainer, "saving it was cut off"), (inside_peft, "trainer_state.json")]
 )

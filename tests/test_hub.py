@@ -424,6 +424,7 @@ def test_a_repository_without_an_adapter_is_named_as_what_it_is(hub, names, said
 FOREIGN = {"mlx": foreign_files.mlx, "torchtune": foreign_files.torchtune}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("case", FOREIGN)
 @pytest.mark.parametrize("inner", ["", "deep/"])
 def test_an_adapter_of_another_tool_comes_from_the_hub(case, inner, hub, tmp_path, monkeypatch):

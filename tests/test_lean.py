@@ -232,6 +232,7 @@ def a_plain_call(model, mode):
 MODES = ["evaluation", "evaluation with gradients", "training mode without gradients"]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("mode", "checkpointing", "make", "dtype"),
     rotated(MODES, ["last", "mlp", "block"], [gpt2, llama], [torch.float32, torch.bfloat16]),
@@ -353,6 +354,7 @@ def test_ctrl_c_within_a_training_step_leaves_the_head_as_it_was(where):
     assert torch.equal(model.eval()(input_ids=IDS).logits, expected)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checkpointing", ["last", "mlp", "block", "sqrt"])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_torch_func_gives_the_gradients_of_a_model_that_recomputes(make, checkpointing):
@@ -429,6 +431,7 @@ def test_another_call_replaces_the_options():
     assert not lean(model, chunked_loss=False)(input_ids=IDS, labels=LABELS).logits.isnan().any()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("checkpointing", ["last", "mlp", "block"])
 def test_copies_are_lean_and_can_be_undone_on_their_own(copied, checkpointing):
@@ -773,6 +776,7 @@ TRIED = {(case, torch.float32) for case in LLAMAS} | {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize(("case", "dtype"), thinned((LLAMAS, [torch.float32, torch.bfloat16]), TRIED))
 def test_a_block_of_the_llama_family_keeps_so_many_arrays_of_its_width(case, dtype):
@@ -870,6 +874,7 @@ def test_a_feed_forward_module_that_blocks_share_is_checkpointed_once(checkpoint
     assert [type(module) for module in model.modules()] == classes
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checkpointing", ["none", "last", "block"])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_a_head_whose_rows_of_tokens_train_still_has_its_loss_in_chunks(make, checkpointing):

@@ -101,6 +101,7 @@ def same(found, expected):
         torch.testing.assert_close(found[name].detach(), update, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("adapted", [(0, 2), (0, 1, 2), (1,)], ids=["q v", "q k v", "k"])
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3", "pythia", "falcon"])
 def test_a_dense_model_gets_the_update_that_litgpt_merges(family, adapted, tmp_path):

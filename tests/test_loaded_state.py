@@ -39,6 +39,7 @@ def made(kind, seed):
     return get_adapter_model(gpt2(seed=seed), CONFIGS[kind])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 def test_a_whole_state_gives_the_model_that_was_saved(kind, assign):
@@ -51,6 +52,7 @@ def test_a_whole_state_gives_the_model_that_was_saved(kind, assign):
     torch.testing.assert_close(logits(merged), logits(expected), rtol=0, atol=1e-5)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["rows", "bias", "all biases"])
 @pytest.mark.parametrize(
     "convert",

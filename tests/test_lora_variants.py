@@ -236,6 +236,7 @@ def started(init, factory=gpt2, **options):
     return disturb(get_lora_model(factory(), config))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("init", [*OF_WEIGHT, "orthogonal"])
 def test_saving_and_loading_restores_every_bit_and_what_trains(init, options, tmp_path):
@@ -265,6 +266,7 @@ def test_a_file_of_peft_without_its_start_is_refused_with_the_way_out(init, tmp_
         minipeft.load_adapter(llama(), tmp_path)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("factory", [gpt2, llama])
 @pytest.mark.parametrize("init", OF_WEIGHT)
 def test_as_plain_lora_it_says_the_same_to_peft_and_to_us(init, factory, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from fake_tf32 import autocast, tf32_allowed
+from rotation import thinned
 from tiny_models import disturb, gpt2, gpt2_classifier, llama, logits, state_digest
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -45,8 +46,13 @@ def test_the_merged_weight_is_the_formula_in_float64(targets):
         torch.testing.assert_close(layer.weight, wanted[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [1e-4, 0.02, 1.0])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    thinned(
+        ([torch.float64, torch.float32, torch.bfloat16, torch.float16], [1e-4, 0.02, 1.0]),
+        [(torch.float64, 1e-4), (torch.float32, 0.02), (torch.bfloat16, 0.02), (torch.float16, 1.0)],
+    ),
+)
 def test_unmerging_brings_every_bit_back_a_hundred_times(dtype, scale):
     base = gpt2().to(dtype)
     del base.transformer.h[1:]
@@ -92,6 +98,7 @@ def test_unmerging_does_not_depend_on_what_became_of_the_adapter_or_the_threads(
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("lowered", [autocast, tf32_allowed])
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_dora": True}])
 def test_autocast_and_tf32_change_nothing_of_a_merge_nor_of_taking_it_back(options, lowered):

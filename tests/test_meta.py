@@ -54,6 +54,7 @@ def own_tensors(model):
     return {key: tensor.detach().clone() for key, tensor in model.adapter_state_dict().items()}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("give", [give_memory, give_tensors])
 @pytest.mark.parametrize("method", CONFIGS)
 def test_adapters_start_when_the_model_gets_its_weights(method, give):

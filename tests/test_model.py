@@ -111,6 +111,7 @@ def test_only_the_adapter_trains_and_the_base_keeps_every_bit():
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
 
 
+@pytest.mark.each_value
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # the name older releases know
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("first", ["checkpointing", "adapting"])

@@ -88,6 +88,7 @@ def gradients(model):
 IN_TURN = [*itertools.product(OFFLOAD, ["lora"]), *zip(itertools.cycle(OFFLOAD), CONFIGS)]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("how", "method"), thinned((OFFLOAD, CONFIGS), IN_TURN))
 def test_an_offloaded_base_computes_trains_and_saves_the_same(how, method, tmp_path):
     torch.manual_seed(0)
@@ -220,6 +221,7 @@ def test_the_values_of_an_offloaded_adapter_are_not_replaced_in_vain(how, tmp_pa
         assert torch.equal(output(other.eval()), plain) is (verb != "hotswap"), verb
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("offloaded_first", [True, False])
 @pytest.mark.parametrize("how", OFFLOAD)
 def test_accelerate_s_hooks_come_off_an_adapted_model(how, offloaded_first, tmp_path):

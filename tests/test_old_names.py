@@ -95,6 +95,7 @@ def test_where_the_tables_lead_elsewhere_the_names_are_those_of_the_class_then(n
     assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=() if f in COMMON else pytest.mark.slow) for f in FAMILIES], ids=str
 )

@@ -98,6 +98,7 @@ def test_a_sliding_window_stays_within_a_packed_document(name):
     assert_as_if_alone(model)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("moved", [True, False])
 @pytest.mark.parametrize("name", sorted(NOT_APART))
 def test_a_model_that_mixes_packed_documents_is_found(name, moved):
@@ -110,6 +111,7 @@ def test_a_model_that_mixes_packed_documents_is_found(name, moved):
             assert_as_if_alone(model)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "mamba"])
 def test_the_probe_tells_them_apart_in_half_precision(name, implementation):
@@ -143,6 +145,7 @@ def test_a_model_without_position_ids_is_found():
     assert "cannot compute packed documents" in why_not_apart(model)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("make", [gpt2, llama])
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 def test_a_lean_adapted_model_trains_on_packed_rows_as_on_padded_ones(make, checkpointing):

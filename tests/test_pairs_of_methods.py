@@ -101,6 +101,7 @@ def is_refused_or_the_same(model, x, merge):
     return True
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("layer", "first"), [(layer, first) for layer in LAYERS for first in (METHODS if layer == "linear" else FEW)]
 )

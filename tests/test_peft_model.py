@@ -222,6 +222,7 @@ def test_the_class_of_a_configuration_is_no_configuration():
         get_adapter_model(llama(), peft.LoraConfig)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("own", [LoraConfig, peft.LoraConfig])
 def test_the_fused_layer_inside_peft_computes_what_peft_does(make, own):

@@ -216,6 +216,7 @@ def test_evaluation_leaves_every_layer_fit_for_training():
         assert torch.equal(read(layer), weight)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("factory", [gpt2, llama])
 @every_kind
 def test_what_is_quantized_is_every_linear_layer_but_the_head(kind, factory):
@@ -405,6 +406,7 @@ def test_the_report_says_how_far_an_output_is_off(caplog):
     assert not model.layer.adapters["default"].training
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("factory", [gpt2, llama])
 @every_kind

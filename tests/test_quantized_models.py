@@ -85,6 +85,7 @@ def test_what_transformers_quantized_is_read_in_the_right_orientation(family, lo
             assert (found - weight).abs().max() <= 0.2 * weight.abs().max(), name
 
 
+@pytest.mark.each_value
 @every_base
 def test_a_file_of_ours_means_the_same_to_peft_on_its_own_quantized_base(family, loading, loaded, tmp_path):
     model = minipeft.get_lora_model(loaded(family, loading), our_config(family))
@@ -95,6 +96,7 @@ def test_a_file_of_ours_means_the_same_to_peft_on_its_own_quantized_base(family,
     torch.testing.assert_close(as_in_training(theirs), as_in_training(model), rtol=0, atol=1e-5)
 
 
+@pytest.mark.each_value
 @every_base
 def test_a_file_of_peft_means_the_same_to_us_on_the_quantized_base(family, loading, loaded, tmp_path):
     with foreign_code():
@@ -104,6 +106,7 @@ def test_a_file_of_peft_means_the_same_to_us_on_the_quantized_base(family, loadi
     torch.testing.assert_close(as_in_training(model), as_in_training(theirs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.each_value
 @every_base
 def test_parameters_are_counted_as_in_peft(family, loading, loaded):
     """Two values of 4 bits in a byte are two."""
@@ -117,6 +120,7 @@ def _first(model):
     return next(name for name, module in model.named_modules() if hasattr(module, "adapters"))
 
 
+@pytest.mark.each_value
 @every_family
 @pytest.mark.parametrize("loading", ["nf4", "int8"])
 def test_gradients_are_those_of_peft(family, loading, loaded, tmp_path):
@@ -143,6 +147,7 @@ def test_gradients_are_those_of_peft(family, loading, loaded, tmp_path):
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.each_value
 @every_base
 def test_a_model_that_transformers_quantized_becomes_plain_again(family, loading, loaded, tmp_path):
     """Type by type: transformers' and PEFT's own ways leave nn.Linear with a transposed weight where a Conv1D was."""
@@ -260,6 +265,7 @@ def test_the_loss_of_a_head_that_torchao_quantized_is_not_computed_in_chunks():
     minipeft.lean(model, chunked_loss=False)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int8_weight_only"])
 @every_family
 def test_a_model_that_we_quantized_is_saved_and_loads_again(kind, family, tmp_path):
@@ -292,6 +298,7 @@ EACH_PAIR = [
 ]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("loading", "checkpointing", "trainer"), thinned(TRAININGS, EACH_PAIR))
 def test_the_trainer_trains_adapters_on_a_quantized_base(loading, checkpointing, trainer, loaded, tmp_path):
     model = minipeft.quantize(llama()) if loading == "ours" else loaded("llama", loading)

@@ -285,6 +285,7 @@ EXPERTS = {
 }
 
 
+@pytest.mark.each_value
 @both
 @pytest.mark.parametrize("case", EXPERTS)
 def test_layers_named_as_the_experts_of_transformers_4_are_found_and_converted(reader, case, tmp_path):

@@ -84,6 +84,7 @@ def disable(model):
     getattr(model, name or "gradient_checkpointing_disable")()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("first", ["adapted", "checkpointed"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_reentrant_checkpointing_gives_the_same_gradients(kind, first):
@@ -215,6 +216,7 @@ def adapted_llama(way):
     return model.train()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", ["reentrant", "not reentrant", "lean block", "lean sqrt"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_adapter_that_is_changed_before_the_backward_pass_stops_it(change, way, tmp_path):

@@ -39,6 +39,7 @@ def resize(model, *args, **options):
         return model.resize_token_embeddings(*args, mean_resizing=False, **options)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("size", [{"new_num_tokens": 120}, {"pad_to_multiple_of": 64}, {"new_num_tokens": 80}], ids=str)
 @pytest.mark.parametrize("kind", BASES)
 def test_a_model_without_adapters_on_its_tables_is_resized(kind, size):

@@ -27,6 +27,7 @@ def step(model):
     return [loss.detach(), *gradients]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 5e-2)])
 def test_loss_and_gradients_are_those_of_the_composed_norms(dtype, tolerance, checkpointing, monkeypatch):

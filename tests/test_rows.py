@@ -268,6 +268,7 @@ def images_in_rows(kind, *each):
     return {"input_ids": ids, "pixel_values": images}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["idefics3", "llava"])
 @pytest.mark.parametrize("part", ["vision", "projector", "all"])
 def test_images_belong_to_their_rows_or_are_refused_by_name(kind, part):
@@ -398,6 +399,7 @@ INPUTS_WITHOUT_ROWS = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("length", [3, 4, 8])  # of 4 rows: not even a multiple, or as many, shows the wrong dimension
 @pytest.mark.parametrize("kind", INPUTS_WITHOUT_ROWS)
 def test_an_input_whose_first_dimension_is_not_the_rows_is_refused_by_name(kind, length):
@@ -430,6 +432,7 @@ class Patches(nn.Module):
         return self.head(self.layer(self.patches(pixel_values).flatten(2).permute(2, 0, 1)).tanh().mean(0))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("make", [Patches, PositionsFirst])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_as_many_rows_as_positions_of_images_or_of_a_compiled_model(make, compiled):

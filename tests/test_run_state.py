@@ -457,6 +457,7 @@ def test_what_does_not_fit_is_refused_and_nothing_has_changed(case, folder):
 FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "nonsense", "empty object"])
 def test_a_damaged_file_is_refused_and_nothing_has_changed(name, damage, folder):

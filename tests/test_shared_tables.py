@@ -88,6 +88,7 @@ def test_it_is_saved_once_and_comes_back(family, tmp_path):
     assert torch.equal(logits(disturb(pickle.loads(pickle.dumps(model)), seed=5)), expected)
 
 
+@pytest.mark.each_value
 @every_family
 @pytest.mark.parametrize("saved", [("shared",), ("embed_tokens",), ("lm_head",), ("shared", "lm_head")], ids=" ".join)
 def test_merged_saved_and_reloaded_it_is_the_same_model(family, saved, tmp_path):

@@ -176,6 +176,7 @@ def kept_of_128_tokens(model):
     return bytes_kept(model, inputs_embeds=embeddings, labels=ids)
 
 
+@pytest.mark.each_value
 @each_way
 @each_model
 def test_the_backward_pass_keeps_at_most_twice_what_the_unadapted_model_keeps(kind, way, formed):
@@ -214,6 +215,7 @@ def test_nothing_as_large_as_the_experts_is_made(kind, way, formed):
         assert made.numel >= smallest
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("kind", "way", "dtype"), rotated(MODELS, IMPLEMENTATIONS, [torch.float32, torch.bfloat16]))
 def test_a_fresh_adapter_leaves_every_bit_without_gradients(kind, way, dtype):
     base = moe(kind, way, dtype).eval()
@@ -221,6 +223,7 @@ def test_a_fresh_adapter_leaves_every_bit_without_gradients(kind, way, dtype):
     assert torch.equal(logits(model), logits(base))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("kind", "way", "autocast"), rotated(["mixtral", "gpt_oss"], IMPLEMENTATIONS, [False, True]))
 def test_half_precision_rounds_about_as_W_plus_BA(kind, way, autocast, formed):
     """The experts by themselves: in a whole model a rounded router chooses others. Factors are in float32."""

@@ -47,6 +47,7 @@ EACH_PAIR = [
 ]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("method", "traced", "called"), thinned((CONFIGS, MODES, MODES), EACH_PAIR))
 def test_a_traced_model_computes_the_same_on_any_batch(method, traced, called):
     model = net(method)
@@ -239,6 +240,7 @@ def called_with_tensors(model, x):
     return torch.func.functional_call(model, {name: p * 1 for name, p in model.named_parameters()}, (x,))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("run", "method"),
     [(exported, "lora"), (traced, "lora"), (traced, "trained"), *((called_with_tensors, method) for method in READ)],

@@ -49,6 +49,7 @@ def options(method, core):
     return {**METHODS[method][2], "target_modules": ["layer"], "use_effective_conv2d": core, "init_weights": False}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("name", "method", "core"), AS_PEFT)
 def test_files_are_those_of_peft_in_both_directions(name, method, core, tmp_path):
     make, shape = LAYERS[name]

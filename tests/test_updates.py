@@ -68,6 +68,7 @@ def by_hand(clip):
     return losses, parameters
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("clip", "micro_batch", "lean"), thinned(([1e6, 0.05], [6, 4, 1], [False, True]), FEW))
 def test_an_update_follows_the_mean_over_all_its_tokens(micro_batch, clip, lean):
     losses, parameters = by_hand(clip)

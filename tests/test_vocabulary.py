@@ -106,6 +106,7 @@ def test_rows_that_train_and_rows_that_do_not_stand_in_one_list(make, base, tmp_
     assert_close(logits(load_adapter(resized(make, base, seed=6), tmp_path / "adapter")), logits(model))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("rows", [[3, 101], [100], [101, 102]], ids=str)
 def test_rows_that_do_not_train_are_no_part_of_what_the_base_is_known_by(rows, make, base, tmp_path):
     model = lora(make, resized(make, base), trainable_token_indices=rows)
@@ -156,6 +157,7 @@ def test_tables_that_peft_saves_of_a_resized_model_give_their_new_rows(make, bas
             load_adapter(resized(make, base), tmp_path / "theirs")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("seed", [5, 6], ids=["the same rows", "other rows"])
 @pytest.mark.parametrize("kind", ["all new rows", "some rows", "trained tables"])
 def test_what_peft_trains_of_a_resized_vocabulary_is_read(kind, seed, make, base, tmp_path):
@@ -188,6 +190,7 @@ def tied_llama():
     return llama(tie_word_embeddings=True)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("make", [gpt2, tied_llama])
 @pytest.mark.parametrize("place", ["embedding", "head"])
 def test_new_rows_of_what_is_tied_to_a_trained_table_are_saved(place, make, base, tmp_path):
@@ -317,6 +320,7 @@ def options_of(make, case):
     return method, {**options, "target_modules": [*targets, *(LAYERS[make][each] for each in tables)]}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("case", METHODS)
 def test_a_base_gets_the_new_rows_of_a_table_where_the_adapter_has_no_room_for_them(case, make, base, tmp_path):
     method, options = options_of(make, case)
@@ -339,6 +343,7 @@ def test_a_base_gets_the_new_rows_of_a_table_where_the_adapter_has_no_room_for_t
     assert_close(logits(again.merge_and_unload(untie=True)), expected)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("rows", [NEW, [3, *NEW]], ids=str)
 def test_new_rows_that_train_leave_those_of_an_untied_head(rows, make, base, tmp_path):
     for library, adapt in ((minipeft, get_adapter_model), (peft, peft.get_peft_model)):
@@ -356,6 +361,7 @@ def test_new_rows_that_train_leave_those_of_an_untied_head(rows, make, base, tmp
                 load_adapter(again, path)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("case", METHODS)
 def test_whole_tables_that_peft_writes_with_any_adapter_are_read(case, make, base, tmp_path):
     method, options = options_of(make, case)
@@ -390,6 +396,7 @@ def test_whole_tables_of_one_half_precision_are_read_in_the_other(there, here, m
     assert (logits(model) - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("there", "here"), [*HALVES, (torch.bfloat16, torch.float32)], ids=str)
 def test_an_adapter_is_restored_on_its_base_in_another_dtype(there, here, make, base, tmp_path):
     model = lora(make, resized(make, base).to(there))
@@ -572,6 +579,7 @@ def cpmant():
     return transformers.CpmAntForCausalLM, config, ["project_q"]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("without", [None, "marks", "weights"])
 @pytest.mark.parametrize("family", [mllama, cpmant])
 def test_rows_beyond_the_vocabulary_that_the_checkpoint_has_are_not_saved(family, without, tmp_path):

@@ -87,6 +87,7 @@ def plain(tmp_path_factory):
     return model, folder, output(model)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("wrap", [wrap_blocks, wrap_parts])
 @pytest.mark.parametrize("kind", WRAP)
 def test_an_adapter_wrapped_afterwards_saves_the_same_files(kind, wrap, plain, tmp_path):
