@@ -35,7 +35,7 @@ def decode_models(name: str, dtype: torch.dtype, options: Options) -> dict[str, 
 
 
 def measured(name: str, models: dict[str, nn.Module], batch: int, dtype: torch.dtype, options: Options) -> Rows | None:
-    prompt, new_tokens = 16, 4 if options.quick else 64
+    prompt, new_tokens = 16, 2 if options.quick else 64
     ids = torch.randint(models["base"].config.vocab_size, (batch, prompt), device=options.device)
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
 
