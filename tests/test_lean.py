@@ -176,6 +176,7 @@ def test_positional_arguments_tuples_and_embeddings_as_input():
     torch.testing.assert_close(model(inputs_embeds=embeddings, labels=LABELS).loss, expected)
 
 
+@pytest.mark.usefixtures("unprobed")
 def test_fifty_steps_of_training_follow_the_same_curve():
     base = gpt2()
     del base.transformer.h[1:]
@@ -293,6 +294,7 @@ def test_what_is_recomputed_may_be_given_the_outputs_of_norms(make, labels):
         assert_same_learning(loss_and_gradients(model, labels=labels), expected)
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("checkpointing", ["last", "block", "sqrt"])
 def test_a_cache_that_blocks_get_by_position_is_not_filled_twice(checkpointing):
     sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "pad_token_id")}
@@ -354,6 +356,7 @@ def test_ctrl_c_within_a_training_step_leaves_the_head_as_it_was(where):
     assert torch.equal(model.eval()(input_ids=IDS).logits, expected)
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.each_value
 @pytest.mark.parametrize("checkpointing", ["last", "mlp", "block", "sqrt"])
 @pytest.mark.parametrize("make", [gpt2, llama])
@@ -431,6 +434,7 @@ def test_another_call_replaces_the_options():
     assert not lean(model, chunked_loss=False)(input_ids=IDS, labels=LABELS).logits.isnan().any()
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.each_value
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("checkpointing", ["last", "mlp", "block"])
@@ -874,6 +878,7 @@ def test_a_feed_forward_module_that_blocks_share_is_checkpointed_once(checkpoint
     assert [type(module) for module in model.modules()] == classes
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.each_value
 @pytest.mark.parametrize("checkpointing", ["none", "last", "block"])
 @pytest.mark.parametrize("make", [gpt2, llama])

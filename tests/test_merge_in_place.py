@@ -394,8 +394,8 @@ def test_an_interrupt_at_any_time_leaves_all_or_nothing(undoable):
     layers, outcomes = 24, set()
     model = disturb(wide_model(layers=layers), scale=0.01)
     before = bits(model)
-    for index in range(40):
-        timer = threading.Timer(index * 4e-4, _thread.interrupt_main)
+    for index in range(20):
+        timer = threading.Timer(index * 8e-4, _thread.interrupt_main)
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
             timer.start()
             merging.merge(model, ["default"], undoable=undoable)

@@ -664,7 +664,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=75, deadline=None, derandomize=True)
 @given(PLAIN)
 def test_plain_values_come_back_from_json_as_they_were(value):
     tensors = {}
