@@ -1,7 +1,8 @@
 """Products of parameters, thinned out; every combination is slow.
 
-A promise is checked with every pair of values. Of a test marked `each_value`, whose parameters have little to do with
-each other, just as many cases are left as it takes for each value to occur.
+A promise is checked with every pair of values. Costly tests that go over the same long list share it. Of a test marked
+`each_value`, whose parameters have little to do with each other, just as many cases are left as it takes for each value
+to occur.
 """
 
 import collections
@@ -38,6 +39,13 @@ def often(cases, always):
     unknown = set(always) - set(cases)
     assert not unknown, unknown
     return [pytest.param(case, marks=() if case in always else pytest.mark.slow) for case in cases]
+
+
+def shared(cases, turn, tests=2):
+    """All cases for one of so many tests that go over the same ones: each is always tried by one test, and slow in others."""
+    return [
+        pytest.param(case, marks=() if place % tests == turn else pytest.mark.slow) for place, case in enumerate(cases)
+    ]
 
 
 def thinned(lists, always):

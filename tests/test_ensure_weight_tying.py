@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from rotation import shared
 from safetensors.torch import load_file, save_file
 from tiny_models import disturb, foreign_code, gpt2, llama, logits, saved_and_loaded, state_digest, t5, token_ids
 from transformers import BertConfig, BertForMaskedLM, PhiConfig, PhiForCausalLM
@@ -26,7 +27,6 @@ CASES = {
     "tokens": {"target_modules": [Q], "trainable_token_indices": [6, 7]},
     "nothing tied": {"target_modules": [Q]},
 }
-every_case = pytest.mark.parametrize("case", CASES)
 
 
 def bert_lm():
@@ -62,7 +62,7 @@ def save_theirs(model, path):
         model.save_pretrained(path)
 
 
-@every_case
+@pytest.mark.parametrize("case", shared(CASES, 0))
 def test_a_file_of_peft_is_read_merged_and_written_back(case, tmp_path):
     reference = theirs(case)
     expected = logits(reference)
@@ -78,7 +78,7 @@ def test_a_file_of_peft_is_read_merged_and_written_back(case, tmp_path):
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
-@every_case
+@pytest.mark.parametrize("case", shared(CASES, 1))
 def test_a_live_model_trains_one_set_of_parameters_and_peft_reads_it(case, tmp_path):
     model, reference = ours(case), theirs(case)
     counts = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, reference)]

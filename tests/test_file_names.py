@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from fast_copy import copied
-from rotation import often
+from rotation import often, shared
 from safetensors.torch import load_file, save_file
 from tiny_models import foreign_code, llama, state_digest, token_ids
 
@@ -294,7 +294,7 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize("case", OLD)
+@pytest.mark.parametrize("case", shared(OLD, 0))  # the others in test_old_names.py
 def test_names_of_older_transformers_are_read(case, tmp_path, caplog):
     build, targets, rename, edit = OLD[case]
     model = adapted(build(), lora(targets))

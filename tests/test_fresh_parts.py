@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from rotation import shared
 from safetensors.torch import load_file
 from tiny_models import disturb, foreign_code, gpt2, llama, t5
 from torch import nn
@@ -109,7 +110,11 @@ FAMILIES = {
         "classification_head",
     ),
 }
-everywhere = pytest.mark.parametrize("family", FAMILIES)
+
+
+def some(turn):
+    """The families of one of three tests."""
+    return pytest.mark.parametrize("family", shared(FAMILIES, turn, 3))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +150,7 @@ def saved_modules(folder):
     return set(json.loads((folder / CONFIG_FILE).read_text())["modules_to_save"] or ())
 
 
-@everywhere
+@some(0)
 def test_a_classification_task_trains_and_saves_every_new_layer(family, made, tmp_path):
     new = FAMILIES[family][4].split()
     model = lora(made(family, 1), task_type="SEQ_CLS")
@@ -160,7 +165,7 @@ def test_a_classification_task_trains_and_saves_every_new_layer(family, made, tm
     torch.testing.assert_close(logits(theirs, family), logits(model, family), rtol=1e-5, atol=1e-5)
 
 
-@everywhere
+@some(1)
 def test_a_copy_has_lost_the_marks_and_its_head_is_found_by_its_place(family, made, tmp_path):
     model = copy.deepcopy(made(family, 1))
     assert not find_origins(model).fresh
@@ -173,7 +178,7 @@ def test_a_copy_has_lost_the_marks_and_its_head_is_found_by_its_place(family, ma
         assert torch.equal(logits(load_adapter(made(family, 2), tmp_path), family), logits(model, family))
 
 
-@everywhere
+@some(2)
 def test_without_a_task_new_layers_stay_as_they_are_and_are_saved(family, made, tmp_path):
     with pytest.warns(UserWarning, match=r"not in the checkpoint.*modules_to_save") as said:
         model = lora(made(family, 1))

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from method_cases import CASES, gradients, load_theirs, ours, save_theirs, their_logits, theirs
+from rotation import shared
 from safetensors.torch import load_file
 from tiny_models import disturb, foreign_code, logits
 
@@ -13,6 +14,13 @@ from minipeft.ecosystem.peft_options import WITHOUT_EFFECT, asks_nothing
 
 peft = pytest.importorskip("peft")
 every_case = pytest.mark.parametrize("case", CASES)
+
+
+def every_other_case(turn):
+    """For one of two tests."""
+    return pytest.mark.parametrize("case", shared(CASES, turn))
+
+
 RUNTIME = {"peft_version", "revision", "auto_mapping"}
 
 
@@ -41,7 +49,7 @@ def test_the_start_is_exactly_the_base(case):
     assert torch.equal(logits(ours(case)), logits(CASES[case][1]()))
 
 
-@every_case
+@every_other_case(0)
 def test_a_file_of_ours_is_read_by_peft_and_back_with_the_same_outputs(case, tmp_path):
     model = disturb(ours(case))
     expected = logits(model)
@@ -55,7 +63,7 @@ def test_a_file_of_ours_is_read_by_peft_and_back_with_the_same_outputs(case, tmp
     assert torch.equal(logits(again), expected)
 
 
-@every_case
+@every_other_case(1)
 def test_a_file_of_peft_is_read_by_us_with_the_same_outputs_gradients_and_merged_weights(case, tmp_path):
     reference = disturb(theirs(case))
     save_theirs(reference, tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from old_experts import FAMILIES, logits, mixture, old_file
+from rotation import shared
 from safetensors.torch import load_file, save_file
 from test_file_names import OLD, TEXT, VISION, clip, made, output
 from tiny_models import adapted as adapted_model
@@ -36,7 +37,7 @@ def base_in(directory, model):
     model.config.save_pretrained(directory / "base")
 
 
-@pytest.mark.parametrize("case", OLD)
+@pytest.mark.parametrize("case", shared(OLD, 1))  # the others in test_file_names.py
 def test_the_names_are_those_that_reading_knows(case, tmp_path):
     build, targets, rename, _ = OLD[case]
     base = build()
