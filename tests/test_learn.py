@@ -109,16 +109,25 @@ def test_a_learner_s_way_through_the_exercises(tmp_path, state):
 CANNOT_BE_CHECKED = {
     "def lora(:": "line 1 is not Python: invalid syntax",
     "a = 1\0": "is not Python",
-    "1 / 0": "line 1 raises ZeroDivisionError: division by zero",
     "x = 1\nimport sys\nsys.exit(0)": "line 3: sys.exit or exit is called",
     "import os\nos._exit(3)": "ended its process with code 3",
     "while True: pass": "did not return within 0.5 s and was stopped",
     "while True: print('x' * 100_000)": "File too large",
     "input()": "raises EOFError",
-    "def lora_parameter(): pass": "has no lora_parameters (closest: 'lora_parameter')",
     "raise KeyboardInterrupt": "raises KeyboardInterrupt",
+}
+SAID_BY_THE_CHILD = {
+    "1 / 0": "line 1 raises ZeroDivisionError: division by zero",
+    "def lora_parameter(): pass": "has no lora_parameters (closest: 'lora_parameter')",
     "import nonsense_that_is_not_there": "raises ModuleNotFoundError",
 }
+
+
+@pytest.mark.parametrize("text", SAID_BY_THE_CHILD)
+def test_what_a_file_raises_or_lacks_is_one_line(text, tmp_path):
+    told = said("02", text, tmp_path)
+    assert SAID_BY_THE_CHILD[text] in told
+    assert "\n" not in told
 
 
 def test_a_file_that_cannot_be_checked_is_one_line(tmp_path):

@@ -135,11 +135,8 @@ TRAINED = [
     "bert bias all",
 ]
 FIFTY_STEPS = ("gpt2 all-linear rslora patterns", "llama all-linear", "bert bias all")  # one for each architecture
-COURSES = [
-    pytest.param(case, 50 if case == FIFTY_STEPS[0] else 8, marks=[pytest.mark.slow] * (case in SELDOM))
-    for case in TRAINED
-]
-COURSES += [pytest.param(case, 50, marks=pytest.mark.slow) for case in FIFTY_STEPS[1:]]
+COURSES = [pytest.param(case, 8, marks=[pytest.mark.slow] * (case in SELDOM)) for case in TRAINED]
+COURSES += [pytest.param(case, 50, marks=pytest.mark.slow) for case in FIFTY_STEPS]
 every_case = pytest.mark.parametrize("case", often(CASES, CASES.keys() - SELDOM))
 
 
