@@ -14,6 +14,7 @@ import signal
 import socket
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 is float32 on a GPU, too
@@ -217,6 +218,12 @@ def text(tmp_path_factory):
         gzip.decompress((EXAMPLES / "assets/corpus/code-train.txt.gz").read_bytes()).decode()[:1900], "utf-8"
     )
     return path
+
+
+@pytest.fixture
+def unprobed(monkeypatch):
+    """lean() without its own proof that it changes nothing, which takes most of its time and counts no bytes."""
+    monkeypatch.setattr("minipeft.memory.lean.Probe", Mock())
 
 
 @pytest.fixture

@@ -376,7 +376,7 @@ def test_merging_and_unmerging_does_not_drift(dtype):
     before = state_digest(model)
     model.merge_adapter()
     merged = state_digest(model)
-    for _ in range(31):
+    for _ in range(7):  # a hundred in test_merge.py
         model.unmerge_adapter()
         assert state_digest(model) == before
         model.merge_adapter()

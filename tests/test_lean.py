@@ -645,12 +645,6 @@ def test_the_trainer_of_transformers_trains_a_lean_model_to_the_same_losses(tmp_
     assert lean_evaluated["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-3)
 
 
-@pytest.fixture
-def unprobed(monkeypatch):
-    """lean() without its own proof that it changes nothing, which takes most of its time and counts no bytes."""
-    monkeypatch.setattr("minipeft.memory.lean.Probe", mock.Mock())
-
-
 def kept_of_64_tokens(model):
     ids = torch.zeros(2, 32, dtype=torch.long)
     return bytes_kept(model, input_ids=ids, labels=ids)

@@ -145,6 +145,7 @@ def test_a_model_without_position_ids_is_found():
     assert "cannot compute packed documents" in why_not_apart(model)
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.each_value
 @pytest.mark.parametrize("make", [gpt2, llama])
 @pytest.mark.parametrize("checkpointing", ["none", "block"])

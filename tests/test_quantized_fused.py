@@ -349,6 +349,7 @@ def gradients(model, ids):
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize(
     ("kind", "checkpointing"), thinned((KINDS, WAYS), zip(itertools.cycle(KINDS), [*WAYS, *WAYS[1:]]))
 )

@@ -100,6 +100,7 @@ def test_values_and_gradients_have_the_bits_of_transformers(dtype):
     assert all(map(torch.equal, torch.autograd.grad(ours, (q, k), into), torch.autograd.grad(theirs, (q, k), into)))
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("checkpointing", ["none", "last", "mlp", "block", "sqrt"])
 def test_a_lean_llama_turns_by_it(checkpointing, monkeypatch):
     model = adapted(llama(), target_modules="all-linear").double().train()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import warm
 import yaml
+from rotation import often
 from warm import Warm
 
 pytest.importorskip("accelerate")
@@ -114,7 +115,7 @@ def whole(train, flags, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("step", [1, pytest.param(4, marks=pytest.mark.slow), 5, 8])
+@pytest.mark.parametrize("step", often([1, 4, 5, 8], [5, 8]))
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, flags, whole, tmp_path, step, capsys):
     directory = as_interrupted(whole, tmp_path / "run", step)
     train.main([*flags, "--resume", "--output_dir", str(directory)])
