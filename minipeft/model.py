@@ -117,7 +117,12 @@ def load_adapter(
     unmerged = contextlib.nullcontext() if adapted is None else adapted._unmerged()
     with unmerged, no_collection(), torch.inference_mode(False):  # as in `_adapt`
         plan, parts, new_rows = load_parts(
-            model, path, strict=strict, allow_base_mismatch=allow_base_mismatch, key_mapping=key_mapping
+            model,
+            path,
+            strict=strict,
+            allow_base_mismatch=allow_base_mismatch,
+            key_mapping=key_mapping,
+            is_trainable=is_trainable,
         )
         attach(model, AdaptedModel, plan, parts, adapter_name, trainable=is_trainable)
         new_rows.put_in_base()

@@ -249,6 +249,27 @@ def test_a_file_of_peft_that_lacks_a_new_layer_is_named(made, tmp_path, targets)
         load_adapter(made("deberta", 2), tmp_path)
 
 
+def test_a_file_of_peft_that_lacks_a_new_layer_brings_it_once_it_was_trained_further(made, tmp_path):
+    with foreign_code():
+        config = peft.LoraConfig(r=4, target_modules=["query_proj"], task_type="SEQ_CLS")
+        peft.get_peft_model(made("deberta", 1), config).save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match=r"does not bring .*pooler\.dense\.weight"):
+        model = load_adapter(made("deberta", 2), tmp_path / "theirs", is_trainable=True)
+    assert not any("pooler" in name for name, p in model.named_parameters() if p.requires_grad)
+    disturb(model).eval().save_pretrained(tmp_path / "ours")
+    expected = logits(model, "deberta")
+    for trains in (False, True):
+        again = load_adapter(made("deberta", 3), tmp_path / "ours", is_trainable=trains).eval()
+        assert torch.equal(logits(again, "deberta"), expected)
+    assert not any("pooler" in name for name, p in again.named_parameters() if p.requires_grad)
+    restored = load_adapter(made("deberta", 3), tmp_path / "ours", is_trainable=True).eval()
+    restore_adapters(disturb(restored, seed=9), tmp_path / "ours")
+    assert torch.equal(logits(restored, "deberta"), expected)
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(made("deberta", 3), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs, "deberta"), expected)
+
+
 class Net(nn.Module):
     """A user's own model around a checkpoint: nothing is known of its head."""
 

@@ -30,6 +30,7 @@ from minipeft.files.reading import reading
 from minipeft.files.resized_vocabulary import IN_LAYER
 from minipeft.injection.build import Parts, build
 from minipeft.injection.build_from_file import build_from
+from minipeft.injection.fresh_parts import FreshParts, find_fresh_parts, with_fresh_parts
 from minipeft.injection.module_tree import Candidate, candidates
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.plan import Plan, check_loaded
@@ -73,6 +74,7 @@ def load_parts(
     strict: bool,
     allow_base_mismatch: bool,
     key_mapping: Mapping[str, str] | None = None,
+    is_trainable: bool = False,
 ) -> tuple[Plan, Parts, NewRows]:
     """Read an adapter directory and build what it describes for this model; the model is only read.
 
@@ -92,9 +94,11 @@ def load_parts(
     plan = plan_injection(model, _as_tied(file, new_rows.config, model), every_pattern=False, found=found)
     plan = replace(plan, saved=tuple(_as_saved(site, file) for site in plan.saved))
     check_loaded(model, plan, may_be_empty=False)
-    shapes, frozen = build(plan, on_meta=True), dict(planned_frozen_weights(model, plan, found, file.base))
+    frozen = dict(planned_frozen_weights(model, plan, found, file.base))
     sampled = [(name, weight) for name, weight in frozen.items() if name in file.base]
-    tensors = shapes.file_tensors(plan)
+    plan, lacking = _with_lacking(model, plan, file, found) if is_trainable else (plan, ())
+    shapes = build(plan, on_meta=True)
+    tensors = {key: t for key, t in shapes.file_tensors(plan).items() if not within(key.removeprefix(PREFIX), lacking)}
     samples = {} if allow_base_mismatch else planned_samples(model, plan, shapes, sampled)
     expected = Expected(
         model,
@@ -109,10 +113,7 @@ def load_parts(
     with reading(directory):
         values = read_values(file, expected, strict=strict)
     warn_of_missing_parts(model, file, plan, frozen)
-    for message in new_rows.lacking:
-        warn(message)
-    _tell(directory, file)
-    _tell_of_lost_biases(file, plan)
+    _tell(directory, file, plan, new_rows.lacking)
     values.update(new_rows.values)
     return plan, build_from(plan, shapes, tensors, values), new_rows
 
@@ -126,8 +127,11 @@ def _check_not_hidden(model: nn.Module, file: AdapterFile, found: dict[str, Cand
             raise OccupiedError(f"{name}: another adapter trains it in full, and this one adapts layers in it.")
 
 
-def _tell(directory: Path, file: AdapterFile) -> None:
-    """Say what the file has that does not act here."""
+def _tell(directory: Path, file: AdapterFile, plan: Plan, lacking: Iterable[str]) -> None:
+    """Say what the file has that does not act here, or not in PEFT, and what it lacks."""
+    for message in lacking:
+        warn(message)
+    _tell_of_lost_biases(file, plan)
     if bookkeeping := file.config.other_keys.keys() - KEPT:
         logger.info("%s: kept as they are, since they ask for nothing: %s", directory, shown(sorted(bookkeeping)))
     if not file.is_own and has_another_series(file.said):
@@ -156,6 +160,18 @@ def _tell_of_lost_biases(file: AdapterFile, plan: Plan) -> None:
 def _tied(plan: Plan) -> dict[str, str]:
     """The layers that share what another one has: name -> name of that one."""
     return {site.name: site.tied_to for site in plan.sites if site.tied_to is not None}
+
+
+def _with_lacking(
+    model: nn.Module, plan: Plan, file: AdapterFile, found: dict[str, Candidate]
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan with a frozen copy of each new layer that the file lacks, as PEFT's may: the next file of the adapter brings them."""
+    fresh = find_fresh_parts(model, plan.config, found, replace(plan.origins, unknown=frozenset()))
+    taken = [*file.base, *(site.name for site in plan.adapters)]
+    names = tuple(n for n in (*fresh.trained, *fresh.kept) if not any(within(each, {n}) for each in taken))
+    sites = [SavedSite(name, found[name], None, False) for name in names]
+    config = with_fresh_parts(plan.config, FreshParts(kept=names))
+    return replace(plan, config=config, saved=(*plan.saved, *sites)), names
 
 
 def _as_saved(site: SavedSite, file: AdapterFile) -> SavedSite:
