@@ -412,3 +412,12 @@ def test_a_weight_that_a_hook_computes_is_normed_as_it_is_in_this_call(hook, dro
             torch.testing.assert_close(first, second, rtol=0, atol=0) if hook != "spectral_norm" else None
         y = model.eval()(x)
         torch.testing.assert_close(y, formula(base, lora, dense))
+
+
+def test_a_layer_that_is_quantized_after_adapting_is_named():
+    with foreign_code():
+        quantization = pytest.importorskip("torchao.quantization")
+    model = get_lora_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(minipeft.StateError, match=r"Int8Tensor does not give.*Quantize the base first"):
+        model(torch.randn(2, 8))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.amp import is_autocast_available
 from typing_extensions import Self
 
-from minipeft.errors import TargetError
+from minipeft.errors import StateError, TargetError
 from minipeft.kernels import matmul
 from minipeft.kernels.functional import accumulation_dtype, is_column_major
 from minipeft.kernels.transformed import is_transformed
@@ -85,7 +85,13 @@ class Dora(Lora):
         with torch.no_grad(), exact:
             # Each is detached too: forward-mode differentiation does not mind no_grad.
             weight, lora_A, lora_B = (tensor.detach() for tensor in (weight, *self._matrices()))
-            return row_norms(weight, lora_A, lora_B, self.factor, self._squares_of(weight))
+            try:
+                return row_norms(weight, lora_A, lora_B, self.factor, self._squares_of(weight))
+            except NotImplementedError as error:
+                raise StateError(
+                    f"use_dora takes the length of each row of the weight, which {type(weight).__name__} does not give. Was the "
+                    "layer quantized after adapting? Quantize the base first, then adapt it."
+                ) from error
 
     def _squares_of(self, weight: Tensor) -> Tensor | None:
         """``|W|^2`` of each row, computed once for a weight that does not change; None if it is not kept.
