@@ -261,6 +261,14 @@ def test_a_layer_that_the_file_lacks_does_nothing_until_a_file_has_it(tmp_path):
     torch.testing.assert_close(logits(model), output, rtol=0, atol=1e-5)
 
 
+def test_the_scale_of_a_layer_that_the_file_lacks_is_that_of_the_file_too(tmp_path):
+    folder, _ = saved(LoraConfig(r=2, target_modules=["c_attn"]), tmp_path)
+    model = get_lora_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn", "c_fc"]))
+    model.set_scale("default", 0.3)
+    model.hotswap_adapter(folder)
+    assert [row.scale for row in model.adapter_status()] == ["1"]
+
+
 def test_zeros_beyond_the_rank_stay_zeros_in_training_and_other_adapters_are_left_alone(tmp_path):
     folder, _ = saved(LORA["rank 2"], tmp_path / "two", 2)
     model = adapted(r=4)

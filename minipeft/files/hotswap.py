@@ -116,6 +116,7 @@ class HotswapModel(WithAdapters):
             for _, _, here, there in pairs:
                 _give(here, there)
             for layer, adapter in left:
+                _scale_as_in_file(adapter)
                 adapter.vacate(layer.owner, layer.ops)
                 adapter.is_vacant = True
             self._state.switch.changes += 1
@@ -180,12 +181,16 @@ def _misfit(here: nn.Module, there: nn.Module) -> str:
 
 def _give(here: nn.Module, there: nn.Module) -> None:
     if isinstance(here, Adapter) and isinstance(there, Adapter):
-        if here.strength != 1:
-            here.rescale(1.0)  # whatever `set_scale` made of the old one
+        _scale_as_in_file(here)
         here.take(there)
         here.is_vacant = False
     else:
         copy_tensors(here, there)
+
+
+def _scale_as_in_file(adapter: Adapter) -> None:
+    if adapter.strength != 1:
+        adapter.rescale(1.0)  # whatever `set_scale` made of the old one
 
 
 def _left(model: nn.Module, adapter_name: str, pairs: Pairs) -> list[tuple[AdaptedLayer, Adapter]]:
