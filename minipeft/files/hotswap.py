@@ -116,9 +116,7 @@ class HotswapModel(WithAdapters):
             for _, _, here, there in pairs:
                 _give(here, there)
             for layer, adapter in left:
-                _scale_as_in_file(adapter)
-                adapter.vacate(layer.owner, layer.ops)
-                adapter.is_vacant = True
+                _vacate(layer, adapter)
             self._state.switch.changes += 1
             self._state.configs[adapter_name] = plan.config
             self._state.kept[adapter_name] = tuple(site.name for site in plan.saved if not site.trains)
@@ -186,6 +184,12 @@ def _give(here: nn.Module, there: nn.Module) -> None:
         here.is_vacant = False
     else:
         copy_tensors(here, there)
+
+
+def _vacate(layer: AdaptedLayer, adapter: Adapter) -> None:
+    _scale_as_in_file(adapter)
+    adapter.vacate(layer.owner, layer.ops)
+    adapter.is_vacant = True
 
 
 def _scale_as_in_file(adapter: Adapter) -> None:
