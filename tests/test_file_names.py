@@ -434,6 +434,23 @@ def test_a_text_models_adapter_fits_the_multimodal_model_and_back(case, targets,
     torch.testing.assert_close(text_logits(back), want, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(tf, "LagunaModel"), reason="transformers 5.24 has it")
+def test_a_name_that_transformers_tables_spoil_is_read_in_another_class(tmp_path):
+    # The dot in "mlp.shared_expert." is one of any character there, so today's "mlp.shared_experts" gets a second dot.
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    config = tf.LagunaConfig(**{**TEXT, **experts})
+    body, whole = made(tf.LagunaModel, config), made(tf.LagunaForCausalLM, config)
+    whole.model.load_state_dict(body.state_dict())
+    model = minipeft.get_lora_model(body, lora(["shared_experts.gate_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    loaded = minipeft.load_adapter(whole, tmp_path)
+    want, got = (
+        each(input_ids=token_ids(), use_cache=False).last_hidden_state for each in (model.eval(), loaded.model)
+    )
+    torch.testing.assert_close(got, want)
+
+
 def adapted_names(model):
     return [(name, m) for name, m in model.named_modules() if type(m).__name__ == "AdaptedLayer"]
 

@@ -84,7 +84,7 @@ def _readings(file: AdapterFile, places: Places, plain: Mapping[str, str], stric
     own = {key: name if places.place(name) is not None else published[key] for key, name in plain.items()}
     yield Reading(own, PUBLISHED)
     other = OtherClass(places, file)
-    for names in (own, plain):
+    for names in (own, plain):  # the tables spoil some names of today, such as Laguna's shared experts
         if (found := other.reading(names, partial=not strict)) is not None:
             yield found
 
