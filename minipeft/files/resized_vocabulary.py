@@ -8,7 +8,7 @@ whole tables, as PEFT always does. `minipeft.files.new_rows` reads either.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,19 @@ class Table:
         name: of its module in the model.
         module: the module, perhaps a wrapper.
         weight: shape (tokens, width).
-        layers: those that have this weight, by each of their names, and the wrappers around them.
+        holders: finds the `layers` of all tables of the model, by the ids of their weights.
     """
 
     model: nn.Module
     name: str
     module: nn.Module
     weight: Tensor
-    layers: list[tuple[str, nn.Module]]
+    holders: Callable[[], Mapping[int, list[tuple[str, nn.Module]]]]
+
+    @property
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """The layers that have this weight, by each of their names, and the wrappers around them."""
+        return self.holders()[id(self.weight)]
 
     @property
     def rows_key(self) -> str:
@@ -118,20 +123,30 @@ def _copies(module: nn.Module, adapter_name: str) -> bool:
 
 def tables(model: nn.Module) -> dict[str, Table]:
     """The tables of a transformers model by name; of two that share a weight, only the first."""
-    wanted = [(each, _weight_of(each)) for each in (input_embedding(model), output_head(model)) if each is not None]
-    layers: dict[int, list[tuple[str, nn.Module]]] = {
-        id(w): [] for _, w in wanted if isinstance(w, Tensor) and w.ndim == 2 and w.is_floating_point()
-    }
-    for name, module in outside_adapters(model, remove_duplicate=False) if layers else ():
-        if id(weight := _weight_of(module)) in layers:
-            layers[id(weight)].append((name, module))
+    embedding, head = input_embedding(model), output_head(model)
+    modules = {id(each): each for each in (embedding, head) if each is not None}
+    names: dict[int, str] = {}
+    for name, module in outside_adapters(model) if modules else ():
+        if module is embedding or module is head:
+            names[id(module)] = name
+            if len(names) == len(modules):
+                break
     found: dict[int, Table] = {}
-    for module, weight in wanted:
-        own = layers.get(id(weight), [])
-        names = [name for name, other in own if other is module]
-        if names:
-            found.setdefault(id(weight), Table(model, names[0], module, weight, own))
+    holders = functools.cache(functools.partial(_holders, model, found))
+    for key, module in modules.items():
+        weight = _weight_of(module)
+        if key in names and isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+            found.setdefault(id(weight), Table(model, names[key], module, weight, holders))
     return {table.name: table for table in found.values()}
+
+
+def _holders(model: nn.Module, known: Mapping[int, Table]) -> dict[int, list[tuple[str, nn.Module]]]:
+    """The layers that have the weight of a table, by the id of that."""
+    found: dict[int, list[tuple[str, nn.Module]]] = {key: [] for key in known}
+    for name, module in outside_adapters(model, remove_duplicate=False):
+        if (key := id(getattr(innermost(module), "weight", None))) in found:  # as `_weight_of`, in a call less
+            found[key].append((name, module))
+    return found
 
 
 def _weight_of(module: nn.Module) -> Any:
