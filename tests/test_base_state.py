@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny_models import adapted, gpt2
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
-from minipeft import LoraConfig, get_lora_model, load_adapter
+from minipeft import IA3Config, LoraConfig, get_adapter_model, get_lora_model, load_adapter
 
 NORMS = {
     "BatchNorm2d": lambda: nn.BatchNorm2d(8),
@@ -68,6 +69,48 @@ def test_training_leaves_the_statistics_of_a_frozen_norm_alone(norm, tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(load_adapter(net(norm), tmp_path).eval()(images()), output)
     assert all(torch.equal(value, before[name]) for name, value in model.unload().state_dict().items())
+
+
+def half(part, name):
+    parametrize.register_parametrization(part, name, Half())
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+    def right_inverse(self, weight):
+        return 2 * weight
+
+
+COMPUTED = {
+    "pruned": (lambda part, name: prune.l1_unstructured(part, name, 0.5), prune.remove),
+    "parametrized": (half, parametrize.remove_parametrizations),
+}
+TRAINED = {
+    "lora": (LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False), "lora_A"),
+    "in full": (LoraConfig(r=2, target_modules=["conv"], modules_to_save=["lin"]), "weight"),
+    "ia3": (IA3Config(target_modules=["lin"], feedforward_modules=[], init_ia3_weights=False), "ia3_l"),
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+@pytest.mark.parametrize("what", TRAINED)
+def test_what_is_computed_since_it_was_adapted_is_named_when_it_is_saved_unless_the_file_is_right(what, how, tmp_path):
+    config, name = TRAINED[what]
+    put_on, take_off = COMPUTED[how]
+    model = get_adapter_model(net(), config).eval()
+    part = model.lin.adapters["default"]
+    put_on(part, name)
+    if (what, how) == ("lora", "parametrized"):  # which is read anew, and saved as it is
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(load_adapter(net(), tmp_path)(images()), model(images()))
+    else:
+        with pytest.warns(UserWarning, match="what trains at 'lin' is computed"):
+            model.save_pretrained(tmp_path)
+    take_off(part, name)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_adapter(net(), tmp_path)(images()), model(images()))
 
 
 class Recorder:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from minipeft.errors import shown, warn
 from minipeft.injection.base_state import base_modules, buffer_samples, changed_buffers
-from minipeft.injection.module_tree import adapters_of
+from minipeft.injection.module_tree import adapters_of, wrappers_of
+from minipeft.injection.modules_to_save import SavedModule, copy_tensors
 from minipeft.injection.state import state_of
+from minipeft.injection.wrapper import Wrapper
 
 
 def warn_of_lost_state(model: nn.Module) -> None:
@@ -45,6 +48,28 @@ def warn_of_scale(model: nn.Module, adapter_name: str) -> None:
             f"saving adapter {adapter_name!r}: set_scale lets it act with {shown(sorted(set(scales.values())), 3)} of its "
             f"update on {shown(scales, 2)}, and the file holds it at full strength. convert_to_lora=True saves it as it acts."
         )
+
+
+def warn_of_computed(model: nn.Module, adapter_name: str) -> None:
+    """Warn about parts of an adapter that pruning or a parametrization computes since the model was adapted: no file says so."""
+    computed = [path for path, wrapper in wrappers_of(model, adapter_name) if _is_computed(wrapper, adapter_name)]
+    if computed:
+        warn(
+            f"saving adapter {adapter_name!r}: what trains at {shown(computed)} is computed, by pruning or a parametrization that was put "
+            "on it after adapting. The file may hold older values, or not load. Save again after torch.nn.utils.prune.remove() or "
+            "parametrize.remove_parametrizations()."
+        )
+
+
+def _is_computed(wrapper: Wrapper, adapter_name: str) -> bool:
+    part = wrapper.parts[adapter_name]
+    if isinstance(wrapper, SavedModule):
+        return copy_tensors(part, wrapper.only).keys() != copy_tensors(wrapper.base_layer, wrapper.only).keys()
+    if prune.is_pruned(part):
+        return True
+    return parametrize.is_parametrized(part) and any(
+        "parametrizations." in key for key in wrapper.file_tensors(adapter_name)
+    )
 
 
 def _warn(names: list[str], fact: str) -> None:

@@ -17,7 +17,7 @@ from minipeft.errors import ConfigError, StateError, shown, warn
 from minipeft.files import hub
 from minipeft.files.base_samples import base_samples
 from minipeft.files.foreign_options import check_options, check_size
-from minipeft.files.lost_state import warn_of_lost_state, warn_of_scale
+from minipeft.files.lost_state import warn_of_computed, warn_of_lost_state, warn_of_scale
 from minipeft.files.model_card import card_to_write, public_base, update_card
 from minipeft.files.other_in_peft import warn_of_peft
 from minipeft.files.peft_extras import followers, rest_of_followers, with_repeats
@@ -153,6 +153,7 @@ class SavableModel(WithAdapters):
     def _as_it_is(
         self, name: str, state_dict: Mapping[str, Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        warn_of_computed(self, name)
         tensors = self.adapter_state_dict(name)
         if state_dict is not None:
             tensors = tensors_from_state(self, tensors, state_dict)
