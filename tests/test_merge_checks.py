@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from minipeft import IA3Config, LoraConfig, MergeError, TargetError, get_adapter_model, get_lora_model
+from minipeft import IA3Config, LoraConfig, MergeError, TargetError, VeraConfig, get_adapter_model, get_lora_model
 
 OPTIONS = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
 
@@ -188,6 +189,27 @@ def test_hooks_on_an_adapted_layer_stay_when_the_adapter_goes(kind, base_too, re
         torch.testing.assert_close(found, expected)
     handle.remove()
     assert not torch.allclose(output_and_gradient(model, x)[1], hooked[1])
+
+
+class Recorder:
+    def __init__(self):
+        self.lock, self.calls = threading.Lock(), 0  # a lock cannot be copied
+
+    def hook(self, module, args, output):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("config", [LoraConfig(**OPTIONS), VeraConfig(r=2, target_modules=["0"], init_weights=False)])
+def test_what_a_hook_on_an_adapter_belongs_to_is_not_copied_in_a_merge(config):
+    model, x = adapted(config=config)
+    recorder = Recorder()
+    model[0].adapters["default"].register_forward_hook(recorder.hook)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), expected)
+    assert recorder.calls == 2
 
 
 def test_another_forward_of_an_adapted_layer_is_not_lost_in_a_merge():

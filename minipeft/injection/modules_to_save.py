@@ -123,7 +123,7 @@ def trained_copy(
     Parameters not named in `only`, and then buffers, are shared with the original, and with `tied_to`, the trained copy of
     a module tied to this one, all that it has.
     """
-    memo = without_offloading(original) | _hooks_of_others(original)
+    memo = without_offloading(original) | hooks_of_others(original)
     with contextlib.nullcontext() if on_meta else all_present(original):
         for name, parameter in original.named_parameters():
             if only is not None and name not in only:
@@ -143,8 +143,8 @@ def trained_copy(
     return twin
 
 
-def _hooks_of_others(original: nn.Module) -> dict[int, Any]:
-    """Its hooks that a copy calls as they are: what they belong to, such as a recorder, would be copied with them."""
+def hooks_of_others(original: nn.Module) -> dict[int, Any]:
+    """For `copy.deepcopy`, the hooks that a copy calls as they are: what they belong to, such as a recorder, would be copied with them."""
     modules = list(original.modules())
     own = set(map(id, modules))
     tables = [

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minipeft.ecosystem.transformers_model import mark_tied
 from minipeft.errors import MergeError
 from minipeft.injection.adapted_layer import AdaptedLayer
+from minipeft.injection.modules_to_save import hooks_of_others
 from minipeft.kernels.functional import accumulation_dtype, is_column_major
 from minipeft.merging.rounding import rounded
 from minipeft.methods.base import Adapter
@@ -149,7 +150,8 @@ def sums_of(layer: nn.Module) -> Tensor:
 
 def _frozen_copy(adapter: Adapter) -> Adapter:
     """A copy that later training does not change; buffers do not train, and are shared."""
-    return copy.deepcopy(adapter, {id(buffer): buffer for buffer in adapter.buffers()}).requires_grad_(False)
+    shared = {id(buffer): buffer for buffer in adapter.buffers()} | hooks_of_others(adapter)
+    return copy.deepcopy(adapter, shared).requires_grad_(False)
 
 
 def total_delta(adapters: tuple[Adapter, ...], weight: Tensor) -> Tensor | None:
