@@ -155,6 +155,9 @@ def offline():
         patch.setattr(glibc, "trim", functools.wraps(glibc.trim)(lambda device_type: None))
         with contextlib.suppress(ImportError):  # each run of transformers' Trainer has it collect all garbage first
             patch.setattr("accelerate.utils.memory.gc", types.SimpleNamespace(collect=lambda: 0))
+            from accelerate.utils import imports  # which looks for a package in all folders, each time it is asked
+
+            patch.setattr(imports, "_is_package_available", functools.cache(imports._is_package_available))
         with contextlib.suppress(ImportError):  # half the time that PEFT takes to save an adapter goes into its README
             patch.setattr("peft.PeftModel.create_or_update_model_card", lambda self, directory: None)
         yield
@@ -188,7 +191,7 @@ def small_base(tmp_path_factory):
 def train(small_base):
     """examples/train.py as a module, whose `main` takes its words; without what is slow.
 
-    The base is small, and read once; a sample is one token, and the curve is not drawn.
+    The base is small, and read once; there is one sample of one token, and the curve is not drawn.
     """
     from fast_copy import Template
 
@@ -196,7 +199,9 @@ def train(small_base):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.EMBEDDED_MODEL, module.SAMPLE_TOKENS = small_base, 1
-    module.report = types.SimpleNamespace(**{**vars(module.report), "plot_losses": lambda *_: None})
+    module.EMBEDDED_PROMPTS, openings = module.EMBEDDED_PROMPTS[:1], module.report.openings
+    brief = {"plot_losses": lambda *_: None, "openings": lambda *arguments: openings(*arguments)[:1]}
+    module.report = types.SimpleNamespace(**{**vars(module.report), **brief})
     read, found = module.load_base, {}
 
     def load_base(name, dtype, attention, quantized, chat_template):
