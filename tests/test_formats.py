@@ -80,6 +80,7 @@ def test_what_convert_writes_is_the_same_adapter(name, tmp_path):
     check_updates(model(), out, updates)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("damage", ["a key less", "a key more", "another shape", "not finite"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_damaged_file_is_refused_whole(name, damage, tmp_path):

@@ -50,6 +50,7 @@ def test_the_merge_is_what_the_forward_pass_computes_in_float16(method, layer):
     assert (model(x).double() - dense).abs().max() <= 5e-3 * scale
 
 
+@pytest.mark.each_value
 @every_layer
 @every_method
 def test_the_start_is_exactly_the_base_in_every_dtype(method, layer):
@@ -88,6 +89,7 @@ def test_the_gradients_are_those_of_the_merged_weight(method, layer):
         torch.testing.assert_close(gradient, numeric, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("other", ["lora", *METHODS])
 @every_method
 def test_adapters_one_after_the_other_act_as_their_merges_do(method, other):

@@ -106,6 +106,7 @@ def test_output_and_gradients_are_those_of_the_formula_in_float64(kind, dtype, b
     assert y.dtype is x.dtype
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "options", [{}, {"use_dora": True}, {"lora_bias": True}, {"freeze_lora_A": True}, {"bias": "lora_only"}]
 )
@@ -219,6 +220,7 @@ def test_where_no_gradient_goes_on_the_backward_pass_makes_no_weight(kind, made)
     assert all(p.grad.any() for p in factors(model))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("kind", "freeze", "rows"), rotated(KINDS, [True, False], [8, 1, 8]))
 def test_kept_are_the_input_and_the_few_columns_of_its_projection(kind, rows, freeze):
     """With A frozen not even the input: bitsandbytes' int8 layer, left to itself, would hold on to it unseen."""
