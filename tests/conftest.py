@@ -34,10 +34,10 @@ EXAMPLES = TESTS.parent / "examples"
 # The files that take longest go first, so that both processes are done at the same time.
 LONGEST = ["gpu_graphs", "gpu_runs"]
 LONGEST += [
-    "architecture", "contract", "lean", "hf_trainer", "estimate", "peft_interop", "tutorial", "readers", "quantized_models",
-    "tutorial_late", "file_names", "vocabulary", "train_flags", "serving", "rows", "hf_schedule", "contract_layers", "trl",
-    "readme", "pickles", "split_experts", "merge_from_disk", "families_train", "expert_names", "quantized_fused", "lora_linear",
-    "training_order", "traced", "wrapper_names", "trainers_table", "sweep",
+    "architecture", "contract", "lean", "peft_interop", "serving", "estimate", "readers", "rows", "hf_trainer", "learn",
+    "train_flags", "hotswap", "traced", "vocabulary", "contract_layers", "file_names", "training_order", "merge_from_disk",
+    "rows_training", "trl", "packing", "doctor", "checkpoint", "quantized_fused", "model", "quantized_models", "offloaded",
+    "expert_names", "readme", "split_experts", "pickles", "hf_schedule",
 ]  # fmt: skip
 
 
