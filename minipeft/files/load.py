@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.older_peft import has_another_series
@@ -98,7 +98,7 @@ def load_parts(
     sampled = [(name, weight) for name, weight in frozen.items() if name in file.base]
     plan, lacking = _with_lacking(model, plan, file, found) if is_trainable else (plan, ())
     shapes = build(plan, on_meta=True)
-    tensors = {key: t for key, t in shapes.file_tensors(plan).items() if not within(key.removeprefix(PREFIX), lacking)}
+    tensors = _without(lacking, shapes.file_tensors(plan))
     samples = {} if allow_base_mismatch else planned_samples(model, plan, shapes, sampled)
     expected = Expected(
         model,
@@ -172,6 +172,13 @@ def _with_lacking(
     sites = [SavedSite(name, found[name], None, False) for name in names]
     config = with_fresh_parts(plan.config, FreshParts(kept=names))
     return replace(plan, config=config, saved=(*plan.saved, *sites)), names
+
+
+def _without(modules: Collection[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are not of these modules, by their keys in a file."""
+    if not modules:
+        return tensors
+    return {key: tensor for key, tensor in tensors.items() if not within(key.removeprefix(PREFIX), modules)}
 
 
 def _as_saved(site: SavedSite, file: AdapterFile) -> SavedSite:

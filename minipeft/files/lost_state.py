@@ -52,6 +52,9 @@ def warn_of_scale(model: nn.Module, adapter_name: str) -> None:
 
 def warn_of_computed(model: nn.Module, adapter_name: str) -> None:
     """Warn about parts of an adapter that pruning or a parametrization computes since the model was adapted: no file says so."""
+    gone = [name for module, name in state_of(model).places[adapter_name] if name not in module._parameters]
+    if not gone:  # as nearly always, and found without a walk
+        return
     computed = [path for path, wrapper in wrappers_of(model, adapter_name) if _is_computed(wrapper, adapter_name)]
     if computed:
         warn(
