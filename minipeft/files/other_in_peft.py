@@ -18,7 +18,7 @@ def warn_of_peft(model: nn.Module, config: AdapterConfig, adapter_name: str) -> 
     """Warn if the adapter is on a table with several names, or trains tokens of tied layers and not of their table."""
     table = input_embedding(model)
     if isinstance(table, AdaptedLayer) and adapter_name in table.parts:
-        if table.adapter(adapter_name).changed_rows() is None:
+        if not table.adapter(adapter_name).overrides("changed_rows"):
             _warn_of_names(model, table, adapter_name)
     elif table is not None and isinstance(option := getattr(config, "trainable_token_indices", None), Mapping):
         weight = table._parameters.get("weight")

@@ -123,7 +123,7 @@ def watched_call(model: nn.Module, call: Callable[..., Any], args: tuple[Any, ..
     _say_dropout(model, names, seen)
     idle = idle_layers(model, names, seen)
     if not gives_media(args, kwargs):  # what waits for images, as Fuyu's layer for patches, is right to rest
-        idle = [path for path in idle if getattr(model.get_submodule(path), "counts", None) != MEDIA_OF_BATCH]
+        idle = [path for path in idle if getattr(model.get_submodule(path), "called_with", None) != MEDIA_OF_BATCH]
     if idle:
         state.idle.update(dict.fromkeys(names, idle))
         if state.refuses_idle:
