@@ -49,10 +49,9 @@ GROUPED_PRODUCT = "grouped_mm_fallback"
 OTHER_OUTPUT = frozenset({"DeepseekV4GroupedLinear", "Llama4Router", "PhimoeTopKRouter"})
 
 
-@functools.lru_cache(4096)  # asked for every layer of a model, again and again
-def has_other_output(layer_type: type) -> bool:
-    """Whether linear layers of this class return something else than ``W x + b``."""
-    return not OTHER_OUTPUT.isdisjoint([cls.__name__ for cls in layer_type.__mro__])
+def has_other_output(layer: nn.Module) -> bool:
+    """Whether this linear layer returns something else than ``W x + b``."""
+    return not OTHER_OUTPUT.isdisjoint([cls.__name__ for cls in type(layer).__mro__])
 
 
 def model_type(model: nn.Module) -> str | None:

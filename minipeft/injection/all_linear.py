@@ -115,6 +115,6 @@ def _weight_of(base: nn.Module) -> str:
         return f"its weight is {str(weight.layout).removeprefix('torch.')}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    if has_other_output(type(base)):  # type: ignore[arg-type]
+    if has_other_output(base):
         return "its output is not its product; target_parameters can name its weight"
     return "no LayerOps for it; see register_layer"

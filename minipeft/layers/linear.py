@@ -33,7 +33,7 @@ class LinearOps(LayerOps):
     def accepts(self, base: Any) -> bool:
         # nn.MultiheadAttention never calls its out_proj, which is of this type, so an adapter there would do nothing.
         never_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if never_called or has_other_output(type(base)):  # type: ignore[arg-type]
+        if never_called or has_other_output(base):
             return False
         return has_plain_weight(base, (base.out_features, base.in_features))
 
