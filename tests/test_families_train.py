@@ -297,7 +297,7 @@ def test_a_model_that_knows_nothing_of_transformers_is_adapted_as_peft_does_it(t
     model.save_pretrained(tmp_path)
     with foreign_code():
         read = in_both_places(peft.PeftModel.from_pretrained(mixer(), tmp_path).eval())
-    assert torch.equal(read(ids), theirs(ids))
+    close(read(ids), theirs(ids))
     assert torch.equal(load_adapter(mixer(), tmp_path)(ids), model(ids))
     torch.cos(model(ids)).sum().backward()
     torch.cos(theirs(ids)).sum().backward()

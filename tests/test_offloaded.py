@@ -101,20 +101,20 @@ def test_an_offloaded_base_computes_trains_and_saves_the_same(how, method, tmp_p
             tensor.copy_(whole.adapter_state_dict()[key])
     assert not any(tensor.is_meta for tensor in model.adapter_state_dict().values())
     computed, plain = output(whole), output(gpt2())
-    assert torch.allclose(output(model), computed, atol=1e-6)
+    assert torch.allclose(output(model), computed, atol=5e-6)
     expected, found = gradients(whole), gradients(model)
     assert expected.keys() == found.keys()
-    assert all(torch.allclose(found[key], expected[key], atol=1e-6) for key in expected)
+    assert all(torch.allclose(found[key], expected[key], atol=5e-6) for key in expected)
     with model.disable_adapter():
-        assert torch.allclose(output(model), plain, atol=1e-6)
+        assert torch.allclose(output(model), plain, atol=5e-6)
     assert torch.equal(extra_loss(model), extra_loss(whole))
     for name, each in (("ours", model), ("whole", whole)):
         each.save_pretrained(tmp_path / name)
     files = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("ours", "whole")]
     assert files[0] == files[1]
     again = load_adapter(OFFLOAD[how](gpt2(), tmp_path / "again"), tmp_path / "whole")
-    assert torch.allclose(output(again), computed, atol=1e-6)
-    assert torch.allclose(output(again.unload()), plain, atol=1e-6)
+    assert torch.allclose(output(again), computed, atol=5e-6)
+    assert torch.allclose(output(again.unload()), plain, atol=5e-6)
 
 
 @pytest.mark.parametrize("how", OFFLOAD)
@@ -171,7 +171,7 @@ def test_a_resized_vocabulary_is_saved_from_an_offloaded_base(how, resized, tmp_
     with foreign_code():
         again = load_adapter(OFFLOAD[how](resized(), tmp_path / "more"), tmp_path / "tables")
         made = get_lora_model(OFFLOAD[how](resized(), tmp_path / "made"), LoraConfig(r=2))
-    assert torch.allclose(output(again), output(whole), atol=1e-6)
+    assert torch.allclose(output(again), output(whole), atol=5e-6)
     made.save_pretrained(tmp_path / "whole tables", save_embedding_layers=True)
     saved = safetensors.torch.load_file(tmp_path / "whole tables" / WEIGHTS)
     assert torch.equal(saved["base_model.model.lm_head.weight"], whole.lm_head.weight)
@@ -194,7 +194,7 @@ def test_an_adapted_model_can_be_offloaded_and_saved(tmp_path):
     model.save_pretrained(tmp_path / "after")
     files = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("before", "after")]
     assert files[0] == files[1]
-    assert torch.allclose(output(model), expected, atol=1e-6)
+    assert torch.allclose(output(model), expected, atol=5e-6)
 
 
 VERBS = {
@@ -248,7 +248,7 @@ def test_checkpointing_and_a_second_adapter_on_an_offloaded_base(tmp_path):
     with foreign_code():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     found = {n: p.grad for n, p in _backward(model).named_parameters() if p.grad is not None}
-    assert all(torch.allclose(found[n], expected[n], atol=1e-6) for n in expected)
+    assert all(torch.allclose(found[n], expected[n], atol=5e-6) for n in expected)
     assert len(expected) == len(found) > 0
 
 
@@ -262,7 +262,7 @@ def test_code_that_reads_an_offloaded_layer_gets_the_adapted_weight(how, tmp_pat
     for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"):
         for value in ("weight", "bias"):
             read, expected = (getattr(each.get_submodule(name), value) * 1 for each in (model, whole))
-            assert torch.allclose(read, expected, atol=1e-6)
+            assert torch.allclose(read, expected, atol=5e-6)
             assert read.requires_grad
 
 
@@ -293,7 +293,7 @@ def test_a_block_whose_weights_come_all_at_once_is_refused(tmp_path):
     with pytest.raises(TargetError, match="preload_module_classes"):
         get_lora_model(model, LoraConfig(r=2))
     assert before == fingerprint_without_values(model)
-    assert torch.allclose(output(model), output(llama()), atol=1e-6)
+    assert torch.allclose(output(model), output(llama()), atol=5e-6)
 
 
 def fingerprint_without_values(model):
