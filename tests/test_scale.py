@@ -8,6 +8,7 @@ import copy
 import gc
 import json
 import sys
+import weakref
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ from minipeft.files.tensor_bytes import DTYPES, file_of
 from minipeft.files.tensor_file import TensorFile
 from minipeft.injection.module_tree import adapted_layers
 from minipeft.methods.lora import Lora
+from minipeft.python.garbage import no_collection
 from minipeft.registry import registry
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -162,6 +164,29 @@ def test_the_garbage_collector_is_as_it_was_after_a_call():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_what_a_call_made_is_not_searched_at_once_and_found_when_it_is_garbage():
+    gc.unfreeze()
+    try:
+        with collections() as found, no_collection():
+            found.clear()
+            kept, cycle = [[] for _ in range(1000)], small_layers(1)
+            cycle.me, gone = cycle, weakref.ref(cycle)
+            del cycle
+        assert not found, len(kept)
+        assert gone() is not None
+        gc.collect()
+        assert gone() is None
+    finally:
+        gc.freeze()
+
+
+def test_what_the_user_froze_stays_frozen():
+    gc.freeze()  # as other tests need
+    count = gc.get_freeze_count()
+    get_lora_model(small_layers(1), CONFIG)
+    assert gc.get_freeze_count() > count / 2 > 0
 
 
 def test_a_loaded_adapter_takes_the_memory_of_what_was_read(tmp_path, monkeypatch):
