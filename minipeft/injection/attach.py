@@ -193,8 +193,8 @@ def detach(
     See `minipeft.injection.apply.eject`.
     """
     state = state_of(model)
-    hooked = [module for _, module in outside if isinstance(module, Wrapper) and has_hooks(module)]
-    kept = unchanged_on_error(model, state, state.switch, outside=outside, inside_layers=bool(hooked))
+    hooked = any(isinstance(module, Wrapper) and has_hooks(module) for _, module in outside)
+    kept = unchanged_on_error(model, state, state.switch, outside=outside, takes_out=not hooked)
     with not_running(state), kept:
         leave_checkpoints_alone(outside)
         eject(outside, keep_trained=keep_trained)

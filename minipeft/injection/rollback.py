@@ -22,6 +22,7 @@ def unchanged_on_error(
     *others: object,
     outside: Iterable[tuple[str, nn.Module]] | None = None,
     inside_layers: bool = True,
+    takes_out: bool = False,
     flags: bool = True,
 ) -> AbstractContextManager[None]:
     """If the block raises anything, the model is what it was: the same objects, of the same classes, with the same flags.
@@ -33,6 +34,7 @@ def unchanged_on_error(
         others: plain objects that it changes too.
         outside: the model's `outside_adapters`, if they have been found already.
         inside_layers: whether it changes more than the flags of the base layers in adapted layers.
+        takes_out: whether it does nothing to adapted layers but to take them out of the model, see `apply.take_out`.
         flags: whether it changes flags of what is in the model before.
     """
     modules = [module for _, module in (outside_adapters(model) if outside is None else outside)]
@@ -40,12 +42,17 @@ def unchanged_on_error(
     tables = [table for module in flagged for table in (module._parameters, module._buffers) if table]  # most are empty
     tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
     adapted = [module for module in modules if isinstance(module, AdaptedLayer)]
+    left_alone: set[int] = set()
+    if takes_out or not inside_layers:
+        left_alone.update(id(layer.base_layer) for layer in adapted)
+    if takes_out:
+        left_alone.update(map(id, adapted))
+    else:
+        left_alone.difference_update(map(id, adapted))
+    things = [module for module in modules if id(module) not in left_alone]
     # Of adapters only their dictionary changes, never what is in one.
-    parts = [layer.parts for layer in adapted]
-    if not inside_layers:
-        inner = {id(layer.base_layer) for layer in adapted} - set(map(id, adapted))
-        modules = [module for module in modules if id(module) not in inner]
-    return _put_back_on_error([*modules, *others], tensors, parts)
+    parts = [] if takes_out else [layer.parts for layer in adapted]
+    return _put_back_on_error([*things, *others], tensors, parts, adapted if takes_out else ())
 
 
 def flags_unchanged_on_error(tensors: Iterable[Tensor], *others: object) -> AbstractContextManager[None]:
@@ -70,9 +77,13 @@ def unchanged_afterwards(*things: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _put_back_on_error(
-    things: Iterable[object], tensors: Iterable[Tensor], tables: Iterable[dict[str, nn.Module]] = ()
+    things: Iterable[object],
+    tensors: Iterable[Tensor],
+    tables: Iterable[dict[str, nn.Module]] = (),
+    taken_out: Iterable[AdaptedLayer] = (),
 ) -> Iterator[None]:
     kept = [_kept(thing) for thing in things]
+    layers = [(layer, type(layer), vars(layer)) for layer in taken_out]
     contents = [(table, table.copy()) for table in tables]
     flags = [(tensor, tensor.requires_grad) for tensor in tensors]
     try:
@@ -81,6 +92,9 @@ def _put_back_on_error(
         with interrupts_deferred():
             for one in kept:
                 _put_back(*one)
+            for layer, kind, own in layers:
+                layer.__class__ = kind
+                object.__setattr__(layer, "__dict__", own)
             for table, content in contents:
                 table.clear()
                 table.update(content)

@@ -91,7 +91,7 @@ def largest(tensor: Tensor) -> float:
         return 0.0
     # Much slower against the memory order.
     low, high = torch.aminmax(tensor if tensor.is_contiguous() or not is_column_major(tensor) else tensor.t())
-    return max(-float(low), float(high))
+    return max(-low.item(), high.item())
 
 
 def is_column_major(weight: Tensor) -> bool:
