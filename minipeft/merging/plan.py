@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,29 +74,49 @@ def plan_step(
     written = [] if ops.is_quantized else _written(layer, names, index)
     dtype = written[0].dtype if written else _dtype_of_replacement(path, layer, model, options.dequantize)
     for holder, owner in holders:
-        if offloads(owner):
-            raise MergeError(
-                f"{path}: accelerate offloads its weight, so a merged one would be lost at the next call. Load the model "
-                "without offloading to merge, or keep the adapter unmerged."
-            )
-        check_stored(path, holder, owner, written if holder is layer else written[:1])
-        check_order(path, holder, names, permanent=not options.undoable)
-        check_by_trial(path, holder, names)
-        if not options.undoable:
-            check_own_forward(path, holder)
+        _check_holder(path, holder, owner, written if holder is layer else written[:1], names, options)
     owners = [owner for _, owner in holders]
     shared = shared_parameters(path, owners, written, index, options.untie)  # none of a quantized layer
-    common = (model, path, layer, names, tied, shared, dtype, options.undoable, options.reported)
-    if ops.is_quantized:
-        return Replace(*common)
-    if options.undoable:
-        return Write(*common)
-    factors = _proved_finite(layer, names, written[0])
-    if factors is not None and _holds(owners[0], written[0]):
-        return AddInPlace(*common, factors)
-    step = Write(*common)
-    step.merged()  # raises now what `apply` would raise, since what that writes could not be taken back
+    kind: Callable[..., Step] = Replace if ops.is_quantized else Write
+    if kind is Write and not options.undoable:
+        factors = _proved_finite(layer, names, written[0])
+        if factors is not None and _holds(owners[0], written[0]):
+            kind = functools.partial(AddInPlace, factors=factors)
+    step = kind(
+        model=model,
+        path=path,
+        layer=layer,
+        names=names,
+        tied=tied,
+        shared=shared,
+        dtype=dtype,
+        undoable=options.undoable,
+        reported=options.reported,
+    )
+    if kind is Write and not options.undoable:
+        step.merged()  # raises now what `apply` would raise, since what that writes could not be taken back
     return step
+
+
+def _check_holder(
+    path: str,
+    holder: AdaptedLayer,
+    owner: nn.Module,
+    written: list[Tensor],
+    names: tuple[str, ...],
+    options: Options,
+) -> None:
+    """Raise MergeError unless the layer, or one tied to it, can take and keep the merged tensors `written`."""
+    if offloads(owner):
+        raise MergeError(
+            f"{path}: accelerate offloads its weight, so a merged one would be lost at the next call. Load the model "
+            "without offloading to merge, or keep the adapter unmerged."
+        )
+    check_stored(path, holder, owner, written)
+    check_order(path, holder, names, permanent=not options.undoable)
+    check_by_trial(path, holder, names)
+    if not options.undoable:
+        check_own_forward(path, holder)
 
 
 def _dtype_of_replacement(path: str, layer: AdaptedLayer, model: nn.Module, dequantize: bool) -> torch.dtype:
