@@ -12,7 +12,7 @@ from tiny_models import foreign_code, state_digest
 import minipeft
 from minipeft import CheckpointError, MinipeftError, load_adapter
 from minipeft.config.adapter_config import config_from_dict
-from minipeft.files.names.split_experts import split_experts
+from minipeft.files.names.experts.split import split_experts
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers.conversion_mapping")

@@ -69,25 +69,39 @@ def test_experts_without_a_gate_and_under_the_old_name_of_the_model(tmp_path):
     check(lambda: made(transformers.NemotronHForCausalLM, config), fill, tmp_path, target_modules=OF_EXPERTS)
 
 
-def test_stacks_that_were_modules_of_their_own(tmp_path):
-    """Granite's, adapted by PEFT 0.18, which took in for out."""
+STACKS = {"target_modules": [], "target_parameters": ["input_linear.weight", "output_linear.weight"]}
+
+
+def granite():
     config = transformers.GraniteMoeConfig(**(SIZES | {"intermediate_size": 12, "num_local_experts": 4}))
+    return made(transformers.GraniteMoeForCausalLM, config)
 
-    def fill(file, model):
-        for layer in range(2):
-            name = f"model.layers.{layer}.block_sparse_moe"
-            for parameter, old in (("gate_up_proj", "input_linear"), ("down_proj", "output_linear")):
-                number, rows, columns = model.get_parameter(f"{name}.experts.{parameter}").shape
-                A, B = torch.randn(2 * number, rows) * 0.3, torch.randn(columns, 2 * number) * 0.3
-                key = f"base_model.model.{name}.{old}"
-                file.tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
-                down, up = A.double().view(number, 2, rows), B.double().view(columns, 2, number)
-                file.updates[f"{name}.experts.{parameter}"] = torch.einsum("ire,ero->eoi", up, down) * 1.5
 
-    targets = {"target_modules": [], "target_parameters": ["input_linear.weight", "output_linear.weight"]}
+def fill_stacks(file, model):
+    """Granite's, adapted by PEFT 0.18, which took in for out."""
+    for layer in range(2):
+        name = f"model.layers.{layer}.block_sparse_moe"
+        for parameter, old in (("gate_up_proj", "input_linear"), ("down_proj", "output_linear")):
+            number, rows, columns = model.get_parameter(f"{name}.experts.{parameter}").shape
+            A, B = torch.randn(2 * number, rows) * 0.3, torch.randn(columns, 2 * number) * 0.3
+            key = f"base_model.model.{name}.{old}"
+            file.tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+            down, up = A.double().view(number, 2, rows), B.double().view(columns, 2, number)
+            file.updates[f"{name}.experts.{parameter}"] = torch.einsum("ire,ero->eoi", up, down) * 1.5
+
+
+def test_stacks_that_were_modules_of_their_own(tmp_path):
     torch.manual_seed(1)
-    make = lambda: made(transformers.GraniteMoeForCausalLM, config)  # noqa: E731
-    check(make, fill, tmp_path, **targets, peft_version="0.18.1")
+    check(granite, fill_stacks, tmp_path, **STACKS, peft_version="0.18.1")
+
+
+def test_a_file_that_lacks_the_stacks_of_a_layer_is_refused(tmp_path):
+    file = OldFile()
+    fill_stacks(file, granite())
+    file.tensors = {key: tensor for key, tensor in file.tensors.items() if ".layers.1." not in key}
+    file.save(tmp_path, **STACKS, peft_version="0.18.1")
+    with pytest.raises(CheckpointError, match=r"lacks 'model.layers.1.block_sparse_moe.input_linear'.* selects"):
+        load_adapter(granite(), tmp_path)
 
 
 def glm4v():

@@ -51,7 +51,7 @@ xlora_size
 OPTIONS = frozenset(_NAMES.split())
 # Options that describe the file, or how an adapter starts, trains or runs, but not what its tensors mean. What belongs to
 # a start is ignored because init_lora_weights decides, and is checked. Those of Unsloth say how experts are laid out, see
-# `minipeft.files.names.expert_layout`.
+# `minipeft.files.names.experts.layout`.
 WITHOUT_EFFECT = frozenset(
     {
         "auto_mapping",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from torch import nn
 
@@ -37,6 +37,14 @@ def unwrapped_name(name: str) -> str:
     """A name, or a pattern for names, without the parts that can only come from a wrapper; `module` may be a real name."""
     # The expression takes much longer to find that there is none, as in nearly all names.
     return _PART.sub("", name) if any(part in name for part in _SURE) else name
+
+
+def nested_names(module: str, parameters: Collection[str]) -> dict[str, str]:
+    """What files call the wrappers of a module's own parameters: of two, ``<module>.base_layer`` and ``<module>``.
+
+    Each goes around those of the parameters before it, in the order in which the module declares them.
+    """
+    return {own: module + ".base_layer" * (len(parameters) - n) for n, own in enumerate(parameters, 1)}
 
 
 def wrapper_class(module: nn.Module) -> str | None:

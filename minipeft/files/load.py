@@ -21,7 +21,7 @@ from minipeft.files.base_samples import planned_frozen_weights, planned_samples,
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.format import AdapterFile, open_adapter
 from minipeft.files.hub import adapter_directory
-from minipeft.files.names.expert_layout import todays_layout
+from minipeft.files.names.experts.layout import todays_layout
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.wrapper_parts import without_adapter_name
 from minipeft.files.new_rows import NewRows

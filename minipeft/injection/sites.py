@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.wrapper_names import nested_names
 from minipeft.errors import OccupiedError, TargetError, shown
 from minipeft.injection.module_tree import Candidate, is_callable, occupants, own_bias
 from minipeft.injection.modules_to_save import SavedModule
@@ -159,10 +160,9 @@ def check_called(name: str, candidate: Candidate) -> None:
 def parameter_sites(
     name: str, candidate: Candidate, parameters: Sequence[str], configs: Mapping[str, AdapterConfig]
 ) -> Iterator[AdapterSite]:
-    """A site for each of these parameters of one module, in the order in which the module declares them.
+    """A site for each of these parameters of one module, under its `nested_names`.
 
-    Each wrapper goes around those of the parameters before it, as in PEFT's files: of two parameters, the first is
-    ``<module>.base_layer`` there, and the second ``<module>``. Raises TargetError if the model would never use one.
+    Raises TargetError if the model would never use one.
     """
     check_called(name, candidate)
     every_ops = [_ops_of(name, candidate.base, parameter) for parameter in parameters]
@@ -172,13 +172,13 @@ def parameter_sites(
             "parameter would not be used. Only parameters of a module that is called can be adapted."
         )
     check_occupants(name, candidate.module, every_ops)
-    for height, parameter, ops in zip(reversed(range(len(parameters))), parameters, every_ops, strict=True):
+    for (parameter, nested), ops in zip(nested_names(name, parameters).items(), every_ops, strict=True):
         config = configs[f"{name}.{parameter}"]
         asked: Any = config
         if config.bias != "none" and own_bias(candidate.base) is None:
             asked = replace(asked, bias="none")  # there is none to train
         check_needs_no_call(f"{name}.{parameter}", "a parameter", asked)
-        yield site(name + ".base_layer" * height, candidate, ops, config, targeted=False, is_read=True)
+        yield site(nested, candidate, ops, config, targeted=False, is_read=True)
 
 
 def _ops_of(name: str, base: nn.Module, parameter: str) -> LayerOps:

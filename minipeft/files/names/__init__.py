@@ -14,7 +14,7 @@ A file is read in this order, of which `minipeft.files.load` calls 1 and 2 toget
 
    `modules` then knows the name of each module in the file, and `translated_config` names the modules of the model.
 3. `wrapper_parts`: the adapter's name in the keys, as in PEFT's ``state_dict()``, is left out.
-4. `expert_layout`: factors of fused experts that older PEFT or Unsloth laid out in another way are turned round.
+4. `experts.layout`: factors of fused experts that older PEFT or Unsloth laid out in another way are turned round.
 
-`to_old` and `split_experts` are the way back, for programs that read the old names.
+`to_old` and `experts.split` are the way back, for programs that read the old names.
 """

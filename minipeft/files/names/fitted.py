@@ -15,8 +15,8 @@ from minipeft.config.patterns import MAX_EXPRESSIONS, SECONDS_PER_OPTION, compil
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, ConfigError, told, told_error
 from minipeft.files.format import AdapterFile
-from minipeft.files.names.expert_places import conversions
-from minipeft.files.names.experts import fused_experts
+from minipeft.files.names.conversions import conversions
+from minipeft.files.names.experts.fused import fused_experts
 from minipeft.files.names.modules import names_in_file
 from minipeft.files.names.other_class import OtherClass
 from minipeft.files.names.places import Places, Reading

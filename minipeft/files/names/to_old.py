@@ -20,12 +20,12 @@ from minipeft.config.patterns import endings
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import CheckpointError, printable, shown
 from minipeft.files.format import AdapterFile
-from minipeft.files.names.expert_config import PATTERN_TABLES
-from minipeft.files.names.expert_places import conversions
+from minipeft.files.names.conversions import conversions
+from minipeft.files.names.experts.config import PATTERN_TABLES
+from minipeft.files.names.experts.split import split_experts
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.names.modules import ModuleNames
 from minipeft.files.names.places import Places
-from minipeft.files.names.split_experts import split_experts
 from minipeft.files.names.translated_config import translated_config
 from minipeft.injection.module_tree import Candidate, candidates
 from minipeft.injection.targets import selected_names

@@ -12,7 +12,7 @@ from torch import Tensor
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.config.options import plain
 from minipeft.config.patterns import by_shorter_key, endings
-from minipeft.ecosystem.wrapper_names import PREFIX
+from minipeft.ecosystem.wrapper_names import PREFIX, nested_names
 from minipeft.errors import CheckpointError, printable
 from minipeft.kernels.functional import split_columns, split_rows
 
@@ -77,8 +77,8 @@ def _stacks(
             raise CheckpointError(
                 f"{printable(module, 200)} has {len(found)} pairs, and target_parameters names {len(own)} of {list(layers)}."
             )
-        for height, parameter in zip(reversed(range(len(own))), own, strict=True):
-            stacks[f"{module}.{parameter}"] = (module, parameter, f"{PREFIX}{module}{'.base_layer' * height}.lora_")
+        for parameter, nested in nested_names(module, own).items():
+            stacks[f"{module}.{parameter}"] = (module, parameter, f"{PREFIX}{nested}.lora_")
     return stacks
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from minipeft.config.options import plain
 from minipeft.errors import CheckpointError, printable
 from minipeft.files.format import DTYPES, FLOATS, NAMES, AdapterFile
-from minipeft.files.names.expert_places import ExpertPlace
+from minipeft.files.names.experts.places import ExpertPlace
 from minipeft.files.tensor_file import Entry
+
+FACTORS = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True)
-class Layer:
+class OldLayer:
     """A layer of the file that is a part of a parameter in the model."""
 
     name: str  # in the file
     place: ExpertPlace
-    keys: dict[str, str]  # "lora_A" and "lora_B" -> the key of that factor
-    config: Any = None  # of its LoRA; None: not known yet
+    keys: Mapping[str, str]  # of `FACTORS` -> the key of that factor
+    config: Any  # of its LoRA
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class FusedPair:
     lora_alpha: float
 
 
-def fused_pair(file: AdapterFile, layers: Sequence[Layer], owner: nn.Module) -> FusedPair:
+def fused_pair(file: AdapterFile, layers: Sequence[OldLayer], owner: nn.Module) -> FusedPair:
     """The factors of one parameter of `owner`.
 
     Raises:
         CheckpointError: a shape does not fit, or the ranks differ so much that zeros would fill more than the parameter.
     """
     place, config = layers[0].place, layers[0].config
-    keys_A, keys_B = ([layer.keys[factor] for layer in layers] for factor in ("lora_A", "lora_B"))
+    keys_A, keys_B = ([layer.keys[factor] for layer in layers] for factor in FACTORS)
     if place.expert is None:
         return FusedPair((file.entries[keys_A[0]], file.entries[keys_B[0]]), config.r, config.lora_alpha)
     experts, *sides = getattr(owner, place.parameter).shape
@@ -70,9 +72,9 @@ def fused_pair(file: AdapterFile, layers: Sequence[Layer], owner: nn.Module) -> 
     return FusedPair(factors, r, plain(lora_alpha))
 
 
-def _check_shapes(file: AdapterFile, layer: Layer, inputs: int, outputs: int) -> None:
+def _check_shapes(file: AdapterFile, layer: OldLayer, inputs: int, outputs: int) -> None:
     r = layer.config.r
-    for factor, shape in (("lora_A", (r, inputs)), ("lora_B", (outputs // layer.place.parts, r))):
+    for factor, shape in zip(FACTORS, ((r, inputs), (outputs // layer.place.parts, r)), strict=True):
         key = layer.keys[factor]
         if file.shapes[key] != shape or DTYPES[file.dtypes[key]] not in FLOATS.values():
             raise CheckpointError(
@@ -81,7 +83,7 @@ def _check_shapes(file: AdapterFile, layer: Layer, inputs: int, outputs: int) ->
             )
 
 
-def _ranks(layers: Sequence[Layer]) -> tuple[list[int], int]:
+def _ranks(layers: Sequence[OldLayer]) -> tuple[list[int], int]:
     """For each layer the first of its ranks within its expert, in the order of the parts; and the ranks of an expert."""
     used: dict[int | None, int] = {}
     starts: dict[str, int] = {}
@@ -97,7 +99,7 @@ def _dtype(file: AdapterFile, keys: Sequence[str]) -> torch.dtype:
 
 
 def _stacked_A(
-    *factors: Tensor, layers: Sequence[Layer], starts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+    *factors: Tensor, layers: Sequence[OldLayer], starts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
     """lora_A of all experts, shape (experts * r, in), with zeros where an expert has less than r ranks."""
     stacked = torch.zeros(shape, dtype=dtype, device="cpu")
@@ -107,7 +109,7 @@ def _stacked_A(
 
 
 def _stacked_B(
-    *factors: Tensor, layers: Sequence[Layer], starts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+    *factors: Tensor, layers: Sequence[OldLayer], starts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
     """lora_B of all experts, shape (out, r * experts) with the expert's index fastest, as PEFT has it.
 
