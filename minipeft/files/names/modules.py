@@ -12,32 +12,36 @@ from minipeft.injection.module_tree import Candidate
 
 
 class ModuleNames:
-    """Which names the modules of a model, its candidates in `found`, have in a file.
+    """Which names the modules of a model have in a file.
 
-    `new` says the name in the model for one in the file, `old` the reverse, `adapted` which have an adapter in the file (names
-    in the model), and `as_in_file` has the candidates by their names in the file, where these are known.
+    Args:
+        model: the model.
+        here: its `candidates`.
+        to_model: name in the file -> name in the model, of the modules of which both are known.
+        adapted: the modules that have an adapter in the file, by their names in the model.
     """
 
     def __init__(
-        self, model: nn.Module, found: Mapping[str, Candidate], new: Mapping[str, str], adapted: Collection[str]
+        self, model: nn.Module, here: Mapping[str, Candidate], to_model: Mapping[str, str], adapted: Collection[str]
     ) -> None:
-        self.model, self.found, self.new, self.adapted = model, dict(found), dict(new), set(adapted)
-        self.old = {name: old for old, name in self.new.items()}
-        self.as_in_file: dict[str, Candidate] = {
-            self.old[name]: candidate._replace(names=(self.old[name],), wrapped_names=())
-            for name, candidate in self.found.items()
-            if name in self.old
+        self.model, self.here, self.to_model, self.adapted = model, dict(here), dict(to_model), set(adapted)
+        self.to_file = {name: old for old, name in self.to_model.items()}
+        # The candidates by their names in the file, where these are known.
+        self.in_file: dict[str, Candidate] = {
+            self.to_file[name]: candidate._replace(names=(self.to_file[name],), wrapped_names=())
+            for name, candidate in self.here.items()
+            if name in self.to_file
         }
 
-    def turned(self) -> ModuleNames:
+    def swapped(self) -> ModuleNames:
         """The same the other way round: a model that has the names of the file, and a file that has the model's."""
-        return ModuleNames(self.model, self.as_in_file, self.old, {self.old[name] for name in self.adapted})
+        return ModuleNames(self.model, self.in_file, self.to_file, {self.to_file[name] for name in self.adapted})
 
     def renamed(self, name: str) -> str:
         """A name of the file that starts with a module's, such as that of a weight, in the model's names."""
         for start in _starts(name):
-            if start in self.new:
-                return self.new[start] + name[len(start) :]
+            if start in self.to_model:
+                return self.to_model[start] + name[len(start) :]
         return name
 
     def renamed_entry(self, entry: str) -> str:
@@ -45,8 +49,13 @@ class ModuleNames:
         new = self.renamed(entry)
         if new != entry:
             return new
-        fits = [new for old, new in self.new.items() if entry in endings(old)]
+        fits = [new for old, new in self.to_model.items() if entry in endings(old)]
         return fits[0] if len(fits) == 1 and entry not in endings(fits[0]) else entry
+
+    def name_in_file(self, name: str) -> str:
+        """The name in the file of a module or of its bare parameter; its own name if that is not known."""
+        owner, _, last = name.rpartition(".")
+        return self.to_file.get(name) or (f"{self.to_file[owner]}.{last}" if owner in self.to_file else name)
 
 
 def names_in_file(places: Places, moved: Iterable[tuple[str, Place]]) -> ModuleNames:
@@ -55,7 +64,7 @@ def names_in_file(places: Places, moved: Iterable[tuple[str, Place]]) -> ModuleN
     `moved`: (name in the file, place in the model) of each tensor.
     """
     first = {name: one for one, candidate in places.found.items() for name in candidate.known_as}
-    pairs: dict[str, str] = {}
+    pairs: dict[str, str] = {}  # name in the model -> in the file
     adapted: set[str] = set()
     for name, place in moved:
         module = first[place.module]
@@ -63,15 +72,18 @@ def names_in_file(places: Places, moved: Iterable[tuple[str, Place]]) -> ModuleN
             pairs.setdefault(module, name.removesuffix(f".{place.tail}"))
             if places.is_adapters(place):
                 adapted.add(module)
-    new: dict[str, str] = {}
-    for module, old in _old_names(list(places.found), pairs).items():
-        new.setdefault(old, module)
-    return ModuleNames(places.model, places.found, new, adapted)
+    to_model: dict[str, str] = {}
+    for module, old in _with_modules_alike(list(places.found), pairs).items():
+        to_model.setdefault(old, module)
+    return ModuleNames(places.model, places.found, to_model, adapted)
 
 
-def _old_names(names: Sequence[str], pairs: Mapping[str, str]) -> dict[str, str]:
-    """The names in the file: of the modules that are in it, and of those that stand in the model as these do."""
-    exchanged = {here: there for new, old in pairs.items() if new != old for here, there in [_prefix_pair(new, old)]}
+def _with_modules_alike(names: Sequence[str], pairs: Mapping[str, str]) -> dict[str, str]:
+    """Name in the model -> in the file, of the modules in `pairs` and of those whose names start as theirs do.
+
+    Two names say how a prefix changed: if ``model.layers.0.q`` is ``h.0.q`` in the file, ``model.layers.7.k`` is ``h.7.k``.
+    """
+    exchanged = dict(_prefix_pair(new, old) for new, old in pairs.items() if new != old)
     same = {start for new, old in pairs.items() if new == old for start in _starts(new)}
     found = {name: pairs.get(name) or (name if name in same else _exchanged(name, exchanged)) for name in names}
     return {name: old for name, old in found.items() if old}

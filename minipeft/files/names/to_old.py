@@ -139,7 +139,7 @@ def with_old_names(
         moved[key] = f"{PREFIX}{names.modules[place.module]}.{place.tail}"
         adapted |= {place.module} if places.is_adapters(place) else set()
     new = {old: name for name, old in names.modules.items()}
-    config = translated_config(file.config, ModuleNames(model, names.found, new, adapted).turned())
+    config = translated_config(file.config, ModuleNames(model, names.found, new, adapted).swapped())
     config = _with_routers(config, [names.modules[name] for name in adapted & names.routers])
     tensors = {moved[key]: tensor for key, tensor in file.read().items()}
     before = set(tensors)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from torch import nn
 
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.config.patterns import first_keys, full_matches, matching
@@ -24,49 +26,55 @@ def translated_config(config: AdapterConfig, modules: ModuleNames) -> AdapterCon
     and so do the old patterns with the old names: if the file lacks tensors of a module that these select, it is refused,
     as it would be under its own names.
     """
-    parameters = _parameters(config, modules, modules.as_in_file)
+    in_file = _View(modules.model, modules.in_file, modules.to_model)
+    here = _View(modules.model, modules.here, {})
+    parameters = in_file.parameters(config)
     owners = {name.rpartition(".")[0] for name in parameters}
-    targets = (_targets(config, modules, modules.as_in_file) | modules.adapted) - owners
-    saved = _saved(config, modules, modules.as_in_file)
+    targets = (in_file.targets(config) | modules.adapted) - owners
+    saved = in_file.saved(config)
     config = replace(config, **_tables(config, modules, [*sorted(targets), *sorted(parameters)]))
-    if saved != _saved(config, modules, modules.found):
-        config = replace(config, modules_to_save=[name for name in modules.found if name in saved] or None)
-    if parameters != _parameters(config, modules, modules.found):
+    if saved != here.saved(config):
+        config = replace(config, modules_to_save=[name for name in modules.here if name in saved] or None)
+    if parameters != here.parameters(config):
         option: dict[str, Any] = {"target_parameters": sorted(parameters) or None}
         config = replace(config, **option)
-    if targets and targets != _targets(config, modules, modules.found):
-        listed = [name for name in modules.found if name in targets]
+    if targets and targets != here.targets(config):
+        listed = [name for name in modules.here if name in targets]
         unset: dict[str, Any] = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
         config = replace(config, target_modules=listed, **unset)
     return config
 
 
-def _targets(config: AdapterConfig, modules: ModuleNames, found: dict[str, Candidate]) -> set[str]:
-    try:
-        selected = Selection(modules.model, config, found).targets
-    except TargetError:  # nothing is selected
-        return set()
-    return {_here(name, modules, found) for name in selected}
+@dataclass(frozen=True)
+class _View:
+    """A model whose modules have the names of `found`; what is selected there goes by its names `to_model`, if it has others."""
+
+    model: nn.Module
+    found: dict[str, Candidate]
+    to_model: Mapping[str, str]
+
+    def targets(self, config: AdapterConfig) -> set[str]:
+        try:
+            return {self._name(name) for name in Selection(self.model, config, self.found).targets}
+        except TargetError:  # nothing is selected
+            return set()
+
+    def saved(self, config: AdapterConfig) -> set[str]:
+        if config.modules_to_save is None:
+            return set()
+        return {self._name(name) for name in Selection(self.model, config, self.found).saved}
+
+    def parameters(self, config: AdapterConfig) -> set[str]:
+        chosen = Selection(self.model, config, self.found).parameters
+        return {f"{self._name(name)}.{parameter}" for name, owned in chosen.items() for parameter in owned}
+
+    def _name(self, name: str) -> str:
+        return self.to_model.get(name, name)
 
 
-def _saved(config: AdapterConfig, modules: ModuleNames, found: dict[str, Candidate]) -> set[str]:
-    if config.modules_to_save is None:
-        return set()
-    return {_here(name, modules, found) for name in Selection(modules.model, config, found).saved}
-
-
-def _parameters(config: AdapterConfig, modules: ModuleNames, found: dict[str, Candidate]) -> set[str]:
-    chosen = Selection(modules.model, config, found).parameters
-    return {f"{_here(name, modules, found)}.{parameter}" for name, owned in chosen.items() for parameter in owned}
-
-
-def _here(name: str, modules: ModuleNames, found: dict[str, Candidate]) -> str:
-    return modules.new[name] if found is modules.as_in_file else name
-
-
-def _tables(config: AdapterConfig, modules: ModuleNames, names: Sequence[str]) -> dict[str, Any]:
-    """The options that say something of single modules, with `names` the targets in the model."""
-    old = {name: _in_file(name, modules) for name in names}
+def _tables(config: AdapterConfig, modules: ModuleNames, targets: Sequence[str]) -> dict[str, Any]:
+    """The options that say something of single modules, with `targets` the names in the model."""
+    old = {name: modules.name_in_file(name) for name in targets}
     changes: dict[str, Any] = {}
     for field in fields(config):
         value = getattr(config, field.name)
@@ -80,12 +88,6 @@ def _tables(config: AdapterConfig, modules: ModuleNames, names: Sequence[str]) -
         elif field.name.endswith("_modules"):
             changes |= _by_list(field.name, value, old)
     return changes
-
-
-def _in_file(name: str, modules: ModuleNames) -> str:
-    """The name in the file of a module or of its bare parameter."""
-    owner, _, last = name.rpartition(".")
-    return modules.old.get(name) or (f"{modules.old[owner]}.{last}" if owner in modules.old else name)
 
 
 def _by_pattern(option: str, table: Mapping[str, Any], old: Mapping[str, str]) -> dict[str, Any]:
