@@ -88,6 +88,13 @@ def matching(entries: Iterable[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if not wanted.isdisjoint(endings(name))]
 
 
+def selected(patterns: Sequence[str] | str, names: Sequence[str], option: str) -> list[str]:
+    """The names that an option selects: by one regular expression for whole names, or by a list of suffixes."""
+    if not patterns:
+        return []
+    return full_matches(patterns, names, option) if isinstance(patterns, str) else matching(patterns, names)
+
+
 def by_shorter_key(values: Mapping[str, Value], short: Mapping[str, str]) -> dict[str, Value]:
     """A table with the shorter key of each name, where all names with this key have the same value, else with the name."""
     found: dict[str, set[Value]] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
-from minipeft.config.patterns import endings, full_matches, is_suffix, matching
+from minipeft.config.patterns import endings, is_suffix, selected
 from minipeft.ecosystem.transformers_model import model_type
 from minipeft.errors import TargetError, hint, nearest, shown, warn
 from minipeft.injection.all_linear import all_linear, layers_left_out, of_text, why_experts_are_left_out
@@ -47,35 +47,43 @@ class Selection:
         Raises:
             TargetError: a pattern matches nothing, nothing is left, or there is no default for this model.
         """
-        config, found = self.config, self.found
+        config = self.config
         saved = set(self.saved)
-        names = {name: first for first, candidate in found.items() for name in candidate.known_as}
-        excluded = set(self._matching(config.exclude_modules or (), names, "exclude_modules"))
-        eligible = [name for name in names if name not in excluded and not within(name, saved)]
-        why = ""
+        first_names = {name: first for first, candidate in self.found.items() for name in candidate.known_as}
+        excluded = set(self._matching(config.exclude_modules or (), first_names, "exclude_modules"))
+        eligible = [name for name in first_names if name not in excluded and not within(name, saved)]
         if config.target_modules in (ALL_LINEAR, ALL_LINEAR_TEXT):
-            if config.target_modules == ALL_LINEAR_TEXT:
-                eligible = of_text(self.model, eligible)
-            chosen, left_out = all_linear(self.model, found, eligible)
-            why = f": {layers_left_out(left_out, found)}" if left_out and not chosen else ""
-            if self.every_pattern and (chosen or config.target_parameters):
-                if unadapted := {name: why for name, why in left_out.items() if name not in self.parameters}:
-                    said = layers_left_out(unadapted, found)
-                    warn(f"target_modules='all-linear' leaves out {said}.", ours=True)
+            chosen, why = self._all_linear(eligible)
         else:
-            patterns = (
-                config.target_modules if config.target_modules is not None else _defaults(self.model, found, config)
-            )
-            chosen = self._matching(patterns, eligible, "target_modules", names)
-            if self.every_pattern and chosen and config.target_modules is not None:
-                self._warn_of_experts(eligible)
+            chosen, why = self._by_pattern(eligible, first_names), ""
         chosen = _in_layers(config, chosen, self.every_pattern)
         if not chosen and not config.target_parameters:
             given = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
             raise TargetError(
                 f"target_modules {given!r} leaves no module of {type(self.model).__name__} to adapt{why}."
             )
-        return list(dict.fromkeys(names[name] for name in chosen))  # a shared module goes by its first name
+        return list(dict.fromkeys(first_names[name] for name in chosen))
+
+    def _all_linear(self, eligible: list[str]) -> tuple[list[str], str]:
+        """The linear layers among these names; if there are none, what was left out instead, for an error."""
+        if self.config.target_modules == ALL_LINEAR_TEXT:
+            eligible = of_text(self.model, eligible)
+        chosen, left_out = all_linear(self.model, self.found, eligible)
+        if self.every_pattern and (chosen or self.config.target_parameters):
+            if unadapted := {name: why for name, why in left_out.items() if name not in self.parameters}:
+                said = layers_left_out(unadapted, self.found)
+                warn(f"target_modules='all-linear' leaves out {said}.", ours=True)
+        return chosen, f": {layers_left_out(left_out, self.found)}" if left_out and not chosen else ""
+
+    def _by_pattern(self, eligible: list[str], names: Iterable[str]) -> list[str]:
+        """Those of the eligible names that ``target_modules`` or the defaults of the model's family match."""
+        given = self.config.target_modules
+        if given is None:
+            return self._matching(_defaults(self.model, self.found, self.config), eligible, "target_modules", names)
+        chosen = self._matching(given, eligible, "target_modules", names)
+        if self.every_pattern and chosen:
+            self._warn_of_experts(eligible)
+        return chosen
 
     @functools.cached_property
     def saved(self) -> list[str]:
@@ -130,7 +138,7 @@ class Selection:
     ) -> list[str]:
         """The eligible names that match; each pattern of a list must match one of `all_names` (default: the eligible ones)."""
         names = list(eligible)
-        chosen = _matching(patterns, names, option)
+        chosen = selected(patterns, names, option)
         if not (self.every_pattern and patterns):
             return chosen
         if not isinstance(patterns, str):
@@ -213,16 +221,9 @@ def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
     """
     given = config.target_modules
     every = given in (None, ALL_LINEAR, ALL_LINEAR_TEXT)
-    chosen = list(names) if every else _matching(given or (), names, "target_modules")
-    excluded = set(_matching(config.exclude_modules or (), names, "exclude_modules"))
+    chosen = list(names) if every else selected(given or (), names, "target_modules")
+    excluded = set(selected(config.exclude_modules or (), names, "exclude_modules"))
     return [name for name in _in_layers(config, chosen, False) if name not in excluded]
-
-
-def _matching(patterns: Sequence[str] | str, names: Sequence[str], option: str) -> list[str]:
-    """The names that a regular expression matches, or one of a list of suffixes."""
-    if not patterns:
-        return []
-    return full_matches(patterns, names, option) if isinstance(patterns, str) else matching(set(patterns), names)
 
 
 def _check_can_change(wanted: set[str], hits: dict[str, set[str]], found: dict[str, Candidate]) -> None:

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.config.options import flag, names_or_regex
-from minipeft.config.patterns import endings, full_matches, matching
+from minipeft.config.patterns import endings, selected
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 from minipeft.registry.registry import default_targets, register_method, register_targets
@@ -89,10 +89,7 @@ class IA3Config(AdapterConfig):
         return {name: either[name in scaled_in] for name in names}
 
     def _feedforward(self, names: Sequence[str]) -> list[str]:
-        patterns = self.feedforward_modules or ()
-        if isinstance(patterns, str):
-            return full_matches(patterns, names, "feedforward_modules")
-        return matching(patterns, names)
+        return selected(self.feedforward_modules or (), names, "feedforward_modules")
 
     def unused_options(self, names: Sequence[str]) -> list[str]:
         patterns = self.feedforward_modules or ()

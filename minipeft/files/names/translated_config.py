@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.patterns import first_keys, full_matches, matching
+from minipeft.config.patterns import first_keys, selected
 from minipeft.errors import TargetError
 from minipeft.files.names.modules import ModuleNames
 from minipeft.injection.module_tree import Candidate
@@ -102,10 +102,6 @@ def _by_pattern(option: str, table: Mapping[str, Any], old: Mapping[str, str]) -
 
 def _by_list(option: str, patterns: Sequence[str] | str, old: Mapping[str, str]) -> dict[str, Any]:
     """Patterns for some of the targets: as they are if they match the same new names, else full names."""
-
-    def chosen(names: Sequence[str]) -> set[str]:
-        return set(full_matches(patterns, names, option) if isinstance(patterns, str) else matching(patterns, names))
-
-    there, here = chosen(list(old.values())), chosen(list(old))
+    there = set(selected(patterns, list(old.values()), option))
     wanted = [new for new, name in old.items() if name in there]
-    return {} if set(wanted) == here else {option: wanted}
+    return {} if set(wanted) == set(selected(patterns, list(old), option)) else {option: wanted}

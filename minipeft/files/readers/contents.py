@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipeft.config.patterns import first_keys, full_matches, matching
+from minipeft.config.patterns import first_keys, matching, selected
 from minipeft.ecosystem.older_peft import in_todays_words
 from minipeft.errors import CheckpointError, shown
 from minipeft.files.file_names import CONFIG_FILE, OF_OTHER_TOOLS, WEIGHTS_FILE
@@ -132,9 +132,7 @@ class Contents:
     def selected(self, option: str, names: list[str]) -> set[str]:
         """The names that an option selects: a regular expression, or a list of suffixes."""
         value = self.config.get(option)
-        return set(
-            full_matches(value, names, option) if isinstance(value, str) else matching(self.listed(option), names)
-        )
+        return set(selected(value if isinstance(value, str) else self.listed(option), names, option))
 
 
 def read_contents(directory: Path) -> Contents:
