@@ -13,10 +13,10 @@ from minipeft.config.adapter_config import config_from_dict
 from minipeft.ecosystem.wrapper_names import named_parameters, unwrapped_name
 from minipeft.errors import CheckpointError, nearest, printable, shown, told, warn
 from minipeft.files.base_samples import check_samples
+from minipeft.files.extra_tensors import find_extras
 from minipeft.files.format import DTYPES, FLOATS, PROVENANCE, AdapterFile
 from minipeft.files.new_rows import resize_hint
 from minipeft.files.not_an_adapter import tensors_named
-from minipeft.files.peft_extras import check_extras, find_copies, find_repeats
 
 # Options that only say which modules are meant, as the keys of a file do. What PEFT writes there means more and less than
 # here: endings of names, and heads that the model does not have.
@@ -55,14 +55,11 @@ def read_values(file: AdapterFile, expected: Expected, *, strict: bool = True) -
     _compare_shapes(file, expected)
     check_samples(file, expected.base, exact=expected.exact, advice=expected.base_advice)
     others = [key for key in file.shapes if key not in expected.tensors and key not in expected.done]
-    allowed = [] if expected.exact else others
-    repeats = find_repeats(file, allowed, expected.tied, expected.model)
-    copies = find_copies(file, [key for key in allowed if key not in repeats], expected.model)
-    unexpected = [key for key in others if key not in copies and key not in repeats]
-    _compare_keys(file, expected, unexpected, strict)
-    wanted = {*expected.tensors, *copies, *repeats, *repeats.values()}
+    extras = find_extras(file, [] if expected.exact else others, expected.tied, expected.model)
+    _compare_keys(file, expected, [key for key in others if key not in extras], strict)
+    wanted = {*expected.tensors, *extras.to_read}
     values = file.read([key for key in file.shapes if key in wanted])
-    check_extras(file, values, copies, repeats)
+    extras.check(values)
     return {key: value for key, value in values.items() if key in expected.tensors}
 
 

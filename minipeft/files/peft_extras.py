@@ -1,40 +1,31 @@
-"""What only PEFT's files have: copies of base weights, tensors that repeat another, and entries that mean more.
+"""Where PEFT's files say more than ours would have to: tensors of layers that share, and entries that mean more.
 
 PEFT repeats the tensors of layers that share an adapter or a trained copy (``ensure_weight_tying``). So do we.
 
 An entry of ``modules_to_save`` is a suffix at a dot boundary in a configuration of ours. PEFT trains every module whose
 name ends with the entry: ``classifier`` takes DistilBERT's ``pre_classifier`` along, and the file holds both.
+
+`minipeft.files.extra_tensors` compares what else PEFT's files repeat.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import HEADS_OF_TASK, AdapterConfig
 from minipeft.config.patterns import endings, is_suffix
-from minipeft.ecosystem.wrapper_names import PREFIX, ROOT, named_modules, named_parameters
-from minipeft.errors import CheckpointError
+from minipeft.ecosystem.wrapper_names import PREFIX, named_modules
 from minipeft.files.format import AdapterFile
 from minipeft.injection.module_tree import Candidate, candidates, wrappers_of
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.injection.targets import Selection, within
 from minipeft.injection.tied_sites import rest_of
-from minipeft.layers.offloaded import values_of
 
 # The factors of a head that is tied to an embedding -> those of the embedding, of which each is the transpose.
 TRANSPOSED = {".lora_A.weight": ".lora_embedding_B", ".lora_B.weight": ".lora_embedding_A"}
-
-# Buffers in a state that was saved without PEFT's filter, with or without the adapter's name behind them.
-_NAME = r"(\.[A-Za-z0-9_-]{1,64})?"
-_PROJECTION = re.compile(r".+\.(vera_[AB])" + _NAME)  # VeRA's shared matrices, again at each layer
-_IN_COPY = re.compile(r"\.modules_to_save\.[A-Za-z0-9_-]{1,64}(?=\.)")  # before a bias inside of a trained module
-_INFIX = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")  # of PEFT's wrappers
-_RANK = re.compile(r"(.+\.)ranknum" + _NAME)  # how many triplets of AdaLoRA a layer has
 
 
 def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, str]:
@@ -50,11 +41,10 @@ def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dic
         here = [(n, w) for n, w in here if n in copies or (named and not named.isdisjoint(endings(n)))]
     first_of: dict[frozenset[int], str] = {}
     shared = {}
-    for name, wrapper in sorted(here, key=lambda pair: _rank(pair[1], adapter_name)):
+    for name, wrapper in sorted(here, key=lambda pair: _precedence(pair[1], adapter_name)):
         part = wrapper.adapters[adapter_name]
-        weight = (
-            part._parameters.get("weight") if config.ensure_weight_tying and isinstance(wrapper, SavedModule) else None
-        )
+        by_weight = config.ensure_weight_tying and isinstance(wrapper, SavedModule)
+        weight = part._parameters.get("weight") if by_weight else None
         weights = frozenset(map(id, part.parameters() if weight is None else [weight]))
         first = first_of.setdefault(weights, name) if weights else name
         if first != name:
@@ -62,7 +52,7 @@ def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dic
     return shared
 
 
-def _rank(wrapper: nn.Module, adapter_name: str) -> int:
+def _precedence(wrapper: nn.Module, adapter_name: str) -> int:
     """Of wrappers that share a tensor the lowest is the one that it belongs to: a copy of all, then of some, then of nothing."""
     only = getattr(wrapper, "only", None)
     return 2 - bool(only) if only is not None else int(adapter_name in getattr(wrapper, "tied_adapters", ()))
@@ -89,120 +79,6 @@ def rest_of_followers(model: nn.Module, shared: Mapping[str, str], adapter_name:
     copies = {name: w for name in shared if isinstance(w := here[name], SavedModule) and not w.only}
     rests = {name: rest_of(w.base_layer) for name, w in copies.items()}
     return {f"{PREFIX}{name}.{key}": parameter for name, rest in rests.items() for key, parameter in rest.items()}
-
-
-def find_copies(file: AdapterFile, keys: Sequence[str], model: nn.Module) -> dict[str, Tensor]:
-    """Which of these keys copy a tensor of the base, such as an embedding table, by name and shape -> that tensor.
-
-    Or they copy what the shapes of the file say, which is AdaLoRA's number of triplets.
-    """
-    base, plain = _base_tensors(model) if keys else {}, {key: _INFIX.sub("", key) for key in keys}
-    found = {key: base[name] for key, name in plain.items() if name in base and base[name].shape == file.shapes[key]}
-    return {**values_of(model, found), **_ranks(file, keys)}
-
-
-def _ranks(file: AdapterFile, keys: Sequence[str]) -> dict[str, Tensor]:
-    matches = {key: match for key in keys if (match := _RANK.fullmatch(key)) and file.shapes[key] == (1,)}
-    values = {key: file.shapes.get(f"{match[1]}lora_E") for key, match in matches.items()}
-    return {key: torch.tensor([float(shape[0])]) for key, shape in values.items() if shape}
-
-
-def find_repeats(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str], model: nn.Module) -> dict[str, str]:
-    """Which of these keys repeat another one, by name and shape -> that key.
-
-    PEFT repeats the bias of a trained head, and the tensors of a tied layer; `tied` says which layer that is tied to. A
-    bias that has two names in the model, it writes under both. VeRA's matrices are in a state without PEFT's filter once
-    more for each layer.
-    """
-    renamed = _renamed(file, keys, tied) | _projections(file, keys)
-    return renamed | _other_names(file, [key for key in keys if key not in renamed], keys, model)
-
-
-def _renamed(file: AdapterFile, keys: Sequence[str], tied: Mapping[str, str]) -> dict[str, str]:
-    plain = {key: key.replace(".modules_to_save.", ".") for key in keys}
-    plain = {key: _untied(name if name in file.shapes else _IN_COPY.sub("", key), tied) for key, name in plain.items()}
-    for key, other in plain.items():
-        if other not in file.shapes:  # the factors of a head and of its embedding are each other's transpose
-            plain[key] = _transposed(other)
-    shapes = {
-        key: file.shapes[key][::-1] if _is_transposed(key, other) else file.shapes[key] for key, other in plain.items()
-    }
-    return {key: other for key, other in plain.items() if other != key and file.shapes.get(other) == shapes[key]}
-
-
-def _projections(file: AdapterFile, keys: Sequence[str]) -> dict[str, str]:
-    found = {key: f"{ROOT}{match[1]}" for key in keys if (match := _PROJECTION.fullmatch(key))}
-    return {key: other for key, other in found.items() if file.shapes.get(other) == file.shapes[key]}
-
-
-def _other_names(file: AdapterFile, keys: Sequence[str], unknown: Sequence[str], model: nn.Module) -> dict[str, str]:
-    """Which of these keys are another name of a bias that a key of the file, not one of the unknown, names too.
-
-    Not of a weight: where a copy of an embedding trains, PEFT writes the head that was tied to it as the base has it.
-    """
-    keys = [key for key in keys if key.endswith(".bias")]
-    if not keys:
-        return {}
-    # By their own names alone: a bias of the original in PEFT's wrapper does not repeat the trained one.
-    parameters = named_parameters(model, remove_duplicate=False)
-    base = {PREFIX + name.replace(".base_layer.", "."): parameter for name, parameter in parameters}
-    trained = {key: key.replace(".base_layer.", ".") for key in file.shapes if key not in unknown}
-    # Where PEFT leaves the other name the base's.
-    copied = tuple(f"{entry}.bias" for entry in file.config.modules_to_save or ())
-    known = {id(base[name]): key for key, name in trained.items() if name in base and not name.endswith(copied)}
-    found = {key: known[id(base[key])] for key in keys if key in base and id(base[key]) in known}
-    return {key: other for key, other in found.items() if file.shapes[key] == file.shapes[other]}
-
-
-def check_extras(
-    file: AdapterFile, values: Mapping[str, Tensor], copies: Mapping[str, Tensor], repeats: Mapping[str, str]
-) -> None:
-    """Compare the values; raises CheckpointError if a copy or a repeated tensor differs."""
-    for key, parameter in copies.items():
-        if not torch.allclose(values[key].float(), parameter.detach().float().cpu(), rtol=1e-2, atol=1e-6):
-            raise CheckpointError(
-                f"{file.path} brings its own {key!r}, which differs from this model's. Use the base it was trained on."
-            )
-    for key, other in repeats.items():
-        repeated = values[other].t() if _is_transposed(key, other) else values[other]
-        if not torch.equal(values[key], repeated):
-            raise CheckpointError(
-                f"{file.path}: {key!r} and {other!r} should be equal, and differ. Tied layers have one adapter, or one trained copy, here; "
-                "load it on a base in which they are not tied."
-            )
-
-
-def _transposed(key: str) -> str:
-    """The key of an embedding's factor whose transpose this factor of a linear layer is, or the key itself."""
-    ending = next((ending for ending in TRANSPOSED if key.endswith(ending)), "")
-    return key.removesuffix(ending) + TRANSPOSED[ending] if ending else key
-
-
-def _is_transposed(key: str, other: str) -> bool:
-    return other.endswith(tuple(TRANSPOSED.values())) and key.endswith(tuple(TRANSPOSED))
-
-
-def _untied(key: str, tied: Mapping[str, str]) -> str:
-    """The key of the same tensor in the layer that a tied layer is tied to."""
-    plain = key.removeprefix(PREFIX) if tied else ""
-    for place, character in enumerate(plain):
-        if character == "." and plain[:place] in tied:
-            return f"{PREFIX}{tied[plain[:place]]}.{plain[place + 1 :].removeprefix('base_layer.')}"
-    return key
-
-
-def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Base parameters and buffers by the key that PEFT gives them, without the infixes of its wrappers.
-
-    With ``bias="all"`` it writes the buffers called bias, too, which a frozen norm has (DETR's backbone).
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, module in named_modules(model, remove_duplicate=False):
-        owner = _INFIX.sub("", f".{name}.").lstrip(".")
-        for last, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                tensors[f"{PREFIX}{owner}{last}"] = tensor
-    return tensors
 
 
 def as_peft_reads(file: AdapterFile, model: nn.Module, found: dict[str, Candidate]) -> AdapterFile:
