@@ -122,7 +122,9 @@ class AdapterConfig(metaclass=_KnownNames):
             raise ConfigError(
                 f"base_model_name_or_path must be a string or None, not {told(self.base_model_name_or_path)}."
             )
-        flag("inference_mode", self.inference_mode)
+        for option in dataclasses.fields(self):
+            if option.type in ("bool", bool):  # those of a method too
+                flag(option.name, getattr(self, option.name))
         self._set("other_keys", checked_other_keys(self.other_keys))
 
     def _set(self, name: str, value: object) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.options import MAX_RANK, alpha, flag, integer, number, one_of, rank
+from minipeft.config.options import MAX_RANK, alpha, integer, number, one_of, rank
 from minipeft.errors import ConfigError, told
 from minipeft.registry.registry import register_targets
 
@@ -97,8 +97,6 @@ class AdaLoraConfig(AdapterConfig):
         alpha("lora_alpha", self.lora_alpha)
         number("lora_dropout", self.lora_dropout, at_least=0, below=1)
         one_of("bias", self.bias, ("none",))
-        flag("init_lora_weights", self.init_lora_weights)
-        flag("fan_in_fan_out", self.fan_in_fan_out)
         if self.rank_pattern is not None:
             self._set("rank_pattern", _checked_pattern(self.rank_pattern, self.init_r))
 

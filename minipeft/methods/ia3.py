@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.options import flag, names_or_regex
+from minipeft.config.options import names_or_regex
 from minipeft.config.patterns import endings, selected
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
@@ -75,8 +75,6 @@ class IA3Config(AdapterConfig):
         given = self.feedforward_modules
         none = isinstance(given, list | tuple | set | frozenset) and not given
         self._set("feedforward_modules", () if none else names_or_regex("feedforward_modules", given))
-        flag("init_ia3_weights", self.init_ia3_weights)
-        flag("fan_in_fan_out", self.fan_in_fan_out)
 
     @property
     def is_feedforward(self) -> bool:

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from minipeft.config.options import flag
 from minipeft.kernels.functional import lora_factors
 from minipeft.layers.base import LayerOps
 from minipeft.methods.low_rank import low_rank_forward
@@ -28,10 +27,6 @@ class LoHaConfig(LycorisConfig):
     method: ClassVar[str] = "loha"
 
     init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        flag("init_weights", self.init_weights)
 
 
 @register_method("loha")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.config.options import flag, integer, one_of
+from minipeft.config.options import integer, one_of
 from minipeft.kernels.transformed import is_transformed
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.lycoris import Lycoris, LycorisConfig, core_shape, features_and_kernel, through_core
@@ -37,10 +37,8 @@ class LoKrConfig(LycorisConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        flag("decompose_both", self.decompose_both)
         if type(self.decompose_factor) is not int or self.decompose_factor != -1:
             integer("decompose_factor", self.decompose_factor, at_least=1)
-        flag("rank_dropout_scale", self.rank_dropout_scale)
         one_of("init_weights", self.init_weights, (True, False, "lycoris"))
 
 

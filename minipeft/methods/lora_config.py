@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.options import alpha, flag, names, number, one_of, pattern_table, rank
+from minipeft.config.options import alpha, names, number, one_of, pattern_table, rank
 from minipeft.errors import ConfigError
 from minipeft.kernels.functional import lora_scaling
 from minipeft.methods.lora_init import KEPT, chosen_init, start_of_file
@@ -80,8 +80,6 @@ class LoraConfig(AdapterConfig):
         self._set("rank_pattern", pattern_table("rank_pattern", self.rank_pattern, rank))
         self._set("alpha_pattern", pattern_table("alpha_pattern", self.alpha_pattern, alpha))
         chosen_init(self.init_lora_weights)
-        for name in ("use_rslora", "freeze_lora_A", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out"):
-            flag(name, getattr(self, name))
         self._set("trainable_token_indices", token_option("trainable_token_indices", self.trainable_token_indices))
         if self.lora_bias and (self.use_dora or isinstance(self.init_lora_weights, str)):
             raise ConfigError("lora_bias goes with init_lora_weights True or False only, and not with use_dora.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.options import alpha, flag, number, pattern_table, rank
+from minipeft.config.options import alpha, number, pattern_table, rank
 from minipeft.layers.base import LayerOps
 from minipeft.methods.base import Adapter
 
@@ -49,7 +49,6 @@ class LycorisConfig(AdapterConfig):
         for name, check in (("rank_pattern", rank), ("alpha_pattern", alpha)):
             given = getattr(self, name)
             self._set(name, pattern_table(name, {} if given is None else given, check))
-        flag("use_effective_conv2d", self.use_effective_conv2d)
 
 
 def features_and_kernel(base: nn.Module, ops: LayerOps) -> tuple[int, tuple[int, ...]]:

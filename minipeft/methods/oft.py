@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.options import flag, integer, number, one_of
+from minipeft.config.options import integer, number, one_of
 from minipeft.errors import ConfigError, TargetError
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.base import Adapter
@@ -61,8 +61,6 @@ class OFTConfig(AdapterConfig):
         number("eps", self.eps, above=0)
         integer("num_cayley_neumann_terms", self.num_cayley_neumann_terms, at_least=2, at_most=1000)
         one_of("bias", self.bias, ("none",))
-        for name in ("coft", "block_share", "use_cayley_neumann", "init_weights", "fan_in_fan_out"):
-            flag(name, getattr(self, name))
 
     def block_size(self, size: int) -> int:
         """Size of the blocks of a layer of that size."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.options import flag, integer
+from minipeft.config.options import integer
 from minipeft.ecosystem.transformers_model import input_embedding
 from minipeft.ecosystem.wrapper_names import named_modules, unwrapped_name
 from minipeft.errors import ConfigError, TargetError, told
@@ -50,7 +50,6 @@ class TrainableTokensConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("token_indices", token_ids("token_indices", self.token_indices))
-        flag("init_weights", self.init_weights)
 
     def default_modules(self, model: nn.Module) -> Sequence[str] | None:
         embedding = input_embedding(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.config.options import flag, integer, number, one_of, rank
+from minipeft.config.options import integer, number, one_of, rank
 from minipeft.layers.base import LayerOps, takes_vectors
 from minipeft.methods.input_dropout import InputDropout
 from minipeft.methods.low_rank import low_rank_forward
@@ -57,8 +57,6 @@ class VeraConfig(AdapterConfig):
         number("vera_dropout", self.vera_dropout, at_least=0, below=1)
         number("d_initial", self.d_initial)
         one_of("bias", self.bias, ("none",))
-        for name in ("save_projection", "init_weights", "fan_in_fan_out"):
-            flag(name, getattr(self, name))
 
 
 class Projections(nn.Module):
