@@ -49,19 +49,26 @@ _CORRECTED = {
 class OldNames:
     """The names of a model's modules in transformers 4."""
 
-    found: Mapping[str, Candidate]
+    found: Mapping[str, Candidate]  # the model's `candidates`
     modules: Mapping[str, str]  # name today -> name then
     experts: Mapping[str, tuple[str, ...]]  # parameter -> layers that each expert had, in the order of their features
-    routers: frozenset[str]  # names today of modules that were layers, and have a bare weight now
+
+    def is_router(self, name: str) -> bool:
+        """Whether a module was a layer, and has a bare weight now."""
+        weight = self.found[name].base._parameters.get("weight")
+        return weight is not None and weight.ndim == 2 and layer_ops(self.found[name].base) is None
+
+    def was_layer(self, name: str) -> bool:
+        """Whether a module was a layer then, by its name today."""
+        return layer_ops(self.found[name].base) is not None or self.is_router(name)
 
     def layers(self) -> Iterator[str]:
         """The names of all layers then: those of today, the routers, and those of each expert."""
         for name, old in self.modules.items():
-            base = self.found[name].base
-            if layer_ops(base) is not None or name in self.routers:
+            if self.was_layer(name):
                 yield old
             for own, words in self.experts.items():
-                stack = base._parameters.get(own)
+                stack = self.found[name].base._parameters.get(own)
                 yield from (f"{old}.{n}.{word}" for n in range(0 if stack is None else len(stack)) for word in words)
 
 
@@ -71,7 +78,20 @@ def old_names(model: nn.Module) -> OldNames:
     Raises:
         CheckpointError: two lists of experts in it had other layers under one parameter's name.
     """
-    found, (renamings, converters) = candidates(model), conversions(model, add_legacy=False)
+    found = candidates(model)
+    modules, experts = _stored_names(model, found)
+    wrong, right = next((_CORRECTED[c.__name__] for c in type(model).__mro__ if c.__name__ in _CORRECTED), ("^", ""))
+    modules = {name: re.sub(wrong, right, old) for name, old in modules.items()}
+    # Layers that were one then, as q, k and v in one matrix, had no names of their own.
+    times = Counter(modules.values())
+    return OldNames(found, {name: old for name, old in modules.items() if times[old] == 1}, experts)
+
+
+def _stored_names(
+    model: nn.Module, found: Mapping[str, Candidate]
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """(module -> its name in the keys that transformers saves, parameter -> the layers of each expert there)."""
+    renamings, converters = conversions(model, add_legacy=False)
     # Other prefixes are those of checkpoints of a larger model, and none of this one's.
     table = [e for e in (*renamings, *converters) if type(e).__name__ != "PrefixChange" or _was_a_module(e)]
     modules: dict[str, str] = {}
@@ -87,14 +107,7 @@ def old_names(model: nn.Module) -> OldNames:
                     raise CheckpointError(f"{name} had {shown(words)} for {own}, and other experts had {experts[own]}.")
             elif len(keys) == 1 and keys[0].endswith(f".{own}"):
                 modules.setdefault(name, keys[0].removesuffix(f".{own}"))
-    wrong, right = next((_CORRECTED[c.__name__] for c in type(model).__mro__ if c.__name__ in _CORRECTED), ("^", ""))
-    modules = {name: re.sub(wrong, right, old) for name, old in modules.items()}
-    # Layers that were one then, as q, k and v in one matrix, had no names of their own.
-    times = Counter(modules.values())
-    modules = {name: old for name, old in modules.items() if times[old] == 1}
-    weights = {name: c.base._parameters.get("weight") for name, c in found.items() if layer_ops(c.base) is None}
-    routers = {name for name, weight in weights.items() if weight is not None and weight.ndim == 2}
-    return OldNames(found, modules, experts, frozenset(routers & modules.keys()))
+    return modules, experts
 
 
 def _was_a_module(change: Any) -> bool:
@@ -129,7 +142,7 @@ def with_old_names(
         CheckpointError: the adapter is for another model, or has a place that had no name then.
     """
     file, names = in_names_of(model, file), old_names(model)
-    places, moved, adapted = Places(model, file.config, candidates(model)), dict[str, str](), set[str]()
+    places, moved, adapted = Places(model, file.config, names.found), dict[str, str](), set[str]()
     for key in file.shapes:
         place = places.place(key.removeprefix(PREFIX))
         if place is None or place.module not in names.modules:
@@ -138,15 +151,13 @@ def with_old_names(
             )
         moved[key] = f"{PREFIX}{names.modules[place.module]}.{place.tail}"
         adapted |= {place.module} if places.is_adapters(place) else set()
-    new = {old: name for name, old in names.modules.items()}
-    config = translated_config(file.config, ModuleNames(model, names.found, new, adapted).swapped())
-    config = _with_routers(config, [names.modules[name] for name in adapted & names.routers])
-    tensors = {moved[key]: tensor for key, tensor in file.read().items()}
-    before = set(tensors)
-    tensors, options = split_experts(tensors, config, names.experts)
-    layers = {name for name in adapted if layer_ops(names.found[name].base) is not None}
-    wanted = {names.modules[name] for name in layers | (adapted & names.routers)}
-    wanted |= {key.removeprefix(PREFIX).removesuffix(_A) for key in tensors.keys() - before if key.endswith(_A)}
+    to_model = {old: name for name, old in names.modules.items()}
+    config = translated_config(file.config, ModuleNames(model, names.found, to_model, adapted).swapped())
+    config = _with_routers(config, [names.modules[name] for name in adapted if names.is_router(name)])
+    whole = {moved[key]: tensor for key, tensor in file.read().items()}
+    tensors, options = split_experts(whole, config, names.experts)
+    wanted = {names.modules[name] for name in adapted if names.was_layer(name)}
+    wanted |= {key.removeprefix(PREFIX).removesuffix(_A) for key in tensors if key not in whole and key.endswith(_A)}
     return tensors, {**values, **options, **_targets(config, wanted, names)}
 
 
@@ -170,7 +181,8 @@ def _with_routers(config: AdapterConfig, routers: Collection[str]) -> AdapterCon
 def _targets(config: AdapterConfig, wanted: Collection[str], names: OldNames) -> dict[str, Any]:
     """``target_modules`` for exactly these layers: as it is, else their shortest endings that no other layer has."""
     every, given = list(names.layers()), config.target_modules
-    known = given not in (None, ALL_LINEAR) or not (names.experts or names.routers)
+    had_other_layers = names.experts or any(map(names.is_router, names.modules))
+    known = given not in (None, ALL_LINEAR) or not had_other_layers
     if known and (given == ALL_LINEAR or set(selected_names(config, every)) == set(wanted)):
         return {"target_modules": given if isinstance(given, str) else list(given or ())}
     others = {ending for name in every if name not in wanted for ending in endings(name)}
