@@ -202,6 +202,25 @@ def with_tables(
         return dict(tensors), dict(config)
     _warn_of_flat_tables(model, size)
     known = tables(model)
+    whole, added = _new_rows(known, adapter_name, config)
+    result = {**tensors, **_values(model, whole, state)}
+    if not added:
+        return result, dict(config)
+    trained = ids_by_name(known, config.get(OPTION))
+    weights = _values(model, {name: known[name].weight for name in added}, state)
+    option = dict(trained)
+    for name, ids in added.items():  # behind the rows that train
+        key, rows, before = known[name].rows_key, weights[name].detach()[ids], trained.get(name)
+        result[key] = rows if before is None else torch.cat([tensors[key], rows.to(tensors[key])])
+        entries = [name] if before is None else [name, *known[name].entries(trained)]
+        option |= {entry: [*(before or ()), *ids] for entry in entries}
+    return result, {**config, OPTION: option}
+
+
+def _new_rows(
+    known: Mapping[str, Table], adapter_name: str, config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """What a file has to bring of the tables that grew: whole tables by key, and the ids of new rows by table."""
     trained = ids_by_name(known, config.get(OPTION))
     whole, added = dict[str, Tensor](), dict[str, list[int]]()
     for name, table in known.items():
@@ -213,16 +232,7 @@ def with_tables(
         else:
             table.check_unmerged()
             added[name] = missing
-    result = {**tensors, **_values(model, whole, state)}
-    weights = _values(model, {name: known[name].weight for name in added}, state)
-    for name, ids in added.items():  # behind the rows that train
-        key, rows = known[name].rows_key, weights[name].detach()[ids]
-        result[key] = torch.cat([tensors[key], rows.to(tensors[key])]) if name in trained else rows
-    option = dict(trained)
-    for name, ids in added.items():
-        entries = known[name].entries(trained) if name in trained else ()
-        option |= {entry: [*trained.get(name, ()), *ids] for entry in (name, *entries)}
-    return result, {**config, OPTION: option} if added else dict(config)
+    return whole, added
 
 
 def _warn_of_flat_tables(model: nn.Module, base_size: int) -> None:
