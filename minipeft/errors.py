@@ -146,7 +146,7 @@ def all_or_nothing(verb: Callable[P, R]) -> Callable[P, R]:
 
 
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Text for a message: cut off in the middle, and with characters escaped that would not show, but for line ends."""
+    """Text for a message: cut in the middle if it is long, with invisible characters escaped, except line ends."""
     if len(text) > limit:
         text = f"{text[: limit // 2]}[...]{text[-limit // 2 :]}"
     if text.isprintable():
@@ -166,7 +166,7 @@ def shown(values: Iterable[object], limit: int = 5) -> str:
 
 
 def told(value: object, limit: int = 50) -> str:
-    """Any value for a message, cut off; even one that cannot be shown, as an integer of more digits than Python converts."""
+    """Any value for a message, cut off; even one that Python cannot show, such as an integer with too many digits."""
     try:
         return f"{value!r:.{limit}}"
     except Exception:
@@ -174,7 +174,7 @@ def told(value: object, limit: int = 50) -> str:
 
 
 def told_error(error: BaseException, limit: int = 200) -> str:
-    """What an exception of others says, within a sentence: its text, or its class if it has none."""
+    """What an exception of another library says, to put into a sentence: its text, or its class if it has none."""
     said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return printable(" ".join(str(said).split()), limit).rstrip(".")
 

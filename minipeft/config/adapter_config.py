@@ -86,7 +86,7 @@ class AdapterConfig(metaclass=_KnownNames):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """What PEFT's functions for a model's state ask first; they would read and set nothing here.
+        """PEFT's state-dict functions ask for this first; on a model of ours they would read and set nothing.
 
         Raises:
             PeftOnlyError: always.
@@ -186,7 +186,7 @@ class AdapterConfig(metaclass=_KnownNames):
         return configs
 
     def unused_options(self, names: Sequence[str]) -> list[str]:
-        """Per-module options that decide for none of the targeted modules, as ``option: key``."""
+        """Per-module options that apply to none of the targeted modules, as ``option: key``."""
         used = {table: set(keys.values()) for table, keys in self._deciding_keys(names).items()}
         return [f"{table}: {key}" for table in used for key in getattr(self, table) if key not in used[table]]
 
@@ -195,7 +195,7 @@ class AdapterConfig(metaclass=_KnownNames):
         return {table: first_keys(getattr(self, table), names, table) for table in self.pattern_options}
 
     def _with_values(self, keys: Mapping[str, str | None]) -> Self:
-        """The configuration of the modules for which these keys, by table, decide."""
+        """The configuration of the modules to which these keys apply, by table."""
         values: dict[str, Any] = {table: {} for table in keys}
         values |= {
             self.pattern_options[table]: getattr(self, table)[key] for table, key in keys.items() if key is not None
@@ -258,7 +258,7 @@ def config_of_peft(config: object) -> object:
 
 
 def config_class(method: str) -> type[Any]:
-    """The configuration's class of a method, which may be a plugin's.
+    """The configuration class of a method, built in or a plugin's.
 
     Raises:
         RegistryError: the method is unknown.
@@ -302,7 +302,7 @@ def config_from_dict(
 def _read_options(
     cls: type[AdapterConfig], fields: Mapping[str, dataclasses.Field[Any]], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The options that a file sets; a value that asks for nothing becomes the one that the class has for that."""
+    """The options that a file sets. A value that asks for nothing becomes the class's own value for that."""
     read = {name: values[name] for name in fields if name in values}
     for name, value in read.items():
         factory = fields[name].default_factory

@@ -96,7 +96,7 @@ def selected(patterns: Sequence[str] | str, names: Sequence[str], option: str) -
 
 
 def by_shorter_key(values: Mapping[str, Value], short: Mapping[str, str]) -> dict[str, Value]:
-    """A table with the shorter key of each name, where all names with this key have the same value, else with the name."""
+    """A table under the short key of each name if all names with this key have the same value, else under the name."""
     found: dict[str, set[Value]] = {}
     for name, value in values.items():
         found.setdefault(short[name], set()).add(value)
@@ -119,7 +119,7 @@ def check_table(patterns: Iterable[str], where: str) -> None:
 
 
 def first_keys(patterns: Iterable[str], names: Sequence[str], where: str) -> dict[str, str]:
-    """For each name the first pattern that matches all of it or its end after a dot, as PEFT's ``rank_pattern``.
+    """For each name, the first pattern that matches all of it, or its end after a dot, as in PEFT's ``rank_pattern``.
 
     Names that no pattern matches are left out. A pattern that is a name, perhaps anchored, is found by hashing, so a table
     with one key per module takes linear time. The other patterns have two seconds together.

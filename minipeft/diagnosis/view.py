@@ -12,7 +12,7 @@ from minipeft.injection.watch import Pass
 
 
 def unknown() -> None:
-    """What a part says that cannot be known of it."""
+    """The answer of a part that cannot know one: None."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class View:
 
     @property
     def learning(self) -> list[Part]:
-        """Those of them that can get one, since they are not merged."""
+        """The parts in training that can get a gradient: those that are not merged."""
         return [part for part in self.training if not part.merged]
 
 

@@ -1,4 +1,4 @@
-"""Which package a class is from, or has changed a module."""
+"""Which package a class comes from, and whether compressed-tensors has changed a module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def is_from(cls: type, package: str) -> bool:
-    """Whether a class or one that it derives from is a package's."""
+    """Whether a class, or a class that it derives from, comes from a package."""
     return any(base.__module__.partition(".")[0] == package for base in cls.__mro__)
 
 

@@ -50,7 +50,7 @@ OTHER_OUTPUT = frozenset({"DeepseekV4GroupedLinear", "Llama4Router", "PhimoeTopK
 
 
 def has_other_output(layer: nn.Module) -> bool:
-    """Whether this linear layer returns something else than ``W x + b``."""
+    """Whether this linear layer returns something other than ``W x + b``."""
     return not OTHER_OUTPUT.isdisjoint([cls.__name__ for cls in type(layer).__mro__])
 
 
@@ -73,7 +73,7 @@ def main_input_name(model: nn.Module) -> str:
 
 
 def _arguments(module: nn.Module) -> frozenset[str]:
-    """The arguments of a module's call that have a name of their own."""
+    """The named arguments of a module's call."""
     return _named_by(getattr(type(module), "forward", None))  # a scripted module's class has none
 
 
@@ -205,7 +205,7 @@ def base_model(model: nn.Module) -> nn.Module | None:
 
 
 def base_prefix(model: nn.Module) -> str:
-    """The name in the model of its base model, next to which its heads are; "" if ``base_model_prefix`` names no module."""
+    """The name of the base model within a model, next to its heads; "" if ``base_model_prefix`` names no module."""
     prefix = getattr(model, "base_model_prefix", None)
     return prefix if isinstance(prefix, str) and prefix in model._modules else ""
 
@@ -218,7 +218,7 @@ def recomputable_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def without_cache(block: nn.Module, names: Sequence[str], values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The positional arguments of a block, called `names`, without a cache, which recomputing the block would fill again.
+    """The positional arguments of a block, whose names are `names`, without a cache: recomputing would fill it again.
 
     transformers leaves out one that is given by name; RecurrentGemma gives it by position.
     """

@@ -103,7 +103,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def orphans(target: Path, kind: str) -> Iterator[Path]:
-    """What `hidden_beside` named in processes of this machine that have ended without removing it."""
+    """Files and folders that `hidden_beside` named, left by processes of this machine that have ended."""
     for path in target.parent.glob(glob.escape(f".{target.name}.{kind}-{socket.gethostname()}-") + "*"):
         pid = path.name.rsplit("-", 2)[-2]
         if pid.isdigit() and not alive(int(pid)):

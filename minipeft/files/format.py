@@ -58,7 +58,7 @@ class AdapterFile(TensorFile):
 
 
 def unknown(component: str) -> None:
-    """No names of modules, where there is no model to ask."""
+    """Stands in for a model's module names where there is no model."""
 
 
 def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | None] = unknown) -> AdapterFile:

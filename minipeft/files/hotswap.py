@@ -143,7 +143,7 @@ def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Wrapper, 
 
 
 def _check_room(path: str, adapter: Adapter, max_rank: int) -> None:
-    """Raises a `StateError` if an adapter cannot change its shape now, a `ConfigError` if never to this rank."""
+    """Raise StateError if an adapter cannot change its shape now, ConfigError if it can never have this rank."""
     check_values_here(path, adapter)
     for name, parameter in adapter.named_parameters():
         if parameter.grad is not None:
@@ -155,7 +155,7 @@ def _check_room(path: str, adapter: Adapter, max_rank: int) -> None:
 
 
 def _paired(adapter_name: str, plan: Plan, parts: Parts) -> Pairs:
-    """Each part of a file with the live one whose place it takes; raises ConfigError if it cannot, or there is none."""
+    """Each part of a file with the live part that it replaces; raises ConfigError if there is none or it does not fit."""
     pairs: Pairs = []
     for site, new in zip(plan.sites, (*parts.adapters, *parts.copies), strict=True):
         wrapper = site.wrapper()
@@ -198,7 +198,7 @@ def _scale_as_in_file(adapter: Adapter) -> None:
 
 
 def _left(model: nn.Module, adapter_name: str, pairs: Pairs) -> list[tuple[AdaptedLayer, Adapter]]:
-    """The layers of the adapter that the file does not adapt, and what is to do nothing there; ConfigError if it cannot."""
+    """The layers that the file leaves out, and the parts that are to do nothing there; raises ConfigError if one cannot."""
     taken = {id(wrapper) for _, wrapper, _, _ in pairs}
     left = []
     for path, wrapper, part in _parts(model, adapter_name):

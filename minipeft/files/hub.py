@@ -105,7 +105,7 @@ class _Repository:
         return Path(found)
 
     def has(self, name: str) -> bool:
-        """Whether a file is there; it is in the cache then."""
+        """Whether the repository has a file, which is then in the cache."""
         with contextlib.suppress(Exception):
             self.download(name)
             return True
@@ -119,7 +119,7 @@ class _Repository:
         return []
 
     def shows_adapter(self, name: str) -> bool:
-        """Whether the header of a file of weights, all that is asked for, is that of a known format."""
+        """Whether a file of weights is of a known format; only its header is downloaded."""
         with contextlib.suppress(Exception):  # from the hub, or since the header is broken
             api, path = HfApi(token=self.token, library_name="minipeft"), f"{self.folder}{name}"
             found = api.parse_safetensors_file_metadata(self.repo_id, path, revision=self.commit)

@@ -165,7 +165,7 @@ def _tied(plan: Plan) -> dict[str, str]:
 def _with_lacking(
     model: nn.Module, plan: Plan, file: AdapterFile, found: dict[str, Candidate]
 ) -> tuple[Plan, tuple[str, ...]]:
-    """The plan with a frozen copy of each new layer that the file lacks, as PEFT's may: the next file of the adapter brings them."""
+    """The plan with a frozen copy of each new layer that the file lacks, as PEFT's may; the adapter's next file holds them."""
     fresh = find_fresh_parts(model, plan.config, found, replace(plan.origins, unknown=frozenset()))
     taken = [*file.base, *(site.name for site in plan.adapters)]
     names = tuple(n for n in (*fresh.trained, *fresh.kept) if not any(within(each, {n}) for each in taken))
@@ -175,14 +175,14 @@ def _with_lacking(
 
 
 def _without(modules: Collection[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are not of these modules, by their keys in a file."""
+    """The tensors of all other modules, by their keys in a file."""
     if not modules:
         return tensors
     return {key: tensor for key, tensor in tensors.items() if not within(key.removeprefix(PREFIX), modules)}
 
 
 def _as_saved(site: SavedSite, file: AdapterFile) -> SavedSite:
-    """A module to train in full as the file has it, in which all but the weight of a tied head may be the base's or missing."""
+    """A module to train in full, as the file has it: of a tied head, all but the weight may be the base's or missing."""
     trains, own = site.name not in file.kept, {f"{PREFIX}{site.name}.{key}" for key in site.only or ()}
     leaves = site.tied_to is not None and not (trains and own & file.shapes.keys())
     return replace(site, trains=trains, only=() if leaves else site.only)

@@ -75,7 +75,7 @@ def _is_ours(card: Path) -> bool:
 
 
 def card_to_write(directory: Path, config: Mapping[str, Any], parameters: int) -> dict[str, bytes]:
-    """``README.md``, by its name; nothing if there is one that somebody wrote. A local path of the base is not in it."""
+    """``README.md`` by its name, without a local path of the base; empty if somebody has written one."""
     if os.path.exists(directory / CARD_FILE) and not _is_ours(directory / CARD_FILE):
         return {}
     method = str(config["peft_type"]).lower()

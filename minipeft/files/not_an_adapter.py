@@ -1,4 +1,4 @@
-"""Naming what is not an adapter as what it is: by the names in a folder, the first bytes of a file, or the keys in it.
+"""Recognising what something is that is no adapter: by names in a folder, the first bytes of a file, or the keys in it.
 
 Nothing here decides whether something is an adapter. It only completes the message about something that is not one.
 """
@@ -58,7 +58,7 @@ WHOLE = re.compile(r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?")
 
 
 def named(path: Path) -> str:
-    """What a file that cannot be read as what it should be is instead, as the end of a message; or ""."""
+    """What an unreadable file is instead, as the end of a message; or ""."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         head = file.read(HEAD_BYTES).decode("latin-1")
         if not head:
@@ -70,7 +70,7 @@ def named(path: Path) -> str:
 
 
 def folder_named(names: Iterable[str]) -> str:
-    """What a folder or repository with these files is, if no adapter, as the end of a message; or ""."""
+    """What a folder or repository with these files is instead of an adapter, as the end of a message; or ""."""
     names = sorted(itertools.islice(names, MAX_NAMES))
     if not names:
         return " It is empty."
@@ -90,7 +90,7 @@ def folder_named(names: Iterable[str]) -> str:
 
 
 def layout_named(name: str, keys: Iterable[str]) -> str:
-    """What a file with keys of LoRA's in a layout that is not known is, as the end of a message; or ""."""
+    """What to say of a file whose LoRA keys have an unknown layout, as the end of a message; or ""."""
     key = min((key for key in keys if "lora" in key), default=None)
     if key is None:
         return ""
@@ -113,7 +113,7 @@ def local_names(directory: Path) -> list[str]:
 
 
 def config_named(values: Mapping[str, Any]) -> str:
-    """What an ``adapter_config.json`` without a method of PEFT's is, as the end of a message; or ""."""
+    """What an ``adapter_config.json`` without a PEFT method is instead, as the end of a message; or ""."""
     of_adapter_hub = {"model_type", "model_class", "hidden_size", "model_name"}
     if isinstance(values.get("config"), dict | str) and not of_adapter_hub.isdisjoint(values):
         return " It is the configuration of an AdapterHub adapter (`adapters`), whose format is another one."

@@ -29,7 +29,7 @@ TRANSPOSED = {".lora_A.weight": ".lora_embedding_B", ".lora_B.weight": ".lora_em
 
 
 def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dict[str, str]:
-    """The layers that share what another one has, which PEFT's files repeat: name -> name of that other one.
+    """The layers that share the tensors of another one, which PEFT's files repeat: name -> name of that one.
 
     All with `ensure_weight_tying`, else those of a trained copy, but for a table's, which PEFT does not name, and those that
     a companion of the configuration names too: PEFT may give each of these an adapter.
@@ -53,13 +53,13 @@ def followers(model: nn.Module, config: AdapterConfig, adapter_name: str) -> dic
 
 
 def _precedence(wrapper: nn.Module, adapter_name: str) -> int:
-    """Of wrappers that share a tensor the lowest is the one that it belongs to: a copy of all, then of some, then of nothing."""
+    """Sorts wrappers that share a tensor; it belongs to the first: a whole copy or adapter, then a part, then nothing."""
     only = getattr(wrapper, "only", None)
     return 2 - bool(only) if only is not None else int(adapter_name in getattr(wrapper, "tied_adapters", ()))
 
 
 def with_repeats(tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of an adapter, and under the names of its followers what PEFT writes for those."""
+    """The tensors of an adapter, and what PEFT writes for its `followers`, under their names."""
     more: dict[str, Tensor] = {}
     for name, first in shared.items():
         start = f"{PREFIX}{first}."
@@ -82,7 +82,7 @@ def rest_of_followers(model: nn.Module, shared: Mapping[str, str], adapter_name:
 
 
 def as_peft_reads(file: AdapterFile, model: nn.Module, found: dict[str, Candidate]) -> AdapterFile:
-    """A file whose options name all that they mean to PEFT; a file of ours as it is.
+    """The file with options that name all that they mean to PEFT; a file of ours as it is.
 
     `modules_to_save` then names every module that PEFT would train, and `target_modules` nothing where PEFT knows no default
     modules for the model's family, as for GPT-OSS, and adapted the `target_parameters` alone.
@@ -101,14 +101,14 @@ def as_peft_reads(file: AdapterFile, model: nn.Module, found: dict[str, Candidat
 
 
 def has_keys_of(file: AdapterFile, names: Collection[str]) -> bool:
-    """Whether it has a tensor of one of these modules, or of one inside of them."""
+    """Whether a file has a tensor of one of these modules, or of a module in one."""
     roots = set(names)
     keys = (key.removeprefix(PREFIX) for key in file.shapes if key.startswith(PREFIX))
     return any(within(key.rpartition(".")[0], roots) for key in keys)
 
 
 def for_peft(model: nn.Module, entries: Sequence[str], saved: Mapping[str, nn.Module]) -> list[str]:
-    """Entries for a file that name these modules, and no others to PEFT if there are such entries.
+    """Entries of ``modules_to_save`` for a file that name these modules and, if possible, no others to PEFT.
 
     There are none for a module without a parent, such as ``classifier`` next to ``pre_classifier``. PEFT then copies the
     base's ``pre_classifier``, which is not in the file, so its outputs are the same. But it cannot read a file whose entry

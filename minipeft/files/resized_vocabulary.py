@@ -91,7 +91,7 @@ class Table:
         return any(isinstance(each, Wrapper) and adapter_name in each.adapters for _, each in self.layers)
 
     def entries(self, ids: Iterable[str]) -> list[str]:
-        """Of names in ``trainable_token_indices`` those of adapted layers with this weight."""
+        """Those of these names in ``trainable_token_indices`` that are adapted layers with this weight."""
         layers = [name for name, each in self.layers if isinstance(each, Wrapper)]
         return [entry for entry in ids if any(is_suffix(entry, name) for name in layers)]
 
@@ -270,6 +270,6 @@ def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def brought_rows(config: Mapping[str, Any]) -> Mapping[str, Collection[int]]:
-    """Of a configuration that `with_tables` returns, the rows of each table that the file brings, by the table's name."""
+    """The rows of each table that a file brings, by the table's name, from the configuration that `with_tables` returned."""
     option = config.get(OPTION)
     return option if isinstance(option, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Stopping those who save an adapted model in a way that cannot be read back, when they save instead of when they read.
+"""Refusing to save an adapted model in a way that cannot be read back: when it is saved, not when it is read.
 
 Trainer only reads an adapter back if ``isinstance(model, PeftModel)``. For any other model it looks for whole weights, so
 ``load_best_model_at_end`` fails after the last step or, for an adapter in a sub-directory, keeps the last adapter with a
@@ -45,7 +45,7 @@ def check_trainer() -> None:
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """If a Trainer is saving a checkpoint over an older one, remove what tells that one complete, and its training states.
+    """If a Trainer saves a checkpoint over an older one, remove what says that the old one is complete, and its states.
 
     Trainer writes ``trainer_state.json`` last, and so says that the rest belongs together. Of the random states each process
     writes its own, perhaps before this. Only within Trainer's own method: a subclass may save the adapter once more after it.
@@ -56,7 +56,7 @@ def begin_checkpoint(folder: Path) -> None:
 
 
 def check_outer_save(inner: nn.Module) -> None:
-    """Refuse to give the keys of an adapted model to a plain one around it, of which it is a part, that is being saved.
+    """Refuse to save a plain model that has this adapted one as a part: its file would have the keys of adapted layers.
 
     Raises:
         StateError: a caller's ``save_pretrained`` is at work on such a model.
@@ -73,7 +73,7 @@ def check_outer_save(inner: nn.Module) -> None:
 
 
 def callers(method: str, module: str | None = None) -> Iterator[Any]:
-    """The objects whose method of this name, as written in this module, is at work, the innermost first."""
+    """The objects on the call stack whose method of this name, defined in this module, is running; the innermost first."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == method and module in (None, frame.f_globals.get("__name__")):

@@ -22,7 +22,7 @@ from minipeft.kernels.packed_documents import rounding_leak
 
 
 class _Dtype:
-    """The attribute ``dtype`` of the class after ours. Not a property, so that an object's own ``dtype`` comes first."""
+    """``dtype`` of the plain class, once its reader is checked. Not a property, so that an object's own ``dtype`` comes first."""
 
     def __get__(self, model: nn.Module | None, owner: type) -> Any:
         if model is None:
@@ -61,7 +61,7 @@ def _check_reference(trainer: Any) -> None:
 
 
 def _check_generation(trainer: Any, model: nn.Module) -> None:
-    """Raises a `StateError` if vLLM is to get the parameters of this model, which are merged for it in PEFT's models alone."""
+    """Raise StateError if vLLM is to get this model's parameters: trainers merge them for it in PEFT's models alone."""
     if getattr(trainer, "use_vllm", False) and trainer.model is model:
         raise StateError(
             f"{type(trainer).__name__} would send vLLM the base and the adapters by themselves, which vLLM does not know. "
@@ -70,7 +70,7 @@ def _check_generation(trainer: Any, model: nn.Module) -> None:
 
 
 def _check_packing(trainer: Any, model: nn.Module) -> None:
-    """Raises a `StateError` if one text in a packed row changes the logits of the next; the trainer makes the row."""
+    """Raise StateError if one text in a row packed by the trainer changes the logits of the next."""
     made_by = getattr(trainer, "data_collator", None)
     if not getattr(trainer, "padding_free", False) or not is_from(type(made_by), "trl") or trainer.is_deepspeed_enabled:
         return
@@ -90,7 +90,7 @@ def _check_packing(trainer: Any, model: nn.Module) -> None:
 
 @torch.no_grad()
 def _logits_of_the_second(trainer: Any, model: nn.Module, start: int) -> Tensor:
-    """In a row of two texts, of which the second is always the same."""
+    """The logits of the second of two packed texts, which is always the same; `start` says what the first one is."""
     ids = [*range(start, start + 5), *range(30, 37)]
     batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [5, 7]}])
     device = next(model.parameters()).device
@@ -100,7 +100,7 @@ def _logits_of_the_second(trainer: Any, model: nn.Module, start: int) -> Tensor:
 
 
 def _check_reader(model: nn.Module) -> None:
-    """Raises a `StateError` if a trainer of TRL's reads the dtype while it is being made."""
+    """Raise StateError if the ``__init__`` of a TRL trainer reads the dtype."""
     here = inspect.currentframe()
     reader = here.f_back.f_back if here is not None and here.f_back is not None else None
     if reader is None or reader.f_code.co_name != "__init__":

@@ -127,7 +127,7 @@ def discard(model: nn.Module, adapter_name: str) -> None:
 
 
 def has_hooks(wrapper: Wrapper) -> bool:
-    """Whether there are hooks on a wrapper's calls, which are those of the layer for whoever put them there."""
+    """Whether a wrapper's calls have hooks, which somebody put there for the layer."""
     hooks = (
         wrapper._forward_hooks or wrapper._forward_pre_hooks or wrapper._backward_hooks or wrapper._backward_pre_hooks
     )
@@ -135,7 +135,7 @@ def has_hooks(wrapper: Wrapper) -> bool:
 
 
 def _hand_over_hooks(wrapper: Wrapper, inner: nn.Module) -> None:
-    """Give the hooks on a wrapper's calls to what takes its place, in the same tables: whoever removes one looks into these."""
+    """Move the hooks on a wrapper's calls to what takes its place, in the same tables, where their handles look for them."""
     outer, own = vars(wrapper), vars(inner)
     for table in (*BEFORE, *AFTER):
         if hooks := outer[table]:

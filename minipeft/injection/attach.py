@@ -127,7 +127,7 @@ def _hold_norms(
 
 
 def switch_to(model: nn.Module, names: tuple[str, ...], *, frozen: bool) -> None:
-    """Let exactly these adapters act; frozen, none of them trains meanwhile.
+    """Let exactly these adapters act; if `frozen`, none of them trains meanwhile.
 
     The parameters of an idle adapter must not require gradients, or DDP would wait for them; they do again when it
     acts. Only adapters that train, and start or stop acting, have their parameters visited.

@@ -1,4 +1,4 @@
-"""The base's own state while it is adapted: running statistics that are held still, and buffers that change all the same.
+"""The base's own state while it is adapted: running statistics, which are held still, and other buffers that change.
 
 A file holds the adapter, and its reader has the base from elsewhere. So what training changes in the base is lost on save,
 and `disable_adapter()` and `unload()` no longer give the base. PEFT lets the running statistics of a frozen BatchNorm

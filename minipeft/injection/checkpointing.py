@@ -30,7 +30,7 @@ FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in eac
 
 
 def let_checkpoints_train(outside: Iterable[tuple[str, nn.Module]], switch: Switch) -> None:
-    """Change the checkpointing functions of a model's modules, which are its `outside_adapters`, and have this switch."""
+    """Replace the checkpointing functions of a model with these `outside_adapters` and this switch."""
     for _, module in outside:
         function = module.__dict__.get(FUNCTION)
         if isinstance(function, functools.partial) and function.func is not _checkpoint:
@@ -59,7 +59,7 @@ def _set(model: nn.Module, setter: Callable[..., None], *args: Any, **kwargs: An
 
 
 def _checkpoint(own: functools.partial[Any], switch: Switch, function: Any, *args: Any) -> Any:
-    """Checkpoint a call; not in the reentrant way if that would lose a gradient, which it gives to `args` alone."""
+    """Checkpoint a call; not in the reentrant way, which gives gradients to `args` alone, if that would lose one."""
     if not own.keywords.get("use_reentrant"):
         return own(with_adapters_kept(function, switch), *args)
     bound = (*function.args, *function.keywords.values()) if isinstance(function, functools.partial) else ()
@@ -74,7 +74,7 @@ def _checkpoint(own: functools.partial[Any], switch: Switch, function: Any, *arg
 
 
 class ActingNow:
-    """Which adapters act now, by row or all alike, in the model with this switch; None: of a model that has no adapters."""
+    """Which adapters act now in the model with this switch, by row or for all rows; None: it has no adapters."""
 
     def __init__(self, switch: Switch | None) -> None:
         self.rows, self.switch = CURRENT.rows, switch
@@ -107,7 +107,7 @@ class ActingNow:
 
 
 def with_adapters_kept(function: Callable[..., Any], switch: Switch | None) -> Callable[..., Any]:
-    """The function, to be called again in the backward pass with the adapters and rows that act now."""
+    """The function with the adapters and rows that act now, for a call in the backward pass."""
     kept = ActingNow(None if torch.compiler.is_compiling() else switch)  # a graph holds the adapters that acted
     return function if kept.rows is None and kept.switch is None else functools.partial(_again, kept, function)
 

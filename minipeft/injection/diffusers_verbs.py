@@ -30,7 +30,7 @@ FOR_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_
 
 
 def refuse_diffusers_verbs(cls: type[nn.Module]) -> None:
-    """Put a refusal in front of those of these verbs that an adapted class of diffusers has, and of `scale`."""
+    """Make an adapted class of diffusers refuse `scale`, and those of these verbs that it has."""
     messages = {verb: f"{NOT_PEFTS} {cls.__name__}; use its {ours}." for verb, ours in VERBS.items()}
     messages[FUSING] = f"copies the weights of this {cls.__name__} without its adapters; call merge_and_unload() first."
     for verb, message in messages.items():

@@ -21,7 +21,7 @@ BATCH = "generate_batch"  # also what ``generate(cache_implementation="paged")``
 
 
 def refuse_rows(cls: type[nn.Module]) -> None:
-    """Put a refusal of ``adapter_names`` in front of those of these methods that an adapted class has."""
+    """Make those of these methods that an adapted class has refuse ``adapter_names``."""
     for name in list(_found(cls)):
         setattr(cls, name, _refusing(name, getattr(cls, name)))
 

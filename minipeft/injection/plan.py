@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def sites(self) -> tuple[AdapterSite | SavedSite, ...]:
-        """Those of the adapters, and then those of the trained copies."""
+        """The sites of the adapters, then those of the trained copies."""
         return self.adapters + self.saved
 
 

@@ -1,4 +1,4 @@
-"""Which layers are called with something else than the rows of the batch first: positions, images, tokens of an expert.
+"""Which layers do not get the rows of the batch first, but positions, images, or tokens of an expert.
 
 XLNet and torch's own transformer layers put positions first, and a table of positions is read without rows. The shape of an
 input shows that, unless a batch has as many positions as rows. Then one row is run alone, once for each model: the dimension

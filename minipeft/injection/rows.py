@@ -70,7 +70,7 @@ class Rows:
         self._parts: dict[Any, Parts] = {}
 
     def present(self, here: Collection[str]) -> tuple[str, ...]:
-        """Those of the rows' adapters that are among these."""
+        """The adapters of the rows that are among these."""
         return tuple([name for name in self.adapters if name in here])
 
     def common(self, here: Collection[str]) -> str | None:
@@ -179,7 +179,7 @@ def rows_now(switch: object) -> Rows | None:
 
 @contextlib.contextmanager
 def acting(rows: Rows | None) -> Iterator[None]:
-    """Within the context the adapters act by row, in this thread; None: as outside of such a call."""
+    """Within the context the adapters act by these rows, in this thread; None: for all rows alike."""
     before, CURRENT.rows = CURRENT.rows, rows
     try:
         yield

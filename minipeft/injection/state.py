@@ -40,7 +40,7 @@ class AdapterState:
     buffers: dict[str, Tensor] = field(default_factory=dict)  # samples of the base's, as they were when it was adapted
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle, in which no context is open that would merge something again."""
+        """The state of a copy or a pickle: no context is open in it that would merge something again."""
         return {**vars(self), "set_aside": (), "pauses": 0}
 
     @property
@@ -113,7 +113,7 @@ class WithAdapters(nn.Module):
 
 
 def names_given(value: Any) -> tuple[Any, ...]:
-    """One name or several, as an argument may have them; what is neither stands as the name of no adapter.
+    """The names in an argument, which is one name or several; anything else is passed on, and no adapter has that name.
 
     A set is sorted, since adapters act in the order of their names here, and that of a set differs from run to run.
     """
@@ -147,7 +147,7 @@ def check_name(name: object, taken: Sequence[str] | Mapping[str, Any]) -> None:
 
 
 def places_that_train(places: Iterable[Place]) -> set[Place]:
-    """Those whose parameter requires a gradient."""
+    """The places whose parameter requires a gradient."""
     return {place for place in places if (p := place[0]._parameters.get(place[1])) is not None and p.requires_grad}
 
 
@@ -164,7 +164,7 @@ def put_to_rest(places: Iterable[Place]) -> set[Place]:
 
 @contextlib.contextmanager
 def not_running(state: AdapterState, adapter_names: Collection[str] | None = None) -> Iterator[None]:
-    """Within the context these adapters may change, None: all. A call with ``adapter_names`` waits with its start until it ends.
+    """Within the context these adapters (None: all) may change. A call with ``adapter_names`` starts after it has ended.
 
     Raises StateError if such a call runs, perhaps in another thread, that uses one of them.
     """

@@ -188,7 +188,7 @@ class Selection:
             )
 
     def warn_of_hidden(self, saved: Collection[str]) -> None:
-        """Warn about layers that ``target_modules`` selects, but for that another adapter trains a module around them in full.
+        """Warn about layers that ``target_modules`` names, and that stay out as another adapter trains what is around them in full.
 
         `saved`: modules that this adapter trains in full, too.
         """

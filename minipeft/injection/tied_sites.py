@@ -181,7 +181,7 @@ class TiedLayers:
                 )
 
     def _kept_tied(self) -> list[str]:
-        """Names of the input embedding and of all layers with its weight, that first; none if the option does not ask for it."""
+        """Names of the input embedding, then of all other layers with its weight; none without ``ensure_weight_tying``."""
         table, found = self.table, self.found
         name = next((name for name, candidate in found.items() if candidate.base is table), None)
         if table is None or name is None or not self.config.ensure_weight_tying:

@@ -1,4 +1,4 @@
-"""Naming training that would teach an adapter nothing: it is merged, or the optimizer does not have its parameters."""
+"""Warning of training that would teach an adapter nothing: it is merged, or the optimizer does not have its parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merged_in_training(model: nn.Module) -> Sequence[str]:
 
 
 def message(names: Sequence[str]) -> str:
-    """What to say of these adapters."""
+    """The message about these merged adapters."""
     return (
         f"{shown(names)} is merged into the base, so training gives it no gradient. Call unmerge_adapter() before training; "
         "if this is no training, model.eval() or torch.no_grad() says so."
@@ -79,6 +79,6 @@ def _warn_once(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any)
 
 
 def _requires_grad(model: nn.Module, name: str) -> bool:
-    """Whether a part that is merged does; modules that the adapter trains in full train all the same."""
+    """Whether a merged part of an adapter requires gradients. Modules that it trains in full train all the same."""
     merged = (layer for _, layer in adapted_layers(model) if name in layer.merged)
     return any(p.requires_grad for layer in merged for p in layer.trainable_parameters(name))

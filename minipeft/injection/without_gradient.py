@@ -1,4 +1,4 @@
-"""Naming adapters that learn nothing: frozen or quantized since they were made, or without a gradient in ten optimizer steps.
+"""Warning of adapters that learn nothing: frozen or quantized after they were made, or without a gradient in ten steps.
 
 A frozen or quantized one is named at the first step. A gradient is missing if the model computes the layer under `torch.no_grad`,
 uses its output for nothing that the loss depends on, or never runs it. In one batch that can be right, as for an expert that no
@@ -40,7 +40,7 @@ class GradientWatch:
         self.is_done = False
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """The gradients are still there."""
+        """Look at the adapter, while the gradients are still there."""
         state: AdapterState | None = model.__dict__.get(STATE)
         if state is None or self.name not in state.switch.trainable:  # unloaded, deleted or renamed
             self.is_done = True

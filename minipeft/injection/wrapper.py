@@ -43,7 +43,7 @@ class Switch:
         self.trained_by_row = False  # the last call with gradients was such a one
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle: no context and no call is open in it, so one that was made within `off` stays off."""
+        """The state of a copy or a pickle: no context and no call is open in it, so one made within `off` stays off."""
         own = {**vars(self), "stays_off": not self.enabled, "contexts_off": 0, "running": []}
         del own["changing"]
         return own
@@ -158,7 +158,7 @@ class Wrapper(nn.Module):
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *args), kwargs)
 
     def put_base(self, base_layer: nn.Module) -> None:
-        """Wrap this one from now on."""
+        """Wrap this layer from now on."""
         self._modules["base_layer"] = base_layer
 
     def drop(self, adapter_name: str) -> None:
@@ -191,7 +191,7 @@ class Wrapper(nn.Module):
             super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse it, as pruning does it: nothing would use the parameter here."""
+        """Refuse: nothing would use the parameter here. Pruning, for one, registers parameters."""
         raise StateError(
             f"{name} cannot be a parameter of an adapted {type(innermost(self)).__name__} itself. What prunes a layer takes its "
             f"base_layer instead, or what trains in full, which is adapters[name] of the layer. {UNCHANGED}"
@@ -214,7 +214,7 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 def parameters_at(places: Iterable[Place]) -> Iterator[nn.Parameter]:
-    """The parameters that are there now."""
+    """The parameters that are at these places now."""
     for module, name in places:
         parameter = module._parameters.get(name)
         if parameter is not None:

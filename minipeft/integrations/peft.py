@@ -71,7 +71,7 @@ class AdaptedPeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @property
     def peft_type(self) -> Any:
-        """That of the first adapter."""
+        """The method of the first adapter, in PEFT's words."""
         return next(iter(self.peft_config.values())).peft_type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ def hides_ties(module: nn.Module) -> bool:
 
 
 def present(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within the block the module has its weights, also after a call of it. For any other module nothing happens."""
+    """Within the block an offloaded module has its weights, even after a call of it. Other modules are left alone."""
     return _brought(module) if offloads(module) else _NOTHING
 
 

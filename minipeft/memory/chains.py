@@ -24,7 +24,7 @@ Place = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, stride and offset
 
 
 class Chains:
-    """The groups of a model's forward pass, of which one is being made."""
+    """The groups of a model's forward pass, one of which is being made."""
 
     def __init__(self, size: int) -> None:
         self.size = size

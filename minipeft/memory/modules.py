@@ -70,12 +70,12 @@ class Recomputed(SameFunction):
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether it is one of transformers' norms that are composed of single operations and work in float32."""
+    """Whether a module is one of transformers' RMS norms, which are composed of single operations and work in float32."""
     return type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
 
 
 def is_cheap_activation(module: nn.Module) -> bool:
-    """Whether it is an activation that works element by element and takes little time."""
+    """Whether a module is an activation that works element by element and takes little time."""
     known = type(module).__name__ in (CHEAP | TANH_GELUS) or isinstance(module, CHEAP_TYPES)
     return known and not any(True for _ in module.parameters())
 

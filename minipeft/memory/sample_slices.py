@@ -27,7 +27,7 @@ Call = Callable[..., Any]
 
 
 class NotBySample(Exception):
-    """It is not known how an argument belongs to the samples."""
+    """An argument that is divided by sample in a way that is not known."""
 
 
 def run(layer: nn.Module, forward: Call, args: Sequence[Any], checkpointed: Call) -> Any:

@@ -285,14 +285,14 @@ class Adapter(nn.Module, ABC):
 
     @property
     def is_scalable(self) -> bool:
-        """Whether its update is a sum that goes with `scaling`; what multiplies the weight has no such factor."""
+        """Whether the update is a sum that `scaling` multiplies; a method that multiplies the weight has no such factor."""
         own = type(self)  # asked of the class itself: DoRA takes back what its parent says
         return isinstance(self.scaling, int | float) and (
             own.factors is not Adapter.factors or own.delta is not Adapter.delta
         )
 
     def adds(self, weight: Tensor) -> bool:
-        """Whether all it does is to add to this canonical weight. What does not add does not commute with other adapters."""
+        """Whether the adapter only adds to this canonical weight. One that does more does not commute with other adapters."""
         return self.factors() is not None or self.delta(weight) is not None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -319,7 +319,7 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     def give_config_class(cls, method: str) -> None:
-        """Make the configuration class of a method that has no options; one that is there stays."""
+        """Make the configuration class of a method that has none, since it has no options."""
         if not hasattr(cls, "config_class"):
             # Named so that pickle finds it.
             names = {"method": method, "__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.config_class"}

@@ -25,7 +25,7 @@ KEPT = "_kept"  # ends the value in a file that brings the starting factors alon
 
 @dataclass
 class Start:
-    """What a start fills in, and what it may go by."""
+    """What a start fills in, and what it may use."""
 
     A: Tensor  # the down projection; ``A.flatten(1)`` is (r, in)
     B: Tensor  # the up projection; ``B.flatten(1)`` is (out, r)

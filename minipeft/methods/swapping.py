@@ -14,12 +14,12 @@ OF_THE_LIBRARY = {"training", "is_vacant", "strength", "full_scaling"}
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Its parameters and buffers, saved or not, by name."""
+    """A module's parameters and buffers, saved or not, by name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def numbers_of(module: nn.Module) -> dict[str, object]:
-    """Its attributes that are numbers, texts, or lists of them, by name; its scaling as the configuration says it."""
+    """A module's attributes that are numbers, texts, or lists of them, by name; the scaling as the configuration says it."""
     own = vars(module)
     if "full_scaling" in own:
         own = {**own, "scaling": own["full_scaling"]}
@@ -31,7 +31,7 @@ def _is_number(value: object) -> bool:
 
 
 def unlike(here: nn.Module, there: nn.Module, but: Collection[str] = ()) -> str:
-    """What differs between two modules besides the values of tensors, or ""; without the tensors and numbers in `but`."""
+    """What differs between two modules besides the values of tensors, or ""; `but` names what is not compared."""
     if type(here) is not type(there):
         return f"it is {type(there).__name__} there and {type(here).__name__} here"
     ours, theirs = tensors_of(here), tensors_of(there)

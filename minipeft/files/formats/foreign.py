@@ -26,7 +26,7 @@ NEEDED = {"LORA": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lor
 
 @dataclass(frozen=True)
 class Source:
-    """A file of another tool, of which the header has been read, and what is known around it."""
+    """A file of another tool, whose header has been read, and what is known about its surroundings."""
 
     file: TensorFile  # the weights
     directory: Path  # what else the tool wrote

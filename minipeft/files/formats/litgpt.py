@@ -31,7 +31,7 @@ _KEY = re.compile(r"(?:transformer\.h\.(\d{1,6})\.([\w.]+)|(lm_head))\.lora_([AB
 
 
 def knows(file: TensorFile) -> bool:
-    """Whether all keys are of litgpt's names and end as its keys do."""
+    """Whether all keys have litgpt's names and endings."""
     keys = file.shapes
     return all(_KEY.fullmatch(key) for key in keys) and any(key.endswith("lora_A") for key in keys)
 
@@ -163,7 +163,7 @@ def _heads(source: Source, model: Mapping[str, Any]) -> Heads:
 def _qkv(
     source: Source, stem: str, adapted: Sequence[int], heads: Heads, family: Family, r: int, alpha: float
 ) -> dict[str, Module]:
-    """The modules, by the end of transformers' name, that an adapted layer of q, k and v comes to.
+    """The modules that an adapted layer of q, k and v becomes, by the end of transformers' name.
 
     A layer that has rows of several of them gets the A of each, one under the other, and a B with zeros between the
     parts. `adapted` says which of q (0), k (1) and v (2) are.

@@ -122,7 +122,7 @@ def dense(source: Path, found: Any) -> Mapping[str, Any]:
 
 
 def _limit_memory(more: int | None) -> None:
-    """Let this process map that many bytes more than it does (None: any), if the system can say how many those are."""
+    """Let this process map this many bytes more than it does now (None: no limit), if the system says how many it does."""
     try:
         import resource
 

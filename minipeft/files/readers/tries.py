@@ -147,7 +147,7 @@ def _script(base: Path, directory: Path) -> Tried:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What other programs warn about and print as they load is not what was asked."""
+    """Within the context other programs print no warnings or messages as they load."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stderr(io.StringIO()),

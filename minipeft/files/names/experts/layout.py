@@ -33,7 +33,7 @@ log = logging.getLogger("minipeft")
 
 @dataclass(frozen=True)
 class Stack:
-    """The pair of one stack of experts, with the features of the linear map of each."""
+    """The LoRA pair of one stack of experts, and the features of each expert's linear map."""
 
     name: str
     keys: tuple[str, str]
@@ -137,7 +137,7 @@ def _is_turned(file: AdapterFile, stacks: Sequence[Stack]) -> bool:
 
 
 def _by_version(version: object, is_transposed: bool) -> bool | None:
-    """Whether this PEFT turned such a stack; None: it may have, since transformers changed PEFT's mind while loaded."""
+    """Whether this version of PEFT turned such a stack; None: perhaps, as that depended on whether transformers was loaded."""
     match = _VERSION.fullmatch(version) if isinstance(version, str) else None
     if match is None:  # not written before 0.18
         return False if is_transposed and version is None else None
