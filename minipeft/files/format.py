@@ -83,20 +83,8 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
         config = config_from_dict(part.values, f"{weights.path}")
         return AdapterFile(weights.path, part.entries, {}, config=config, base={}, state=weights.state)
     own = _own(weights)
-    saved = own.get("config")
-    if values is not None:
-        if saved is not None and _digest(values) != _digest(saved):
-            if _digest(values) != own.get("previous"):
-                raise CheckpointError(
-                    f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} come from different saves. Copy both from one save."
-                )
-            values = saved  # the save was interrupted between the two renames
-    elif saved is not None:
-        values = saved
-    else:
-        raise CheckpointError(f"{directory} has no {CONFIG_FILE}.")
-    what = "" if "peft_type" in values else config_named(values)
-    if what:
+    values = _of_one_save(directory, values, own)
+    if "peft_type" not in values and (what := config_named(values)):
         raise ConfigError(f"{directory / CONFIG_FILE} names no peft_type.{what}")
     if values.get("peft_type") == "OFT" and any(key.endswith(".oft_r") for key in weights.shapes):
         raise CheckpointError(
@@ -104,12 +92,47 @@ def open_adapter(directory: Path, modules: Callable[[str], Collection[str] | Non
             "merge it with the PEFT that wrote it."
         )
     config = config_from_dict(values, f"{directory / CONFIG_FILE}")
-    base, kept = own.get("base") or {}, tuple(own.get("kept", ()))
     if "scaling" in own:
         weights, asked = with_own_scaling(weights, values, own["scaling"])
         config = config_from_dict(asked, f"{directory / CONFIG_FILE}")
-    here = weights.path, weights.entries, weights.metadata
-    return AdapterFile(*here, config, base, kept, bool(own), values, bool(own.get("tied")), state=weights.state)
+    return AdapterFile(
+        weights.path,
+        weights.entries,
+        weights.metadata,
+        state=weights.state,
+        config=config,
+        base=own.get("base") or {},
+        kept=tuple(own.get("kept", ())),
+        is_own=bool(own),
+        said=values,
+        ties=bool(own.get("tied")),
+    )
+
+
+def _of_one_save(directory: Path, values: dict[str, Any] | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that the weights were saved with: the file's, or the one in the weights if the save was interrupted.
+
+    Args:
+        directory: of the adapter.
+        values: the contents of `CONFIG_FILE`, if it is there.
+        own: what `own_metadata` wrote into the weights.
+
+    Raises:
+        CheckpointError: there is none, or the two files come from different saves.
+    """
+    saved: dict[str, Any] | None = own.get("config")
+    if values is None or saved is None:
+        found = saved if values is None else values
+        if found is None:
+            raise CheckpointError(f"{directory} has no {CONFIG_FILE}.")
+        return found
+    if _digest(values) == _digest(saved):
+        return values
+    if _digest(values) != own.get("previous"):
+        raise CheckpointError(
+            f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} come from different saves. Copy both from one save."
+        )
+    return saved  # the save was interrupted between the two renames
 
 
 def source_of(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,14 +115,46 @@ def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> boo
     Returns whether one row alone may show more than the shapes of inputs: a module says if rows or positions come first, or a
     table is adapted that may be read by positions, such as a decoder's own.
     """
-    unclear, adapted, media, text = False, list[tuple[str, Wrapper]](), set[str](), set[str]()  # by path
-    is_of_text, language, tokens = main_input_name(model) == "input_ids", text_part(model), input_embedding(model)
+    found = _by_input(model, outside)
+    tokens, language = input_embedding(model), text_part(model)
+    is_multimodal = found.is_of_text and takes_media(model) and language is not None and language is not model
+    base = base_prefix(model)
+    heads_apart = bool(base and found.media) and all(within(path, {base}) for path in found.media)
+    unclear = found.says_order
+    for path, wrapper in found.adapted:
+        parts = path.split(".")
+        around = {".".join(parts[:depth]) for depth in range(1, len(parts))} if found.media or is_multimodal else set()
+        # What is neither in the language model nor a head brings images to it, and those are in no relation to the rows.
+        is_head = parts[0] != base if heads_apart else not around
+        brings_media = is_multimodal and not is_head and around.isdisjoint(found.text)
+        called_with = MEDIA_OF_BATCH if brings_media or not around.isdisjoint(found.media) else None
+        if not EXPERTS.isdisjoint(parts):
+            called_with = "the tokens that chose one expert"
+        if wrapper.called_with != called_with:
+            wrapper.called_with = called_with
+        unclear |= called_with is None and isinstance(innermost(wrapper), nn.Embedding) and wrapper is not tokens
+    return unclear
+
+
+class _ByInput(NamedTuple):
+    """The modules of a model, sorted by what they are called with."""
+
+    adapted: list[tuple[str, Wrapper]]
+    media: set[str]  # names of modules that are called with images or sound
+    text: set[str]  # names of modules that are called with text alone
+    says_order: bool  # whether one of them says if rows or positions come first
+    is_of_text: bool  # whether the model itself mainly reads tokens
+
+
+def _by_input(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> _ByInput:
+    adapted, media, text, ordered = list[tuple[str, Wrapper]](), set[str](), set[str](), False
+    is_of_text, language = main_input_name(model) == "input_ids", text_part(model)
     kinds: dict[type, tuple[bool, bool]] = {}  # whether a module of this type takes media, and text
     for path, module in outside:
         if isinstance(module, Wrapper):
             adapted.append((path, module))
             continue
-        unclear |= says_order(module)
+        ordered |= says_order(module)
         if (kind := type(module)) not in kinds:
             kinds[kind] = is_of_text and media_input(module) is not None, takes_text(module)
         for_media, for_text = kinds[kind]
@@ -130,22 +162,7 @@ def mark_rows(model: nn.Module, outside: Iterable[tuple[str, nn.Module]]) -> boo
             media.add(path)
         elif path and (for_text or module is language):
             text.add(path)
-    is_multimodal = is_of_text and takes_media(model) and language is not None and language is not model
-    base = base_prefix(model)
-    heads_apart = bool(base and media) and all(within(path, {base}) for path in media)
-    for path, wrapper in adapted:
-        parts = path.split(".")
-        around = {".".join(parts[:depth]) for depth in range(1, len(parts))} if media or is_multimodal else set()
-        # What is neither in the language model nor a head brings images to it, and those are in no relation to the rows.
-        is_head = parts[0] != base if heads_apart else not around
-        brings_media = is_multimodal and not is_head and around.isdisjoint(text)
-        called_with = MEDIA_OF_BATCH if brings_media or not around.isdisjoint(media) else None
-        if not EXPERTS.isdisjoint(parts):
-            called_with = "the tokens that chose one expert"
-        if wrapper.called_with != called_with:
-            wrapper.called_with = called_with
-        unclear |= called_with is None and isinstance(innermost(wrapper), nn.Embedding) and wrapper is not tokens
-    return unclear
+    return _ByInput(adapted, media, text, ordered, is_of_text)
 
 
 def says_order(module: nn.Module) -> bool:
