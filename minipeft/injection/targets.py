@@ -101,20 +101,33 @@ class Selection:
             first: wanted.intersection(ending for name in candidate.known_as for ending in endings(name))
             for first, candidate in found.items()
         }
-        chosen = {first for first, entries in hits.items() if entries}
         if self.every_pattern:
-            unused = wanted.difference(of_task, *hits.values())
-            if unused:
-                first_unused = next(entry for entry in config.modules_to_save or () if entry in unused)
-                raise TargetError(self._no_match("modules_to_save", first_unused, list(found)))
-            _check_can_change(wanted.difference(of_task), hits, found)
-            if of_task and not chosen:
-                raise TargetError(
-                    f"task_type {config.task_type!r} trains the head ({shown(of_task)}), and {type(self.model).__name__} has "
-                    "none. Name the head in modules_to_save, or leave task_type out."
-                )
+            self._check_saved(hits, of_task)
+        chosen = {first for first, entries in hits.items() if entries}
         outermost = [name for name in found if name in chosen and not within(name.rpartition(".")[0], chosen)]
         return [each for name in outermost for each in _called(name, found)]
+
+    def _check_saved(self, hits: Mapping[str, set[str]], of_task: Collection[str]) -> None:
+        """Raise TargetError unless each entry matches something that can train, and the head of the task is there.
+
+        `hits`: module -> the entries that match it.
+        """
+        named = [entry for entry in self.config.modules_to_save or () if entry not in of_task]
+        used = set().union(*hits.values())
+        if unused := [entry for entry in named if entry not in used]:
+            raise TargetError(self._no_match("modules_to_save", unused[0], list(self.found)))
+        for entry in sorted(named):
+            bases = [self.found[first].base for first, entries in hits.items() if entry in entries]
+            if not any(map(_can_change, bases)):
+                raise TargetError(
+                    f"modules_to_save: {entry!r} is a {type(bases[0]).__name__} without parameters, so there is nothing to "
+                    "train. Leave it out."
+                )
+        if of_task and not used:
+            raise TargetError(
+                f"task_type {self.config.task_type!r} trains the head ({shown(of_task)}), and {type(self.model).__name__} has "
+                "none. Name the head in modules_to_save, or leave task_type out."
+            )
 
     @functools.cached_property
     def parameters(self) -> dict[str, list[str]]:
@@ -226,15 +239,9 @@ def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
     return [name for name in _in_layers(config, chosen, False) if name not in excluded]
 
 
-def _check_can_change(wanted: set[str], hits: dict[str, set[str]], found: dict[str, Candidate]) -> None:
-    """Refuse an entry of ``modules_to_save`` that matches only modules without parameters and running statistics."""
-    for entry in sorted(wanted):
-        bases = [found[first].base for first, entries in hits.items() if entry in entries]
-        if not any(any(True for _ in base.parameters()) or any(map(has_statistics, base.modules())) for base in bases):
-            raise TargetError(
-                f"modules_to_save: {entry!r} is a {type(bases[0]).__name__} without parameters, so there is nothing to train. "
-                "Leave it out."
-            )
+def _can_change(base: nn.Module) -> bool:
+    """Whether training can change a module: it has parameters or running statistics."""
+    return any(True for _ in base.parameters()) or any(map(has_statistics, base.modules()))
 
 
 def _called(name: str, found: dict[str, Candidate]) -> list[str]:
@@ -266,22 +273,20 @@ def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) ->
     if config.layers_to_transform is None:
         return chosen
     wanted = set(config.layers_to_transform)  # type: ignore[arg-type]
-    kept, seen = [], set()
     patterns = {pattern: place for place, pattern in enumerate(config.layers_pattern or ())}
-    for name in chosen:
-        index = _layer_index(name, patterns)
-        if index is not None:
-            seen.add(index)
-        if index in wanted:
-            kept.append(name)
-    missing = sorted(wanted - seen)
-    if missing and every_pattern:
-        have = f"0 to {max(seen)}" if seen else "none; check layers_pattern"
-        raise TargetError(f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have}).")
-    before, after = ({ending for name in names for ending in endings(name)} for names in (chosen, kept))
-    for entry in config.target_modules or () if every_pattern else ():
-        if entry in before and entry not in after:
-            raise TargetError(f"target_modules: {entry!r} is in none of the layers {shown(sorted(wanted))}.")
+    indices = {name: _layer_index(name, patterns) for name in chosen}
+    kept = [name for name in chosen if indices[name] in wanted]
+    if every_pattern:
+        seen = {index for index in indices.values() if index is not None}
+        if missing := sorted(wanted - seen):
+            have = f"0 to {max(seen)}" if seen else "none; check layers_pattern"
+            raise TargetError(
+                f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have})."
+            )
+        before, after = ({ending for name in names for ending in endings(name)} for names in (chosen, kept))
+        for entry in config.target_modules or ():
+            if entry in before and entry not in after:
+                raise TargetError(f"target_modules: {entry!r} is in none of the layers {shown(sorted(wanted))}.")
     return kept
 
 
