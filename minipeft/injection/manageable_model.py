@@ -11,7 +11,7 @@ from minipeft.config.patterns import first_keys
 from minipeft.errors import ConfigError, StateError, TargetError, all_or_nothing, hint, shown, told, warn
 from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.attach import rename
-from minipeft.injection.module_tree import wrappers_of
+from minipeft.injection.module_tree import adapters_of, wrappers_of
 from minipeft.injection.state import WithAdapters, check_name, not_running, state_of
 from minipeft.injection.status import Status, adapter_status, layer_status
 from minipeft.python.interrupts import interrupts_deferred
@@ -71,9 +71,7 @@ class ManageableModel(WithAdapters):
 
 
 def _rescale(model: nn.Module, adapter_name: str, scale: float, pattern: str | None) -> None:
-    here = dict(wrappers_of(model, adapter_name))
-    parts = {path: layer.adapter(adapter_name) for path, layer in here.items() if isinstance(layer, AdaptedLayer)}
-    own = {path: part for path, part in parts.items() if here[path].owns(adapter_name) and not part.key_prefix}
+    own = adapters_of(model, adapter_name)
     chosen = own if pattern is None else {path: own[path] for path in _matching(pattern, list(own))}
     for path, adapter in chosen.items():
         if not adapter.is_scalable:
@@ -81,9 +79,12 @@ def _rescale(model: nn.Module, adapter_name: str, scale: float, pattern: str | N
                 f"{path}: {type(adapter).__name__} has no scale: what it does to the layer is not an update times a number. "
                 "Train LoRA to change the strength later, or switch it off by disable_adapter()."
             )
+    here = list(wrappers_of(model, adapter_name))
     same = {id(parameter) for adapter in chosen.values() for parameter in adapter.parameters()}
-    follow = [part for part in parts.values() if any(id(parameter) in same for parameter in part.parameters())]
-    rest = [path for path in here if path not in own and (path not in parts or here[path].owns(adapter_name))]
+    parts = [wrapper.adapter(adapter_name) for _, wrapper in here if isinstance(wrapper, AdaptedLayer)]
+    follow = [part for part in parts if any(id(parameter) in same for parameter in part.parameters())]
+    others = {path: wrapper for path, wrapper in here if path not in own}
+    rest = [path for path, w in others.items() if not isinstance(w, AdaptedLayer) or w.owns(adapter_name)]
     if rest:
         warn(
             f"set_scale: adapter {adapter_name!r} trains {shown(rest)} by values and not by an update, so those stay at full "
