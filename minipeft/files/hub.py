@@ -58,27 +58,20 @@ def adapter_directory(
     if _is_local(place, revision, is_hub_id(place)):
         return Path(place) / (subfolder or "")
     inner = f"{inside.as_posix()}/" if subfolder else ""
-    repository, name = _Repository(str(place), inner, revision, token, local_files_only), WEIGHTS_FILE
+    repository = _Repository(str(place), inner, revision, token, local_files_only)
     try:
-        if not _is_of_another_tool(repository.download(WEIGHTS_FILE)):
-            name = CONFIG_FILE
-            return repository.download(CONFIG_FILE).parent
+        weights = repository.download(WEIGHTS_FILE)
     except Exception as error:  # huggingface_hub's own, or of its HTTP library, which differs by version
-        names = repository.names() if _is_absent(error) else []
-        other = _weights_of_another_tool(repository, names) if name == WEIGHTS_FILE else None
-        if isinstance(error, LocalEntryNotFoundError) and name == WEIGHTS_FILE:
-            other = next((known for known in OF_OTHER_TOOLS if repository.has(known)), None)
-        if other is None:
-            why = _why(error, name, local_files_only) + (_what_is_there(names) if names else "")
-            raise CheckpointError(f"{place!r} is not a directory here, and {why}") from None
-        name = other
-    try:
-        path = repository.download(name)
-    except Exception as error:  # as above
-        raise CheckpointError(f"the hub does not give {told(name)} ({_first_line(error)}).") from None
+        weights = _other_weights(repository, error)
+    else:
+        if not _is_of_another_tool(weights):
+            try:
+                return repository.download(CONFIG_FILE).parent
+            except Exception as error:  # as above
+                raise _not_given(repository, CONFIG_FILE, error, repository.names_if_absent(error)) from None
     for beside in BESIDE:
         repository.has(beside)  # no tool writes all of them; reading says what is missing
-    return path.parent
+    return weights.parent
 
 
 @dataclass
@@ -118,6 +111,10 @@ class _Repository:
             return [name.removeprefix(self.folder) for name in names if name.startswith(self.folder)]
         return []
 
+    def names_if_absent(self, error: Exception) -> list[str]:
+        """The names in the folder, if this error says that a file is not in the repository."""
+        return self.names() if _is_absent(error) else []
+
     def shows_adapter(self, name: str) -> bool:
         """Whether a file of weights is of a known format; only its header is downloaded."""
         with contextlib.suppress(Exception):  # from the hub, or since the header is broken
@@ -126,6 +123,26 @@ class _Repository:
             entries = {key: Entry(tuple(info.shape), info.dtype, (key,)) for key, info in found.tensors.items()}
             return format_of(TensorFile(Path(path), entries, found.metadata)) is not None
         return False
+
+
+def _other_weights(repository: _Repository, error: Exception) -> Path:
+    """Another tool's weights in a repository that did not give ours; raises CheckpointError if there are none."""
+    names = repository.names_if_absent(error)
+    name = _weights_of_another_tool(repository, names)
+    if isinstance(error, LocalEntryNotFoundError):
+        name = next((known for known in OF_OTHER_TOOLS if repository.has(known)), None)
+    if name is None:
+        raise _not_given(repository, WEIGHTS_FILE, error, names) from None
+    try:
+        return repository.download(name)
+    except Exception as failure:  # as above
+        raise CheckpointError(f"the hub does not give {told(name)} ({_first_line(failure)}).") from None
+
+
+def _not_given(repository: _Repository, name: str, error: Exception, names: Sequence[str]) -> CheckpointError:
+    """The error for a file that did not come from a repository with these names in it."""
+    why = _why(error, name, repository.local_files_only) + (_what_is_there(names) if names else "")
+    return CheckpointError(f"{repository.repo_id!r} is not a directory here, and {why}")
 
 
 def _weights_of_another_tool(repository: _Repository, names: Sequence[str]) -> str | None:
