@@ -26,7 +26,7 @@ from minipeft.injection.attach import attach, detach, remove, switch_to
 from minipeft.injection.build import build
 from minipeft.injection.manageable_model import ManageableModel
 from minipeft.injection.many_adapters import ManyAdapters
-from minipeft.injection.module_tree import adapted_places, outside_adapters
+from minipeft.injection.module_tree import outside_adapters, wrappers
 from minipeft.injection.other_names import OtherNames
 from minipeft.injection.own_methods import OwnMethods
 from minipeft.injection.plan import check_loaded
@@ -151,9 +151,9 @@ def _check_adaptable(model: object) -> None:
     wrapping = wrapping_class(model)
     if wrapping is not None:
         raise StateError(f"{wrapping} wraps the model; adapt the model itself, then wrap it.")
-    if not isinstance(model, AdaptedModel) and (inner := next(adapted_places(model), None)) is not None:
+    if not isinstance(model, AdaptedModel) and (inner := next(wrappers(model), None)) is not None:
         raise StateError(
-            f"{inner} of {type(model).__name__} is adapted already, with verbs and files of its own; use those, or unload() it first."
+            f"{inner[0]} of {type(model).__name__} is adapted already, with verbs and files of its own; use those, or unload() it first."
         )
     registry.load_plugins()
 

@@ -107,11 +107,6 @@ def wrappers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Wrap
     return ((name, wrapper) for name, wrapper in wrappers(model) if adapter_name in wrapper.parts)
 
 
-def adapted_places(model: nn.Module) -> Iterator[str]:
-    """Names of the modules that hold an adapter, of this model or of a part that is adapted by itself."""
-    return (name for name, module in named_modules(model) if isinstance(module, Wrapper))
-
-
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Every (name, adapted layer) of a model."""
     for name, module in wrappers(model):

@@ -102,15 +102,19 @@ def part(
     if left or not modules:
         raise CheckpointError(f"{file.path}: there is no place in an adapter for {shown(left, 3)}.")
     for name, module in modules.items():
-        if peft_type in NEEDED and not any(pair <= module.tensors.keys() for pair in NEEDED[peft_type]):
-            raise CheckpointError(f"{file.path}: {name} has {shown(sorted(module.tensors))} alone, not a pair.")
-        if rank not in (None, module.r):
-            raise CheckpointError(f"{file.path}: {name} is of rank {module.r}, and the configuration says {rank}.")
+        _check_module(file, name, module, peft_type, rank)
     config = {"peft_type": peft_type, **_ranks(modules, "alpha" if peft_type != "LORA" else "lora_alpha")}
     for option, end in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
         if any(end in module.tensors for module in modules.values()):
             config[option] = True
     return Part({**config, **_targets(modules, known), **values}, entries)
+
+
+def _check_module(file: TensorFile, name: str, module: Module, peft_type: str, rank: int | None) -> None:
+    if peft_type in NEEDED and not any(pair <= module.tensors.keys() for pair in NEEDED[peft_type]):
+        raise CheckpointError(f"{file.path}: {name} has {shown(sorted(module.tensors))} alone, not a pair.")
+    if rank not in (None, module.r):
+        raise CheckpointError(f"{file.path}: {name} is of rank {module.r}, and the configuration says {rank}.")
 
 
 def _ranks(modules: Mapping[str, Module], alpha: str) -> dict[str, Any]:

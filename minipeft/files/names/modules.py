@@ -63,7 +63,7 @@ def names_in_file(places: Places, moved: Iterable[tuple[str, Place]]) -> ModuleN
 
     `moved`: (name in the file, place in the model) of each tensor.
     """
-    first = {name: one for one, candidate in places.found.items() for name in candidate.known_as}
+    first = {name: one for one, candidate in places.here.items() for name in candidate.known_as}
     pairs: dict[str, str] = {}  # name in the model -> in the file
     adapted: set[str] = set()
     for name, place in moved:
@@ -73,9 +73,9 @@ def names_in_file(places: Places, moved: Iterable[tuple[str, Place]]) -> ModuleN
             if places.is_adapters(place):
                 adapted.add(module)
     to_model: dict[str, str] = {}
-    for module, old in _with_modules_alike(list(places.found), pairs).items():
+    for module, old in _with_modules_alike(list(places.here), pairs).items():
         to_model.setdefault(old, module)
-    return ModuleNames(places.model, places.found, to_model, adapted)
+    return ModuleNames(places.model, places.here, to_model, adapted)
 
 
 def _with_modules_alike(names: Sequence[str], pairs: Mapping[str, str]) -> dict[str, str]:

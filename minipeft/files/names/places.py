@@ -25,15 +25,15 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Looks up keys, and names without PEFT's prefix, among the modules of one model, its `candidates` in `found`.
+    """Looks up keys, and names without PEFT's prefix, among the modules of one model, its `candidates` in `here`.
 
     Bare parameters are places only if the file's ``target_parameters`` name some.
     """
 
-    def __init__(self, model: nn.Module, config: AdapterConfig, found: Mapping[str, Candidate]) -> None:
+    def __init__(self, model: nn.Module, config: AdapterConfig, here: Mapping[str, Candidate]) -> None:
         self.model = model
-        self.found = found
-        self.modules = {name: candidate.base for candidate in self.found.values() for name in candidate.known_as}
+        self.here = here
+        self.modules = {name: candidate.base for candidate in here.values() for name in candidate.known_as}
         self.depth = max((name.count(".") + 1 for name in self.modules), default=0)
         self._companions = tuple(prefix for prefix, _ in config.companions())
         self._parameters = {entry.rpartition(".")[2] for entry in config.target_parameters or ()}
