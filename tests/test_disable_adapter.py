@@ -43,6 +43,16 @@ def test_set_adapter_in_a_merged_model_is_refused_within_as_it_is_outside():
     assert (model.active_adapters, model._state.merged) == (["default"], ("default",))
 
 
+def test_disable_adapters_in_a_merged_model_is_refused_within_as_it_is_outside():
+    """It would say that no adapter acts, and at the end of the context the merged one would be in the base again."""
+    model = two(merged=["default"])
+    expected = logits(model)
+    with model.disable_adapter(), pytest.raises(StateError, match=r"'default' is merged.*unmerge_adapter"):
+        model.disable_adapters()
+    assert torch.equal(logits(model), expected)
+    assert model._state.switch.enabled
+
+
 def test_set_adapter_within_counts_afterwards_if_nothing_is_merged():
     model = two()
     expected = outputs(model, "b")

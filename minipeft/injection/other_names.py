@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
-from minipeft.errors import StateError, all_or_nothing, shown
+from minipeft.errors import StateError, all_or_nothing
 from minipeft.injection.manageable_model import ManageableModel
 from minipeft.injection.own_methods import Configurations
 
@@ -53,8 +53,7 @@ class OtherNames(ManageableModel):
         Raises:
             StateError: an adapter is merged; `disable_adapter` takes it out for a while.
         """
-        if merged := self._state.merged:
-            raise StateError(f"{shown(merged)} is merged into the base; call unmerge_adapter() first.")
+        self._state.check_unmerged()
         self._state.switch.turn(False)
 
     def enable_adapters(self) -> None:
