@@ -60,8 +60,7 @@ def restore_adapter(model: nn.Module, adapter_name: str, directory: str | Path) 
 def _checked(model: nn.Module) -> SavableModel:
     if not isinstance(model, SavableModel):
         raise StateError(f"{type(model).__name__} is not adapted, so it has no adapters to restore.")
-    if model._state.merged:
-        raise StateError("adapters are merged into the base; call unmerge_adapter() first.")
+    model._state.check_unmerged()
     return model
 
 
