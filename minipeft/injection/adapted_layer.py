@@ -163,23 +163,27 @@ class AdaptedLayer(Wrapper):
                     f"the {name} of a {type(self.owner).__name__} was read with other parameters than the adapter has now, in the "
                     "backward pass. Give functional_call tensors, such as p * 1, in place of each nn.Parameter p."
                 )
-            self.switch.note_read(self)
-            if not is_transformed():
-                vars(self)["computed"] = True
-            with present(self.owner):
-                device = self.ops.read_weight(self.base_layer).device.type
-                with torch.autocast(device, enabled=False):
-                    weight, bias = self.folded(names)
-            if is_bias:
-                assert bias is not None
-                return bias.to(own.dtype)
-            assert self.stored is not None
-            return self.stored.from_canonical(weight, own)
+            return self._read_now(own, names, is_bias=is_bias)
 
         # What stands in for a parameter is gone in the backward pass, so that cannot compute the value again.
         if not all(isinstance(p, nn.Parameter) for p in (own, *parameters)):
             return compute()
         return adapted_value(own, compute, parameters)
+
+    def _read_now(self, own: Tensor, names: tuple[str, ...], *, is_bias: bool) -> Tensor:
+        """The value of `read`, in the shape and dtype of the parameter `own`."""
+        self.switch.note_read(self)
+        if not is_transformed():
+            vars(self)["computed"] = True
+        with present(self.owner):
+            device = self.ops.read_weight(self.base_layer).device.type
+            with torch.autocast(device, enabled=False):
+                weight, bias = self.folded(names)
+        if is_bias:
+            assert bias is not None
+            return bias.to(own.dtype)
+        assert self.stored is not None
+        return self.stored.from_canonical(weight, own)
 
     def folded(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Canonical weight (out, in) and bias (out,) with these adapters folded in, in float32 or float64.
