@@ -7,6 +7,7 @@ import accelerate
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from fast_copy import Template
 from rotation import thinned
 from tiny_models import disturb, foreign_code, gpt2, llama
@@ -184,6 +185,24 @@ def test_the_same_parameters_train_on_an_offloaded_base(how, tmp_path):
     whole, offloaded = get_lora_model(gpt2(), config), get_lora_model(OFFLOAD[how](gpt2(), tmp_path), config)
     names, found = ({name for name, p in model.named_parameters() if p.requires_grad} for model in (whole, offloaded))
     assert found == names
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_layers_that_from_pretrained_offloads_are_not_taken_for_new_ones(task, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    auto = transformers.AutoModelForSequenceClassification if task else transformers.AutoModelForCausalLM
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    where |= {"model.rotary_emb": "cpu", "score" if task else "lm_head": "cpu"}
+    trained, saved = [], []
+    for options in ({}, {"device_map": where, "offload_folder": str(tmp_path / "weights")}):
+        base = auto.from_pretrained(tmp_path / "base", **options)
+        assert any(p.is_meta for p in base.parameters()) == bool(options)
+        model = get_lora_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type=task))
+        model.save_pretrained(tmp_path / "adapter")
+        trained.append({name for name, p in model.named_parameters() if p.requires_grad})
+        saved.append(safetensors.torch.load_file(tmp_path / "adapter" / WEIGHTS).keys())
+    assert trained[0] == trained[1]
+    assert saved[0] == saved[1]
 
 
 def test_an_adapted_model_can_be_offloaded_and_saved(tmp_path):

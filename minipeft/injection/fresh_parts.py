@@ -78,7 +78,8 @@ def find_origins(model: nn.Module, found: Mapping[str, Candidate] | None = None)
     unknown = {name: p for name, owner, p in base_parameters(model, found) if _is_plain(p, owner)}
     fresh: set[str] = set()
     for part in loadable_parts(model):
-        inside = {id(p) for p in part.parameters()}
+        # What accelerate offloads has lost its mark: others stand in its place.
+        inside = {id(p) for p in part.parameters() if not p.is_meta}
         new = drawn_at_random(part, {name: p for name, p in unknown.items() if id(p) in inside})
         if new is not None:
             fresh.update(new)
