@@ -10,6 +10,11 @@ import transformers as tf
 from fast_copy import copied
 from tiny_models import gpt2, llama, t5
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from minipeft import LoraConfig, StateError, get_lora_model, lean
 from minipeft.files.restore import restore_adapter
@@ -55,6 +60,7 @@ def from_embeddings():
     return gpt2(), lambda model: model(inputs_embeds=given[..., : model.config.hidden_size]).logits
 
 
+BLOCKS = ("ViTLayer", "CLIPEncoderLayer", "LlamaDecoderLayer")
 MODELS = {"vit": vit, "wav2vec2": wav2vec2, "clip": clip, "t5": encoder_decoder, "inputs_embeds": from_embeddings}
 
 
@@ -79,6 +85,12 @@ def enable(model, **options):
     getattr(model, name or "gradient_checkpointing_enable")(options)
 
 
+def wrap(model, kind=CheckpointImpl.NO_REENTRANT):
+    """As FSDP's and torchtitan's scripts checkpoint: each block in a module of torch's."""
+    wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=kind)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrapper, check_fn=lambda m: type(m).__name__ in BLOCKS)
+
+
 def disable(model):
     name = "activation_checkpointing_disable" if hasattr(model, "activation_checkpointing_disable") else None
     getattr(model, name or "gradient_checkpointing_disable")()
@@ -100,6 +112,36 @@ def test_reentrant_checkpointing_gives_the_same_gradients(kind, first):
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("way", ["a part of the model", "a module around each block"])
+def test_what_checkpoints_since_the_last_call_gives_the_same_gradients(way):
+    model, call = made("clip")
+    adapted(model)
+    expected = gradients(model, call)
+    assert any("vision_model" in name for name in expected)
+    if way == "a part of the model":
+        enable(model.vision_model, use_reentrant=True)
+    else:
+        wrap(model, CheckpointImpl.REENTRANT)
+    found = {
+        name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in gradients(model, call).items()
+    }
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_a_module_around_a_block_is_left_as_it_was_when_the_adapter_goes():
+    model, call = made("vit")
+    wrap(model, CheckpointImpl.REENTRANT)
+    wrappers = [module for module in model.modules() if hasattr(module, "checkpoint_fn")]
+    before = [wrapper.checkpoint_fn for wrapper in wrappers]
+    gradients(adapted(model), call)
+    assert len(before) == 2
+    assert not any(wrapper.checkpoint_fn is then for wrapper, then in zip(wrappers, before, strict=True))
+    model.unload()
+    assert all(wrapper.checkpoint_fn is then for wrapper, then in zip(wrappers, before, strict=True))
 
 
 def functions(model):
@@ -145,7 +187,7 @@ def test_a_model_without_checkpointing_has_none_when_it_is_adapted():
         model.gradient_checkpointing_enable()
 
 
-WAYS = ["reentrant", "not reentrant", "lean", "lean mlp", "lean block", "lean sqrt"]
+WAYS = ["reentrant", "not reentrant", "wrapped", "lean", "lean mlp", "lean block", "lean sqrt"]
 
 
 def two_adapters(way):
@@ -158,6 +200,8 @@ def two_adapters(way):
             nn.init.normal_(parameter, 0, 0.3)
     if way.startswith("lean"):
         lean(model, *way.split()[1:])
+    elif way == "wrapped":
+        wrap(model)
     elif way != "none":
         enable(model, use_reentrant=way == "reentrant")
     return model.train()
@@ -172,7 +216,8 @@ def in_turn(model):
         losses.append(model(input_ids=IDS, labels=IDS).loss)
         model.train_adapters(["default", "other"])
         sum(losses).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+    return {name: p.grad for name, p in named if p.requires_grad}
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def attach(
             _freeze(outside, parameters_at(state.resting[adapter_name]) if plan.saved else ())
             state.buffers = buffer_samples(modules)
             state.switch.active = (adapter_name,)
-            let_checkpoints_train(outside, state.switch)
+            let_checkpoints_train(model, state.switch)
         if changed:  # what was there before is known
             state.switch.order_unclear, state.switch.order_known = mark_rows(model, outside), False
             _hold_norms(state, modules, outside)

@@ -6,6 +6,8 @@ so do the adapters in them. Such a call is checkpointed in torch's other way, wh
 
 A block that is called again in the backward pass finds the adapters, and the rows, that acted in the forward pass, whatever
 acts by then: a policy and a critic may be two adapters of one model, and one backward pass recomputes both.
+
+The same holds for blocks in torch's ``checkpoint_wrapper``, and for a part of the model that checkpoints by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import StateError
-from minipeft.injection.module_tree import outside_adapters
+from minipeft.injection.adapted_layer import AdaptedLayer
 from minipeft.injection.rows import CURRENT, acting
 from minipeft.injection.state import STATE
 from minipeft.injection.wrapper import Switch, Wrapper
@@ -29,20 +31,29 @@ from minipeft.kernels.functional import tensors_in
 FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in each module that checkpoints
 
 
-def let_checkpoints_train(outside: Iterable[tuple[str, nn.Module]], switch: Switch) -> None:
-    """Replace the checkpointing functions of a model with these `outside_adapters` and this switch."""
-    for _, module in outside:
-        function = module.__dict__.get(FUNCTION)
-        if isinstance(function, functools.partial) and function.func is not _checkpoint:
-            setattr(module, FUNCTION, functools.partial(_checkpoint, function, switch))
+def let_checkpoints_train(module: nn.Module, switch: Switch) -> None:
+    """Replace the checkpointing functions in a model whose adapters have this switch; fast, since each call does it."""
+    name = _place(module)
+    function = module.__dict__.get(name)
+    if isinstance(function, functools.partial) and function.func is not _checkpoint:
+        setattr(module, name, functools.partial(_checkpoint, function, switch))
+    for child in module._modules.values():
+        if child is not None and child._modules and not isinstance(child, AdaptedLayer):
+            let_checkpoints_train(child, switch)
 
 
 def leave_checkpoints_alone(outside: Iterable[tuple[str, nn.Module]]) -> None:
-    """Undo `let_checkpoints_train`."""
+    """Undo `let_checkpoints_train` in a model with these `outside_adapters`."""
     for _, module in outside:
-        function = module.__dict__.get(FUNCTION)
+        name = _place(module)
+        function = module.__dict__.get(name)
         if isinstance(function, functools.partial) and function.func is _checkpoint:
-            setattr(module, FUNCTION, function.args[0])
+            setattr(module, name, function.args[0])
+
+
+def _place(module: nn.Module) -> str:
+    """The attribute that holds a module's checkpointing function, if it has one: torch's ``checkpoint_wrapper`` has its own."""
+    return "checkpoint_fn" if "_checkpoint_wrapped_module" in module._modules else FUNCTION
 
 
 def training_setter(model: nn.Module, setter: Callable[..., None]) -> Callable[..., None]:
@@ -55,13 +66,13 @@ def training_setter(model: nn.Module, setter: Callable[..., None]) -> Callable[.
 def _set(model: nn.Module, setter: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     setter(*args, **kwargs)
     if (state := model.__dict__.get(STATE)) is not None:
-        let_checkpoints_train(outside_adapters(model), state.switch)
+        let_checkpoints_train(model, state.switch)
 
 
-def _checkpoint(own: functools.partial[Any], switch: Switch, function: Any, *args: Any) -> Any:
+def _checkpoint(own: functools.partial[Any], switch: Switch, function: Any, *args: Any, **kwargs: Any) -> Any:
     """Checkpoint a call; not in the reentrant way, which gives gradients to `args` alone, if that would lose one."""
     if not own.keywords.get("use_reentrant"):
-        return own(with_adapters_kept(function, switch), *args)
+        return own(with_adapters_kept(function, switch), *args, **kwargs)
     bound = (*function.args, *function.keywords.values()) if isinstance(function, functools.partial) else ()
     inside = any(tensor.requires_grad for tensor in tensors_in(bound))
     given = any(isinstance(value, Tensor) and value.requires_grad for value in args)

@@ -17,7 +17,7 @@ from minipeft.ecosystem.packages import is_from
 from minipeft.ecosystem.transformers_model import input_embedding, output_head
 from minipeft.errors import UNCHANGED, StateError, all_or_nothing, shown
 from minipeft.injection.attach import hold_norms
-from minipeft.injection.checkpointing import training_setter
+from minipeft.injection.checkpointing import let_checkpoints_train, training_setter
 from minipeft.injection.diffusers_verbs import refuse_diffusers_verbs
 from minipeft.injection.methods_without_rows import refuse_rows
 from minipeft.injection.module_tree import wrappers
@@ -139,6 +139,8 @@ class OwnMethods(nn.Module):
             return type(self).__call__(self, *args, **kwargs)
         if state is None:
             return super().__call__(*args, **kwargs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            let_checkpoints_train(self, state.switch)  # a part or a wrapper may have begun to checkpoint
         if (rows := rows_now(state.switch)) is not None:
             note_length(self, rows, args, kwargs)
             if not torch.compiler.is_compiling():  # a graph is for any rows, and `_call_by_row` has found out
