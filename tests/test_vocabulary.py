@@ -1,5 +1,6 @@
 """Resized vocabularies: an adapter's file holds the new rows, and loads onto a base that is resized again."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -29,6 +30,7 @@ NEW = [100, 101, 102]
 IDS = torch.tensor([[1, 100, 2, 101, 102, 3, 100, 4]])
 TARGETS = {gpt2: ["c_attn"], llama: ["q_proj", "v_proj"]}
 ROWS = "token_adapter.trainable_tokens_delta"
+NOTHING = contextlib.nullcontext()
 
 
 @pytest.fixture(params=[gpt2, llama], ids=["tied", "untied"])
@@ -628,3 +630,53 @@ def test_a_table_replaced_by_hand_is_a_resized_one(tmp_path):
         model.tie_weights()
     lora(gpt2, model).save_pretrained(tmp_path / "adapter")
     assert [len(v) for k, v in load_file(tmp_path / "adapter" / WEIGHTS_FILE).items() if ROWS in k] == [3]
+
+
+def gemma():
+    """Its second table, with a vector of each token for each layer, is for fewer tokens, as Gemma 3n's is."""
+    sizes = {"hidden_size": 16, "intermediate_size": [24, 24], "num_hidden_layers": 2, "num_attention_heads": 2}
+    second = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 97, "laurel_rank": 2}
+    few = {"num_key_value_heads": 1, "head_dim": 8, "altup_num_inputs": 2, "num_kv_shared_layers": 0, "pad_token_id": 0}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]}
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=100, max_position_embeddings=32, **sizes, **second, **few, **layers
+    )
+    torch.manual_seed(0)
+    return transformers.Gemma3nForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [gemma])
+@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens", "q_proj"]], ids=str)
+def test_new_rows_of_a_second_table_for_each_layer_are_saved(targets, make, base, tmp_path):
+    model = disturb(get_lora_model(resized(make, base), LoraConfig(r=2, target_modules=targets)))
+    model.save_pretrained(tmp_path / "adapter")
+    again = resized(make, base, seed=6)
+    assert not torch.equal(
+        again.model.embed_tokens_per_layer.weight[97:], model.model.embed_tokens_per_layer.weight[97:]
+    )
+    said = pytest.warns(UserWarning, match="have the adapter file's values now") if len(targets) == 2 else NOTHING
+    with said:
+        found = load_adapter(copy.deepcopy(again), tmp_path / "adapter")
+    assert_close(logits(found), logits(model))
+    saved = load_file(tmp_path / "adapter" / WEIGHTS_FILE)
+    assert len(saved[f"base_model.model.model.embed_tokens_per_layer.{ROWS}"]) == 6
+    with foreign_code():
+        theirs = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    assert_close(logits(theirs), logits(model))
+    if targets == ["q_proj"]:
+        minipeft.merge_from_disk(base, tmp_path / "adapter", tmp_path / "merged")
+        with foreign_code():
+            assert_close(logits(type(make()).from_pretrained(tmp_path / "merged").eval()), logits(model))
+
+
+@pytest.mark.parametrize("make", [gemma])
+def test_a_second_table_is_left_alone_if_nothing_was_resized_and_not_resized_if_it_is_adapted(make, base, tmp_path):
+    with foreign_code():
+        model = type(make()).from_pretrained(base)
+    adapter = get_lora_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for folder, options in (("plain", {}), ("tables", {"save_embedding_layers": True})):
+        adapter.save_pretrained(tmp_path / folder, **options)
+        assert not [key for key in load_file(tmp_path / folder / WEIGHTS_FILE) if "per_layer" in key]
+    model = get_lora_model(make(), LoraConfig(r=2, target_modules=["embed_tokens_per_layer"]))
+    with pytest.raises(StateError, match=r"'model\.embed_tokens_per_layer' is adapted"):
+        model.resize_token_embeddings(103)

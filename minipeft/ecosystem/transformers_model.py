@@ -126,11 +126,11 @@ def same_media_in_rows(model: nn.Module, ids: Tensor | None, given: Mapping[str,
     return any(bool(c.any()) for c in counts) and all(bool((c == c[0]).all()) for c in counts)
 
 
-def vocabulary_size(model: nn.Module) -> int | None:
-    """``vocab_size`` of the text part of the model's config, which ``resize_token_embeddings`` changes."""
+def vocabulary_size(model: nn.Module, option: str = "vocab_size") -> int | None:
+    """The size of a vocabulary in the text part of the model's config, which ``resize_token_embeddings`` changes."""
     config = getattr(model, "config", None)
     get = getattr(config, "get_text_config", None)
-    found = getattr(get() if callable(get) else config, "vocab_size", None)
+    found = getattr(get() if callable(get) else config, option, None)
     return found if isinstance(found, int) else None
 
 
@@ -142,6 +142,20 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
 def output_head(model: nn.Module) -> nn.Module | None:
     """The module that ``get_output_embeddings`` returns: the wrapper, if it is adapted."""
     return _returned_by(model, "get_output_embeddings")
+
+
+def per_layer_embedding(model: nn.Module) -> nn.Module | None:
+    """The second table of Gemma 3n and Gemma 4, with a vector of each token for each layer."""
+    try:
+        return _returned_by(model, "get_per_layer_input_embeddings")
+    except AttributeError:  # a small one has none
+        return None
+
+
+def vocabulary_tables(model: nn.Module) -> list[nn.Module]:
+    """The modules that ``resize_token_embeddings`` gives more rows, the input embedding first; a tied head is one of them."""
+    found = (input_embedding(model), output_head(model), per_layer_embedding(model))
+    return [module for module in found if module is not None]
 
 
 def text_part(model: nn.Module) -> nn.Module | None:

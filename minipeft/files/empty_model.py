@@ -17,7 +17,7 @@ from minipeft.errors import ConfigError, MergeError, MinipeftError, told
 from minipeft.files.format import AdapterFile
 from minipeft.files.names.fitted import in_names_of
 from minipeft.files.reading import reading
-from minipeft.files.resized_vocabulary import OPTION
+from minipeft.files.resized_vocabulary import OPTION, PER_LAYER, VOCABULARY
 
 # The auto class for a task whose head a checkpoint of another task lacks.
 HEADS = {
@@ -71,9 +71,9 @@ def empty_model(folder: Path, values: Mapping[str, Any], file: AdapterFile, auto
         made.changed |= {name: getattr(config, name) for name in ("id2label", "label2id")}
     if rows is not None:
         text = config.get_text_config()
-        text.vocab_size = rows
+        sizes = {size: rows for size in (VOCABULARY, PER_LAYER) if hasattr(text, size)}  # as resizing does
+        text.update(sizes)
         inside = next((key for key in values if text is not config and getattr(config, key, None) is text), None)
-        sizes = {"vocab_size": rows}
         made.changed |= sizes if inside is None else {inside: {**values[inside], **sizes}}
     if labels is not None or rows is not None:
         made.model = _built(cls, config)

@@ -1,4 +1,4 @@
-"""The two tables of a vocabulary, and saving the rows that they gained since the base was loaded.
+"""The tables of a vocabulary, two in most models, and saving the rows that they gained since the base was loaded.
 
 New rows start from random values, and whoever resizes the same base again gets others, so an adapter's file has to bring
 them along: next to a LoRA adapter on other layers as rows of ``trainable_token_indices``, which PEFT reads too, else as
@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.config.patterns import is_suffix
-from minipeft.ecosystem.transformers_model import input_embedding, is_from_checkpoint, output_head, vocabulary_size
+from minipeft.ecosystem.transformers_model import (
+    input_embedding,
+    is_from_checkpoint,
+    output_head,
+    per_layer_embedding,
+    vocabulary_size,
+    vocabulary_tables,
+)
 from minipeft.ecosystem.wrapper_names import PREFIX
 from minipeft.errors import ConfigError, StateError, shown, told, warn
 from minipeft.files.base_checkpoint import base_config, stored_rows
@@ -29,6 +36,8 @@ from minipeft.kernels.functional import is_divided
 from minipeft.layers.offloaded import values_of
 
 OPTION = "trainable_token_indices"
+# The options of a model's config that say how many tokens: of all tables but Gemma's second one, and of that.
+VOCABULARY, PER_LAYER = "vocab_size", "vocab_size_per_layer_input"
 IN_LAYER = ".base_layer.weight"  # of a table that an adapter acts on
 
 
@@ -41,6 +50,7 @@ class Table:
         name: of its module in the model.
         module: the module, perhaps a wrapper.
         weight: shape (tokens, width).
+        size: the option of the model's config that says how many tokens.
         holders: finds the `layers` of all tables of the model, by the ids of their weights.
     """
 
@@ -48,6 +58,7 @@ class Table:
     name: str
     module: nn.Module
     weight: Tensor
+    size: str
     holders: Callable[[], Mapping[int, list[tuple[str, nn.Module]]]]
 
     @property
@@ -67,14 +78,14 @@ class Table:
         mllama has 8 for images besides, and some tables are padded. The checkpoint says so; without it, a table that is
         still the one that was loaded, for a vocabulary of unchanged size, was not resized.
         """
-        size, weight = base_vocabulary(self.model), self.weight
+        size, weight = base_vocabulary(self.model, self.size), self.weight
         if size is None or len(weight) <= size:
             return size
         stored = stored_rows(self.model, self.name, weight.shape[1])
         if stored is not None:
             return max(stored, size)
         untouched = isinstance(weight, nn.Parameter) and is_from_checkpoint(weight)
-        return len(weight) if untouched and vocabulary_size(self.model) == size else size
+        return len(weight) if untouched and vocabulary_size(self.model, self.size) == size else size
 
     @property
     def is_resized(self) -> bool:
@@ -123,11 +134,11 @@ def _copies(module: nn.Module, adapter_name: str) -> bool:
 
 def tables(model: nn.Module) -> dict[str, Table]:
     """The tables of a transformers model by name; of two that share a weight, only the first."""
-    embedding, head = input_embedding(model), output_head(model)
-    modules = {id(each): each for each in (embedding, head) if each is not None}
+    per_layer = per_layer_embedding(model)
+    modules = {id(each): each for each in vocabulary_tables(model)}
     names: dict[int, str] = {}
     for name, module in outside_adapters(model) if modules else ():
-        if module is embedding or module is head:
+        if id(module) in modules:
             names[id(module)] = name
             if len(names) == len(modules):
                 break
@@ -136,7 +147,8 @@ def tables(model: nn.Module) -> dict[str, Table]:
     for key, module in modules.items():
         weight = _weight_of(module)
         if key in names and isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
-            found.setdefault(id(weight), Table(model, names[key], module, weight, holders))
+            size = PER_LAYER if module is per_layer else VOCABULARY
+            found.setdefault(id(weight), Table(model, names[key], module, weight, size, holders))
     return {table.name: table for table in found.values()}
 
 
@@ -153,11 +165,11 @@ def _weight_of(module: nn.Module) -> Any:
     return getattr(innermost(module), "weight", None)
 
 
-def base_vocabulary(model: nn.Module) -> int | None:
-    """``vocab_size`` in the ``config.json`` of the base that the model was loaded from, if that is on this machine."""
+def base_vocabulary(model: nn.Module, option: str = VOCABULARY) -> int | None:
+    """The size in the ``config.json`` of the base that the model was loaded from, if that is on this machine."""
     values = base_config(model)
     for part in (values.get("text_config"), values):
-        size = part.get("vocab_size") if isinstance(part, dict) else None
+        size = part.get(option) if isinstance(part, dict) else None
         if isinstance(size, int):
             return size
     return None
@@ -259,6 +271,8 @@ def _whole_tables(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             "it at 'auto'."
         )
     for name, table in found.items():
+        if table.size != VOCABULARY and not table.is_resized:
+            continue  # of Gemma 3n it is larger than all the rest
         layer = table.module
         if isinstance(layer, AdaptedLayer) and adapter_name in layer.adapters:
             if layer.adapter(adapter_name).changed_rows() is not None:

@@ -16,10 +16,10 @@ from minipeft.config.adapter_config import HEADS_OF_TASK, AdapterConfig
 from minipeft.ecosystem.transformers_model import (
     base_model,
     computed_parameters,
-    input_embedding,
     is_from_checkpoint,
     loadable_parts,
     output_head,
+    vocabulary_tables,
 )
 from minipeft.ecosystem.wrapper_names import named_modules
 from minipeft.errors import shown, warn
@@ -138,7 +138,7 @@ def _topmost_fresh(
     model: nn.Module, found: Mapping[str, Candidate], free: Mapping[str, Candidate], fresh: Collection[str]
 ) -> list[str]:
     """The largest modules all of whose parameters are new, without the tables of the vocabulary."""
-    tables = {id(module) for module in (input_embedding(model), output_head(model))}
+    tables = {id(module) for module in vocabulary_tables(model)}
     new = {id(p) for name, _, p in base_parameters(model, found) if name in fresh}
     whole = {
         name

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from minipeft.config.adapter_config import AdapterConfig
 from minipeft.ecosystem.packages import is_from
-from minipeft.ecosystem.transformers_model import input_embedding, output_head
+from minipeft.ecosystem.transformers_model import input_embedding, output_head, vocabulary_tables
 from minipeft.errors import UNCHANGED, StateError, all_or_nothing, shown
 from minipeft.injection.attach import hold_norms
 from minipeft.injection.checkpointing import let_checkpoints_train, training_setter
@@ -202,7 +202,7 @@ class OwnMethods(nn.Module):
         """
         parent: Any = super()
         embedding, head = input_embedding(self), output_head(self)
-        taken = _adapted_with(self, embedding) + _adapted_with(self, head)
+        taken = [n for table in vocabulary_tables(self) for n in _adapted_with(self, table)]
         if not taken or embedding is None:
             return parent.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
         sizes = {_rows(table) for table in (embedding, head) if table is not None}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.ecosystem.transformers_model import input_embedding, output_head
+from minipeft.ecosystem.transformers_model import vocabulary_tables
 from minipeft.layers.offloaded import HOOK
 from minipeft.merging.from_disk.base import Base
 from minipeft.merging.from_disk.names import Group, Renamed, find_groups
@@ -65,9 +65,8 @@ def connect(model: nn.Module, base: Base) -> DiskModel:
 
 
 def _tables(model: nn.Module) -> frozenset[str]:
-    found = [module for module in (input_embedding(model), output_head(model)) if module is not None]
     names = model.named_modules(remove_duplicate=False)
-    found = [module for module in found if module._parameters.get("weight") is not None]
+    found = [module for module in vocabulary_tables(model) if module._parameters.get("weight") is not None]
     return frozenset(f"{name}.weight" for name, module in names if any(module is table for table in found))
 
 
