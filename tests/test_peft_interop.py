@@ -823,7 +823,7 @@ def test_a_bare_state_without_the_prefix_is_read(tmp_path):
     torch.testing.assert_close(logits(minipeft.load_adapter(gpt2(), tmp_path)), their_logits(model))
 
 
-@pytest.mark.parametrize("name", [*minipeft.OF_PEFT, "AutoPeftModelForCausalLM"])
+@pytest.mark.parametrize("name", [*minipeft.OF_PEFT, "AutoPeftModelForCausalLM", "PeftModelForSequenceClassification"])
 def test_a_name_of_peft_that_is_imported_from_minipeft_is_answered_with_ours(name):
     assert hasattr(peft, name)
     with pytest.raises(minipeft.MinipeftError, match=f"minipeft has no {name}, which is PEFT's; ") as caught:
@@ -836,3 +836,14 @@ def test_a_name_of_peft_that_is_imported_from_minipeft_is_answered_with_ours(nam
         assert hasattr(minipeft, ours) or hasattr(minipeft.AdaptedModel, ours)
     with pytest.raises(ImportError, match="cannot import name 'get_peft_modle'"):
         from minipeft import get_peft_modle  # noqa: F401
+
+
+def test_a_configuration_of_peft_that_is_not_here_is_answered_with_those_that_are():
+    for name in peft.__all__:
+        if name.endswith(("Config", "Model")) and not hasattr(minipeft, name):
+            with pytest.raises(minipeft.MinipeftError, match=f"minipeft has no {name}[,;]") as caught:
+                exec(f"from minipeft import {name}")
+            offered = set(re.findall(r"\w+Config\b", str(caught.value))) - {name}
+            assert all(hasattr(minipeft, word) for word in offered)
+    with pytest.raises(ImportError, match="its methods are those of AdaLoraConfig, .*, LoraConfig, .*VeraConfig"):
+        from minipeft import PrefixTuningConfig  # noqa: F401
