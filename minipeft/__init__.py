@@ -39,7 +39,7 @@ OF_PEFT = {
         "switches on call model.gradient_checkpointing_enable()"
     ),
     "save_as_lora": "use model.save_pretrained(directory, convert_to_lora=True)",
-    "set_peft_model_state_dict": "use load_adapter(model, directory)",
+    "set_peft_model_state_dict": "use model.set_adapter_state_dict(state), or load_adapter(model, directory)",
 }
 NO_DATA = "a start that needs data is not implemented; init_lora_weights='pissa' starts from the weights"
 OF_PEFT |= dict.fromkeys(

@@ -20,7 +20,8 @@ from minipeft.files.foreign_options import check_options
 from minipeft.files.hotswap import HotswapModel
 from minipeft.files.hub import adapter_directory
 from minipeft.files.load import load_parts, warn_if_idle
-from minipeft.files.save_pretrained import DEFAULT, SavableModel
+from minipeft.files.restore import RestorableModel
+from minipeft.files.save_pretrained import DEFAULT
 from minipeft.files.trl_guard import TrainedAlone
 from minipeft.injection.attach import attach, detach, remove, switch_to
 from minipeft.injection.build import build
@@ -169,7 +170,7 @@ class AdaptedModel(
     ManyAdapters,
     OtherNames,
     ManageableModel,
-    SavableModel,
+    RestorableModel,
     HotswapModel,
     MergeableModel,
     CombinableModel,

@@ -1,6 +1,8 @@
 """Adapted models where PEFT's are expected, PEFT's configurations here, and the fused layer inside PEFT: against the real PEFT."""
 
 import copy
+import pickle
+import re
 
 import peft
 import pytest
@@ -292,7 +294,99 @@ def test_peft_functions_for_a_models_state_name_ours_instead_of_reading_nothing(
     model = minipeft.get_lora_model(llama(), minipeft.LoraConfig(r=2, target_modules=["q_proj"]))
     before = state_digest(model)
     for call in (peft.get_peft_model_state_dict, lambda m: peft.set_peft_model_state_dict(m, {})):
-        with pytest.raises(minipeft.MinipeftError, match=r"adapter_state_dict\(\) and model\.load_adapter\(\)"):
+        with pytest.raises(
+            minipeft.MinipeftError, match=r"get_adapter_state_dict\(\) and model\.set_adapter_state_dict\("
+        ):
             call(model)
     assert state_digest(model) == before
     assert not hasattr(model.peft_config["default"], "peft_type")
+
+
+def test_what_only_a_configuration_of_peft_has_names_ours(tmp_path):
+    own = LoraConfig(r=2, target_modules=["q_proj"])
+    ours = {
+        "peft_type": lambda: own.peft_type,
+        "from_pretrained": lambda: LoraConfig.from_pretrained(tmp_path),
+        "from_json_file": lambda: LoraConfig.from_json_file(tmp_path / "adapter_config.json"),
+        "save_pretrained": lambda: own.save_pretrained(tmp_path),
+    }
+    for name, call in ours.items():
+        assert hasattr(peft.LoraConfig(), name)
+        with pytest.raises(minipeft.MinipeftError, match=f"LoraConfig has no {name}, which is PEFT's; ") as caught:
+            call()
+        assert isinstance(caught.value, AttributeError)
+        found = re.findall(r"(minipeft|model|config)\.(\w+)", str(caught.value))
+        assert found
+        owners = {"minipeft": minipeft, "model": minipeft.AdaptedModel, "config": own}
+        assert all(hasattr(owners[owner], attribute) for owner, attribute in found)
+    with pytest.raises(AttributeError, match="LoraConfig has no attribute 'lora_rank'"):
+        own.lora_rank  # noqa: B018
+    assert copy.deepcopy(own) == pickle.loads(pickle.dumps(own)) == own
+
+
+OPTIONS = (
+    {"target_modules": ["q_proj", "up_proj"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2]},
+    {"target_modules": ["q_proj"], "use_dora": True},
+    {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: [*options][-1])
+def test_a_state_in_memory_goes_from_one_model_to_another_and_training_goes_on(options):
+    """As a server and its clients exchange it: the mean of two, in the same parameters."""
+    clients = [moved(get_lora_model(llama(), LoraConfig(r=4, **options))) for _ in range(2)]
+    with torch.no_grad():
+        for tensor in clients[1].adapter_state_dict().values():
+            tensor.mul_(3)
+    states = [client.get_adapter_state_dict() for client in clients]
+    mean = {key: (value + states[1][key]) / 2 for key, value in states[0].items()}
+    target = get_lora_model(llama(), LoraConfig(r=4, **options)).train()
+    trained = [p for p in target.parameters() if p.requires_grad]
+    target.set_adapter_state_dict(mean)
+    assert [id(p) for p in target.parameters() if p.requires_grad] == [*map(id, trained)]
+    for key, value in target.get_adapter_state_dict().items():
+        assert torch.equal(value, mean[key])
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    target(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert not all(torch.equal(value, mean[key]) for key, value in target.get_adapter_state_dict().items())
+
+
+def test_a_state_that_peft_gives_is_taken_and_means_the_same():
+    values = {"r": 4, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
+    theirs = moved(peft.get_peft_model(llama(), peft.LoraConfig(**values)))
+    state = peft.get_peft_model_state_dict(theirs)
+    ours = get_lora_model(llama(), LoraConfig(**values)).eval()
+    ours.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    ours.set_adapter_state_dict(state)
+    torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+    ours.set_adapter("other")
+    ours.set_adapter_state_dict(state, "default")  # also while it waits
+    with pytest.raises(CheckpointError, match="state_dict does not fit adapter 'other': .*unexpected"):
+        ours.set_adapter_state_dict(state)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+    model = moved(get_lora_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])))
+    state = {key: value.clone() + 1 for key, value in model.get_adapter_state_dict().items()}
+    first, last = min(state), max(state)
+    cases = {
+        f"missing '.*{re.escape(last)}'": {key: value for key, value in state.items() if key != last},
+        "unexpected '.*surplus.weight'": {**state, "surplus.weight": torch.ones(1)},
+        r"has the shape \[2, 32\], and the adapter's has \[4, 32\]": {**state, first: torch.ones(2, 32)},
+        "NaN or infinity in .*lora_B": {**state, last: torch.full_like(state[last], float("nan"))},
+        "must map names to tensors": [*state.values()],
+    }
+    before = state_digest(model)
+    for message, given in cases.items():
+        with pytest.raises(minipeft.MinipeftError, match=message) as caught:
+            model.set_adapter_state_dict(given)
+        assert str(caught.value).endswith("Nothing was changed.")
+    with pytest.raises(StateError, match="no adapter 'absent'"):
+        model.set_adapter_state_dict(state, "absent")
+    assert state_digest(model) == before
+    model.merge_adapter()
+    with pytest.raises(StateError, match="unmerge_adapter"):
+        model.set_adapter_state_dict(state)

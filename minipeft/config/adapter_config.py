@@ -26,6 +26,19 @@ HEADS_OF_TASK = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+STATES = (
+    "PEFT's get_peft_model_state_dict and set_peft_model_state_dict know PEFT's models alone: use "
+    "model.get_adapter_state_dict() and model.set_adapter_state_dict(state)"
+)
+READ = "minipeft.load_config(directory) reads the configuration of an adapter"
+# What a configuration has in PEFT and not here -> what to do. PEFT's functions for a model's state ask for the first two.
+OF_PEFT = {
+    "is_prompt_learning": STATES,
+    "peft_type": f"the method is config.method. {STATES}",
+    "from_pretrained": READ,
+    "from_json_file": READ,
+    "save_pretrained": "model.save_pretrained(directory) writes the configuration with its adapter",
+}
 
 
 class _KnownNames(type):
@@ -40,6 +53,16 @@ class _KnownNames(type):
                     why = ", which is PEFT's and not implemented for this method"
                 raise ConfigError(f"{cls.__name__} has no option {name!r}{why}; known: {', '.join(known)}.")
         return super().__call__(*args, **options)
+
+    def __getattr__(cls, name: str) -> Any:
+        raise _absent(cls.__name__, name)
+
+
+def _absent(where: str, name: str) -> AttributeError:
+    """The error for an attribute that a configuration does not have."""
+    if name in OF_PEFT:
+        return PeftOnlyError(f"{where} has no {name}, which is PEFT's; {OF_PEFT[name]}.")
+    return AttributeError(f"{where} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +107,8 @@ class AdapterConfig(metaclass=_KnownNames):
     inference_mode: bool = False
     other_keys: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        """PEFT's state-dict functions ask for this first; on a model of ours they would read and set nothing.
-
-        Raises:
-            PeftOnlyError: always.
-        """
-        raise PeftOnlyError(
-            "this configuration is minipeft's, and PEFT's get_peft_model_state_dict and set_peft_model_state_dict know PEFT's "
-            "models alone. Use model.adapter_state_dict() and model.load_adapter() or hotswap_adapter()."
-        )
-
-    peft_type = is_prompt_learning
+    def __getattr__(self, name: str) -> Any:
+        raise _absent(type(self).__name__, name)
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):

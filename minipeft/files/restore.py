@@ -1,4 +1,4 @@
-"""Restoring the adapters of a model from a directory: the values change, the parameters stay the same objects."""
+"""Restoring adapters from a directory or from tensors in memory: the values change, the parameters stay the same objects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minipeft.errors import CheckpointError, StateError, all_or_nothing, shown
+from minipeft.ecosystem.wrapper_names import PREFIX
+from minipeft.errors import CheckpointError, ConfigError, StateError, all_or_nothing, shown, told
 from minipeft.files.base_samples import base_samples
 from minipeft.files.compare import Expected, read_values
 from minipeft.files.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -19,9 +20,37 @@ from minipeft.files.reading import as_path, reading
 from minipeft.files.resized_vocabulary import brought_rows, with_tables
 from minipeft.files.save import file_config
 from minipeft.files.save_pretrained import DEFAULT, SavableModel, directory_of
+from minipeft.injection.module_tree import wrappers_of
 from minipeft.injection.state import not_running
-from minipeft.kernels.functional import agree, is_divided
+from minipeft.kernels.functional import agree, is_divided, is_finite
+from minipeft.layers.offloaded import check_values_here
 from minipeft.python.interrupts import interrupts_deferred
+
+
+class RestorableModel(SavableModel):
+    """The part of `minipeft.AdaptedModel` that takes an adapter's values from memory."""
+
+    @all_or_nothing
+    def set_adapter_state_dict(self, state_dict: Mapping[str, Tensor], adapter_name: str | None = None) -> None:
+        """Give an adapter these values, in the parameters that it has: the counterpart of `get_adapter_state_dict`.
+
+        Args:
+            state_dict: exactly the tensors of this adapter, under the keys that they have in a file, with or without
+                ``base_model.model.``. So PEFT's `get_peft_model_state_dict` gives them, too.
+            adapter_name: None: the active one.
+
+        Raises:
+            ConfigError: it is no table of tensors.
+            CheckpointError: a tensor is missing, unexpected, of another shape or not finite.
+            StateError: there is no such adapter, one is merged into the base, this one is offloaded or divided over
+                processes, or a batch runs that uses it by ``adapter_names``.
+        """
+        model = _checked(self)
+        name = next(iter(self._state.switch.active), DEFAULT) if adapter_name is None else adapter_name
+        values = _fitting(name, model.adapter_state_dict(name), state_dict)
+        for path, wrapper in wrappers_of(model, name):
+            check_values_here(path, wrapper.adapters[name])
+        _write(model, {name: values})
 
 
 @all_or_nothing
@@ -82,6 +111,23 @@ def adapters_in(root: Path) -> set[str]:
         for name, path in {**folders, DEFAULT: root}.items()
         if os.path.exists(path / CONFIG_FILE) or os.path.exists(path / WEIGHTS_FILE)
     }
+
+
+def _fitting(name: str, live: Mapping[str, Tensor], given: object) -> dict[str, Tensor]:
+    """The values that `given` has for all the live tensors of an adapter, and for nothing else."""
+    if not isinstance(given, Mapping) or not all(isinstance(value, Tensor) for value in given.values()):
+        raise ConfigError(f"state_dict must map names to tensors, as get_adapter_state_dict() does, not {told(given)}.")
+    tensors = {f"{PREFIX}{str(key).removeprefix(PREFIX)}": value for key, value in given.items()}
+    lists = (("missing", live.keys() - tensors.keys()), ("unexpected", tensors.keys() - live.keys()))
+    if said := "; ".join(f"{what} {shown(sorted(keys), 3)}" for what, keys in lists if keys):
+        raise CheckpointError(f"state_dict does not fit adapter {name!r}: {said}.")
+    for key, value in tensors.items():
+        if value.shape != live[key].shape:
+            shapes = f"{list(value.shape)}, and the adapter's has {list(live[key].shape)}"
+            raise CheckpointError(f"state_dict does not fit adapter {name!r}: {key} has the shape {shapes}.")
+        if not is_finite(value):
+            raise CheckpointError(f"state_dict holds NaN or infinity in {key}.")
+    return tensors
 
 
 def _values(model: SavableModel, name: str, directory: Path) -> dict[str, Tensor]:
