@@ -81,6 +81,10 @@ def test_all_linear_leaves_the_head_out_also_a_classifier_without_a_task():
             {"target_modules": ["c_atn", "c_proj"]},
             r"target_modules: 'c_atn' matches no module .*\(closest: 'c_attn', 2 modules\)",
         ),
+        (
+            {"target_modules": ["value"]},
+            "'value' matches no module of GPT2LMHeadModel, whose linear layers are called 'c_attn', 'c_fc', 'c_proj'\\.",
+        ),
         ({"target_modules": "c_attn"}, r"give the list \['c_attn'\]"),
         ({"target_modules": ".*nothing"}, "matches no module of GPT2LMHeadModel"),
         ({"target_modules": ["ln_1"]}, "transformer.h.0.ln_1: no LayerOps for torch.nn.*LayerNorm; registered: Conv1D"),

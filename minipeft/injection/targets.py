@@ -174,6 +174,10 @@ class Selection:
         if close:
             count = sum(is_suffix(close, name) for name in names)
             where = f" (closest: {close!r}, {count} {kind}{'s' if count != 1 else ''})"
+        elif option == "target_modules":
+            linear, _ = all_linear(self.model, self.found, names)
+            last = sorted({name.rpartition(".")[2] for name in linear})
+            where = f", whose linear layers are called {shown(last, 8)}" if last else ""
         if option == "target_modules" and (bare := _bare_parameters(self.model, entry)):
             where = f"; target_parameters can name {shown(bare)}"
         return f"{option}: {entry!r} matches no {kind} of {type(self.model).__name__}{where}."
