@@ -267,6 +267,7 @@ def test_peft_s_options_of_loading_and_merging_are_taken_where_they_ask_for_noth
     options = {"torch_device": "cpu", "low_cpu_mem_usage": True, "autocast_adapter_dtype": True, "config": None}
     options |= {"device_map": "".join("auto"), "torch_dtype": None, "hotswap": False}
     options |= {"ephemeral_gpu_offload": False, "ignore_mismatched_sizes": False}
+    options |= {"use_safetensors": True, "use_auth_token": True}
     model.load_adapter(tmp_path, "b", **options)
     expected = logits(model)
     assert torch.equal(logits(load_adapter(gpt2(), tmp_path, **options)), expected)
@@ -283,6 +284,7 @@ LOADING = {
     "no device": ({"torch_device": 5}, "torch_device=5 is not possible"),
     "a device for the base": ({"device_map": "cpu"}, "device_map='cpu' is not possible; an adapter is"),
     "a dtype for the base": ({"torch_dtype": torch.float16}, "not possible; load the base in that dtype"),
+    "a pickle": ({"use_safetensors": False}, "`minipeft convert DIR` makes safetensors of it"),
     "a configuration": ({"config": LoraConfig()}, "the configuration is read from the directory"),
     "a swap": ({"hotswap": True}, "hotswap_adapter() does that"),
     "no place": ({"directory": None}, "directory must be the path of a directory, not None"),

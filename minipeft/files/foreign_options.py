@@ -30,6 +30,8 @@ LOADING: Harmless = {
     "autocast_adapter_dtype": (_only(True), "call model.half() or model.to(dtype) afterwards"),
     "dtype": (_only(None), DTYPE),
     "torch_dtype": (_only(None), DTYPE),
+    "use_safetensors": (_only(True, None), "a pickle is never read; `minipeft convert DIR` makes safetensors of it"),
+    "use_auth_token": (_only(True, None), "pass token"),
     "config": (_only(None), "the configuration is read from the directory"),
     "ephemeral_gpu_offload": (_only(False, None), "layers are not moved for it"),
     "ignore_mismatched_sizes": (_only(False), "a tensor of another shape is not this adapter's"),
