@@ -323,6 +323,22 @@ def test_a_plain_online_trainer_that_generates_with_vllm_is_stopped(name, folder
     online(name, as_peft_model(ours(folder)), folder, tmp_path, **options)
 
 
+def test_a_plain_trainer_that_would_load_a_second_base_for_its_teacher_is_stopped(folder, tmp_path):
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "num_generations": 4}
+    others = {
+        "args": SDPOConfig(str(tmp_path), per_device_train_batch_size=4, **options),
+        "reward_funcs": rewarded,
+        "train_dataset": Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS]),
+        "processing_class": PreTrainedTokenizerFast.from_pretrained(folder / "base"),
+    }
+    with pytest.raises(StateError, match="SDPOTrainer would hold a second base.*as_peft_model"):
+        SDPOTrainer(model=ours(folder), **others)
+    wrapped = as_peft_model(ours(folder))
+    assert SDPOTrainer(model=wrapped, **others).teacher_model is wrapped
+
+
 def test_a_reference_that_precomputes_needs_no_second_base(folder, tmp_path):
     found = trained(trl.DPOTrainer, ours(folder), folder, tmp_path, precompute_ref_log_probs=True)
     assert found.losses[0] == pytest.approx(math.log(2), abs=1e-6)

@@ -20,6 +20,9 @@ from minipeft.errors import StateError
 from minipeft.files.trainer_guard import callers
 from minipeft.kernels.packed_documents import rounding_leak
 
+# Methods of trainers in which they load the base again; the second is that of SDPO and SDFT, for their teacher.
+LOADING = ("__init__", "_setup_teacher_model")
+
 
 class _Dtype:
     """``dtype`` of the plain class, once its reader is checked. Not a property, so that an object's own ``dtype`` comes first."""
@@ -103,7 +106,7 @@ def _check_reader(model: nn.Module) -> None:
     """Raise StateError if the ``__init__`` of a TRL trainer reads the dtype."""
     here = inspect.currentframe()
     reader = here.f_back.f_back if here is not None and here.f_back is not None else None
-    if reader is None or reader.f_code.co_name != "__init__":
+    if reader is None or reader.f_code.co_name not in LOADING:
         return
     trainer = reader.f_locals.get("self")
     if is_from(type(trainer), "trl") and getattr(trainer, "model", None) is model:
