@@ -106,6 +106,11 @@ CASES = {
         peft.LoraConfig,
         {**BESIDE, "trainable_token_indices": {"wte": TOKENS, "lm_head": TOKENS}},
     ),
+    "a tied head with other tokens": (
+        gpt2,
+        peft.LoraConfig,
+        {**BESIDE, "trainable_token_indices": {"lm_head": [5, 3], "wte": TOKENS}},
+    ),
     "head alone": (gpt2, peft.LoraConfig, {**BESIDE, "trainable_token_indices": {"lm_head": TOKENS}}),
     "head alone, and nothing else": (
         gpt2,
@@ -205,6 +210,20 @@ def test_merging_keeps_the_tie_and_unmerging_brings_back_every_bit():
     assert merged.lm_head.weight is merged.transformer.wte.weight
     assert merged.config.tie_word_embeddings
     torch.testing.assert_close(logits(merged, ids_with_tokens()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_head_with_other_tokens_trains_its_own_and_merges_into_a_weight_of_its_own():
+    own = {"wte": TOKENS, "lm_head": [5, 3]}
+    model = disturb(get_lora_model(gpt2(), LoraConfig(**BESIDE, trainable_token_indices=own)))
+    shapes = [tuple(t.shape) for key, t in model.adapter_state_dict().items() if "tokens" in key]
+    assert sorted(shapes) == [(2, 32), (3, 32)]
+    expected, table = logits(model, ids_with_tokens()), gpt2().transformer.wte.weight
+    with pytest.raises(MergeError, match="untie=True"):
+        model.merge_and_unload()
+    merged = model.merge_and_unload(untie=True)
+    changed = [(layer.weight != table).any(1).nonzero().flatten() for layer in (merged.transformer.wte, merged.lm_head)]
+    assert [found.tolist() for found in changed] == [sorted(TOKENS), [3, 5]]
+    torch.testing.assert_close(logits(merged, ids_with_tokens()), expected)
 
 
 def test_a_merge_that_fails_half_way_leaves_both_tied_layers_unmerged(monkeypatch):
@@ -398,7 +417,10 @@ WRONG = [
     ({"trainable_token_indices": [100]}, r"resize_token_embeddings\(101\)"),
     ({"trainable_token_indices": {"wtee": [1]}}, "wtee"),
     ({"trainable_token_indices": {"ln_f": [1]}}, "LayerNorm"),
-    ({"trainable_token_indices": {"wte": [1], "lm_head": [2]}}, "share their weight"),
+    (
+        {"trainable_token_indices": {"wte": [1], "lm_head": [2]}, "ensure_weight_tying": True},
+        "wte share their weight.*leave out ensure_weight_tying",
+    ),
     ({"trainable_token_indices": [1], "target_modules": ["c_attn", "wte"]}, "Choose one"),
     ({"trainable_token_indices": [1], "target_modules": ["c_attn", "lm_head"]}, "Choose one"),
     ({"trainable_token_indices": [1], "modules_to_save": ["wte"]}, "Choose one"),

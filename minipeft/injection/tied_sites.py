@@ -95,11 +95,16 @@ class TiedLayers:
     def with_tied_sites(self, sites: list[AdapterSite]) -> list[AdapterSite]:
         """These sites and, after each whose method adapts tied layers, a site for every layer tied to it.
 
+        As in PEFT, a tied layer that is named with other options stays apart, unless ``ensure_weight_tying`` is set.
+
         Raises TargetError if two tied layers are to be adapted in different ways, or one cannot be adapted.
         """
         if not any(self._ties(site) for site in sites):
             return sites
         names = {id(candidate.base): name for name, candidate in self.found.items()}
+        named = [site for site in sites if site.adapter_class.ties(site.config)]
+        leaders = [site for site in named if self._ties(site)]
+        apart = {id(site.candidate.base) for site in named if not all(_alike(leader, site) for leader in leaders)}
         first_of: dict[int, AdapterSite] = {}  # by tied layer: the site it is tied to
         complete = []
         # What reaches others comes first, since a later site may name a layer that it reaches.
@@ -112,6 +117,8 @@ class TiedLayers:
             if not self._ties(site):
                 continue
             for owner, module in self._tied_to(site.candidate.base):
+                if id(module) in apart and not self.config.ensure_weight_tying:
+                    continue
                 if id(module) not in names:
                     raise TargetError(
                         f"{site.name} shares its weight with {owner}, which cannot be adapted along with it."
@@ -222,11 +229,15 @@ def _same_values(one: nn.Module, other: nn.Module) -> bool:
         return torch.equal(one.get_parameter("weight").cpu(), other.get_parameter("weight").cpu())
 
 
+def _alike(first: AdapterSite, second: AdapterSite) -> bool:
+    return replace(first.config, target_modules=None) == replace(second.config, target_modules=None)
+
+
 def _check_alike(first: AdapterSite, second: AdapterSite) -> None:
-    if replace(first.config, target_modules=None) != replace(second.config, target_modules=None):
+    if not _alike(first, second):
         raise TargetError(
             f"{second.name} and {first.name} share their weight, and the configuration adapts them in different ways. "
-            "Say the same for both, or name only the embedding."
+            "Say the same for both, name only the embedding, or leave out ensure_weight_tying."
         )
 
 
