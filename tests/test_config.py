@@ -65,6 +65,10 @@ NAN, INF = float("nan"), float("inf")
             {"use_qalora": True},
             "has no option 'use_qalora', which is PEFT's and not implemented for this method; known",
         ),
+        (
+            {"peft_type": "LORA"},
+            r"has no option 'peft_type', which only a file has; minipeft\.load_config\(directory\)",
+        ),
         ({"layer_replication": [[0, 2]]}, "has no option 'layer_replication', which is PEFT's and not implemented"),
     ],
 )

@@ -31,6 +31,7 @@ STATES = (
     "model.get_adapter_state_dict() and model.set_adapter_state_dict(state)"
 )
 READ = "minipeft.load_config(directory) reads the configuration of an adapter"
+OF_FILES = frozenset({"auto_mapping", "peft_type", "peft_version", "revision"})
 # What a configuration has in PEFT and not here -> what to do. PEFT's functions for a model's state ask for the first two.
 OF_PEFT = {
     "is_prompt_learning": STATES,
@@ -49,6 +50,8 @@ class _KnownNames(type):
         for name in options:
             if name not in known:
                 why = hint(name, known)
+                if name in OF_FILES:
+                    raise ConfigError(f"{cls.__name__} has no option {name!r}, which only a file has; {READ}.")
                 if name in OPTIONS:
                     why = ", which is PEFT's and not implemented for this method"
                 raise ConfigError(f"{cls.__name__} has no option {name!r}{why}; known: {', '.join(known)}.")
