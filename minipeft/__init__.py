@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minipeft.api import *  # noqa: F403
 
 __version__ = "0.1.0"
+OF_RANK = "use model.add_weighted_adapter([name], [1.0], new_name, 'svd', svd_rank=rank)"
 # What programs import from PEFT, and what to write instead; docs/how-to/from-peft.md has the rest.
 OF_PEFT = {
     "AutoPeftModel": "use load_adapter(base, directory) on a base that you load",
@@ -26,7 +27,7 @@ OF_PEFT = {
     "PeftType": "a configuration says its method: LoraConfig().method is 'lora'",
     "TaskType": "give the task by its name, as in task_type='CAUSAL_LM'",
     "cast_mixed_precision_params": "leave it out: the adapter's own parameters are float32",
-    "convert_to_lora": "use model.save_pretrained(directory, convert_to_lora=True)",
+    "convert_to_lora": OF_RANK,
     "get_layer_status": "use model.layer_status()",
     "get_model_status": "use model.adapter_status()",
     "get_peft_config": "write the configuration itself, as in LoraConfig(r=8)",
@@ -38,7 +39,7 @@ OF_PEFT = {
         "leave it out: the base is frozen, and its norms stay in their dtype. For the gradient checkpointing that it "
         "switches on call model.gradient_checkpointing_enable()"
     ),
-    "save_as_lora": "use model.save_pretrained(directory, convert_to_lora=True)",
+    "save_as_lora": f"use model.save_pretrained(directory, convert_to_lora=True). For a given rank {OF_RANK}",
     "set_peft_model_state_dict": "use model.set_adapter_state_dict(state), or load_adapter(model, directory)",
 }
 NO_DATA = "a start that needs data is not implemented; init_lora_weights='pissa' starts from the weights"
