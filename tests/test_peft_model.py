@@ -309,6 +309,7 @@ def test_what_only_a_configuration_of_peft_has_names_ours(tmp_path):
         "from_pretrained": lambda: LoraConfig.from_pretrained(tmp_path),
         "from_json_file": lambda: LoraConfig.from_json_file(tmp_path / "adapter_config.json"),
         "save_pretrained": lambda: own.save_pretrained(tmp_path),
+        "_register_custom_module": lambda: own._register_custom_module({}),
     }
     for name, call in ours.items():
         assert hasattr(peft.LoraConfig(), name)

@@ -39,6 +39,7 @@ OF_PEFT = {
     "from_pretrained": READ,
     "from_json_file": READ,
     "save_pretrained": "model.save_pretrained(directory) writes the configuration with its adapter",
+    "_register_custom_module": "minipeft.register_layer registers a layer type, for every method",
 }
 
 
