@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from minipeft.config.options import plain
 from minipeft.config.patterns import by_shorter_key, endings
 from minipeft.ecosystem.wrapper_names import PREFIX, nested_names
 from minipeft.errors import CheckpointError, printable
+from minipeft.files.names.experts.config import PATTERN_TABLES
 from minipeft.kernels.functional import split_columns, split_rows
 
 _KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.lora_(A|B)\.weight")
@@ -44,31 +45,42 @@ def split_experts(
     stacks = _stacks(tensors, config.target_parameters or (), layers)
     if not stacks:
         return dict(tensors), config.to_dict()
-    fused = {f"{key}{factor}.weight" for _, _, key in stacks.values() for factor in "AB"}
+    fused = {f"{stack.key}{factor}.weight" for stack in stacks for factor in "AB"}
     split = {key: tensor for key, tensor in tensors.items() if key not in fused}
-    configs: dict[str, Any] = config.for_modules(list(stacks))
-    tables: dict[str, tuple[int, float]] = {}
-    for name, (module, parameter, key) in stacks.items():
-        pairs = _pairs(tensors, key, configs[name].r, len(layers[parameter]))
-        for layer, (A, B) in zip(layers[parameter], pairs, strict=True):
+    configs: dict[str, Any] = config.for_modules([stack.name for stack in stacks])
+    ranks: dict[str, int] = {}  # by the name of an old layer
+    alphas: dict[str, float] = {}
+    for stack in stacks:
+        own, parts = configs[stack.name], layers[stack.parameter]
+        for layer, (A, B) in zip(parts, _pairs(tensors, stack.key, own.r, len(parts)), strict=True):
             for expert, (down, up) in enumerate(zip(A, B, strict=True)):
-                old = f"{module}.{expert}.{layer}"
+                old = f"{stack.module}.{expert}.{layer}"
                 split[f"{PREFIX}{old}.lora_A.weight"] = down.contiguous()
                 split[f"{PREFIX}{old}.lora_B.weight"] = up.contiguous()
-                tables[old] = (A.shape[1], _alpha(configs[name], A.shape[1]))
-    return split, _options(config, stacks, tables)
+                ranks[old], alphas[old] = A.shape[1], _alpha(own, A.shape[1])
+    return split, _options(config, stacks, {"r": ranks, "lora_alpha": alphas})
 
 
-def _stacks(
-    tensors: Mapping[str, Tensor], targets: Sequence[str], layers: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[str, str, str]]:
-    """Fused parameters: name -> (module, parameter, the key of its pair up to ``lora_``)."""
+class _Stack(NamedTuple):
+    """A fused parameter of a file."""
+
+    module: str
+    parameter: str
+    key: str  # of its pair, up to ``lora_``
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.parameter}"
+
+
+def _stacks(tensors: Mapping[str, Tensor], targets: Sequence[str], layers: Mapping[str, Sequence[str]]) -> list[_Stack]:
+    """The fused parameters of a file; raises CheckpointError if it has other pairs than those of the targets."""
     heights: dict[str, set[int]] = {}
     for key in tensors:
         match = _KEY.fullmatch(key)
         if match is not None:
             heights.setdefault(match[1], set()).add(match[2].count("."))
-    stacks = {}
+    stacks = []
     for module, found in heights.items():
         own = [p for p in layers if not set(targets).isdisjoint(endings(f"{module}.{p}"))]
         if not own:
@@ -77,8 +89,8 @@ def _stacks(
             raise CheckpointError(
                 f"{printable(module, 200)} has {len(found)} pairs, and target_parameters names {len(own)} of {list(layers)}."
             )
-        for parameter, nested in nested_names(module, own).items():
-            stacks[f"{module}.{parameter}"] = (module, parameter, f"{PREFIX}{nested}.lora_")
+        nested = nested_names(module, own)
+        stacks += [_Stack(module, parameter, f"{PREFIX}{nested[parameter]}.lora_") for parameter in own]
     return stacks
 
 
@@ -106,16 +118,16 @@ def _alpha(config: Any, r: int) -> float:
 
 
 def _options(
-    config: AdapterConfig, stacks: Mapping[str, tuple[str, str, str]], tables: Mapping[str, tuple[int, float]]
+    config: AdapterConfig, stacks: Sequence[_Stack], of_layers: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
-    """The options of the configuration with the layers' ranks and alphas, and without the parameters."""
-    ours = {entry for name in stacks for entry in endings(name)}
+    """The options of the configuration with the layers' ranks and alphas, by option, and without the parameters."""
+    ours = {entry for stack in stacks for entry in endings(stack.name)}
     values = config.to_dict()
     values["target_parameters"] = [entry for entry in values["target_parameters"] if entry not in ours] or None
-    # One key for a layer of all experts.
-    general = {old: re.sub(r".*\.([^.]+)\.\d+\.([^.]+)", r"\1\\.\\d+\\.\2", old) for old in tables}
-    for place, (option, table) in enumerate((("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))):
+    for option, own in of_layers.items():
+        # One key for a layer of all experts.
+        general = {old: re.sub(r".*\.([^.]+)\.\d+\.([^.]+)", r"\1\\.\\d+\\.\2", old) for old in own}
+        keys, table = by_shorter_key(own, general), PATTERN_TABLES[option]
         before = {key: value for key, value in values[table].items() if key not in ours}
-        keys = by_shorter_key({old: pair[place] for old, pair in tables.items()}, general)
         values[table] = {**keys, **before} if before or set(keys.values()) != {values[option]} else {}
     return values
