@@ -137,19 +137,19 @@ def _row(state: AdapterState, path: str, wrapper: Wrapper, name: str) -> LayerSt
             kind = f"{kind}.{wrapper.ops.parameter}"
     held: list[Tensor] = list(part.parameters()) or tensors
     return LayerStatus(
-        path,
-        kind,
-        name,
-        method,
-        rank,
-        scaling,
-        scale,
-        name in state.switch.active,
-        merged,
-        _trains(state, wrapper, name),
-        _together(str(t.dtype).removeprefix("torch.") for t in held),
-        _together(str(t.device) for t in held),
-        sum(tensor.numel() for tensor in tensors),
+        layer=path,
+        layer_type=kind,
+        adapter=name,
+        method=method,
+        rank=rank,
+        scaling=scaling,
+        scale=scale,
+        active=name in state.switch.active,
+        merged=merged,
+        trainable=_trains(state, wrapper, name),
+        dtype=_together(str(t.dtype).removeprefix("torch.") for t in held),
+        device=_together(str(t.device) for t in held),
+        parameters=sum(tensor.numel() for tensor in tensors),
     )
 
 
@@ -172,17 +172,17 @@ def _together(values: Iterator[str]) -> str:
 def _summary(name: str, rows: Sequence[LayerStatus]) -> AdapterStatus:
     own = [row for row in rows if row.parameters]  # tied layers say nothing of their own
     return AdapterStatus(
-        name,
-        _together(row.method for row in own),
-        _span([row.rank for row in own]),
-        _span([row.scale for row in own]),
-        any(row.active for row in rows),
-        _all_or_some([row.merged for row in own if row.method != "full"]),
-        _all_or_some([row.trainable for row in own]),
-        _together(part for row in own for part in row.dtype.split(", ")),
-        _together(part for row in own for part in row.device.split(", ")),
-        len(rows),
-        sum(row.parameters for row in rows),
+        adapter=name,
+        method=_together(row.method for row in own),
+        rank=_span([row.rank for row in own]),
+        scale=_span([row.scale for row in own]),
+        active=any(row.active for row in rows),
+        merged=_all_or_some([row.merged for row in own if row.method != "full"]),
+        trainable=_all_or_some([row.trainable for row in own]),
+        dtype=_together(part for row in own for part in row.dtype.split(", ")),
+        device=_together(part for row in own for part in row.device.split(", ")),
+        layers=len(rows),
+        parameters=sum(row.parameters for row in rows),
     )
 
 

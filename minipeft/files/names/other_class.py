@@ -145,7 +145,7 @@ class OtherClass:
     def _likely(self, prefix: str, group: _Group) -> list[str]:
         """The possible prefixes: of several those whose shapes fit, then those most alike, then whole parts of the model."""
         every = list(group.modules.values())
-        possible = [prefix for prefix in every[0] if all(prefix in modules for modules in every)]
+        possible = [other for other in every[0] if all(other in modules for modules in every)]
         if len(possible) > 1:
             possible = [other for other in possible if self._shapes_fit(group, other)] or possible
         words = set(prefix.split("."))
@@ -157,8 +157,7 @@ class OtherClass:
         """Whether each tensor has a dimension in common with the weight of its module; compared in full later."""
         for key, modules in group.modules.items():
             weight = getattr(self._places.modules[modules[prefix]], "weight", None)
-            known = {size for parameter in (weight,) if parameter is not None for size in parameter.shape}
-            if known and known.isdisjoint(self._file.shapes[key]):
+            if weight is not None and weight.shape and set(weight.shape).isdisjoint(self._file.shapes[key]):
                 return False
         return True
 

@@ -105,4 +105,5 @@ def _short_forms(key: str, name: str) -> list[str]:
     head, tail = head.removesuffix(f".{_TRAINED_COPY}"), tail.removesuffix(".")
     if not tail and head.rpartition(".")[2] in VALUES:
         return []
-    return [f"{head}.{tail}", _bare(f"{head}.{tail}")] if tail == "weight" else [f"{head}.{tail}" if tail else head]
+    short = f"{head}.{tail}" if tail else head
+    return [short, _bare(short)] if tail == "weight" else [short]
