@@ -93,7 +93,7 @@ def view_of(model: nn.Module) -> View:
     if isinstance(configs, dict) and configs:
         method = type(next(iter(configs.values()))).__name__
         raise ConfigError(f"{method} puts nothing on layers, which is all that diagnose looks at.")
-    return View(called, called, (), (), {}, (), False, {}, lambda seen: (), False)
+    return View(model=called, root=called)
 
 
 def _no_adapter(view: View) -> Finding:

@@ -25,16 +25,15 @@ def our_view(model: nn.Module, root: nn.Module) -> View:
     state = state_of(root)
     base = {name: parameter for name, _, parameter in base_parameters(root, candidates(root))}
     return View(
-        model,
-        root,
-        (state, state.switch),
-        list(_parts(root, state)),
-        state.configs,
-        state.switch.active,
-        not state.switch.enabled,
-        base,
-        functools.partial(idle_layers, root, state.switch.active),
-        is_peft=False,
+        model=model,
+        root=root,
+        others=(state, state.switch),
+        parts=list(_parts(root, state)),
+        configs=state.configs,
+        active=state.switch.active,
+        disabled=not state.switch.enabled,
+        base=base,
+        idle=functools.partial(idle_layers, root, state.switch.active),
     )
 
 
@@ -46,7 +45,15 @@ def _parts(root: nn.Module, state: AdapterState) -> Iterator[Part]:
             active = name in state.switch.active
             if not isinstance(wrapper, AdaptedLayer):
                 held = {k: t for k, t in wrapper.file_tensors(name).items() if isinstance(t, nn.Parameter)}
-                yield Part(name, layer, wrapper, innermost(wrapper), held, active, is_full=True)
+                yield Part(
+                    adapter=name,
+                    layer=layer,
+                    module=wrapper,
+                    base=innermost(wrapper),
+                    parameters=held,
+                    active=active,
+                    is_full=True,
+                )
             elif wrapper.owns(name):
                 yield _adapter(layer, wrapper, name, active)
 
@@ -59,12 +66,12 @@ def _adapter(layer: str, wrapper: AdaptedLayer, name: str, active: bool) -> Part
     if factors.keys() >= {"lora_A", "lora_B"} and not wrapper.ops.is_embedding:
         pair = factors["lora_A"].detach().flatten(1), factors["lora_B"].detach().flatten(1)
     return Part(
-        name,
-        layer,
-        wrapper,
-        innermost(wrapper),
-        dict(adapter.named_parameters()),
-        active,
+        adapter=name,
+        layer=layer,
+        module=wrapper,
+        base=innermost(wrapper),
+        parameters=dict(adapter.named_parameters()),
+        active=active,
         merged=name in wrapper.merged,
         scaling=adapter.scaling,
         pair=pair,

@@ -31,15 +31,15 @@ def peft_view(model: nn.Module, root: nn.Module) -> View:
     base = {_plain(name): p for name, p in root.named_parameters() if id(p) not in held}
     active = dict.fromkeys(name for _, module in layers for name in module.active_adapters)
     return View(
-        model,
-        root,
-        (),
-        parts,
-        dict(configs),
-        list(active),
-        bool(layers) and all(module.disable_adapters for _, module in layers),
-        base,
-        functools.partial(_idle, root),
+        model=model,
+        root=root,
+        others=(),
+        parts=parts,
+        configs=dict(configs),
+        active=list(active),
+        disabled=bool(layers) and all(module.disable_adapters for _, module in layers),
+        base=base,
+        idle=functools.partial(_idle, root),
         is_peft=True,
     )
 

@@ -60,13 +60,13 @@ def try_batch(view: View, batch: Mapping[str, Any], *, must_train: bool) -> Tria
         if loss is not None and loss.requires_grad:
             _backward(view, loss)
         return Trial(
-            seen,
-            set(view.idle(seen)),
-            None if loss is None else float(loss),
-            loss is not None and training,
-            [str(warning.message) for warning in warned],
-            next(iter(broken), None),
-            {
+            seen=seen,
+            idle=set(view.idle(seen)),
+            loss=None if loss is None else float(loss),
+            trained=loss is not None and training,
+            warned=[str(warning.message) for warning in warned],
+            broken=next(iter(broken), None),
+            gradients={
                 id(p): float(p.grad.abs().max())
                 for p in view.model.parameters()
                 if p.grad is not None and p.grad.numel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,19 +46,19 @@ class Part:
 
 @dataclass(frozen=True)
 class View:
-    """An adapted model."""
+    """An adapted model; by default one without adapters."""
 
     model: nn.Module  # what is called
     root: nn.Module  # the model that the adapters are in: the same, or inside a `peft.PeftModel`
-    others: Sequence[object]  # objects besides modules that a call may change
-    parts: Sequence[Part]  # every adapter on every layer
-    configs: Mapping[str, Any]  # configuration of each adapter, by name
-    active: Sequence[str]  # names of the adapters that act, or would if they were not `disabled`
-    disabled: bool  # whether adapters are switched off
-    base: Mapping[str, nn.Parameter]  # the parameters of the base, by name
+    others: Sequence[object] = ()  # objects besides modules that a call may change
+    parts: Sequence[Part] = ()  # every adapter on every layer
+    configs: Mapping[str, Any] = field(default_factory=dict)  # configuration of each adapter, by name
+    active: Sequence[str] = ()  # names of the adapters that act, or would if they were not `disabled`
+    disabled: bool = False  # whether adapters are switched off
+    base: Mapping[str, nn.Parameter] = field(default_factory=dict)  # the parameters of the base, by name
     # Names of the layers that a forward pass left out, see `minipeft.injection.watch`
-    idle: Callable[[Pass], Collection[str]]
-    is_peft: bool  # whether PEFT adapted it
+    idle: Callable[[Pass], Collection[str]] = lambda seen: ()
+    is_peft: bool = False  # whether PEFT adapted it
 
     @property
     def acting(self) -> list[Part]:

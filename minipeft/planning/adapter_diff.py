@@ -112,13 +112,13 @@ def _compared(name: str, one: Factors | None, two: Factors | None, first: Path, 
     inner = float(((given[0][0].T @ given[1][0]) * (given[0][1] @ given[1][1].T)).sum())
     columns, rows = zip(*(_spaces(*factors) for factors in given), strict=True)
     return LayerDiff(
-        name,
-        (columns[0].shape[1], columns[1].shape[1]),
-        (norms[0], norms[1]),
-        product_norm(given, [1.0, -1.0]),
-        max(-1.0, min(1.0, inner / (norms[0] * norms[1]))) if all(norms) else None,
-        principal_angles(*columns),
-        principal_angles(*rows),
+        module=name,
+        ranks=(columns[0].shape[1], columns[1].shape[1]),
+        norms=(norms[0], norms[1]),
+        difference=product_norm(given, [1.0, -1.0]),
+        cosine=max(-1.0, min(1.0, inner / (norms[0] * norms[1]))) if all(norms) else None,
+        column_angles=principal_angles(*columns),
+        row_angles=principal_angles(*rows),
     )
 
 

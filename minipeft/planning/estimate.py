@@ -152,14 +152,14 @@ class Planner:
         found["overhead"] = RUNTIME[setup.device] + int(holes) + quantized
         trainable, parameters = parameter_counts(self.model)
         return Estimate(
-            type(self.model).__name__,
-            setup,
-            parameters,
-            trainable,
-            0 if setup.training == "full" else self._file_bytes(),
-            {item: found[item] for item in ITEMS},
-            tuple(self._remarks(left_out)),
-            self.chunks_loss,
+            model=type(self.model).__name__,
+            setup=setup,
+            parameters=parameters,
+            trainable=trainable,
+            adapter_file=0 if setup.training == "full" else self._file_bytes(),
+            memory={item: found[item] for item in ITEMS},
+            remarks=tuple(self._remarks(left_out)),
+            chunks_loss=self.chunks_loss,
         )
 
     def _remarks(self, left_out: list[str]) -> Iterator[str]:

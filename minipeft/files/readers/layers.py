@@ -51,14 +51,14 @@ def layers_of_file(contents: Contents, values: Mapping[str, Tensor], samples: Ma
         weight = _weight_norm(shape, samples.get(module), values.get(parts.get("lora_magnitude_vector", "")))
         made.append(
             Layer(
-                module,
-                rank_in_file(contents, module) or _rank(contents, module),
-                pair.scaling if pair is not None else contents.scalings.get(module),
-                norm,
-                norm / weight if weight and pair is not None else None,
-                "+".join(sorted({contents.weights.dtypes[key] for key in parts.values()})),
-                sum(tensor.nbytes for tensor in tensors),
-                "tensors" if pair is None else "update",
+                module=module,
+                rank=rank_in_file(contents, module) or _rank(contents, module),
+                scaling=pair.scaling if pair is not None else contents.scalings.get(module),
+                norm=norm,
+                relative=norm / weight if weight and pair is not None else None,
+                dtype="+".join(sorted({contents.weights.dtypes[key] for key in parts.values()})),
+                bytes=sum(tensor.nbytes for tensor in tensors),
+                norm_of="tensors" if pair is None else "update",
             )
         )
     return made
