@@ -89,6 +89,8 @@ def test_all_linear_leaves_the_head_out_also_a_classifier_without_a_task():
         ({"target_modules": ".*nothing"}, "matches no module of GPT2LMHeadModel"),
         ({"target_modules": ["ln_1"]}, "transformer.h.0.ln_1: no LayerOps for torch.nn.*LayerNorm; registered: Conv1D"),
         ({"target_modules": ["attn"]}, "transformer.h.0.attn: no LayerOps for .*GPT2Attention"),
+        ({"target_modules": ["all-linear"]}, "give 'all-linear' as a string, not in a list"),
+        ({"target_modules": "all_linear"}, "'all_linear' matches no module .* Closest: 'all-linear'"),
         ({"target_modules": ["c_attn"], "exclude_modules": ["c_att"]}, "exclude_modules: 'c_att' matches no module"),
         ({"target_modules": ["c_attn"], "exclude_modules": ["c_attn"]}, "leaves no module"),
         (

@@ -162,6 +162,8 @@ class Selection:
             fix = ""
             if any(is_suffix(patterns, name) for name in names):
                 fix = f" A string is a regular expression for the whole name; for the suffix give the list [{patterns!r}]."
+            elif option == "target_modules" and (close := nearest(patterns, (ALL_LINEAR, ALL_LINEAR_TEXT))):
+                fix = f" Closest: {close!r}, which needs no expression."
             raise TargetError(
                 f"{option}: the regular expression {patterns!r} matches no module of {type(self.model).__name__}.{fix}"
             )
@@ -180,6 +182,8 @@ class Selection:
             where = f", whose linear layers are called {shown(last, 8)}" if last else ""
         if option == "target_modules" and (bare := _bare_parameters(self.model, entry)):
             where = f"; target_parameters can name {shown(bare)}"
+        if entry in (ALL_LINEAR, ALL_LINEAR_TEXT):
+            where = f"; give {entry!r} as a string, not in a list"
         return f"{option}: {entry!r} matches no {kind} of {type(self.model).__name__}{where}."
 
     def _warn_of_experts(self, eligible: Iterable[str]) -> None:
