@@ -1,5 +1,6 @@
 """What target_modules and its companions select, and what they refuse: the model is then bit for bit what it was."""
 
+import re
 import time
 
 import pytest
@@ -118,6 +119,20 @@ def test_what_fits_nothing_is_an_error_that_changes_nothing(options, said):
     with pytest.raises((TargetError, ConfigError), match=said):
         get_lora_model(model, LoraConfig(**options))
     assert state_digest(model) == before
+
+
+@pytest.mark.parametrize("given", [["mlp", "c_attn"], r".*\.mlp"])
+def test_excluding_a_module_around_targeted_layers_names_the_expression_that_excludes_what_is_inside(given):
+    """PEFT excludes the module itself, which is no target, and adapts what is inside."""
+    model = gpt2()
+    before = state_digest(model)
+    with pytest.raises(TargetError, match=r"excludes transformer.h.0.mlp itself, and 4 targeted layers") as caught:
+        get_lora_model(model, LoraConfig(target_modules="all-linear", exclude_modules=given))
+    assert state_digest(model) == before
+    (better,) = re.findall(r"regular expression (\S+)\. Nothing", str(caught.value))
+    expected = ["c_attn", "c_proj"] if isinstance(given, str) else ["c_proj"]
+    found = chosen(gpt2(), target_modules="all-linear", exclude_modules=better)
+    assert found == [f"{b}.attn.{name}" for b in BLOCKS for name in expected]
 
 
 def test_a_hostile_expression_is_stopped(monkeypatch):

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import regex
 from torch import nn
 
 from minipeft.config.adapter_config import ALL_LINEAR, ALL_LINEAR_TEXT, HEADS_OF_TASK, AdapterConfig
@@ -14,6 +15,7 @@ from minipeft.ecosystem.transformers_model import model_type
 from minipeft.errors import TargetError, hint, nearest, shown, warn
 from minipeft.injection.all_linear import all_linear, layers_left_out, of_text, why_experts_are_left_out
 from minipeft.injection.base_state import has_statistics
+from minipeft.injection.layers_to_transform import in_layers
 from minipeft.injection.module_tree import Candidate
 from minipeft.injection.modules_to_save import SavedModule
 from minipeft.layers.base import LayerOps, layer_ops
@@ -56,7 +58,9 @@ class Selection:
             chosen, why = self._all_linear(eligible)
         else:
             chosen, why = self._by_pattern(eligible, first_names), ""
-        chosen = _in_layers(config, chosen, self.every_pattern)
+        chosen = in_layers(config, chosen, self.every_pattern)
+        if self.every_pattern:
+            _check_nothing_inside(config.exclude_modules, excluded, chosen)
         if not chosen and not config.target_parameters:
             given = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
             raise TargetError(
@@ -244,7 +248,7 @@ def selected_names(config: AdapterConfig, names: Sequence[str]) -> list[str]:
     every = given in (None, ALL_LINEAR, ALL_LINEAR_TEXT)
     chosen = list(names) if every else selected(given or (), names, "target_modules")
     excluded = set(selected(config.exclude_modules or (), names, "exclude_modules"))
-    return [name for name in _in_layers(config, chosen, False) if name not in excluded]
+    return [name for name in in_layers(config, chosen, False) if name not in excluded]
 
 
 def _can_change(base: nn.Module) -> bool:
@@ -258,6 +262,22 @@ def _called(name: str, found: dict[str, Candidate]) -> list[str]:
         return [name]
     inside = [first for first, c in found.items() if any(other.rpartition(".")[0] == name for other in c.names)]
     return [each for first in inside for each in _called(first, found)] or [name]
+
+
+def _check_nothing_inside(
+    patterns: Sequence[str] | str | None, excluded: Collection[str], chosen: Sequence[str]
+) -> None:
+    """Raise TargetError if a module is excluded and a layer in it is not: as in PEFT, that says nothing of what is inside."""
+    inside = [name for name in chosen if within(name, excluded)]
+    if not inside:
+        return
+    names = patterns if isinstance(patterns, str) else "|".join(map(regex.escape, patterns or ()))
+    start, inner = "" if isinstance(patterns, str) else r"(.*\.)?", r"(\..*)?"
+    root = next(name for name in excluded if within(inside[0], [name]))
+    raise TargetError(
+        f"exclude_modules excludes {root} itself, and {len(inside)} targeted layers are inside excluded modules, such as "
+        f"{inside[0]}. To exclude all that is inside, give the regular expression {start}({names}){inner}."
+    )
 
 
 def within(name: str, roots: Collection[str]) -> bool:
@@ -274,40 +294,6 @@ def _bare_parameters(model: nn.Module, entry: str) -> list[str]:
     shapes = {f"{last}.{name}": module._parameters[name].ndim for last, module, name in own if name != "weight"}
     fused = [name for name, ndim in shapes.items() if ndim == 3 and entry.rpartition(".")[2] in EXPERT_LAYERS]
     return [name for name in shapes if is_suffix(entry, name)] or fused
-
-
-def _in_layers(config: AdapterConfig, chosen: list[str], every_pattern: bool) -> list[str]:
-    """Keep the modules with one of the wanted layer indices; a module without an index is in no layer."""
-    if config.layers_to_transform is None:
-        return chosen
-    wanted = set(config.layers_to_transform)  # type: ignore[arg-type]
-    patterns = {pattern: place for place, pattern in enumerate(config.layers_pattern or ())}
-    indices = {name: _layer_index(name, patterns) for name in chosen}
-    kept = [name for name in chosen if indices[name] in wanted]
-    if every_pattern:
-        seen = {index for index in indices.values() if index is not None}
-        if missing := sorted(wanted - seen):
-            have = f"0 to {max(seen)}" if seen else "none; check layers_pattern"
-            raise TargetError(
-                f"layers_to_transform: no targeted module in layer {shown(missing)} (layers found: {have})."
-            )
-        before, after = ({ending for name in names for ending in endings(name)} for names in (chosen, kept))
-        for entry in config.target_modules or ():
-            if entry in before and entry not in after:
-                raise TargetError(f"target_modules: {entry!r} is in none of the layers {shown(sorted(wanted))}.")
-    return kept
-
-
-def _layer_index(name: str, patterns: Mapping[str, int]) -> int | None:
-    """The first number in a name; if there are patterns, the first one behind the earliest pattern that has one."""
-    parts = name.split(".")
-    numbers = [(".".join(parts[:place]), int(part)) for place, part in enumerate(parts) if part.isdecimal()]
-    if not patterns:
-        return numbers[0][1] if numbers else None
-    behind = [
-        (patterns[ending], number) for before, number in numbers for ending in endings(before) if ending in patterns
-    ]
-    return min(behind, key=lambda pair: pair[0])[1] if behind else None
 
 
 def _defaults(model: nn.Module, found: dict[str, Candidate], config: AdapterConfig) -> Sequence[str] | str:
