@@ -11,7 +11,15 @@ from tiny_models import gpt2, state_digest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minipeft
-from minipeft import CheckpointError, ConfigError, LoraConfig, StateError, get_adapter_model, get_lora_model
+from minipeft import (
+    CheckpointError,
+    ConfigError,
+    LoraConfig,
+    StateError,
+    VeraConfig,
+    get_adapter_model,
+    get_lora_model,
+)
 from minipeft.integrations.peft import AdaptedPeftModel, FusedLinear, as_peft_model, config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -325,24 +333,25 @@ def test_what_only_a_configuration_of_peft_has_names_ours(tmp_path):
     assert copy.deepcopy(own) == pickle.loads(pickle.dumps(own)) == own
 
 
-OPTIONS = (
-    {"target_modules": ["q_proj", "up_proj"]},
-    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2]},
-    {"target_modules": ["q_proj"], "use_dora": True},
-    {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
-)
+IN_MEMORY = {
+    "lora": LoraConfig(r=4, target_modules=["q_proj", "up_proj"]),
+    "tokens": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[1, 2]),
+    "dora": LoraConfig(r=4, target_modules=["q_proj"], use_dora=True),
+    "pissa": LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"),
+    "vera": VeraConfig(r=4, target_modules=["q_proj"]),  # its projections are in the state, once for all layers
+}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: [*options][-1])
-def test_a_state_in_memory_goes_from_one_model_to_another_and_training_goes_on(options):
+@pytest.mark.parametrize("kind", IN_MEMORY)
+def test_a_state_in_memory_goes_from_one_model_to_another_and_training_goes_on(kind):
     """As a server and its clients exchange it: the mean of two, in the same parameters."""
-    clients = [moved(get_lora_model(llama(), LoraConfig(r=4, **options))) for _ in range(2)]
+    clients = [moved(get_adapter_model(llama(), IN_MEMORY[kind])) for _ in range(2)]
     with torch.no_grad():
         for tensor in clients[1].adapter_state_dict().values():
             tensor.mul_(3)
     states = [client.get_adapter_state_dict() for client in clients]
     mean = {key: (value + states[1][key]) / 2 for key, value in states[0].items()}
-    target = get_lora_model(llama(), LoraConfig(r=4, **options)).train()
+    target = get_adapter_model(llama(), IN_MEMORY[kind]).train()
     trained = [p for p in target.parameters() if p.requires_grad]
     target.set_adapter_state_dict(mean)
     assert [id(p) for p in target.parameters() if p.requires_grad] == [*map(id, trained)]

@@ -117,7 +117,8 @@ def _fitting(name: str, live: Mapping[str, Tensor], given: object) -> dict[str, 
     """The values that `given` has for all the live tensors of an adapter, and for nothing else."""
     if not isinstance(given, Mapping) or not all(isinstance(value, Tensor) for value in given.values()):
         raise ConfigError(f"state_dict must map names to tensors, as get_adapter_state_dict() does, not {told(given)}.")
-    tensors = {f"{PREFIX}{str(key).removeprefix(PREFIX)}": value for key, value in given.items()}
+    # What all layers share, as VeRA's projections, has a key without the prefix.
+    tensors = {key if key in live or f"{key}".startswith(PREFIX) else f"{PREFIX}{key}": t for key, t in given.items()}
     lists = (("missing", live.keys() - tensors.keys()), ("unexpected", tensors.keys() - live.keys()))
     if said := "; ".join(f"{what} {shown(sorted(keys), 3)}" for what, keys in lists if keys):
         raise CheckpointError(f"state_dict does not fit adapter {name!r}: {said}.")
