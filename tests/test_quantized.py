@@ -483,13 +483,20 @@ def dynamic():
         (QuantLinear, r"no LayerOps for .*QuantLinear; registered: .*Linear4bit, Linear8bitLt, Linear\[Int8Tensor\]"),
         (lambda: bnb.nn.Linear4bit(64, 64), "this instance is refused.*Params4bit of torch.float32"),
         (lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True), "this instance is refused.*Int8Params"),
-        (dynamic, "this instance is refused.*Int8Tensor"),
+        (dynamic, "torchao quantizes the input of this layer too, .* Load the model with Int8WeightOnlyConfig"),
     ],
 )
 def test_what_is_packed_in_another_way_is_refused_by_name(make, message):
     with pytest.raises(TargetError, match=message):
         with_lora(OneLayer(make()))
     assert "Linear[Int8Tensor]" in layer_type_names()
+
+
+def test_a_layer_of_torchao_that_quantizes_its_input_passes_no_gradient_on():
+    """If this fails, torchao does so by now, and such layers need not be refused."""
+    x = torch.randn(2, 64, requires_grad=True)
+    dynamic()(x).sum().backward()
+    assert x.grad is None
 
 
 @every_kind

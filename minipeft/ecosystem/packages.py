@@ -14,3 +14,13 @@ def is_compressed(module: nn.Module) -> bool:
     """Whether compressed-tensors quantizes a module, or holds its parameters, of which it may hand out copies."""
     table = type(module._parameters)
     return "quantization_scheme" in vars(module) or (table is not dict and is_from(table, "compressed_tensors"))
+
+
+def rounds_inputs(module: nn.Module) -> bool:
+    """Whether torchao quantizes what goes into a layer, too. The gradient ends there (torchao 0.18)."""
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and is_from(type(weight), "torchao")
+        and getattr(weight, "act_quant_kwargs", None) is not None
+    )

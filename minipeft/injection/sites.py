@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.config.adapter_config import AdapterConfig
+from minipeft.ecosystem.packages import rounds_inputs
 from minipeft.ecosystem.wrapper_names import nested_names
 from minipeft.errors import OccupiedError, TargetError, shown
 from minipeft.injection.module_tree import Candidate, is_callable, occupants, own_bias
@@ -95,6 +96,11 @@ def ops_for(name: str, candidate: Candidate) -> LayerOps:
     ops = layer_ops(base)
     if ops is not None:
         return ops
+    if rounds_inputs(base):
+        raise TargetError(
+            f"{name}: torchao quantizes the input of this layer too, and passes no gradient on to what comes before it. "
+            "Load the model with Int8WeightOnlyConfig."
+        )
     check_called(name, candidate)
     kind, known = qualified(type(base)), ", ".join(registry.layer_type_names())
     if any(True for _ in registry.layer_candidates(type(base))):
