@@ -680,3 +680,56 @@ def test_a_second_table_is_left_alone_if_nothing_was_resized_and_not_resized_if_
     model = get_lora_model(make(), LoraConfig(r=2, target_modules=["embed_tokens_per_layer"]))
     with pytest.raises(StateError, match=r"'model\.embed_tokens_per_layer' is adapted"):
         model.resize_token_embeddings(103)
+
+
+def marian():
+    """Resizing leaves the `out_features` of its head as they were."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
+    ids = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    torch.manual_seed(0)
+    return transformers.MarianMTModel(transformers.MarianConfig(vocab_size=100, **sizes, **heads, **ids)).eval()
+
+
+def t5gemma():
+    """Its head is a module that holds the table, and its decoder has a table of its own."""
+    part = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    part |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=100)
+    return transformers.T5GemmaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*not in the checkpoint|rows .* drew at random, have the adapter file:UserWarning")
+@pytest.mark.parametrize("make", [marian, t5gemma])
+def test_new_rows_are_saved_and_read_where_the_head_is_unlike_others(make, base, tmp_path):
+    def another(seed):
+        with foreign_code():
+            model = type(make()).from_pretrained(base)
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(103, mean_resizing=False)
+        return model
+
+    @torch.no_grad()
+    def output(model):
+        return model.eval()(input_ids=IDS, decoder_input_ids=IDS).logits
+
+    model = lora(gpt2, another(5), target_modules=["q_proj"])
+    model.save_pretrained(tmp_path)
+    again = another(6)
+    assert not torch.allclose(output(again), output(another(5)), rtol=1e-3)
+    assert_close(output(load_adapter(again, tmp_path)), output(model))
+
+
+@pytest.mark.parametrize("make", [marian])
+def test_tokens_train_in_a_head_that_says_fewer_features_than_it_has(make, base):
+    model = resized(make, base)
+    assert model.lm_head.out_features == 100
+    assert len(model.lm_head.weight) == 103
+    model = lora(gpt2, model, target_modules=["q_proj"], trainable_token_indices=[3, 101])
+    model(input_ids=IDS, decoder_input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    merged = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        found, expected = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (merged, model))
+    assert_close(found, expected)

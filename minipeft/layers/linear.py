@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.ecosystem.transformers_model import has_other_output
-from minipeft.layers.base import LayerOps, has_plain_weight, runs_only, store
+from minipeft.layers.base import LayerOps, has_plain_weight, is_plain, runs_only, store
 from minipeft.python.class_swap import plain_class
 from minipeft.registry.registry import register_layer
 
@@ -19,7 +19,10 @@ class LinearOps(LayerOps):
     in_all_linear = True
 
     def shape(self, base: Any) -> tuple[int, int]:
-        return base.out_features, base.in_features
+        weight, rows = base._parameters.get("weight"), base.out_features
+        if is_plain(weight) and weight.ndim == 2 and len(weight) > rows:
+            rows = len(weight)  # `resize_token_embeddings` leaves `out_features` of Marian's head as it was
+        return rows, base.in_features
 
     def read_weight(self, base: Any) -> Tensor:
         return base.weight
@@ -35,7 +38,7 @@ class LinearOps(LayerOps):
         never_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
         if never_called or has_other_output(base):
             return False
-        return has_plain_weight(base, (base.out_features, base.in_features))
+        return has_plain_weight(base, self.shape(base))
 
     def linear_weight(self, base: Any, x: Tensor) -> Tensor | None:
         return base.weight if runs_only(base, nn.Linear.forward) else None
