@@ -18,9 +18,5 @@ def is_compressed(module: nn.Module) -> bool:
 
 def rounds_inputs(module: nn.Module) -> bool:
     """Whether torchao quantizes what goes into a layer, too. The gradient ends there (torchao 0.18)."""
-    weight = module._parameters.get("weight")
-    return (
-        weight is not None
-        and is_from(type(weight), "torchao")
-        and getattr(weight, "act_quant_kwargs", None) is not None
-    )
+    weight = getattr(module, "weight", None)
+    return is_from(type(weight), "torchao") and getattr(weight, "act_quant_kwargs", None) is not None
