@@ -137,9 +137,7 @@ def tables(model: nn.Module) -> dict[str, Table]:
     per_layer = per_layer_embedding(model)
     modules = {id(each): each for each in vocabulary_tables(model)}
     names: dict[int, str] = {}
-    copies: tuple[
-        str, ...
-    ] = ()  # of modules that train in full, as T5Gemma's head, which holds the table: the file has all of it
+    copies: tuple[str, ...] = ()  # where trained copies lie: T5Gemma's head holds the table, and the file has all of it
     for name, module in outside_adapters(model) if modules else ():
         if isinstance(module, SavedModule):
             copies = (*copies, f"{name}.adapters.")
