@@ -216,6 +216,44 @@ def test_a_new_layer_that_is_targeted_trains_in_full(made, tmp_path):
     assert torch.equal(logits(again, "deberta"), logits(model, "deberta"))
 
 
+def doubled(layer):
+    """The layer, or another one in its place, with a weight of the user's own."""
+    new = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    new.weight = nn.Parameter(2 * layer.weight.detach())
+    return new
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_a_targeted_layer_whose_weight_was_replaced_is_adapted_and_not_new(task, whole, tmp_path):
+    with foreign_code():
+        llama().save_pretrained(tmp_path / "base")
+
+    def base(replaces):
+        kind = tf.AutoModelForSequenceClassification if task else tf.AutoModelForCausalLM
+        with foreign_code(), torch.random.fork_rng():
+            model = kind.from_pretrained(tmp_path / "base").eval()
+        for block in model.model.layers if replaces else ():
+            new = doubled(block.self_attn.q_proj)
+            if whole:
+                block.self_attn.q_proj = new
+            else:
+                block.self_attn.q_proj.weight = new.weight
+        return model
+
+    model = disturb(lora(base(True), target_modules=["q_proj", "down_proj"], task_type=task))
+    model.save_pretrained(tmp_path / "adapter")
+    keys = load_file(tmp_path / "adapter" / WEIGHTS_FILE).keys()
+    assert [key for key in keys if ".lora_" not in key] == ["base_model.model.score.weight"] * bool(task)
+    assert sum("q_proj.lora_" in key for key in keys) == 2 * len(model.model.layers)
+    with torch.no_grad():
+        assert torch.equal(load_adapter(base(True), tmp_path / "adapter")(**IDS).logits, model(**IDS).logits)
+    with pytest.raises(
+        CheckpointError, match=r"another base: the weights of model\.layers\.0\.self_attn\.q_proj differ"
+    ):
+        load_adapter(base(False), tmp_path / "adapter")
+
+
 @pytest.mark.each_value
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("make", [gpt2, llama, t5])

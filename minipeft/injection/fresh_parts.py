@@ -111,7 +111,8 @@ def find_fresh_parts(
     """The new modules that `config` leaves out of `modules_to_save`.
 
     All of them train with a classification task, and one that is targeted trains in any case: low rank on top of random
-    weights has no use.
+    weights has no use. But a targeted layer in a block that is otherwise the checkpoint's was not drawn at random: someone
+    gave it another weight, and it is adapted like the others.
     """
     task = config.task_type in HEADS_OF_TASK
     if not origins.fresh and not (task and origins.unknown):
@@ -127,6 +128,9 @@ def find_fresh_parts(
     if task and origins.unknown:
         fresh |= {name for name in _beside_base_model(model, found, free, origins.unknown) if not within(name, fresh)}
     parts = [name for name in found if name in fresh]
+    if inside := _in_loaded_blocks(model, found, parts, origins.fresh):
+        asked = {*selection.targets, *selection.parameters}
+        parts = [name for name in parts if name not in inside or name not in asked]
     if task or config.bias == "all" or not parts:
         return FreshParts(tuple(parts))
     targets = {*selection.targets, *selection.parameters}
@@ -149,6 +153,18 @@ def _topmost_fresh(
         and all(id(p) in new for p in candidate.base.parameters())
     }
     return [name for name in free if name in whole and not within(name.rpartition(".")[0], whole)]
+
+
+def _in_loaded_blocks(
+    model: nn.Module, found: Mapping[str, Candidate], parts: Collection[str], fresh: Collection[str]
+) -> set[str]:
+    """Those of these parts that stand next to layers of the checkpoint in a numbered block, as in ``layers.0.mlp``."""
+    if not parts:
+        return set()
+    layers = {name.rpartition(".")[0] for name, _, _ in base_parameters(model, found) if name not in fresh}
+    loaded = {layer.rpartition(".")[0] for layer in layers}
+    around = {name: name.rpartition(".")[0] for name in parts}
+    return {name for name, block in around.items() if block in loaded and any(map(str.isdecimal, block.split(".")))}
 
 
 def _beside_base_model(
