@@ -29,6 +29,7 @@ from minipeft.injection.wrapper import Switch, Wrapper
 from minipeft.kernels.functional import tensors_in
 
 FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, in each module that checkpoints
+WRAPPERS_FUNCTION = "checkpoint_fn"  # where torch's ``checkpoint_wrapper`` keeps its own
 
 
 def let_checkpoints_train(module: nn.Module, switch: Switch) -> None:
@@ -45,15 +46,15 @@ def let_checkpoints_train(module: nn.Module, switch: Switch) -> None:
 def leave_checkpoints_alone(outside: Iterable[tuple[str, nn.Module]]) -> None:
     """Undo `let_checkpoints_train` in a model with these `outside_adapters`."""
     for _, module in outside:
-        name = _place(module)
-        function = module.__dict__.get(name)
-        if isinstance(function, functools.partial) and function.func is _checkpoint:
-            setattr(module, name, function.args[0])
+        for name in (FUNCTION, WRAPPERS_FUNCTION):
+            function = module.__dict__.get(name)
+            if isinstance(function, functools.partial) and function.func is _checkpoint:
+                setattr(module, name, function.args[0])
 
 
 def _place(module: nn.Module) -> str:
-    """The attribute that holds a module's checkpointing function, if it has one: torch's ``checkpoint_wrapper`` has its own."""
-    return "checkpoint_fn" if "_checkpoint_wrapped_module" in module._modules else FUNCTION
+    """The attribute that holds a module's checkpointing function, if it has one."""
+    return WRAPPERS_FUNCTION if "_checkpoint_wrapped_module" in module._modules else FUNCTION
 
 
 def training_setter(model: nn.Module, setter: Callable[..., None]) -> Callable[..., None]:

@@ -268,7 +268,7 @@ def _check_nothing_inside(
     patterns: Sequence[str] | str | None, excluded: Collection[str], chosen: Sequence[str]
 ) -> None:
     """Raise TargetError if a module is excluded and a layer in it is not: as in PEFT, that says nothing of what is inside."""
-    inside = [name for name in chosen if within(name, excluded)]
+    inside = [name for name in chosen if within(name, excluded)] if excluded else []
     if not inside:
         return
     names = patterns if isinstance(patterns, str) else "|".join(map(regex.escape, patterns or ()))

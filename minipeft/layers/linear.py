@@ -38,7 +38,8 @@ class LinearOps(LayerOps):
         never_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
         if never_called or has_other_output(base):
             return False
-        return has_plain_weight(base, self.shape(base))
+        usual = base.out_features, base.in_features
+        return has_plain_weight(base, usual) or has_plain_weight(base, self.shape(base))
 
     def linear_weight(self, base: Any, x: Tensor) -> Tensor | None:
         return base.weight if runs_only(base, nn.Linear.forward) else None
