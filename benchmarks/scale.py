@@ -27,7 +27,7 @@ from options import hold_against, output, quietly
 from plots import draw
 from rows import RESULTS, Row, compare, show, write_rows
 from subjects import TARGETS, gpt2
-from timing import busy, settle, timed
+from timing import busy, timed
 from torch import nn
 from transformers import GPT2LMHeadModel
 
@@ -120,7 +120,6 @@ def measure(sizes: Sequence[int], rounds: int, folder: Path, quick: bool = False
     for case, make in cases.items():
         torch.manual_seed(0)
         base = make()
-        settle()
         sides: tuple[list[Times], list[Times]] = ([], [])
         for index in range(rounds):
             runs = list(zip(sides, (run_ours, run_peft), strict=True))
