@@ -171,7 +171,7 @@ def test_what_a_call_made_is_not_searched_at_once_and_found_when_it_is_garbage()
     try:
         with collections() as found, no_collection():
             found.clear()
-            kept, cycle = [[] for _ in range(MANY)], small_layers(1)
+            kept, cycle = [[] for _ in range(MANY + 1)], small_layers(1)
             cycle.me, gone = cycle, weakref.ref(cycle)
             del cycle
         assert not found, len(kept)

@@ -20,11 +20,12 @@ def no_collection() -> Iterator[None]:
     if not gc.isenabled():
         yield
         return
+    before = gc.get_count()[0]
     gc.disable()
     try:
         yield
     finally:
-        if gc.get_count()[0] > MANY and not gc.get_freeze_count():  # or what the user has frozen would thaw
+        if gc.get_count()[0] - before > MANY and not gc.get_freeze_count():  # or what the user has frozen would thaw
             gc.freeze()
             gc.unfreeze()
         gc.enable()
