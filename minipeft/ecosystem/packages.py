@@ -1,4 +1,4 @@
-"""Which package a class comes from, and whether compressed-tensors has changed a module."""
+"""Which package a class comes from, and whether compressed-tensors or torchao has changed a module."""
 
 from __future__ import annotations
 

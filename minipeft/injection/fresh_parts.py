@@ -128,12 +128,11 @@ def find_fresh_parts(
     if task and origins.unknown:
         fresh |= {name for name in _beside_base_model(model, found, free, origins.unknown) if not within(name, fresh)}
     parts = [name for name in found if name in fresh]
-    if inside := _in_loaded_blocks(model, found, parts, origins.fresh):
-        asked = {*selection.targets, *selection.parameters}
-        parts = [name for name in parts if name not in inside or name not in asked]
-    if task or config.bias == "all" or not parts:
+    inside, all_train = _in_loaded_blocks(model, found, parts, origins.fresh), task or config.bias == "all"
+    targets = {*selection.targets, *selection.parameters} if inside or (parts and not all_train) else set()
+    parts = [name for name in parts if name not in inside or name not in targets]
+    if all_train or not parts:
         return FreshParts(tuple(parts))
-    targets = {*selection.targets, *selection.parameters}
     trained = tuple(name for name in parts if any(within(target, {name}) for target in targets))
     return FreshParts(trained, tuple(name for name in parts if name not in trained))
 

@@ -42,13 +42,12 @@ def unchanged_on_error(
     tables = [table for module in flagged for table in (module._parameters, module._buffers) if table]  # most are empty
     tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
     adapted = [module for module in modules if isinstance(module, AdaptedLayer)]
+    own, inner = set(map(id, adapted)), {id(layer.base_layer) for layer in adapted}
     left_alone: set[int] = set()
-    if takes_out or not inside_layers:
-        left_alone.update(id(layer.base_layer) for layer in adapted)
     if takes_out:
-        left_alone.update(map(id, adapted))
-    else:
-        left_alone.difference_update(map(id, adapted))
+        left_alone = own | inner
+    elif not inside_layers:
+        left_alone = inner - own
     things = [module for module in modules if id(module) not in left_alone]
     # Of adapters only their dictionary changes, never what is in one.
     parts = [] if takes_out else [layer.parts for layer in adapted]
